@@ -1,0 +1,215 @@
+"""Open a checkpoint: a folder or a hub id becomes names, shapes and places. Headers only, no tensor data.
+
+Only safetensors is read, never pickle; file names that an index gives must stay inside the folder.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from ckptq.checkpoint.header import Header, StoredTensor, read_header
+from ckptq.errors import SourceError
+
+CONFIG = "config.json"
+INDEX = "model.safetensors.index.json"
+SINGLE = "model.safetensors"
+
+PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
+OTHER_WEIGHTS = (*PICKLES, ".safetensors", ".h5", ".msgpack", ".onnx", ".gguf", ".ot")
+"""Never carried over as side files: they hold the unquantized weights in another form."""
+
+Problems = list[str]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Checkpoint:
+    """A checkpoint as its headers describe it."""
+
+    path: Path
+    name: str
+    """The hub id, or the folder's name: what `base_model` in a model card says."""
+    revision: str | None = None
+    config: Mapping[str, Any]
+    headers: tuple[Header, ...]
+    tensors: Mapping[str, StoredTensor] = field(repr=False)
+    """In the order of the files and of the bytes within each."""
+
+    @property
+    def nbytes(self) -> int:
+        return sum(t.nbytes for t in self.tensors.values())
+
+    @property
+    def text_config(self) -> Mapping[str, Any]:
+        """The language model's part of the config: `text_config` where there is one."""
+        text = self.config.get("text_config")
+        return text if isinstance(text, dict) else self.config
+
+    @property
+    def quantization_config(self) -> Mapping[str, Any] | None:
+        """Where vLLM and transformers look for it, in their order."""
+        found = self.config.get("quantization_config") or self.text_config.get(
+            "quantization_config"
+        )
+        found = found or self.config.get("compression_config")
+        return found if isinstance(found, dict) else None
+
+    def side_files(self) -> list[Path]:
+        """Everything that belongs to the checkpoint and is no weight: tokenizer, templates, processor.
+
+        Paths relative to the folder, sorted. Hidden files and folders are not part of a checkpoint.
+        """
+        found = (p.relative_to(self.path) for p in sorted(self.path.rglob("*")) if p.is_file())
+        return [
+            p
+            for p in found
+            if not any(part.startswith(".") for part in p.parts)
+            and p.suffix not in OTHER_WEIGHTS
+            and not p.name.endswith(".index.json")
+            and str(p) != CONFIG
+        ]
+
+
+def open_checkpoint(
+    source: str | Path, revision: str | None = None, problems: Problems | None = None
+) -> Checkpoint:
+    """Open a folder, or a hub id that huggingface_hub finds in its cache or downloads.
+
+    With a `problems` list, disagreements between index and files are appended to it instead of raised, so
+    that `verify` can report all of them; what makes the checkpoint unreadable is raised all the same.
+    """
+    path, name = _locate(source, revision)
+    config = _json_object(path / CONFIG)
+    index = _index(path)
+    headers = tuple(read_header(file) for file in _shards(path, index))
+    tensors: dict[str, StoredTensor] = {}
+    found: Problems = []
+    for header in headers:
+        for tensor in sorted(header.tensors.values(), key=lambda t: t.offset):
+            if tensor.name in tensors:
+                found.append(
+                    f"{header.file}: tensor {tensor.name!r} is also in {tensors[tensor.name].file.name}"
+                )
+            tensors.setdefault(tensor.name, tensor)
+    if index is not None:
+        found += _disagreements(path, index, headers)
+    if not tensors:
+        raise SourceError(f"{path}: no tensor in {len(headers)} safetensors file(s)")
+    if problems is not None:
+        problems += found
+    elif found:
+        raise SourceError("\n".join(found[:20]))
+    return Checkpoint(
+        path=path, name=name, revision=revision, config=config, headers=headers, tensors=tensors
+    )
+
+
+def _locate(source: str | Path, revision: str | None) -> tuple[Path, str]:
+    path = Path(source)
+    if path.is_dir():
+        return path, path.resolve().name
+    if path.exists():
+        raise SourceError(f"{source}: is a file; wanted a checkpoint folder or a hub id")
+    text = str(source)
+    if text.count("/") > 1 or text.startswith((".", "/", "~")) or "\\" in text:
+        raise SourceError(f"{source}: no such folder")
+    return _download(text, revision), text
+
+
+def _download(hub_id: str, revision: str | None) -> Path:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+    from httpx import HTTPError
+
+    try:
+        return Path(
+            snapshot_download(
+                hub_id, revision=revision, ignore_patterns=[f"*{p}" for p in (*PICKLES, ".gguf")]
+            )
+        )
+    except HFValidationError as error:
+        raise SourceError(f"{hub_id}: no such folder, and not a hub id: {error}") from error
+    except (HfHubHTTPError, LocalEntryNotFoundError, HTTPError, OSError) as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise SourceError(
+            f"{hub_id}: no such folder here, and the hub did not deliver it"
+            f"{f' at revision {revision}' if revision else ''}: {reason}"
+        ) from error
+
+
+def _json_object(file: Path) -> dict[str, Any]:
+    try:
+        value = json.loads(file.read_bytes())
+    except FileNotFoundError as error:
+        raise SourceError(
+            f"{file.parent}: no {file.name}; wanted a Hugging Face checkpoint"
+        ) from error
+    except OSError as error:
+        raise SourceError(f"{file}: cannot be read: {error.strerror or error}") from error
+    except (ValueError, RecursionError) as error:
+        raise SourceError(f"{file}: not valid JSON: {str(error)[:200]}") from error
+    if not isinstance(value, dict):
+        raise SourceError(f"{file}: holds a JSON {type(value).__name__}, wanted an object")
+    return value
+
+
+def _index(path: Path) -> dict[str, str] | None:
+    """The index's weight_map, or None where there is no index."""
+    file = path / INDEX
+    if not file.exists():
+        return None
+    weight_map = _json_object(file).get("weight_map")
+    if not isinstance(weight_map, dict) or not all(isinstance(v, str) for v in weight_map.values()):
+        raise SourceError(f"{file}: weight_map must map tensor names to file names")
+    if not weight_map:
+        raise SourceError(f"{file}: weight_map is empty")
+    for name, target in weight_map.items():
+        if "/" in target or "\\" in target or target in ("", ".", "..") or "\0" in target:
+            raise SourceError(
+                f"{file}: tensor {name!r} is said to be in {target!r}, which leaves the folder {path}"
+            )
+    return weight_map
+
+
+def _shards(path: Path, index: Mapping[str, str] | None) -> list[Path]:
+    if index is not None:
+        files = [path / name for name in sorted(set(index.values()))]
+        for file in files:
+            if not file.is_file():
+                name = next(name for name, target in index.items() if target == file.name)
+                raise SourceError(
+                    f"{path / INDEX}: names {file.name} (for tensor {name!r}), which does not exist"
+                )
+        return files
+    if (path / SINGLE).is_file():
+        return [path / SINGLE]
+    found = sorted(path.glob("*.safetensors"))
+    if len(found) == 1:
+        return found
+    if found:
+        raise SourceError(f"{path}: {len(found)} safetensors files and no {INDEX} that names them")
+    pickled = sorted(p.name for p in path.iterdir() if p.suffix in PICKLES)
+    if pickled:
+        raise SourceError(
+            f"{path}: only pickled weights ({pickled[0]}); ckptq reads safetensors alone, because a "
+            "pickle can run any code. Convert it first, e.g. model.save_pretrained(...) in transformers"
+        )
+    raise SourceError(f"{path}: no safetensors file")
+
+
+def _disagreements(path: Path, index: Mapping[str, str], headers: tuple[Header, ...]) -> Problems:
+    """Where the index and the files' own headers differ."""
+    held = {(header.file.name, name) for header in headers for name in header.tensors}
+    promised = {(file, name) for name, file in index.items()}
+    missing = [
+        f"{path / file}: tensor {name!r} is in {INDEX}, not in the file"
+        for file, name in sorted(promised - held)
+    ]
+    unlisted = [
+        f"{path / file}: tensor {name!r} is in the file, not in {INDEX}"
+        for file, name in sorted(held - promised)
+    ]
+    return missing + unlisted

@@ -1,0 +1,103 @@
+"""Read tensor data: whole tensors, and runs of rows into a buffer that the caller keeps.
+
+Plain positioned reads, not a memory map: pages of a map count as the process's own memory, and a
+file that shrinks under a map kills the process instead of raising.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from ckptq.checkpoint.header import StoredTensor
+from ckptq.errors import SourceError
+from ckptq.spec import torch_dtype
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+MAX_READ = 1 << 30
+"""Linux hands out at most 2 GiB a call."""
+
+
+class Files:
+    """File descriptors of a checkpoint, opened once, shared by all threads, closed together."""
+
+    def __init__(self) -> None:
+        self._open: dict[Path, int] = {}
+        self._lock = threading.Lock()
+
+    def descriptor(self, file: Path) -> int:
+        with self._lock:
+            if file not in self._open:
+                try:
+                    self._open[file] = os.open(file, os.O_RDONLY)
+                except OSError as error:
+                    raise SourceError(f"{file}: cannot be read: {error.strerror}") from error
+            return self._open[file]
+
+    def close(self) -> None:
+        for descriptor in self._open.values():
+            os.close(descriptor)
+        self._open.clear()
+
+    def __enter__(self) -> Files:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+def read_into(files: Files, stored: StoredTensor, start: int, buffer: memoryview) -> None:
+    """Fill `buffer` with the tensor's bytes from byte `start` on."""
+    descriptor, offset, done = files.descriptor(stored.file), stored.offset + start, 0
+    while done < len(buffer):
+        got = os.preadv(descriptor, [buffer[done : done + MAX_READ]], offset + done)
+        if got == 0:
+            raise SourceError(
+                f"{stored.file}: tensor {stored.name!r}: the file ends at byte {offset + done}, "
+                f"wanted {stored.offset + stored.nbytes}; it changed while it was read"
+            )
+        done += got
+
+
+def bytes_of(tensor: Tensor) -> memoryview:
+    """The memory of a contiguous CPU tensor, for reading and writing in place."""
+    import torch
+
+    assert tensor.is_contiguous(), "only a dense tensor has bytes in file order"
+    return memoryview(tensor.reshape(-1).view(torch.uint8).numpy())
+
+
+def read_range(files: Files, stored: StoredTensor, start: int, stop: int) -> Tensor:
+    """Entries start..stop along the first axis, as a tensor [stop - start, ...] of its own."""
+    import torch
+
+    _, *rest = stored.spec.shape
+    tensor = torch.empty(stop - start, *rest, dtype=torch_dtype(stored.spec.dtype))
+    step = stored.nbytes // stored.spec.shape[0]
+    read_into(files, stored, start * step, bytes_of(tensor))
+    return tensor
+
+
+def read_tensor(stored: StoredTensor, files: Files | None = None) -> Tensor:
+    """The whole tensor on the CPU, in memory of its own."""
+    import torch
+
+    tensor = torch.empty(stored.spec.shape, dtype=torch_dtype(stored.spec.dtype))
+    if tensor.numel():
+        if files is not None:
+            read_into(files, stored, 0, bytes_of(tensor))
+        else:
+            with Files() as opened:
+                read_into(opened, stored, 0, bytes_of(tensor))
+    return tensor
+
+
+def read_tensors(stored: Mapping[str, StoredTensor]) -> dict[str, Tensor]:
+    """Several whole tensors, by the keys given."""
+    with Files() as files:
+        return {key: read_tensor(tensor, files) for key, tensor in stored.items()}
