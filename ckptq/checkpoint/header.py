@@ -1,7 +1,7 @@
 """Parse a safetensors header, trusting nothing in it: bounds first, then bytes.
 
-A file is: u64 little-endian length of a JSON object, the object, then the tensors' bytes without gaps.
-Format: huggingface/safetensors README. Every error names the file and, where there is one, the tensor.
+A file is: u64 little-endian length of a JSON object, the object, then the tensors' bytes without
+gaps (huggingface/safetensors README). Every error names the file and, where there is one, the tensor.
 """
 
 from __future__ import annotations
@@ -47,8 +47,8 @@ class Header:
 def read_header(file: Path) -> Header:
     """Read and check the header of `file`; reads no tensor data.
 
-    Raises SourceError for a truncated file, a header that is no JSON object, unknown dtypes, shapes that do
-    not fit their byte range, and ranges that overlap, leave gaps or leave the file.
+    Raises SourceError for a truncated file, a header that is no JSON object, unknown dtypes, shapes
+    that do not fit their byte range, and ranges that overlap, leave gaps or leave the file.
     """
     import hashlib
 

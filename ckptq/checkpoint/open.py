@@ -1,4 +1,4 @@
-"""Open a checkpoint: a folder or a hub id becomes names, shapes and places. Headers only, no tensor data.
+"""Open a checkpoint: a folder or a hub id becomes names, shapes and places. Headers only, no data.
 
 Only safetensors is read, never pickle; file names that an index gives must stay inside the folder.
 """
@@ -58,7 +58,7 @@ class Checkpoint:
         return found if isinstance(found, dict) else None
 
     def side_files(self) -> list[Path]:
-        """Everything that belongs to the checkpoint and is no weight: tokenizer, templates, processor.
+        """Everything that belongs to the checkpoint and is no weight: tokenizer, processor.
 
         Paths relative to the folder, sorted. Hidden files and folders are not part of a checkpoint.
         """
@@ -78,8 +78,8 @@ def open_checkpoint(
 ) -> Checkpoint:
     """Open a folder, or a hub id that huggingface_hub finds in its cache or downloads.
 
-    With a `problems` list, disagreements between index and files are appended to it instead of raised, so
-    that `verify` can report all of them; what makes the checkpoint unreadable is raised all the same.
+    With a `problems` list, disagreements between index and files are appended to it instead of
+    raised, so that `verify` can report all; what makes a checkpoint unreadable is raised all the same.
     """
     path, name = _locate(source, revision)
     config = _json_object(path / CONFIG)
@@ -90,9 +90,8 @@ def open_checkpoint(
     for header in headers:
         for tensor in sorted(header.tensors.values(), key=lambda t: t.offset):
             if tensor.name in tensors:
-                found.append(
-                    f"{header.file}: tensor {tensor.name!r} is also in {tensors[tensor.name].file.name}"
-                )
+                twin = tensors[tensor.name].file.name
+                found.append(f"{header.file}: tensor {tensor.name!r} is also in {twin}")
             tensors.setdefault(tensor.name, tensor)
     if index is not None:
         found += _disagreements(path, index, headers)
@@ -120,9 +119,9 @@ def _locate(source: str | Path, revision: str | None) -> tuple[Path, str]:
 
 
 def _download(hub_id: str, revision: str | None) -> Path:
+    from httpx import HTTPError
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-    from httpx import HTTPError
 
     try:
         return Path(
@@ -169,7 +168,7 @@ def _index(path: Path) -> dict[str, str] | None:
     for name, target in weight_map.items():
         if "/" in target or "\\" in target or target in ("", ".", "..") or "\0" in target:
             raise SourceError(
-                f"{file}: tensor {name!r} is said to be in {target!r}, which leaves the folder {path}"
+                f"{file}: tensor {name!r} is said to be in {target!r}, outside the folder {path}"
             )
     return weight_map
 
@@ -194,8 +193,8 @@ def _shards(path: Path, index: Mapping[str, str] | None) -> list[Path]:
     pickled = sorted(p.name for p in path.iterdir() if p.suffix in PICKLES)
     if pickled:
         raise SourceError(
-            f"{path}: only pickled weights ({pickled[0]}); ckptq reads safetensors alone, because a "
-            "pickle can run any code. Convert it first, e.g. model.save_pretrained(...) in transformers"
+            f"{path}: only pickled weights ({pickled[0]}); ckptq reads safetensors alone, because "
+            "a pickle can run any code. Save it anew with transformers' save_pretrained"
         )
     raise SourceError(f"{path}: no safetensors file")
 

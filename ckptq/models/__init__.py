@@ -1,0 +1,1 @@
+"""What a family of models looks like on disk, as data."""

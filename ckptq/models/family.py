@@ -1,0 +1,112 @@
+"""The rows of the table: what ckptq knows of each model family, and the rules that hold for all.
+
+A family that is not listed is read by the common rules: Linears inside the decoder layers may be
+quantized, everything else stays. Names are matched on disk, before any model is built.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+RopeOrder = Literal["half-split", "interleaved"]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class FusedExperts:
+    """How one 3-D tensor holds the projections of all experts of a layer.
+
+    `transposed`: stored as [E, in, out], where a Linear is [out, in].
+    `interleaved`: gate and up alternate instead of standing one after the other.
+    """
+
+    transposed: bool
+    interleaved: bool = False
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Family:
+    """What cannot be seen from names and shapes alone."""
+
+    name: str
+    model_types: tuple[str, ...] = ()
+    rope: RopeOrder = "half-split"
+    """Row order of q/k on disk. vLLM permutes an interleaved one itself while it loads."""
+    fused_experts: FusedExperts | None = None
+
+
+FAMILIES = (
+    Family(
+        name="llama4",
+        model_types=("llama4", "llama4_text"),
+        rope="interleaved",
+        fused_experts=FusedExperts(transposed=True),
+    ),
+    Family(
+        name="gpt-oss",
+        model_types=("gpt_oss",),
+        fused_experts=FusedExperts(transposed=True, interleaved=True),
+    ),
+    Family(
+        name="qwen3-vl-moe",
+        model_types=("qwen3_vl_moe",),
+        fused_experts=FusedExperts(transposed=True),
+    ),
+    Family(
+        name="qwen3.5-moe",
+        model_types=("qwen3_5_moe",),
+        fused_experts=FusedExperts(transposed=False),
+    ),
+)
+
+COMMON = Family(name="common")
+
+
+def family_of(config: Mapping[str, Any]) -> Family:
+    """The row for a checkpoint's config.json, by its model_type."""
+    model_type = config.get("model_type")
+    return next((f for f in FAMILIES if model_type in f.model_types), COMMON)
+
+
+@dataclass(frozen=True, slots=True)
+class Rule:
+    """A module whose name matches is never quantized, for this reason."""
+
+    pattern: re.Pattern[str]
+    reason: str
+
+
+NEVER_QUANTIZED = tuple(
+    Rule(re.compile(pattern), reason)
+    for pattern, reason in (
+        (
+            r"(^|.*\.)(vision_model|vision_tower|visual|vision_embed\w*|image_\w+)(\.|$)",
+            "vision tower",
+        ),
+        (
+            r"(^|.*\.)(audio_tower|audio_model|speech_\w+|embed_audio|embed_vision)(\.|$)",
+            "audio tower",
+        ),
+        (r"(^|.*\.)(multi_modal_projector|mm_projector|projector|connector)(\.|$)", "projector"),
+        (r"(^|.*\.)(mtp|mtp_\w+|nextn\w*|eh_proj)(\.|$)", "multi-token prediction head"),
+        (r".*\.(router|gate|shared_expert_gate|router\.classifier)$", "router"),
+        (r".*(norm|layernorm|ln_\w+)\d*$", "norm"),
+        (
+            r"(^|.*\.)(embed_tokens|wte|wpe|word_embeddings|tok_embeddings|embed_\w+)(\.|$)",
+            "embedding",
+        ),
+        (r"(^|.*\.)(lm_head|output|score|classifier)$", "output head"),
+    )
+)
+
+FUSED_SETS = (
+    ("q_proj", "k_proj", "v_proj"),
+    ("gate_proj", "up_proj"),
+    ("w1", "w3"),
+    ("q_a_proj", "kv_a_proj_with_mqa"),
+)
+"""Siblings that vLLM merges into one matrix: they must be quantized alike."""
+
+LAYER = re.compile(r"^(?P<prefix>(?:.*\.)?(?:layers|h|blocks))\.(?P<index>\d+)\.")

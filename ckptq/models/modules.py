@@ -1,0 +1,203 @@
+"""From tensor names to Linear modules: which there are, where their weights lie, what must stay.
+
+Fused 3-D experts are split into one Linear per expert, named as vLLM and transformers both load.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from ckptq.checkpoint.header import StoredTensor
+from ckptq.checkpoint.open import Checkpoint
+from ckptq.checkpoint.view import View
+from ckptq.models.family import (
+    FUSED_SETS,
+    LAYER,
+    NEVER_QUANTIZED,
+    Family,
+    FusedExperts,
+    family_of,
+)
+from ckptq.spec import FLOATS
+
+FUSED_WEIGHT = re.compile(r"^(?P<experts>.*\.experts)\.(?P<which>gate_up_proj|down_proj)$")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Linear:
+    """One Linear [R, C]: its name in the output, and where its parts lie in the source."""
+
+    name: str
+    weight: View
+    bias: View | None = None
+    """Only where it has to be cut out of a fused tensor; a bias of its own is simply copied."""
+    kept: str | None = None
+    """Why it is never quantized; None where a recipe may decide."""
+
+    @property
+    def parent(self) -> str:
+        return self.name.rpartition(".")[0]
+
+    @property
+    def projection(self) -> str:
+        return self.name.rpartition(".")[2]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Layout:
+    """All that a checkpoint holds: Linears, and the rest with the reason why it is copied."""
+
+    family: Family
+    linears: Mapping[str, Linear]
+    others: Mapping[str, str]
+    """Tensor name -> reason, for tensors that belong to no Linear's weight."""
+    consumed: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    """Source tensor -> the Linears that are cut out of it."""
+    layers: str = ""
+    """Name of the list of decoder layers: "model.layers"."""
+    num_layers: int = 0
+
+
+def read_layout(ckpt: Checkpoint) -> Layout:
+    """Sort a checkpoint's tensors into Linears and others, from headers and config alone."""
+    family = family_of(ckpt.config)
+    layers, num_layers = decoder_layers(ckpt)
+    linears: dict[str, Linear] = {}
+    others: dict[str, str] = {}
+    consumed: dict[str, tuple[str, ...]] = {}
+    for name, stored in ckpt.tensors.items():
+        found = list(_linears_in(ckpt, family, stored, layers, num_layers))
+        for linear in found:
+            linears[linear.name] = linear
+        if found:
+            consumed[name] = tuple(linear.name for linear in found)
+        elif not _is_fused_bias(family, ckpt, name):
+            others[name] = _why_no_linear(name, stored)
+    return Layout(
+        family=family,
+        linears=linears,
+        others=others,
+        consumed=consumed,
+        layers=layers,
+        num_layers=num_layers,
+    )
+
+
+def decoder_layers(ckpt: Checkpoint) -> tuple[str, int]:
+    """Name and length of the list of decoder layers, e.g. ("language_model.model.layers", 48).
+
+    The list with most tensors that lies in no tower; ("", 0) where there is none.
+    """
+    counts: dict[str, int] = {}
+    for name in ckpt.tensors:
+        match = LAYER.match(name)
+        if match and not _never(match["prefix"]):
+            counts[match["prefix"]] = counts.get(match["prefix"], 0) + 1
+    if not counts:
+        return "", 0
+    prefix = max(counts, key=lambda p: counts[p])
+    declared = ckpt.text_config.get("num_hidden_layers")
+    if isinstance(declared, int):
+        return prefix, declared
+    indices = (LAYER.match(n) for n in ckpt.tensors if n.startswith(prefix + "."))
+    return prefix, 1 + max(int(m["index"]) for m in indices if m)
+
+
+def fused_set(linear: Linear, linears: Mapping[str, Linear]) -> tuple[str, ...]:
+    """The siblings that vLLM merges with this Linear, itself included, in vLLM's order.
+
+    Example: `...self_attn.k_proj` -> its q_proj, k_proj and v_proj, as far as they exist.
+    """
+    for names in FUSED_SETS:
+        if linear.projection in names:
+            full = (f"{linear.parent}.{name}" for name in names)
+            return tuple(name for name in full if name in linears)
+    return (linear.name,)
+
+
+def _linears_in(
+    ckpt: Checkpoint, family: Family, stored: StoredTensor, layers: str, num_layers: int
+) -> Iterator[Linear]:
+    name, shape = stored.name, stored.spec.shape
+    fused = FUSED_WEIGHT.match(name)
+    if fused and len(shape) == 3 and family.fused_experts and stored.spec.dtype in FLOATS:
+        yield from _experts(ckpt, family.fused_experts, stored, fused["experts"], fused["which"])
+    elif name.endswith(".weight") and len(shape) == 2 and stored.spec.dtype in FLOATS:
+        module = name.removesuffix(".weight")
+        yield Linear(name=module, weight=View(stored), kept=why_kept(module, layers, num_layers))
+
+
+def _experts(
+    ckpt: Checkpoint, layout: FusedExperts, stored: StoredTensor, experts: str, which: str
+) -> Iterator[Linear]:
+    """Cut [E, in, out] or [E, out, in] into the Linears of each expert."""
+    count, *matrix = stored.spec.shape
+    outs = matrix[1] if layout.transposed else matrix[0]
+    bias = ckpt.tensors.get(f"{stored.name}_bias")
+    for expert in range(count):
+        for projection, part in _parts(layout, which, outs).items():
+            yield Linear(
+                name=f"{experts}.{expert}.{projection}",
+                weight=View(
+                    stored,
+                    index=expert,
+                    **{"columns" if layout.transposed else "rows": part},
+                    transposed=layout.transposed,
+                ),
+                bias=View(bias, rows=slice(expert, expert + 1), columns=part) if bias else None,
+            )
+
+
+def _parts(layout: FusedExperts, which: str, outs: int) -> dict[str, slice]:
+    """Which outputs of a fused tensor belong to which projection."""
+    if which == "down_proj":
+        return {"down_proj": slice(None)}
+    if layout.interleaved:
+        return {"gate_proj": slice(0, None, 2), "up_proj": slice(1, None, 2)}
+    return {"gate_proj": slice(0, outs // 2), "up_proj": slice(outs // 2, None)}
+
+
+def _is_fused_bias(family: Family, ckpt: Checkpoint, name: str) -> bool:
+    weight = name.removesuffix("_bias")
+    return bool(
+        family.fused_experts
+        and name.endswith("_bias")
+        and FUSED_WEIGHT.match(weight)
+        and weight in ckpt.tensors
+    )
+
+
+def why_kept(module: str, layers: str, num_layers: int) -> str | None:
+    """Why a Linear of this name is never quantized, or None."""
+    reason = _never(module)
+    if reason:
+        return reason
+    match = LAYER.match(module + ".")
+    if not layers or not match or match["prefix"] != layers:
+        return "outside the decoder layers"
+    if int(match["index"]) >= num_layers:
+        return "multi-token prediction layer"
+    return None
+
+
+def _never(module: str) -> str | None:
+    return next((rule.reason for rule in NEVER_QUANTIZED if rule.pattern.match(module)), None)
+
+
+def _why_no_linear(name: str, stored: StoredTensor) -> str:
+    module, _, local = name.rpartition(".")
+    if local == "weight" and stored.spec.dtype in FLOATS and len(stored.spec.shape) != 1:
+        return f"not a Linear: {len(stored.spec.shape)}-D"
+    return _never(module) or ("bias" if local == "bias" else "not a Linear's weight")
+
+
+def num_attention_heads(config: Mapping[str, Any]) -> tuple[int, int] | None:
+    """(query heads, key/value heads) of the text config, or None for a model without attention."""
+    heads = config.get("num_attention_heads")
+    if not isinstance(heads, int) or heads <= 0:
+        return None
+    kv = config.get("num_key_value_heads")
+    return heads, kv if isinstance(kv, int) and kv > 0 else heads

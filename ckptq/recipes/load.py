@@ -1,0 +1,196 @@
+"""Read recipes: ours by name, compressed-tensors presets by name, a user's YAML by llm-compressor.
+
+The built-in files spell everything out and are checked against llm-compressor's own models by a
+test, so that running one does not wait for its import (5 s). Anything else goes through those models.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from ckptq.errors import UsageError
+
+FOLDER = Path(__file__).parent
+
+Args = Mapping[str, Any]
+"""A compressed-tensors QuantizationArgs as plain data, without the fields that are null."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Group:
+    """One entry of `config_groups`: which modules, and how."""
+
+    name: str
+    targets: tuple[str, ...]
+    weights: Args | None = None
+    input_activations: Args | None = None
+    output_activations: Args | None = None
+    format: str | None = None
+
+    @property
+    def is_attention(self) -> bool:
+        """A group that has activations but no weights quantizes q, k and v inside attention."""
+        return self.weights is None and self.input_activations is not None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Recipe:
+    """What a recipe asks for, resolved: presets spelled out, scheme names gone."""
+
+    name: str
+    groups: tuple[Group, ...]
+    ignore: tuple[str, ...] = ()
+    kv_cache_scheme: Args | None = None
+    handed_over: tuple[str, ...] = ()
+    """Modifiers that llm-compressor has to run itself, by class name."""
+    text: str
+    """The recipe as YAML in llm-compressor's dialect; kept with the output."""
+
+    @property
+    def attention(self) -> Args | None:
+        """How q, k and v are quantized in attention and cache, if they are."""
+        inputs = next((g.input_activations for g in self.groups if g.is_attention), None)
+        return inputs or self.kv_cache_scheme
+
+    @property
+    def needs_input_scales(self) -> bool:
+        """Whether some group has static activation scales, which only calibration gives."""
+        return any(
+            g.weights is not None
+            and g.input_activations is not None
+            and g.input_activations.get("dynamic", False) is False
+            for g in self.groups
+        )
+
+
+def built_in() -> dict[str, Path]:
+    """The recipes that come with ckptq, by scheme name."""
+    return {path.stem: path for path in sorted(FOLDER.glob("*.yaml"))}
+
+
+def load_scheme(name: str) -> Recipe:
+    """`--scheme NAME`: a built-in recipe, or a compressed-tensors preset (FP8_DYNAMIC, W4A16, ...)."""
+    files = built_in()
+    if name.lower() in files:
+        text = files[name.lower()].read_text()
+        return _plain(name.lower(), text)
+    from compressed_tensors.quantization import is_preset_scheme
+
+    if is_preset_scheme(name):
+        return load_text(name.upper(), _preset_text(name.upper()))
+    raise UsageError(
+        f"unknown scheme {name!r}; built in: {', '.join(files)}; compressed-tensors' presets "
+        "(FP8_DYNAMIC, W4A16, ...) are accepted too; `ckptq recipes` lists all"
+    )
+
+
+def load_recipe(file: Path) -> Recipe:
+    """`--recipe FILE`: a recipe in llm-compressor's dialect."""
+    try:
+        return load_text(file.stem, file.read_text())
+    except OSError as error:
+        raise UsageError(f"{file}: cannot be read: {error.strerror or error}") from error
+    except UnicodeDecodeError as error:
+        raise UsageError(f"{file}: not a text file: {error}") from error
+    except UsageError as error:
+        raise UsageError(f"{file}: {error}") from error
+
+
+def load_text(name: str, text: str) -> Recipe:
+    """Parse with llm-compressor's and compressed-tensors' own models; a typo fails with its field."""
+    from llmcompressor.modifiers.quantization import QuantizationModifier
+    from llmcompressor.recipe import Recipe as LlmRecipe
+
+    try:
+        modifiers = LlmRecipe.create_instance(text).modifiers
+        ours = [m for m in modifiers if type(m) is QuantizationModifier]
+        configs = [m.resolved_config for m in ours]
+    except (ValueError, TypeError, KeyError, AttributeError, NotImplementedError) as error:
+        raise UsageError(f"not a recipe that llm-compressor reads: {error}") from error
+    except yaml.YAMLError as error:
+        raise UsageError(f"not valid YAML: {error}") from error
+    others = tuple(type(m).__name__ for m in modifiers if type(m) is not QuantizationModifier)
+    if not modifiers:
+        raise UsageError("the recipe holds no modifier")
+    if len(ours) > 1:
+        raise UsageError(
+            f"{len(ours)} QuantizationModifiers; one with several config_groups is wanted"
+        )
+    groups: tuple[Group, ...] = ()
+    kv = None
+    ignore: tuple[str, ...] = ()
+    if configs:
+        config = configs[0]
+        groups = tuple(
+            group
+            for key, scheme in config.config_groups.items()
+            if (group := _resolved_group(key, scheme)) is not None
+        )
+        kv = _dump(config.kv_cache_scheme)
+        ignore = tuple(config.ignore or ())
+    return Recipe(
+        name=name, groups=groups, ignore=ignore, kv_cache_scheme=kv, handed_over=others, text=text
+    )
+
+
+def _resolved_group(name: str, scheme: Any) -> Group | None:
+    """A pydantic QuantizationScheme as a Group; None where it asks for nothing."""
+    weights, inputs = _dump(scheme.weights), _dump(scheme.input_activations)
+    outputs = _dump(scheme.output_activations)
+    if not (weights or inputs or outputs):
+        return None
+    return Group(
+        name=name,
+        targets=tuple(scheme.targets),
+        weights=weights,
+        input_activations=inputs,
+        output_activations=outputs,
+        format=_format(scheme),
+    )
+
+
+def _format(scheme: Any) -> str:
+    """The stored format: the recipe's own, else the one that compressed-tensors infers."""
+    if scheme.format is not None:
+        return str(getattr(scheme.format, "value", scheme.format))
+    if scheme.weights is None:
+        return "dense"
+    from compressed_tensors.compressors.format import infer_module_format
+    from torch.nn import Linear
+
+    return str(infer_module_format(Linear, scheme).value)
+
+
+def _dump(args: Any) -> Args | None:
+    """A pydantic QuantizationArgs as plain data, nulls and empty dicts left out."""
+    if args is None:
+        return None
+    dumped = args.model_dump(mode="json", exclude_none=True)
+    return {key: value for key, value in dumped.items() if value is not None and value != {}}
+
+
+def _plain(name: str, text: str) -> Recipe:
+    """One of our own files: already resolved."""
+    stages = yaml.safe_load(text)
+    modifier = stages["quantization_stage"]["quantization_modifiers"]["QuantizationModifier"]
+    return Recipe(
+        name=name,
+        groups=tuple(
+            Group(name=key, **{**group, "targets": tuple(group["targets"])})
+            for key, group in modifier["config_groups"].items()
+        ),
+        ignore=tuple(modifier.get("ignore", ())),
+        kv_cache_scheme=modifier.get("kv_cache_scheme"),
+        text=text,
+    )
+
+
+def _preset_text(preset: str) -> str:
+    modifier = {"targets": ["Linear"], "scheme": preset, "ignore": ["lm_head"]}
+    stages = {"quantization_stage": {"quantization_modifiers": {"QuantizationModifier": modifier}}}
+    return yaml.safe_dump(stages, sort_keys=False)
