@@ -1,7 +1,7 @@
 """Parse a safetensors header, trusting nothing in it: bounds first, then bytes.
 
 A file is: u64 little-endian length of a JSON object, the object, then the tensors' bytes without
-gaps (huggingface/safetensors README). Every error names the file and, where there is one, the tensor.
+gaps (huggingface/safetensors README). Errors name the file and the tensor.
 """
 
 from __future__ import annotations

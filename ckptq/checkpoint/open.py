@@ -79,7 +79,7 @@ def open_checkpoint(
     """Open a folder, or a hub id that huggingface_hub finds in its cache or downloads.
 
     With a `problems` list, disagreements between index and files are appended to it instead of
-    raised, so that `verify` can report all; what makes a checkpoint unreadable is raised all the same.
+    raised, so that `verify` can report them all; an unreadable checkpoint is raised all the same.
     """
     path, name = _locate(source, revision)
     config = _json_object(path / CONFIG)

@@ -69,7 +69,7 @@ def bytes_of(tensor: Tensor) -> memoryview:
     import torch
 
     assert tensor.is_contiguous(), "only a dense tensor has bytes in file order"
-    return memoryview(tensor.reshape(-1).view(torch.uint8).numpy())
+    return tensor.reshape(-1).view(torch.uint8).numpy().data
 
 
 def read_range(files: Files, stored: StoredTensor, start: int, stop: int) -> Tensor:

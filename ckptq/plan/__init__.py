@@ -1,0 +1,1 @@
+"""Recipe x checkpoint -> units, shards and output specs. Pure: headers in, data out."""

@@ -1,0 +1,86 @@
+"""Which attention layers get q/k/v scales, and of what shape.
+
+Shapes as llm-compressor writes them: [1] per tensor; per head [Hq, 1, 1] for q, [Hkv, 1, 1] for k
+and v. The dtype is that of the attention module's weights.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from ckptq.checkpoint.open import Checkpoint
+from ckptq.errors import PlanError
+from ckptq.models.modules import Layout, num_attention_heads
+from ckptq.recipes.load import Args
+from ckptq.spec import TensorSpec
+
+KEY_PROJECTIONS = ("k_proj", "qkv_proj", "query_key_value", "c_attn", "W_pack")
+LATENT = ("kv_a_proj_with_mqa", "kv_b_proj")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class AttentionPlan:
+    """The q/k/v scales that calibration has to deliver."""
+
+    strategy: str
+    """"tensor" or "attn_head"."""
+    observer: str
+    scales: Mapping[str, Mapping[str, TensorSpec]]
+    """Attention module -> full tensor name -> spec."""
+
+
+def plan_attention(ckpt: Checkpoint, layout: Layout, args: Args) -> AttentionPlan:
+    """Decide the scales for every decoder layer that has attention heads; PlanError if none has."""
+    _check_args(args)
+    heads = num_attention_heads(ckpt.text_config)
+    projections = _key_projections(layout)
+    if heads is None or not projections:
+        raise PlanError(
+            f"{ckpt.path}: KV-cache scales are asked for, but this model has no attention heads: "
+            f"num_attention_heads is {ckpt.text_config.get('num_attention_heads')}, "
+            f"{len(projections)} layers have a k_proj"
+        )
+    counts = dict(zip("qkv", (heads[0], heads[1], heads[1]), strict=True))
+    per_head = args["strategy"] == "attn_head"
+    return AttentionPlan(
+        strategy=str(args["strategy"]),
+        observer=str(args.get("observer") or "static_minmax"),
+        scales={
+            module: {
+                f"{module}.{which}_scale": TensorSpec(dtype, (count, 1, 1) if per_head else (1,))
+                for which, count in counts.items()
+            }
+            for module, dtype in projections.items()
+        },
+    )
+
+
+def _key_projections(layout: Layout) -> dict[str, str]:
+    """Attention module -> dtype of its weights, in the order of the layers."""
+    found = {}
+    for linear in layout.linears.values():
+        if linear.kept is not None or not linear.name.startswith(layout.layers + "."):
+            continue
+        if linear.projection in LATENT:
+            raise PlanError(
+                f"{linear.name}: multi-head latent attention caches no heads of k and v; "
+                "KV-cache scales of this model cannot be calibrated per tensor or per head"
+            )
+        if linear.projection in KEY_PROJECTIONS:
+            found[linear.parent] = linear.weight.spec.dtype
+    return found
+
+
+def _check_args(args: Args) -> None:
+    """What vLLM accepts of a KV-cache scheme: static symmetric FP8, per tensor or per head."""
+    wanted = {"num_bits": (8,), "type": ("float",), "strategy": ("tensor", "attn_head")}
+    wanted |= {"symmetric": (True,), "dynamic": (False,)}
+    defaults = {"symmetric": True, "dynamic": False, "strategy": "tensor"}
+    for name, choice in wanted.items():
+        found = args.get(name, defaults.get(name))
+        if found not in choice:
+            raise PlanError(
+                f"the KV-cache scheme has {name} {found!r}; vLLM serves {name} "
+                f"{' or '.join(map(repr, choice))}"
+            )

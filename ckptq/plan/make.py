@@ -1,0 +1,222 @@
+"""Recipe x checkpoint -> everything that will be read and written. Pure: headers in, data out.
+
+What can be refused is refused here, before a byte moves. Later stages obey: the converter makes
+what a unit promises, and the writer compares what arrives with it.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+
+from ckptq.checkpoint.header import StoredTensor
+from ckptq.checkpoint.open import Checkpoint
+from ckptq.errors import PlanError
+from ckptq.models.modules import Layout, Linear, fused_set, read_layout
+from ckptq.plan.attention import AttentionPlan, plan_attention
+from ckptq.plan.match import choose, refuse_split_sets
+from ckptq.plan.unit import Part, Plan, Unit
+from ckptq.quantize.formats import needs_statistic
+from ckptq.quantize.scheme import WeightScheme
+from ckptq.quantize.stored import stored
+from ckptq.recipes.load import Group, Recipe
+
+SHARD_BYTES = 5_000_000_000
+"""Default size of an output shard, as in huggingface_hub."""
+
+MAX_ERRORS = 20
+"""How many misfits one message lists."""
+
+
+def make_plan(
+    ckpt: Checkpoint,
+    recipe: Recipe,
+    *,
+    ignore: Sequence[str] = (),
+    shard_bytes: int = SHARD_BYTES,
+) -> Plan:
+    """Decide every output tensor from headers, config and recipe; PlanError says what misfits."""
+    if ckpt.quantization_config is not None:
+        method = ckpt.quantization_config.get("quant_method")
+        raise PlanError(
+            f"{ckpt.path}: is already quantized ({method}); give the unquantized checkpoint"
+        )
+    layout = read_layout(ckpt)
+    attention = plan_attention(ckpt, layout, recipe.attention) if recipe.attention else None
+    chosen = choose(layout, recipe, (*recipe.ignore, *ignore))
+    refuse_split_sets(layout, chosen)
+    units = tuple(_units(ckpt, layout, recipe, chosen, attention))
+    _refuse_twins(units)
+    if not chosen and attention is None:
+        raise PlanError(
+            f"{ckpt.path}: recipe {recipe.name!r} matched no tensor; `ckptq inspect` lists them"
+        )
+    return Plan(
+        recipe=recipe,
+        units=units,
+        shards=fill_shards(units, shard_bytes),
+        groups={
+            group.name: tuple(n for n, g in chosen.items() if g is group)
+            for group in recipe.groups
+            if not group.is_attention
+        },
+        ignore=_ignore(layout, chosen) if chosen else (),
+        attention=attention,
+        layout=layout,
+    )
+
+
+def _units(
+    ckpt: Checkpoint,
+    layout: Layout,
+    recipe: Recipe,
+    chosen: Mapping[str, Group],
+    attention: AttentionPlan | None,
+) -> Iterator[Unit]:
+    """Walk the source in the order of its bytes; each tensor is in exactly one unit."""
+    schemes = {g.name: weight_scheme(g) for g in recipe.groups if g.weights is not None}
+    ends = _last_tensors(ckpt, attention) if attention else {}
+    split = any(layout.linears[name].weight.index is not None for name in chosen)
+    done: set[str] = set()
+    errors: list[str] = []
+    for name, tensor in ckpt.tensors.items():
+        linears = [layout.linears[n] for n in layout.consumed.get(name, ())]
+        if name in layout.others:
+            yield Unit(key=name, rule=layout.others[name], copies={name: tensor})
+        elif linears and linears[0].weight.index is not None and not split:
+            # vLLM reads fused experts as long as no layer of the checkpoint holds them one by one
+            yield Unit(key=name, rule="experts left alone", copies={name: tensor})
+        else:
+            for linear in linears:
+                try:
+                    yield from _linear_unit(layout, linear, tensor, chosen, schemes, done)
+                except PlanError as error:
+                    errors.append(str(error))
+        if attention is not None and name in ends:
+            module = ends[name]
+            yield Unit(key=module, rule="calibrated", scales=attention.scales[module])
+    if errors:
+        more = f"\nand {len(errors) - MAX_ERRORS} more" if len(errors) > MAX_ERRORS else ""
+        raise PlanError("\n".join(errors[:MAX_ERRORS]) + more)
+
+
+def weight_scheme(group: Group) -> WeightScheme:
+    """The arithmetic's view of a group; PlanError names the group."""
+    try:
+        return WeightScheme.from_args(group.weights or {}, group.format or "")
+    except PlanError as error:
+        raise PlanError(f"group {group.name!r}: {error}") from error
+
+
+def _last_tensors(ckpt: Checkpoint, attention: AttentionPlan) -> dict[str, str]:
+    """The last tensor of each attention module on disk -> the module: its scales follow there."""
+    last = {}
+    for name in ckpt.tensors:
+        parent = name.rpartition(".")[0]
+        for module in (parent, parent.rpartition(".")[0]):
+            if module in attention.scales:
+                last[module] = name
+    return {name: module for module, name in last.items()}
+
+
+def _linear_unit(
+    layout: Layout,
+    linear: Linear,
+    tensor: StoredTensor,
+    chosen: Mapping[str, Group],
+    schemes: Mapping[str, WeightScheme],
+    done: set[str],
+) -> Iterator[Unit]:
+    """The unit of a Linear, unless a sibling has already taken it along."""
+    if linear.name in done:
+        return
+    group = chosen.get(linear.name)
+    if group is None:
+        done.add(linear.name)
+        yield _left_alone(linear, tensor)
+        return
+    members = _together(layout, linear, schemes[group.name], chosen)
+    done.update(m.name for m in members)
+    yield _quantized(members, schemes[group.name], group)
+
+
+def _together(
+    layout: Layout, linear: Linear, scheme: WeightScheme, chosen: Mapping[str, Group]
+) -> list[Linear]:
+    """The Linears that have to be in one unit with this one."""
+    if needs_statistic(scheme):
+        return [layout.linears[n] for n in fused_set(linear, layout.linears)]
+    if linear.weight.streams:
+        return [linear]
+    siblings = (layout.linears[n] for n in layout.consumed[linear.weight.stored.name])
+    return [s for s in siblings if s.weight.slab == linear.weight.slab and s.name in chosen]
+
+
+def _quantized(members: Iterable[Linear], scheme: WeightScheme, group: Group) -> Unit:
+    parts, biases = [], {}
+    for linear in members:
+        try:
+            writes = stored(linear.weight.spec, scheme)
+        except PlanError as error:
+            raise PlanError(f"{linear.name}: {error}") from error
+        parts.append(Part(linear=linear, scheme=scheme, writes=writes))
+        if linear.bias is not None:
+            biases[f"{linear.name}.bias"] = linear.bias
+    key = parts[0].linear.name
+    return Unit(key=key, rule=f"{group.name}: {scheme}", parts=tuple(parts), views=biases)
+
+
+def _left_alone(linear: Linear, tensor: StoredTensor) -> Unit:
+    rule = linear.kept or "not targeted, or ignored"
+    if linear.weight.index is None:
+        return Unit(key=tensor.name, rule=rule, copies={tensor.name: tensor})
+    views = {f"{linear.name}.weight": linear.weight}
+    if linear.bias is not None:
+        views[f"{linear.name}.bias"] = linear.bias
+    return Unit(key=linear.name, rule=rule, views=views)
+
+
+def _refuse_twins(units: Iterable[Unit]) -> None:
+    seen: set[str] = set()
+    for unit in units:
+        for name in unit.writes:
+            if name in seen:
+                raise PlanError(f"{name}: two source tensors would be written under this name")
+            seen.add(name)
+
+
+def _ignore(layout: Layout, chosen: Mapping[str, Group]) -> tuple[str, ...]:
+    """Names for the config: each Linear that was left; experts left as a whole as one pattern."""
+    found: dict[str, None] = {}
+    touched = {layout.linears[n].weight.stored.name for n in chosen}
+    for linear in layout.linears.values():
+        if linear.name in chosen or linear.kept == "embedding" or linear.kept == "norm":
+            continue
+        if linear.weight.index is not None and linear.weight.stored.name not in touched:
+            experts = linear.parent.rpartition(".")[0]
+            found[f"re:{re.escape(experts)}\\..*"] = None
+        else:
+            found[linear.name] = None
+    return tuple(found)
+
+
+def fill_shards(units: Sequence[Unit], shard_bytes: int) -> dict[str, tuple[Unit, ...]]:
+    """Next fit, in order. A unit is never split, so a large one gets a shard to itself.
+
+    Example: units of 6, 6, 2, 6 GB with 10 GB shards land in shards 1, 2, 2, 3.
+    """
+    runs: list[list[Unit]] = [[]]
+    room = shard_bytes
+    for unit in units:
+        nbytes = sum(spec.nbytes for spec in unit.writes.values())
+        if runs[-1] and nbytes > room:
+            runs.append([])
+            room = shard_bytes
+        runs[-1].append(unit)
+        room -= nbytes
+    if len(runs) == 1:
+        return {"model.safetensors": tuple(runs[0])}
+    return {
+        f"model-{number:05d}-of-{len(runs):05d}.safetensors": tuple(run)
+        for number, run in enumerate(runs, 1)
+    }

@@ -1,0 +1,57 @@
+"""Which group of a recipe quantizes which Linear, decided as vLLM will decide it."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+
+from ckptq.errors import PlanError
+from ckptq.models.modules import Layout, fused_set
+from ckptq.recipes.load import Group, Recipe
+
+
+def choose(layout: Layout, recipe: Recipe, ignore: Sequence[str]) -> dict[str, Group]:
+    """Linear -> group, for every Linear that is quantized.
+
+    An exact name or `re:` pattern is stronger than a class name; of several, the first one counts.
+    """
+    groups = [g for g in recipe.groups if not g.is_attention]
+    for group in groups:
+        if group.weights is None:
+            raise PlanError(f"group {group.name!r} has neither weights nor input_activations")
+    chosen = {}
+    for linear in layout.linears.values():
+        if any(matches(pattern, linear.name) for pattern in ignore):
+            continue
+        named = [g for g in groups if any(matches(t, linear.name) for t in g.targets)]
+        by_class = [g for g in groups if "Linear" in g.targets]
+        if named and linear.kept in (None, "output head"):
+            chosen[linear.name] = named[0]
+        elif by_class and linear.kept is None:
+            chosen[linear.name] = by_class[0]
+    for group in groups:
+        if group not in chosen.values():
+            raise PlanError(
+                f"recipe {recipe.name!r}: group {group.name!r} with targets "
+                f"{list(group.targets)} matched no Linear; `ckptq inspect` lists their names"
+            )
+    return chosen
+
+
+def matches(pattern: str, name: str) -> bool:
+    """compressed-tensors' rule: the whole name, or `re:` and a pattern anchored at the start."""
+    if pattern.startswith("re:"):
+        return re.match(pattern.removeprefix("re:"), name) is not None
+    return pattern == name
+
+
+def refuse_split_sets(layout: Layout, chosen: Mapping[str, Group]) -> None:
+    """vLLM merges q/k/v and gate/up; their shards must agree on a scheme."""
+    for name, linear in layout.linears.items():
+        members = fused_set(linear, layout.linears)
+        if members[0] != name:
+            continue
+        found = {member: chosen.get(member) for member in members}
+        if len({group.name if group else None for group in found.values()}) > 1:
+            detail = ", ".join(f"{m}: {g.name if g else 'left alone'}" for m, g in found.items())
+            raise PlanError(f"a fused set must be quantized alike, found {detail}")

@@ -1,0 +1,89 @@
+"""The plan as data: units of work, what each reads and writes, and the shards they end in."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from ckptq.checkpoint.header import StoredTensor
+from ckptq.checkpoint.view import View
+from ckptq.models.modules import Layout, Linear
+from ckptq.plan.attention import AttentionPlan
+from ckptq.quantize.scheme import WeightScheme
+from ckptq.recipes.load import Recipe
+from ckptq.spec import TensorSpec
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Part:
+    """One Linear on its way: from its window on the source to the tensors of its format."""
+
+    linear: Linear
+    scheme: WeightScheme
+    writes: Mapping[str, TensorSpec]
+    """Local names: "weight", "weight_scale", ..."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Unit:
+    """The smallest set of tensors that must be handled together.
+
+    A norm is a unit of one copy. q/k/v under a per-tensor format are a unit of three parts, because
+    they share one scale; gate and up of a fused expert are one of two, cut from one slab.
+    """
+
+    key: str
+    rule: str
+    """Which group quantizes it, or why it is left alone: what `--dry-run` shows."""
+    copies: Mapping[str, StoredTensor] = field(default_factory=dict)
+    views: Mapping[str, View] = field(default_factory=dict)
+    """Cut out and otherwise unchanged: biases and unquantized experts of fused tensors."""
+    parts: tuple[Part, ...] = ()
+    scales: Mapping[str, TensorSpec] = field(default_factory=dict)
+    """Made by calibration."""
+
+    @property
+    def writes(self) -> dict[str, TensorSpec]:
+        """Every tensor that this unit puts into the output."""
+        parts = {f"{p.linear.name}.{n}": spec for p in self.parts for n, spec in p.writes.items()}
+        return {
+            **{name: tensor.spec for name, tensor in self.copies.items()},
+            **{name: view.spec for name, view in self.views.items()},
+            **parts,
+            **self.scales,
+        }
+
+    @property
+    def read_bytes(self) -> int:
+        copies = sum(t.nbytes for t in self.copies.values())
+        views = sum(v.spec.nbytes for v in self.views.values())
+        return copies + views + sum(p.linear.weight.spec.nbytes for p in self.parts)
+
+    @property
+    def write_bytes(self) -> int:
+        return sum(spec.nbytes for spec in self.writes.values())
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Plan:
+    """The whole run, decided."""
+
+    recipe: Recipe
+    units: tuple[Unit, ...]
+    """In output order, which is the source's order of bytes."""
+    shards: Mapping[str, tuple[Unit, ...]]
+    """File name -> the units in it. Names are final: the count is known."""
+    groups: Mapping[str, tuple[str, ...]]
+    """Group name -> the Linears that it quantizes."""
+    ignore: tuple[str, ...]
+    """What was really left: the Linears that no group quantizes, by name."""
+    attention: AttentionPlan | None
+    layout: Layout
+
+    @property
+    def read_bytes(self) -> int:
+        return sum(u.read_bytes for u in self.units)
+
+    @property
+    def write_bytes(self) -> int:
+        return sum(u.write_bytes for u in self.units)
