@@ -1,0 +1,66 @@
+"""Stored tensors back to the weight that they stand for, as inference will see it.
+
+Names are local, as in `formats`. Shape letters: R rows, C columns.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from ckptq.quantize.codes import decode_e2m1
+from ckptq.quantize.packing import unpack_bits, unpack_words
+from ckptq.quantize.scales import mx_scale
+from ckptq.quantize.scheme import WeightScheme
+from ckptq.quantize.tiles import over_tiles, tiled, untiled
+
+
+def dequantize(
+    tensors: Mapping[str, Tensor],
+    scheme: WeightScheme,
+    shape: tuple[int, ...] | None = None,
+    dtype: torch.dtype | None = None,
+) -> Tensor:
+    """(code - zero point) * scale: the weight [R, C], or the rows of it that are given.
+
+    In the dtype of the scales, or float32 where that is not one for weights (MX, NVFP4); rounded
+    to `dtype` if one is given. The columns of packed integers come from `shape`, else from
+    "weight_shape".
+    """
+    scale = _scale(tensors, scheme)
+    code_RC = _codes(tensors, scheme, shape).to(scale.dtype)
+    x = tiled(code_RC, scheme)
+    if not scheme.symmetric:
+        zero_point = _zero_point(tensors, scheme, code_RC.shape[0])
+        x = x - over_tiles(zero_point.to(scale.dtype), x)
+    return untiled(x * over_tiles(scale, x), code_RC.shape).to(dtype or scale.dtype)
+
+
+def _scale(tensors: Mapping[str, Tensor], scheme: WeightScheme) -> Tensor:
+    scale = tensors["weight_scale"]
+    if scheme.scale_dtype == "uint8":
+        return mx_scale(scale)
+    if scheme.strategy == "tensor_group":
+        return scale.float() / tensors["weight_global_scale"]
+    return scale
+
+
+def _codes(
+    tensors: Mapping[str, Tensor], scheme: WeightScheme, shape: tuple[int, ...] | None
+) -> Tensor:
+    if scheme.codes == "weight":
+        return tensors["weight"]
+    packed = tensors["weight_packed"]
+    if scheme.type == "float":
+        return decode_e2m1(unpack_bits(packed, 4))
+    columns = int(shape[1] if shape else tensors["weight_shape"][1])
+    return unpack_words(packed, scheme.num_bits, columns)
+
+
+def _zero_point(tensors: Mapping[str, Tensor], scheme: WeightScheme, rows: int) -> Tensor:
+    zero_point = tensors["weight_zero_point"]
+    if scheme.codes == "weight":
+        return zero_point
+    return unpack_words(zero_point.t(), scheme.num_bits, rows).t()

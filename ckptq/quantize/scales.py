@@ -1,0 +1,91 @@
+"""From the extremes of a tile to its scale and zero point, as llm-compressor finds them.
+
+All of it is arithmetic in the dtype of the weight, in compressed-tensors' order of operations
+(`calculate_qparams`, `generate_gparam`, `generate_mx_scales`), because the stored bits depend on
+it. Divisors are tensors: torch's CUDA division by a Python number multiplies by its reciprocal.
+Scales are finite and positive; where theirs would not be, the difference is said.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ckptq.quantize.tiles import BITS
+
+E2M1_MAX = 6.0
+E4M3_MAX = torch.finfo(torch.float8_e4m3fn).max
+
+# dtype: bits of its mantissa, bias of its exponent
+FLOATS = {
+    torch.bfloat16: (7, 127),
+    torch.float16: (10, 15),
+    torch.float32: (23, 127),
+    torch.float64: (52, 1023),
+}
+
+
+def symmetric_scale(amax: Tensor, half_range: float) -> Tensor:
+    """amax / half_range; where that is zero (all-zero tile, underflow), the dtype's eps."""
+    return _positive(amax / amax.new_tensor(half_range))
+
+
+def asymmetric_scale(low: Tensor, high: Tensor, num_bits: int) -> tuple[Tensor, Tensor]:
+    """Scale (high - low) / (2^bits - 1), and the int8 zero point that low falls on the least code
+    with.
+
+    A tile without extent gets the scale eps, and the zero point 0 where it is all zero. Where
+    high - low overflows the dtype, each is divided first (llm-compressor's scale is Inf there).
+    """
+    least, steps = -(2 ** (num_bits - 1)), high.new_tensor(2**num_bits - 1)
+    extent = high - low
+    scale = torch.where(extent.isinf(), high / steps - low / steps, extent / steps)
+    zero_point = (least - low / scale).nan_to_num(nan=0.0).clamp(least, -least - 1)
+    return _positive(scale), zero_point.round().to(torch.int8)
+
+
+def mx_exponent(amax: Tensor, num_bits: int) -> Tensor:
+    """E8M0 scale (uint8: exponent + 127) of a group for MXFP4 (4 bits) or MXFP8 (8 bits).
+
+    The power of two of amax, counted one higher from 1.75 up (what E2M1 would round up), less the
+    exponent of the element type's maximum. llm-compressor keeps the scale in the weight's dtype
+    on the way: where float16 cannot hold it, the scale becomes 1. At the other end, where
+    rounding up leaves the dtype, llm-compressor's exponent is NaN's (255) and here it stays the
+    largest needed.
+    """
+    mantissa, bias = FLOATS[amax.dtype]
+    bits = amax.view(BITS[amax.itemsize]).long()
+    biased = (bits + (1 << mantissa - 2)) >> mantissa
+    exponent = biased - bias + 127 - {4: 2, 8: 8}[num_bits]
+    exponent = torch.where(biased == 0, 0, exponent).clamp(0, 254)
+    if amax.dtype == torch.float16:
+        exponent = torch.where(exponent < 127 - 24, 127, exponent)
+    return exponent.to(torch.uint8)
+
+
+def mx_scale(exponent: Tensor) -> Tensor:
+    """2 ** (exponent - 127) in float32, put together from bits; 0 stands for the subnormal
+    2^-127."""
+    return (exponent.int() << 23).clamp(min=1 << 22).view(torch.float32)
+
+
+def nvfp4_global_scale(amax: Tensor) -> Tensor:
+    """[1] float32 that spreads the group scales over E4M3: 448 * 6 / amax, amax over all fused
+    weights.
+
+    In the weight's dtype and by way of the reciprocal, as `float / Tensor` is in torch; 1 where
+    it overflows.
+    """
+    amax = amax.reshape(1).clamp(min=torch.finfo(amax.dtype).tiny)
+    return (E4M3_MAX * E2M1_MAX / amax).nan_to_num(nan=1.0, posinf=1.0).float()
+
+
+def nvfp4_scale(amax: Tensor, global_scale: Tensor) -> Tensor:
+    """E4M3 scale of a group: global_scale * amax / 6, and 0.125 where that rounds to zero."""
+    scale = global_scale * (amax / amax.new_tensor(E2M1_MAX))
+    stored = scale.clamp(max=E4M3_MAX).to(torch.float8_e4m3fn)
+    return torch.where(stored.float() == 0, 0.125, stored.float()).to(torch.float8_e4m3fn)
+
+
+def _positive(scale: Tensor) -> Tensor:
+    return torch.where(scale == 0, torch.finfo(scale.dtype).eps, scale)
