@@ -1,7 +1,8 @@
 """What a RoPE row permutation does to each stored tensor, from its name and shape.
 
-Imports no torch. Every tensor that may stand on a q/k projection or on the attention module has a rule here. One
-that has none, or whose shape fits no rule or two, is refused by name: never skipped.
+Every tensor that may stand on a q/k projection or on the attention module has a rule here. One
+that has none, or whose shape fits no rule or two, is refused by name: never skipped. Imports no
+torch, so that a plan can be made from headers.
 
 Shape letters: R rows of the projection (heads x head_dim), C columns, G groups of columns, H heads,
 D head_dim, W words of 32 bits. Names and shapes are those of compressed-tensors 0.19.
