@@ -15,34 +15,37 @@ from ckptq.spec import TensorSpec
 if TYPE_CHECKING:
     from torch import Tensor
 
-ALL = slice(None)
-
 
 @dataclass(frozen=True, slots=True)
 class View:
     """Entry `index` of a 3-D tensor (or a 2-D one as it is), some columns of it, maybe transposed.
 
     Example: Llama-4's `gate_up_proj` [E, H, 2I] holds the gate_proj of expert 3, which a Linear
-    stores as [I, H], at `View(stored, index=3, columns=slice(0, I), transposed=True)`.
+    stores as [I, H], at `View(stored, index=3, columns=range(I), transposed=True)`.
     """
 
     stored: StoredTensor
     index: int | None = None
-    rows: slice = ALL
-    columns: slice = ALL
+    rows: range | None = None
+    columns: range | None = None
+    """Along the stored axes, before the transpose; None is all of them."""
     transposed: bool = False
 
     @property
     def spec(self) -> TensorSpec:
         """Dtype and shape [R, C] of the window."""
         *_, rows, columns = self.stored.spec.shape
-        shape = (len(range(rows)[self.rows]), len(range(columns)[self.columns]))
+        shape = (
+            rows if self.rows is None else len(self.rows),
+            columns if self.columns is None else len(self.columns),
+        )
         return TensorSpec(self.stored.spec.dtype, shape[::-1] if self.transposed else shape)
 
     @property
     def streams(self) -> bool:
         """Whether runs of its rows are runs of bytes, so that no slab has to be held."""
-        return not self.transposed and self.columns == ALL and self.rows.step in (None, 1)
+        dense = self.rows is None or self.rows.step == 1
+        return dense and self.columns is None and not self.transposed
 
     @property
     def slab(self) -> tuple[StoredTensor, int | None]:
@@ -60,7 +63,7 @@ def read_rows(files: Files, view: View, start: int, stop: int) -> Tensor:
     """Rows start..stop of a view that streams, as [stop - start, C]."""
     assert view.streams
     stored = view.stored
-    first = range(stored.spec.shape[-2])[view.rows].start
+    first = view.rows.start if view.rows is not None else 0
     if view.index is None:
         return read_range(files, stored, first + start, first + stop)
     matrix = StoredTensor(
@@ -81,5 +84,9 @@ def read_slab(files: Files, view: View) -> Tensor:
 
 def window(slab: Tensor, view: View) -> Tensor:
     """The view's [R, C] as a strided window on its slab; copies nothing."""
-    found = slab[view.rows, view.columns]
+    found = slab[_slice(view.rows), _slice(view.columns)]
     return found.t() if view.transposed else found
+
+
+def _slice(span: range | None) -> slice:
+    return slice(None) if span is None else slice(span.start, span.stop, span.step)

@@ -147,17 +147,17 @@ def _experts(
                     **{"columns" if layout.transposed else "rows": part},
                     transposed=layout.transposed,
                 ),
-                bias=View(bias, rows=slice(expert, expert + 1), columns=part) if bias else None,
+                bias=View(bias, rows=range(expert, expert + 1), columns=part) if bias else None,
             )
 
 
-def _parts(layout: FusedExperts, which: str, outs: int) -> dict[str, slice]:
+def _parts(layout: FusedExperts, which: str, outs: int) -> dict[str, range]:
     """Which outputs of a fused tensor belong to which projection."""
     if which == "down_proj":
-        return {"down_proj": slice(None)}
+        return {"down_proj": range(outs)}
     if layout.interleaved:
-        return {"gate_proj": slice(0, None, 2), "up_proj": slice(1, None, 2)}
-    return {"gate_proj": slice(0, outs // 2), "up_proj": slice(outs // 2, None)}
+        return {"gate_proj": range(0, outs, 2), "up_proj": range(1, outs, 2)}
+    return {"gate_proj": range(outs // 2), "up_proj": range(outs // 2, outs)}
 
 
 def _is_fused_bias(family: Family, ckpt: Checkpoint, name: str) -> bool:

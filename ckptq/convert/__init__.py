@@ -1,0 +1,1 @@
+"""Move the bytes: read, split experts, permute, quantize, pack, write. Obeys the plan."""

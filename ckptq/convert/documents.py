@@ -1,0 +1,137 @@
+"""What stands beside the shards: config, recipe, model card, provenance, side files.
+
+Nothing here depends on time, path or threads: the same run writes the same bytes.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from ckptq import __version__
+from ckptq.checkpoint.open import CONFIG, Checkpoint
+from ckptq.checkpoint.write import write_bytes, write_text
+from ckptq.plan.unit import Plan
+from ckptq.recipes.load import Args, Group
+
+PROVENANCE = "ckptq.json"
+RECIPE = "recipe.yaml"
+CARD = "README.md"
+OURS = {PROVENANCE, RECIPE, CARD}
+
+PACKAGES = ("torch", "transformers", "compressed-tensors", "llmcompressor", "safetensors")
+
+WEIGHTS_ONLY = ("observer", "observer_kwargs")
+"""Fields of QuantizationArgs that say how scales were found; engines do not read them."""
+
+
+def quantization_config(plan: Plan, attention_class: str | None) -> dict[str, Any]:
+    """The `quantization_config` of config.json, as vLLM and transformers read it.
+
+    `config_groups` is always there: without it vLLM refuses per-head scales. An attention group has
+    one class name as its target: vLLM knows such a group by a target that ends in "Attention".
+    """
+    groups = {
+        group.name: _group(group, attention_class)
+        for group in plan.recipe.groups
+        if not group.is_attention or attention_class is not None
+    }
+    formats = {g.format for g in plan.recipe.groups if not g.is_attention}
+    overall = formats.pop() if len(formats) == 1 else "mixed-precision" if formats else "dense"
+    kv = plan.recipe.attention
+    return {
+        "quant_method": "compressed-tensors",
+        "version": version("compressed-tensors"),
+        "quantization_status": "compressed",
+        "format": overall,
+        "ignore": list(plan.ignore),
+        "config_groups": groups,
+        "kv_cache_scheme": _args(kv) if kv is not None else None,
+    }
+
+
+def _group(group: Group, attention_class: str | None) -> dict[str, Any]:
+    targets = [attention_class] if group.is_attention else list(group.targets)
+    return {
+        "targets": targets,
+        "format": group.format,
+        "weights": _args(group.weights) if group.weights is not None else None,
+        "input_activations": _args(group.input_activations) if group.input_activations else None,
+        "output_activations": _args(group.output_activations) if group.output_activations else None,
+    }
+
+
+def _args(args: Args) -> dict[str, Any]:
+    return {key: value for key, value in args.items() if value is not None}
+
+
+def write_documents(
+    folder: Path,
+    ckpt: Checkpoint,
+    config: Mapping[str, Any],
+    plan: Plan,
+    provenance: Mapping[str, Any],
+) -> None:
+    """Everything but the shards and their index."""
+    write_text(folder / CONFIG, json.dumps(config, indent=2, ensure_ascii=False) + "\n")
+    write_text(folder / RECIPE, plan.recipe.text)
+    write_text(folder / CARD, model_card(ckpt, plan))
+    text = json.dumps(provenance, indent=2, sort_keys=True, ensure_ascii=False) + "\n"
+    write_text(folder / PROVENANCE, text)
+    for side in ckpt.side_files():
+        if str(side) not in OURS:
+            write_bytes(folder / side, (ckpt.path / side).read_bytes())
+
+
+def source_record(ckpt: Checkpoint) -> dict[str, Any]:
+    """What identifies the source: names, sizes and header hashes of its files; its config."""
+    config = (ckpt.path / CONFIG).read_bytes()
+    return {
+        "name": ckpt.name,
+        "revision": ckpt.revision,
+        "config_sha256": hashlib.sha256(config).hexdigest(),
+        "files": {
+            header.file.name: {"bytes": header.nbytes, "header_sha256": header.digest}
+            for header in ckpt.headers
+        },
+    }
+
+
+def versions() -> dict[str, str]:
+    return {"ckptq": __version__, **{name: version(name) for name in PACKAGES}}
+
+
+def model_card(ckpt: Checkpoint, plan: Plan) -> str:
+    """A README.md with the front matter that the hub reads, and what was done in words."""
+    lines = [
+        "---",
+        f"base_model: {ckpt.name}",
+        "base_model_relation: quantized",
+        "library_name: transformers",
+        "tags:",
+        "- compressed-tensors",
+        "- vllm",
+        f"- {plan.recipe.name}",
+        "---",
+        "",
+        f"# {ckpt.name}, quantized with `{plan.recipe.name}`",
+        "",
+        f"Made by ckptq {__version__} from `{ckpt.name}`"
+        + (f" at revision `{ckpt.revision}`." if ckpt.revision else "."),
+        f"The recipe is in `{RECIPE}`, the record of the run in `{PROVENANCE}`.",
+        "",
+    ]
+    for name, linears in plan.groups.items():
+        rule = next(u.rule for u in plan.units if u.parts and u.rule.startswith(f"{name}: "))
+        lines.append(f"- {rule}: {len(linears)} Linears")
+    if plan.attention is not None:
+        layers = len(plan.attention.scales)
+        kind = "per attention head" if plan.attention.strategy == "attn_head" else "per tensor"
+        lines.append(f"- KV cache and attention in FP8, static scales {kind}: {layers} layers")
+    if plan.ignore:
+        lines.append(f"- left as it was: {len(plan.ignore)} Linears (`ignore` in `{CONFIG}`)")
+    return "\n".join([*lines, ""])

@@ -1,0 +1,186 @@
+"""`ckptq quantize`, as one function: open, plan, check, calibrate, convert, publish."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ckptq.checkpoint.journal import Journal
+from ckptq.checkpoint.open import Checkpoint
+from ckptq.checkpoint.read import Files
+from ckptq.checkpoint.write import Shards, write_index
+from ckptq.convert import documents
+from ckptq.convert.preflight import check_disk, slab_budget
+from ckptq.errors import UsageError
+from ckptq.plan.unit import Plan, Unit
+from ckptq.spec import TensorSpec, spec_of
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from ckptq.calibrate.scales import Scales
+
+METADATA = {"format": "pt"}
+
+Progress = Callable[[str, int], None]
+"""(what is being done, bytes of the source that are done since the last call)"""
+
+CalibrateInto = Callable[[Path], "Scales"]
+"""Calibrates, keeping what it needs to go on after an interruption in the folder given."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Result:
+    """What a conversion has made."""
+
+    out: Path
+    scheme: str
+    source_bytes: int
+    output_bytes: int
+    linears: int
+    layers_with_scales: int
+    resumed_units: int
+    serve: str
+
+
+def write_quantized(
+    ckpt: Checkpoint,
+    plan: Plan,
+    out: Path,
+    *,
+    arguments: Mapping[str, Any],
+    calibrate: CalibrateInto | None = None,
+    restart: bool = False,
+    workers: int | None = None,
+    max_ram: int | None = None,
+    progress: Progress = lambda what, done: None,
+) -> Result:
+    """Carry out a plan; `out` appears whole at the end, or not at all.
+
+    An interrupted run goes on when it is called again with the same source, plan and arguments, and
+    ends byte-identical. `arguments` is what the output depends on beyond source and recipe, as JSON
+    data; it becomes part of the journal's fingerprint and of the provenance record.
+    """
+    workers = workers or len(os.sched_getaffinity(0))
+    check_disk(plan, out)
+    budget = slab_budget(plan, max_ram, workers)
+    record = {
+        "arguments": dict(arguments),
+        "recipe": plan.recipe.text,
+        "source": documents.source_record(ckpt),
+        "versions": documents.versions(),
+    }
+    journal = Journal.open(out, {**record, "modified": _modified(ckpt)}, restart=restart)
+    resumed = len(journal.done)
+    try:
+        if not journal.published:
+            scales = calibrate(journal.calibration) if calibrate is not None else None
+            _convert(ckpt, plan, journal, scales, workers, budget, progress)
+            _write_documents(ckpt, plan, journal, scales, record)
+        journal.publish()
+    finally:
+        journal.close()
+    return Result(
+        out=out,
+        scheme=plan.recipe.name,
+        source_bytes=ckpt.nbytes,
+        output_bytes=plan.write_bytes,
+        linears=sum(len(names) for names in plan.groups.values()),
+        layers_with_scales=len(plan.attention.scales) if plan.attention else 0,
+        resumed_units=resumed,
+        serve=serve_line(out, plan),
+    )
+
+
+def _convert(
+    ckpt: Checkpoint,
+    plan: Plan,
+    journal: Journal,
+    scales: Scales | None,
+    workers: int,
+    budget: int,
+    progress: Progress,
+) -> None:
+    from ckptq.convert.pipeline import convert
+    from ckptq.convert.pipeline import workers as make_pool
+    from ckptq.convert.schedule import Committer, Schedule
+
+    specs = {shard: _specs(units) for shard, units in plan.shards.items()}
+    shard_of = {unit.key: shard for shard, units in plan.shards.items() for unit in units}
+    tensors = scale_tensors(plan, scales)
+    shards = Shards(journal.scratch, specs, METADATA)
+    committer = Committer(journal, shards, shard_of)
+    pool = make_pool(workers)
+
+    def finished(unit: Unit) -> None:
+        committer.finished(unit)
+        progress(unit.key, unit.read_bytes)
+
+    try:
+        with Files() as files:
+            todo = []
+            for unit in plan.units:
+                if unit.key in journal.done:
+                    progress(unit.key, unit.read_bytes)
+                else:
+                    todo.append(unit)
+            schedule = Schedule(pool, max_tasks=8 * workers, max_held=budget)
+            try:
+                convert(todo, tensors, shards, schedule, files, finished)
+            finally:
+                pool.shutdown(cancel_futures=True)
+        committer.flush()
+    finally:
+        committer.close()
+        shards.close()
+    write_index(journal.scratch, specs)
+
+
+def _specs(units: tuple[Unit, ...]) -> dict[str, TensorSpec]:
+    return {name: spec for unit in units for name, spec in unit.writes.items()}
+
+
+def scale_tensors(plan: Plan, scales: Scales | None) -> dict[str, Tensor]:
+    """The calibrated tensors that the plan promises; UsageError where they are not those."""
+    wanted = {name: spec for unit in plan.units for name, spec in unit.scales.items()}
+    found = scales.tensors if scales is not None else {}
+    for name, spec in wanted.items():
+        if name not in found:
+            raise UsageError(
+                f"scales: {name} is missing; the scales are of another model or scheme"
+            )
+        got = spec_of(found[name])
+        if got != spec:
+            raise UsageError(f"scales: {name} is {got}, wanted {spec}")
+    return {name: found[name] for name in wanted}
+
+
+def _write_documents(
+    ckpt: Checkpoint, plan: Plan, journal: Journal, scales: Scales | None, record: Mapping[str, Any]
+) -> None:
+    attention_class = scales.attention_class if scales is not None else None
+    quantization = documents.quantization_config(plan, attention_class)
+    config = {**ckpt.config, "quantization_config": quantization}
+    provenance = {k: v for k, v in record.items() if k != "recipe"}
+    if scales is not None:
+        provenance["calibration"] = scales.record()
+    documents.write_documents(journal.scratch, ckpt, config, plan, provenance)
+
+
+def _modified(ckpt: Checkpoint) -> dict[str, int]:
+    """Times of the source's files: a journal, unlike the output, may know of them."""
+    return {h.file.name: h.file.stat().st_mtime_ns for h in ckpt.headers}
+
+
+def serve_line(out: Path, plan: Plan) -> str:
+    """The command that serves the result."""
+    line = f"vllm serve {out}"
+    if plan.attention is None:
+        return line
+    line += " --kv-cache-dtype fp8"
+    if plan.attention.strategy == "attn_head":
+        line += " --attention-backend FLASH_ATTN"
+    return line
