@@ -10,6 +10,9 @@ Finite input only: the reader refuses NaN and Inf. An Inf saturates, a NaN gives
 
 Triton fuses `a * b + c` by default and a fused rounding moves ties, so every launch of a kernel
 that uses these passes `enable_fp_fusion=False`.
+
+`widen` and `narrow` stand where `.to(tl.float32)` and `.to(dtype)` would: the interpreter cuts fp32
+to bf16 instead of rounding it, and misreads bf16 subnormals.
 """
 
 import os
@@ -18,12 +21,30 @@ import torch
 import triton
 import triton.language as tl
 
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+INTERPRETED = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")
 
 
 def has_native_e4m3(device: torch.device) -> bool:
     """Whether Triton may cast fp32 to E4M3 itself there: CUDA from sm_89 on."""
     return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 9)
+
+
+@triton.jit
+def widen(x):
+    """bf16, fp16 or fp32 -> fp32, exact."""
+    if INTERPRETED and x.dtype == tl.bfloat16:
+        return (x.to(tl.int16, bitcast=True).to(tl.int32) << 16).to(tl.float32, bitcast=True)
+    return x.to(tl.float32)
+
+
+@triton.jit
+def narrow(x, dtype: tl.constexpr):
+    """fp32 -> bf16, fp16 or fp32, the nearest, ties to even."""
+    if INTERPRETED and dtype == tl.bfloat16:
+        bits = x.to(tl.int32, bitcast=True)
+        bits = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
+        return bits.to(tl.int16).to(tl.bfloat16, bitcast=True)
+    return x.to(dtype)
 
 
 @triton.jit

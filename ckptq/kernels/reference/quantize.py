@@ -1,0 +1,127 @@
+"""What the FP8 and INT8 kernels mean: search the value table, in float64.
+
+Scales are those of llm-compressor: the absolute maximum over half the range, in the source's dtype,
+eps where that is zero. Codes are the nearest to x / scale, divided in fp32, ties to even. The
+kernels round bits instead of searching, so that the two cannot share a mistake.
+
+Shape letters: R rows (output channels, tokens), C columns, G x K the grid of scales, E experts,
+T tokens, H heads, D head dimension.
+"""
+
+import torch
+from torch import Tensor
+
+from ckptq.permute.order import Heads, RopeOrder, gather_indices
+
+HALF_RANGE = {torch.float8_e4m3fn: 448.0, torch.int8: 127.5}
+"""By what the absolute maximum is divided: 127.5 for INT8, whose codes are -128 to 127."""
+
+_SUBNORMALS = [m * 2.0**-9 for m in range(8)]
+_NORMALS = [(8 + m) * 2.0 ** (e - 10) for e in range(1, 16) for m in range(8)]
+E4M3 = torch.tensor(_SUBNORMALS + _NORMALS[:-1], dtype=torch.float64)  # the last would be NaN
+_MIDPOINTS = (E4M3[1:] + E4M3[:-1]) / 2
+
+
+def nearest_e4m3(x: Tensor) -> Tensor:
+    """The E4M3 value nearest to x, ties to the even code, 448 at most.
+
+    Example: 17 lies halfway between 16 (code 0x58) and 18 (code 0x59) and becomes 16.
+    """
+    magnitude = x.double().abs().clamp(max=448)
+    midpoints = _MIDPOINTS.to(x.device)
+    code = torch.bucketize(magnitude, midpoints)  # a tie lands on the lower code
+    tie = torch.isin(magnitude, midpoints)
+    code += tie & (code % 2 == 1)  # and moves up when that is odd
+    code = code.to(torch.uint8) | torch.signbit(x).to(torch.uint8) << 7
+    return code.view(torch.float8_e4m3fn)
+
+
+def nearest_int(x: Tensor, low: int, high: int) -> Tensor:
+    """The integer (int8) nearest to x, ties to even, within [low, high]. Example: -2.5 -> -2."""
+    clamped = x.double().clamp(low, high)
+    below = clamped.floor()
+    above = clamped - below
+    up = (above > 0.5) | ((above == 0.5) & (below % 2 == 1))
+    return (below + up).to(torch.int8)
+
+
+def scale_of(amax: Tensor, half_range: float) -> Tensor:
+    """amax / half_range rounded to amax's dtype; that dtype's eps where it comes out as zero."""
+    scale = (amax.double() / half_range).float().to(amax.dtype)
+    return scale.masked_fill(scale == 0, torch.finfo(amax.dtype).eps)
+
+
+def spread(scale_GK: Tensor, tile: tuple[int, int], rows: int, columns: int) -> Tensor:
+    """Repeat each scale over the tile of rows x columns that it covers: [G, K] -> [R, C].
+
+    Example: [2, 1] over tiles (128, 300) gives 200 rows and 300 columns when asked for them.
+    """
+    scale_RK = scale_GK.repeat_interleave(tile[0], 0)[:rows]
+    return scale_RK.repeat_interleave(tile[1], 1)[:, :columns]
+
+
+def quantize_static(
+    x_RC: Tensor, scale_GK: Tensor, tile: tuple[int, int], dtype: torch.dtype
+) -> Tensor:
+    """Codes [R, C] of x under given scales, each covering a tile of rows x columns."""
+    ratio_RC = x_RC.float() / spread(scale_GK, tile, *x_RC.shape).float()
+    if dtype == torch.int8:
+        return nearest_int(ratio_RC, -128, 127)
+    return nearest_e4m3(ratio_RC)
+
+
+def quantize_rows(
+    x_RC: Tensor,
+    dtype: torch.dtype = torch.float8_e4m3fn,
+    heads: Heads | None = None,
+    to: RopeOrder = RopeOrder.HALF_SPLIT,
+) -> tuple[Tensor, Tensor]:
+    """Codes [R, C] and scales [R, 1], rows first put into the RoPE order `to`."""
+    if heads is not None:
+        x_RC = x_RC[gather_indices(heads, to)]
+    return quantize_blocks(x_RC, dtype, (1, x_RC.shape[1]))
+
+
+def quantize_tensor(
+    x_RC: Tensor, dtype: torch.dtype = torch.float8_e4m3fn
+) -> tuple[Tensor, Tensor]:
+    """Codes [R, C] and one scale [1]."""
+    code_RC, scale_11 = quantize_blocks(x_RC, dtype, (x_RC.shape[0], x_RC.shape[1]))
+    return code_RC, scale_11[0]
+
+
+def quantize_heads(
+    x_THD: Tensor, dtype: torch.dtype = torch.float8_e4m3fn
+) -> tuple[Tensor, Tensor]:
+    """Codes [T, H, D] and scales [H]."""
+    T, _, D = x_THD.shape
+    code_TC, scale_1H = quantize_blocks(x_THD.flatten(1), dtype, (T, D))
+    return code_TC.view(x_THD.shape), scale_1H[0]
+
+
+def quantize_blocks(
+    x_RC: Tensor, dtype: torch.dtype = torch.float8_e4m3fn, block: tuple[int, int] = (128, 128)
+) -> tuple[Tensor, Tensor]:
+    """Codes [R, C] and scales [ceil(R / 128), ceil(C / 128)]."""
+    amax_GK = torch.stack(
+        [
+            torch.stack([x_BC.abs().amax() for x_BC in x_BC.split(block[1], 1)])
+            for x_BC in x_RC.split(block[0])
+        ]
+    )
+    scale_GK = scale_of(amax_GK, HALF_RANGE[dtype])
+    return quantize_static(x_RC, scale_GK, block, dtype), scale_GK
+
+
+def quantize_experts(
+    x_EKN: Tensor, dtype: torch.dtype = torch.float8_e4m3fn
+) -> tuple[Tensor, Tensor]:
+    """Fused experts turned: codes [E, N, K] and scales [E, N, 1] of the rows of x[e].T."""
+    pairs = [quantize_rows(x_KN.t(), dtype) for x_KN in x_EKN]
+    return torch.stack([code for code, _ in pairs]), torch.stack([scale for _, scale in pairs])
+
+
+def dequantize(code_RC: Tensor, scale_GK: Tensor, tile: tuple[int, int]) -> Tensor:
+    """code * scale in the scale's dtype, [R, C]."""
+    product_RC = code_RC.double() * spread(scale_GK, tile, *code_RC.shape).double()
+    return product_RC.float().to(scale_GK.dtype)
