@@ -87,7 +87,7 @@ def effect_on_attention(local: str, spec: TensorSpec, sides: Mapping[str, Projec
     `sides` has a Projection for "q" and for "k", named after the attention module. Tensors of v
     are never touched, as no RoPE turns v. Raises PlanError as `effect_on` does.
     """
-    side = "k" if local.startswith("v_") else local[:1]
+    side = "q" if local.startswith("q_") else "k"
     if local not in ATTENTION_RULES:
         raise PlanError(
             f"{sides['q'].name}.{local}: {spec} is no tensor of an attention module that ckptq "
@@ -240,6 +240,9 @@ ATTENTION_RULES: dict[str, Rule] = {
     "q_zero_point": _per_head(Part.ZERO_POINTS),
     "k_zero_point": _per_head(Part.ZERO_POINTS),
     "v_zero_point": _kept(Part.ZERO_POINTS, "RoPE does not turn v"),
+    "sinks": _kept(Part.WEIGHTS, "one a head"),
+    # frequencies count pairs, and pair i is pair i in both orders
+    "rotary_emb.inv_freq": _kept(Part.WEIGHTS, "indexed by rotated pair"),
     # normalisation of q and k before RoPE has a weight a channel
     "q_norm.weight": _per_head(Part.WEIGHTS),
     "k_norm.weight": _per_head(Part.WEIGHTS),

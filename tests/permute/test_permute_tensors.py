@@ -142,6 +142,8 @@ def test_packed_width_of_few_rows_must_be_said():
         ("k_zero_point", (2, 1, 1), Move.KEPT),
         ("v_scale", (2, 1, 128), Move.KEPT),
         ("v_zero_point", (2, 1, 1), Move.KEPT),
+        ("sinks", (4,), Move.KEPT),
+        ("rotary_emb.inv_freq", (64,), Move.KEPT),
         ("q_norm.weight", (128,), Move.ROWS),
         ("k_norm.weight", (256,), Move.ROWS),
     ],
@@ -150,7 +152,7 @@ def test_attention_tensors(local, shape, move):
     assert effect_on_attention(local, TensorSpec("BF16", shape), SIDES).move is move
 
 
-@pytest.mark.parametrize("name", ["sinks", "k_cache", "rotary_emb.inv_freq"])
+@pytest.mark.parametrize("name", ["k_cache", "q_norm.bias", "x"])
 def test_unknown_attention_tensors_are_refused(name):
     with pytest.raises(PlanError, match=rf"self_attn\.{name}: "):
         effect_on_attention(name, TensorSpec("BF16", (4,)), SIDES)

@@ -1,0 +1,119 @@
+"""Which tensors of a checkpoint a RoPE permutation concerns, from headers and config alone.
+
+Concerned are q_proj and k_proj of every decoder layer of the language model, with RoPE or without,
+and the attention modules that hold them; vision towers have a RoPE of their own and are left alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from ckptq.checkpoint.open import Checkpoint
+from ckptq.errors import PlanError
+from ckptq.models.modules import decoder_layers, num_attention_heads
+from ckptq.permute.effect import Effect, Projection, effect_on, effect_on_attention
+from ckptq.permute.order import Heads
+from ckptq.plan.match import matches
+
+PROJECTIONS = {"q_proj": "q", "k_proj": "k"}
+_UNTURNED = ("v_proj", "o_proj")
+
+
+def plan_permutation(ckpt: Checkpoint) -> dict[str, Effect]:
+    """Tensor name -> what happens to it, for every tensor of q/k and of their attention modules.
+
+    Raises PlanError, naming the tensor, for one that is unknown or cannot be permuted, and for a
+    model without q_proj and k_proj (fused qkv, latent attention).
+    """
+    layers, _ = decoder_layers(ckpt)
+    modules = _attention_modules(ckpt, layers)
+    if not modules:
+        raise PlanError(
+            f"{ckpt.path}: no decoder layer has both a q_proj and a k_proj; ckptq permutes no "
+            "other layout of attention"
+        )
+    heads = head_geometry(ckpt.text_config)
+    effects = {}
+    for name, stored in ckpt.tensors.items():
+        module, local = _split(name, modules)
+        if module is None or local.startswith(tuple(f"{p}." for p in _UNTURNED)):
+            continue
+        child, _, rest = local.partition(".")
+        if child in PROJECTIONS:
+            projection = _projection(ckpt, f"{module}.{child}", heads[PROJECTIONS[child]])
+            effects[name] = effect_on(rest, stored.spec, projection)
+        else:
+            sides = {side: Projection(module, heads[side]) for side in heads}
+            effects[name] = effect_on_attention(local, stored.spec, sides)
+    return effects
+
+
+def head_geometry(text_config: Mapping[str, Any]) -> dict[str, Heads]:
+    """The heads of "q" and of "k", from a language model's config.
+
+    head_dim defaults to hidden_size / num_attention_heads, as in transformers; the rotated share
+    of a head is `rotary_dim` or `partial_rotary_factor`, wherever the config keeps it.
+    """
+    counts = num_attention_heads(text_config)
+    if counts is None:
+        raise PlanError("config.json: num_attention_heads is missing, so heads are unknown")
+    head_dim = text_config.get("head_dim") or text_config.get("hidden_size", 0) // counts[0]
+    rotary_dim = _rotary_dim(text_config, head_dim)
+    q_count, k_count = counts
+    return {"q": Heads(q_count, head_dim, rotary_dim), "k": Heads(k_count, head_dim, rotary_dim)}
+
+
+def _rotary_dim(text_config: Mapping[str, Any], head_dim: int) -> int:
+    if isinstance(text_config.get("rotary_dim"), int):
+        return int(text_config["rotary_dim"])
+    ropes = text_config.get("rope_parameters") or {}
+    # one set of parameters, or one for each kind of layer
+    sets = [text_config, ropes, *(r for r in ropes.values() if isinstance(r, Mapping))]
+    names = ("partial_rotary_factor", "rotary_pct")
+    shares = {s[name] for s in sets for name in names if s.get(name) is not None}
+    if len(shares) > 1:
+        raise PlanError(
+            f"config.json: layers rotate different shares of a head ({sorted(shares)}); ckptq "
+            "permutes only models that rotate the same rows in all layers"
+        )
+    return int(head_dim * shares.pop()) if shares else head_dim
+
+
+def _attention_modules(ckpt: Checkpoint, layers: str) -> set[str]:
+    """The modules of decoder layers that own both a q_proj and a k_proj."""
+    owners: dict[str, set[str]] = {child: set() for child in PROJECTIONS}
+    for name in ckpt.tensors:
+        for child, found in owners.items():
+            module, dot, _ = name.partition(f".{child}.")
+            if dot and layers and module.startswith(layers + "."):
+                found.add(module)
+    return set.intersection(*owners.values())
+
+
+def _split(name: str, modules: set[str]) -> tuple[str | None, str]:
+    """(attention module, rest of the name), or (None, name) for a tensor of anything else."""
+    parts = name.split(".")
+    for end in range(len(parts) - 1, 0, -1):
+        module = ".".join(parts[:end])
+        if module in modules:
+            return module, ".".join(parts[end:])
+    return None, name
+
+
+def _projection(ckpt: Checkpoint, name: str, heads: Heads) -> Projection:
+    """A projection with what the quantization config says of its weights' layout."""
+    config = ckpt.quantization_config or {}
+    weights = _weights_args(config, name)
+    block = weights.get("block_structure") or config.get("weight_block_size")
+    bits = weights.get("num_bits")
+    return Projection(name, heads, block=(block[0], block[1]) if block else None, bits=bits)
+
+
+def _weights_args(config: Mapping[str, Any], name: str) -> Mapping[str, Any]:
+    """`weights` of the group that quantizes this Linear: by name first, then by class."""
+    groups = [g for g in (config.get("config_groups") or {}).values() if g.get("weights")]
+    named = [g for g in groups if any(matches(t, name) for t in g.get("targets", ()))]
+    by_class = [g for g in groups if "Linear" in g.get("targets", ())]
+    found = [*named, *by_class]
+    return found[0]["weights"] if found else {}
