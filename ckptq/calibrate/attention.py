@@ -1,0 +1,98 @@
+"""The attention function through which every family's q, k and v pass after RoPE.
+
+transformers looks attention up by name in `AttentionInterface`; a model built with the name
+"ckptq" comes here. The function shows q, k and v to the tap of its module, then computes what
+transformers' own SDPA would, to the last bit. Models that SDPA cannot compute (attention sinks,
+soft caps) are built with "ckptq_eager", which goes on to the family's own eager attention.
+
+Shape letters: B batch, H query heads, K key/value heads, S positions, D head size.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+NAME = "ckptq"
+NAME_EAGER = "ckptq_eager"
+
+Tap = Callable[[str, "Tensor", "Tensor", "Tensor"], None]
+"""Gets (module name, q [B, H, S, D], k [B, K, S, D], v [B, K, S, D]) as attention does."""
+
+_TAP = "ckptq_tap"
+
+
+def attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    **kwargs: Any,
+) -> tuple[Tensor, Tensor | None]:
+    """transformers' `sdpa_attention_forward`, with the module's tap called first."""
+    from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+    _show(module, query, key, value)
+    result: tuple[Tensor, Tensor | None] = sdpa_attention_forward(
+        module, query, key, value, attention_mask, **kwargs
+    )
+    return result
+
+
+def eager_attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    **kwargs: Any,
+) -> tuple[Tensor, Tensor | None]:
+    """The `eager_attention_forward` of the module's own family, with its tap called first."""
+    _show(module, query, key, value)
+    family = sys.modules[type(module).__module__]
+    result: tuple[Tensor, Tensor | None] = family.eager_attention_forward(
+        module, query, key, value, attention_mask, **kwargs
+    )
+    return result
+
+
+def _show(module: nn.Module, query: Tensor, key: Tensor, value: Tensor) -> None:
+    tap = getattr(module, _TAP, None)
+    if tap is not None:
+        tap(query, key, value)
+
+
+def register(supports_sdpa: bool) -> str:
+    """Make the functions known to transformers and return the name to put in a model's config.
+
+    Masks are made as for SDPA (None where plain causal attention is meant, else booleans), or as
+    for eager attention (0 and the lowest number).
+    """
+    from transformers.masking_utils import AttentionMaskInterface, eager_mask, sdpa_mask
+    from transformers.modeling_utils import AttentionInterface
+
+    AttentionInterface.register(NAME, attention)
+    AttentionMaskInterface.register(NAME, sdpa_mask)
+    AttentionInterface.register(NAME_EAGER, eager_attention)
+    AttentionMaskInterface.register(NAME_EAGER, eager_mask)
+    return NAME if supports_sdpa else NAME_EAGER
+
+
+@contextmanager
+def tapped(root: nn.Module, name: str, tap: Tap | None) -> Iterator[None]:
+    """In the block, `tap` sees q, k and v of every attention inside `root`, called `name`."""
+    modules = list(root.named_modules(prefix=name))
+    for path, module in modules:
+        setattr(module, _TAP, partial(tap, path) if tap is not None else None)
+    try:
+        yield
+    finally:
+        for _, module in modules:
+            delattr(module, _TAP)

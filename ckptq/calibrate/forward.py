@@ -1,0 +1,178 @@
+"""A model's forward pass, one layer in memory at a time, equal to transformers' to the last bit.
+
+The model runs once per batch with recorders in the place of its decoder layers: they keep the
+arguments (mask, position embeddings) that each layer would get. Then every layer in turn is
+loaded, run on all batches and dropped. Between layers only the hidden states of all batches are
+kept, on the CPU.
+
+Shape letters: B batch, S positions, E hidden size, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from ckptq.calibrate.attention import Tap, tapped
+from ckptq.calibrate.record import (
+    AllLayersSeen,
+    LayerArguments,
+    Memo,
+    Moved,
+    Recorder,
+    layers_replaced,
+)
+from ckptq.calibrate.skeleton import Skeleton, build_skeleton
+from ckptq.calibrate.text import Batch
+from ckptq.calibrate.weights import CheckpointWeights, Loader, WeightSource
+from ckptq.checkpoint.open import Checkpoint
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor, nn
+
+
+@dataclass
+class Stream:
+    """All batches on their way through the layers."""
+
+    batches: list[Batch]
+    hidden_BSE: list[Tensor]
+    """One per batch, on the CPU; replaced in place as layers run."""
+    arguments: list[list[LayerArguments]]
+    """[batch][layer]: what the model passes to the layer besides the hidden states."""
+
+
+class LayerwiseModel:
+    """A checkpoint that can be run layer by layer."""
+
+    def __init__(self, skeleton: Skeleton, loader: Loader, device: torch.device) -> None:
+        self.skeleton = skeleton
+        self.loader = loader
+        self.device = device
+        self._layers = list(skeleton.layers.values())
+
+    @property
+    def layer_names(self) -> list[str]:
+        """Module names of the decoder layers, in the order in which they run."""
+        return list(self.skeleton.layers)
+
+    def embed(self, batches: Iterable[Batch]) -> Stream:
+        """Everything before the first decoder layer, and the arguments that the layers will get."""
+        stream, memo = Stream([], [], []), Memo()
+        with self._outer_weights(), _no_grad():
+            for batch in batches:
+                hidden_BSE, calls = self._record(batch)
+                stream.batches.append(batch)
+                stream.hidden_BSE.append(hidden_BSE.cpu())
+                stream.arguments.append([memo.keep(call) for call in calls])
+        return stream
+
+    def run_layer(
+        self, index: int, stream: Stream, observe: Callable[[int], Tap] | None = None
+    ) -> None:
+        """Load one decoder layer, run every batch through it, drop it.
+
+        `observe(batch index)` gives the tap that sees q, k and v of that batch.
+        """
+        name = self.layer_names[index]
+        layer = self.skeleton.layers[name]
+        with self.loader.loaded(name), _no_grad():
+            moved = Moved(self.device)
+            for number, hidden_BSE in enumerate(stream.hidden_BSE):
+                args, kwargs = moved(stream.arguments[number][index])
+                tap = observe(number) if observe is not None else None
+                with tapped(layer, name, tap):
+                    result = layer(hidden_BSE.to(self.device), *args, **kwargs)
+                result_BSE: Tensor = result[0] if isinstance(result, tuple) else result
+                stream.hidden_BSE[number] = result_BSE.cpu()
+                stream.arguments[number][index] = ((), {})
+
+    def head(self, stream: Stream) -> Iterator[Tensor]:
+        """Logits [B, S, V] of each batch: the final norm and the output head."""
+        with self._outer_weights(), _no_grad():
+            for number, batch in enumerate(stream.batches):
+                yield self._finish(batch, stream.hidden_BSE[number].to(self.device))
+
+    def _record(self, batch: Batch) -> tuple[Tensor, list[LayerArguments]]:
+        """Run the model up to its last layer; every layer only notes its arguments."""
+        recorder = Recorder(type(self.skeleton.model).__name__, stop_after=len(self.layer_names))
+        with layers_replaced(self._layers, recorder), suppress(AllLayersSeen):
+            self._call(batch)
+        return recorder.hidden_states(), recorder.calls
+
+    def _finish(self, batch: Batch, hidden_BSE: Tensor) -> Tensor:
+        """Run the model with layers that hand on the hidden states which the last one gave."""
+
+        def given(*_: Any, **__: Any) -> Tensor:
+            return hidden_BSE
+
+        with layers_replaced(self._layers, given):
+            logits_BSV: Tensor = self._call(batch).logits
+        return logits_BSV
+
+    def _call(self, batch: Batch) -> Any:
+        return self.skeleton.model(
+            input_ids=batch.input_ids_BS.to(self.device),
+            attention_mask=batch.mask_BS.to(self.device),
+            use_cache=False,
+        )
+
+    @contextmanager
+    def _outer_weights(self) -> Iterator[None]:
+        """Modules outside the decoder layers get their weights when called, and lose them after.
+
+        So a vision tower that text never enters is never read.
+        """
+        inner = {id(m) for layer in self.skeleton.layers.values() for m in layer.modules()}
+        loaded: list[str] = []
+
+        def load_before(name: str) -> Callable[..., None]:
+            def hook(*_: Any) -> None:
+                if name not in loaded:
+                    self.loader.load(name, recurse=False)
+                    loaded.append(name)
+
+            return hook
+
+        with ExitStack() as stack:
+            for name, module in self.skeleton.model.named_modules():
+                if id(module) not in inner and _has_own_weights(module):
+                    handle = module.register_forward_pre_hook(load_before(name))
+                    stack.callback(handle.remove)
+            try:
+                yield
+            finally:
+                for name in loaded:
+                    self.loader.unload(name, recurse=False)
+
+
+def open_model(
+    ckpt: Checkpoint, device: str = "cpu", weights: WeightSource | None = None
+) -> LayerwiseModel:
+    """Open a checkpoint for running; reads config.json and the headers only.
+
+    `weights` replaces the checkpoint's own tensors: same names and shapes, other values.
+    """
+    import torch
+
+    source = CheckpointWeights(ckpt) if weights is None else weights
+    where = torch.device(device)
+    skeleton = build_skeleton(ckpt, where)
+    return LayerwiseModel(skeleton, Loader(skeleton, source, where), where)
+
+
+def _has_own_weights(module: nn.Module) -> bool:
+    parameters: Mapping[str, Any] = module._parameters
+    persistent = set(module._buffers) - module._non_persistent_buffers_set
+    return any(p is not None for p in parameters.values()) or bool(persistent)
+
+
+@contextmanager
+def _no_grad() -> Iterator[None]:
+    import torch
+
+    with torch.no_grad():
+        yield

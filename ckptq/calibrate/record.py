@@ -1,0 +1,120 @@
+"""Stand-ins for decoder layers that note how the model calls them, and keepers of those notes.
+
+Shape letters: B batch, S positions, E hidden size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+from ckptq.errors import PlanError
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor, nn
+
+LayerArguments = tuple[tuple[Any, ...], dict[str, Any]]
+"""What a model passes to a decoder layer besides the hidden states."""
+
+
+class AllLayersSeen(Exception):
+    """Ends a recording run: what follows the layers is not needed and has no weights."""
+
+
+class Recorder:
+    """Stands in for the decoder layers of one run and notes how each is called."""
+
+    def __init__(self, model_name: str, stop_after: int) -> None:
+        self.calls: list[LayerArguments] = []
+        self._model_name = model_name
+        self._stop_after = stop_after
+        self._hidden_BSE: Tensor | None = None
+
+    def __call__(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        if self._hidden_BSE is not None and hidden_states is not self._hidden_BSE:
+            raise PlanError(
+                f"{self._model_name} changes the hidden states between decoder layers "
+                f"{len(self.calls) - 1} and {len(self.calls)}; it cannot be run layer by layer"
+            )
+        self._hidden_BSE = hidden_states
+        self.calls.append((args, kwargs))
+        if len(self.calls) == self._stop_after:
+            raise AllLayersSeen
+        return hidden_states
+
+    def hidden_states(self) -> Tensor:
+        """What the first layer gets, [B, S, E]. PlanError when some layer was never called."""
+        if self._hidden_BSE is None or len(self.calls) < self._stop_after:
+            raise PlanError(
+                f"{self._model_name} called {len(self.calls)} of its {self._stop_after} decoder "
+                "layers; it cannot be run layer by layer"
+            )
+        return self._hidden_BSE
+
+
+class Memo:
+    """Keeps one copy of equal tensors, on the CPU: masks and position embeddings repeat."""
+
+    def __init__(self) -> None:
+        self._kept: dict[tuple[Any, ...], Tensor] = {}
+
+    def keep(self, call: LayerArguments) -> LayerArguments:
+        args, kwargs = _map_tensors(self._one, call)
+        return args, kwargs
+
+    def _one(self, tensor: Tensor) -> Tensor:
+        import hashlib
+
+        import torch
+
+        cpu = tensor.detach().cpu().contiguous()
+        digest = hashlib.sha256(cpu.reshape(-1).view(torch.uint8).numpy().tobytes()).digest()
+        return self._kept.setdefault((cpu.dtype, cpu.shape, digest), cpu)
+
+
+class Moved:
+    """Layer arguments on the device; a tensor that comes again is not moved again."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._seen: dict[int, Tensor] = {}
+
+    def __call__(self, call: LayerArguments) -> LayerArguments:
+        args, kwargs = _map_tensors(self._one, call)
+        return args, kwargs
+
+    def _one(self, tensor: Tensor) -> Tensor:
+        if id(tensor) not in self._seen:
+            self._seen[id(tensor)] = tensor.to(self._device)
+        return self._seen[id(tensor)]
+
+
+def _map_tensors(change: Callable[[Tensor], Tensor], value: Any) -> Any:
+    """Apply to every tensor in tuples, lists and dicts; other containers are handed on as they are.
+
+    A model may share such a container between layers on purpose (Gemma-3n's shared keys and
+    values).
+    """
+    import torch
+
+    if isinstance(value, torch.Tensor):
+        return change(value)
+    if type(value) in (tuple, list):
+        return type(value)(_map_tensors(change, each) for each in value)
+    if type(value) is dict:
+        return {key: _map_tensors(change, each) for key, each in value.items()}
+    return value
+
+
+@contextmanager
+def layers_replaced(layers: Sequence[nn.Module], stand_in: Callable[..., Tensor]) -> Iterator[None]:
+    """Each layer's `forward` is another function inside the block; its attributes stay."""
+    for layer in layers:
+        vars(layer)["forward"] = stand_in
+    try:
+        yield
+    finally:
+        for layer in layers:
+            del vars(layer)["forward"]

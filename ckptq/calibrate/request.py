@@ -1,0 +1,108 @@
+"""From what a user asks to scales: read text and calibrate for a plan, or load a file of scales."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ckptq.checkpoint.open import Checkpoint
+from ckptq.errors import SourceError, UsageError
+from ckptq.plan.unit import Plan
+
+if TYPE_CHECKING:
+    from ckptq.calibrate.scales import Scales
+    from ckptq.console import Begin
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class CalibrationRequest:
+    """Which text, how much of it, and where the model runs."""
+
+    data: str | None = None
+    samples: int = 128
+    seq_len: int = 2048
+    batch_size: int = 1
+    seed: int = 0
+    device: str | None = None
+    trust_remote_code: bool = False
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ScalesSource:
+    """Where a conversion's scales come from, and what identifies them."""
+
+    arguments: Mapping[str, Any]
+    load: Callable[[Path], Scales]
+    """Takes the folder in which it may keep what it needs to go on after an interruption."""
+
+
+def scales_source(
+    ckpt: Checkpoint, plan: Plan, wanted: CalibrationRequest, file: Path | None, begin: Begin
+) -> ScalesSource | None:
+    """None where the plan needs no scales; UsageError for a scales file that nothing needs."""
+    needed = plan.attention is not None or plan.recipe.needs_input_scales
+    if file is not None:
+        if not needed:
+            raise UsageError(f"{file}: recipe {plan.recipe.name!r} uses no calibrated scales")
+        return ScalesSource(
+            arguments={"scales_sha256": _digest(file)}, load=lambda folder: _from_file(file)
+        )
+    if not needed:
+        return None
+    return ScalesSource(
+        arguments={
+            "data": Path(wanted.data).name if wanted.data else None,
+            "samples": wanted.samples,
+            "seq_len": wanted.seq_len,
+            "batch_size": wanted.batch_size,
+            "seed": wanted.seed,
+        },
+        load=lambda folder: calibrate_plan(ckpt, plan, wanted, begin, folder),
+    )
+
+
+def calibrate_plan(
+    ckpt: Checkpoint,
+    plan: Plan,
+    wanted: CalibrationRequest,
+    begin: Begin,
+    folder: Path | None = None,
+) -> Scales:
+    """The scales that a plan needs, from the text that was asked for."""
+    import torch
+
+    from ckptq.calibrate.run import calibrate
+    from ckptq.calibrate.text import read_samples
+
+    if plan.attention is None:
+        raise UsageError(f"recipe {plan.recipe.name!r} uses no calibrated scales")
+    device = wanted.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    samples = read_samples(
+        wanted.data, ckpt.path, samples=wanted.samples, seq_len=wanted.seq_len, seed=wanted.seed
+    )
+    report = begin("calibrate", plan.layout.num_layers, "layers")
+    return calibrate(
+        ckpt,
+        samples,
+        strategy=plan.attention.strategy,
+        observer=plan.attention.observer,
+        batch_size=wanted.batch_size,
+        device=device,
+        progress=lambda done, total: report(f"layer {done}", 1),
+    )
+
+
+def _from_file(file: Path) -> Scales:
+    from ckptq.calibrate.scales import load_scales
+
+    return load_scales(file)
+
+
+def _digest(file: Path) -> str:
+    try:
+        return hashlib.sha256(file.read_bytes()).hexdigest()
+    except OSError as error:
+        raise SourceError(f"{file}: cannot be read: {error.strerror or error}") from error

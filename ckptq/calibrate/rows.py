@@ -1,0 +1,85 @@
+"""Where calibration text comes from: files, data sets, and the corpus that every Python carries."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from itertools import islice
+from pathlib import Path
+
+from ckptq.calibrate.tokens import Row
+from ckptq.errors import SourceError, UsageError
+
+
+def builtin_corpus() -> str:
+    """English about Python, 0.7 MB. A stopgap: text like the traffic to be served is better."""
+    from pydoc_data.topics import topics
+
+    return "\n\n".join(topics[name] for name in sorted(topics))
+
+
+def read_text(path: Path, limit: int) -> str:
+    """The first `limit` characters of a UTF-8 file."""
+    try:
+        with path.open(encoding="utf-8") as file:
+            return file.read(limit)
+    except (OSError, UnicodeDecodeError) as error:
+        raise SourceError(f"{path}: cannot be read as text: {error}") from error
+
+
+def read_rows(path: Path, split: str, limit: int) -> Iterator[Row]:
+    """At most `limit` rows of a .jsonl or .parquet file, or of the data set with that id or folder."""
+    if path.suffix == ".jsonl":
+        return islice(_jsonl(path), limit)
+    if path.suffix == ".parquet":
+        return islice(_parquet(path), limit)
+    if path.is_file():
+        raise SourceError(f"{path}: unknown kind of text; known: .txt, .jsonl, .parquet")
+    return islice(_dataset(str(path), split), limit)
+
+
+def _jsonl(path: Path) -> Iterator[Row]:
+    try:
+        with path.open(encoding="utf-8") as file:
+            for number, line in enumerate(file, start=1):
+                if line.strip():
+                    row = json.loads(line)
+                    if not isinstance(row, dict):
+                        raise SourceError(f"{path}, line {number}: not a JSON object")
+                    yield row
+    except json.JSONDecodeError as error:
+        raise SourceError(f"{path}, line {number}: not valid JSON: {error}") from error
+    except (OSError, UnicodeDecodeError) as error:
+        raise SourceError(f"{path}: cannot be read as text: {error}") from error
+
+
+def _parquet(path: Path) -> Iterator[Row]:
+    try:
+        import pyarrow
+        import pyarrow.parquet
+    except ImportError as error:
+        raise UsageError(f"{path}: reading .parquet needs pyarrow: pip install pyarrow") from error
+    try:
+        with pyarrow.parquet.ParquetFile(path) as file:
+            for batch in file.iter_batches():
+                yield from batch.to_pylist()
+    except (OSError, pyarrow.ArrowException) as error:
+        raise SourceError(f"{path}: cannot be read as parquet: {error}") from error
+
+
+def _dataset(name: str, split: str) -> Iterator[Row]:
+    try:
+        import datasets
+    except ImportError as error:
+        raise UsageError(
+            f"{name}: is no .txt, .jsonl or .parquet file; a data set needs datasets: "
+            "pip install datasets"
+        ) from error
+    try:
+        yield from datasets.load_dataset(name, split=split, streaming=True)
+    except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
+        reason = str(error).strip().splitlines()
+        raise SourceError(
+            f"{name}: no such file, and no data set (split {split!r}): "
+            f"{reason[0] if reason else type(error).__name__}"
+        ) from error

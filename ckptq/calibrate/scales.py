@@ -1,0 +1,129 @@
+"""Calibrated scales: what calibration ends in and quantization starts from, as one small file.
+
+A safetensors file with the scales under the names that they get in the checkpoint
+("model.layers.0.self_attn.k_scale"), the statistics they were read from beside them ("...k_amin",
+"...k_amax"), and a JSON record of how they were made under the metadata key "ckptq_scales".
+Nothing in it depends on time, place or thread count, so equal runs give equal bytes.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ckptq.checkpoint.open import Checkpoint
+from ckptq.errors import PlanError, SourceError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+RECORD_KEY = "ckptq_scales"
+VERSION = 1
+SCALE_SUFFIXES = ("_scale",)
+STATISTIC_SUFFIXES = ("_amin", "_amax")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Record:
+    """How scales were made."""
+
+    version: int = VERSION
+    model: str
+    source_fingerprint: str
+    strategy: str
+    observer: str
+    observer_arguments: dict[str, Any] = field(default_factory=dict)
+    text: str
+    samples: int
+    tokens: int
+    seq_len: int
+    batch_size: int
+    seed: int
+    token_digest: str
+    attention: dict[str, str]
+    """Attention module, as named on disk -> its class in transformers ("LlamaAttention")."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Scales:
+    """Scales by their name on disk, and what they were read from."""
+
+    tensors: Mapping[str, Tensor]
+    """"...self_attn.{q,k,v}_scale": [1] or [heads, 1, 1]; "<linear>.input_scale": [1]."""
+    statistics: Mapping[str, Tensor]
+    """The same names with _amin and _amax: the lowest and highest value seen."""
+    made: Record
+
+    @property
+    def attention_class(self) -> str:
+        """The one class of all attention modules: the target of an attention config group."""
+        classes = sorted(set(self.made.attention.values()))
+        if len(classes) != 1:
+            raise PlanError(
+                f"attention modules of {self.made.model} are of {len(classes)} classes "
+                f"({', '.join(classes) or 'none'}); vLLM reads an attention group "
+                "with one target only"
+            )
+        return classes[0]
+
+    def record(self) -> dict[str, Any]:
+        """How they were made, as JSON data."""
+        return asdict(self.made)
+
+
+def save_scales(path: Path, scales: Scales) -> None:
+    """Write the file whole or not at all."""
+    from safetensors.torch import save_file
+
+    record = json.dumps(scales.record(), sort_keys=True)
+    tensors = {**scales.statistics, **scales.tensors}
+    scratch = path.with_name(path.name + ".partial")
+    save_file(
+        {name: tensors[name].contiguous() for name in sorted(tensors)},
+        scratch,
+        metadata={"format": "pt", RECORD_KEY: record},
+    )
+    scratch.replace(path)
+
+
+def load_scales(path: Path) -> Scales:
+    """Read the file back. Raises SourceError when `ckptq calibrate` did not make it."""
+    from ckptq.checkpoint.header import read_header
+    from ckptq.checkpoint.read import read_tensors
+
+    if not path.is_file():
+        raise SourceError(f"{path}: no such scales file")
+    header = read_header(path)
+    record = _record(path, header.metadata.get(RECORD_KEY))
+    tensors = read_tensors(header.tensors)
+    return Scales(
+        tensors={name: t for name, t in tensors.items() if name.endswith(SCALE_SUFFIXES)},
+        statistics={name: t for name, t in tensors.items() if name.endswith(STATISTIC_SUFFIXES)},
+        made=record,
+    )
+
+
+def source_fingerprint(ckpt: Checkpoint) -> str:
+    """sha256 over config.json and the headers of all shards: names, shapes, places; no data."""
+    digest = hashlib.sha256(json.dumps(dict(ckpt.config), sort_keys=True).encode())
+    for header in sorted(ckpt.headers, key=lambda header: header.file.name):
+        digest.update(f"{header.file.name} {header.nbytes} {header.digest}\n".encode())
+    return digest.hexdigest()
+
+
+def _record(path: Path, text: str | None) -> Record:
+    if text is None:
+        raise SourceError(f"{path}: not a scales file: no {RECORD_KEY!r} in its metadata")
+    try:
+        value = json.loads(text)
+        if value.get("version") != VERSION:
+            raise SourceError(
+                f"{path}: scales file of version {value.get('version')}, this ckptq reads {VERSION}"
+            )
+        return Record(**value)
+    except (ValueError, TypeError, AttributeError) as error:
+        raise SourceError(f"{path}: its record of how it was made is damaged: {error}") from error

@@ -1,0 +1,161 @@
+"""The transformers model of a checkpoint without its weights: parameters on the meta device.
+
+Built as `from_pretrained` builds it, from config.json alone, so that no family needs code here.
+Buffers that are computed and not stored (RoPE frequencies, embedding scales) are real.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from ckptq.calibrate import attention
+from ckptq.checkpoint.open import Checkpoint
+from ckptq.errors import PlanError, SourceError
+from ckptq.spec import FLOATS, torch_dtype
+
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
+    from transformers import PreTrainedConfig, PreTrainedModel
+
+
+@dataclass(frozen=True)
+class Skeleton:
+    """A model on the meta device, and where its decoder layers are."""
+
+    model: PreTrainedModel
+    layers: dict[str, nn.Module]
+    """Module name -> decoder layer, in the order in which they run."""
+    dtype: torch.dtype
+
+
+def build_skeleton(ckpt: Checkpoint, device: torch.device) -> Skeleton:
+    """The model that config.json describes, in eval mode, with the "ckptq" attention function.
+
+    Raises SourceError for an architecture that the installed transformers does not have, PlanError
+    for one without decoder layers or attention heads.
+    """
+    config = _config(ckpt)
+    _check_has_heads(ckpt, config)
+    dtype = _dtype(ckpt, config)
+    model_class = _model_class(ckpt, config)
+    config._attn_implementation = attention.register(model_class._supports_sdpa)
+    model = _on_meta(model_class, config, dtype)
+    _make_buffers(model, device)
+    model.eval()
+    return Skeleton(model=model, layers=_decoder_layers(ckpt, model), dtype=dtype)
+
+
+def _check_has_heads(ckpt: Checkpoint, config: PreTrainedConfig) -> None:
+    if not getattr(config.get_text_config(decoder=True), "num_attention_heads", None):
+        architecture = ", ".join(config.architectures or ["unknown architecture"])
+        raise PlanError(
+            f"{ckpt.path}: {architecture} has no attention heads, so there is no KV cache and no "
+            "query to scale; use a scheme for weights alone"
+        )
+
+
+def _config(ckpt: Checkpoint) -> PreTrainedConfig:
+    from transformers import AutoConfig
+
+    try:
+        config: PreTrainedConfig = AutoConfig.from_pretrained(
+            ckpt.path, local_files_only=True, trust_remote_code=False
+        )
+    except (ValueError, KeyError, TypeError, OSError) as error:
+        reason = str(error).strip().splitlines()
+        raise SourceError(
+            f"{ckpt.path / 'config.json'}: transformers cannot read it: "
+            f"{reason[0] if reason else type(error).__name__}"
+        ) from error
+    return config
+
+
+def _dtype(ckpt: Checkpoint, config: PreTrainedConfig) -> torch.dtype:
+    """What `from_pretrained(dtype="auto")` takes: the config's, else the first weight's."""
+    import torch
+
+    dtype = config.dtype
+    if dtype is None:
+        stored = (t.spec.dtype for t in ckpt.tensors.values() if t.spec.dtype in FLOATS)
+        dtype = torch_dtype(next(stored, "F32"))
+    config.dtype = dtype
+    for key in config.sub_configs:
+        if (sub := getattr(config, key, None)) is not None:
+            sub.dtype = dtype
+    assert isinstance(dtype, torch.dtype)
+    return dtype
+
+
+def _model_class(ckpt: Checkpoint, config: PreTrainedConfig) -> type[PreTrainedModel]:
+    import transformers
+
+    wanted = config.architectures or []
+    found = [getattr(transformers, name) for name in wanted if hasattr(transformers, name)]
+    if not found:
+        raise SourceError(
+            f"{ckpt.path / 'config.json'}: architectures {wanted} are not in transformers "
+            f"{transformers.__version__}"
+        )
+    model_class: type[PreTrainedModel] = found[0]
+    return model_class
+
+
+def _on_meta(
+    model_class: type[PreTrainedModel], config: PreTrainedConfig, dtype: torch.dtype
+) -> PreTrainedModel:
+    from transformers.utils.generic import ContextManagers
+
+    contexts = model_class.get_init_context(dtype, False, False, None)
+    with ContextManagers(contexts):
+        return model_class(config)
+
+
+def _make_buffers(model: PreTrainedModel, device: torch.device) -> None:
+    """Compute the buffers that no checkpoint stores, by the model's own initialization.
+
+    Parameters are marked as initialized, so that `initialize_weights` leaves them on the meta
+    device.
+    """
+    import torch
+
+    for parameter in model.state_dict(keep_vars=True).values():
+        parameter._is_hf_initialized = True
+    for name, buffer in list(model.named_non_persistent_buffers()):
+        owner, _, key = name.rpartition(".")
+        setattr(model.get_submodule(owner), key, torch.empty_like(buffer, device=device))
+    model.initialize_weights()
+
+
+def _decoder_layers(ckpt: Checkpoint, model: PreTrainedModel) -> dict[str, nn.Module]:
+    """The list of the language model's layers: in its decoder, as many as its config says."""
+    from torch import nn
+
+    wanted = model.config.get_text_config(decoder=True).num_hidden_layers
+    decoder = model.get_decoder()
+    prefix = next(name for name, module in model.named_modules() if module is decoder)
+    for name, module in decoder.named_modules():
+        if isinstance(module, nn.ModuleList) and len(module) == wanted:
+            where = ".".join(part for part in (prefix, name) if part)
+            return {f"{where}.{index}": layer for index, layer in enumerate(module)}
+    raise PlanError(
+        f"{ckpt.path}: {type(model).__name__} has no list of {wanted} decoder layers "
+        "to run one by one"
+    )
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Keep transformers' own progress bars off stderr: ckptq shows its own."""
+    from transformers.utils import logging
+
+    shown: Any = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()

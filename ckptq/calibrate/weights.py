@@ -1,0 +1,246 @@
+"""Put a part of a checkpoint's weights into the model that has none, and take them out again.
+
+Names on disk become parameters by transformers' own conversion (renamed prefixes, experts fused
+into one tensor, ...), applied to one part of the model at a time: a decoder layer, an embedding, a
+norm.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Collection, Iterable
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any, Protocol
+
+from ckptq.calibrate.skeleton import Skeleton, quiet
+from ckptq.checkpoint.open import Checkpoint
+from ckptq.checkpoint.read import read_tensors
+from ckptq.errors import SourceError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    import torch
+    from torch import Tensor, nn
+    from transformers import PreTrainedModel
+
+
+class WeightSource(Protocol):
+    """Where weights come from: the checkpoint itself, or something that dequantizes another one."""
+
+    @property
+    def label(self) -> str:
+        """What messages call it: a path."""
+        ...
+
+    def names(self) -> Collection[str]:
+        """Every tensor it can give, by its name in the *unquantized* checkpoint."""
+        ...
+
+    def load(self, names: Collection[str]) -> dict[str, Tensor]:
+        """These tensors, on the CPU or the device, in memory that the caller may keep."""
+        ...
+
+
+class CheckpointWeights:
+    """The tensors of a checkpoint as they are stored."""
+
+    def __init__(self, ckpt: Checkpoint) -> None:
+        if ckpt.quantization_config is not None:
+            method = ckpt.quantization_config.get("quant_method", "unknown")
+            raise SourceError(
+                f"{ckpt.path}: is already quantized (quant_method {method!r}); calibration runs "
+                "the unquantized model"
+            )
+        self._ckpt = ckpt
+
+    @property
+    def label(self) -> str:
+        return str(self._ckpt.path)
+
+    def names(self) -> Collection[str]:
+        return self._ckpt.tensors.keys()
+
+    def load(self, names: Collection[str]) -> dict[str, Tensor]:
+        return read_tensors({name: self._ckpt.tensors[name] for name in names})
+
+
+class Loader:
+    """Moves weights of one module at a time between a source and a skeleton."""
+
+    def __init__(self, skeleton: Skeleton, source: WeightSource, device: torch.device) -> None:
+        self._skeleton = skeleton
+        self._source = source
+        self._device = device
+        self._parameters = frozenset(skeleton.model.state_dict())
+        self._sources = sources_of_parameters(skeleton.model, source.names())
+
+    def stored_names(self, module: str) -> dict[str, tuple[str, ...]]:
+        """Parameter -> names on disk, for everything stored under a module."""
+        return {p: names for p, names in self._sources.items() if p.startswith(module + ".")}
+
+    def stored_module(self, module: str) -> str:
+        """What a module is called on disk.
+
+        Example, Gemma-3 with images: "model.language_model.layers.0.self_attn" is
+        "language_model.model.layers.0.self_attn" there.
+        """
+        stored = self.stored_names(module)
+        for parameter, names in stored.items():
+            suffix = parameter.removeprefix(module)
+            if len(names) == 1 and names[0].endswith(suffix):
+                return names[0].removesuffix(suffix)
+        every = [name.split(".") for names in stored.values() for name in names]
+        shared = [parts[0] for parts in zip(*every, strict=False) if len(set(parts)) == 1]
+        return ".".join(shared) or module
+
+    @contextmanager
+    def loaded(self, module: str) -> Iterator[None]:
+        """The module has its weights inside the block and none after it."""
+        self.load(module)
+        try:
+            yield
+        finally:
+            self.unload(module)
+
+    def load(self, module: str, recurse: bool = True) -> None:
+        """Read the weights of a module and put them on the device.
+
+        `recurse=False` takes the module's own parameters only. Raises SourceError where the
+        checkpoint lacks one or has it in another shape.
+        """
+        wanted = [name for name in self._own(module, recurse) if not self._share(name)]
+        absent = [parameter for parameter in wanted if not self._sources_for(parameter)]
+        if absent:
+            raise SourceError(
+                f"{self._source.label}: no tensor for {absent[0]!r}"
+                f"{f' and {len(absent) - 1} more' if len(absent) > 1 else ''}, which "
+                f"{type(self._skeleton.model).__name__} needs"
+            )
+        names = {name for parameter in wanted for name in self._sources_for(parameter)}
+        self._convert(self._source.load(names))
+        self._take_from_twins(wanted)
+        bare = [name for name in wanted if _get(self._skeleton.model, name).is_meta]
+        assert not bare, f"transformers' conversion left {bare} without weights"
+
+    def unload(self, module: str, recurse: bool = True) -> None:
+        """Give the memory of a module's weights back."""
+        for parameter in self._own(module, recurse):
+            _set(self._skeleton.model, parameter, _empty_on_meta(self._skeleton.model, parameter))
+
+    def _own(self, module: str, recurse: bool) -> list[str]:
+        prefix = module + "." if module else ""
+        under = (name for name in sorted(self._parameters) if name.startswith(prefix))
+        return [name for name in under if recurse or "." not in name.removeprefix(prefix)]
+
+    def _sources_for(self, parameter: str) -> tuple[str, ...]:
+        return self._sources.get(parameter) or self._sources.get(self._twin(parameter), ())
+
+    def _twin(self, parameter: str) -> str:
+        """The parameter whose weights this one shares where only one of the two is stored."""
+        tied: dict[str, str] = self._skeleton.model.all_tied_weights_keys
+        twins = tied | {source: target for target, source in tied.items()}
+        return twins.get(parameter, parameter)
+
+    def _share(self, parameter: str) -> bool:
+        """Use the weights of a tied parameter that is loaded already."""
+        model, twin = self._skeleton.model, self._twin(parameter)
+        shared = parameter not in self._sources and not _get(model, twin).is_meta
+        if shared:
+            _set(model, parameter, _get(model, twin))
+        return shared
+
+    def _take_from_twins(self, wanted: Iterable[str]) -> None:
+        """What was read under a tied parameter's name belongs to the one that was asked for."""
+        model = self._skeleton.model
+        for parameter in wanted:
+            if parameter not in self._sources:
+                twin = self._twin(parameter)
+                _set(model, parameter, _get(model, twin))
+                _set(model, twin, _empty_on_meta(model, twin))
+
+    def _convert(self, tensors: dict[str, Tensor]) -> None:
+        from transformers.conversion_mapping import get_model_conversion_mapping
+        from transformers.core_model_loading import convert_and_load_state_dict_in_model
+        from transformers.modeling_utils import LoadStateDictConfig
+
+        model, dtype = self._skeleton.model, self._skeleton.dtype
+        config = LoadStateDictConfig(
+            device_map={"": self._device},
+            dtype=dtype,
+            dtype_plan=model._get_dtype_plan(dtype),
+            weight_mapping=get_model_conversion_mapping(model),  # type: ignore[arg-type]
+        )
+        with quiet():
+            info, _ = convert_and_load_state_dict_in_model(model, tensors, config, None)
+        for parameter, found, wanted in info.mismatched_keys:
+            raise SourceError(
+                f"{self._source.label}: {parameter!r} is {list(found)} on disk, config.json "
+                f"asks for {list(wanted)}"
+            )
+        for parameter, reason in info.conversion_errors.items():
+            raise SourceError(
+                f"{self._source.label}: cannot build {parameter!r} from its tensors: "
+                f"{reason.strip().splitlines()[-1]}"
+            )
+
+
+def sources_of_parameters(
+    model: PreTrainedModel, names: Iterable[str]
+) -> dict[str, tuple[str, ...]]:
+    """Which stored tensors make each parameter, as transformers would load them.
+
+    Example, Mixtral: "model.layers.0.mlp.experts.gate_up_proj" comes from
+    "model.layers.0.block_sparse_moe.experts.{0..7}.w1.weight" and ".w3.weight". Where one stored
+    tensor makes several parameters, the first stands for all. Tensors that the model has no place
+    for are left out.
+    """
+    from transformers.conversion_mapping import get_model_conversion_mapping
+    from transformers.core_model_loading import (
+        WeightConverter,
+        WeightRenaming,
+        dot_natural_key,
+        rename_source_key,
+    )
+
+    mapping = get_model_conversion_mapping(model)
+    renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]
+    converters = [entry for entry in mapping if isinstance(entry, WeightConverter)]
+    targets: dict[str, list[str]] = {
+        pattern: entry.target_patterns for entry in converters for pattern in entry.source_patterns
+    }
+    state: dict[str, Any] = model.state_dict()
+    found: defaultdict[str, list[str]] = defaultdict(list)
+    # the order is transformers' own: some renamings depend on what was seen before
+    for name in sorted(names, key=dot_natural_key):
+        prefix = model.base_model_prefix
+        parameter, pattern = rename_source_key(name, renamings, converters, prefix, state)
+        if parameter not in state and name in state:
+            parameter, pattern = rename_source_key(name, [], [], prefix, state)
+        made = [parameter]
+        if pattern is not None:
+            made = [parameter.replace(targets[pattern][0], t) for t in targets[pattern]]
+        for each in made:
+            if each in state:
+                found[each].append(name)
+    return {parameter: tuple(stored) for parameter, stored in found.items()}
+
+
+def _get(model: nn.Module, name: str) -> Tensor:
+    owner, _, key = name.rpartition(".")
+    tensor: Tensor = getattr(model.get_submodule(owner), key)
+    return tensor
+
+
+def _set(model: nn.Module, name: str, tensor: Tensor) -> None:
+    owner, _, key = name.rpartition(".")
+    setattr(model.get_submodule(owner), key, tensor)
+
+
+def _empty_on_meta(model: nn.Module, name: str) -> Tensor:
+    import torch
+    from torch import nn
+
+    old = _get(model, name)
+    empty = torch.empty_like(old, device="meta")
+    return nn.Parameter(empty, requires_grad=False) if isinstance(old, nn.Parameter) else empty
