@@ -11,10 +11,10 @@ from typing import TYPE_CHECKING, Any
 from ckptq.checkpoint.open import Checkpoint
 from ckptq.errors import SourceError, UsageError
 from ckptq.plan.unit import Plan
+from ckptq.progress import Begin
 
 if TYPE_CHECKING:
     from ckptq.calibrate.scales import Scales
-    from ckptq.console import Begin
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,20 +16,17 @@ from ckptq.convert import documents
 from ckptq.convert.preflight import check_disk, slab_budget
 from ckptq.errors import UsageError
 from ckptq.plan.unit import Plan, Unit
+from ckptq.progress import Begin, Report, silent
+from ckptq.recipes.load import Recipe
 from ckptq.spec import TensorSpec, spec_of
 
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from ckptq.calibrate.request import ScalesSource
     from ckptq.calibrate.scales import Scales
 
 METADATA = {"format": "pt"}
-
-Progress = Callable[[str, int], None]
-"""(what is being done, bytes of the source that are done since the last call)"""
-
-CalibrateInto = Callable[[Path], "Scales"]
-"""Calibrates, keeping what it needs to go on after an interruption in the folder given."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -37,6 +34,7 @@ class Result:
     """What a conversion has made."""
 
     out: Path
+    source: str
     scheme: str
     source_bytes: int
     output_bytes: int
@@ -52,11 +50,11 @@ def write_quantized(
     out: Path,
     *,
     arguments: Mapping[str, Any],
-    calibrate: CalibrateInto | None = None,
+    scales: ScalesSource | None = None,
     restart: bool = False,
     workers: int | None = None,
     max_ram: int | None = None,
-    progress: Progress = lambda what, done: None,
+    begin: Begin = silent,
 ) -> Result:
     """Carry out a plan; `out` appears whole at the end, or not at all.
 
@@ -68,7 +66,7 @@ def write_quantized(
     check_disk(plan, out)
     budget = slab_budget(plan, max_ram, workers)
     record = {
-        "arguments": dict(arguments),
+        "arguments": {**arguments, **(scales.arguments if scales is not None else {})},
         "recipe": plan.recipe.text,
         "source": documents.source_record(ckpt),
         "versions": documents.versions(),
@@ -77,14 +75,16 @@ def write_quantized(
     resumed = len(journal.done)
     try:
         if not journal.published:
-            scales = calibrate(journal.calibration) if calibrate is not None else None
-            _convert(ckpt, plan, journal, scales, workers, budget, progress)
-            _write_documents(ckpt, plan, journal, scales, record)
+            made = scales.load(journal.calibration) if scales is not None else None
+            report = begin("quantize", plan.read_bytes)
+            _convert(plan, journal, made, workers, budget, report)
+            _write_documents(ckpt, plan, journal, made, record)
         journal.publish()
     finally:
         journal.close()
     return Result(
         out=out,
+        source=ckpt.name if ckpt.revision else str(ckpt.path),
         scheme=plan.recipe.name,
         source_bytes=ckpt.nbytes,
         output_bytes=plan.write_bytes,
@@ -96,13 +96,12 @@ def write_quantized(
 
 
 def _convert(
-    ckpt: Checkpoint,
     plan: Plan,
     journal: Journal,
     scales: Scales | None,
     workers: int,
     budget: int,
-    progress: Progress,
+    report: Report,
 ) -> None:
     from ckptq.convert.pipeline import convert
     from ckptq.convert.pipeline import workers as make_pool
@@ -117,14 +116,14 @@ def _convert(
 
     def finished(unit: Unit) -> None:
         committer.finished(unit)
-        progress(unit.key, unit.read_bytes)
+        report(unit.key, unit.read_bytes)
 
     try:
         with Files() as files:
             todo = []
             for unit in plan.units:
                 if unit.key in journal.done:
-                    progress(unit.key, unit.read_bytes)
+                    report(unit.key, unit.read_bytes)
                 else:
                     todo.append(unit)
             schedule = Schedule(pool, max_tasks=8 * workers, max_held=budget)
@@ -173,6 +172,11 @@ def _write_documents(
 def _modified(ckpt: Checkpoint) -> dict[str, int]:
     """Times of the source's files: a journal, unlike the output, may know of them."""
     return {h.file.name: h.file.stat().st_mtime_ns for h in ckpt.headers}
+
+
+def default_output(ckpt: Checkpoint, recipe: Recipe) -> Path:
+    """The model's name with the scheme's, in the current folder."""
+    return Path(f"{ckpt.name.rpartition('/')[2]}-{recipe.name}")
 
 
 def serve_line(out: Path, plan: Plan) -> str:

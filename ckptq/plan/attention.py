@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Literal
 
 from ckptq.checkpoint.open import Checkpoint
 from ckptq.errors import PlanError
@@ -23,8 +24,7 @@ LATENT = ("kv_a_proj_with_mqa", "kv_b_proj")
 class AttentionPlan:
     """The q/k/v scales that calibration has to deliver."""
 
-    strategy: str
-    """"tensor" or "attn_head"."""
+    strategy: Literal["tensor", "attn_head"]
     observer: str
     scales: Mapping[str, Mapping[str, TensorSpec]]
     """Attention module -> full tensor name -> spec."""
@@ -42,9 +42,9 @@ def plan_attention(ckpt: Checkpoint, layout: Layout, args: Args) -> AttentionPla
             f"{len(projections)} layers have a k_proj"
         )
     counts = dict(zip("qkv", (heads[0], heads[1], heads[1]), strict=True))
-    per_head = args["strategy"] == "attn_head"
+    per_head = args.get("strategy") == "attn_head"
     return AttentionPlan(
-        strategy=str(args["strategy"]),
+        strategy="attn_head" if per_head else "tensor",
         observer=str(args.get("observer") or "static_minmax"),
         scales={
             module: {

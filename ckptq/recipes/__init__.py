@@ -1,1 +1,1 @@
-"""Recipes: the built-in YAML files, and the loader that reads any recipe of llm-compressor's dialect."""
+"""Recipes: built-in YAML files, and the loader for any recipe of llm-compressor's dialect."""

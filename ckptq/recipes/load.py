@@ -1,7 +1,7 @@
 """Read recipes: ours by name, compressed-tensors presets by name, a user's YAML by llm-compressor.
 
 The built-in files spell everything out and are checked against llm-compressor's own models by a
-test, so that running one does not wait for its import (5 s). Anything else goes through those models.
+test, so that running one does not wait for its import (5 s). The rest goes through them.
 """
 
 from __future__ import annotations
@@ -74,7 +74,7 @@ def built_in() -> dict[str, Path]:
 
 
 def load_scheme(name: str) -> Recipe:
-    """`--scheme NAME`: a built-in recipe, or a compressed-tensors preset (FP8_DYNAMIC, W4A16, ...)."""
+    """`--scheme NAME`: a built-in recipe, or a compressed-tensors preset (FP8_DYNAMIC)."""
     files = built_in()
     if name.lower() in files:
         text = files[name.lower()].read_text()
@@ -87,6 +87,22 @@ def load_scheme(name: str) -> Recipe:
         f"unknown scheme {name!r}; built in: {', '.join(files)}; compressed-tensors' presets "
         "(FP8_DYNAMIC, W4A16, ...) are accepted too; `ckptq recipes` lists all"
     )
+
+
+def describe() -> dict[str, str]:
+    """Every name that `--scheme` takes, with a line on what it does."""
+    from compressed_tensors.quantization.quant_scheme import PRESET_SCHEMES
+
+    ours = {name: _first_comment(path) for name, path in built_in().items()}
+    presets = {
+        name: "compressed-tensors preset" for name in PRESET_SCHEMES if name != "UNQUANTIZED"
+    }
+    return ours | presets
+
+
+def _first_comment(path: Path) -> str:
+    lines = path.read_text().splitlines()
+    return " ".join(line.removeprefix("# ") for line in lines if line.startswith("#"))
 
 
 def load_recipe(file: Path) -> Recipe:
@@ -102,7 +118,7 @@ def load_recipe(file: Path) -> Recipe:
 
 
 def load_text(name: str, text: str) -> Recipe:
-    """Parse with llm-compressor's and compressed-tensors' own models; a typo fails with its field."""
+    """Parse with llm-compressor's own models, so that a typo fails with its field named."""
     from llmcompressor.modifiers.quantization import QuantizationModifier
     from llmcompressor.recipe import Recipe as LlmRecipe
 

@@ -1,0 +1,244 @@
+"""The command line. Each command parses, makes one library call, and shows one result.
+
+Imports stand inside the commands, so that `--help` loads neither torch nor transformers.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, NoReturn
+
+import typer
+
+from ckptq import console
+from ckptq.errors import CkptqError, UsageError
+
+if TYPE_CHECKING:
+    from ckptq.recipes.load import Recipe
+
+app = typer.Typer(
+    name="ckptq",
+    help="Quantize Hugging Face checkpoints for vLLM, offline, and prove that the result is right.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+Model = Annotated[str, typer.Argument(help="Checkpoint folder, or a hub id.")]
+Path_ = Annotated[Path, typer.Argument(help="Checkpoint folder.")]
+Scheme = Annotated[
+    str | None,
+    typer.Option("--scheme", "-s", help="Built-in recipe or compressed-tensors preset."),
+]
+RecipeFile = Annotated[
+    Path | None, typer.Option("--recipe", help="A recipe of your own (llm-compressor's YAML).")
+]
+Output = Annotated[
+    Path | None, typer.Option("--output", "-o", help="Default: the model's name and the scheme's.")
+]
+Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit of a hub id.")]
+Ignore = Annotated[
+    list[str] | None,
+    typer.Option("--ignore", help="Leave these Linears alone: a full name, or re:PATTERN."),
+]
+Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
+ShardSize = Annotated[str, typer.Option(help="Size of an output shard, e.g. 5GB, 500MB.")]
+MaxRam = Annotated[str | None, typer.Option(help="Refuse to need more memory than this.")]
+Workers = Annotated[int | None, typer.Option(min=1, help="Threads; default: all cores.")]
+Data = Annotated[
+    str | None,
+    typer.Option(help="Calibration text: .txt, .jsonl, .parquet, or a `datasets` id."),
+]
+Samples = Annotated[int, typer.Option(min=1, help="Calibration samples.")]
+SeqLen = Annotated[int, typer.Option(min=1, help="Tokens a sample is cut to.")]
+BatchSize = Annotated[int, typer.Option(min=1, help="Samples in one forward pass.")]
+Seed = Annotated[int, typer.Option(help="Which samples are taken, and in which order.")]
+Device = Annotated[str | None, typer.Option(help="Where the model runs: cpu, cuda, cuda:1.")]
+TrustRemoteCode = Annotated[
+    bool, typer.Option("--trust-remote-code", help="Run model code that the checkpoint carries.")
+]
+
+NO_DATA = (
+    "calibrating on the built-in corpus (the topics of Python's help, in English); "
+    "give --data with text of your own domain for scales that fit it"
+)
+
+
+@app.command()
+def quantize(
+    model: Model,
+    scheme: Scheme = None,
+    recipe: RecipeFile = None,
+    output: Output = None,
+    revision: Revision = None,
+    ignore: Ignore = None,
+    scales: Annotated[
+        Path | None, typer.Option(help="Scales that `ckptq calibrate` has made.")
+    ] = None,
+    data: Data = None,
+    samples: Samples = 128,
+    seq_len: SeqLen = 2048,
+    batch_size: BatchSize = 1,
+    seed: Seed = 0,
+    device: Device = None,
+    shard_size: ShardSize = "5GB",
+    max_ram: MaxRam = None,
+    workers: Workers = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Print the plan; touch headers only.")
+    ] = False,
+    restart: Annotated[
+        bool, typer.Option("--restart", help="Discard what an interrupted run has done.")
+    ] = False,
+    trust_remote_code: TrustRemoteCode = False,
+    json: Json = False,
+) -> None:
+    """Convert a checkpoint into a compressed-tensors one that vLLM serves."""
+    from ckptq.calibrate.request import CalibrationRequest, scales_source
+    from ckptq.checkpoint.open import open_checkpoint
+    from ckptq.convert.run import default_output, write_quantized
+    from ckptq.plan.make import make_plan
+    from ckptq.show import show_plan, show_quantized
+
+    chosen = _recipe(scheme, recipe)
+    ckpt = open_checkpoint(model, revision)
+    plan = make_plan(ckpt, chosen, ignore=ignore or (), shard_bytes=_bytes(shard_size))
+    if dry_run:
+        show_plan(plan, json)
+        return
+    wanted = CalibrationRequest(
+        data=data,
+        samples=samples,
+        seq_len=seq_len,
+        batch_size=batch_size,
+        seed=seed,
+        device=device,
+        trust_remote_code=trust_remote_code,
+    )
+    with console.progress() as begin:
+        source = scales_source(ckpt, plan, wanted, scales, begin)
+        if source is not None and scales is None and data is None:
+            console.note(NO_DATA)
+        result = write_quantized(
+            ckpt,
+            plan,
+            output or default_output(ckpt, chosen),
+            arguments={"ignore": ignore or [], "shard_bytes": _bytes(shard_size)},
+            scales=source,
+            restart=restart,
+            workers=workers,
+            max_ram=_bytes(max_ram) if max_ram else None,
+            begin=begin,
+        )
+    show_quantized(result, json)
+
+
+@app.command()
+def calibrate(
+    model: Model,
+    output: Annotated[Path, typer.Option("--output", "-o", help="The scales file to write.")],
+    scheme: Annotated[
+        str, typer.Option("--scheme", "-s", help="Whose scales: a recipe with a KV cache.")
+    ] = "fp8-per-head",
+    recipe: RecipeFile = None,
+    revision: Revision = None,
+    data: Data = None,
+    samples: Samples = 128,
+    seq_len: SeqLen = 2048,
+    batch_size: BatchSize = 1,
+    seed: Seed = 0,
+    device: Device = None,
+    trust_remote_code: TrustRemoteCode = False,
+    json: Json = False,
+) -> None:
+    """Run the model layer by layer over text and write its attention scales to a small file."""
+    from ckptq.calibrate.request import CalibrationRequest, calibrate_plan
+    from ckptq.calibrate.scales import save_scales
+    from ckptq.checkpoint.open import open_checkpoint
+    from ckptq.plan.make import make_plan
+    from ckptq.show import show_scales
+
+    ckpt = open_checkpoint(model, revision)
+    plan = make_plan(ckpt, _recipe(None if recipe else scheme, recipe))
+    wanted = CalibrationRequest(
+        data=data,
+        samples=samples,
+        seq_len=seq_len,
+        batch_size=batch_size,
+        seed=seed,
+        device=device,
+        trust_remote_code=trust_remote_code,
+    )
+    if data is None:
+        console.note(NO_DATA)
+    with console.progress() as begin:
+        made = calibrate_plan(ckpt, plan, wanted, begin)
+    save_scales(output, made)
+    show_scales(output, made, json)
+
+
+@app.command()
+def inspect(path: Model, revision: Revision = None, json: Json = False) -> None:
+    """Say what is in a checkpoint: schemes, layers, sizes, scales. Reads headers only."""
+    from ckptq.inspect import inspect as look
+    from ckptq.show import show_inspection
+
+    show_inspection(look(path, revision), json)
+
+
+@app.command()
+def recipes(
+    name: Annotated[str | None, typer.Argument(help="Show this recipe's YAML.")] = None,
+    json: Json = False,
+) -> None:
+    """List the built-in recipes and compressed-tensors' presets, or show one."""
+    from ckptq.recipes.load import describe, load_scheme
+    from ckptq.show import show_recipes
+
+    if name is None:
+        show_recipes(describe(), json)
+    else:
+        console.show_lines(load_scheme(name).text.rstrip())
+
+
+def _recipe(scheme: str | None, recipe: Path | None) -> Recipe:
+    from ckptq.recipes.load import load_recipe, load_scheme
+
+    if (scheme is None) == (recipe is None):
+        raise UsageError("give either --scheme NAME or --recipe FILE; `ckptq recipes` lists names")
+    return load_recipe(recipe) if recipe is not None else load_scheme(str(scheme))
+
+
+def _bytes(text: str) -> int:
+    """ "5GB" -> 5_000_000_000. Powers of ten, or of two with an i: 1GiB."""
+    units = {"": 1, "B": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
+    units |= {f"{p}B": n for p, n in list(units.items()) if p in "KMGT" and p}
+    units |= {f"{p}IB": 2 ** (10 * (i + 1)) for i, p in enumerate("KMGT")}
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*", text)
+    if not match or match[2].upper() not in units or not float(match[1]):
+        raise UsageError(f"{text!r} is not a size; write it like 5GB, 500MB or 1GiB")
+    return int(float(match[1]) * units[match[2].upper()])
+
+
+def main() -> NoReturn:
+    """The entry point: every error a user can mend becomes one message and an exit code."""
+    signal.signal(signal.SIGTERM, _interrupt)
+    try:
+        app()
+    except CkptqError as error:
+        sys.exit(console.complain(error))
+    except KeyboardInterrupt:
+        console.note("interrupted; the same command goes on where this one stopped")
+        sys.exit(130)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(0)
+    sys.exit(0)
+
+
+def _interrupt(*_: object) -> NoReturn:
+    raise KeyboardInterrupt

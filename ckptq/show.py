@@ -1,0 +1,127 @@
+"""How each result looks as text: a table or a few lines. `--json` prints the same as data."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ckptq import console
+from ckptq.console import size
+
+if TYPE_CHECKING:
+    from ckptq.calibrate.scales import Scales
+    from ckptq.convert.run import Result
+    from ckptq.inspect import Inspection
+    from ckptq.plan.unit import Plan
+
+
+def show_quantized(result: Result, json: bool) -> None:
+    """The end of `quantize`: what was made, and the command that serves it."""
+    if json:
+        console.show_json(result)
+        return
+    ratio = result.output_bytes / result.source_bytes
+    resumed = f", {result.resumed_units} units were done before" if result.resumed_units else ""
+    layers = result.layers_with_scales
+    console.show_lines(
+        f"{result.out}: {result.scheme}, {result.linears} Linears quantized"
+        + (f", q/k/v scales in {layers} layers" if layers else "")
+        + resumed,
+        f"{size(result.source_bytes)} -> {size(result.output_bytes)} ({ratio:.0%})",
+        f"verify it:  ckptq verify {result.out} --source {result.source}",
+        f"serve it:   {result.serve}",
+    )
+
+
+def show_plan(plan: Plan, json: bool) -> None:
+    """`--dry-run`: every unit, its rule, shard and bytes."""
+    if json:
+        console.show_json(plan_data(plan))
+        return
+    shard_of = {unit.key: shard for shard, units in plan.shards.items() for unit in units}
+    console.show_table(
+        f"plan for {plan.recipe.name}",
+        ("unit", "rule", "shard", "bytes in", "bytes out"),
+        [
+            (unit.key, unit.rule, shard_of[unit.key], unit.read_bytes, unit.write_bytes)
+            for unit in plan.units
+        ],
+    )
+    quantized = sum(len(names) for names in plan.groups.values())
+    console.show_lines(
+        f"{len(plan.units)} units, {quantized} Linears quantized, {len(plan.ignore)} left alone, "
+        f"{len(plan.shards)} shard(s), {size(plan.read_bytes)} -> {size(plan.write_bytes)}"
+    )
+
+
+def plan_data(plan: Plan) -> dict[str, Any]:
+    """The plan as data, output tensors with shape, dtype and shard."""
+    return {
+        "scheme": plan.recipe.name,
+        "read_bytes": plan.read_bytes,
+        "write_bytes": plan.write_bytes,
+        "ignore": list(plan.ignore),
+        "groups": {name: list(linears) for name, linears in plan.groups.items()},
+        "units": [
+            {
+                "unit": unit.key,
+                "rule": unit.rule,
+                "shard": shard,
+                "read_bytes": unit.read_bytes,
+                "writes": {
+                    name: {"dtype": spec.dtype, "shape": list(spec.shape), "bytes": spec.nbytes}
+                    for name, spec in unit.writes.items()
+                },
+            }
+            for shard, units in plan.shards.items()
+            for unit in units
+        ],
+    }
+
+
+def show_inspection(found: Inspection, json: bool) -> None:
+    """`inspect`: the checkpoint at a glance, then its tensors, alike ones together."""
+    if json:
+        console.show_json(found)
+        return
+    heads = f"{found.heads[0]} query and {found.heads[1]} kv heads" if found.heads else "no heads"
+    dtypes = ", ".join(f"{name} {size(n)}" for name, n in found.bytes_by_dtype.items())
+    console.show_lines(
+        f"{found.path}: {found.architecture} ({found.model_type})",
+        f"{found.layers} layers, {heads}; {found.tensors} tensors in {found.files} file(s), "
+        f"{size(found.nbytes)}: {dtypes}",
+        f"quantization: {found.scheme}",
+        *(f"  {name}: {text}" for name, text in found.groups.items()),
+        *([f"  KV cache: {found.kv_cache}"] if found.kv_cache else []),
+        *([f"RoPE order marked: {found.rope_order}"] if found.rope_order else []),
+        "",
+    )
+    console.show_table(
+        "",
+        ("tensors", "stored as", "count", "size"),
+        [(kind.name, kind.spec, kind.count, size(kind.nbytes)) for kind in found.kinds],
+    )
+
+
+def show_scales(file: Path, scales: Scales, json: bool) -> None:
+    """The end of `calibrate`: how many scales, between which values."""
+    if json:
+        console.show_json({"file": file, **scales.record(), "scales": len(scales.tensors)})
+        return
+    rows = []
+    for which in ("q", "k", "v"):
+        found = [t for name, t in scales.tensors.items() if name.endswith(f"{which}_scale")]
+        if found:
+            low = min(float(t.min()) for t in found)
+            high = max(float(t.max()) for t in found)
+            rows.append((f"{which}_scale", len(found), tuple(found[0].shape), low, high))
+    console.show_table(f"{file}", ("scale", "layers", "shape", "smallest", "largest"), rows)
+
+
+def show_recipes(found: Mapping[str, str], json: bool) -> None:
+    """`recipes`: names and what each does."""
+    if json:
+        console.show_json(dict(found))
+    else:
+        console.show_table("", ("scheme", "what it does"), list(found.items()))
