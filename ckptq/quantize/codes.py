@@ -1,8 +1,7 @@
-"""Rounding to the nearest code of an element type, ties to even, and the numbers that codes stand
-for.
+"""Rounding to the nearest code of an element type, ties to even, and the numbers codes stand for.
 
-Quotients come in as float32 (float64 for float64 weights) that nobody else needs: they are
-rounded in place.
+Quotients weight / scale + zero point come in as float32 (float64 for float64 weights) and are used
+up: the rounding happens in their place.
 """
 
 from __future__ import annotations
@@ -10,35 +9,40 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ckptq.quantize.scales import E4M3_MAX
+from ckptq.quantize.scales import E2M1_MAX, E4M3_MAX
+from ckptq.quantize.scheme import WeightScheme
+from ckptq.quantize.scratch import Scratch
+from ckptq.quantize.tiles import BITS
 
 E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
 
 
-def encode_e4m3(x: Tensor) -> Tensor:
-    """Saturating at 448. The sign of zero is kept: -0.0 is 0x80."""
-    return x.clamp_(-E4M3_MAX, E4M3_MAX).to(torch.float8_e4m3fn)
+def rounded(x: Tensor, scheme: WeightScheme, scratch: Scratch) -> Tensor:
+    """What a plain cast turns into codes: to float8_e4m3fn (which rounds) or to int8."""
+    if scheme.type == "int":
+        least, most = -(2 ** (scheme.num_bits - 1)), 2 ** (scheme.num_bits - 1) - 1
+        return x.clamp_(least, most).round_()
+    if scheme.num_bits == 8:
+        return x.clamp_(-E4M3_MAX, E4M3_MAX)
+    return e2m1_codes(x, scratch)
 
 
-def encode_int(x: Tensor, num_bits: int, zero_point: Tensor | None = None) -> Tensor:
-    """int8 codes, saturating at -2^(bits-1) and 2^(bits-1) - 1."""
-    if zero_point is not None:
-        x.add_(zero_point)
-    return x.clamp_(-(2 ** (num_bits - 1)), 2 ** (num_bits - 1) - 1).round_().to(torch.int8)
+def e2m1_codes(x: Tensor, scratch: Scratch) -> Tensor:
+    """int8 0..15, sign in bit 3, saturating at 6.
 
-
-def encode_e2m1(x: Tensor) -> Tensor:
-    """uint8 codes 0..15, sign in bit 3, saturating at 6.
-
-    A negative number that rounds to zero is -0 (8), but -0.0 is 0, as in compressed-tensors.
-    Between 0 and 2 codes are 0.5 apart, to 4 they are 1 apart, to 6 they are 2 apart; the
-    smallest of the three roundings is the right one, since the finer grid's count grows faster.
+    As in compressed-tensors, a negative number that rounds to zero is -0 (8), but -0.0 is 0.
     """
-    negative = x < 0
-    x.abs_().clamp_(max=6.0)
-    code = torch.minimum((x * 2).round_(), x.round().add_(2))
-    code = torch.minimum(code, (x * 0.5).round_().add_(4)).to(torch.uint8)
-    return code.bitwise_or_(negative.to(torch.uint8) << 3)
+    x.add_(0.0)  # makes -0.0 positive
+    bits = x.view(BITS[x.itemsize])
+    sign = torch.bitwise_right_shift(bits, 8 * x.itemsize - 1, out=scratch.line(1, x, bits.dtype))
+    negative = scratch.line(4, x, torch.int8).copy_(sign)
+    x.abs_().clamp_(max=E2M1_MAX)
+    # Up to 2 codes are 0.5 apart, up to 4 they are 1 apart, up to 6 they are 2 apart. Counted in
+    # codes, the coarser grids start higher and grow slower: the right one gives the least count.
+    code = torch.mul(x, 2, out=scratch.line(1, x, x.dtype)).round_()
+    torch.minimum(code, torch.round(x, out=scratch.line(2, x, x.dtype)).add_(2), out=code)
+    torch.minimum(code, x.mul_(0.5).round_().add_(4), out=code)
+    return negative.bitwise_and_(8).bitwise_or_(scratch.line(2, x, torch.int8).copy_(code))
 
 
 def decode_e2m1(code: Tensor) -> Tensor:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ckptq.quantize.codes import decode_e2m1
-from ckptq.quantize.packing import unpack_bits, unpack_words
+from ckptq.quantize.packing import unpack_nibbles, unpack_words
 from ckptq.quantize.scales import mx_scale
 from ckptq.quantize.scheme import WeightScheme
 from ckptq.quantize.tiles import over_tiles, tiled, untiled
@@ -54,7 +54,7 @@ def _codes(
         return tensors["weight"]
     packed = tensors["weight_packed"]
     if scheme.type == "float":
-        return decode_e2m1(unpack_bits(packed, 4))
+        return decode_e2m1(unpack_nibbles(packed))
     columns = int(shape[1] if shape else tensors["weight_shape"][1])
     return unpack_words(packed, scheme.num_bits, columns)
 

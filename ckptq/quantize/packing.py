@@ -1,10 +1,10 @@
 """Codes of fewer than eight bits as a dense stream of bits, the first code in the lowest bits.
 
-This is compressed-tensors' layout of `weight_packed`: int32 words of a row (little-endian, so
-that they are also bytes in order), codes across word borders where the width does not divide 32,
-zero bits behind the last code. Codes here are unsigned bytes.
+That is compressed-tensors' layout of "weight_packed": bytes of two E2M1 codes, or int32 words of
+a row of integers (little-endian, so bytes in order), offset so that the least is 0, in which a code
+may cross the border of a word, and with zero bits behind the last code.
 
-Shape letters: R rows, C codes in a row, B packed bytes in a row.
+Shape letters: R rows, C codes in a row, B packed bytes, W packed words.
 """
 
 from __future__ import annotations
@@ -14,42 +14,47 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 
-def pack_bits(code_RC: Tensor, num_bits: int) -> Tensor:
-    """[R, C] uint8 codes -> [R, B] uint8; C must be a multiple of eight.
-
-    Example: 4-bit codes 1, 2, 3, 4, ... are the bytes 0x21, 0x43, ...
-    """
-    if num_bits == 8:
-        return code_RC
-    if num_bits == 4:
-        # two codes are one little-endian int16: fold the high byte onto the low byte's upper half
-        pair_RB = code_RC.view(torch.int16)
-        return (pair_RB | pair_RB >> 4).to(torch.uint8)
-    shift_8 = torch.arange(8, device=code_RC.device) * num_bits
-    word_RW = (code_RC.unflatten(1, (-1, 8)).long() << shift_8).sum(-1, keepdim=True)
-    return word_RW.view(torch.uint8)[..., :num_bits].flatten(1)
+def pack_nibbles(code_RC: Tensor) -> Tensor:
+    """[R, C] codes 0..15, one a byte -> [R, C / 2] uint8. Example: 1, 2, 3, 4 -> 0x21, 0x43."""
+    # two codes are one little-endian int16: fold its high byte onto the upper half of its low byte
+    pair_RB = code_RC.view(torch.int16)
+    return (pair_RB | pair_RB >> 4).to(torch.uint8)
 
 
-def unpack_bits(byte_RB: Tensor, num_bits: int) -> Tensor:
-    """[R, B] uint8 -> [R, B * 8 / bits] uint8 codes; B must be a multiple of `num_bits`."""
-    shift_8 = torch.arange(8, device=byte_RB.device)
-    byte_RWb = byte_RB.unflatten(1, (-1, num_bits)).long() << (shift_8[:num_bits] * 8)
-    code_RW8 = byte_RWb.sum(-1, keepdim=True) >> (shift_8 * num_bits)
-    return (code_RW8 & (2**num_bits - 1)).to(torch.uint8).flatten(1)
+def unpack_nibbles(byte_RB: Tensor) -> Tensor:
+    """Inverse of `pack_nibbles`, as uint8."""
+    return torch.stack((byte_RB & 15, byte_RB >> 4), dim=-1).flatten(1)
 
 
 def pack_words(code_RC: Tensor, num_bits: int) -> Tensor:
-    """[R, C] int8 codes -> [R, ceil(C * bits / 32)] int32, offset to be unsigned: the least is
-    0."""
-    code_RC = code_RC.view(torch.uint8) + 2 ** (num_bits - 1)
+    """[R, C] int8 codes -> [R, ceil(C * bits / 32)] int32.
+
+    Example: the 4-bit codes -8, -7, ..., -1 are the word 0x76543210.
+    """
     columns = code_RC.shape[1]
-    byte_RB = pack_bits(pad(code_RC, (0, -columns % 32)), num_bits)
-    words = -(-columns * num_bits // 32)
-    return byte_RB.view(torch.int32)[:, :words].contiguous()
+    code_RC = pad(code_RC.view(torch.uint8) + 2 ** (num_bits - 1), (0, -columns % 32))
+    if num_bits == 8:
+        byte_RB = code_RC
+    elif num_bits == 4:
+        byte_RB = pack_nibbles(code_RC)
+    else:
+        # eight codes fill `num_bits` bytes
+        shift_8 = torch.arange(8, device=code_RC.device) * num_bits
+        long_RK = (code_RC.unflatten(1, (-1, 8)).long() << shift_8).sum(-1, keepdim=True)
+        byte_RB = long_RK.view(torch.uint8)[..., :num_bits].flatten(1)
+    return byte_RB.view(torch.int32)[:, : words(columns, num_bits)].contiguous()
 
 
 def unpack_words(word_RW: Tensor, num_bits: int, columns: int) -> Tensor:
     """Inverse of `pack_words`: int8 codes [R, columns]."""
     word_RW = pad(word_RW, (0, -word_RW.shape[1] % num_bits)).contiguous()
-    code_RC = unpack_bits(word_RW.view(torch.uint8), num_bits)[:, :columns]
-    return (code_RC - 2 ** (num_bits - 1)).view(torch.int8)
+    byte_RKb = word_RW.view(torch.uint8).unflatten(1, (-1, num_bits)).long()
+    place_8 = torch.arange(8, device=word_RW.device)
+    long_RK = (byte_RKb << (place_8[:num_bits] * 8)).sum(-1, keepdim=True)
+    code_RC = ((long_RK >> (place_8 * num_bits)) & (2**num_bits - 1)).flatten(1)
+    return (code_RC[:, :columns] - 2 ** (num_bits - 1)).to(torch.int8)
+
+
+def words(count: int, num_bits: int) -> int:
+    """int32 words that hold `count` codes."""
+    return -(-count * num_bits // 32)

@@ -13,8 +13,7 @@ from torch import Tensor
 
 from ckptq.quantize.tiles import BITS
 
-E2M1_MAX = 6.0
-E4M3_MAX = torch.finfo(torch.float8_e4m3fn).max
+E2M1_MAX, E4M3_MAX = 6.0, 448.0
 
 # dtype: bits of its mantissa, bias of its exponent
 FLOATS = {
@@ -25,12 +24,12 @@ FLOATS = {
 }
 
 
-def symmetric_scale(amax: Tensor, half_range: float) -> Tensor:
+def symmetric(amax: Tensor, half_range: float) -> Tensor:
     """amax / half_range; where that is zero (all-zero tile, underflow), the dtype's eps."""
     return _positive(amax / amax.new_tensor(half_range))
 
 
-def asymmetric_scale(low: Tensor, high: Tensor, num_bits: int) -> tuple[Tensor, Tensor]:
+def asymmetric(low: Tensor, high: Tensor, num_bits: int) -> tuple[Tensor, Tensor]:
     """Scale (high - low) / (2^bits - 1), and the int8 zero point that low falls on the least code
     with.
 
@@ -69,7 +68,7 @@ def mx_scale(exponent: Tensor) -> Tensor:
     return (exponent.int() << 23).clamp(min=1 << 22).view(torch.float32)
 
 
-def nvfp4_global_scale(amax: Tensor) -> Tensor:
+def nvfp4_global(amax: Tensor) -> Tensor:
     """[1] float32 that spreads the group scales over E4M3: 448 * 6 / amax, amax over all fused
     weights.
 
@@ -80,7 +79,7 @@ def nvfp4_global_scale(amax: Tensor) -> Tensor:
     return (E4M3_MAX * E2M1_MAX / amax).nan_to_num(nan=1.0, posinf=1.0).float()
 
 
-def nvfp4_scale(amax: Tensor, global_scale: Tensor) -> Tensor:
+def nvfp4(amax: Tensor, global_scale: Tensor) -> Tensor:
     """E4M3 scale of a group: global_scale * amax / 6, and 0.125 where that rounds to zero."""
     scale = global_scale * (amax / amax.new_tensor(E2M1_MAX))
     stored = scale.clamp(max=E4M3_MAX).to(torch.float8_e4m3fn)

@@ -39,11 +39,6 @@ def row_quantum(scheme: WeightScheme) -> int:
     return 1
 
 
-def words(count: int, num_bits: int) -> int:
-    """int32 words that hold `count` densely packed codes."""
-    return ceil(count * num_bits / 32)
-
-
 def check(weight: TensorSpec, scheme: WeightScheme) -> None:
     if weight.dtype not in FLOATS:
         raise PlanError(f"{scheme} needs an unquantized weight ({', '.join(FLOATS)}), got {weight}")
@@ -57,7 +52,7 @@ def stored_codes(weight: TensorSpec, scheme: WeightScheme) -> dict[str, TensorSp
     R, C = weight.shape
     match scheme.format:
         case "pack-quantized":
-            return {"weight_packed": TensorSpec("I32", (R, words(C, scheme.num_bits)))}
+            return {"weight_packed": TensorSpec("I32", (R, _words(C, scheme)))}
         case "mxfp4-pack-quantized" | "nvfp4-pack-quantized":
             return {"weight_packed": TensorSpec("U8", (R, C // 2))}
         case "int-quantized":
@@ -85,4 +80,8 @@ def stored_zero_point(scale: tuple[int, ...], scheme: WeightScheme) -> TensorSpe
     """Packed formats pack zero points along the rows, the others keep one int8 for each scale."""
     if scheme.format != "pack-quantized":
         return TensorSpec("I8", scale)
-    return TensorSpec("I32", (words(scale[0], scheme.num_bits), scale[1]))
+    return TensorSpec("I32", (_words(scale[0], scheme), scale[1]))
+
+
+def _words(count: int, scheme: WeightScheme) -> int:
+    return ceil(count * scheme.num_bits / 32)

@@ -1,6 +1,7 @@
 """The tiles of a weight, the elements that share one scale, as a view; and what is extreme in them.
 
 Shape letters: R rows, C columns, G groups, L columns in a group; blocks of H x W make a grid M x N.
+`x` is a weight as `tiled` shows it: [R, G, L], or [M, H, N, W] for strategy "block".
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from ckptq.quantize.scheme import WeightScheme
+from ckptq.quantize.scratch import Scratch, blocks
 
 BITS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 """Bytes of a float: the integer of that size."""
@@ -20,10 +22,8 @@ class NonFinite(ValueError):
 
 
 def tiled(w_RC: Tensor, scheme: WeightScheme) -> Tensor:
-    """Tensor: [1, R*C]. Channel: [R, 1, C]. Group: [R, G, L]. Block: [M, H, N, W], filled up with
-    zeros to whole blocks. All but blocks are along the last dimension."""
-    if scheme.strategy == "tensor":
-        return w_RC.reshape(1, -1)
+    """A view, or a copy that is filled up with zeros to whole blocks. Where there are no groups, a
+    row is one (also for strategy "tensor")."""
     if scheme.block_structure is None:
         return w_RC.unflatten(1, (-1, scheme.group_size or w_RC.shape[1]))
     (R, C), (H, W) = w_RC.shape, scheme.block_structure
@@ -34,14 +34,16 @@ def tiled(w_RC: Tensor, scheme: WeightScheme) -> Tensor:
 
 def untiled(x: Tensor, shape: tuple[int, ...]) -> Tensor:
     """Back to [R, C], without what `tiled` filled up."""
-    if x.ndim < 4:
-        return x.reshape(shape)
+    if x.ndim == 3:
+        return x.flatten(1)
     return x.flatten(2, 3).flatten(0, 1)[: shape[0], : shape[1]].contiguous()
 
 
 def over_tiles(scale: Tensor, x: Tensor) -> Tensor:
-    """One number a tile, shaped so that it broadcasts over the tiles `x`."""
-    return scale[:, None, :, None] if x.ndim == 4 else scale[..., None]
+    """One number a tile ([R, G], [M, N], or [1] for all), shaped to be broadcast over `x`."""
+    if x.ndim == 4:
+        return scale[:, None, :, None]
+    return scale.expand(x.shape[0], -1)[..., None]
 
 
 def magnitude(x: Tensor) -> Tensor:
@@ -50,18 +52,27 @@ def magnitude(x: Tensor) -> Tensor:
     Found among bit patterns: without their sign these order as the numbers do, Inf and NaN on
     top, and torch is several times faster at small integers than at bf16.
     """
-    bits = x.view(BITS[x.itemsize])
-    return _finite(_largest(bits & torch.iinfo(bits.dtype).max), x.dtype)
+    scratch, bits = Scratch(), x.view(BITS[x.itemsize])
+    unsigned = torch.iinfo(bits.dtype).max
+    found = [
+        _largest(torch.bitwise_and(part, unsigned, out=scratch.line(0, part, bits.dtype)))
+        for part in blocks(bits)
+    ]
+    return _finite(torch.cat(found), x.dtype)
 
 
 def extremes(x: Tensor) -> tuple[Tensor, Tensor]:
-    """min(amin, 0) and max(amax, 0) of each tile, in the weight's dtype. `NonFinite` on NaN or
-    Inf."""
-    bits = x.view(BITS[x.itemsize])
-    # with the sign bit flipped, what was negative is on top, and orders by magnitude
-    below = _largest(bits ^ torch.iinfo(bits.dtype).min).clamp(min=0)
-    above = _largest(bits).clamp(min=0)
-    return -_finite(below, x.dtype), _finite(above, x.dtype)
+    """min(amin, 0) and max(amax, 0) of each tile, in its dtype. `NonFinite` on NaN or Inf."""
+    scratch, bits = Scratch(), x.view(BITS[x.itemsize])
+    sign = torch.iinfo(bits.dtype).min
+    below, above = [], []
+    for part in blocks(bits):
+        # with the sign bit flipped, what was negative is on top, and orders by magnitude
+        flipped = torch.bitwise_xor(part, sign, out=scratch.line(0, part, bits.dtype))
+        below.append(_largest(flipped))
+        above.append(_largest(part))
+    low = _finite(torch.cat(below).clamp_(min=0), x.dtype)
+    return low.neg_(), _finite(torch.cat(above).clamp_(min=0), x.dtype)
 
 
 def _largest(bits: Tensor) -> Tensor:
