@@ -27,7 +27,7 @@ def nearest_e4m3(x: Tensor) -> Tensor:
 
     Example: 17 lies halfway between 16 (code 0x58) and 18 (code 0x59) and becomes 16.
     """
-    magnitude = x.double().abs().clamp(max=448)
+    magnitude = x.double().abs().clamp(max=448).contiguous()
     midpoints = _MIDPOINTS.to(x.device)
     code = torch.bucketize(magnitude, midpoints)  # a tie lands on the lower code
     tie = torch.isin(magnitude, midpoints)
@@ -118,6 +118,14 @@ def quantize_experts(
 ) -> tuple[Tensor, Tensor]:
     """Fused experts turned: codes [E, N, K] and scales [E, N, 1] of the rows of x[e].T."""
     pairs = [quantize_rows(x_KN.t(), dtype) for x_KN in x_EKN]
+    return torch.stack([code for code, _ in pairs]), torch.stack([scale for _, scale in pairs])
+
+
+def quantize_expert_blocks(
+    x_EKN: Tensor, dtype: torch.dtype = torch.float8_e4m3fn, block: int = 128
+) -> tuple[Tensor, Tensor]:
+    """Fused experts turned: codes [E, N, K] and scales [E, ceil(N / 128), ceil(K / 128)]."""
+    pairs = [quantize_blocks(x_KN.t(), dtype, (block, block)) for x_KN in x_EKN]
     return torch.stack([code for code, _ in pairs]), torch.stack([scale for _, scale in pairs])
 
 

@@ -1,0 +1,110 @@
+"""Fused experts to FP8 or INT8 rows: the transpose, a scale per output channel, one read.
+
+Meaning: `reference.quantize.quantize_experts`. Llama-4 stores [E, H, 2I] with the input dimension
+first, engines want every expert's [2I, H], and a scale needs all of a column before any of its
+codes. A column strip of a few MB is therefore read twice in a row, the second time from the L2
+cache: programs take tickets; those of strip s find maxima, those after them quantize strip s - 1
+once its counter says that its maxima are complete. A program waits only for smaller tickets, whose
+programs are running or done, so it never waits for ever. Maxima of integers do not depend on order.
+
+Shape letters: E experts, K input features (rows as stored), N output channels (columns as stored);
+B, L the rows and columns of a tile.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ckptq.kernels.codes import HALF_RANGE, code, code_constexprs, empty_codes, scale_of
+from ckptq.kernels.rounding import narrow, widen
+
+TILE = 128
+"""Side of a tile: 256 bytes of bf16 a row where it is read, 128 bytes of codes where written."""
+
+
+@triton.jit
+def _quantize_experts_kernel(
+    x_ptr,
+    code_ptr,
+    scale_ptr,
+    amax_ptr,
+    ticket_ptr,
+    done_ptr,
+    stride_e,
+    stride_k,
+    E,
+    K,
+    N,
+    strips,
+    strip_tiles,
+    HALF_RANGE: tl.constexpr,
+    FP8: tl.constexpr,
+    NARROW: tl.constexpr,
+    NATIVE: tl.constexpr,
+    TILE: tl.constexpr,
+):
+    tiles = tl.cdiv(K, TILE) * strip_tiles  # in a strip
+    ticket = tl.atomic_add(ticket_ptr, 1)
+    second = ticket % (2 * tiles) >= tiles
+    strip = ticket // (2 * tiles) - second.to(tl.int32)
+    if (strip >= 0) & (strip < E * strips):
+        e = (strip // strips).to(tl.int64)
+        tile = ticket % tiles
+        n_tile = (strip % strips) * strip_tiles + tile % strip_tiles
+        n_L = n_tile * TILE + tl.arange(0, TILE)
+        k_B = (tile // strip_tiles).to(tl.int64) * TILE + tl.arange(0, TILE)
+        m_BL = (k_B < K)[:, None] & (n_L < N)[None, :]
+        x_ptrs = x_ptr + e * stride_e + k_B[:, None] * stride_k + n_L[None, :]
+        amax_ptrs = amax_ptr + e * N + n_L
+        if second:
+            x_BL = tl.load(x_ptrs, mask=m_BL, other=0.0, eviction_policy="evict_first")
+            while tl.atomic_add(done_ptr + strip, 0, sem="acquire") < tiles:
+                pass
+            bits_L = tl.load(amax_ptrs, mask=n_L < N, other=0, cache_modifier=".cg")
+            stored: tl.constexpr = scale_ptr.dtype.element_ty
+            scale_L = scale_of(bits_L.to(tl.float32, bitcast=True), HALF_RANGE, stored)
+            if tile < strip_tiles:  # the first row of tiles
+                tl.store(scale_ptr + e * N + n_L, narrow(scale_L, stored), mask=n_L < N)
+            code_BL = code(widen(x_BL), scale_L[None, :], FP8, NARROW, NATIVE)
+            o_BL = (e * N + n_L)[None, :] * K + k_B[:, None]
+            tl.store(code_ptr + o_BL, code_BL, mask=m_BL)
+        else:
+            x_BL = tl.load(x_ptrs, mask=m_BL, other=0.0, eviction_policy="evict_last")
+            # bits of positive floats are in the order of the floats
+            bits_L = tl.max(tl.abs(widen(x_BL)), 0).to(tl.int32, bitcast=True)
+            tl.atomic_max(amax_ptrs, bits_L, mask=n_L < N, sem="relaxed")
+            # all threads' maxima before the one thread that counts the tile
+            tl.debug_barrier()
+            tl.atomic_add(done_ptr + strip, 1, sem="release")
+
+
+def quantize_experts(
+    x_EKN: Tensor, dtype: torch.dtype = torch.float8_e4m3fn, strip_bytes: int = 16 << 20
+) -> tuple[Tensor, Tensor]:
+    """Codes [E, N, K] and scales [E, N, 1] in x's dtype, of the rows of every x[e].T.
+
+    `x_EKN` may be a slice of columns, as gate = x[:, :, :I] and up = x[:, :, I:]. Two strips of
+    `strip_bytes` should fit the L2 cache; that changes the speed alone.
+    """
+    E, K, N = x_EKN.shape
+    if x_EKN.stride(2) != 1:
+        raise ValueError(f"want dense columns, got {tuple(x_EKN.shape)} strided {x_EKN.stride()}")
+    tiles_down, tiles_across = triton.cdiv(K, TILE), triton.cdiv(N, TILE)
+    column_bytes = K * TILE * x_EKN.element_size()
+    strips = min(tiles_across, triton.cdiv(tiles_across * column_bytes, strip_bytes))
+    strip_tiles = triton.cdiv(tiles_across, strips)
+    code_ENK = empty_codes((E, N, K), dtype, x_EKN.device)
+    scale_EN1 = torch.empty(E, N, 1, dtype=x_EKN.dtype, device=x_EKN.device)
+    amax_EN = torch.zeros(E, N, dtype=torch.int32, device=x_EKN.device)
+    counters = torch.zeros(1 + E * strips, dtype=torch.int32, device=x_EKN.device)
+    _quantize_experts_kernel[(2 * (E * strips + 1) * tiles_down * strip_tiles,)](
+        *(x_EKN, code_ENK, scale_EN1, amax_EN, counters, counters[1:]),
+        *(x_EKN.stride(0), x_EKN.stride(1), E, K, N, strips, strip_tiles),
+        HALF_RANGE=HALF_RANGE[dtype],
+        **code_constexprs(x_EKN, x_EKN.dtype, dtype),
+        TILE=TILE,
+        num_warps=8,
+        enable_fp_fusion=False,
+    )
+    return code_ENK.view(dtype), scale_EN1
