@@ -28,7 +28,7 @@ def read_text(path: Path, limit: int) -> str:
 
 
 def read_rows(path: Path, split: str, limit: int) -> Iterator[Row]:
-    """At most `limit` rows of a .jsonl or .parquet file, or of the data set with that id or folder."""
+    """At most `limit` rows of a .jsonl or .parquet file, or of a data set by id or folder."""
     if path.suffix == ".jsonl":
         return islice(_jsonl(path), limit)
     if path.suffix == ".parquet":

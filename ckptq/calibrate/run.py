@@ -31,7 +31,7 @@ def calibrate(
     ckpt: Checkpoint,
     samples: Samples,
     *,
-    strategy: Strategy = "attn_head",
+    strategy: str = "attn_head",
     observer: str = "static_minmax",
     observer_arguments: Mapping[str, Any] | None = None,
     batch_size: int = 8,
@@ -46,14 +46,12 @@ def calibrate(
     Raises PlanError for a model that has no attention heads or cannot be run layer by layer,
     SourceError where weights are missing or the activations of a layer are not finite.
     """
-    if strategy not in get_args(Strategy):
-        raise UsageError(f"unknown strategy {strategy!r}; known: {', '.join(get_args(Strategy))}")
     if batch_size < 1:
         raise UsageError(f"batch_size must be at least 1, got {batch_size}")
     chosen = _observer(observer, observer_arguments)
     model = open_model(ckpt, device)
     _check_vocabulary(model, samples)
-    statistics = Statistics(chosen, strategy)
+    statistics = Statistics(chosen, _strategy(strategy))
     _run(model, model.embed(samples.batches(batch_size)), statistics, str(ckpt.path), progress)
     if not statistics.points:
         raise PlanError(
@@ -61,6 +59,14 @@ def calibrate(
             "transformers' attention interface, so its q, k and v cannot be observed"
         )
     return _scales(ckpt, model, statistics, samples, batch_size)
+
+
+def _strategy(name: str) -> Strategy:
+    for known in get_args(Strategy):
+        if name == known:
+            strategy: Strategy = known
+            return strategy
+    raise UsageError(f"unknown strategy {name!r}; known: {', '.join(get_args(Strategy))}")
 
 
 def _check_vocabulary(model: LayerwiseModel, samples: Samples) -> None:

@@ -1,0 +1,154 @@
+"""The layer-by-layer forward is transformers' forward, to the last bit."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+import transformers
+from calibrate_models import FAMILIES, VOCAB, make, samples_of, token_rows
+
+from ckptq.calibrate.forward import open_model
+from ckptq.calibrate.skeleton import build_skeleton
+from ckptq.calibrate.text import Batch
+from ckptq.calibrate.weights import CheckpointWeights
+from ckptq.errors import PlanError, SourceError
+
+LENGTHS = [24, 17, 9, 24, 24, 24]
+"""With a batch size of 3: one batch that is padded, one that is not."""
+
+
+@pytest.fixture(scope="module")
+def batches() -> list[Batch]:
+    return list(samples_of(token_rows(LENGTHS)).batches(3))
+
+
+def plain(ckpt, batches, heads=None):
+    """Hidden states before each layer and logits of transformers' own forward, per batch.
+
+    `heads` collects q, k and v as an attention function registered with transformers gets them.
+    """
+    model_class = getattr(transformers, ckpt.config["architectures"][0])
+    implementation = "sdpa" if model_class._supports_sdpa else "eager"
+    model = model_class.from_pretrained(ckpt.path, attn_implementation=implementation).eval()
+    with torch.no_grad():
+        outs = [
+            model(
+                input_ids=batch.input_ids_BS,
+                attention_mask=batch.mask_BS,
+                output_hidden_states=True,
+                use_cache=False,
+            )
+            for batch in batches
+        ]
+    return [out.hidden_states for out in outs], [out.logits for out in outs]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_equals_the_plain_forward_to_the_last_bit(saved, batches, family):
+    ckpt = saved(family)
+    want_hidden, want_logits = plain(ckpt, batches)
+    model = open_model(ckpt)
+    stream = model.embed(batches)
+    for index in range(len(model.layer_names)):
+        for got, want in zip(stream.hidden_BSE, want_hidden, strict=True):
+            assert torch.equal(got, want[index]), f"before layer {index}"
+        model.run_layer(index, stream)
+    for got, want in zip(model.head(stream), want_logits, strict=True):
+        assert torch.equal(got, want)
+
+
+@pytest.mark.parametrize("family", ["llama", "llama4"])
+def test_one_layer_has_weights_at_a_time(saved, batches, family):
+    model = open_model(saved(family))
+
+    def loaded() -> set[str]:
+        parameters = model.skeleton.model.named_parameters()
+        return {name for name, parameter in parameters if not parameter.is_meta}
+
+    stream = model.embed(batches)
+    assert not loaded()
+    for index, name in enumerate(model.layer_names):
+        seen: list[set[str]] = []
+        model.run_layer(index, stream, lambda number, seen=seen: lambda *_: seen.append(loaded()))
+        assert seen
+        assert all(each.startswith(name + ".") for each in seen[0])
+        assert not loaded()
+
+
+def test_a_wrong_weight_is_noticed(saved, batches):
+    """The comparison above can fail: one weight of the last layer, one bf16 step away, and it does."""
+    ckpt = saved("llama")
+
+    class Nudged(CheckpointWeights):
+        def load(self, names):
+            tensors = super().load(names)
+            for name, tensor in tensors.items():
+                if name.endswith("layers.3.mlp.down_proj.weight"):
+                    tensor[0, 0] = tensor.abs().max() * 2
+            return tensors
+
+    want_hidden, want_logits = plain(ckpt, batches)
+    model = open_model(ckpt, weights=Nudged(ckpt))
+    stream = model.embed(batches)
+    for index in range(len(model.layer_names)):
+        model.run_layer(index, stream)
+    assert not torch.equal(next(model.head(stream)), want_logits[0])
+
+
+def test_missing_weight_is_named(saved, batches):
+    ckpt = saved("llama")
+    name = "model.layers.1.self_attn.k_proj.weight"
+    fewer = {key: tensor for key, tensor in ckpt.tensors.items() if key != name}
+    model = open_model(replace(ckpt, tensors=fewer))
+    stream = model.embed(batches)
+    model.run_layer(0, stream)
+    with pytest.raises(SourceError, match=name.replace(".", r"\.")):
+        model.run_layer(1, stream)
+
+
+def test_wrong_shape_is_named(saved, batches):
+    ckpt = saved("llama")
+    name = "model.layers.0.self_attn.k_proj.weight"
+    other = ckpt.tensors["model.layers.0.self_attn.q_proj.weight"]
+    model = open_model(replace(ckpt, tensors={**ckpt.tensors, name: other}))
+    with pytest.raises(SourceError, match=r"k_proj\.weight.*\[64, 64\].*\[32, 64\]"):
+        model.run_layer(0, model.embed(batches))
+
+
+def test_model_that_works_between_layers_is_refused(saved, batches):
+    """Doubling the hidden states between two layers would go unnoticed layer by layer."""
+    model = open_model(saved("llama"))
+    last = list(model.skeleton.layers.values())[-1]
+    last.register_forward_pre_hook(lambda module, args: (args[0] * 2, *args[1:]))
+    with pytest.raises(PlanError, match="between decoder layers 2 and 3"):
+        model.embed(batches)
+
+
+def test_model_without_attention_heads_is_refused(tmp_path):
+    from ckptq.checkpoint.open import open_checkpoint
+
+    config = transformers.MambaConfig(hidden_size=32, num_hidden_layers=1, vocab_size=VOCAB)
+    transformers.MambaForCausalLM(config).save_pretrained(tmp_path)
+    with pytest.raises(PlanError, match="MambaForCausalLM has no attention heads"):
+        open_model(open_checkpoint(tmp_path))
+
+
+def test_unknown_architecture_is_named(saved):
+    ckpt = saved("llama")
+    config = {**ckpt.config, "architectures": ["NoSuchForCausalLM"]}
+    (ckpt.path / "config.json").rename(ckpt.path / "config.kept")
+    try:
+        import json
+
+        (ckpt.path / "config.json").write_text(json.dumps(config))
+        with pytest.raises(SourceError, match="NoSuchForCausalLM"):
+            build_skeleton(replace(ckpt, config=config), torch.device("cpu"))
+    finally:
+        (ckpt.path / "config.kept").replace(ckpt.path / "config.json")
+
+
+def test_already_quantized_source_is_refused(saved):
+    ckpt = saved("llama")
+    config = {**ckpt.config, "quantization_config": {"quant_method": "compressed-tensors"}}
+    with pytest.raises(SourceError, match="already quantized"):
+        open_model(replace(ckpt, config=config))

@@ -1,0 +1,236 @@
+"""Scales are the true maxima over 448, and llm-compressor's, to the last bit."""
+
+import contextlib
+from dataclasses import replace
+
+import pytest
+import torch
+import transformers
+from calibrate_models import HEADS, KV_HEADS, make, samples_of, token_rows
+
+from ckptq.calibrate import attention
+from ckptq.calibrate.run import calibrate
+from ckptq.calibrate.text import Samples
+from ckptq.checkpoint.open import open_checkpoint
+from ckptq.errors import SourceError, UsageError
+
+ROWS = token_rows([24] * 8)
+
+
+def plain_maxima(ckpt, rows, padding: int = 0) -> dict[str, torch.Tensor]:
+    """Largest |q|, |k| and |v| per head, caught at the projections' consumer in a plain forward.
+
+    Works without ckptq: a function of its own, registered with transformers, one sample at a time.
+    """
+    from transformers.integrations.sdpa_attention import sdpa_attention_forward
+    from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
+    from transformers.modeling_utils import AttentionInterface
+
+    found: dict[str, torch.Tensor] = {}
+    names: dict[int, str] = {}
+
+    def spy(module, q, k, v, mask, **kwargs):
+        for which, x in zip("qkv", (q, k, v), strict=True):
+            key = f"{names[id(module)]}.{which}_scale"
+            amax = x.abs().amax((0, 2, 3))
+            found[key] = torch.maximum(found.get(key, amax), amax)
+        return sdpa_attention_forward(module, q, k, v, mask, **kwargs)
+
+    AttentionInterface.register("spy", spy)
+    AttentionMaskInterface.register("spy", sdpa_mask)
+    model_class = getattr(transformers, ckpt.config["architectures"][0])
+    model = model_class.from_pretrained(ckpt.path, attn_implementation="spy").eval()
+    names |= {id(module): name for name, module in model.named_modules()}
+    with torch.no_grad():
+        for row in rows:
+            model(input_ids=torch.tensor([row + [0] * padding]), use_cache=False)
+    return found
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen3", "llama4", "mixtral", "gemma3"])
+def test_scales_are_the_maxima_of_a_plain_forward(saved, family):
+    ckpt = saved(family)
+    scales = calibrate(ckpt, samples_of(ROWS[:3]), batch_size=1).tensors
+    want = plain_maxima(ckpt, ROWS[:3])
+    assert scales.keys() == want.keys()
+    for name, amax in want.items():
+        assert torch.equal(scales[name], (amax / 448).reshape(-1, 1, 1)), name
+
+
+def test_names_and_shapes_are_those_of_the_checkpoint(saved):
+    ckpt = saved("gemma3-multimodal")
+    scales = calibrate(ckpt, samples_of(ROWS[:2]), batch_size=2)
+    modules = {name.rpartition(".")[0] for name in scales.tensors}
+    assert modules == {f"language_model.model.layers.{i}.self_attn" for i in range(4)}
+    assert all(f"{module}.k_proj.weight" in ckpt.tensors for module in modules)
+    for name, scale in scales.tensors.items():
+        heads = HEADS if name.endswith("q_scale") else KV_HEADS
+        assert scale.shape == (heads, 1, 1)
+        assert scale.dtype == torch.bfloat16
+    assert scales.attention_class == "Gemma3Attention"
+
+
+def test_vision_attention_gets_no_scales(saved):
+    scales = calibrate(saved("llama4"), samples_of(ROWS[:2]), batch_size=2)
+    assert not [name for name in scales.tensors if "vision" in name]
+    assert scales.attention_class == "Llama4TextAttention"
+
+
+@contextlib.contextmanager
+def query_hook_kept():
+    """llm-compressor 0.14.0.1 switches to eager attention while it calibrates, past its own q hook."""
+    import llmcompressor.utils.helpers as helpers
+
+    kept = helpers.use_eager_attention
+    helpers.use_eager_attention = lambda model: contextlib.nullcontext()
+    try:
+        yield
+    finally:
+        helpers.use_eager_attention = kept
+
+
+def oneshot_scales(family, path, strategy, observer, rows) -> dict[str, torch.Tensor]:
+    """q/k/v scales that llm-compressor's oneshot finds for the same token ids in the same order."""
+    from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
+    from datasets import Dataset
+    from llmcompressor import oneshot
+    from llmcompressor.modifiers.quantization import QuantizationModifier
+    from tokenizers import Tokenizer, models
+    from transformers import PreTrainedTokenizerFast
+
+    model_class = getattr(transformers, open_checkpoint(path).config["architectures"][0])
+    model = model_class.from_pretrained(path, dtype="auto")
+    args = QuantizationArgs(num_bits=8, type="float", strategy=strategy, observer=observer)
+    target = type(model.model.layers[0].self_attn).__name__
+    group = QuantizationScheme(targets=[target], input_activations=args)
+    data = Dataset.from_dict({"input_ids": rows, "attention_mask": [[1] * len(r) for r in rows]})
+    core = Tokenizer(models.WordLevel({"<pad>": 0, "<s>": 1}, unk_token="<pad>"))
+    with query_hook_kept():
+        oneshot(
+            model=model,
+            dataset=data,
+            recipe=QuantizationModifier(config_groups={"attention": group}),
+            max_seq_length=len(rows[0]),
+            num_calibration_samples=len(rows),
+            processor=PreTrainedTokenizerFast(tokenizer_object=core, pad_token="<pad>"),
+            shuffle_calibration_samples=False,
+        )
+    return {
+        name: tensor.detach().clone()
+        for name, tensor in model.state_dict().items()
+        if name.endswith(("q_scale", "k_scale", "v_scale"))
+    }
+
+
+@pytest.mark.parametrize(
+    ("family", "strategy", "observer"),
+    [
+        ("llama", "tensor", "static_minmax"),
+        ("llama", "attn_head", "static_minmax"),
+        ("qwen3", "attn_head", "static_minmax"),
+        ("llama", "attn_head", "minmax"),
+    ],
+)
+def test_scales_are_llm_compressors(saved, family, strategy, observer):
+    ckpt = saved(family)
+    want = oneshot_scales(family, ckpt.path, strategy, observer, ROWS)
+    caution = pytest.warns(UserWarning) if observer == "minmax" else contextlib.nullcontext()
+    with caution:
+        made = calibrate(ckpt, samples_of(ROWS), strategy=strategy, observer=observer, batch_size=1)
+    assert made.tensors.keys() == want.keys()
+    for name, scale in want.items():
+        assert torch.equal(made.tensors[name], scale), name
+
+
+def test_swapped_heads_are_noticed(saved, tmp_path):
+    """Swapping the rows of two V heads swaps their scales, which differ."""
+    ckpt = saved("llama")
+    model = make("llama")
+    rows = model.model.layers[1].self_attn.v_proj.weight.data
+    rows.copy_(rows.reshape(KV_HEADS, -1, rows.shape[1]).flip(0).reshape_as(rows))
+    model.save_pretrained(tmp_path)
+    name = "model.layers.1.self_attn.v_scale"
+    here = calibrate(ckpt, samples_of(ROWS[:2])).tensors[name]
+    there = calibrate(open_checkpoint(tmp_path), samples_of(ROWS[:2])).tensors[name]
+    assert torch.equal(here, there.flip(0))
+    assert here[0] * 2 < here[1]
+
+
+UNEVEN = token_rows([24, 15, 6, 11])
+
+
+def test_padding_is_never_observed(saved):
+    """Padded in one batch or alone, each sample shows the same extremes."""
+    ckpt = saved("llama")
+    alone = calibrate(ckpt, samples_of(UNEVEN), batch_size=1)
+    padded = calibrate(ckpt, samples_of(UNEVEN), batch_size=4)
+    for name, scale in alone.tensors.items():
+        torch.testing.assert_close(padded.tensors[name], scale, rtol=2**-7, atol=0)
+
+
+def test_observed_padding_would_change_scales(tmp_path, monkeypatch):
+    """The test above can fail: where padding has the largest values, counting it moves a scale."""
+    loud = make("llama")
+    v_row = loud.model.layers[0].self_attn.v_proj.weight.data[0]
+    loud.model.embed_tokens.weight.data[0] = v_row  # the token id that padding has
+    loud.save_pretrained(tmp_path)
+    ckpt, name = open_checkpoint(tmp_path), "model.layers.0.self_attn.v_scale"
+    alone = calibrate(ckpt, samples_of(UNEVEN), batch_size=1).tensors[name]
+    masked = calibrate(ckpt, samples_of(UNEVEN), batch_size=4).tensors[name]
+    monkeypatch.setattr("ckptq.calibrate.observers._real", lambda x_BHSD, lengths: iter([x_BHSD]))
+    counted = calibrate(ckpt, samples_of(UNEVEN), batch_size=4).tensors[name]
+    torch.testing.assert_close(masked, alone, rtol=2**-7, atol=0)
+    assert counted[0] > 1.5 * alone[0]
+
+
+def test_halves_of_the_samples_merge_to_the_whole(saved):
+    ckpt = saved("llama")
+    first, second, whole = (
+        calibrate(ckpt, samples_of(rows), batch_size=2).tensors
+        for rows in (ROWS[:4], ROWS[4:], ROWS)
+    )
+    assert all(torch.equal(torch.maximum(first[name], second[name]), whole[name]) for name in whole)
+
+
+def test_nan_names_the_layer(tmp_path):
+    model = make("llama")
+    model.model.layers[2].self_attn.k_proj.weight.data[3, 3] = float("nan")
+    model.save_pretrained(tmp_path)
+    with pytest.raises(SourceError, match=r"model\.layers\.2\.self_attn\.k is nan"):
+        calibrate(open_checkpoint(tmp_path), samples_of(ROWS[:2]))
+
+
+def test_all_zero_head_gets_the_dtypes_eps(tmp_path):
+    model = make("llama")
+    model.model.layers[0].self_attn.v_proj.weight.data[:16] = 0
+    model.save_pretrained(tmp_path)
+    scales = calibrate(open_checkpoint(tmp_path), samples_of(ROWS[:2])).tensors
+    assert scales["model.layers.0.self_attn.v_scale"][0] == torch.finfo(torch.bfloat16).eps
+
+
+def test_attention_past_the_interface_is_an_error(saved, monkeypatch):
+    from ckptq.errors import PlanError
+
+    monkeypatch.setattr(attention, "_show", lambda *_: None)
+    with pytest.raises(PlanError, match="cannot be observed"):
+        calibrate(saved("llama"), samples_of(ROWS[:2]))
+
+
+def test_token_outside_the_vocabulary_is_named(saved):
+    with pytest.raises(SourceError, match="token id 500 is outside"):
+        calibrate(saved("llama"), samples_of([[3, 500]]))
+
+
+@pytest.mark.parametrize(
+    "wrong", [{"strategy": "channel"}, {"observer": "median"}, {"batch_size": 0}]
+)
+def test_wrong_arguments_are_refused(saved, wrong):
+    with pytest.raises(UsageError, match=str(next(iter(wrong.values())))):
+        calibrate(saved("llama"), samples_of(ROWS[:1]), **wrong)
+
+
+def test_record_says_how_they_were_made(saved):
+    made = calibrate(saved("llama"), replace(samples_of(ROWS), seed=5), batch_size=4).made
+    assert (made.samples, made.tokens, made.seq_len, made.seed) == (8, 8 * 24, 24, 5)
+    assert made.token_digest == Samples(tuple(map(tuple, ROWS)), "other", 9, 1).digest
+    assert made.attention["model.layers.0.self_attn"] == "LlamaAttention"
