@@ -56,8 +56,9 @@ def spread(scale_GK: Tensor, tile: tuple[int, int], rows: int, columns: int) -> 
 
     Example: [2, 1] over tiles (128, 300) gives 200 rows and 300 columns when asked for them.
     """
-    scale_RK = scale_GK.repeat_interleave(tile[0], 0)[:rows]
-    return scale_RK.repeat_interleave(tile[1], 1)[:, :columns]
+    row_R = torch.arange(rows, device=scale_GK.device) // tile[0]
+    col_C = torch.arange(columns, device=scale_GK.device) // tile[1]
+    return scale_GK[row_R][:, col_C]
 
 
 def quantize_static(

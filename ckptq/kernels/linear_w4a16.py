@@ -1,0 +1,91 @@
+"""Matrix product of 16-bit activations with packed INT4 weights, unpacked on the way.
+
+Meaning: `reference.linear.linear_w4a16`. A weight is (code - zero point) * scale rounded to the
+scale's dtype, as `dequantize_int4` gives it; then an ordinary product, summed in fp32.
+
+Shape letters: M tokens, K input features, N output channels, G groups along K, P = K / 8 words,
+Z = N / 8 words of zero points; B, L the tile of the result.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ckptq.kernels.linear_w8a8 import block_m, tile_of_result
+from ckptq.kernels.rounding import INTERPRETED, narrow, widen
+
+
+@triton.jit
+def _linear_w4a16_kernel(
+    a_ptr,
+    packed_ptr,
+    scale_ptr,
+    zero_ptr,
+    out_ptr,
+    M,
+    N,
+    K,
+    P,
+    G,
+    group,
+    a_stride,
+    ASYMMETRIC: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    m_B, n_L = tile_of_result(M, N, BLOCK_M, BLOCK_N)
+    m_L = n_L < N
+    stored: tl.constexpr = scale_ptr.dtype.element_ty
+    shift_K1 = (tl.arange(0, BLOCK_K) % 8 * 4)[:, None]
+    acc_BL = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+    for k in range(0, K, BLOCK_K):
+        k_K = k + tl.arange(0, BLOCK_K)
+        a_ptrs = a_ptr + m_B[:, None] * a_stride + k_K[None, :]
+        a_BK = tl.load(a_ptrs, mask=(m_B < M)[:, None] & (k_K < K)[None, :], other=0.0)
+        # eight rows of a tile read the same word; the cache answers seven of them
+        word_ptrs = packed_ptr + n_L[None, :] * P + (k_K // 8)[:, None]
+        word_KL = tl.load(word_ptrs, mask=m_L[None, :] & (k_K < K)[:, None], other=0)
+        g = k // group  # a block lies in one group
+        scale_L = tl.load(scale_ptr + n_L * G + g, mask=m_L, other=0.0)
+        offset_L = tl.full([BLOCK_N], 8, tl.int32)
+        if ASYMMETRIC:
+            zero_L = tl.load(zero_ptr + n_L // 8 * G + g, mask=m_L, other=0)
+            offset_L = (zero_L >> (n_L % 8 * 4).to(tl.int32)) & 15
+        code_KL = ((word_KL >> shift_K1) & 15) - offset_L[None, :]
+        w_KL = narrow(code_KL.to(tl.float32) * widen(scale_L)[None, :], stored)
+        if INTERPRETED:
+            acc_BL = tl.dot(widen(a_BK), widen(w_KL), acc_BL, input_precision="ieee")
+        else:
+            acc_BL = tl.dot(a_BK, w_KL, acc_BL, input_precision="ieee")
+
+    out_ptrs = out_ptr + m_B[:, None] * N + n_L[None, :]
+    m_BL = (m_B < M)[:, None] & m_L[None, :]
+    tl.store(out_ptrs, narrow(acc_BL, out_ptr.dtype.element_ty), mask=m_BL)
+
+
+def linear_w4a16(
+    a_MK: Tensor, packed_NP: Tensor, scale_NG: Tensor, zero_ZG: Tensor | None = None
+) -> Tensor:
+    """a @ w.T in a's dtype, [M, N]; scales are of a's dtype, groups of 32 times n or whole rows."""
+    (M, K), (N, P), G = a_MK.shape, packed_NP.shape, scale_NG.shape[1]
+    group = K // G
+    if K % G or triton.cdiv(K, 8) != P or (group % 32 and G > 1) or a_MK.stride(1) != 1:
+        raise ValueError(f"{tuple(a_MK.shape)} does not fit {P} words and {G} groups a row")
+    if scale_NG.dtype != a_MK.dtype:
+        raise ValueError(f"want scales in {a_MK.dtype}, got {scale_NG.dtype}")
+    out_MN = torch.empty(M, N, dtype=a_MK.dtype, device=a_MK.device)
+    rows, columns = min(64, block_m(M)), 64
+    _linear_w4a16_kernel[(triton.cdiv(M, rows) * triton.cdiv(N, columns),)](
+        *(a_MK, packed_NP.contiguous(), scale_NG.contiguous(), zero_ZG, out_MN),
+        *(M, N, K, P, G, group, a_MK.stride(0)),
+        ASYMMETRIC=zero_ZG is not None,
+        BLOCK_M=rows,
+        BLOCK_N=columns,
+        BLOCK_K=32 if group % 64 and G > 1 else 64,
+        num_warps=4,
+        num_stages=3,
+        enable_fp_fusion=False,
+    )
+    return out_MN

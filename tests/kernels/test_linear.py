@@ -1,0 +1,136 @@
+"""Quantized matrix products against dequantize-then-multiply in float64."""
+
+import pytest
+import torch
+from kernel_cases import weights
+from torch import Tensor
+
+from ckptq.kernels.linear_fp8_block import linear_fp8_block
+from ckptq.kernels.linear_w4a16 import linear_w4a16
+from ckptq.kernels.linear_w8a8 import linear_w8a8
+from ckptq.kernels.reference import linear as meaning
+from ckptq.kernels.reference.int4 import quantize_int4
+from ckptq.kernels.reference.quantize import quantize_blocks, quantize_rows
+
+FP8, INT8 = torch.float8_e4m3fn, torch.int8
+CODES = pytest.mark.parametrize("codes", [FP8, INT8], ids=["fp8", "int8"])
+SHAPES = pytest.mark.parametrize("shape", [(1, 1, 1), (3, 150, 200), (70, 65, 384)], ids=str)
+ROW = 10**9
+"""Columns of a tile that covers any row."""
+
+
+def close(got: Tensor, want: Tensor) -> bool:
+    """Equal up to a last place of bf16, or to 1e-4 of the largest result for what cancels."""
+    got, want = got.cpu().double(), want.double()
+    assert got.shape == want.shape
+    bound = want.abs() * 2**-8 + want.abs().max() * 1e-4
+    return bool(((got - want).abs() <= bound).all())
+
+
+def operands(shape: tuple[int, int, int]) -> tuple[Tensor, Tensor]:
+    M, N, K = shape
+    return weights((M, K), seed=1) * 30, weights((N, K), seed=2)
+
+
+def on(device: torch.device, *tensors: Tensor) -> list[Tensor]:
+    return [tensor.to(device) for tensor in tensors]
+
+
+@CODES
+@SHAPES
+def test_per_token_times_per_channel(
+    device: torch.device, shape: tuple[int, int, int], codes: torch.dtype
+) -> None:
+    a, w = operands(shape)
+    args = (*quantize_rows(a, codes), *quantize_rows(w, codes))
+    want = meaning.linear_w8a8(*args, (1, ROW), (1, ROW), torch.float64)
+    assert close(linear_w8a8(*on(device, *args)), want)
+
+
+@CODES
+def test_sums_that_fp32_holds_are_exact(device: torch.device, codes: torch.dtype) -> None:
+    """Small whole codes under scales that are powers of two: nothing is rounded anywhere."""
+    generator = torch.Generator().manual_seed(0)
+    a = torch.randint(-4, 5, (33, 300), generator=generator)
+    w = torch.randint(-4, 5, (130, 300), generator=generator)
+    a_scale = 2.0 ** torch.randint(-3, 4, (33, 1), generator=generator)
+    w_scale = 2.0 ** torch.randint(-3, 4, (130, 1), generator=generator)
+    args = (a.float().to(codes), a_scale, w.float().to(codes), w_scale)
+    want = meaning.linear_w8a8(*args, (1, ROW), (1, ROW), torch.float32)
+    assert torch.equal(linear_w8a8(*on(device, *args), torch.float32).cpu(), want)
+
+
+@CODES
+def test_one_scale_for_all(device: torch.device, codes: torch.dtype) -> None:
+    a, w = operands((5, 40, 96))
+    (a, _), (w, _) = quantize_rows(a, codes), quantize_rows(w, codes)
+    scales = torch.tensor([0.25]), torch.tensor([2.0])
+    want = meaning.linear_w8a8(
+        a, scales[0][None], w, scales[1][None], (ROW, ROW), (ROW, ROW), torch.float64
+    )
+    got = linear_w8a8(*on(device, a, scales[0], w, scales[1]))
+    assert close(got, want)
+
+
+@SHAPES
+def test_fp8_blocks_and_token_groups(device: torch.device, shape: tuple[int, int, int]) -> None:
+    a, w = operands(shape)
+    args = (*quantize_blocks(a, FP8, (1, 128)), *quantize_blocks(w, FP8))
+    want = meaning.linear_w8a8(*args, (1, 128), (128, 128), torch.float64)
+    assert close(linear_fp8_block(*on(device, *args)), want)
+
+
+@pytest.mark.parametrize("symmetric", [True, False], ids=["sym", "asym"])
+@pytest.mark.parametrize(
+    ("shape", "group"),
+    [((1, 1, 32), 32), ((3, 70, 192), 64), ((70, 65, 384), 128), ((5, 9, 101), None)],
+    ids=str,
+)
+@pytest.mark.parametrize("source", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
+def test_w4a16(
+    device: torch.device,
+    shape: tuple[int, int, int],
+    group: int | None,
+    symmetric: bool,
+    source: torch.dtype,
+) -> None:
+    a, w = operands(shape)
+    a, w = a.to(source), w.to(source)
+    packed, scale, zero = quantize_int4(w, group, symmetric)
+    want = meaning.linear_w4a16(a.double(), packed, scale, zero)
+    got = linear_w4a16(*on(device, a, packed, scale), None if zero is None else zero.to(device))
+    assert got.dtype == source
+    assert close(got, want)
+
+
+def test_broken_scales_are_noticed(device: torch.device) -> None:
+    """The tolerance can fail: scales off by a row, by a block, by a group."""
+    a, w = operands((16, 256, 256))
+    rows = (*quantize_rows(a), *quantize_rows(w))
+    want = meaning.linear_w8a8(*rows, (1, ROW), (1, ROW), torch.float64)
+    assert close(linear_w8a8(*on(device, *rows)), want)
+    assert not close(linear_w8a8(*on(device, *rows[:3], rows[3].roll(1, 0))), want)
+
+    blocks = (*quantize_blocks(a, FP8, (1, 128)), *quantize_blocks(w))
+    want = meaning.linear_w8a8(*blocks, (1, 128), (128, 128), torch.float64)
+    assert close(linear_fp8_block(*on(device, *blocks)), want)
+    assert not close(linear_fp8_block(*on(device, *blocks[:3], blocks[3].roll(1, 1))), want)
+
+    packed, scale, _ = quantize_int4(w)
+    want = meaning.linear_w4a16(a.double(), packed, scale)
+    assert close(linear_w4a16(*on(device, a, packed, scale)), want)
+    assert not close(linear_w4a16(*on(device, a, packed, scale.roll(1, 1))), want)
+
+
+def test_shapes_that_do_not_fit_are_refused(device: torch.device) -> None:
+    a, w = operands((4, 8, 64))
+    args = on(device, *quantize_rows(a), *quantize_rows(w))
+    with pytest.raises(ValueError, match="scales"):
+        linear_w8a8(*args[:3], args[3][:5])
+    with pytest.raises(ValueError, match="one dtype"):
+        linear_w8a8(args[0].view(INT8), *args[1:])
+    packed, scale, _ = on(device, *quantize_int4(w, 32)[:2], w)
+    with pytest.raises(ValueError, match="does not fit"):
+        linear_w4a16(a.to(device)[:, :48], packed, scale)
+    with pytest.raises(ValueError, match="want scales in"):
+        linear_w4a16(a.to(device), packed, scale.float())
