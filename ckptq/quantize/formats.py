@@ -132,5 +132,6 @@ def _scale_tensors(
         return {"weight_scale": scale}
     if scheme.format == "pack-quantized":
         # a word holds the zero points of consecutive rows, where the codes' hold columns
-        zero_point = pack_words(zero_point.t().contiguous(), scheme.num_bits).t().contiguous()
+        word_GR = pack_words(zero_point.t().contiguous(), scheme.num_bits)
+        zero_point = word_GR.t().clone(memory_format=torch.contiguous_format)
     return {"weight_scale": scale, "weight_zero_point": zero_point}

@@ -17,8 +17,8 @@ from torch.nn.functional import pad
 def pack_nibbles(code_RC: Tensor) -> Tensor:
     """[R, C] codes 0..15, one a byte -> [R, C / 2] uint8. Example: 1, 2, 3, 4 -> 0x21, 0x43."""
     # two codes are one little-endian int16: fold its high byte onto the upper half of its low byte
-    pair_RB = code_RC.view(torch.int16)
-    return (pair_RB | pair_RB >> 4).to(torch.uint8)
+    pair = code_RC.reshape(-1).view(torch.int16)
+    return (pair | pair >> 4).to(torch.uint8).view(len(code_RC), -1)
 
 
 def unpack_nibbles(byte_RB: Tensor) -> Tensor:
@@ -42,13 +42,15 @@ def pack_words(code_RC: Tensor, num_bits: int) -> Tensor:
         shift_8 = torch.arange(8, device=code_RC.device) * num_bits
         long_RK = (code_RC.unflatten(1, (-1, 8)).long() << shift_8).sum(-1, keepdim=True)
         byte_RB = long_RK.view(torch.uint8)[..., :num_bits].flatten(1)
-    return byte_RB.view(torch.int32)[:, : words(columns, num_bits)].contiguous()
+    word_RW = byte_RB.reshape(-1).view(torch.int32).view(len(code_RC), -1)
+    return word_RW[:, : words(columns, num_bits)].contiguous()
 
 
 def unpack_words(word_RW: Tensor, num_bits: int, columns: int) -> Tensor:
     """Inverse of `pack_words`: int8 codes [R, columns]."""
-    word_RW = pad(word_RW, (0, -word_RW.shape[1] % num_bits)).contiguous()
-    byte_RKb = word_RW.view(torch.uint8).unflatten(1, (-1, num_bits)).long()
+    rows = len(word_RW)
+    word_RW = pad(word_RW, (0, -word_RW.shape[1] % num_bits))
+    byte_RKb = word_RW.reshape(-1).view(torch.uint8).view(rows, -1, num_bits).long()
     place_8 = torch.arange(8, device=word_RW.device)
     long_RK = (byte_RKb << (place_8[:num_bits] * 8)).sum(-1, keepdim=True)
     code_RC = ((long_RK >> (place_8 * num_bits)) & (2**num_bits - 1)).flatten(1)
