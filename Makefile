@@ -1,0 +1,53 @@
+# Two commands do everything on a fresh machine; each makes its own virtual environment.
+#   make demo   train a small model, quantize it per head, verify it, compare its accuracy
+#   make test   all tests (no network, no GPU)
+
+PYTHON ?= python3
+VENV ?= .venv
+BIN = $(VENV)/bin
+DEMO ?= demo
+FAMILY ?= llama
+
+export TOKENIZERS_PARALLELISM = false
+export HF_HUB_DISABLE_TELEMETRY = 1
+
+.PHONY: demo test lint test-gpu bench bench-kernels clean
+
+$(VENV)/installed: pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(BIN)/python -m pip install --quiet --editable '.[test]'
+	touch $@
+
+demo: $(VENV)/installed
+	rm -rf $(DEMO)
+	$(BIN)/python examples/make_checkpoint.py --family $(FAMILY) $(DEMO)/$(FAMILY)
+	$(BIN)/ckptq quantize $(DEMO)/$(FAMILY) --scheme fp8-per-head -o $(DEMO)/per-head \
+	    --data $(DEMO)/$(FAMILY)/calibration.txt --seq-len 64
+	$(BIN)/ckptq quantize $(DEMO)/$(FAMILY) --scheme fp8-per-tensor -o $(DEMO)/per-tensor \
+	    --data $(DEMO)/$(FAMILY)/calibration.txt --seq-len 64
+	$(BIN)/ckptq verify $(DEMO)/per-head --source $(DEMO)/$(FAMILY)
+	$(BIN)/python examples/swap_heads.py $(DEMO)/per-head $(DEMO)/swapped
+	$(BIN)/python examples/accuracy.py $(DEMO)/$(FAMILY) $(DEMO)/per-head $(DEMO)/per-tensor \
+	    $(DEMO)/swapped
+
+test: $(VENV)/installed
+	TRITON_INTERPRET=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadgroup
+
+lint: $(VENV)/installed
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+test-gpu:
+	$(PYTHON) -m pytest tests/kernels tests/calibrate
+
+bench: $(VENV)/installed
+	$(BIN)/python benchmarks/bench_convert.py
+
+bench-kernels:
+	$(PYTHON) benchmarks/bench_kernels.py
+	$(PYTHON) benchmarks/bench_attention.py
+
+clean:
+	rm -rf $(VENV) $(DEMO)
