@@ -14,12 +14,14 @@ from ckptq.checkpoint.open import Checkpoint
 from ckptq.errors import PlanError
 from ckptq.models.modules import Layout, Linear, fused_set, read_layout
 from ckptq.plan.attention import AttentionPlan, plan_attention
-from ckptq.plan.match import choose, refuse_split_sets
+from ckptq.plan.match import choose, refuse_split_sets, refuse_unserved
+from ckptq.plan.permutable import keep_permutable
 from ckptq.plan.unit import Part, Plan, Unit
 from ckptq.quantize.formats import needs_statistic
 from ckptq.quantize.scheme import WeightScheme
 from ckptq.quantize.stored import stored
 from ckptq.recipes.load import Group, Recipe
+from ckptq.spec import TensorSpec
 
 SHARD_BYTES = 5_000_000_000
 """Default size of an output shard, as in huggingface_hub."""
@@ -34,16 +36,24 @@ def make_plan(
     *,
     ignore: Sequence[str] = (),
     shard_bytes: int = SHARD_BYTES,
+    permutable: bool = True,
 ) -> Plan:
-    """Decide every output tensor from headers, config and recipe; PlanError says what misfits."""
+    """Decide every output tensor from headers, config and recipe; PlanError says what misfits.
+
+    `permutable` moves Llama-4's q/k/v out of formats that vLLM cannot permute: see that module.
+    """
     if ckpt.quantization_config is not None:
         method = ckpt.quantization_config.get("quant_method")
         raise PlanError(
             f"{ckpt.path}: is already quantized ({method}); give the unquantized checkpoint"
         )
     layout = read_layout(ckpt)
+    refuse_unserved(recipe.groups)
     attention = plan_attention(ckpt, layout, recipe.attention) if recipe.attention else None
     chosen = choose(layout, recipe, (*recipe.ignore, *ignore))
+    if permutable:
+        recipe = keep_permutable(recipe, layout, chosen)
+        chosen = choose(layout, recipe, (*recipe.ignore, *ignore))
     refuse_split_sets(layout, chosen)
     units = tuple(_units(ckpt, layout, recipe, chosen, attention))
     _refuse_twins(units)
@@ -153,7 +163,7 @@ def _together(
 
 
 def _quantized(members: Iterable[Linear], scheme: WeightScheme, group: Group) -> Unit:
-    parts, biases = [], {}
+    parts, biases, inputs = [], {}, {}
     for linear in members:
         try:
             writes = stored(linear.weight.spec, scheme)
@@ -162,8 +172,16 @@ def _quantized(members: Iterable[Linear], scheme: WeightScheme, group: Group) ->
         parts.append(Part(linear=linear, scheme=scheme, writes=writes))
         if linear.bias is not None:
             biases[f"{linear.name}.bias"] = linear.bias
-    key = parts[0].linear.name
-    return Unit(key=key, rule=f"{group.name}: {scheme}", parts=tuple(parts), views=biases)
+        if group.has_static_inputs:
+            dtype = linear.weight.spec.dtype
+            inputs[f"{linear.name}.input_scale"] = TensorSpec(dtype, (1,))
+    return Unit(
+        key=parts[0].linear.name,
+        rule=f"{group.name}: {scheme}",
+        parts=tuple(parts),
+        views=biases,
+        scales=inputs,
+    )
 
 
 def _left_alone(linear: Linear, tensor: StoredTensor) -> Unit:

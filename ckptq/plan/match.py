@@ -55,3 +55,23 @@ def refuse_split_sets(layout: Layout, chosen: Mapping[str, Group]) -> None:
         if len({group.name if group else None for group in found.values()}) > 1:
             detail = ", ".join(f"{m}: {g.name if g else 'left alone'}" for m, g in found.items())
             raise PlanError(f"a fused set must be quantized alike, found {detail}")
+
+
+def refuse_unserved(groups: Sequence[Group]) -> None:
+    """Activations that ckptq has no scales for, named instead of forgotten."""
+    for group in groups:
+        if group.output_activations is not None:
+            raise PlanError(f"group {group.name!r}: output_activations are not served by vLLM")
+        inputs = group.input_activations if group.weights is not None else None
+        if inputs is None or inputs.get("dynamic", False) is True:
+            continue
+        if inputs.get("dynamic") == "local":
+            raise PlanError(
+                f"group {group.name!r}: NVFP4 activations (dynamic: local) need a calibrated "
+                "input_global_scale, which ckptq does not make; NVFP4A16 quantizes weights alone"
+            )
+        if inputs.get("strategy", "tensor") != "tensor":
+            raise PlanError(
+                f"group {group.name!r}: static input_activations have strategy "
+                f"{inputs.get('strategy')!r}; vLLM serves static activations per tensor"
+            )

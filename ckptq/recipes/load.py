@@ -37,6 +37,12 @@ class Group:
         """A group that has activations but no weights quantizes q, k and v inside attention."""
         return self.weights is None and self.input_activations is not None
 
+    @property
+    def has_static_inputs(self) -> bool:
+        """Whether its Linears need an `input_scale`, which only calibration gives."""
+        inputs = self.input_activations if self.weights is not None else None
+        return inputs is not None and inputs.get("dynamic", False) is False
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Recipe:
@@ -60,12 +66,7 @@ class Recipe:
     @property
     def needs_input_scales(self) -> bool:
         """Whether some group has static activation scales, which only calibration gives."""
-        return any(
-            g.weights is not None
-            and g.input_activations is not None
-            and g.input_activations.get("dynamic", False) is False
-            for g in self.groups
-        )
+        return any(group.has_static_inputs for group in self.groups)
 
 
 def built_in() -> dict[str, Path]:

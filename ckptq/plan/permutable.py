@@ -1,0 +1,61 @@
+"""Models whose q/k rows an engine permutes while it loads: formats that it cannot move along.
+
+vLLM permutes the rows of Llama-4's q_proj and k_proj, of their packed weights and of their scales
+per channel and group. It cannot move block scales, and does not move packed zero points: block FP8
+and asymmetric INT4 would load, and be wrong (head_dim 256), or be refused. So q, k and v of such a
+group get a group of their own: symmetric, and per channel instead of per block. v goes along,
+because the three are one matrix in vLLM.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+
+from ckptq.models.modules import Layout
+from ckptq.plan.match import matches
+from ckptq.recipes.load import Args, Group, Recipe
+
+QKV = r"re:.*self_attn\.(q|k|v)_proj$"
+
+TOKEN_FP8: Args = {
+    "num_bits": 8,
+    "type": "float",
+    "symmetric": True,
+    "strategy": "token",
+    "dynamic": True,
+}
+
+
+def keep_permutable(recipe: Recipe, layout: Layout, chosen: Mapping[str, Group]) -> Recipe:
+    """The recipe with q/k/v in a format that survives the permutation; others unchanged.
+
+    `chosen` says what the recipe as it stands quantizes: Linear -> group.
+    """
+    if layout.family.rope != "interleaved":
+        return recipe
+    groups: list[Group] = []
+    for group in recipe.groups:
+        linears = [name for name, g in chosen.items() if g is group]
+        attention = [name for name in linears if matches(QKV, name)]
+        safe = _permutable(group)
+        if attention and safe is not group:
+            # Before the group it leaves: engines take the first pattern that matches
+            groups.append(replace(safe, name=f"{group.name}_qkv", targets=(QKV,)))
+        if attention != linears or safe is group:
+            groups.append(group)
+    return replace(recipe, groups=tuple(groups))
+
+
+def _permutable(group: Group) -> Group:
+    """The same group, or its nearest relative that engines can permute."""
+    weights = group.weights
+    if weights is None:
+        return group
+    if weights.get("strategy") == "block":
+        kept = {k: v for k, v in weights.items() if k != "block_structure"}
+        return replace(group, weights={**kept, "strategy": "channel"}, input_activations=TOKEN_FP8)
+    if weights.get("symmetric") is False:
+        kept = {k: v for k, v in weights.items() if k != "zp_dtype"}
+        return replace(group, weights={**kept, "symmetric": True})
+    return group
