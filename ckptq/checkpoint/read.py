@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import threading
 from collections.abc import Mapping
+from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -17,6 +18,7 @@ from ckptq.errors import SourceError
 from ckptq.spec import torch_dtype
 
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor
 
 MAX_READ = 1 << 30
@@ -72,12 +74,34 @@ def bytes_of(tensor: Tensor) -> memoryview:
     return tensor.reshape(-1).view(torch.uint8).numpy().data
 
 
-def read_range(files: Files, stored: StoredTensor, start: int, stop: int) -> Tensor:
-    """Entries start..stop along the first axis, as a tensor [stop - start, ...] of its own."""
+class Memory(threading.local):
+    """Memory that each thread uses again and again: faulting fresh pages in takes longer than to
+    copy into them."""
+
+    def __init__(self) -> None:
+        self._held: Tensor | None = None
+
+    def tensor(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        """A dense tensor of unknown content. What this thread got before is lost."""
+        import torch
+
+        nbytes = prod(shape) * dtype.itemsize
+        if self._held is None or self._held.numel() < nbytes:
+            self._held = torch.empty(nbytes, dtype=torch.uint8)
+        return self._held[:nbytes].view(dtype).view(shape)
+
+
+def read_range(
+    files: Files, stored: StoredTensor, start: int, stop: int, memory: Memory | None = None
+) -> Tensor:
+    """Entries start..stop along the first axis, as a tensor [stop - start, ...].
+
+    In memory of its own, or in `memory`.
+    """
     import torch
 
-    _, *rest = stored.spec.shape
-    tensor = torch.empty(stop - start, *rest, dtype=torch_dtype(stored.spec.dtype))
+    shape, dtype = (stop - start, *stored.spec.shape[1:]), torch_dtype(stored.spec.dtype)
+    tensor = torch.empty(shape, dtype=dtype) if memory is None else memory.tensor(shape, dtype)
     step = stored.nbytes // stored.spec.shape[0]
     read_into(files, stored, start * step, bytes_of(tensor))
     return tensor

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from ckptq.checkpoint.header import StoredTensor
-from ckptq.checkpoint.read import Files, read_range
+from ckptq.checkpoint.read import Files, Memory, bytes_of, read_into, read_range
 from ckptq.spec import TensorSpec
 
 if TYPE_CHECKING:
@@ -48,44 +48,71 @@ class View:
         return dense and self.columns is None and not self.transposed
 
     @property
-    def slab(self) -> tuple[StoredTensor, int | None]:
-        """What has to be read whole where the view does not stream; gate and up share one."""
-        return self.stored, self.index
+    def slab(self) -> tuple[StoredTensor, int | None, int, int]:
+        """What has to be held whole where the view does not stream: a run of rows of one matrix.
+
+        Equal for views that are cut from the same bytes, as gate and up of one expert are.
+        """
+        rows = self.stored.spec.shape[-2]
+        if self.rows is None or self.rows.step != 1:
+            return self.stored, self.index, 0, rows
+        return self.stored, self.index, self.rows.start, self.rows.stop
+
+    @property
+    def slab_spec(self) -> TensorSpec:
+        """Dtype and shape of the slab."""
+        _, _, first, last = self.slab
+        return TensorSpec(self.stored.spec.dtype, (last - first, self.stored.spec.shape[-1]))
 
     @property
     def slab_bytes(self) -> int:
-        if self.streams:
-            return 0
-        return self.stored.nbytes // (1 if self.index is None else self.stored.spec.shape[0])
+        return 0 if self.streams else self.slab_spec.nbytes
 
 
-def read_rows(files: Files, view: View, start: int, stop: int) -> Tensor:
-    """Rows start..stop of a view that streams, as [stop - start, C]."""
+def read_rows(
+    files: Files, view: View, start: int, stop: int, memory: Memory | None = None
+) -> Tensor:
+    """Rows start..stop of a view that streams, as [stop - start, C].
+
+    With `memory`, the tensor is lost when the same thread uses that memory again.
+    """
     assert view.streams
-    stored = view.stored
     first = view.rows.start if view.rows is not None else 0
+    return read_range(files, _matrix(view), first + start, first + stop, memory)
+
+
+def read_slab(files: Files, view: View) -> Tensor:
+    """The whole slab, in memory of its own."""
+    _, _, first, last = view.slab
+    return read_range(files, _matrix(view), first, last)
+
+
+def read_slab_rows(files: Files, view: View, slab: Tensor, start: int, stop: int) -> None:
+    """Fill rows start..stop of a slab whose memory exists already."""
+    _, _, first, _ = view.slab
+    step = view.slab_spec.nbytes // view.slab_spec.shape[0]
+    read_into(files, _matrix(view), (first + start) * step, bytes_of(slab[start:stop]))
+
+
+def window(slab: Tensor, view: View) -> Tensor:
+    """The view's [R, C] as a strided window on its slab; copies nothing."""
+    _, _, first, _ = view.slab
+    rows = None if view.rows is None else slice(view.rows.start - first, None, view.rows.step)
+    found = slab[rows or slice(None), _slice(view.columns)]
+    return found.t() if view.transposed else found
+
+
+def _matrix(view: View) -> StoredTensor:
+    """The 2-D tensor that the view is a window on, as if it were stored alone."""
+    stored = view.stored
     if view.index is None:
-        return read_range(files, stored, first + start, first + stop)
-    matrix = StoredTensor(
+        return stored
+    return StoredTensor(
         stored.name,
         TensorSpec(stored.spec.dtype, stored.spec.shape[1:]),
         stored.file,
         stored.offset + view.index * (stored.nbytes // stored.spec.shape[0]),
     )
-    return read_range(files, matrix, first + start, first + stop)
-
-
-def read_slab(files: Files, view: View) -> Tensor:
-    """The whole 2-D matrix that the view is a window on."""
-    if view.index is None:
-        return read_range(files, view.stored, 0, view.stored.spec.shape[0])
-    return read_range(files, view.stored, view.index, view.index + 1)[0]
-
-
-def window(slab: Tensor, view: View) -> Tensor:
-    """The view's [R, C] as a strided window on its slab; copies nothing."""
-    found = slab[_slice(view.rows), _slice(view.columns)]
-    return found.t() if view.transposed else found
 
 
 def _slice(span: range | None) -> slice:

@@ -1,191 +1,151 @@
 """The streaming pipeline: every unit from its place in the source to its place in the output.
 
-Work goes in runs of blocks of rows that stay in a core's cache: read, quantized and written by one
-thread, on all cores at once. Only what does not stream by rows (a transposed expert) is held whole.
+A run of rows is read, quantized and written by one thread, in memory that it uses again, on all
+cores at once. What does not stream by rows (a transposed expert) is read whole into a slab first.
 Which thread does what, and when, changes nothing in the output.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from functools import partial
+from dataclasses import dataclass, field
+from functools import partial, reduce
 
 import torch
 from torch import Tensor
 
-from ckptq.checkpoint.read import Files, bytes_of
-from ckptq.checkpoint.view import View, read_rows, read_slab, window
+from ckptq.checkpoint.read import Files, Memory, bytes_of
+from ckptq.checkpoint.view import View, read_rows, window
 from ckptq.checkpoint.write import Shards
-from ckptq.convert.schedule import Schedule
+from ckptq.convert.blocks import Span, blocks, runs, stored_rows
+from ckptq.convert.schedule import Schedule, Task, Work
+from ckptq.convert.slabs import Slab, Slabs, held_bytes, views_of
 from ckptq.errors import SourceError
 from ckptq.plan.unit import Part, Unit
 from ckptq.quantize.formats import (
-    BLOCK_ELEMENTS,
     constants,
     merge_statistic,
     needs_statistic,
     quantize,
     statistic,
 )
-from ckptq.quantize.stored import row_quantum, stored
+from ckptq.quantize.stored import row_quantum
 from ckptq.quantize.tiles import NonFinite
-from ckptq.spec import TensorSpec
 
-RUN_ELEMENTS = 1 << 23
-"""Elements that one task handles, block after block: 16 MB of bf16."""
-
-COPY_BYTES = 1 << 26
+COPY_BYTES = 1 << 24
 
 Rows = Callable[[int, int], Tensor]
-"""(start, stop) -> these rows of a weight, [stop - start, C]."""
+"""(start, stop) -> these rows of a weight, [stop - start, C]; lost at the thread's next call."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Ends:
+    """What a conversion reads from and writes to."""
+
+    files: Files
+    scales: Mapping[str, Tensor]
+    shards: Shards
+    slabs: Slabs
+    memory: Memory = field(default_factory=Memory)
 
 
 def convert(
-    units: Iterable[Unit],
-    scales: Mapping[str, Tensor],
-    shards: Shards,
-    schedule: Schedule,
-    files: Files,
-    finished: Callable[[Unit], None],
+    units: Iterable[Unit], ends: Ends, schedule: Schedule, finished: Callable[[Unit], None]
 ) -> None:
-    """Do all units; `finished` is called for each, in order, when its last byte is written."""
+    """Do all units; `finished` is called for each when its last byte is written."""
     for unit in units:
-        tasks = list(_tasks(unit, scales, shards, schedule, files))
-        schedule.add(tasks, held_bytes(unit), partial(finished, unit))
+        if held_bytes(unit):
+            schedule.wait_while(ends.slabs.all_taken)
+        schedule.add(work(unit, ends), partial(finished, unit))
     schedule.drain()
 
 
-def held_bytes(unit: Unit) -> int:
-    """Memory for what does not stream: each slab once."""
-    views = [part.linear.weight for part in unit.parts] + list(unit.views.values())
-    return sum({view.slab: view.slab_bytes for view in views}.values())
+def work(unit: Unit, ends: Ends) -> Work:
+    """Everything there is to do for one unit, step by step."""
+    with ends.slabs.of(unit) as slabs:
+        distinct = {id(slab): slab for slab in slabs.values()}
+        yield [task for slab in distinct.values() for task in slab.read_tasks(ends.files)]
+        rows = {view: _rows(view, slabs.get(view), ends) for view in views_of(unit)}
+        shared = None
+        if unit.parts and needs_statistic(unit.parts[0].scheme):
+            found: list[Tensor] = []
+            yield list(_statistic_tasks(unit, rows, found))
+            shared = reduce(merge_statistic, found)
+        yield [*_copy_tasks(unit, rows, ends), *_quantize_tasks(unit, rows, shared, ends.shards)]
 
 
-def _tasks(
-    unit: Unit, scales: Mapping[str, Tensor], shards: Shards, schedule: Schedule, files: Files
-) -> Iterator[Callable[[], None]]:
+def _rows(view: View, slab: Slab | None, ends: Ends) -> Rows:
+    """How to get rows of a view: from its file, or cut out of its slab."""
+    if slab is None:
+        return lambda start, stop: read_rows(ends.files, view, start, stop, ends.memory)
+    matrix = window(slab.matrix, view)
+
+    def cut(start: int, stop: int) -> Tensor:
+        part = matrix[start:stop]
+        return ends.memory.tensor(tuple(part.shape), part.dtype).copy_(part)
+
+    return cut
+
+
+def _statistic_tasks(unit: Unit, rows: Mapping[View, Rows], found: list[Tensor]) -> Iterator[Task]:
+    """A first pass, for the one number that all parts of the unit share."""
+    for part in unit.parts:
+        view = part.linear.weight
+        for run in runs(view.spec):
+            yield partial(_statistic_of_run, part, rows[view], run, found)
+
+
+def _statistic_of_run(part: Part, rows: Rows, run: Span, found: list[Tensor]) -> None:
+    for start, stop in blocks(run, part.linear.weight.spec):
+        with naming(part):
+            found.append(statistic(rows(start, stop)))
+
+
+def _copy_tasks(unit: Unit, rows: Mapping[View, Rows], ends: Ends) -> Iterator[Task]:
+    """What goes over unchanged, and what calibration has made."""
     for name, tensor in unit.copies.items():
-        source = files.descriptor(tensor.file)
+        source = ends.files.descriptor(tensor.file)
         for start in range(0, tensor.nbytes, COPY_BYTES):
             count = min(COPY_BYTES, tensor.nbytes - start)
-            yield partial(shards.copy, name, start, source, tensor.offset + start, count)
+            yield partial(ends.shards.copy, name, start, source, tensor.offset + start, count)
     for name, view in unit.views.items():
-        yield partial(_cut_out, name, view, shards, files)
+        for run in runs(view.spec):
+            yield partial(_cut_out_run, name, view, rows[view], run, ends.shards)
     for name in unit.scales:
-        yield partial(shards.write, name, 0, bytes_of(scales[name].contiguous()))
-    if unit.parts:
-        yield from _quantize_tasks(unit, shards, schedule, files)
+        yield partial(ends.shards.write, name, 0, bytes_of(ends.scales[name].contiguous()))
 
 
-def _cut_out(name: str, view: View, shards: Shards, files: Files) -> None:
-    tensor = window(read_slab(files, view), view).contiguous()
-    shards.write(name, 0, bytes_of(tensor))
+def _cut_out_run(name: str, view: View, rows: Rows, run: Span, shards: Shards) -> None:
+    row_bytes = view.spec.nbytes // view.spec.shape[0]
+    for start, stop in blocks(run, view.spec):
+        shards.write(name, start * row_bytes, bytes_of(rows(start, stop)))
 
 
 def _quantize_tasks(
-    unit: Unit, shards: Shards, schedule: Schedule, files: Files
-) -> Iterator[Callable[[], None]]:
-    shared = None
-    if needs_statistic(unit.parts[0].scheme):
-        shared = _shared_statistic(unit, schedule, files)
+    unit: Unit, rows: Mapping[View, Rows], shared: Tensor | None, shards: Shards
+) -> Iterator[Task]:
     for part in unit.parts:
-        made = constants(part.linear.weight.spec, part.scheme, shared)
-        for local, tensor in made.items():
-            name = f"{part.linear.name}.{local}"
-            yield partial(shards.write, name, 0, bytes_of(tensor.contiguous()))
-    streaming = [p for p in unit.parts if p.linear.weight.streams]
-    for part in streaming:
-        rows = partial(read_rows, files, part.linear.weight)
-        for start, stop in runs(part):
-            yield partial(_quantize_run, part, rows, start, stop, shared, shards)
-    if len(streaming) < len(unit.parts):
-        yield partial(_quantize_slab, unit, shared, shards, files)
+        view = part.linear.weight
+        for local, tensor in constants(view.spec, part.scheme, shared).items():
+            data = bytes_of(tensor.contiguous())
+            yield partial(shards.write, f"{part.linear.name}.{local}", 0, data)
+        for run in runs(view.spec, row_quantum(part.scheme)):
+            yield partial(_quantize_run, part, rows[view], run, shared, shards)
 
 
-def _quantize_slab(unit: Unit, shared: Tensor | None, shards: Shards, files: Files) -> None:
-    """All parts that are windows on one slab, which is read once."""
-    slab = read_slab(files, unit.parts[0].linear.weight)
-    for part in unit.parts:
-        rows = _rows_of(window(slab, part.linear.weight))
-        _quantize_run(part, rows, 0, part.linear.weight.spec.shape[0], shared, shards)
-
-
-def _rows_of(matrix: Tensor) -> Rows:
-    return lambda start, stop: matrix[start:stop].contiguous()
-
-
-def _quantize_run(
-    part: Part, rows: Rows, start: int, stop: int, shared: Tensor | None, shards: Shards
-) -> None:
-    """Quantize rows start..stop block by block and write each where it belongs."""
-    per_quantum = _rows_per_quantum(part)
-    for first, last in blocks(part, start, stop):
+def _quantize_run(part: Part, rows: Rows, run: Span, shared: Tensor | None, shards: Shards) -> None:
+    """Quantize a run of rows block by block and write each where it belongs."""
+    weight, quantum = part.linear.weight.spec, row_quantum(part.scheme)
+    made_rows = stored_rows(weight, part.scheme)
+    for start, stop in blocks(run, weight, quantum):
         with naming(part):
-            made = quantize(rows(first, last), part.scheme, shared)
+            made = quantize(rows(start, stop), part.scheme, shared)
         for local, tensor in made.items():
             spec = part.writes[local]
-            row = first * per_quantum[local] // row_quantum(part.scheme)
-            row_bytes = spec.nbytes // spec.shape[0]
-            data = bytes_of(tensor.contiguous())
-            shards.write(f"{part.linear.name}.{local}", row * row_bytes, data)
-
-
-def _rows_per_quantum(part: Part) -> dict[str, int]:
-    """How many rows of each stored tensor one quantum of weight rows makes.
-
-    Example: 128 weight rows make 1 row of block scales; 8 make 1 row of packed zero points.
-    """
-    weight = part.linear.weight.spec
-    quantum = TensorSpec(weight.dtype, (row_quantum(part.scheme), weight.shape[1]))
-    return {name: spec.shape[0] for name, spec in stored(quantum, part.scheme).items()}
-
-
-def _shared_statistic(unit: Unit, schedule: Schedule, files: Files) -> Tensor:
-    """The one number that all parts of the unit share: a first pass over their rows."""
-
-    def run(part: Part, start: int, stop: int) -> Tensor:
-        weight = part.linear.weight
-        if weight.streams:
-            rows: Rows = partial(read_rows, files, weight)
-        else:
-            rows = _rows_of(window(read_slab(files, weight), weight))
-        found = None
-        for first, last in blocks(part, start, stop):
-            with naming(part):
-                one = statistic(rows(first, last))
-            found = one if found is None else merge_statistic(found, one)
-        assert found is not None
-        return found
-
-    tasks = [partial(run, part, *span) for part in unit.parts for span in runs(part)]
-    first, *rest = schedule.gather(tasks)
-    for other in rest:
-        first = merge_statistic(first, other)
-    return first
-
-
-def runs(part: Part) -> list[tuple[int, int]]:
-    """Spans of rows that are worth a task of their own."""
-    rows, columns = part.linear.weight.spec.shape
-    if not part.linear.weight.streams:
-        return [(0, rows)]
-    step = _multiple(RUN_ELEMENTS // columns, row_quantum(part.scheme))
-    return [(start, min(start + step, rows)) for start in range(0, rows, step)]
-
-
-def blocks(part: Part, start: int, stop: int) -> Iterator[tuple[int, int]]:
-    """Spans of rows that stay in the cache while they are quantized."""
-    columns = part.linear.weight.spec.shape[1]
-    step = _multiple(BLOCK_ELEMENTS // columns, row_quantum(part.scheme))
-    for first in range(start, stop, step):
-        yield first, min(first + step, stop)
-
-
-def _multiple(count: int, quantum: int) -> int:
-    """The largest multiple of the quantum within `count`, at least one quantum."""
-    return max(math.floor(count / quantum), 1) * quantum
+            first = start * made_rows[local] // quantum
+            at = first * (spec.nbytes // spec.shape[0])
+            shards.write(f"{part.linear.name}.{local}", at, bytes_of(tensor.contiguous()))
 
 
 class naming:

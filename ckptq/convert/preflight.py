@@ -7,12 +7,18 @@ import shutil
 from pathlib import Path
 
 from ckptq.checkpoint.journal import partial_of
-from ckptq.convert.pipeline import BLOCK_ELEMENTS, held_bytes
+from ckptq.convert.slabs import held_bytes
 from ckptq.errors import MachineError, UsageError
 from ckptq.plan.unit import Plan
 
 BASE_BYTES = 700_000_000
 """The interpreter with torch, measured as 0.35 GB, and what the allocator keeps beside it."""
+
+WORKER_BYTES = 32_000_000
+"""What a thread needs for a block in the making: read, scratch, codes."""
+
+SMALL_ROOMS = 256_000_000
+"""As many rooms as fit here, where more than two do."""
 
 SPARE_BYTES = 50_000_000
 """For side files, index and journal."""
@@ -35,20 +41,59 @@ def check_disk(plan: Plan, out: Path) -> None:
         )
 
 
-def slab_budget(plan: Plan, max_ram: int | None, workers: int) -> int:
-    """Bytes that slabs may take together: twice the largest one, or what `--max-ram` leaves.
+def slab_rooms(plan: Plan, max_ram: int | None, workers: int) -> tuple[int, int]:
+    """Bytes of a room for slabs, and how many rooms there are: two, or more where they are small.
 
-    UsageError where even the largest unit alone does not fit the ceiling.
+    UsageError where `--max-ram` does not leave even one; MachineError where the machine has less
+    than one.
     """
     largest = max(plan.units, key=held_bytes)
-    wanted = max(2 * held_bytes(largest), 1 << 28)
-    if max_ram is None:
-        return wanted
-    scratch = workers * BLOCK_ELEMENTS * 16
-    room = max_ram - BASE_BYTES - scratch
-    if room < held_bytes(largest):
-        raise UsageError(
-            f"--max-ram {max_ram:,}: too small: {largest.key} alone needs "
-            f"{held_bytes(largest):,} bytes beside {BASE_BYTES + scratch:,} for the program"
+    room = held_bytes(largest)
+    program = BASE_BYTES + workers * WORKER_BYTES
+    free = available_ram()
+    if free is not None and free < program + room:
+        raise MachineError(
+            f"too little memory: {largest.key} needs {room:,} bytes beside {program:,} for the "
+            f"program, {free:,} are available"
         )
-    return min(wanted, room)
+    if max_ram is not None and max_ram < program + room:
+        raise UsageError(
+            f"--max-ram {max_ram:,}: too small: {largest.key} needs {room:,} bytes beside "
+            f"{program:,} for the program and {workers} workers"
+        )
+    if not room:
+        return 0, 0
+    limits = [limit - program for limit in (free, max_ram) if limit is not None]
+    return room, max(min(max(2 * room, SMALL_ROOMS), *limits) // room, 1)
+
+
+def available_ram() -> int | None:
+    """Bytes that this process may still take, by the machine and by its control group; None where
+    the system does not say."""
+    found = [_machine_ram(Path("/proc/meminfo")), _group_ram(Path("/sys/fs/cgroup"))]
+    return min((n for n in found if n is not None), default=None)
+
+
+def _machine_ram(meminfo: Path) -> int | None:
+    try:
+        lines = meminfo.read_text().splitlines()
+    except OSError:
+        return None
+    found = (line.split()[1] for line in lines if line.startswith("MemAvailable:"))
+    return next((int(kilobytes) * 1024 for kilobytes in found), None)
+
+
+def _group_ram(group: Path) -> int | None:
+    """What a container's limit leaves. Cached file pages count as taken there, but are given up."""
+    try:
+        limit = (group / "memory.max").read_text().strip()
+        taken = int((group / "memory.current").read_text())
+        statistics = (group / "memory.stat").read_text().splitlines()
+    except (OSError, ValueError):
+        return None
+    if limit == "max":
+        return None
+    cached = sum(
+        int(s.split()[1]) for s in statistics if s.split()[0] in ("active_file", "inactive_file")
+    )
+    return int(limit) - taken + cached

@@ -13,7 +13,7 @@ from ckptq.checkpoint.open import Checkpoint
 from ckptq.checkpoint.read import Files
 from ckptq.checkpoint.write import Shards, write_index
 from ckptq.convert import documents
-from ckptq.convert.preflight import check_disk, slab_budget
+from ckptq.convert.preflight import check_disk, slab_rooms
 from ckptq.errors import UsageError
 from ckptq.plan.unit import Plan, Unit
 from ckptq.progress import Begin, Report, silent
@@ -64,7 +64,7 @@ def write_quantized(
     """
     workers = workers or len(os.sched_getaffinity(0))
     check_disk(plan, out)
-    budget = slab_budget(plan, max_ram, workers)
+    rooms = slab_rooms(plan, max_ram, workers)
     record = {
         "arguments": {**arguments, **(scales.arguments if scales is not None else {})},
         "recipe": plan.recipe.text,
@@ -77,7 +77,7 @@ def write_quantized(
         if not journal.published:
             made = scales.load(journal.calibration) if scales is not None else None
             report = begin("quantize", plan.read_bytes)
-            _convert(plan, journal, made, workers, budget, report)
+            _convert(plan, journal, made, workers, rooms, report)
             _write_documents(ckpt, plan, journal, made, record)
         journal.publish()
     finally:
@@ -100,12 +100,13 @@ def _convert(
     journal: Journal,
     scales: Scales | None,
     workers: int,
-    budget: int,
+    rooms: tuple[int, int],
     report: Report,
 ) -> None:
-    from ckptq.convert.pipeline import convert
+    from ckptq.convert.pipeline import Ends, convert
     from ckptq.convert.pipeline import workers as make_pool
     from ckptq.convert.schedule import Committer, Schedule
+    from ckptq.convert.slabs import Slabs
 
     specs = {shard: _specs(units) for shard, units in plan.shards.items()}
     shard_of = {unit.key: shard for shard, units in plan.shards.items() for unit in units}
@@ -126,9 +127,9 @@ def _convert(
                     report(unit.key, unit.read_bytes)
                 else:
                     todo.append(unit)
-            schedule = Schedule(pool, max_tasks=8 * workers, max_held=budget)
+            ends = Ends(files=files, scales=tensors, shards=shards, slabs=Slabs(*rooms))
             try:
-                convert(todo, tensors, shards, schedule, files, finished)
+                convert(todo, ends, Schedule(pool, max_tasks=8 * workers), finished)
             finally:
                 pool.shutdown(cancel_futures=True)
         committer.flush()

@@ -2,87 +2,103 @@
 
 from __future__ import annotations
 
-from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
-from typing import TypeVar
+from queue import SimpleQueue
 
 from ckptq.checkpoint.journal import Journal
 from ckptq.checkpoint.write import Shards
 from ckptq.plan.unit import Unit
 
-T = TypeVar("T")
-
-COMMIT_BYTES = 1 << 29
+COMMIT_BYTES = 1 << 28
 """How much is written between two entries of the journal."""
 
+Task = Callable[[], None]
 
-@dataclass(frozen=True, slots=True)
-class Pending:
-    futures: Sequence[Future[None]]
-    held: int
-    then: Callable[[], None]
+Work = Iterator[Sequence[Task]]
+"""A unit's work, step by step. Tasks of one step may run at once, on any thread; the next step is
+asked for when all of them are done."""
+
+
+class Job:
+    """A unit on its way."""
+
+    def __init__(self, work: Work, then: Callable[[], None]) -> None:
+        self.work = work
+        self.then = then
+        self.left = 0
+        """Tasks of the present step that are not done."""
 
 
 class Schedule:
-    """Hands the tasks of units to threads, oldest first, within limits on tasks and on held bytes.
+    """Runs the work of several units on threads at once.
 
-    One unit is always let in, however large: it is the plan's business whether it fits the memory.
+    Steps are asked for, and `then` is called, on the thread that calls `add` and `drain`; so are
+    the errors of tasks raised there.
     """
 
-    def __init__(self, pool: ThreadPoolExecutor, max_tasks: int, max_held: int) -> None:
+    def __init__(self, pool: ThreadPoolExecutor, max_tasks: int) -> None:
         self._pool = pool
-        self._max_tasks, self._max_held = max_tasks, max_held
-        self._pending: deque[Pending] = deque()
+        self._max_tasks = max_tasks
+        self._jobs: set[Job] = set()
+        self._done: SimpleQueue[tuple[Job, Future[None]]] = SimpleQueue()
 
-    def add(self, tasks: Sequence[Callable[[], None]], held: int, then: Callable[[], None]) -> None:
-        """Queue a unit's tasks, which hold `held` bytes; `then` is called here when all are done.
-
-        Raises the error of any task that failed.
-        """
-        while self._pending and not self._fits(len(tasks), held):
-            self._finish_oldest()
-        futures = [self._pool.submit(task) for task in tasks]
-        self._pending.append(Pending(futures, held, then))
-
-    def gather(self, tasks: Sequence[Callable[[], T]]) -> list[T]:
-        """Run tasks now and wait for their results, in order."""
-        futures = [self._pool.submit(task) for task in tasks]
-        return [future.result() for future in futures]
+    def add(self, work: Work, then: Callable[[], None]) -> None:
+        """Begin a unit's work as soon as enough of what is under way is done; `then` ends it."""
+        self.wait_while(lambda: sum(job.left for job in self._jobs) >= self._max_tasks)
+        job = Job(work, then)
+        self._jobs.add(job)
+        self._advance(job)
 
     def drain(self) -> None:
         """Wait until nothing is under way."""
-        while self._pending:
-            self._finish_oldest()
+        self.wait_while(lambda: True)
 
-    def _fits(self, tasks: int, held: int) -> bool:
-        under_way = sum(not f.done() for p in self._pending for f in p.futures)
-        holding = sum(p.held for p in self._pending)
-        return under_way + tasks <= self._max_tasks and holding + held <= self._max_held
-
-    def _finish_oldest(self) -> None:
-        oldest = self._pending.popleft()
-        for future in oldest.futures:
+    def wait_while(self, condition: Callable[[], bool]) -> None:
+        """Let work go on while the condition holds and there is any."""
+        while self._jobs and condition():
+            job, future = self._done.get()
             future.result()
-        oldest.then()
+            job.left -= 1
+            if not job.left:
+                self._advance(job)
+
+    def _advance(self, job: Job) -> None:
+        tasks = next((step for step in job.work if step), None)
+        if tasks is None:
+            self._jobs.remove(job)
+            job.then()
+            return
+        job.left = len(tasks)
+        for task in tasks:
+            future = self._pool.submit(task)
+            future.add_done_callback(lambda done: self._done.put((job, done)))
 
 
 class Committer:
     """Journals finished units, once their bytes are on the disk, beside the work that goes on."""
 
-    def __init__(self, journal: Journal, shards: Shards, shard_of: dict[str, str]) -> None:
+    def __init__(
+        self,
+        journal: Journal,
+        shards: Shards,
+        shard_of: dict[str, str],
+        commit_bytes: int = COMMIT_BYTES,
+    ) -> None:
         self._journal, self._shards, self._shard_of = journal, shards, shard_of
+        self._commit_bytes = commit_bytes
         self._thread = ThreadPoolExecutor(1, "ckptq-commit")
         self._under_way: Future[None] | None = None
         self._waiting: list[Unit] = []
+        self._waiting_bytes = 0
 
     def finished(self, unit: Unit) -> None:
         """All bytes of this unit have been written; now and then, make them last."""
         self._shards.check_complete(unit.writes)
         self._waiting.append(unit)
+        self._waiting_bytes += unit.write_bytes
         busy = self._under_way is not None and not self._under_way.done()
-        if not busy and sum(u.write_bytes for u in self._waiting) >= COMMIT_BYTES:
+        if not busy and self._waiting_bytes >= self._commit_bytes:
             self._commit()
 
     def flush(self) -> None:
@@ -97,7 +113,7 @@ class Committer:
     def _commit(self) -> None:
         if self._under_way is not None:
             self._under_way.result()
-        units, self._waiting = self._waiting, []
+        units, self._waiting, self._waiting_bytes = self._waiting, [], 0
         if units:
             self._under_way = self._thread.submit(self._make_last, units)
 
