@@ -1,0 +1,120 @@
+"""KV-cache and attention scales against the KV scheme and the model's heads. Headers only."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from ckptq.checkpoint.header import StoredTensor
+from ckptq.checkpoint.open import CONFIG
+from ckptq.spec import FLOATS
+from ckptq.verify.kinds import finding
+from ckptq.verify.report import Finding
+from ckptq.verify.subject import Subject
+
+
+def check_cache(subject: Subject) -> Iterator[Finding]:
+    """Every attention layer has what the scheme needs, and nothing else has scales."""
+    yield from _orphans(subject)
+    declared = subject.declared
+    if declared.kv_strategy is None:
+        if subject.cache_scales and declared.present and not declared.attention_group:
+            first = next(iter(subject.cache_scales.values()))
+            yield finding(
+                "kv-scheme-missing", first.name, file=first.file,
+                found=f"{len(subject.cache_scales)} scales and no kv_cache_scheme",
+                wanted="a kv_cache_scheme, or no scales",
+            )  # fmt: skip
+        return
+    if not subject.attention:
+        yield finding(
+            "no-attention", "kv_cache_scheme", file=CONFIG,
+            found="no k_proj in any decoder layer", wanted="attention layers",
+        )  # fmt: skip
+    for module in subject.attention:
+        yield from _layer(subject, module)
+    yield from _queries(subject)
+
+
+def _orphans(subject: Subject) -> Iterator[Finding]:
+    for (module, _), tensor in subject.cache_scales.items():
+        if module in subject.attention:
+            continue
+        tower = any(word in module for word in ("vision", "visual", "audio", "image"))
+        yield finding(
+            "vision-scale" if tower else "kv-scale-orphan", tensor.name, file=tensor.file,
+            found=str(tensor.spec), wanted="scales on decoder attention only",
+        )  # fmt: skip
+
+
+def shared_layers(subject: Subject) -> int:
+    """How many of the last layers use the cache of an earlier one and need no k/v scales."""
+    count = subject.ckpt.text_config.get("num_kv_shared_layers")
+    return count if type(count) is int and count > 0 else 0
+
+
+def _layer(subject: Subject, module: str) -> Iterator[Finding]:
+    if subject.attention[module] == "latent":
+        yield finding("latent-cache", module, found="latent attention", wanted="heads of k and v")
+        return
+    own_cache = list(subject.attention)[: len(subject.attention) - shared_layers(subject)]
+    for which in "kv":
+        tensor = subject.cache_scales.get((module, which))
+        if tensor is not None:
+            yield from _shape(subject, which, tensor)
+        elif module in own_cache:
+            yield finding(
+                "kv-scale-missing", f"{module}.{which}_scale",
+                found="no such tensor: vLLM uses 1.0 without a word",
+                wanted=_wanted(subject, which),
+            )  # fmt: skip
+
+
+def _queries(subject: Subject) -> Iterator[Finding]:
+    """q scales: all layers, or none where the scheme is the cache's alone."""
+    layers = [m for m, kind in subject.attention.items() if kind == "heads"]
+    missing = [m for m in layers if (m, "q") not in subject.cache_scales]
+    if missing == layers and layers and not subject.declared.attention_group:
+        yield finding(
+            "q-scale-absent", f"{layers[0]}.q_scale", found=f"none of {len(layers)} layers has one",
+            wanted=_wanted(subject, "q"),
+        )  # fmt: skip
+        missing = []
+    for module in missing:
+        yield finding(
+            "q-scale-missing", f"{module}.q_scale", found="no such tensor",
+            wanted=_wanted(subject, "q"),
+        )  # fmt: skip
+    for module in layers:
+        if module not in missing and (module, "q") in subject.cache_scales:
+            yield from _shape(subject, "q", subject.cache_scales[module, "q"])
+
+
+def wanted_count(subject: Subject, which: str) -> int | None:
+    """How many scales q, k or v has; None where the config does not tell the heads."""
+    if subject.declared.kv_strategy == "tensor":
+        return 1
+    if subject.heads is None:
+        return None
+    return subject.heads[0] if which == "q" else subject.heads[1]
+
+
+def _wanted(subject: Subject, which: str) -> str:
+    count = wanted_count(subject, which)
+    if subject.declared.kv_strategy == "tensor":
+        return "one scale [1]"
+    return f"one scale a head [{count}, 1, 1]"
+
+
+def _shape(subject: Subject, which: str, tensor: StoredTensor) -> Iterator[Finding]:
+    count = wanted_count(subject, which)
+    long = [size for size in tensor.spec.shape if size != 1]
+    if count is not None and long != ([count] if count != 1 else []):
+        yield finding(
+            "kv-scale-shape", tensor.name, file=tensor.file, found=str(tensor.spec),
+            wanted=_wanted(subject, which),
+        )  # fmt: skip
+    if tensor.spec.dtype not in FLOATS:
+        yield finding(
+            "kv-scale-dtype", tensor.name, file=tensor.file, found=str(tensor.spec),
+            wanted=" or ".join(FLOATS),
+        )  # fmt: skip

@@ -1,0 +1,224 @@
+"""Is everything there, and nothing else? Against the source, or against config.json alone.
+
+Headers only.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+
+from ckptq.checkpoint.header import StoredTensor
+from ckptq.checkpoint.open import CONFIG
+from ckptq.models.family import FUSED_SETS, LAYER
+from ckptq.models.modules import FUSED_WEIGHT
+from ckptq.verify.kinds import finding
+from ckptq.verify.report import Finding
+from ckptq.verify.subject import (
+    CACHE_SCALE,
+    CACHE_ZERO_POINT,
+    CODES,
+    EXPERT,
+    SCALES,
+    Module,
+    Subject,
+)
+
+EXPERT_COUNTS = ("num_local_experts", "num_experts", "n_routed_experts")
+SHOWN = 8
+"""How many missing members one finding lists."""
+
+
+def check_completeness(subject: Subject) -> Iterator[Finding]:
+    """Layers, experts, members of fused sets; with a source, every tensor of it."""
+    yield from _layers(subject)
+    yield from _experts(subject)
+    yield from _expert_layouts(subject)
+    yield from _tied_head(subject)
+    if subject.origin is not None:
+        yield from _missing(subject)
+        yield from _extra(subject)
+    else:
+        yield from _siblings(subject)
+
+
+def _layers(subject: Subject) -> Iterator[Finding]:
+    prefix, declared = subject.layers
+    matches = (LAYER.match(name) for name in subject.ckpt.tensors)
+    present = {int(m["index"]) for m in matches if m and m["prefix"] == prefix}
+    present = {index for index in present if index < declared}
+    if not prefix or len(present) >= declared:
+        return
+    first = next(i for i in range(len(present) + 1) if i not in present)
+    yield finding(
+        "layer-missing", f"{prefix}.{first}", file=CONFIG,
+        found=f"{len(present)} of {declared} layers, the first that is missing is {first}",
+        wanted=f"num_hidden_layers = {declared} layers",
+    )  # fmt: skip
+
+
+def _experts(subject: Subject) -> Iterator[Finding]:
+    """All experts of each layer that holds them one by one."""
+    held: dict[str, set[int]] = {}
+    for name, module in subject.modules.items():
+        match = EXPERT.match(name)
+        if match and module.codes is not None:
+            held.setdefault(match["experts"], set()).add(int(match["index"]))
+    for experts, indices in held.items():
+        wanted = _expert_count(subject, experts) or max(indices) + 1
+        count = wanted - len({i for i in indices if i < wanted})
+        if count <= 0:
+            continue
+        missing = _some(i for i in range(wanted) if i not in indices)
+        yield finding(
+            "expert-missing", experts, found=f"{len(indices)} experts, without {missing}",
+            wanted=f"{wanted} experts",
+        )  # fmt: skip
+
+
+def _expert_count(subject: Subject, experts: str) -> int | None:
+    if subject.origin is not None:
+        matches = (EXPERT.match(name) for name in subject.origin.linears)
+        found = {int(m["index"]) for m in matches if m and m["experts"] == experts}
+        return len(found) or None
+    config = subject.ckpt.text_config
+    counts = (config.get(key) for key in EXPERT_COUNTS)
+    return next((n for n in counts if type(n) is int and 0 < n < 1 << 16), None)
+
+
+def _some(items: Iterable[int]) -> str:
+    shown = [str(item) for item, _ in zip(items, range(SHOWN + 1), strict=False)]
+    return ", ".join(shown[:SHOWN]) + (", ..." if len(shown) > SHOWN else "")
+
+
+def _expert_layouts(subject: Subject) -> Iterator[Finding]:
+    """vLLM's flag for fused experts is sticky: no checkpoint may hold both layouts."""
+    fused = [name for name in subject.ckpt.tensors if FUSED_WEIGHT.match(name)]
+    single = [name for name in subject.modules if EXPERT.match(name)]
+    if fused and single:
+        yield finding(
+            "expert-layouts-mixed", fused[0], file=subject.ckpt.tensors[fused[0]].file,
+            found=f"fused {fused[0]} beside separate {single[0]}", wanted="one layout",
+        )  # fmt: skip
+
+
+def _tied_head(subject: Subject) -> Iterator[Finding]:
+    configs = (subject.ckpt.text_config, subject.ckpt.config)
+    tied = any(config.get("tie_word_embeddings") is True for config in configs)
+    for name, module in subject.modules.items():
+        if tied and name.rpartition(".")[2] == "lm_head" and module.quantized:
+            yield finding(
+                "tied-head", name, file=module.file,
+                found="quantized, with tie_word_embeddings true", wanted="the embedding's weight",
+            )  # fmt: skip
+
+
+def _missing(subject: Subject) -> Iterator[Finding]:
+    """Each tensor of the source, itself or as codes."""
+    assert subject.origin is not None
+    assert subject.source is not None
+    for name in subject.origin.others:
+        yield from _copied(subject, subject.source.tensors[name])
+    for module in subject.modules.values():
+        yield from _left_alone(module)
+    told = {m.origin.name for m in subject.modules.values() if m.origin and m.codes is not None}
+    gone = [
+        linear
+        for linear in subject.origin.linears.values()
+        if linear.name not in told and linear.weight.stored.name not in subject.ckpt.tensors
+    ]
+    whole = _whole_experts_gone(subject, {linear.name for linear in gone})
+    for linear in gone:
+        match = EXPERT.match(linear.name)
+        if _untold_tie(subject, linear.name) or (match and _expert_of(linear.name) in whole):
+            continue
+        if linear.name not in subject.modules:  # else its scales are there: weight-missing
+            yield finding(
+                "tensor-missing", f"{linear.name}.weight", found="no such tensor",
+                wanted=str(linear.weight.spec),
+            )  # fmt: skip
+
+
+def _left_alone(module: Module) -> Iterator[Finding]:
+    """An unquantized weight has the source's dtype and shape."""
+    weight = module.tensors.get("weight")
+    if weight is None or module.quantized or module.origin is None:
+        return
+    if weight.spec != module.origin.weight.spec:
+        yield finding(
+            "copy-spec", weight.name, file=weight.file, found=str(weight.spec),
+            wanted=str(module.origin.weight.spec),
+        )  # fmt: skip
+
+
+def _expert_of(name: str) -> str:
+    return name.rpartition(".")[0]
+
+
+def _whole_experts_gone(subject: Subject, gone: set[str]) -> set[str]:
+    """Experts of which nothing is left; `expert-missing` has told of them."""
+    assert subject.origin is not None
+    experts = {_expert_of(name) for name in subject.origin.linears if EXPERT.match(name)}
+    kept = {_expert_of(n) for n in subject.origin.linears if n not in gone and EXPERT.match(n)}
+    return experts - kept
+
+
+def _untold_tie(subject: Subject, name: str) -> bool:
+    """An output head that is tied to the embedding need not be stored."""
+    config = {**subject.ckpt.config, **subject.ckpt.text_config}
+    return name.rpartition(".")[2] == "lm_head" and config.get("tie_word_embeddings") is True
+
+
+def _copied(subject: Subject, original: StoredTensor) -> Iterator[Finding]:
+    tensor = subject.ckpt.tensors.get(original.name)
+    if tensor is None:
+        yield finding(
+            "tensor-missing", original.name, found="no such tensor", wanted=str(original.spec)
+        )
+    elif tensor.spec != original.spec:
+        yield finding(
+            "copy-spec", original.name, file=tensor.file, found=str(tensor.spec),
+            wanted=str(original.spec),
+        )  # fmt: skip
+
+
+def _extra(subject: Subject) -> Iterator[Finding]:
+    """Tensors that neither the source nor any scheme explains."""
+    assert subject.source is not None
+    for name, tensor in subject.ckpt.tensors.items():
+        module, _, local = name.rpartition(".")
+        known = subject.modules.get(module)
+        if name in subject.source.tensors or CACHE_SCALE.match(name):
+            continue
+        if CACHE_ZERO_POINT.match(name):
+            continue
+        if known is not None and known.origin is not None:
+            if local in CODES or local in SCALES:
+                continue
+            if local == "bias" and known.origin.bias is not None:
+                continue
+        code = "tensor-extra" if local in (*CODES, *SCALES, "bias") else "tensor-unknown"
+        yield finding(code, name, file=tensor.file, found=str(tensor.spec), wanted="no such tensor")
+
+
+def _siblings(subject: Subject) -> Iterator[Finding]:
+    """Without a source: members of a fused set that this layer lacks and another layer has."""
+    templates = {_template(name) for name in subject.modules}
+    for name in subject.modules:
+        parent, _, projection = name.rpartition(".")
+        for members in FUSED_SETS:
+            if projection not in members:
+                continue
+            there = [m for m in members if f"{parent}.{m}" in subject.modules]
+            if projection != there[0]:
+                continue
+            for member in members:
+                sibling = f"{parent}.{member}"
+                if member not in there and _template(sibling) in templates:
+                    yield finding(
+                        "tensor-missing", f"{sibling}.weight", found="no such tensor",
+                        wanted=f"a weight, as beside {name} in other layers",
+                    )  # fmt: skip
+
+
+def _template(name: str) -> str:
+    return ".".join("*" if part.isdigit() else part for part in name.split("."))

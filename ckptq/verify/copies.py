@@ -1,0 +1,135 @@
+"""Tensors that no scheme touches: byte for byte the source's."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+
+from ckptq.checkpoint.header import StoredTensor
+from ckptq.checkpoint.read import Files, bytes_of, read_into, read_tensor
+from ckptq.checkpoint.view import View, read_slab, window
+from ckptq.spec import FLOATS, torch_dtype
+from ckptq.verify.kinds import finding
+from ckptq.verify.order import Undo
+from ckptq.verify.report import Finding
+from ckptq.verify.subject import Subject
+
+CHUNK = 1 << 22
+FAST_BYTES = 1 << 16
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Copy:
+    """What became of some bytes of a copied tensor."""
+
+    name: str
+    nbytes: int
+    different: int
+    """Bytes that differ from the source's."""
+    not_finite: int = 0
+
+
+def pairs(subject: Subject) -> Iterator[tuple[StoredTensor, StoredTensor | View]]:
+    """Unquantized tensors of the checkpoint with their counterpart in the source, specs equal."""
+    if subject.origin is None or subject.source is None:
+        return
+    for name, tensor in subject.ckpt.tensors.items():
+        original = subject.source.tensors.get(name)
+        if original is not None:
+            if original.spec == tensor.spec:
+                yield tensor, original
+            continue
+        module, _, local = name.rpartition(".")
+        known = subject.modules.get(module)
+        if known is None or known.origin is None:
+            continue
+        view = {"weight": known.origin.weight, "bias": known.origin.bias}.get(local)
+        if view is not None and _same(view, tensor):
+            yield tensor, view
+
+
+def _same(view: View, tensor: StoredTensor) -> bool:
+    """A bias is cut out of its fused tensor as one row [1, R], and stored as [R]."""
+    spec = view.spec
+    shape = spec.shape[1:] if len(tensor.spec.shape) == 1 else spec.shape
+    return (spec.dtype, shape) == (tensor.spec.dtype, tensor.spec.shape)
+
+
+def copy_tasks(
+    subject: Subject, files: Files, undo: Undo, fast: bool
+) -> Iterator[Callable[[], Copy]]:
+    """Tasks that compare chunk by chunk; views and permuted tensors are held whole."""
+    for tensor, original in pairs(subject):
+        if isinstance(original, StoredTensor) and tensor.name not in undo:
+            for start in _starts(tensor.nbytes, fast):
+                count = min(FAST_BYTES if fast else CHUNK, tensor.nbytes - start)
+                yield partial(_chunk, tensor, original, files, start, count)
+        else:
+            view = original if isinstance(original, View) else View(original)
+            yield partial(_whole, tensor, view, files, undo)
+
+
+def _starts(nbytes: int, fast: bool) -> list[int]:
+    if not fast:
+        return list(range(0, nbytes, CHUNK))
+    return sorted({0, max(nbytes - FAST_BYTES, 0)}) if nbytes else []
+
+
+def _chunk(
+    tensor: StoredTensor, original: StoredTensor, files: Files, start: int, count: int
+) -> Copy:
+    ours, theirs = torch.empty(count, dtype=torch.uint8), torch.empty(count, dtype=torch.uint8)
+    read_into(files, tensor, start, bytes_of(ours))
+    read_into(files, original, start, bytes_of(theirs))
+    different = 0 if torch.equal(ours, theirs) else int((ours != theirs).sum())
+    return Copy(name=tensor.name, nbytes=count, different=different)
+
+
+def _whole(tensor: StoredTensor, view: View, files: Files, undo: Undo) -> Copy:
+    ours = undo.restore(tensor.name, read_tensor(tensor, files))
+    if len(view.stored.spec.shape) == 1:
+        theirs = read_tensor(view.stored, files)
+    else:
+        theirs = window(read_slab(files, view), view).contiguous()
+    a, b = (torch.frombuffer(bytes_of(t), dtype=torch.uint8) for t in (ours, theirs))
+    return Copy(name=tensor.name, nbytes=tensor.nbytes, different=int((a != b).sum()))
+
+
+def judge_copy(subject: Subject, copy: Copy) -> Iterator[Finding]:
+    """A copy with anything different in it."""
+    if copy.different:
+        yield finding(
+            "copy-differs", copy.name, file=subject.ckpt.tensors[copy.name].file,
+            found=f"{copy.different} of {copy.nbytes} bytes differ", wanted="the source's bytes",
+        )  # fmt: skip
+
+
+def finite_tasks(subject: Subject, files: Files, fast: bool) -> Iterator[Callable[[], Copy]]:
+    """Without a source there is only this to ask of an unquantized tensor."""
+    for tensor in subject.ckpt.tensors.values():
+        module = subject.modules.get(tensor.name.rpartition(".")[0])
+        if tensor.spec.dtype in FLOATS and (module is None or not module.quantized):
+            for start in _starts(tensor.nbytes, fast):
+                count = min(FAST_BYTES if fast else CHUNK, tensor.nbytes - start)
+                yield partial(_finite, tensor, files, start, count)
+
+
+def _finite(tensor: StoredTensor, files: Files, start: int, count: int) -> Copy:
+    size = tensor.spec.itemsize
+    start, count = start // size * size, count // size * size
+    data = torch.empty(count // size, dtype=torch_dtype(tensor.spec.dtype))
+    read_into(files, tensor, start, bytes_of(data))
+    bad = int((~data.isfinite()).sum())
+    return Copy(name=tensor.name, nbytes=count, different=0, not_finite=bad)
+
+
+def judge_finite(subject: Subject, copy: Copy) -> Iterator[Finding]:
+    """NaN or Inf in a norm, an embedding, an unquantized weight."""
+    if copy.not_finite:
+        yield finding(
+            "not-finite", copy.name, file=subject.ckpt.tensors[copy.name].file,
+            found=f"{copy.not_finite} NaN or Inf", wanted="finite numbers",
+        )  # fmt: skip

@@ -1,0 +1,147 @@
+"""All checks that read tensors, in one pass over the checkpoint's bytes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from ckptq.checkpoint.read import Files, read_tensor
+from ckptq.models.modules import fused_set
+from ckptq.quantize.formats import needs_statistic
+from ckptq.verify.compare import Tally
+from ckptq.verify.copies import Copy, copy_tasks, finite_tasks, judge_copy, judge_finite
+from ckptq.verify.judge import undiagnosed, verdict, with_tensor_scales
+from ckptq.verify.order import Undo, make_undo
+from ckptq.verify.report import Finding, ScaleRow, TensorResult
+from ckptq.verify.round_trip import Part, result_of, tasks
+from ckptq.verify.stored_linear import StoredLinear, stored_linear
+from ckptq.verify.subject import Subject
+from ckptq.verify.tensors import check_module, comparable
+from ckptq.verify.values import cache_values, check_linear_values
+from ckptq.verify.work import in_order
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+Progress = Callable[[str, int], None]
+
+HARMLESS = ("shape-missing", "input-scale-missing", "input-scale-extra", "g-idx")
+"""Structural findings that do not keep a weight from being compared."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Checked:
+    """What reading the data gave."""
+
+    findings: tuple[Finding, ...]
+    tensors: tuple[TensorResult, ...]
+    scales: tuple[ScaleRow, ...]
+    copied: int
+
+
+def check_data(
+    subject: Subject, structure: Iterable[Finding], *, fast: bool, progress: Progress
+) -> Checked:
+    """Values, round trip and copies. Modules with structural faults are left out."""
+    linears = {linear.name: linear for linear in _sound(subject)}
+    undo = make_undo(subject)
+    with Files() as files:
+        rows, found = cache_values(subject, files)
+        for linear in linears.values():
+            found += check_linear_values(linear, files)
+        parts = _round_trip(linears, files, undo, fast, progress)
+        copies = _copies(subject, files, undo, fast, progress)
+        tallies = _tallies(linears, parts, files, fast)
+    for part in parts:
+        found += part.findings
+    for copy in copies:
+        found += judge_copy(subject, copy) if subject.source else judge_finite(subject, copy)
+    for name, tally in tallies.items():
+        judged = verdict(linears[name], tally)
+        found += judged if judged is not None else [undiagnosed(linears[name], tally)]
+    different = {copy.name for copy in copies if copy.different}
+    return Checked(
+        findings=tuple(_once(found)),
+        tensors=tuple(result_of(linears[name], tally) for name, tally in tallies.items()),
+        scales=tuple(rows),
+        copied=len({copy.name for copy in copies} - different) if subject.source else 0,
+    )
+
+
+def _sound(subject: Subject) -> list[StoredLinear]:
+    """Quantized Linears whose tensors are as their scheme wants them."""
+    return [
+        stored_linear(module)
+        for module in subject.modules.values()
+        if comparable(module)
+        and not any(f.code not in HARMLESS for f in check_module(module))
+        and module.shape is not None
+        and 0 not in module.shape
+    ]
+
+
+def _round_trip(
+    linears: dict[str, StoredLinear], files: Files, undo: Undo, fast: bool, progress: Progress
+) -> list[Part]:
+    parts: list[Part] = []
+    for made in in_order(tasks(linears.values(), files, undo, fast)):
+        parts += made
+        progress(made[0].name, sum(part.nbytes for part in made))
+    return parts
+
+
+def _copies(
+    subject: Subject, files: Files, undo: Undo, fast: bool, progress: Progress
+) -> list[Copy]:
+    make = copy_tasks(subject, files, undo, fast)
+    if subject.source is None:
+        make = finite_tasks(subject, files, fast)
+    copies: dict[str, Copy] = {}
+    for copy in in_order(make):
+        before = copies.get(copy.name)
+        copies[copy.name] = copy if before is None else _added(before, copy)
+        progress(copy.name, copy.nbytes)
+    return list(copies.values())
+
+
+def _added(a: Copy, b: Copy) -> Copy:
+    return Copy(
+        name=a.name,
+        nbytes=a.nbytes + b.nbytes,
+        different=a.different + b.different,
+        not_finite=a.not_finite + b.not_finite,
+    )
+
+
+def _tallies(
+    linears: dict[str, StoredLinear], parts: list[Part], files: Files, fast: bool
+) -> dict[str, Tally]:
+    tallies: dict[str, Tally] = {}
+    for part in parts:
+        if part.tally is not None:
+            tallies[part.name] = tallies.get(part.name, Tally()) + part.tally
+    if fast:
+        return tallies
+    held = {name: _lone_scale(linears[name], files) for name in tallies if _lone(linears[name])}
+    origins = {n: m.origin for n, m in ((n, linears[n].module) for n in linears) if m.origin}
+    named = {name: linears[name].module.origin for name in held}
+    sets = {n: fused_set(origin, origins) for n, origin in named.items() if origin}
+    return with_tensor_scales(linears, tallies, held, sets)
+
+
+def _lone(linear: StoredLinear) -> bool:
+    return needs_statistic(linear.scheme)
+
+
+def _lone_scale(linear: StoredLinear, files: Files) -> Tensor:
+    local = "weight_scale" if linear.scheme.strategy == "tensor" else "weight_global_scale"
+    return read_tensor(linear.tensors[local], files)
+
+
+def _once(found: Iterable[Finding]) -> Iterable[Finding]:
+    """One finding of a kind for a tensor: blocks of rows each tell their own."""
+    seen: dict[tuple[str, str | None], Finding] = {}
+    for one in found:
+        seen.setdefault((one.code, one.tensor), one)
+    return seen.values()

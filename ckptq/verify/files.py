@@ -1,0 +1,150 @@
+"""Files beside the tensors: the index's sums, side files, and config.json against the source's."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from ckptq.checkpoint.open import CONFIG, INDEX, Checkpoint, Problems
+from ckptq.verify.kinds import finding
+from ckptq.verify.report import Finding
+from ckptq.verify.subject import Subject
+
+SERVING = (
+    "tokenizer.json",
+    "tokenizer.model",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "vocab.json",
+    "merges.txt",
+    "chat_template.jinja",
+    "chat_template.json",
+    "preprocessor_config.json",
+    "processor_config.json",
+    "generation_config.json",
+)
+"""What an engine looks for."""
+
+FREE = (
+    "quantization_config",
+    "compression_config",
+    "ckptq",
+    "transformers_version",
+    "_name_or_path",
+    "dtype",
+    "torch_dtype",
+    "use_cache",
+)
+"""Fields that a conversion may change."""
+
+ARCHITECTURE = (
+    "model_type",
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "head_dim",
+    "vocab_size",
+    "hidden_act",
+    "rms_norm_eps",
+    "rope_theta",
+    "rope_scaling",
+    "rope_parameters",
+    "partial_rotary_factor",
+    "sliding_window",
+    "layer_types",
+    "no_rope_layers",
+    "moe_layers",
+    "interleave_moe_layer_step",
+    "num_local_experts",
+    "num_experts",
+    "num_experts_per_tok",
+    "n_routed_experts",
+    "use_qk_norm",
+    "attention_chunk_size",
+)
+"""Fields that change what is computed."""
+
+ABSENT = object()
+
+
+def check_files(subject: Subject, problems: Problems) -> Iterator[Finding]:
+    """Everything that can be said without looking at a Linear."""
+    for problem in problems:
+        yield _index_mismatch(problem)
+    yield from _total_size(subject.ckpt)
+    yield from _stray_shards(subject.ckpt)
+    if subject.source is not None:
+        yield from _side_files(subject.ckpt, subject.source)
+        yield from _config(subject.ckpt.config, subject.source.config, "")
+
+
+def _index_mismatch(problem: str) -> Finding:
+    file, _, what = problem.partition(": ")
+    parts = what.split("'")
+    tensor = parts[1] if len(parts) > 2 else None
+    return finding(
+        "index-mismatch", tensor, file=Path(file), found=what, wanted="the same in index and file"
+    )
+
+
+def _total_size(ckpt: Checkpoint) -> Iterator[Finding]:
+    file = ckpt.path / INDEX
+    if not file.exists():
+        return
+    metadata = json.loads(file.read_bytes()).get("metadata")
+    total = metadata.get("total_size") if isinstance(metadata, dict) else None
+    if total is not None and total != ckpt.nbytes:
+        yield finding(
+            "total-size", "metadata.total_size", file=INDEX, found=str(total)[:40],
+            wanted=f"{ckpt.nbytes} bytes of tensors",
+        )  # fmt: skip
+
+
+def _stray_shards(ckpt: Checkpoint) -> Iterator[Finding]:
+    known = {header.file.name for header in ckpt.headers}
+    for path in sorted(ckpt.path.glob("*.safetensors")):
+        if path.name not in known:
+            yield finding(
+                "stray-shard", file=path, found="a file that the index does not name",
+                wanted="only the index's files",
+            )  # fmt: skip
+
+
+def _side_files(ckpt: Checkpoint, source: Checkpoint) -> Iterator[Finding]:
+    for name in SERVING:
+        there, original = ckpt.path / name, source.path / name
+        if not original.is_file():
+            continue
+        if not there.is_file():
+            yield finding(
+                "side-file-missing", file=name, found="no such file", wanted="the source's",
+                repair=f"copy {name} from the source",
+            )  # fmt: skip
+        elif there.read_bytes() != original.read_bytes():
+            yield finding(
+                "side-file-differs", file=name, found=f"{there.stat().st_size} bytes",
+                wanted=f"the source's {original.stat().st_size} bytes",
+            )  # fmt: skip
+
+
+def _config(found: Mapping[str, Any], wanted: Mapping[str, Any], prefix: str) -> Iterator[Finding]:
+    for key in sorted(found.keys() | wanted.keys()):
+        ours, theirs = found.get(key, ABSENT), wanted.get(key, ABSENT)
+        if key in FREE or ours == theirs:
+            continue
+        if isinstance(ours, dict) and isinstance(theirs, dict) and key not in ARCHITECTURE:
+            yield from _config(ours, theirs, f"{prefix}{key}.")
+            continue
+        both = ours is not ABSENT and theirs is not ABSENT
+        code = "config-differs" if key in ARCHITECTURE and both else "config-note"
+        yield finding(
+            code, f"{prefix}{key}", file=CONFIG, found=_shown(ours), wanted=_shown(theirs)
+        )
+
+
+def _shown(value: object) -> str:
+    return "nothing" if value is ABSENT else json.dumps(value, default=str)[:120]

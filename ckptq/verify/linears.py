@@ -1,0 +1,164 @@
+"""Linears against what the config declares: which are quantized, and with which tensors.
+
+Headers only. Rules of vLLM's loader are those of its compressed-tensors code (0.32).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from ckptq.checkpoint.open import CONFIG
+from ckptq.models.family import FUSED_SETS
+from ckptq.verify.kinds import finding
+from ckptq.verify.report import Finding
+from ckptq.verify.subject import EXPERT, SCALES, Module, Subject
+
+
+def check_linears(subject: Subject) -> Iterator[Finding]:
+    """Whether each Linear is what its group, or `ignore`, says it is."""
+    if not subject.declared.present:
+        yield from _undeclared(subject)
+        return
+    for module in subject.modules.values():
+        yield from _state(subject, module)
+    yield from _unmatched_groups(subject)
+    yield from _fused_sets(subject)
+    yield from _experts_alike(subject)
+
+
+def _undeclared(subject: Subject) -> Iterator[Finding]:
+    quantized = [m for m in subject.modules.values() if m.quantized]
+    if quantized:
+        names = f"{len(quantized)} quantized Linears, first {quantized[0].name}"
+        yield finding(
+            "no-quantization-config", file=CONFIG, found=names, wanted="a quantization_config"
+        )
+    else:
+        yield finding(
+            "not-quantized", file=CONFIG, found="no quantization_config", wanted="a quantized model"
+        )
+
+
+def _state(subject: Subject, module: Module) -> Iterator[Finding]:
+    if module.quantized:
+        yield from _quantized(subject, module)
+        return
+    orphans = [local for local in SCALES if local in module.tensors]
+    targeted = module.group is not None and module.kept is None
+    for local in orphans:
+        if not targeted:
+            yield finding(
+                "orphan-scale", f"{module.name}.{local}", file=module.file,
+                found=f"{module.tensors[local].spec} beside an unquantized weight",
+                wanted="no such tensor",
+            )  # fmt: skip
+    if targeted:
+        yield _unquantized(subject, module)
+    elif module.group is not None and _transformers_waits(subject, module):
+        yield finding(
+            "not-ignored", module.name, file=CONFIG,
+            found=f"unquantized ({module.kept}) and not in ignore", wanted="an entry in ignore",
+        )  # fmt: skip
+
+
+def _quantized(subject: Subject, module: Module) -> Iterator[Finding]:
+    found = f"{_codes(module)} on disk"
+    if module.kept is not None and not (module.kept == "output head" and _by_name(module)):
+        if module.kept == "output head" and module.group is not None:
+            yield finding(
+                "head-untargeted", module.name, file=CONFIG, found=f"{found}, targeted by class",
+                wanted="a target that names it",
+            )  # fmt: skip
+        else:
+            yield finding(
+                "never-quantized", module.name, file=module.file,
+                found=f"{found} ({module.kept})", wanted="an unquantized weight",
+            )  # fmt: skip
+    elif subject.declared.ignore.match(module.name):
+        yield finding(
+            "ignored-but-quantized", module.name, file=module.file,
+            found=f"{found}, and an ignore entry that means it", wanted="an unquantized weight",
+        )  # fmt: skip
+    elif module.group is None:
+        targets = [t for group in subject.declared.groups for t in group.targets]
+        yield finding(
+            "untargeted", module.name, file=module.file, found=f"{found}, targets are {targets}",
+            wanted="a group that targets it",
+        )  # fmt: skip
+
+
+def _codes(module: Module) -> str:
+    return str(module.codes.spec) if module.codes is not None else "scales without codes"
+
+
+def _by_name(module: Module) -> bool:
+    return module.group is not None and module.group.named.match(module.name)
+
+
+def _unquantized(subject: Subject, module: Module) -> Finding:
+    """A weight that engines will read as codes; blamed on `ignore` if somebody meant it there."""
+    assert module.group is not None
+    found = f"{_codes(module)}, targeted by group {module.group.name!r} and not ignored"
+    loose = subject.declared.ignore.match_loosely(module.name)
+    return finding(
+        "ignore-not-honoured" if loose else "targeted-but-unquantized", module.name,
+        file=module.file, found=found, wanted="codes and scales, or an ignore entry",
+        repair=f"write {module.name!r} or 're:.*{module.name.rpartition('.')[2]}' in ignore"
+        if loose else None,
+    )  # fmt: skip
+
+
+def _transformers_waits(subject: Subject, module: Module) -> bool:
+    """transformers gives every nn.Linear that a group targets its scales; embeddings are none."""
+    assert module.group is not None
+    return module.group.every_linear and module.kept not in ("embedding", "norm", "router")
+
+
+def _unmatched_groups(subject: Subject) -> Iterator[Finding]:
+    used = {m.group.name for m in subject.modules.values() if m.group and m.kept is None}
+    used |= {m.group.name for m in subject.modules.values() if m.group and _by_name(m)}
+    for group in subject.declared.groups:
+        if group.name not in used and group.targets:
+            yield finding(
+                "target-unmatched", f"config_groups.{group.name}", file=CONFIG,
+                found=f"targets {list(group.targets)} match no Linear", wanted="a Linear's name",
+            )  # fmt: skip
+
+
+def _fused_sets(subject: Subject) -> Iterator[Finding]:
+    """The members of a set that vLLM merges must all be there and fall to one group."""
+    for name, module in subject.modules.items():
+        parent, _, projection = name.rpartition(".")
+        names = next((s for s in FUSED_SETS if s[0] == projection), None)
+        if names is None or module.kept is not None:
+            continue
+        members = [subject.modules.get(f"{parent}.{n}") for n in names]
+        present = [m for m in members if m is not None]
+        if len(present) < len(names):
+            continue
+        said = {m.name: m.group.name if m.group else "ignored" for m in present}
+        states = {m.name: "quantized" if m.quantized else "unquantized" for m in present}
+        for states_of in (said, states):
+            if len(set(states_of.values())) > 1:
+                found = ", ".join(f"{n.rpartition('.')[2]} {s}" for n, s in states_of.items())
+                yield finding(
+                    "fused-set-split", name, file=module.file, found=found, wanted="one for all"
+                )
+                break
+
+
+def _experts_alike(subject: Subject) -> Iterator[Finding]:
+    """Engines look up the scheme of expert 0 and take it for all."""
+    for name, module in subject.modules.items():
+        match = EXPERT.match(name)
+        if not match or match["index"] == "0":
+            continue
+        first = subject.modules.get(f"{match['experts']}.0.{match['projection']}")
+        if first is None:
+            continue
+        same_group = (first.group and first.group.name) == (module.group and module.group.name)
+        if not same_group or first.quantized != module.quantized:
+            yield finding(
+                "experts-differ", name, file=module.file,
+                found=f"{_codes(module)}, expert 0 has {_codes(first)}", wanted="the same for all",
+            )  # fmt: skip

@@ -1,0 +1,131 @@
+"""Which code is the nearest, and what a code stands for: said once more, apart from what quantizes.
+
+Plain torch, as compressed-tensors states it: divide by the scale, add the zero point, round half to
+even, clamp; codes packed from the lowest bit on, integers offset to be unsigned. Only what fixes
+the format is shared with the converter, none of its arithmetic.
+
+Shape letters: R rows, C columns, G groups, L columns in a group, W words; blocks of H x V elements
+make a grid M x N. A tile is what shares one scale.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+from ckptq.quantize.scheme import WeightScheme
+
+E4M3_MAX = 448.0
+E2M1_GRID = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
+E2M1_MIDDLES = ((0.25, False), (0.75, True), (1.25, False), (1.75, True), (2.5, False),
+                (3.5, True), (5.0, False))  # fmt: skip
+"""Midpoints of the grid, and whether a tie goes up, which it does where the code above is even."""
+
+
+def in_tiles(x_RC: Tensor, scheme: WeightScheme) -> Tensor:
+    """[R, G, L]; [M, H, N, V] for blocks, filled up with zeros."""
+    if scheme.block_structure is None:
+        return x_RC.unflatten(1, (-1, scheme.group_size or x_RC.shape[1]))
+    (R, C), (H, V) = x_RC.shape, scheme.block_structure
+    return pad(x_RC, (0, -C % V, 0, -R % H)).unflatten(1, (-1, V)).unflatten(0, (-1, H))
+
+
+def out_of_tiles(x: Tensor, shape: tuple[int, ...]) -> Tensor:
+    """Back to [R, C], without what `in_tiles` filled up."""
+    if x.ndim == 3:
+        return x.flatten(1)
+    return x.flatten(2, 3).flatten(0, 1)[: shape[0], : shape[1]]
+
+
+def per_tile(scale: Tensor, x: Tensor) -> Tensor:
+    """[1], [R, G] or [M, N], shaped to be broadcast over the tiles `x`."""
+    if scale.numel() == 1:
+        return scale.reshape(1)
+    return scale[:, None, :, None] if x.ndim == 4 else scale[..., None]
+
+
+def unpacked(word_RW: Tensor, num_bits: int, columns: int) -> Tensor:
+    """Signed codes [R, columns] out of int32 words; a code may cross the border of two words."""
+    first = torch.arange(columns) * num_bits
+    long_RW = pad(word_RW, (0, 1)).long() & 0xFFFFFFFF
+    low, high = long_RW[:, first // 32], long_RW[:, first // 32 + 1]
+    code_RC = (low | high << 32) >> (first % 32) & (2**num_bits - 1)
+    return code_RC - 2 ** (num_bits - 1)
+
+
+def values(held: Mapping[str, Tensor], scheme: WeightScheme, columns: int) -> Tensor:
+    """The numbers that the codes stand for [R, C], before scale and zero point, in float32."""
+    if scheme.codes == "weight":
+        return held["weight"].float()
+    packed = held["weight_packed"]
+    if scheme.type == "float":
+        nibble_RC = torch.stack((packed & 15, packed >> 4), dim=-1).flatten(1)
+        grid = torch.tensor((*E2M1_GRID, *(-value for value in E2M1_GRID)))
+        return grid[nibble_RC.int()]
+    return unpacked(packed, scheme.num_bits, columns).float()
+
+
+def zero_points(held: Mapping[str, Tensor], scheme: WeightScheme, rows: int) -> Tensor | None:
+    """One for each scale; packed ones are packed along the rows."""
+    if scheme.symmetric:
+        return None
+    zero_point = held["weight_zero_point"]
+    if scheme.format != "pack-quantized":
+        return zero_point
+    return unpacked(zero_point.t().contiguous(), scheme.num_bits, rows).t()
+
+
+def divisor(held: Mapping[str, Tensor], scheme: WeightScheme) -> Tensor:
+    """What each tile is divided by; float32 where the stored scale is no float."""
+    scale = held["weight_scale"]
+    if scheme.scale_dtype == "uint8":
+        return torch.exp2(scale.double() - 127).float()
+    if scheme.strategy == "tensor_group":
+        return scale.float() / held["weight_global_scale"].float()
+    return scale
+
+
+def recode(
+    w_RC: Tensor, held: Mapping[str, Tensor], scheme: WeightScheme, dtype: torch.dtype
+) -> Tensor:
+    """The values [R, C] of the codes that dividing in `dtype` gives for the stored scales.
+
+    In float32 these are the nearest; in bfloat16 they are what llm-compressor makes on a CPU.
+    """
+    x = in_tiles(w_RC, scheme).to(dtype)
+    quotient = x / per_tile(divisor(held, scheme), x).to(dtype)
+    zero_point = zero_points(held, scheme, w_RC.shape[0])
+    if zero_point is not None:
+        quotient = quotient + per_tile(zero_point, x).to(dtype)
+    return out_of_tiles(_rounded(quotient, scheme), tuple(w_RC.shape)).float()
+
+
+def weights(held: Mapping[str, Tensor], scheme: WeightScheme, columns: int) -> Tensor:
+    """(code - zero point) * scale in float32: what the stored tensors stand for, [R, C]."""
+    value_RC = values(held, scheme, columns)
+    x = in_tiles(value_RC, scheme)
+    zero_point = zero_points(held, scheme, len(value_RC))
+    if zero_point is not None:
+        x = x - per_tile(zero_point.float(), x)
+    return out_of_tiles(x * per_tile(divisor(held, scheme).float(), x), tuple(value_RC.shape))
+
+
+def _rounded(quotient: Tensor, scheme: WeightScheme) -> Tensor:
+    if scheme.type == "int":
+        least = -(2 ** (scheme.num_bits - 1))
+        return quotient.round().clamp(least, -least - 1)
+    if scheme.num_bits == 8:
+        return quotient.clamp(-E4M3_MAX, E4M3_MAX).to(torch.float8_e4m3fn).float()
+    return _to_e2m1(quotient)
+
+
+def _to_e2m1(quotient: Tensor) -> Tensor:
+    """To the nearest of the grid: as many steps up as there are midpoints below."""
+    size = quotient.abs()
+    index = torch.zeros_like(size, dtype=torch.int32)
+    for middle, tie_goes_up in E2M1_MIDDLES:
+        index += (size >= middle) if tie_goes_up else (size > middle)
+    return torch.tensor(E2M1_GRID)[index] * quotient.sign().float()

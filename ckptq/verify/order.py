@@ -1,0 +1,83 @@
+"""Checkpoints in another RoPE order than their source: put what was read back into its order.
+
+`ckptq permute` marks what it has moved (ckptq.permute.marks); what is compared with the source has
+to be moved back first.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+from ckptq.errors import PlanError, SourceError
+from ckptq.models.family import family_of
+from ckptq.permute import marks
+from ckptq.permute.apply import permute_tensor
+from ckptq.permute.effect import Effect, Move, Part
+from ckptq.permute.order import RopeOrder
+from ckptq.permute.targets import plan_permutation
+from ckptq.verify.rope import order_of
+from ckptq.verify.subject import Subject
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class Undo:
+    """Which tensors stand in another order than the source's, and the way back."""
+
+    effects: Mapping[str, tuple[Effect, RopeOrder]] = field(default_factory=dict)
+
+    def __contains__(self, tensor: str) -> bool:
+        return tensor in self.effects
+
+    def module(self, name: str, tensors: Mapping[str, object]) -> bool:
+        """Whether any tensor of this module has to be moved."""
+        return any(f"{name}.{local}" in self.effects for local in tensors)
+
+    def restore(self, name: str, tensor: Tensor) -> Tensor:
+        """A whole tensor of the checkpoint, in the source's order."""
+        if name not in self.effects:
+            return tensor
+        effect, to = self.effects[name]
+        return permute_tensor(tensor, effect, to)
+
+
+def make_undo(subject: Subject) -> Undo:
+    """From the marks of both checkpoints; nothing to do where they agree or contradict."""
+    if subject.source is None:
+        return Undo()
+    family = RopeOrder(family_of(subject.source.config).rope)
+    try:
+        metadata = {h.file.name: h.metadata for h in subject.source.headers}
+        theirs = marks.read(subject.source.config, metadata)
+        wanted = {part: theirs.get(part, family) for part in Part}
+        ours = {part: order_of(subject, part) for part in Part}
+        if ours == wanted or not well_typed(subject):
+            return Undo()
+        effects = plan_permutation(subject.ckpt)
+    except (PlanError, SourceError):
+        return Undo()
+    return Undo(
+        {
+            name: (effect, wanted[effect.part])
+            for name, effect in effects.items()
+            if effect.move is not Move.KEPT and ours[effect.part] is not wanted[effect.part]
+        }
+    )
+
+
+def well_typed(subject: Subject) -> bool:
+    """Whether config.json's geometry is of numbers, so that heads can be computed from it."""
+    config = subject.ckpt.text_config
+    keys = ("hidden_size", "num_attention_heads", "num_key_value_heads", "head_dim")
+    shares = ("partial_rotary_factor", "rotary_pct", "rotary_dim")
+    ropes = config.get("rope_parameters")
+    sets = [config, *([ropes] if isinstance(ropes, dict) else [])]
+    return (
+        all(config.get(key) is None or type(config[key]) is int for key in keys)
+        and (ropes is None or isinstance(ropes, dict))
+        and all(type(s.get(k, 0.0)) in (int, float) for s in sets for k in shares)
+    )

@@ -1,0 +1,203 @@
+"""The checkpoint under test, sorted: Linears as they are on disk, attention modules, the source's.
+
+Headers only. Shape letters: R rows (out), C columns (in), W words of 32 bits, G groups.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+
+from ckptq.checkpoint.header import StoredTensor
+from ckptq.checkpoint.open import Checkpoint
+from ckptq.models.family import LAYER, Family, family_of
+from ckptq.models.modules import (
+    Layout,
+    Linear,
+    decoder_layers,
+    num_attention_heads,
+    read_layout,
+    why_kept,
+)
+from ckptq.quantize.scheme import WeightScheme
+from ckptq.verify.declared import Declared, Group
+
+CODES = ("weight", "weight_packed")
+SCALES = (
+    "weight_scale",
+    "weight_zero_point",
+    "weight_shape",
+    "weight_global_scale",
+    "weight_g_idx",
+    "g_idx",
+    "input_scale",
+    "input_zero_point",
+    "input_global_scale",
+)
+"""What stands beside the codes of a quantized Linear."""
+
+CACHE_SCALE = re.compile(r"^(?P<module>.+)\.(?P<which>[qkv])_scale$")
+CACHE_ZERO_POINT = re.compile(r"^(?P<module>.+)\.(?P<which>[qkv])_zero_point$")
+EXPERT = re.compile(r"^(?P<experts>.*\.experts)\.(?P<index>\d+)\.(?P<projection>[^.]+)$")
+
+KEY_PROJECTIONS = ("k_proj", "qkv_proj", "query_key_value", "c_attn", "W_pack")
+LATENT = ("kv_a_proj_with_mqa", "kv_b_proj")
+
+MIXTRAL = {"w1": "gate_proj", "w3": "up_proj", "w2": "down_proj"}
+"""What llm-compressor's `oneshot` calls the experts' projections that Mixtral calls w1, w2, w3."""
+
+QUANTIZED = ("F8_E4M3", "I8", "U8", "I32")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Module:
+    """What on disk belongs to one Linear, by local name."""
+
+    name: str
+    tensors: Mapping[str, StoredTensor]
+    kept: str | None
+    """Why engines never quantize it, None where they may."""
+    group: Group | None
+    """The config group that it falls to; None where it is ignored or not targeted."""
+    origin: Linear | None
+    """The same Linear in the source, where a source is given and has it."""
+
+    @property
+    def codes(self) -> StoredTensor | None:
+        return self.tensors.get("weight_packed") or self.tensors.get("weight")
+
+    @property
+    def quantized(self) -> bool:
+        """Whether the codes on disk are of a quantized format; scales alone do not make it so."""
+        codes = self.codes
+        if codes is None:
+            return any(local in self.tensors for local in SCALES)
+        return "weight_packed" in self.tensors or codes.spec.dtype in QUANTIZED
+
+    @property
+    def file(self) -> str:
+        return next(iter(self.tensors.values())).file.name
+
+    @property
+    def shape(self) -> tuple[int, int] | None:
+        """[R, C] of the weight: the source's, else what the tensors on disk imply."""
+        if self.origin is not None:
+            R, C = self.origin.weight.spec.shape
+            return R, C
+        codes = self.codes
+        if codes is None or len(codes.spec.shape) != 2:
+            return None
+        R, C = codes.spec.shape
+        if "weight_packed" not in self.tensors or self.group is None:
+            return R, C
+        return (R, _columns(self, self.group.scheme, C)) if self.group.scheme else None
+
+
+def _columns(module: Module, scheme: WeightScheme, words: int) -> int:
+    """Columns behind packed words: groups tell exactly, else as many as the words can hold."""
+    if scheme.type == "float":
+        return words * 2
+    scale = module.tensors.get("weight_scale")
+    most = words * 32 // scheme.num_bits
+    if scheme.group_size and scale is not None and len(scale.spec.shape) == 2:
+        columns = scale.spec.shape[1] * scheme.group_size
+        if -(-columns * scheme.num_bits // 32) == words:
+            return columns
+    return most
+
+
+@dataclass(frozen=True)
+class Subject:
+    """Everything that the checks look at."""
+
+    ckpt: Checkpoint
+    source: Checkpoint | None
+    declared: Declared
+
+    @cached_property
+    def family(self) -> Family:
+        return family_of(self.ckpt.config)
+
+    @cached_property
+    def layers(self) -> tuple[str, int]:
+        """Name and length of the list of decoder layers."""
+        return decoder_layers(self.ckpt)
+
+    @cached_property
+    def origin(self) -> Layout | None:
+        return read_layout(self.source) if self.source is not None else None
+
+    @cached_property
+    def heads(self) -> tuple[int, int] | None:
+        """(query heads, key/value heads)."""
+        return num_attention_heads(self.ckpt.text_config)
+
+    @cached_property
+    def modules(self) -> dict[str, Module]:
+        """Every Linear on disk, quantized or not, in the order of the bytes."""
+        return {
+            name: Module(
+                name=name,
+                tensors=tensors,
+                kept=why_kept(name, *self.layers),
+                group=self.declared.group_of(name),
+                origin=self._origin(name),
+            )
+            for name, tensors in self._by_module().items()
+        }
+
+    def _by_module(self) -> dict[str, dict[str, StoredTensor]]:
+        found: dict[str, dict[str, StoredTensor]] = {}
+        for name, tensor in self.ckpt.tensors.items():
+            module, _, local = name.rpartition(".")
+            if local in CODES or local in SCALES:
+                found.setdefault(module, {})[local] = tensor
+        return {name: tensors for name, tensors in found.items() if _is_linear(tensors)}
+
+    def _origin(self, name: str) -> Linear | None:
+        if self.origin is None:
+            return None
+        return self.origin.linears.get(name) or self.origin.linears.get(mixtral_name(name))
+
+    @cached_property
+    def attention(self) -> dict[str, str]:
+        """Attention modules of the decoder layers -> "heads" or "latent"."""
+        prefix, count = self.layers
+        found: dict[str, str] = {}
+        for name in self.modules:
+            match = LAYER.match(name)
+            parent, _, projection = name.rpartition(".")
+            if not match or match["prefix"] != prefix or int(match["index"]) >= count:
+                continue
+            if projection in LATENT:
+                found[parent] = "latent"
+            elif projection in KEY_PROJECTIONS:
+                found.setdefault(parent, "heads")
+        return found
+
+    @cached_property
+    def cache_scales(self) -> dict[tuple[str, str], StoredTensor]:
+        """(attention module, "q" | "k" | "v") -> its scale; also where ModelOpt hangs it."""
+        found = {}
+        for name, tensor in self.ckpt.tensors.items():
+            match = CACHE_SCALE.match(name)
+            if match:
+                module = re.sub(r"\.[qkv]_proj$", "", match["module"])
+                found[module, match["which"]] = tensor
+        return found
+
+
+def mixtral_name(name: str) -> str:
+    """The name in a Mixtral source of what `oneshot` has renamed; any other name as it is."""
+    match = EXPERT.match(name)
+    back = {new: old for old, new in MIXTRAL.items()}
+    if match and match["projection"] in back:
+        return f"{match['experts']}.{match['index']}.{back[match['projection']]}"
+    return name
+
+
+def _is_linear(tensors: Mapping[str, StoredTensor]) -> bool:
+    weight = tensors.get("weight")
+    return len(tensors) > 1 or weight is None or len(weight.spec.shape) == 2

@@ -1,0 +1,183 @@
+"""The numbers that headers cannot tell: scales, zero points, packed padding, NaN codes.
+
+Reads every scale whole, and of the codes as much as the formats can hold a NaN in.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from statistics import median
+from typing import TYPE_CHECKING
+
+import torch
+
+from ckptq.checkpoint.header import StoredTensor
+from ckptq.checkpoint.read import Files, read_tensor
+from ckptq.spec import FLOATS
+from ckptq.verify.kinds import finding
+from ckptq.verify.report import Finding, ScaleRow
+from ckptq.verify.stored_linear import StoredLinear
+from ckptq.verify.subject import Subject
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+CACHE_RANGE = (1e-9, 1e6)
+"""Where an activation's amax / 448 can lie: fp16 ends at 65504, norms keep values above 1e-6."""
+
+WEIGHT_MOST = 1e6
+"""No weight is that large; uninitialised memory often is."""
+
+OUTLIER = 1e4
+"""Times the median of the same scale in the other layers."""
+
+
+def check_scale(
+    tensor: StoredTensor, scale: Tensor, allowed: tuple[float, float] = (0.0, WEIGHT_MOST)
+) -> Iterator[Finding]:
+    """Finite, positive and within what such a number can be; the first element that is not."""
+    x = scale.reshape(-1).double()
+    checks = (
+        ("scale-not-finite", ~x.isfinite(), "finite scales"),
+        ("scale-not-positive", x <= 0, "positive scales"),
+        (
+            "scale-uninitialised",
+            x.isfinite() & (x > 0) & ((x < allowed[0]) | (x > allowed[1])),
+            f"scales from {allowed[0]:g} to {allowed[1]:g}",
+        ),
+    )
+    for code, bad, wanted in checks:
+        if bad.any():
+            index = int(bad.nonzero()[0])
+            yield finding(
+                code, tensor.name, file=tensor.file, wanted=wanted,
+                found=f"{x[index].item():.4g} at element {index}, {int(bad.sum())} of "
+                f"{x.numel()} are bad",
+            )  # fmt: skip
+            return
+
+
+def cache_values(subject: Subject, files: Files) -> tuple[list[ScaleRow], list[Finding]]:
+    """All q/k/v scales: their values, and what is wrong with them."""
+    rows: list[ScaleRow] = []
+    found: list[Finding] = []
+    known: dict[str, dict[str, Tensor]] = {}
+    for (module, which), tensor in subject.cache_scales.items():
+        if tensor.spec.dtype not in FLOATS or tensor.spec.numel > 1 << 20 or not tensor.spec.numel:
+            continue
+        scale = read_tensor(tensor, files).reshape(-1)
+        rows.append(ScaleRow(tensor=tensor.name, values=tuple(scale.tolist())))
+        wrong = list(check_scale(tensor, scale, CACHE_RANGE))
+        found += wrong
+        if not wrong and module in subject.attention:
+            known.setdefault(which, {})[tensor.name] = scale
+    for scales in known.values():
+        found += _placeholders(subject, scales)
+        found += _outliers(subject, scales)
+    return rows, found
+
+
+def _placeholders(subject: Subject, scales: Mapping[str, Tensor]) -> Iterator[Finding]:
+    """Exactly 1.0 for every head of a layer, or in every layer, is no calibrated scale."""
+    ones = [name for name, scale in scales.items() if bool((scale == 1).all())]
+    certain = len(ones) == len(scales) > 1 or any(scales[name].numel() > 1 for name in ones)
+    for name in ones if certain or len(scales) == 1 else []:
+        yield finding(
+            "scales-all-one", name, file=subject.ckpt.tensors[name].file,
+            found=f"1.0, in {len(ones)} of {len(scales)} layers", wanted="calibrated scales",
+        )  # fmt: skip
+
+
+def _outliers(subject: Subject, scales: Mapping[str, Tensor]) -> Iterator[Finding]:
+    """A layer against the others; by its largest head, as heads may well differ by that much."""
+    largest = {name: float(scale.max()) for name, scale in scales.items()}
+    middle = median(largest.values())
+    for name, value in largest.items():
+        if value > middle * OUTLIER or value * OUTLIER < middle:
+            yield finding(
+                "scale-outlier", name, file=subject.ckpt.tensors[name].file,
+                found=f"largest head {value:.4g}", wanted=f"near {middle:.4g}, the other layers'",
+            )  # fmt: skip
+
+
+def check_linear_values(linear: StoredLinear, files: Files) -> Iterator[Finding]:
+    """Scales, zero points and shape of one Linear."""
+    scale = linear.tensors["weight_scale"]
+    held = read_tensor(scale, files)
+    if linear.scheme.scale_dtype == "uint8":
+        yield from _mx(scale, held)
+    else:
+        yield from check_scale(scale, held.float())
+    for local, tensor in linear.module.tensors.items():
+        if local in ("input_scale", "weight_global_scale") and tensor.spec.dtype in FLOATS:
+            most = 1e30 if local == "weight_global_scale" else CACHE_RANGE[1]
+            yield from check_scale(tensor, read_tensor(tensor, files), (0.0, most))
+    if "weight_shape" in linear.tensors:
+        yield from _shape_value(linear, files)
+
+
+def _mx(tensor: StoredTensor, exponent: Tensor) -> Iterator[Finding]:
+    if bool((exponent == 255).any()):
+        yield finding(
+            "scale-not-finite", tensor.name, file=tensor.file, found="an E8M0 of 255, which is NaN",
+            wanted="0 to 254",
+        )  # fmt: skip
+
+
+def _shape_value(linear: StoredLinear, files: Files) -> Iterator[Finding]:
+    tensor = linear.tensors["weight_shape"]
+    said = read_tensor(tensor, files).tolist()
+    if said != list(linear.shape):
+        yield finding(
+            "weight-shape-value", tensor.name, file=tensor.file, found=str(said),
+            wanted=str(list(linear.shape)),
+        )  # fmt: skip
+
+
+def check_codes(linear: StoredLinear, held: Mapping[str, Tensor]) -> Iterator[Finding]:
+    """NaN codes, and bits behind the last packed code, in some rows."""
+    codes = linear.tensors[linear.scheme.codes]
+    tensor = held[linear.scheme.codes]
+    if tensor.dtype == torch.float8_e4m3fn:
+        nan = (tensor.view(torch.uint8) & 0x7F) == 0x7F
+        if nan.any():
+            yield finding(
+                "codes-nan", codes.name, file=codes.file, found=f"{int(nan.sum())} NaN codes",
+                wanted="none",
+            )  # fmt: skip
+    elif tensor.dtype == torch.int32 and _padding(tensor, linear.shape[1], linear.scheme.num_bits):
+        yield finding(
+            "padding", codes.name, file=codes.file, found="bits set behind the last column",
+            wanted="zeros",
+        )  # fmt: skip
+    if "weight_zero_point" in held:
+        yield from _zero_points(linear, held["weight_zero_point"], len(tensor))
+
+
+def _zero_points(linear: StoredLinear, zero_point: Tensor, rows: int) -> Iterator[Finding]:
+    tensor, bits = linear.tensors["weight_zero_point"], linear.scheme.num_bits
+    half = 2 ** (bits - 1)
+    if linear.scheme.format == "pack-quantized":
+        if _padding(zero_point.t().contiguous(), rows, bits):
+            yield finding(
+                "padding", tensor.name, file=tensor.file, found="bits set behind the last row",
+                wanted="zeros",
+            )  # fmt: skip
+    elif bool(((zero_point < -half) | (zero_point >= half)).any()):
+        found = f"{int(zero_point.min())} to {int(zero_point.max())}"
+        yield finding(
+            "zero-point-range", tensor.name, file=tensor.file, found=found,
+            wanted=f"{-half} to {half - 1}",
+        )  # fmt: skip
+
+
+def _padding(word_RW: Tensor, columns: int, num_bits: int) -> bool:
+    """Whether the words hold anything behind their `columns` codes."""
+    used = columns * num_bits
+    spare = word_RW.shape[1] * 32 - used
+    if spare == 0:
+        return False
+    if spare >= 32:
+        return bool((word_RW[:, -(spare // 32) :] != 0).any())
+    last = word_RW[:, -1].long() & 0xFFFFFFFF
+    return bool((last >> (32 - spare)).any())
