@@ -1,0 +1,55 @@
+"""Who attends to whom, in the few forms that models use, and which tokens are padding.
+
+Positions count from a sequence's first real token, as transformers counts chunks.
+
+Shape letters: B batch, S positions.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Mask:
+    """A token attends to itself and what these leave of the rest.
+
+    Example: causal with sliding_window 3: token 5 attends to 3, 4, 5. Causal with chunk 4: token 5 to 4, 5.
+    """
+
+    causal: bool = True
+    sliding_window: int | None = None
+    """How many tokens a token sees, itself included, as transformers counts (FlashAttention: one less)."""
+    chunk: int | None = None
+    """Llama-4: tokens are cut into runs of this length and attend within their own."""
+
+    def __post_init__(self) -> None:
+        if self.sliding_window is not None and (self.sliding_window < 1 or not self.causal):
+            raise ValueError(f"a sliding window is causal and at least 1: {self}")
+        if self.chunk is not None and self.chunk < 1:
+            raise ValueError(f"a chunk has at least one token: {self}")
+
+    def constexprs(self) -> dict[str, int | bool]:
+        """The compile-time arguments of `online_softmax.visible` and `key_bounds`; 0 is none."""
+        return {
+            "CAUSAL": self.causal,
+            "WINDOW": self.sliding_window or 0,
+            "CHUNK": self.chunk or 0,
+        }
+
+
+def spans_of(real_BS: Tensor) -> tuple[Tensor, Tensor]:
+    """First real token and number of real tokens of each sequence, int32 [B], of a padding mask.
+
+    `real_BS` is true (or not 0) at real tokens, as tokenizers return it; they must be one run.
+    Raises ValueError otherwise.
+    """
+    real_BS = real_BS.bool()
+    length_B = real_BS.sum(1)
+    start_B = real_BS.int().argmax(1)
+    position_S = torch.arange(real_BS.shape[1], device=real_BS.device)
+    run_BS = (position_S >= start_B[:, None]) & (position_S < (start_B + length_B)[:, None])
+    if not torch.equal(run_BS, real_BS):
+        raise ValueError("the real tokens of a sequence are not one run: padding lies between them")
+    return start_B.int(), length_B.int()
