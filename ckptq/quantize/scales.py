@@ -48,15 +48,14 @@ def mx_exponent(amax: Tensor, num_bits: int) -> Tensor:
 
     The power of two of amax, counted one higher from 1.75 up (what E2M1 would round up), less the
     exponent of the element type's maximum. llm-compressor keeps the scale in the weight's dtype
-    on the way: where float16 cannot hold it, the scale becomes 1. At the other end, where
-    rounding up leaves the dtype, llm-compressor's exponent is NaN's (255) and here it stays the
-    largest needed.
+    on the way: where float16 cannot hold it, the scale becomes 1. Where rounding up ends at
+    2^128, llm-compressor's scale is not finite; here amax counts as 2^127, and saturates.
     """
     mantissa, bias = FLOATS[amax.dtype]
     bits = amax.view(BITS[amax.itemsize]).long()
     biased = (bits + (1 << mantissa - 2)) >> mantissa
-    exponent = biased - bias + 127 - {4: 2, 8: 8}[num_bits]
-    exponent = torch.where(biased == 0, 0, exponent).clamp(0, 254)
+    exponent = torch.where(biased == 0, 0, biased - bias + 127).clamp(max=254)
+    exponent = (exponent - {4: 2, 8: 8}[num_bits]).clamp(min=0)
     if amax.dtype == torch.float16:
         exponent = torch.where(exponent < 127 - 24, 127, exponent)
     return exponent.to(torch.uint8)

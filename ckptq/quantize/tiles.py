@@ -36,7 +36,10 @@ def untiled(x: Tensor, shape: tuple[int, ...]) -> Tensor:
     """Back to [R, C], without what `tiled` filled up."""
     if x.ndim == 3:
         return x.flatten(1)
-    return x.flatten(2, 3).flatten(0, 1)[: shape[0], : shape[1]].contiguous()
+    whole = x.flatten(2, 3).flatten(0, 1)
+    if whole.shape == shape:
+        return whole
+    return whole[: shape[0], : shape[1]].clone(memory_format=torch.contiguous_format)
 
 
 def over_tiles(scale: Tensor, x: Tensor) -> Tensor:
