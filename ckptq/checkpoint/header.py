@@ -87,7 +87,8 @@ def _header_length(file: Path, first: bytes, size: int) -> int:
 
 def _parse(file: Path, raw: bytes) -> dict[str, object]:
     try:
-        parsed = json.loads(raw, object_pairs_hook=_no_duplicates)
+        text = raw.decode("utf-8")
+        parsed = json.loads(text, object_pairs_hook=_strict_object)
     except (ValueError, RecursionError) as error:
         raise SourceError(f"{file}: the header is not valid JSON: {str(error)[:200]}") from error
     if not isinstance(parsed, dict):
@@ -95,8 +96,11 @@ def _parse(file: Path, raw: bytes) -> dict[str, object]:
     return parsed
 
 
-def _no_duplicates(pairs: list[tuple[str, object]]) -> dict[str, object]:
+def _strict_object(pairs: list[tuple[str, object]]) -> dict[str, object]:
+    """ValueError for a key that is there twice, or that is no text (half of a surrogate pair)."""
     found = dict(pairs)
+    for name in found:
+        name.encode("utf-8")
     if len(found) != len(pairs):
         names = [name for name, _ in pairs]
         twice = next(name for name in names if names.count(name) > 1)
@@ -124,7 +128,7 @@ def _entry(file: Path, name: str, value: object, start: int, size: int) -> Store
     spec = TensorSpec(dtype, tuple(shape))
     if offsets[1] - offsets[0] != spec.nbytes:
         raise SourceError(
-            f"{where}: {spec} needs {spec.nbytes} bytes, its data_offsets hold "
+            f"{where}: {str(spec)[:80]} needs {_number(spec.nbytes)} bytes, its data_offsets hold "
             f"{offsets[1] - offsets[0]}"
         )
     if start + offsets[1] > size:
@@ -132,6 +136,11 @@ def _entry(file: Path, name: str, value: object, start: int, size: int) -> Store
             f"{where}: truncated: its data ends at byte {start + offsets[1]}, the file at {size}"
         )
     return StoredTensor(name, spec, file, start + offsets[0])
+
+
+def _number(value: int) -> str:
+    """A product of sizes may have hundreds of digits."""
+    return str(value) if value < 1 << 64 else "more than 2**64"
 
 
 def _counts(value: object) -> bool:

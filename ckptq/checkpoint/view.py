@@ -48,6 +48,11 @@ class View:
         return dense and self.columns is None and not self.transposed
 
     @property
+    def quantum(self) -> int:
+        """Rows may be read from anywhere on."""
+        return 1
+
+    @property
     def slab(self) -> tuple[StoredTensor, int | None, int, int]:
         """What has to be held whole where the view does not stream: a run of rows of one matrix.
 

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial, reduce
+from math import lcm
 
 import torch
 from torch import Tensor
@@ -22,6 +23,7 @@ from ckptq.convert.blocks import Span, blocks, runs, stored_rows
 from ckptq.convert.schedule import Schedule, Task, Work
 from ckptq.convert.slabs import Slab, Slabs, held_bytes, views_of
 from ckptq.errors import SourceError
+from ckptq.models.encoded import Encoded, Weight, decode_rows
 from ckptq.plan.unit import Part, Unit
 from ckptq.quantize.formats import (
     constants,
@@ -66,7 +68,7 @@ def work(unit: Unit, ends: Ends) -> Work:
     with ends.slabs.of(unit) as slabs:
         distinct = {id(slab): slab for slab in slabs.values()}
         yield [task for slab in distinct.values() for task in slab.read_tasks(ends.files)]
-        rows = {view: _rows(view, slabs.get(view), ends) for view in views_of(unit)}
+        rows = {view: _rows(view, slabs, ends) for view in views_of(unit)}
         shared = None
         if unit.parts and needs_statistic(unit.parts[0].scheme):
             found: list[Tensor] = []
@@ -75,8 +77,11 @@ def work(unit: Unit, ends: Ends) -> Work:
         yield [*_copy_tasks(unit, rows, ends), *_quantize_tasks(unit, rows, shared, ends.shards)]
 
 
-def _rows(view: View, slab: Slab | None, ends: Ends) -> Rows:
-    """How to get rows of a view: from its file, or cut out of its slab."""
+def _rows(view: Weight, slabs: Mapping[View, Slab], ends: Ends) -> Rows:
+    """How to get rows of a weight: dequantized, from its file, or cut out of its slab."""
+    if isinstance(view, Encoded):
+        return partial(decode_rows, ends.files, view)
+    slab = slabs.get(view)
     if slab is None:
         return lambda start, stop: read_rows(ends.files, view, start, stop, ends.memory)
     matrix = window(slab.matrix, view)
@@ -88,21 +93,24 @@ def _rows(view: View, slab: Slab | None, ends: Ends) -> Rows:
     return cut
 
 
-def _statistic_tasks(unit: Unit, rows: Mapping[View, Rows], found: list[Tensor]) -> Iterator[Task]:
+def _statistic_tasks(
+    unit: Unit, rows: Mapping[Weight, Rows], found: list[Tensor]
+) -> Iterator[Task]:
     """A first pass, for the one number that all parts of the unit share."""
     for part in unit.parts:
         view = part.linear.weight
-        for run in runs(view.spec):
+        for run in runs(view.spec, view.quantum):
             yield partial(_statistic_of_run, part, rows[view], run, found)
 
 
 def _statistic_of_run(part: Part, rows: Rows, run: Span, found: list[Tensor]) -> None:
-    for start, stop in blocks(run, part.linear.weight.spec):
+    weight = part.linear.weight
+    for start, stop in blocks(run, weight.spec, weight.quantum):
         with naming(part):
             found.append(statistic(rows(start, stop)))
 
 
-def _copy_tasks(unit: Unit, rows: Mapping[View, Rows], ends: Ends) -> Iterator[Task]:
+def _copy_tasks(unit: Unit, rows: Mapping[Weight, Rows], ends: Ends) -> Iterator[Task]:
     """What goes over unchanged, and what calibration has made."""
     for name, tensor in unit.copies.items():
         source = ends.files.descriptor(tensor.file)
@@ -110,27 +118,27 @@ def _copy_tasks(unit: Unit, rows: Mapping[View, Rows], ends: Ends) -> Iterator[T
             count = min(COPY_BYTES, tensor.nbytes - start)
             yield partial(ends.shards.copy, name, start, source, tensor.offset + start, count)
     for name, view in unit.views.items():
-        for run in runs(view.spec):
+        for run in runs(view.spec, view.quantum):
             yield partial(_cut_out_run, name, view, rows[view], run, ends.shards)
     for name in unit.scales:
         yield partial(ends.shards.write, name, 0, bytes_of(ends.scales[name].contiguous()))
 
 
-def _cut_out_run(name: str, view: View, rows: Rows, run: Span, shards: Shards) -> None:
+def _cut_out_run(name: str, view: Weight, rows: Rows, run: Span, shards: Shards) -> None:
     row_bytes = view.spec.nbytes // view.spec.shape[0]
-    for start, stop in blocks(run, view.spec):
+    for start, stop in blocks(run, view.spec, view.quantum):
         shards.write(name, start * row_bytes, bytes_of(rows(start, stop)))
 
 
 def _quantize_tasks(
-    unit: Unit, rows: Mapping[View, Rows], shared: Tensor | None, shards: Shards
+    unit: Unit, rows: Mapping[Weight, Rows], shared: Tensor | None, shards: Shards
 ) -> Iterator[Task]:
     for part in unit.parts:
         view = part.linear.weight
         for local, tensor in constants(view.spec, part.scheme, shared).items():
             data = bytes_of(tensor.contiguous())
             yield partial(shards.write, f"{part.linear.name}.{local}", 0, data)
-        for run in runs(view.spec, row_quantum(part.scheme)):
+        for run in runs(view.spec, _quantum(part)):
             yield partial(_quantize_run, part, rows[view], run, shared, shards)
 
 
@@ -138,7 +146,7 @@ def _quantize_run(part: Part, rows: Rows, run: Span, shared: Tensor | None, shar
     """Quantize a run of rows block by block and write each where it belongs."""
     weight, quantum = part.linear.weight.spec, row_quantum(part.scheme)
     made_rows = stored_rows(weight, part.scheme)
-    for start, stop in blocks(run, weight, quantum):
+    for start, stop in blocks(run, weight, _quantum(part)):
         with naming(part):
             made = quantize(rows(start, stop), part.scheme, shared)
         for local, tensor in made.items():
@@ -146,6 +154,11 @@ def _quantize_run(part: Part, rows: Rows, run: Span, shared: Tensor | None, shar
             first = start * made_rows[local] // quantum
             at = first * (spec.nbytes // spec.shape[0])
             shards.write(f"{part.linear.name}.{local}", at, bytes_of(tensor.contiguous()))
+
+
+def _quantum(part: Part) -> int:
+    """Where a block may start, for both the format that is read and the one that is written."""
+    return lcm(part.linear.weight.quantum, row_quantum(part.scheme))
 
 
 class naming:

@@ -15,6 +15,7 @@ from ckptq.checkpoint.write import Shards, write_index
 from ckptq.convert import documents
 from ckptq.convert.preflight import check_disk, slab_rooms
 from ckptq.errors import UsageError
+from ckptq.models.encoded import unquantized_config
 from ckptq.plan.unit import Plan, Unit
 from ckptq.progress import Begin, Report, silent
 from ckptq.recipes.load import Recipe
@@ -163,7 +164,7 @@ def _write_documents(
 ) -> None:
     attention_class = scales.attention_class if scales is not None else None
     quantization = documents.quantization_config(plan, attention_class)
-    config = {**ckpt.config, "quantization_config": quantization}
+    config = {**unquantized_config(ckpt.config), "quantization_config": quantization}
     provenance = {k: v for k, v in record.items() if k != "recipe"}
     if scales is not None:
         provenance["calibration"] = scales.record()

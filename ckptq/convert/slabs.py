@@ -17,6 +17,7 @@ from torch import Tensor
 from ckptq.checkpoint.read import Files
 from ckptq.checkpoint.view import View, read_slab_rows
 from ckptq.convert.schedule import Task
+from ckptq.models.encoded import Weight
 from ckptq.plan.unit import Unit
 from ckptq.spec import TensorSpec, torch_dtype
 
@@ -56,7 +57,7 @@ class Slabs:
     @contextmanager
     def of(self, unit: Unit) -> Iterator[dict[View, Slab]]:
         """The slabs of a unit by the views on them, not yet read; views that stream have none."""
-        views = [view for view in views_of(unit) if not view.streams]
+        views = [v for v in views_of(unit) if isinstance(v, View) and not v.streams]
         if not views:
             yield {}
             return
@@ -87,7 +88,7 @@ def _tensor(memory: Tensor, spec: TensorSpec) -> Tensor:
     return memory.view(torch_dtype(spec.dtype)).view(spec.shape)
 
 
-def views_of(unit: Unit) -> list[View]:
+def views_of(unit: Unit) -> list[Weight]:
     """All windows that a unit looks through."""
     return [part.linear.weight for part in unit.parts] + list(unit.views.values())
 

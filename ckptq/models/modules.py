@@ -13,6 +13,7 @@ from typing import Any
 from ckptq.checkpoint.header import StoredTensor
 from ckptq.checkpoint.open import Checkpoint
 from ckptq.checkpoint.view import View
+from ckptq.models.encoded import BELONGS_TO_SCHEME, Weight, read_encoded
 from ckptq.models.family import (
     FUSED_SETS,
     LAYER,
@@ -31,7 +32,7 @@ class Linear:
     """One Linear [R, C]: its name in the output, and where its parts lie in the source."""
 
     name: str
-    weight: View
+    weight: Weight
     bias: View | None = None
     """Only where it has to be cut out of a fused tensor; a bias of its own is simply copied."""
     kept: str | None = None
@@ -59,6 +60,8 @@ class Layout:
     layers: str = ""
     """Name of the list of decoder layers: "model.layers"."""
     num_layers: int = 0
+    dropped: Mapping[str, str] = field(default_factory=dict)
+    """Tensor name -> reason, for what means nothing once a quantized source is dequantized."""
 
 
 def read_layout(ckpt: Checkpoint) -> Layout:
@@ -68,7 +71,17 @@ def read_layout(ckpt: Checkpoint) -> Layout:
     linears: dict[str, Linear] = {}
     others: dict[str, str] = {}
     consumed: dict[str, tuple[str, ...]] = {}
+    dropped: dict[str, str] = {}
+    for module, weight in read_encoded(ckpt).items():
+        kept = why_kept(module, layers, num_layers)
+        linears[module] = Linear(name=module, weight=weight, kept=kept)
+        consumed |= dict.fromkeys((t.name for t in weight.tensors.values()), (module,))
     for name, stored in ckpt.tensors.items():
+        if name in consumed:
+            continue
+        if ckpt.quantization_config is not None and BELONGS_TO_SCHEME.match(name):
+            dropped[name] = "dropped: belongs to the quantization of the source"
+            continue
         found = list(_linears_in(ckpt, family, stored, layers, num_layers))
         for linear in found:
             linears[linear.name] = linear
@@ -83,6 +96,7 @@ def read_layout(ckpt: Checkpoint) -> Layout:
         consumed=consumed,
         layers=layers,
         num_layers=num_layers,
+        dropped=dropped,
     )
 
 

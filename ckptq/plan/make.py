@@ -12,6 +12,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from ckptq.checkpoint.header import StoredTensor
 from ckptq.checkpoint.open import Checkpoint
 from ckptq.errors import PlanError
+from ckptq.models.encoded import Encoded, Weight
 from ckptq.models.modules import Layout, Linear, fused_set, read_layout
 from ckptq.plan.attention import AttentionPlan, plan_attention
 from ckptq.plan.match import choose, refuse_split_sets, refuse_unserved
@@ -42,10 +43,10 @@ def make_plan(
 
     `permutable` moves Llama-4's q/k/v out of formats that vLLM cannot permute: see that module.
     """
-    if ckpt.quantization_config is not None:
-        method = ckpt.quantization_config.get("quant_method")
+    if ckpt.quantization_config is not None and all(g.is_attention for g in recipe.groups):
         raise PlanError(
-            f"{ckpt.path}: is already quantized ({method}); give the unquantized checkpoint"
+            f"{ckpt.path}: is already quantized, and recipe {recipe.name!r} quantizes no weights: "
+            "take its scales from the unquantized checkpoint, with a recipe for weights and cache"
         )
     layout = read_layout(ckpt)
     refuse_unserved(recipe.groups)
@@ -93,6 +94,8 @@ def _units(
         linears = [layout.linears[n] for n in layout.consumed.get(name, ())]
         if name in layout.others:
             yield Unit(key=name, rule=layout.others[name], copies={name: tensor})
+        elif name in layout.dropped:
+            yield Unit(key=name, rule=layout.dropped[name])
         elif linears and linears[0].weight.index is not None and not split:
             # vLLM reads fused experts as long as no layer of the checkpoint holds them one by one
             yield Unit(key=name, rule="experts left alone", copies={name: tensor})
@@ -186,9 +189,11 @@ def _quantized(members: Iterable[Linear], scheme: WeightScheme, group: Group) ->
 
 def _left_alone(linear: Linear, tensor: StoredTensor) -> Unit:
     rule = linear.kept or "not targeted, or ignored"
-    if linear.weight.index is None:
+    if isinstance(linear.weight, Encoded):
+        rule = f"{rule}; dequantized"
+    elif linear.weight.index is None:
         return Unit(key=tensor.name, rule=rule, copies={tensor.name: tensor})
-    views = {f"{linear.name}.weight": linear.weight}
+    views: dict[str, Weight] = {f"{linear.name}.weight": linear.weight}
     if linear.bias is not None:
         views[f"{linear.name}.bias"] = linear.bias
     return Unit(key=linear.name, rule=rule, views=views)

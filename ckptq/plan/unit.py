@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from ckptq.checkpoint.header import StoredTensor
-from ckptq.checkpoint.view import View
+from ckptq.models.encoded import Weight
 from ckptq.models.modules import Layout, Linear
 from ckptq.plan.attention import AttentionPlan
 from ckptq.quantize.scheme import WeightScheme
@@ -36,8 +36,8 @@ class Unit:
     rule: str
     """Which group quantizes it, or why it is left alone: what `--dry-run` shows."""
     copies: Mapping[str, StoredTensor] = field(default_factory=dict)
-    views: Mapping[str, View] = field(default_factory=dict)
-    """Cut out and otherwise unchanged: biases and unquantized experts of fused tensors."""
+    views: Mapping[str, Weight] = field(default_factory=dict)
+    """Cut out of a fused tensor, or dequantized, and otherwise unchanged: biases, weights."""
     parts: tuple[Part, ...] = ()
     scales: Mapping[str, TensorSpec] = field(default_factory=dict)
     """Made by calibration."""

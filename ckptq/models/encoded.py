@@ -1,0 +1,216 @@
+"""Linears that a checkpoint stores quantized: which, in which scheme, and their rows back.
+
+Reads compressed-tensors checkpoints of every format that ckptq writes, and FP8 blocks as DeepSeek
+ships them (`quant_method: fp8`, scales named `weight_scale_inv`, multipliers all the same).
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from ckptq.checkpoint.header import StoredTensor
+from ckptq.checkpoint.open import Checkpoint
+from ckptq.checkpoint.read import Files, read_range, read_tensor
+from ckptq.checkpoint.view import View
+from ckptq.errors import PlanError, SourceError
+from ckptq.quantize.scheme import WeightScheme
+from ckptq.quantize.stored import row_quantum, stored
+from ckptq.spec import TensorSpec, torch_dtype
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+CODES = ("weight_packed", "weight")
+SCALE = "weight_scale"
+FOREIGN_NAMES = {"weight_scale_inv": SCALE}
+"""Names that other tools give to compressed-tensors' tensors."""
+
+LOCAL = (
+    *("weight", "weight_packed", SCALE, "weight_zero_point", "weight_shape"),
+    *("weight_global_scale", *FOREIGN_NAMES),
+)
+
+BELONGS_TO_SCHEME = re.compile(
+    r".*\.(input_scale|input_zero_point|input_global_scale|output_scale"
+    r"|[qkv]_scale|[qkv]_zero_point|kv_scale)$"
+)
+"""Tensors that mean nothing once the weights are dequantized."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Encoded:
+    """A quantized weight on disk: its stored tensors by local name, and what they stand for."""
+
+    module: str
+    tensors: Mapping[str, StoredTensor] = field(hash=False)
+    scheme: WeightScheme
+    spec: TensorSpec
+    """Of the weight [R, C] once it is dequantized."""
+    index: None = None
+    streams: ClassVar[bool] = True
+    slab_bytes: ClassVar[int] = 0
+    """As a `View` has them: its rows are runs of bytes, and it is no part of a 3-D tensor."""
+
+    @property
+    def stored(self) -> StoredTensor:
+        """The tensor that holds the codes: what an error message names."""
+        return next(self.tensors[name] for name in CODES if name in self.tensors)
+
+    @property
+    def slab(self) -> tuple[StoredTensor, None]:
+        return self.stored, None
+
+    @property
+    def quantum(self) -> int:
+        """Runs of rows must start at a multiple of this."""
+        return row_quantum(self.scheme)
+
+    @property
+    def nbytes(self) -> int:
+        return sum(tensor.nbytes for tensor in self.tensors.values())
+
+
+def read_encoded(ckpt: Checkpoint) -> dict[str, Encoded]:
+    """Module name -> its quantized weight, for all that the checkpoint stores quantized.
+
+    Empty for an unquantized checkpoint. PlanError for a method or scheme that cannot be read back.
+    """
+    config = ckpt.quantization_config
+    if config is None:
+        return {}
+    indexed = next((name for name in ckpt.tensors if name.endswith("weight_g_idx")), None)
+    if indexed:
+        raise PlanError(
+            f"{ckpt.path}: {indexed}: groups in activation order (g_idx) cannot be read back"
+        )
+    dtype = _weight_dtype(ckpt)
+    found = {}
+    for module, tensors in _modules(ckpt):
+        scheme = _scheme(ckpt, config, module)
+        found[module] = Encoded(
+            module=module,
+            tensors=tensors,
+            scheme=scheme,
+            spec=TensorSpec(dtype, _shape(module, tensors, scheme)),
+        )
+    return found
+
+
+def decode_rows(files: Files, encoded: Encoded, start: int, stop: int) -> Tensor:
+    """Rows start..stop of the weight, dequantized, [stop - start, C]; `start` on the quantum."""
+    from ckptq.quantize.dequantize import dequantize
+
+    quantum = TensorSpec("BF16", (encoded.quantum, encoded.spec.shape[1]))
+    per_quantum = {name: spec.shape[0] for name, spec in stored(quantum, encoded.scheme).items()}
+    parts = {}
+    for name, tensor in encoded.tensors.items():
+        if name == "weight_shape":
+            continue
+        if tensor.spec.numel == 1 or name == "weight_global_scale":
+            parts[name] = read_tensor(tensor, files)
+        else:
+            first = start * per_quantum[name] // encoded.quantum
+            last = math.ceil(stop * per_quantum[name] / encoded.quantum)
+            parts[name] = read_range(files, tensor, first, last)
+    shape = (stop - start, encoded.spec.shape[1])
+    return dequantize(parts, encoded.scheme, shape, torch_dtype(encoded.spec.dtype))
+
+
+def _modules(ckpt: Checkpoint) -> Iterator[tuple[str, dict[str, StoredTensor]]]:
+    """Modules that have a weight scale, each with its tensors by local name."""
+    for name in ckpt.tensors:
+        module, _, local = name.rpartition(".")
+        if FOREIGN_NAMES.get(local, local) != SCALE:
+            continue
+        tensors = {
+            FOREIGN_NAMES.get(part, part): ckpt.tensors[f"{module}.{part}"]
+            for part in LOCAL
+            if f"{module}.{part}" in ckpt.tensors
+        }
+        if not any(code in tensors for code in CODES):
+            raise SourceError(f"{ckpt.path}: {name} is there, {module}.weight is not")
+        yield module, tensors
+
+
+def _scheme(ckpt: Checkpoint, config: Mapping[str, Any], module: str) -> WeightScheme:
+    method = config.get("quant_method")
+    if method == "compressed-tensors":
+        return _declared(ckpt, config, module)
+    block = config.get("weight_block_size")
+    if method == "fp8" and block:
+        return WeightScheme(
+            format="float-quantized",
+            num_bits=8,
+            type="float",
+            strategy="block",
+            block_structure=(int(block[0]), int(block[1])),
+        )
+    raise PlanError(
+        f"{ckpt.path}: is quantized with {method!r}, which ckptq cannot read back; it reads "
+        "compressed-tensors and FP8 blocks (quant_method fp8 with weight_block_size)"
+    )
+
+
+def _declared(ckpt: Checkpoint, config: Mapping[str, Any], module: str) -> WeightScheme:
+    """The scheme of the first group that matches by name or pattern, else by class."""
+    groups = [g for g in (config.get("config_groups") or {}).values() if g.get("weights")]
+    named = [g for g in groups if any(_names(target, module) for target in g["targets"])]
+    by_class = [g for g in groups if "Linear" in g["targets"]]
+    for group in (*named, *by_class):
+        args = {k: v for k, v in group["weights"].items() if v not in (None, {})}
+        form = group.get("format") or config.get("format")
+        return WeightScheme.from_args(args, str(form), stored=True)
+    raise SourceError(f"{ckpt.path}: {module} has a weight_scale, but no config group targets it")
+
+
+def _names(target: str, module: str) -> bool:
+    if target.startswith("re:"):
+        return re.match(target.removeprefix("re:"), module) is not None
+    return target == module
+
+
+def _shape(
+    module: str, tensors: Mapping[str, StoredTensor], scheme: WeightScheme
+) -> tuple[int, int]:
+    """[R, C] of the weight, from the shapes of what is stored."""
+    code = next(tensors[name] for name in CODES if name in tensors)
+    if len(code.spec.shape) != 2:
+        raise SourceError(f"{code.file}: {code.name} is {code.spec}, wanted a matrix")
+    rows, columns = code.spec.shape
+    if "weight_packed" not in tensors:
+        return rows, columns
+    if scheme.type == "float":
+        return rows, 2 * columns
+    if scheme.group_size and len(tensors[SCALE].spec.shape) == 2:
+        return rows, tensors[SCALE].spec.shape[1] * scheme.group_size
+    if "weight_shape" in tensors:
+        return rows, int(read_tensor(tensors["weight_shape"])[1])
+    return rows, columns * 32 // scheme.num_bits
+
+
+def _weight_dtype(ckpt: Checkpoint) -> str:
+    """The dtype the model is meant to run in, as the config says."""
+    names = {"bfloat16": "BF16", "float16": "F16", "float32": "F32"}
+    for config in (ckpt.config, ckpt.text_config):
+        declared = config.get("dtype", config.get("torch_dtype"))
+        if declared in names:
+            return names[declared]
+    return "BF16"
+
+
+Weight = View | Encoded
+"""Where a Linear's weight comes from: a window on a stored tensor, or quantized tensors."""
+
+
+def unquantized_config(config: Mapping[str, Any]) -> dict[str, Any]:
+    """config.json of the same model without its quantization, wherever that stands."""
+    keys = ("quantization_config", "compression_config")
+    plain = {key: value for key, value in config.items() if key not in keys}
+    if isinstance(plain.get("text_config"), dict):
+        text = plain["text_config"]
+        plain["text_config"] = {key: value for key, value in text.items() if key not in keys}
+    return plain
