@@ -41,6 +41,13 @@ def empty_codes(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device
 
 
 @triton.jit
+def word_of_four(code_4PN):
+    """Four codes as one int32, the first in the lowest byte: a transpose then moves words."""
+    byte_4PN = (code_4PN.to(tl.int32) & 0xFF) << (8 * tl.arange(0, 4))[:, None, None]
+    return tl.sum(byte_4PN, 0)  # bits do not meet: a sum is an or
+
+
+@triton.jit
 def or_eps(scale, dtype: tl.constexpr):
     """A scale that came out as zero becomes its dtype's eps: zeros divide by it to zeros."""
     if dtype == tl.bfloat16:
@@ -64,7 +71,8 @@ def ratio(x, scale, NARROW: tl.constexpr):
     if NARROW:
         lift, reciprocal = lift_and_reciprocal(scale)
         return divide_16bit(x, lift, reciprocal)
-    return tl.math.div_rn(x, scale)
+    else:
+        return tl.math.div_rn(x, scale)
 
 
 @triton.jit
@@ -72,4 +80,5 @@ def code(x, scale, FP8: tl.constexpr, NARROW: tl.constexpr, NATIVE: tl.constexpr
     """The FP8 (uint8) or INT8 code nearest to x / scale, both fp32, ties to even, saturating."""
     if FP8:
         return e4m3_code(ratio(x, scale, NARROW), NATIVE)
-    return round_half_even(tl.clamp(ratio(x, scale, NARROW), -128.0, 127.0)).to(tl.int8)
+    else:
+        return round_half_even(tl.clamp(ratio(x, scale, NARROW), -128.0, 127.0)).to(tl.int8)

@@ -11,7 +11,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ckptq.kernels.quantize_static import tile_grid, tile_of_program
-from ckptq.kernels.rounding import e4m3_value, narrow, widen
+from ckptq.kernels.rounding import e4m3_value, has_native_e4m3, narrow, widen
 
 
 @triton.jit
@@ -25,6 +25,7 @@ def _dequantize_kernel(
     tile_rows,
     tile_cols,
     FP8: tl.constexpr,
+    NATIVE: tl.constexpr,
     ROWS: tl.constexpr,
     SLICES: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -33,7 +34,7 @@ def _dequantize_kernel(
     o_RB = row_R[:, None] * C + col_B[None, :]
     code_RB = tl.load(code_ptr + o_RB, mask=m_RB, other=0)
     scale_R = tl.load(scale_ptr + (row_R // tile_rows) * K + k, mask=row_R < R, other=0.0)
-    value_RB = e4m3_value(code_RB) if FP8 else code_RB.to(tl.float32)
+    value_RB = e4m3_value(code_RB, NATIVE) if FP8 else code_RB.to(tl.float32)
     value_RB *= widen(scale_R)[:, None]
     tl.store(x_ptr + o_RB, narrow(value_RB, x_ptr.dtype.element_ty), mask=m_RB)
 
@@ -52,6 +53,7 @@ def dequantize(code_RC: Tensor, scale_GK: Tensor, tile: tuple[int, int]) -> Tens
     _dequantize_kernel[(down * across,)](
         *(code_RC.view(torch.uint8) if fp8 else code_RC, scale_GK, x_RC, R, C, K, *tile),
         FP8=fp8,
+        NATIVE=has_native_e4m3(code_RC.device),
         **blocks,
         num_warps=8,
         enable_fp_fusion=False,

@@ -45,8 +45,8 @@ def _linear_fp8_block_kernel(
     acc_BL = tl.zeros([BLOCK_M, SIDE], tl.float32)
     for g in range(G):
         k = g * SIDE
-        a_BK = tl.load(a_ptrs + k, mask=(m_B < M)[:, None] & (k_K < K - k)[None, :], other=0)
-        w_KL = tl.load(w_ptrs + k, mask=(n_L < N)[None, :] & (k_K < K - k)[:, None], other=0)
+        a_BK = tl.load(a_ptrs + k, mask=(m_B < M)[:, None] & (k_K < K - k)[None, :], other=0.0)
+        w_KL = tl.load(w_ptrs + k, mask=(n_L < N)[None, :] & (k_K < K - k)[:, None], other=0.0)
         a_scale_B = tl.load(a_scale_ptrs + g, mask=m_B < M, other=0.0)
         w_scale_L = tl.load(w_scale_ptrs + g, mask=n_L < N, other=0.0)
         zero_BL = tl.zeros([BLOCK_M, SIDE], tl.float32)

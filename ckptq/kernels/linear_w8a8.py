@@ -34,10 +34,11 @@ def fp8_dot(a_BK, w_KL, acc_BL, NATIVE: tl.constexpr, IMPRECISE: tl.constexpr):
     """acc + a @ w of E4M3 codes: FP8 operands if NATIVE, else uint8."""
     if NATIVE:
         return tl.dot(a_BK, w_KL, acc_BL, max_num_imprecise_acc=IMPRECISE)
-    a_BK, w_KL = e4m3_value(a_BK), e4m3_value(w_KL)
-    if INTERPRETED:
-        return tl.dot(a_BK, w_KL, acc_BL, input_precision="ieee")
-    return tl.dot(a_BK.to(tl.bfloat16), w_KL.to(tl.bfloat16), acc_BL)
+    elif INTERPRETED:
+        return tl.dot(e4m3_value(a_BK), e4m3_value(w_KL), acc_BL, input_precision="ieee")
+    else:
+        a_BK, w_KL = e4m3_value(a_BK).to(tl.bfloat16), e4m3_value(w_KL).to(tl.bfloat16)
+        return tl.dot(a_BK, w_KL, acc_BL)
 
 
 @triton.jit
@@ -69,8 +70,8 @@ def _linear_w8a8_kernel(
         m_BK = (m_B < M)[:, None] & (k_K < K - k)[None, :]
         m_KL = (n_L < N)[None, :] & (k_K < K - k)[:, None]
         # E4M3 zero has code 0, so masked codes of both formats add nothing
-        a_BK = tl.load(a_ptrs + k, mask=m_BK, other=0)
-        w_KL = tl.load(w_ptrs + k, mask=m_KL, other=0)
+        a_BK = tl.load(a_ptrs + k, mask=m_BK, other=0.0)
+        w_KL = tl.load(w_ptrs + k, mask=m_KL, other=0.0)
         if FP8:
             acc_BL = fp8_dot(a_BK, w_KL, acc_BL, NATIVE, 128)
         else:

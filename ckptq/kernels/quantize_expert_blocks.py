@@ -1,10 +1,11 @@
 """Fused experts to FP8 or INT8 with a scale per block of 128 x 128, the transpose folded in.
 
 Meaning: `reference.quantize.quantize_expert_blocks`. A block of the transpose is a transposed
-block, so one program does one and nothing is read twice.
+block, so one program does one and nothing is read twice. Words of four codes are transposed, as in
+`quantize_experts`.
 
-Shape letters: E experts, K input features (rows as stored), N output channels (columns as stored);
-B, L the rows and columns of a block as stored.
+Shape letters: E experts, K input features (rows as stored), N output channels (columns as stored),
+4 x P the rows of a block as stored, L its columns, G x H the grid of blocks of the transpose.
 """
 
 import torch
@@ -12,7 +13,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ckptq.kernels.codes import HALF_RANGE, code, code_constexprs, empty_codes, scale_of
+from ckptq.kernels.codes import (
+    HALF_RANGE,
+    code,
+    code_constexprs,
+    empty_codes,
+    scale_of,
+    word_of_four,
+)
 from ckptq.kernels.rounding import narrow, widen
 
 
@@ -35,31 +43,33 @@ def _quantize_expert_blocks_kernel(
     e = (tl.program_id(0) // (blocks_k * blocks_n)).to(tl.int64)
     block_k = tl.program_id(0) // blocks_n % blocks_k
     block_n = tl.program_id(0) % blocks_n
-    k_B = block_k.to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    word_P = block_k.to(tl.int64) * (BLOCK // 4) + tl.arange(0, BLOCK // 4)
     n_L = block_n * BLOCK + tl.arange(0, BLOCK)
-    m_BL = (k_B < K)[:, None] & (n_L < N)[None, :]
-    x_ptrs = x_ptr + e * stride_e + k_B[:, None] * stride_k + n_L[None, :]
-    x_BL = widen(tl.load(x_ptrs, mask=m_BL, other=0.0))
+    m_PL = (word_P < K // 4)[:, None] & (n_L < N)[None, :]
+    k_4P = 4 * word_P[None, :] + tl.arange(0, 4)[:, None]
+    x_ptrs = x_ptr + e * stride_e + k_4P[:, :, None] * stride_k + n_L[None, None, :]
+    x_4PL = widen(tl.load(x_ptrs, mask=m_PL[None, :, :], other=0.0))
 
     stored: tl.constexpr = scale_ptr.dtype.element_ty
-    scale = scale_of(tl.max(tl.max(tl.abs(x_BL), 1), 0), HALF_RANGE, stored)
+    scale = scale_of(tl.max(tl.max(tl.max(tl.abs(x_4PL), 0), 0), 0), HALF_RANGE, stored)
     tl.store(scale_ptr + (e * blocks_n + block_n) * blocks_k + block_k, narrow(scale, stored))
-    code_BL = code(x_BL, scale, FP8, NARROW, NATIVE)
-    tl.store(code_ptr + (e * N + n_L)[None, :] * K + k_B[:, None], code_BL, mask=m_BL)
+    code_4PL = code(x_4PL, scale, FP8, NARROW, NATIVE)
+    o_PL = (e * N + n_L)[None, :] * (K // 4) + word_P[:, None]
+    tl.store(code_ptr + o_PL, word_of_four(code_4PL), mask=m_PL)
 
 
 def quantize_expert_blocks(
     x_EKN: Tensor, dtype: torch.dtype = torch.float8_e4m3fn, block: int = 128
 ) -> tuple[Tensor, Tensor]:
-    """Codes [E, N, K] and scales [E, ceil(N / 128), ceil(K / 128)] of every x[e].T."""
+    """Codes [E, N, K] and scales [E, ceil(N / 128), ceil(K / 128)] of every x[e].T; 4 divides K."""
     E, K, N = x_EKN.shape
-    if x_EKN.stride(2) != 1:
-        raise ValueError(f"want dense columns, got {tuple(x_EKN.shape)} strided {x_EKN.stride()}")
+    if x_EKN.stride(2) != 1 or K % 4:
+        raise ValueError(f"want dense columns, rows in fours: {x_EKN.shape} {x_EKN.stride()}")
     blocks_k, blocks_n = triton.cdiv(K, block), triton.cdiv(N, block)
     code_ENK = empty_codes((E, N, K), dtype, x_EKN.device)
     scale_EGH = torch.empty(E, blocks_n, blocks_k, dtype=x_EKN.dtype, device=x_EKN.device)
     _quantize_expert_blocks_kernel[(E * blocks_n * blocks_k,)](
-        *(x_EKN, code_ENK, scale_EGH, x_EKN.stride(0), x_EKN.stride(1), K, N),
+        *(x_EKN, code_ENK.view(torch.int32), scale_EGH, x_EKN.stride(0), x_EKN.stride(1), K, N),
         HALF_RANGE=HALF_RANGE[dtype],
         **code_constexprs(x_EKN, x_EKN.dtype, dtype),
         BLOCK=block,

@@ -7,8 +7,11 @@ cache: programs take tickets; those of strip s find maxima, those after them qua
 once its counter says that its maxima are complete. A program waits only for smaller tickets, whose
 programs are running or done, so it never waits for ever. Maxima of integers do not depend on order.
 
-Shape letters: E experts, K input features (rows as stored), N output channels (columns as stored);
-B, L the rows and columns of a tile.
+Four rows as stored are four slices of one tensor, so that a thread puts their codes together and
+whole words are transposed.
+
+Shape letters: E experts, K input features (rows as stored), N output channels (columns as stored),
+4 x P the rows of a tile, L its columns.
 """
 
 import torch
@@ -16,7 +19,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ckptq.kernels.codes import HALF_RANGE, code, code_constexprs, empty_codes, scale_of
+from ckptq.kernels.codes import (
+    HALF_RANGE,
+    code,
+    code_constexprs,
+    empty_codes,
+    scale_of,
+    word_of_four,
+)
 from ckptq.kernels.rounding import narrow, widen
 
 TILE = 128
@@ -53,12 +63,13 @@ def _quantize_experts_kernel(
         tile = ticket % tiles
         n_tile = (strip % strips) * strip_tiles + tile % strip_tiles
         n_L = n_tile * TILE + tl.arange(0, TILE)
-        k_B = (tile // strip_tiles).to(tl.int64) * TILE + tl.arange(0, TILE)
-        m_BL = (k_B < K)[:, None] & (n_L < N)[None, :]
-        x_ptrs = x_ptr + e * stride_e + k_B[:, None] * stride_k + n_L[None, :]
+        word_P = (tile // strip_tiles).to(tl.int64) * (TILE // 4) + tl.arange(0, TILE // 4)
+        m_PL = (word_P < K // 4)[:, None] & (n_L < N)[None, :]
+        k_4P = 4 * word_P[None, :] + tl.arange(0, 4)[:, None]
+        x_ptrs = x_ptr + e * stride_e + k_4P[:, :, None] * stride_k + n_L[None, None, :]
         amax_ptrs = amax_ptr + e * N + n_L
         if second:
-            x_BL = tl.load(x_ptrs, mask=m_BL, other=0.0, eviction_policy="evict_first")
+            x_4PL = tl.load(x_ptrs, mask=m_PL[None, :, :], other=0.0, eviction_policy="evict_first")
             while tl.atomic_add(done_ptr + strip, 0, sem="acquire") < tiles:
                 pass
             bits_L = tl.load(amax_ptrs, mask=n_L < N, other=0, cache_modifier=".cg")
@@ -66,13 +77,13 @@ def _quantize_experts_kernel(
             scale_L = scale_of(bits_L.to(tl.float32, bitcast=True), HALF_RANGE, stored)
             if tile < strip_tiles:  # the first row of tiles
                 tl.store(scale_ptr + e * N + n_L, narrow(scale_L, stored), mask=n_L < N)
-            code_BL = code(widen(x_BL), scale_L[None, :], FP8, NARROW, NATIVE)
-            o_BL = (e * N + n_L)[None, :] * K + k_B[:, None]
-            tl.store(code_ptr + o_BL, code_BL, mask=m_BL)
+            code_4PL = code(widen(x_4PL), scale_L[None, None, :], FP8, NARROW, NATIVE)
+            o_PL = (e * N + n_L)[None, :] * (K // 4) + word_P[:, None]
+            tl.store(code_ptr + o_PL, word_of_four(code_4PL), mask=m_PL)
         else:
-            x_BL = tl.load(x_ptrs, mask=m_BL, other=0.0, eviction_policy="evict_last")
+            x_4PL = tl.load(x_ptrs, mask=m_PL[None, :, :], other=0.0, eviction_policy="evict_last")
             # bits of positive floats are in the order of the floats
-            bits_L = tl.max(tl.abs(widen(x_BL)), 0).to(tl.int32, bitcast=True)
+            bits_L = tl.max(tl.max(tl.abs(widen(x_4PL)), 0), 0).to(tl.int32, bitcast=True)
             tl.atomic_max(amax_ptrs, bits_L, mask=n_L < N, sem="relaxed")
             # all threads' maxima before the one thread that counts the tile
             tl.debug_barrier()
@@ -85,11 +96,11 @@ def quantize_experts(
     """Codes [E, N, K] and scales [E, N, 1] in x's dtype, of the rows of every x[e].T.
 
     `x_EKN` may be a slice of columns, as gate = x[:, :, :I] and up = x[:, :, I:]. Two strips of
-    `strip_bytes` should fit the L2 cache; that changes the speed alone.
+    `strip_bytes` should fit the L2 cache; that changes the speed alone. K is a multiple of 4.
     """
     E, K, N = x_EKN.shape
-    if x_EKN.stride(2) != 1:
-        raise ValueError(f"want dense columns, got {tuple(x_EKN.shape)} strided {x_EKN.stride()}")
+    if x_EKN.stride(2) != 1 or K % 4:
+        raise ValueError(f"want dense columns, rows in fours: {x_EKN.shape} {x_EKN.stride()}")
     tiles_down, tiles_across = triton.cdiv(K, TILE), triton.cdiv(N, TILE)
     column_bytes = K * TILE * x_EKN.element_size()
     strips = min(tiles_across, triton.cdiv(tiles_across * column_bytes, strip_bytes))
@@ -99,7 +110,7 @@ def quantize_experts(
     amax_EN = torch.zeros(E, N, dtype=torch.int32, device=x_EKN.device)
     counters = torch.zeros(1 + E * strips, dtype=torch.int32, device=x_EKN.device)
     _quantize_experts_kernel[(2 * (E * strips + 1) * tiles_down * strip_tiles,)](
-        *(x_EKN, code_ENK, scale_EN1, amax_EN, counters, counters[1:]),
+        *(x_EKN, code_ENK.view(torch.int32), scale_EN1, amax_EN, counters, counters[1:]),
         *(x_EKN.stride(0), x_EKN.stride(1), E, K, N, strips, strip_tiles),
         HALF_RANGE=HALF_RANGE[dtype],
         **code_constexprs(x_EKN, x_EKN.dtype, dtype),

@@ -34,7 +34,8 @@ def widen(x):
     """bf16, fp16 or fp32 -> fp32, exact."""
     if INTERPRETED and x.dtype == tl.bfloat16:
         return (x.to(tl.int16, bitcast=True).to(tl.int32) << 16).to(tl.float32, bitcast=True)
-    return x.to(tl.float32)
+    else:
+        return x.to(tl.float32)
 
 
 @triton.jit
@@ -44,14 +45,12 @@ def narrow(x, dtype: tl.constexpr):
         bits = x.to(tl.int32, bitcast=True)
         bits = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
         return bits.to(tl.int16).to(tl.bfloat16, bitcast=True)
-    return x.to(dtype)
+    else:
+        return x.to(dtype)
 
 
 @triton.jit
-def e4m3_code(x, NATIVE: tl.constexpr):
-    """fp32 -> the E4M3 code (uint8) nearest to it, ties to even, saturating at 448."""
-    if NATIVE:
-        return x.to(tl.float8e4nv, fp_downcast_rounding="rtne").to(tl.uint8, bitcast=True)
+def _e4m3_code_by_bits(x):
     bits = x.to(tl.int32, bitcast=True)
     magnitude = tl.minimum(bits & 0x7FFFFFFF, 0x43E00000)  # 448.0
     # normal: round away 20 of the 23 mantissa bits, then move the exponent bias from 127 to 7
@@ -63,8 +62,16 @@ def e4m3_code(x, NATIVE: tl.constexpr):
 
 
 @triton.jit
-def e4m3_value(code):
-    """The value in fp32 of a finite E4M3 code (uint8), exact; the sign of zero is kept."""
+def e4m3_code(x, NATIVE: tl.constexpr):
+    """fp32 -> the E4M3 code (uint8) nearest to it, ties to even, saturating at 448."""
+    if NATIVE:
+        return x.to(tl.float8e4nv, fp_downcast_rounding="rtne").to(tl.uint8, bitcast=True)
+    else:
+        return _e4m3_code_by_bits(x)
+
+
+@triton.jit
+def _e4m3_value_by_bits(code):
     bits = code.to(tl.int32)
     normal = (((bits & 0x7F) << 20) + (120 << 23)).to(tl.float32, bitcast=True)
     # not the usual one product with 2^120: it reads fp32 subnormals, which may be flushed
@@ -72,6 +79,15 @@ def e4m3_value(code):
     magnitude = tl.where((bits & 0x78) == 0, subnormal, normal)
     sign = (bits & 0x80) << 24
     return (magnitude.to(tl.int32, bitcast=True) | sign).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def e4m3_value(code, NATIVE: tl.constexpr = False):
+    """The value in fp32 of a finite E4M3 code (uint8), exact; the sign of zero is kept."""
+    if NATIVE:
+        return code.to(tl.float8e4nv, bitcast=True).to(tl.float32)
+    else:
+        return _e4m3_value_by_bits(code)
 
 
 @triton.jit

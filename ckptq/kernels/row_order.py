@@ -27,10 +27,11 @@ def source_row(row, HEAD_DIM: tl.constexpr, ROTARY_DIM: tl.constexpr, TO_HALF_SP
     """The input row from which output row `row` is read."""
     if HEAD_DIM == 0:
         return row
-    within = row % HEAD_DIM
-    half: tl.constexpr = ROTARY_DIM // 2
-    if TO_HALF_SPLIT:
-        moved = 2 * (within % half) + within // half
     else:
-        moved = within // 2 + (within % 2) * half
-    return row - within + tl.where(within < ROTARY_DIM, moved, within)
+        within = row % HEAD_DIM
+        half: tl.constexpr = ROTARY_DIM // 2
+        if TO_HALF_SPLIT:
+            moved = 2 * (within % half) + within // half
+        else:
+            moved = within // 2 + (within % 2) * half
+        return row - within + tl.where(within < ROTARY_DIM, moved, within)

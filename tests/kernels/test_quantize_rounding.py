@@ -29,9 +29,9 @@ def _rounding_kernel(x_ptr, code_ptr, int_ptr, N, NATIVE: tl.constexpr, BLOCK: t
 
 
 @triton.jit
-def _value_kernel(code_ptr, value_ptr, N: tl.constexpr):
+def _value_kernel(code_ptr, value_ptr, NATIVE: tl.constexpr, N: tl.constexpr):
     o_N = tl.arange(0, N)
-    tl.store(value_ptr + o_N, e4m3_value(tl.load(code_ptr + o_N)))
+    tl.store(value_ptr + o_N, e4m3_value(tl.load(code_ptr + o_N), NATIVE))
 
 
 @triton.jit
@@ -91,10 +91,13 @@ def test_golden_codes(device: torch.device) -> None:
     assert code.tolist() == [0x00, 0x80, 0x38, 0x58, 0x5A, 0xFE, 0x7E, 0x00, 0x07, 0x08]
 
 
-def test_values_are_those_of_torch_bit_for_bit(device: torch.device) -> None:
+@pytest.mark.parametrize("native", [False, True])
+def test_values_are_those_of_torch_bit_for_bit(device: torch.device, native: bool) -> None:
+    if native and not has_native_e4m3(device):
+        pytest.skip("no cast from E4M3 here; its twin on the bits runs everywhere")
     code = torch.arange(256, dtype=torch.uint8)
     value = torch.empty(256, device=device)
-    _value_kernel[(1,)](code.to(device), value, 256)
+    _value_kernel[(1,)](code.to(device), value, native, 256)
     finite = (code & 0x7F) != 0x7F
     want = code.view(E4M3FN).float()
     assert torch.equal(value.cpu().view(torch.int32)[finite], want.view(torch.int32)[finite])

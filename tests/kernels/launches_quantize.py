@@ -1,0 +1,53 @@
+"""One launch of each variant of the quantize and linear kernels, for compilation."""
+
+import torch
+
+from ckptq.kernels.dequantize import dequantize
+from ckptq.kernels.int4 import dequantize_int4, quantize_int4
+from ckptq.kernels.int4_experts import quantize_int4_experts
+from ckptq.kernels.linear_fp8_block import linear_fp8_block
+from ckptq.kernels.linear_w4a16 import linear_w4a16
+from ckptq.kernels.linear_w8a8 import linear_w8a8
+from ckptq.kernels.quantize_blocks import quantize_blocks
+from ckptq.kernels.quantize_expert_blocks import quantize_expert_blocks
+from ckptq.kernels.quantize_experts import quantize_experts
+from ckptq.kernels.quantize_rows import quantize_rows
+from ckptq.kernels.quantize_static import quantize_static
+from ckptq.kernels.quantize_tensor import quantize_tensor
+from ckptq.permute.order import Heads
+
+FP8, INT8 = torch.float8_e4m3fn, torch.int8
+
+
+def launch_all(device: torch.device) -> None:
+    """Sources of 16 and 32 bits, both kinds of codes, with and without zero points and RoPE."""
+    x = torch.zeros(256, 1024, dtype=torch.bfloat16, device=device)
+    heads = Heads(2, 128)
+    quantize_rows(x, FP8, heads)
+    quantize_rows(x.float(), INT8)
+    quantize_rows(torch.zeros(2, 40_000, dtype=torch.float16, device=device), FP8)
+    quantize_blocks(x, FP8)
+    quantize_tensor(x, FP8)
+    scale = torch.ones(2, 8, device=device)
+    codes = quantize_static(x, scale, (128, 128), FP8, heads)
+    dequantize(codes, scale, (128, 128))
+    dequantize(codes.view(INT8), scale.bfloat16(), (128, 128))
+
+    packed, scales, _ = quantize_int4(x, 128, heads=heads)
+    _, _, zero = quantize_int4(x, 128, symmetric=False)
+    dequantize_int4(packed, scales, 1024, zero)
+
+    experts = x.view(1, 256, 1024)
+    quantize_experts(experts, FP8)
+    quantize_experts(experts.float(), INT8)
+    quantize_expert_blocks(experts, FP8)
+    quantize_int4_experts(experts, 128)
+    quantize_int4_experts(experts, 32, symmetric=False)
+
+    for tokens in (16, 256):
+        a = codes[:tokens]
+        linear_w8a8(a, torch.ones(tokens, 1, device=device), codes, scale[:1, :1])
+        integers = codes.view(INT8)
+        linear_w8a8(integers[:tokens], scale[:1, :1], integers, scale[:1, :1])
+        linear_fp8_block(a, torch.ones(tokens, 8, device=device), codes, scale)
+        linear_w4a16(x[:tokens], packed, scales, zero)

@@ -1,0 +1,56 @@
+"""Every kernel compiles to machine code for Ampere, Hopper and Blackwell, on a machine without any.
+
+In a process of its own: the interpreter and the compiler cannot share one.
+"""
+
+import json
+import os
+import subprocess
+import sys
+from functools import cache
+from pathlib import Path
+
+import pytest
+
+HERE = Path(__file__).parent
+
+
+@cache
+def built(capability: int) -> dict[str, dict[str, list]]:
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    environment["PYTHONPATH"] = os.pathsep.join([str(HERE.parents[1]), str(HERE)])
+    command = [sys.executable, str(HERE / "build_all.py"), str(capability)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-4000:]
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def ptx_of(capability: int, prefix: str) -> str:
+    """The PTX of all variants of the kernels whose names start so."""
+    found = built(capability)
+    return "".join(ptx for k, v in found.items() if k.startswith(prefix) for ptx in v["ptx"])
+
+
+@pytest.mark.parametrize("capability", [80, 90, 100])
+def test_every_kernel_builds(capability: int) -> None:
+    kernels = built(capability)
+    assert len(kernels) >= 14
+    assert not [name for name, kernel in kernels.items() if not kernel.get("cubin")]
+    assert all(min(kernel["cubin"]) > 1000 for kernel in kernels.values())
+
+
+@pytest.mark.parametrize("capability", [80, 90, 100])
+def test_quantize_kernels_divide_and_round_exactly(capability: int) -> None:
+    """No approximate division, nothing flushed, and only the one fused step of dequantization."""
+    for prefix in ("_quantize", "_absmax"):
+        ptx = ptx_of(capability, prefix)
+        assert ptx
+        for inexact in ("div.full", "div.approx", "rcp.approx", ".ftz", "fma."):
+            assert inexact not in ptx, f"{prefix} on sm_{capability} uses {inexact}"
+
+
+def test_the_fp8_units_are_used_where_there_are_any() -> None:
+    assert "cvt.rn.satfinite.e4m3x2.f32" in ptx_of(90, "_quantize_rows")
+    assert "e4m3" not in ptx_of(80, "_quantize_rows")
+    assert "wgmma.mma_async.sync.aligned.m64n128k32.f32.e4m3.e4m3" in ptx_of(90, "_linear_w8a8")
+    assert "wgmma.mma_async.sync.aligned.m64n128k32.s32.s8.s8" in ptx_of(90, "_linear_w8a8")
