@@ -1,4 +1,4 @@
-"""Flash attention for calibration and validation: q, k, v as transformers' AttentionInterface gives them.
+"""Flash attention for calibration and validation, on q, k, v as transformers hands them over.
 
 Meaning: `reference.attention.attention`. One program takes a tile of queries of one head and walks
 over the tiles of keys that any of them sees; only tiles at an edge of the mask pay for it.
@@ -33,7 +33,7 @@ FP8 = torch.float8_e4m3fn
 
 @dataclass(frozen=True, slots=True)
 class Tile:
-    """How a launch is cut: queries and keys of a tile, warps of a program, depth of the pipeline."""
+    """How a launch is cut: queries and keys of a tile, warps of a program, pipeline depth."""
 
     rows: int
     columns: int
@@ -203,7 +203,8 @@ def _attention_kernel(
     o_D = tl.arange(0, BLOCK_D)
     o_E = tl.arange(0, BLOCK_E)
     row_M = q_first + tl.arange(0, ROWS)
-    q_pos_M = row_M + (keys - queries - start)
+    shift = keys - queries - start  # from a query's row to its position
+    q_pos_M = row_M + shift
     real_M = (row_M < queries) & (q_pos_M >= 0) & (q_pos_M < length)
     q_ptrs = q_ptr + row_M.to(tl.int64)[:, None] * q_stride_s + o_D[None, :]
     q_MD = tl.load(q_ptrs, mask=real_M[:, None] & (o_D < D)[None, :], other=0.0)
@@ -224,10 +225,8 @@ def _attention_kernel(
     # capped: tanh(score * slope) * softcap; slope is unused otherwise
     slope = scaling / softcap if CAPPED else 0.0
     factor = (softcap if CAPPED else scaling) * 1.4426950408889634  # log2 e
-    q_pos_first = tl.maximum(q_first + (keys - queries - start), 0)
-    q_pos_last = (
-        tl.minimum(tl.minimum(q_first + ROWS, queries) + (keys - queries - start), length) - 1
-    )
+    q_pos_first = tl.maximum(q_first + shift, 0)
+    q_pos_last = tl.minimum(tl.minimum(q_first + ROWS, queries) + shift, length) - 1
     begin, full, partial, end = key_bounds(
         q_pos_first, q_pos_last, length, CAUSAL, WINDOW, CHUNK, COLUMNS
     )
@@ -261,7 +260,7 @@ def _attention_kernel(
 
 
 def _head_scales(descale: Tensor | float, heads: int, device: torch.device) -> Tensor:
-    """fp32 [heads], one entry repeated where a tensor has one scale: a number, [1] or [heads, ...]."""
+    """fp32 [heads] of a number, one scale per tensor ([1]) or one per head ([heads, ...])."""
     flat = torch.as_tensor(descale, dtype=torch.float32, device=device).reshape(-1)
     if flat.numel() not in (1, heads):
         raise ValueError(f"{flat.numel()} descales for {heads} heads, want 1 or {heads}")
@@ -298,8 +297,8 @@ def attention(
 
     Query head h reads key/value head h // (H // K). The last query stands at the last key. `spans`
     are the first real token and the number of real tokens of each sequence, int32 [B] each; rows of
-    padding come out as zeros. `maxima` asks for as many queries as keys. E4M3 inputs need `descales`
-    of q [1 or H], k and v [1 or K], and give `out_dtype`; others give their own dtype.
+    padding come out as zeros. `maxima` asks for as many queries as keys. E4M3 inputs need
+    `descales` of q [1 or H], k and v [1 or K], and give `out_dtype`; others give their own dtype.
 
     Raises ValueError for shapes, dtypes or descales that do not fit.
     """
@@ -324,9 +323,8 @@ def attention(
     folded = (x.view(torch.int32) for x in (maxima.q_H, maxima.k_K, maxima.v_K)) if maxima else None
     scales = None
     if descales is not None:
-        scales = [
-            _head_scales(d, n, query.device) for d, n in zip(descales, (H, K, K), strict=True)
-        ]
+        heads = zip(descales, (H, K, K), strict=True)
+        scales = [_head_scales(descale, n, query.device) for descale, n in heads]
     _attention_kernel[(triton.cdiv(queries, tile.rows), B * H)](
         *(query, key, value, out, starts, lengths),
         *(folded or (None, None, None)),

@@ -33,9 +33,9 @@ def attention_with_maxima(
 
     Folds the absolute maxima of q, k and v into `maxima`, which may hold those of earlier batches.
     `spans` are the first real token and the number of real tokens of each sequence, int32 [B] each
-    (`mask.spans_of` makes them of a padding mask): padding is not attended to, does not count in the
-    maxima, and comes out as zeros. `sliding_window` counts the token itself; `chunk` is the length
-    of the runs of tokens that see only each other.
+    (`mask.spans_of` makes them of a padding mask): padding is not attended to, does not count in
+    the maxima, and comes out as zeros. `sliding_window` counts the token itself; `chunk` is the
+    length of the runs of tokens that see only each other.
 
     Raises ValueError for shapes, dtypes or masks that do not fit.
     """

@@ -15,12 +15,12 @@ from torch import Tensor
 class Mask:
     """A token attends to itself and what these leave of the rest.
 
-    Example: causal with sliding_window 3: token 5 attends to 3, 4, 5. Causal with chunk 4: token 5 to 4, 5.
+    Example: with sliding_window 3 token 5 attends to 3, 4, 5; with chunk 4 to 4, 5.
     """
 
     causal: bool = True
     sliding_window: int | None = None
-    """How many tokens a token sees, itself included, as transformers counts (FlashAttention: one less)."""
+    """How many tokens a token sees, itself included, as in transformers."""
     chunk: int | None = None
     """Llama-4: tokens are cut into runs of this length and attend within their own."""
 

@@ -26,11 +26,8 @@ class Maxima:
 
     def check(self, heads: int, kv_heads: int, device: torch.device) -> None:
         """Raise ValueError unless these buffers fit so many heads on that device."""
-        for name, x, n in (
-            ("q", self.q_H, heads),
-            ("k", self.k_K, kv_heads),
-            ("v", self.v_K, kv_heads),
-        ):
+        named = (("q", self.q_H, heads), ("k", self.k_K, kv_heads), ("v", self.v_K, kv_heads))
+        for name, x, n in named:
             if x.shape != (n,) or x.dtype != torch.float32 or x.device != device:
                 found = f"{x.dtype} {list(x.shape)} on {x.device}"
                 raise ValueError(f"maxima of {name}: {found}, want float32 [{n}] on {device}")

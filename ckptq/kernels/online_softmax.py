@@ -35,8 +35,8 @@ def key_bounds(
     """Positions (begin, full, partial, end) of keys for the queries at positions first to last.
 
     Tiles of keys from `full` to `partial` are seen whole by every one of these queries; those from
-    `begin` to `full` and from `partial` to `end` need the mask; the others are seen by none. All but
-    `end` are multiples of COLUMNS. Where there are no queries (last < first), there are no keys.
+    `begin` to `full` and from `partial` to `end` need the mask; the others are seen by none. All
+    but `end` are multiples of COLUMNS. Without queries (last < first) there are no keys.
     """
     begin = 0
     end = length

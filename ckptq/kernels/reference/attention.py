@@ -12,7 +12,7 @@ from ckptq.kernels.maxima import Maxima
 
 
 def seen(mask: Mask, queries: int, keys: int, spans: tuple[Tensor, Tensor] | None = None) -> Tensor:
-    """[B or 1, 1, Sq, S] bool: whether a query attends to a key. The last query stands at the last key."""
+    """[B or 1, 1, Sq, S] bool: who attends to whom. The last query stands at the last key."""
     start_B11, length_B11 = (x.view(-1, 1, 1) for x in spans or _whole(keys))
     k_pos = torch.arange(keys, device=start_B11.device).view(1, 1, keys) - start_B11
     q_pos = (torch.arange(queries, device=start_B11.device) + keys - queries).view(1, queries, 1)
