@@ -9,6 +9,7 @@ import os
 import re
 import signal
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, NoReturn
 
@@ -58,6 +59,9 @@ SeqLen = Annotated[int, typer.Option(min=1, help="Tokens a sample is cut to.")]
 BatchSize = Annotated[int, typer.Option(min=1, help="Samples in one forward pass.")]
 Seed = Annotated[int, typer.Option(help="Which samples are taken, and in which order.")]
 Device = Annotated[str | None, typer.Option(help="Where the model runs: cpu, cuda, cuda:1.")]
+Restart = Annotated[
+    bool, typer.Option("--restart", help="Discard what an interrupted run has done.")
+]
 TrustRemoteCode = Annotated[
     bool, typer.Option("--trust-remote-code", help="Run model code that the checkpoint carries.")
 ]
@@ -91,9 +95,7 @@ def quantize(
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Print the plan; touch headers only.")
     ] = False,
-    restart: Annotated[
-        bool, typer.Option("--restart", help="Discard what an interrupted run has done.")
-    ] = False,
+    restart: Restart = False,
     trust_remote_code: TrustRemoteCode = False,
     json: Json = False,
 ) -> None:
@@ -182,6 +184,60 @@ def calibrate(
 
 
 @app.command()
+def verify(
+    path: Annotated[str, typer.Argument(help="The quantized checkpoint.")],
+    source: Annotated[
+        str | None, typer.Option(help="The unquantized checkpoint it was made from.")
+    ] = None,
+    fast: Annotated[
+        bool, typer.Option("--fast", help="Compare samples of rows instead of all.")
+    ] = False,
+    json: Json = False,
+) -> None:
+    """Prove that a checkpoint is right, or name what is wrong and how to mend it (exit code 1)."""
+    from ckptq.checkpoint.open import open_checkpoint
+    from ckptq.show import show_report
+    from ckptq.verify.run import verify as check
+
+    with console.progress() as begin:
+        report = begin("verify", open_checkpoint(path, problems=[]).nbytes)
+        found = check(path, source, fast=fast, progress=report)
+    show_report(found, json)
+    if not found.ok:
+        raise typer.Exit(1)
+
+
+@app.command()
+def permute(
+    path: Model,
+    output: Annotated[Path, typer.Argument(help="The folder to write.")],
+    to: Annotated[str, typer.Option(help="half-split or interleaved.")],
+    only: Annotated[
+        list[str] | None, typer.Option(help="weights, scales or zero-points; default: all.")
+    ] = None,
+    revision: Revision = None,
+    workers: Workers = None,
+    restart: Restart = False,
+    json: Json = False,
+) -> None:
+    """Bake a RoPE row order into q/k and all that is indexed by their rows, and mark it."""
+    from ckptq.checkpoint.open import open_checkpoint
+    from ckptq.permute.effect import Part
+    from ckptq.permute.order import RopeOrder
+    from ckptq.permute.run import permute_checkpoint, plan_permute
+    from ckptq.show import show_permuted
+
+    order = RopeOrder(_one_of("--to", to, tuple(RopeOrder)))
+    parts = [Part(_one_of("--only", part, tuple(Part))) for part in only or Part]
+    ckpt = open_checkpoint(path, revision)
+    plan = plan_permute(ckpt, order, parts)
+    with console.progress() as begin:
+        report = begin("permute", ckpt.nbytes)
+        done = permute_checkpoint(plan, output, restart=restart, workers=workers, progress=report)
+    show_permuted(done, json)
+
+
+@app.command()
 def inspect(path: Model, revision: Revision = None, json: Json = False) -> None:
     """Say what is in a checkpoint: schemes, layers, sizes, scales. Reads headers only."""
     from ckptq.inspect import inspect as look
@@ -211,6 +267,12 @@ def _recipe(scheme: str | None, recipe: Path | None) -> Recipe:
     if (scheme is None) == (recipe is None):
         raise UsageError("give either --scheme NAME or --recipe FILE; `ckptq recipes` lists names")
     return load_recipe(recipe) if recipe is not None else load_scheme(str(scheme))
+
+
+def _one_of(option: str, given: str, choice: Sequence[str]) -> str:
+    if given not in choice:
+        raise UsageError(f"{option} {given!r}: wanted {' or '.join(choice)}")
+    return given
 
 
 def _bytes(text: str) -> int:
