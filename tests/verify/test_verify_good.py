@@ -1,0 +1,41 @@
+"""A good checkpoint has no finding: every format, every family, with its source and without."""
+
+import pytest
+from verify_checkpoints import FAMILIES, WEIGHTS
+
+from ckptq.verify.run import verify
+
+
+@pytest.mark.parametrize("weights", WEIGHTS)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_our_own_have_no_finding(good, family, weights):
+    folder, source = good(family, weights)
+    report = verify(folder, source)
+    assert report.findings == ()
+    assert report.notes == ()
+    assert report.checks["linears compared"] == report.checks["linears quantized"] > 0
+    assert all(t.codes_wrong == t.scales_wrong == 0 for t in report.tensors)
+    assert all(t.snr_db > t.floor_db for t in report.tensors)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_without_a_source(good, family):
+    report = verify(good(family, "int4-asym")[0])
+    assert report.findings == report.notes == ()
+    assert report.tensors == ()
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("weights", ["fp8-channel", "kv"])
+def test_cache_scales(good, family, weights):
+    folder, source = good(family, weights, True)
+    report = verify(folder, source)
+    assert report.findings == report.notes == ()
+    assert report.checks["cache scales"] == 3 * report.checks["attention layers"] > 0
+
+
+def test_fast_compares_less(good):
+    folder, source = good("llama", "fp8-channel")
+    whole, fast = verify(folder, source), verify(folder, source, fast=True)
+    assert fast.ok
+    assert fast.checks["linears compared"] == whole.checks["linears compared"]

@@ -1,0 +1,229 @@
+"""Tiny checkpoints of every family and format, made by the converter, and an editor to break them."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from safetensors import safe_open
+from safetensors.torch import save_file
+
+from ckptq.calibrate.scales import Record, Scales
+from ckptq.checkpoint.open import open_checkpoint
+from ckptq.convert.run import write_quantized
+from ckptq.plan.make import make_plan
+from ckptq.recipes.load import Group, Recipe
+
+HEADS, KV_HEADS, HEAD_DIM, LAYERS, EXPERTS = 4, 2, 64, 2, 4
+
+TEXT = {
+    "hidden_size": 128,
+    "num_hidden_layers": LAYERS,
+    "num_attention_heads": HEADS,
+    "num_key_value_heads": KV_HEADS,
+    "head_dim": HEAD_DIM,
+    "intermediate_size": 256,
+    "vocab_size": 128,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "pad_token_id": 0,
+}
+
+
+def llama() -> transformers.PreTrainedModel:
+    return transformers.LlamaForCausalLM(transformers.LlamaConfig(**TEXT))
+
+
+def llama4() -> transformers.PreTrainedModel:
+    """Multimodal, with a dense and an MoE layer; its experts are square, so that a forgotten
+    transpose shows in no shape."""
+    text = TEXT | {
+        "intermediate_size": 128,
+        "intermediate_size_mlp": 256,
+        "num_local_experts": EXPERTS,
+        "interleave_moe_layer_step": 2,
+        "no_rope_layers": [1, 0],
+    }
+    vision = {
+        "hidden_size": 32,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "intermediate_size": 64,
+        "image_size": 28,
+        "patch_size": 14,
+        "projector_input_dim": 32,
+        "projector_output_dim": 32,
+        "vision_output_dim": 32,
+    }
+    config = transformers.Llama4Config(
+        text_config=text, vision_config=vision, boi_token_index=121, eoi_token_index=122,
+        image_token_index=120,
+    )  # fmt: skip
+    return transformers.Llama4ForConditionalGeneration(config)
+
+
+def mixtral() -> transformers.PreTrainedModel:
+    config = transformers.MixtralConfig(**(TEXT | {"num_local_experts": EXPERTS}))
+    return transformers.MixtralForCausalLM(config)
+
+
+def qwen3_moe() -> transformers.PreTrainedModel:
+    config = transformers.Qwen3MoeConfig(
+        **TEXT, num_experts=EXPERTS, num_experts_per_tok=2, moe_intermediate_size=128
+    )
+    return transformers.Qwen3MoeForCausalLM(config)
+
+
+FAMILIES = {"llama": llama, "llama4": llama4, "mixtral": mixtral, "qwen3-moe": qwen3_moe}
+
+FP8 = {"num_bits": 8, "type": "float", "symmetric": True, "dynamic": False}
+INT4 = {"num_bits": 4, "type": "int", "symmetric": True, "dynamic": False}
+KV = FP8 | {"strategy": "attn_head", "observer": "static_minmax"}
+PER_TOKEN = {"num_bits": 8, "type": "float", "strategy": "token", "symmetric": True,
+             "dynamic": True}  # fmt: skip
+WEIGHTS: dict[str, tuple[str, dict[str, Any]]] = {
+    "fp8-channel": ("float-quantized", FP8 | {"strategy": "channel"}),
+    "fp8-tensor": ("float-quantized", FP8 | {"strategy": "tensor"}),
+    "fp8-block": ("float-quantized", FP8 | {"strategy": "block", "block_structure": [64, 64]}),
+    "int8": ("int-quantized", {**INT4, "num_bits": 8, "strategy": "channel"}),
+    "int4": ("pack-quantized", INT4 | {"strategy": "group", "group_size": 32}),
+    "int4-asym": (
+        "pack-quantized",
+        INT4 | {"strategy": "group", "group_size": 32, "symmetric": False, "zp_dtype": "int8"},
+    ),
+    "int4-channel": ("pack-quantized", INT4 | {"strategy": "channel"}),
+    "int8-packed": ("pack-quantized", {**INT4, "num_bits": 8, "strategy": "group",
+                                       "group_size": 128}),
+    "mxfp8": ("mxfp8-quantized", FP8 | {"strategy": "group", "group_size": 32,
+                                        "scale_dtype": "torch.uint8"}),
+    "mxfp4": ("mxfp4-pack-quantized", FP8 | {"num_bits": 4, "strategy": "group", "group_size": 32,
+                                             "scale_dtype": "torch.uint8"}),
+    "nvfp4": ("nvfp4-pack-quantized", FP8 | {"num_bits": 4, "strategy": "tensor_group",
+                                             "group_size": 16,
+                                             "scale_dtype": "torch.float8_e4m3fn"}),
+}  # fmt: skip
+"""Format and weights of each kind of group."""
+
+IGNORE = {
+    "llama": (),
+    "llama4": (),
+    "mixtral": (),
+    "qwen3-moe": (),
+}
+
+
+def recipe(weights: str, *, kv: bool = False, ignore: tuple[str, ...] = ()) -> Recipe:
+    """Linears in one format; with `kv`, scales of attention and cache per head."""
+    format, args = WEIGHTS[weights]
+    inputs = PER_TOKEN if weights == "fp8-channel" else None
+    linear = Group(
+        name="linear", targets=("Linear",), weights=args, input_activations=inputs, format=format
+    )
+    attention = Group(
+        name="attention", targets=("re:.*self_attn$",), input_activations=KV, format="dense"
+    )
+    return Recipe(
+        name=weights,
+        groups=(attention, linear) if kv else (linear,),
+        ignore=("lm_head", *ignore),
+        kv_cache_scheme=KV if kv else None,
+        text=f"# {weights}\n",
+    )
+
+
+def kv_recipe() -> Recipe:
+    """Cache scales only."""
+    return Recipe(name="kv", groups=(), kv_cache_scheme=KV, text="# kv\n")
+
+
+def save_source(family: str, folder: Path, dtype: torch.dtype = torch.bfloat16) -> Path:
+    torch.manual_seed(0)
+    model = FAMILIES[family]().to(dtype)
+    model.save_pretrained(folder)
+    (folder / "tokenizer_config.json").write_text("{}\n")
+    (folder / "tokenizer.json").write_text('{"version": "1.0"}\n')
+    return folder
+
+
+def convert(
+    source: Path, out: Path, what: Recipe, shard_bytes: int = 1 << 40
+) -> Path:
+    """As `ckptq quantize` does, with made-up scales in the place of calibrated ones."""
+    ckpt = open_checkpoint(source)
+    plan = make_plan(ckpt, what, shard_bytes=shard_bytes)
+
+    made = MadeUpScales(made_up_scales(plan)) if plan.attention is not None else None
+    write_quantized(ckpt, plan, out, arguments={}, workers=2, scales=made)
+    return out
+
+
+@dataclass(frozen=True)
+class MadeUpScales:
+    """In the place of a calibration."""
+
+    made: Scales
+    arguments: dict[str, Any] = field(default_factory=dict)
+
+    def load(self, folder: Path) -> Scales:
+        return self.made
+
+
+def made_up_scales(plan: Any) -> Scales:
+    """Different for every head and layer, as real ones are."""
+    generator = torch.Generator().manual_seed(1)
+    specs = {n: s for unit in plan.units for n, s in unit.scales.items()}
+    tensors = {
+        name: (0.01 * torch.rand(spec.shape, generator=generator) + 0.001).bfloat16()
+        for name, spec in specs.items()
+    }
+    made = Record(
+        model="tiny", source_fingerprint="", strategy="attn_head", observer="static_minmax",
+        text="", samples=1, tokens=1, seq_len=1, batch_size=1, seed=0, token_digest="",
+        attention={module: "TinyAttention" for module in plan.attention.scales},
+    )  # fmt: skip
+    return Scales(tensors=tensors, statistics={}, made=made)
+
+
+@dataclass
+class Editor:
+    """A checkpoint of one shard in memory, to be changed and written back."""
+
+    folder: Path
+    tensors: dict[str, torch.Tensor] = field(init=False)
+    config: dict[str, Any] = field(init=False)
+    metadata: dict[str, str] = field(init=False)
+
+    def __post_init__(self) -> None:
+        with safe_open(self.folder / "model.safetensors", framework="pt") as file:
+            self.tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            self.metadata = file.metadata() or {}
+        self.config = json.loads((self.folder / "config.json").read_text())
+
+    @property
+    def quantization(self) -> dict[str, Any]:
+        return self.config["quantization_config"]
+
+    @property
+    def group(self) -> dict[str, Any]:
+        """The group of the Linears."""
+        return self.quantization["config_groups"]["linear"]
+
+    def named(self, suffix: str) -> str:
+        """The one tensor, or the first, whose name ends so."""
+        return next(name for name in sorted(self.tensors) if name.endswith(suffix))
+
+    def save(self) -> Path:
+        tensors = {name: tensor.contiguous().clone() for name, tensor in self.tensors.items()}
+        save_file(tensors, self.folder / "model.safetensors", metadata=self.metadata)
+        (self.folder / "config.json").write_text(json.dumps(self.config))
+        return self.folder
+
+
+def copy_of(folder: Path, out: Path) -> Editor:
+    shutil.copytree(folder, out)
+    return Editor(out)
