@@ -46,7 +46,7 @@ class Journal:
         UsageError if the output exists, another run holds it, or the journal is of a different run.
         """
         partial = partial_of(out)
-        if out.exists() and not (partial / "journal.jsonl").exists():
+        if os.path.lexists(out) and not (partial / "journal.jsonl").exists():
             raise UsageError(f"{out}: exists already; remove it or choose another -o")
         with machine_errors(partial):
             partial.mkdir(parents=True, exist_ok=True)
@@ -55,7 +55,7 @@ class Journal:
             if restart:
                 _empty(partial)
             found, done, publishing = _read(partial / "journal.jsonl")
-            if out.exists() and not publishing:
+            if os.path.lexists(out) and not publishing:
                 raise UsageError(f"{out}: exists already; remove it or choose another -o")
             fingerprint = json.loads(json.dumps(fingerprint))
             if found is None:
@@ -82,12 +82,14 @@ class Journal:
     def publish(self) -> None:
         """The scratch folder becomes the output, at once and whole."""
         if not self.published:
-            sync_folder(self.scratch)
+            for folder, _, _ in os.walk(self.scratch):
+                sync_folder(Path(folder))
             _append(self.partial / "journal.jsonl", {"publishing": True})
             with machine_errors(self.out):
                 os.rename(self.scratch, self.out)
             sync_folder(self.out.parent)
-        shutil.rmtree(self.partial)
+        with machine_errors(self.partial):
+            _remove(self.partial)
 
     def close(self) -> None:
         os.close(self._lock)
@@ -113,6 +115,16 @@ def _empty(partial: Path) -> None:
     for path in partial.iterdir():
         if path.is_dir():
             shutil.rmtree(path)
+
+
+def _remove(partial: Path) -> None:
+    """The journal goes when nothing but the lock is left: until then the same command ends this."""
+    for path in partial.iterdir():
+        if path.is_dir():
+            shutil.rmtree(path)
+    (partial / "journal.jsonl").unlink()
+    # a run that is just being refused may have put its own lock here
+    shutil.rmtree(partial, ignore_errors=True)
 
 
 def _append(file: Path, line: Mapping[str, Any]) -> None:

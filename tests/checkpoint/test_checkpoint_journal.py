@@ -1,0 +1,236 @@
+"""The journal: what is begun goes on, what is different is refused with its difference named."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from ckptq.checkpoint.journal import Journal, partial_of
+from ckptq.errors import MachineError, UsageError
+
+RUN = {"recipe": "fp8", "arguments": {"seed": 0, "ignore": []}}
+
+
+@pytest.fixture
+def out(tmp_path: Path) -> Path:
+    return tmp_path / "out"
+
+
+def begin(out: Path, *done: str, run: dict = RUN, restart: bool = False) -> Journal:
+    journal = Journal.open(out, run, restart=restart)
+    if done:
+        journal.record(done)
+    return journal
+
+
+def interrupted(out: Path, *done: str) -> Path:
+    """A run that did these units and died; its journal."""
+    begin(out, *done).close()
+    return partial_of(out) / "journal.jsonl"
+
+
+def refusal(out: Path, **kwargs) -> str:
+    with pytest.raises(UsageError) as caught:
+        begin(out, **kwargs)
+    return str(caught.value)
+
+
+def test_a_run_from_begin_to_end(out):
+    journal = begin(out)
+    assert journal.done == set()
+    (journal.scratch / "config.json").write_text("{}")
+    assert not out.exists()
+    journal.publish()
+    journal.close()
+    assert (out / "config.json").read_text() == "{}"
+    assert os.listdir(out.parent) == ["out"]
+
+
+def test_the_same_run_goes_on(out):
+    interrupted(out, "a", "b")
+    journal = begin(out, "c")
+    assert journal.done == {"a", "b", "c"}
+    journal.close()
+    assert begin(out).done == {"a", "b", "c"}
+
+
+@pytest.mark.parametrize("cut", range(1, 14))
+def test_a_torn_line_was_not_recorded(out, cut):
+    file = interrupted(out, "a")
+    begin(out, "b").close()
+    whole = file.read_bytes()
+    assert whole.endswith(b'{"done": ["b"]}\n')
+    file.write_bytes(whole[:-cut])
+    journal = begin(out, "c")
+    assert journal.done == {"a", "c"}
+    journal.close()
+    assert begin(out).done == {"a", "c"}, "the torn line must not swallow the next one"
+
+
+def test_a_journal_torn_in_its_first_line_begins_anew(out):
+    file = interrupted(out, "a")
+    (partial_of(out) / "checkpoint" / "m.safetensors").write_text("")
+    file.write_bytes(file.read_bytes()[:20])
+    journal = begin(out)
+    assert journal.done == set()
+    assert list(journal.scratch.iterdir()) == []
+
+
+def test_a_damaged_journal_says_so(out):
+    file = interrupted(out, "a")
+    file.write_bytes(file.read_bytes() + b"}}\n")
+    with pytest.raises(MachineError, match=r"damaged.*--restart"):
+        begin(out)
+    assert begin(out, restart=True).done == set()
+
+
+@pytest.mark.parametrize(
+    ("changed", "named"),
+    [
+        ({"recipe": "int4"}, 'recipe was "fp8", is "int4"'),
+        ({"arguments": {"seed": 1, "ignore": []}}, "arguments.seed was 0, is 1"),
+        ({"arguments": {"seed": 0, "ignore": ["x"]}}, 'arguments.ignore was [], is ["x"]'),
+        ({"arguments": {"ignore": []}}, "arguments.seed was 0, is null"),
+        ({"recipe": "fp8" * 100}, 'recipe was "fp8", is "fp8fp8'),
+    ],
+)
+def test_a_different_run_is_refused_with_the_difference_named(out, changed, named):
+    file = interrupted(out, "a")
+    before = file.read_bytes()
+    message = refusal(out, run=RUN | changed)
+    assert named in message
+    assert "--restart" in message
+    assert len(message) < 500
+    assert file.read_bytes() == before, "a refused run leaves everything as it was"
+    assert begin(out).done == {"a"}
+
+
+def test_restart_begins_anew(out):
+    interrupted(out, "a")
+    (partial_of(out) / "checkpoint" / "old").write_text("")
+    (partial_of(out) / "calibration").mkdir()
+    (partial_of(out) / "calibration" / "layer-0").write_text("")
+    journal = begin(out, run=RUN | {"recipe": "int4"}, restart=True)
+    assert journal.done == set()
+    assert list(journal.scratch.iterdir()) == []
+    assert not journal.calibration.exists()
+
+
+@pytest.mark.parametrize("kind", ["folder", "file", "link to nothing"])
+def test_an_output_that_exists_is_refused_and_left_alone(out, kind):
+    if kind == "folder":
+        out.mkdir()
+        (out / "precious").write_text("x")
+    elif kind == "file":
+        out.write_text("x")
+    else:
+        out.symlink_to("nothing")
+    for restart in (False, True):
+        assert "exists already" in refusal(out, restart=restart)
+    assert os.listdir(out.parent) == ["out"]
+
+
+def test_an_output_that_appeared_since_the_run_began_is_refused(out):
+    interrupted(out, "a")
+    out.mkdir()
+    assert "exists already" in refusal(out)
+    assert (partial_of(out) / "journal.jsonl").exists()
+
+
+HOLD = """
+import sys
+from pathlib import Path
+from ckptq.checkpoint.journal import Journal
+journal = Journal.open(Path(sys.argv[1]), {"recipe": "fp8", "arguments": {"seed": 0, "ignore": []}})
+journal.record(["theirs"])
+print("holding", flush=True)
+sys.stdin.read()
+"""
+
+
+def test_a_second_run_is_refused_until_the_first_is_gone_however_it_went(out):
+    other = subprocess.Popen(
+        [sys.executable, "-c", HOLD, str(out)], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    )
+    assert other.stdout.readline() == b"holding\n"
+    for restart in (False, True):
+        assert "another run" in refusal(out, restart=restart)
+    other.kill()
+    other.wait()
+    assert begin(out).done == {"theirs"}
+
+
+@pytest.mark.parametrize("at", [(shutil, "rmtree"), (Path, "unlink")], ids=["at once", "half way"])
+def test_killed_between_the_rename_and_the_end_of_the_cleanup(out, monkeypatch, at):
+    journal = begin(out, "a")
+    journal.calibration.mkdir()
+    (journal.scratch / "config.json").write_text("{}")
+    with monkeypatch.context() as patched:
+        patched.setattr(*at, die)
+        with pytest.raises(Killed):
+            journal.publish()
+    journal.close()
+    assert out.exists()
+    assert partial_of(out).exists()
+    again = begin(out)
+    assert again.published
+    again.publish()
+    again.close()
+    assert os.listdir(out.parent) == ["out"]
+    assert (out / "config.json").exists()
+
+
+def test_killed_between_the_last_record_and_the_rename(out, monkeypatch):
+    journal = begin(out, "a")
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "rename", die)
+        with pytest.raises(Killed):
+            journal.publish()
+    journal.close()
+    assert not out.exists()
+    again = begin(out)
+    assert not again.published
+    assert again.done == {"a"}
+    again.publish()
+    assert os.listdir(out.parent) == ["out"]
+
+
+class Killed(BaseException):
+    pass
+
+
+def die(*_: object) -> None:
+    raise Killed
+
+
+def test_everything_is_on_the_disk_before_the_rename(out, monkeypatch):
+    """Every file and folder of the scratch folder was synced after its last change."""
+    journal = begin(out)
+    (journal.scratch / "sub").mkdir()
+    synced: list[str] = []
+    fsync, rename = os.fsync, os.rename
+    monkeypatch.setattr(
+        os, "fsync", lambda fd: (synced.append(os.readlink(f"/proc/self/fd/{fd}")), fsync(fd))
+    )
+
+    def checked(source: Path, target: Path) -> None:
+        assert {str(source), str(source / "sub")} <= set(synced)
+        assert str(partial_of(out) / "journal.jsonl") in synced
+        synced.clear()
+        rename(source, target)
+
+    monkeypatch.setattr(os, "rename", checked)
+    journal.publish()
+    assert synced[0] == str(out.parent), "the rename itself is made to last before the cleanup"
+
+
+def test_the_journal_is_lines_of_json(out):
+    file = interrupted(out, "a", "b")
+    lines = [json.loads(line) for line in file.read_text().splitlines()]
+    assert lines == [{"run": RUN}, {"done": ["a", "b"]}]
