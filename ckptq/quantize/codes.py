@@ -32,17 +32,19 @@ def e2m1_codes(x: Tensor, scratch: Scratch) -> Tensor:
 
     As in compressed-tensors, a negative number that rounds to zero is -0 (8), but -0.0 is 0.
     """
-    x.add_(0.0)  # makes -0.0 positive
-    bits = x.view(BITS[x.itemsize])
-    sign = torch.bitwise_right_shift(bits, 8 * x.itemsize - 1, out=scratch.line(1, x, bits.dtype))
-    negative = scratch.line(4, x, torch.int8).copy_(sign)
-    x.abs_().clamp_(max=E2M1_MAX)
+    bits = x.add_(0.0).view(BITS[x.itemsize])  # -0.0 becomes 0.0
+    first = scratch.tensor("first", x.shape, x.dtype)
+    second = scratch.tensor("second", x.shape, x.dtype)
+    code = scratch.tensor("e2m1", x.shape, torch.int8)
+    torch.bitwise_right_shift(bits, 8 * x.itemsize - 1, out=first.view(bits.dtype))
+    code.copy_(first.view(bits.dtype)).bitwise_and_(8)
     # Up to 2 codes are 0.5 apart, up to 4 they are 1 apart, up to 6 they are 2 apart. Counted in
     # codes, the coarser grids start higher and grow slower: the right one gives the least count.
-    code = torch.mul(x, 2, out=scratch.line(1, x, x.dtype)).round_()
-    torch.minimum(code, torch.round(x, out=scratch.line(2, x, x.dtype)).add_(2), out=code)
-    torch.minimum(code, x.mul_(0.5).round_().add_(4), out=code)
-    return negative.bitwise_and_(8).bitwise_or_(scratch.line(2, x, torch.int8).copy_(code))
+    x.abs_().clamp_(max=E2M1_MAX)
+    torch.mul(x, 2, out=first).round_()
+    torch.minimum(first, torch.round(x, out=second).add_(2), out=first)
+    torch.minimum(first, x.mul_(0.5).round_().add_(4), out=first)
+    return code.bitwise_or_(scratch.tensor("second", x.shape, torch.int8).copy_(first))
 
 
 def decode_e2m1(code: Tensor) -> Tensor:

@@ -35,7 +35,8 @@ def dequantize(
     if not scheme.symmetric:
         zero_point = _zero_point(tensors, scheme, code_RC.shape[0])
         x = x - over_tiles(zero_point.to(scale.dtype), x)
-    return untiled(x * over_tiles(scale, x), code_RC.shape).to(dtype or scale.dtype)
+    w_RC = untiled(x * over_tiles(scale, x), code_RC.shape)
+    return w_RC.to(dtype or scale.dtype).contiguous()
 
 
 def _scale(tensors: Mapping[str, Tensor], scheme: WeightScheme) -> Tensor:

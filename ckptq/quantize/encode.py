@@ -13,25 +13,33 @@ from torch import Tensor
 from ckptq.quantize.codes import rounded
 from ckptq.quantize.packing import pack_nibbles, pack_words
 from ckptq.quantize.scheme import WeightScheme
-from ckptq.quantize.scratch import Scratch, blocks
-from ckptq.quantize.tiles import over_tiles
+from ckptq.quantize.scratch import Scratch, block_length
+from ckptq.quantize.tiles import over_tiles, untiled
 
 
-def encode(x: Tensor, divisor: Tensor, zero_point: Tensor | None, scheme: WeightScheme) -> Tensor:
-    """The codes nearest to x / divisor + zero_point, with one divisor and zero point a tile.
+def encode(
+    x: Tensor,
+    divisor: Tensor,
+    zero_point: Tensor | None,
+    scheme: WeightScheme,
+    scratch: Scratch,
+    out_RP: Tensor,
+) -> None:
+    """Write the codes nearest to x / divisor + zero_point, with one of each a tile.
 
-    Packed they are [R, P], else in the shape of `x`. Divided in float32, or float64 for float64
-    weights.
+    Divided in float32, or float64 for float64 weights.
     """
-    scratch = Scratch()
     quotients = _quotients(x, divisor, zero_point, scratch)
     if scheme.codes == "weight_packed":
-        return torch.cat([_packed(q, scheme, scratch) for q in quotients])
-    dtype = torch.int8 if scheme.type == "int" else torch.float8_e4m3fn
-    code = torch.empty(x.shape, dtype=dtype, device=x.device)
-    for out, q in zip(blocks(code), quotients, strict=True):
-        out.copy_(rounded(q, scheme, scratch))
-    return code
+        for part, q in zip(out_RP.split(block_length(x)), quotients, strict=True):
+            part.copy_(_packed(rounded(q, scheme, scratch), scheme, scratch))
+        return
+    filled_up = x.numel() != out_RP.numel()
+    code = scratch.tensor("code", x.shape, out_RP.dtype) if filled_up else out_RP.view(x.shape)
+    for part, q in zip(code.split(block_length(x)), quotients, strict=True):
+        part.copy_(rounded(q, scheme, scratch))
+    if filled_up:
+        out_RP.copy_(untiled(code, out_RP.shape))
 
 
 def _quotients(
@@ -39,15 +47,16 @@ def _quotients(
 ) -> Iterator[Tensor]:
     """x / divisor + zero_point a block at a time, each in the memory of the one before."""
     wide = torch.promote_types(x.dtype, torch.float32)
-    divisors = over_tiles(divisor.to(wide), x)
-    zero_points = None if zero_point is None else over_tiles(zero_point, x)
-    start = 0
-    for part in blocks(x):
-        rows = slice(start, start := start + len(part))
-        q = torch.div(part, divisors[rows], out=scratch.line(0, part, wide))
-        yield q if zero_points is None else q.add_(zero_points[rows])
+    operands = [x, over_tiles(divisor.to(wide), x)]
+    if zero_point is not None:
+        operands.append(over_tiles(zero_point, x))
+    for part, scale, *shift in zip(
+        *(each.split(block_length(x)) for each in operands), strict=True
+    ):
+        q = torch.div(part, scale, out=scratch.tensor("quotient", part.shape, wide))
+        yield q.add_(shift[0]) if shift else q
 
 
-def _packed(q: Tensor, scheme: WeightScheme, scratch: Scratch) -> Tensor:
-    code = scratch.line(3, q, torch.int8).copy_(rounded(q, scheme, scratch)).flatten(1)
-    return pack_words(code, scheme.num_bits) if scheme.type == "int" else pack_nibbles(code)
+def _packed(code: Tensor, scheme: WeightScheme, scratch: Scratch) -> Tensor:
+    code_RC = scratch.tensor("code", code.shape, torch.int8).copy_(code).flatten(1)
+    return pack_words(code_RC, scheme.num_bits) if scheme.type == "int" else pack_nibbles(code_RC)

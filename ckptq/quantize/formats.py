@@ -20,14 +20,14 @@ from ckptq.quantize.dequantize import dequantize
 from ckptq.quantize.encode import encode
 from ckptq.quantize.packing import pack_words
 from ckptq.quantize.scheme import WeightScheme
-from ckptq.quantize.scratch import BLOCK_ELEMENTS
-from ckptq.quantize.stored import check, row_quantum, stored
-from ckptq.quantize.tiles import NonFinite, extremes, magnitude, tiled, untiled
-from ckptq.spec import TensorSpec, spec_of
+from ckptq.quantize.scratch import Scratch
+from ckptq.quantize.stored import row_quantum, stored
+from ckptq.quantize.tiles import NonFinite, extremes, magnitude, tiled
+from ckptq.spec import TensorSpec, spec_of, torch_dtype
 
 __all__ = [
-    "BLOCK_ELEMENTS",
     "NonFinite",
+    "Scratch",
     "WeightScheme",
     "constants",
     "dequantize",
@@ -45,9 +45,9 @@ def needs_statistic(scheme: WeightScheme) -> bool:
     return scheme.strategy in ("tensor", "tensor_group")
 
 
-def statistic(w_RC: Tensor) -> Tensor:
+def statistic(w_RC: Tensor, scratch: Scratch | None = None) -> Tensor:
     """[2]: min(amin, 0) and max(amax, 0) of these rows, in their dtype. `NonFinite` on NaN, Inf."""
-    low_R, high_R = extremes(w_RC.contiguous())
+    low_R, high_R = extremes(w_RC.contiguous(), scratch or Scratch(w_RC.device))
     return torch.stack((low_R.amin(), high_R.amax()))
 
 
@@ -71,34 +71,39 @@ def constants(
 
 
 def quantize(
-    w_RC: Tensor, scheme: WeightScheme, statistic: Tensor | None = None
+    w_RC: Tensor,
+    scheme: WeightScheme,
+    statistic: Tensor | None = None,
+    scratch: Scratch | None = None,
 ) -> dict[str, Tensor]:
     """The tensors that belong to these rows; with `constants` they are all that is stored.
 
-    On a CPU a few million elements at once are best: work is in blocks that fit the cache, in
-    memory that is taken once a call. Shapes and dtypes are those of `stored`, and so is the
-    `PlanError` on rows that do not fit. `NonFinite` on NaN or Inf, from `statistic` already
-    where the scheme needs one.
+    Shapes and dtypes are those of `stored`, and so is the `PlanError` on rows that do not fit.
+    `NonFinite` on NaN or Inf, from `statistic` already where the scheme needs one. With `scratch`
+    the codes are in its memory: the next call in this thread overwrites them.
     """
-    check(spec_of(w_RC), scheme)
+    code = stored(spec_of(w_RC), scheme)[scheme.codes]
+    scratch = scratch or Scratch(w_RC.device)
     x = tiled(w_RC.contiguous(), scheme)
-    scale, zero_point, divisor = _scale(x, scheme, statistic)
-    code = encode(x, divisor, zero_point, scheme)
-    made = {scheme.codes: code if scheme.codes == "weight_packed" else untiled(code, w_RC.shape)}
-    return made if scheme.strategy == "tensor" else made | _scale_tensors(scale, zero_point, scheme)
+    scale, zero_point, divisor = _scale(x, scheme, statistic, scratch)
+    code_RP = scratch.tensor("stored", code.shape, torch_dtype(code.dtype))
+    encode(x, divisor, zero_point, scheme, scratch, code_RP)
+    if scheme.strategy == "tensor":
+        return {scheme.codes: code_RP}
+    return {scheme.codes: code_RP} | _scale_tensors(scale, zero_point, scheme)
 
 
 def _scale(
-    x: Tensor, scheme: WeightScheme, statistic: Tensor | None
+    x: Tensor, scheme: WeightScheme, statistic: Tensor | None, scratch: Scratch
 ) -> tuple[Tensor, Tensor | None, Tensor]:
     """Of each tile: the scale as it is stored, the zero point, and what weights are divided by."""
     if scheme.strategy == "tensor":
         scale, zero_point = _scale_of_tensor(statistic, scheme)
         return scale, zero_point, scale
     if not scheme.symmetric:
-        scale, zero_point = scales.asymmetric(*extremes(x), scheme.num_bits)
+        scale, zero_point = scales.asymmetric(*extremes(x, scratch), scheme.num_bits)
         return scale, zero_point, scale
-    amax = magnitude(x)
+    amax = magnitude(x, scratch)
     if scheme.strategy == "tensor_group":
         global_scale = _global_scale(statistic, scheme)
         scale = scales.nvfp4(amax, global_scale)

@@ -48,13 +48,18 @@ def pack_words(code_RC: Tensor, num_bits: int) -> Tensor:
 
 def unpack_words(word_RW: Tensor, num_bits: int, columns: int) -> Tensor:
     """Inverse of `pack_words`: int8 codes [R, columns]."""
-    rows = len(word_RW)
     word_RW = pad(word_RW, (0, -word_RW.shape[1] % num_bits))
-    byte_RKb = word_RW.reshape(-1).view(torch.uint8).view(rows, -1, num_bits).long()
-    place_8 = torch.arange(8, device=word_RW.device)
-    long_RK = (byte_RKb << (place_8[:num_bits] * 8)).sum(-1, keepdim=True)
-    code_RC = ((long_RK >> (place_8 * num_bits)) & (2**num_bits - 1)).flatten(1)
-    return (code_RC[:, :columns] - 2 ** (num_bits - 1)).to(torch.int8)
+    byte_RB = word_RW.reshape(-1).view(torch.uint8).view(len(word_RW), -1)
+    if num_bits == 8:
+        code_RC = byte_RB
+    elif num_bits == 4:
+        code_RC = unpack_nibbles(byte_RB)
+    else:
+        place_8 = torch.arange(8, device=word_RW.device)
+        byte_RKb = byte_RB.unflatten(1, (-1, num_bits)).long()
+        long_RK = (byte_RKb << (place_8[:num_bits] * 8)).sum(-1, keepdim=True)
+        code_RC = (long_RK >> (place_8 * num_bits) & (2**num_bits - 1)).to(torch.uint8).flatten(1)
+    return (code_RC[:, :columns] - 2 ** (num_bits - 1)).view(torch.int8)
 
 
 def words(count: int, num_bits: int) -> int:

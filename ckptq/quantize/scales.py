@@ -75,7 +75,7 @@ def nvfp4_global(amax: Tensor) -> Tensor:
     it overflows.
     """
     amax = amax.reshape(1).clamp(min=torch.finfo(amax.dtype).tiny)
-    return (E4M3_MAX * E2M1_MAX / amax).nan_to_num(nan=1.0, posinf=1.0).float()
+    return (E4M3_MAX * E2M1_MAX / amax).float().nan_to_num(nan=1.0, posinf=1.0)
 
 
 def nvfp4(amax: Tensor, global_scale: Tensor) -> Tensor:

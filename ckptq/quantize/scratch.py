@@ -6,6 +6,9 @@ is asked for, which takes longer than all the arithmetic on it.
 
 from __future__ import annotations
 
+import threading
+from math import prod
+
 import torch
 from torch import Tensor
 
@@ -13,22 +16,31 @@ BLOCK_ELEMENTS = 1 << 18
 """Elements of a block: with fewer the calls cost more, with more they no longer fit the cache."""
 
 
-def blocks(x: Tensor) -> tuple[Tensor, ...]:
-    """Parts of `x` along its first dimension, in order; a single one on a GPU."""
+def block_length(x: Tensor) -> int:
+    """How much of the first dimension of `x` makes a block; all of it on a GPU."""
     cached = x.device.type == "cpu"
-    return x.split(max(BLOCK_ELEMENTS * len(x) // x.numel(), 1) if cached else len(x))
+    return max(BLOCK_ELEMENTS * len(x) // x.numel(), 1) if cached else len(x)
 
 
-class Scratch:
-    """Numbered lines of memory, each as large as the largest tensor that was asked of it."""
+def blocks(x: Tensor) -> tuple[Tensor, ...]:
+    """The blocks of `x` in order."""
+    return x.split(block_length(x))
 
-    def __init__(self) -> None:
-        self._lines: dict[int, Tensor] = {}
 
-    def line(self, index: int, x: Tensor, dtype: torch.dtype) -> Tensor:
-        """Line `index` in the shape of `x`. What it held before is lost."""
-        nbytes = x.numel() * dtype.itemsize
-        held = self._lines.get(index)
+class Scratch(threading.local):
+    """Named pieces of memory, each as large as the largest tensor that was asked of it.
+
+    Every thread has pieces of its own. Belongs to one device.
+    """
+
+    def __init__(self, device: torch.device | str = "cpu") -> None:
+        self.device = torch.device(device)
+        self._pieces: dict[str, Tensor] = {}
+
+    def tensor(self, name: str, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        """A dense tensor of unknown content. What this thread last got by this name is lost."""
+        nbytes = prod(shape) * dtype.itemsize
+        held = self._pieces.get(name)
         if held is None or held.numel() < nbytes:
-            held = self._lines[index] = torch.empty(nbytes, dtype=torch.uint8, device=x.device)
-        return held[:nbytes].view(dtype).view(x.shape)
+            held = self._pieces[name] = torch.empty(nbytes, dtype=torch.uint8, device=self.device)
+        return held[:nbytes].view(dtype).view(shape)

@@ -33,13 +33,10 @@ def tiled(w_RC: Tensor, scheme: WeightScheme) -> Tensor:
 
 
 def untiled(x: Tensor, shape: tuple[int, ...]) -> Tensor:
-    """Back to [R, C], without what `tiled` filled up."""
+    """A view as [R, C], without what `tiled` filled up."""
     if x.ndim == 3:
         return x.flatten(1)
-    whole = x.flatten(2, 3).flatten(0, 1)
-    if whole.shape == shape:
-        return whole
-    return whole[: shape[0], : shape[1]].clone(memory_format=torch.contiguous_format)
+    return x.flatten(2, 3).flatten(0, 1)[: shape[0], : shape[1]]
 
 
 def over_tiles(scale: Tensor, x: Tensor) -> Tensor:
@@ -49,30 +46,30 @@ def over_tiles(scale: Tensor, x: Tensor) -> Tensor:
     return scale.expand(x.shape[0], -1)[..., None]
 
 
-def magnitude(x: Tensor) -> Tensor:
+def magnitude(x: Tensor, scratch: Scratch) -> Tensor:
     """The largest absolute value of each tile, in the weight's dtype. `NonFinite` on NaN or Inf.
 
     Found among bit patterns: without their sign these order as the numbers do, Inf and NaN on
     top, and torch is several times faster at small integers than at bf16.
     """
-    scratch, bits = Scratch(), x.view(BITS[x.itemsize])
+    bits = x.view(BITS[x.itemsize])
     unsigned = torch.iinfo(bits.dtype).max
-    found = [
-        _largest(torch.bitwise_and(part, unsigned, out=scratch.line(0, part, bits.dtype)))
-        for part in blocks(bits)
-    ]
+    found = []
+    for part in blocks(bits):
+        held = scratch.tensor("bits", part.shape, bits.dtype)
+        found.append(_largest(torch.bitwise_and(part, unsigned, out=held)))
     return _finite(torch.cat(found), x.dtype)
 
 
-def extremes(x: Tensor) -> tuple[Tensor, Tensor]:
+def extremes(x: Tensor, scratch: Scratch) -> tuple[Tensor, Tensor]:
     """min(amin, 0) and max(amax, 0) of each tile, in its dtype. `NonFinite` on NaN or Inf."""
-    scratch, bits = Scratch(), x.view(BITS[x.itemsize])
+    bits = x.view(BITS[x.itemsize])
     sign = torch.iinfo(bits.dtype).min
     below, above = [], []
     for part in blocks(bits):
+        held = scratch.tensor("bits", part.shape, bits.dtype)
         # with the sign bit flipped, what was negative is on top, and orders by magnitude
-        flipped = torch.bitwise_xor(part, sign, out=scratch.line(0, part, bits.dtype))
-        below.append(_largest(flipped))
+        below.append(_largest(torch.bitwise_xor(part, sign, out=held)))
         above.append(_largest(part))
     low = _finite(torch.cat(below).clamp_(min=0), x.dtype)
     return low.neg_(), _finite(torch.cat(above).clamp_(min=0), x.dtype)

@@ -71,6 +71,20 @@ def test_blocks_for_the_cache_change_nothing(
 
 
 @pytest.mark.parametrize("scheme", SCHEMES, ids=case_name)
+def test_memory_that_is_used_again_changes_nothing(scheme: WeightScheme) -> None:
+    """The same scratch memory for weights of other shapes, dtypes and schemes in between."""
+    first, second = awkward(torch.bfloat16, rows=ROWS), awkward(torch.float32, columns=128)
+    held = scratch.Scratch()
+    for w_RC in (first, second, first):
+        found = statistic(w_RC, held) if needs_statistic(scheme) else None
+        tensors = {**quantize(w_RC, scheme, found, held), **constants(spec_of(w_RC), scheme, found)}
+        assert differences(tensors, convert(w_RC, scheme)) == []
+    code = quantize(first, scheme, statistic(first), held)[scheme.codes]
+    again = quantize(-first, scheme, statistic(-first), held)[scheme.codes]
+    assert code.data_ptr() == again.data_ptr()
+
+
+@pytest.mark.parametrize("scheme", SCHEMES, ids=case_name)
 def test_the_source_may_be_a_transposed_view_and_stays_as_it_was(scheme: WeightScheme) -> None:
     w_RC = awkward(torch.bfloat16)
     w_CR = w_RC.t().contiguous()
