@@ -104,10 +104,10 @@ def quantize_rows(
     code_RC = empty_codes((R, C), dtype, x_RC.device)
     scale_R1 = torch.empty(R, 1, dtype=x_RC.dtype, device=x_RC.device)
     switches = code_constexprs(x_RC, x_RC.dtype, dtype) | order_constexprs(heads, to, R)
-    switches |= {"HALF_RANGE": HALF_RANGE[dtype]}
     if C > LONGEST_ROW:
         _quantize_long_rows_kernel[(R,)](
             *(x_RC, code_RC, scale_R1, x_RC.stride(0), C),
+            HALF_RANGE=HALF_RANGE[dtype],
             **switches,
             BLOCK=8192,
             num_warps=8,
@@ -118,6 +118,7 @@ def quantize_rows(
     rows = max(1, 4096 // block)
     _quantize_rows_kernel[(triton.cdiv(R, rows),)](
         *(x_RC, code_RC, scale_R1, x_RC.stride(0), R, C),
+        HALF_RANGE=HALF_RANGE[dtype],
         **switches,
         ROWS=rows,
         BLOCK=block,

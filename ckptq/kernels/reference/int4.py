@@ -75,8 +75,10 @@ def quantize_int4_experts(
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """`quantize_int4` of every x[e].T: [E, N, K / 8], [E, N, K / group], [E, N / 8, K / group]."""
     triples = [quantize_int4(x_KN.t(), group, symmetric) for x_KN in x_EKN]
-    packed_ENP, scale_ENG = (torch.stack([t[i] for t in triples]) for i in (0, 1))
-    return packed_ENP, scale_ENG, None if symmetric else torch.stack([t[2] for t in triples])
+    packed_ENP = torch.stack([packed for packed, _, _ in triples])
+    scale_ENG = torch.stack([scale for _, scale, _ in triples])
+    zeros = [zero for _, _, zero in triples if zero is not None]
+    return packed_ENP, scale_ENG, torch.stack(zeros) if zeros else None
 
 
 def dequantize_int4(

@@ -1,0 +1,71 @@
+"""The doors of `dispatch`: one per kernel, and both sides of each give the same."""
+
+import inspect
+from collections.abc import Callable
+
+import pytest
+import torch
+from kernel_cases import same, weights
+from torch import Tensor
+
+from ckptq.kernels import dispatch
+from ckptq.kernels.reference import quantize as meaning
+
+A, W = weights((5, 256), seed=1), weights((9, 256), seed=2)
+EXPERTS = weights((2, 128, 24))
+(A8, A_SCALE), (W8, W_SCALE) = meaning.quantize_rows(A), meaning.quantize_rows(W)
+(AB, AB_SCALE), (WB, WB_SCALE) = (
+    meaning.quantize_blocks(A, block=(1, 128)),
+    meaning.quantize_blocks(W),
+)
+W4, W4_SCALE, W4_ZERO = dispatch.quantize_int4(W, 32, False)
+CALLS: dict[str, tuple] = {
+    "quantize_rows": (W,),
+    "quantize_tensor": (W,),
+    "quantize_heads": (weights((7, 2, 24)),),
+    "quantize_blocks": (W,),
+    "quantize_static": (W, W_SCALE, (1, 256)),
+    "dequantize": (W8, W_SCALE, (1, 256)),
+    "quantize_experts": (EXPERTS,),
+    "quantize_expert_blocks": (EXPERTS,),
+    "quantize_int4": (W, 32, False),
+    "dequantize_int4": (W4, W4_SCALE, 256, W4_ZERO),
+    "quantize_int4_experts": (EXPERTS, 32),
+    "linear_w8a8": (A8, A_SCALE, W8, W_SCALE),
+    "linear_fp8_block": (AB, AB_SCALE, WB, WB_SCALE),
+    "linear_w4a16": (A, W4, W4_SCALE, W4_ZERO),
+}
+
+
+def test_no_door_is_forgotten() -> None:
+    doors = {
+        name
+        for name, value in vars(dispatch).items()
+        if inspect.isfunction(value) and value.__module__ == dispatch.__name__
+    }
+    assert doors - {"on_gpu"} == CALLS.keys()
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_both_sides_of_a_door(
+    device: torch.device, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    """Without a GPU, the kernel's side is taken by saying that there is one."""
+    door: Callable[..., Tensor | tuple] = getattr(dispatch, name)
+    monkeypatch.setattr(dispatch, "on_gpu", lambda _x: False)
+    want = door(*CALLS[name])
+    monkeypatch.setattr(dispatch, "on_gpu", lambda _x: True)
+    got = door(*(arg.to(device) if isinstance(arg, Tensor) else arg for arg in CALLS[name]))
+    if name.startswith("linear"):
+        torch.testing.assert_close(got.cpu(), want, rtol=2**-7, atol=1e-4 * want.abs().max().item())
+    else:
+        pairs = [(got, want)] if isinstance(want, Tensor) else zip(got, want, strict=True)
+        assert all(same(g, w) for g, w in pairs if w is not None)
+
+
+def test_the_rule(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert not dispatch.on_gpu(W)
+    if torch.cuda.is_available():
+        assert dispatch.on_gpu(W.cuda())
+        monkeypatch.setenv("CKPTQ_EAGER", "1")
+        assert not dispatch.on_gpu(W.cuda())
