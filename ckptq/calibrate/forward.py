@@ -22,6 +22,7 @@ from ckptq.calibrate.record import (
     Memo,
     Moved,
     Recorder,
+    is_plain,
     layers_replaced,
 )
 from ckptq.calibrate.skeleton import Skeleton, build_skeleton
@@ -43,6 +44,11 @@ class Stream:
     """One per batch, on the CPU; replaced in place as layers run."""
     arguments: list[list[LayerArguments]]
     """[batch][layer]: what the model passes to the layer besides the hidden states."""
+
+    @property
+    def resumable(self) -> bool:
+        """False where layers hand something on beside the hidden states (shared keys, values)."""
+        return all(is_plain(call) for calls in self.arguments for call in calls)
 
 
 class LayerwiseModel:

@@ -108,6 +108,17 @@ def _map_tensors(change: Callable[[Tensor], Tensor], value: Any) -> Any:
     return value
 
 
+def is_plain(value: Any) -> bool:
+    """Whether arguments hold nothing that a layer could change for the layers after it."""
+    import torch
+
+    if type(value) in (tuple, list):
+        return all(map(is_plain, value))
+    if type(value) is dict:
+        return all(map(is_plain, value.values()))
+    return value is None or isinstance(value, (torch.Tensor, bool, int, float, str))
+
+
 @contextmanager
 def layers_replaced(layers: Sequence[nn.Module], stand_in: Callable[..., Tensor]) -> Iterator[None]:
     """Each layer's `forward` is another function inside the block; its attributes stay."""

@@ -9,9 +9,13 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import asdict
+from importlib.metadata import version
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
 
+from ckptq import __version__
 from ckptq.calibrate.forward import LayerwiseModel, Stream, open_model
+from ckptq.calibrate.journal import Journal
 from ckptq.calibrate.observers import Observer, Strategy, make_observer
 from ckptq.calibrate.scales import Record, Scales, source_fingerprint
 from ckptq.calibrate.statistics import Statistics
@@ -37,6 +41,7 @@ def calibrate(
     batch_size: int = 8,
     device: str = "cpu",
     progress: Progress = lambda done, total: None,
+    journal: Path | None = None,
 ) -> Scales:
     """Scales for q, k and v of every attention layer: [H, 1, 1] for "attn_head", [1] for "tensor".
 
@@ -45,20 +50,31 @@ def calibrate(
 
     Raises PlanError for a model that has no attention heads or cannot be run layer by layer,
     SourceError where weights are missing or the activations of a layer are not finite.
+
+    With a `journal` folder an interrupted run goes on where it stopped, and ends with equal bytes;
+    UsageError when the folder is of a run with another source, samples or arguments.
     """
     if batch_size < 1:
         raise UsageError(f"batch_size must be at least 1, got {batch_size}")
-    chosen = _observer(observer, observer_arguments)
+    statistics = Statistics(_observer(observer, observer_arguments), _strategy(strategy))
+    kept = None
+    if journal is not None:
+        kept = Journal(journal, _identity(ckpt, samples, statistics, batch_size, device))
+        if (finished := kept.finished()) is not None:
+            return finished
     model = open_model(ckpt, device)
     _check_vocabulary(model, samples)
-    statistics = Statistics(chosen, _strategy(strategy))
-    _run(model, model.embed(samples.batches(batch_size)), statistics, str(ckpt.path), progress)
+    stream = model.embed(samples.batches(batch_size))
+    _run(model, stream, statistics, str(ckpt.path), progress, kept)
     if not statistics.points:
         raise PlanError(
             f"{ckpt.path}: no attention of {type(model.skeleton.model).__name__} passes through "
             "transformers' attention interface, so its q, k and v cannot be observed"
         )
-    return _scales(ckpt, model, statistics, samples, batch_size)
+    scales = _scales(ckpt, model, statistics, samples, batch_size)
+    if kept is not None:
+        kept.finish(scales)
+    return scales
 
 
 def _strategy(name: str) -> Strategy:
@@ -89,15 +105,43 @@ def _observer(name: str, arguments: Mapping[str, Any] | None) -> Observer:
 
 
 def _run(
-    model: LayerwiseModel, stream: Stream, statistics: Statistics, where: str, progress: Progress
+    model: LayerwiseModel,
+    stream: Stream,
+    statistics: Statistics,
+    where: str,
+    progress: Progress,
+    journal: Journal | None,
 ) -> None:
+    """All layers, or those that are left. Progress counts those of a former run too."""
     layers = model.layer_names
+    done = journal.restore(stream, statistics) if journal is not None else 0
     for index, name in enumerate(layers):
-        model.run_layer(
-            index, stream, lambda number: statistics.tap(stream.batches[number].lengths)
-        )
-        statistics.check_finite(where, name)
+        if index >= done:
+            model.run_layer(
+                index, stream, lambda number: statistics.tap(stream.batches[number].lengths)
+            )
+            statistics.check_finite(where, name)
+            if journal is not None and index + 1 < len(layers):
+                journal.keep(index + 1, stream, statistics)
         progress(index + 1, len(layers))
+
+
+def _identity(
+    ckpt: Checkpoint, samples: Samples, statistics: Statistics, batch_size: int, device: str
+) -> dict[str, Any]:
+    """Everything on which the bits of the statistics depend."""
+    return {
+        "source": source_fingerprint(ckpt),
+        "modified": {h.file.name: h.file.stat().st_mtime_ns for h in ckpt.headers},
+        "samples": samples.digest,
+        "strategy": statistics.strategy,
+        "observer": asdict(statistics.observer),  # type: ignore[call-overload]
+        "batch_size": batch_size,
+        "device": device,
+        "ckptq": __version__,
+        "torch": version("torch"),
+        "transformers": version("transformers"),
+    }
 
 
 def _scales(

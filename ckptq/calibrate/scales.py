@@ -82,11 +82,9 @@ def save_scales(path: Path, scales: Scales) -> None:
     record = json.dumps(scales.record(), sort_keys=True)
     tensors = {**scales.statistics, **scales.tensors}
     scratch = path.with_name(path.name + ".partial")
-    save_file(
-        {name: tensors[name].contiguous() for name in sorted(tensors)},
-        scratch,
-        metadata={"format": "pt", RECORD_KEY: record},
-    )
+    # one key only: safetensors writes several in an order that changes from call to call
+    metadata = {RECORD_KEY: record}
+    save_file({name: tensors[name].contiguous() for name in sorted(tensors)}, scratch, metadata)
     scratch.replace(path)
 
 

@@ -127,6 +127,7 @@ class Loader:
         """Give the memory of a module's weights back."""
         for parameter in self._own(module, recurse):
             _set(self._skeleton.model, parameter, _empty_on_meta(self._skeleton.model, parameter))
+        _return_free_memory()
 
     def _own(self, module: str, recurse: bool) -> list[str]:
         prefix = module + "." if module else ""
@@ -235,6 +236,15 @@ def _get(model: nn.Module, name: str) -> Tensor:
 def _set(model: nn.Module, name: str, tensor: Tensor) -> None:
     owner, _, key = name.rpartition(".")
     setattr(model.get_submodule(owner), key, tensor)
+
+
+def _return_free_memory() -> None:
+    """Hand free heap pages to the system, or the holes in the heap grow with every layer."""
+    import ctypes
+
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc alone has it
+    if trim is not None:
+        trim(0)
 
 
 def _empty_on_meta(model: nn.Module, name: str) -> Tensor:

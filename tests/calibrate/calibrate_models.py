@@ -1,7 +1,7 @@
 """Tiny models of every family, random but shaped so that a wrong scale shows.
 
-K and V heads differ in size by powers of two, undone in the queries and the output projection, so that
-no two heads of a layer share a scale.
+V heads differ in size by powers of four, undone in the output projection, so that no two heads of a
+layer share a scale.
 """
 
 from collections.abc import Callable

@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 import transformers
-from calibrate_models import FAMILIES, VOCAB, make, samples_of, token_rows
+from calibrate_models import FAMILIES, VOCAB, samples_of, token_rows
 
 from ckptq.calibrate.forward import open_model
 from ckptq.calibrate.skeleton import build_skeleton
@@ -22,11 +22,8 @@ def batches() -> list[Batch]:
     return list(samples_of(token_rows(LENGTHS)).batches(3))
 
 
-def plain(ckpt, batches, heads=None):
-    """Hidden states before each layer and logits of transformers' own forward, per batch.
-
-    `heads` collects q, k and v as an attention function registered with transformers gets them.
-    """
+def plain(ckpt, batches):
+    """Hidden states before each layer and logits of transformers' own forward, per batch."""
     model_class = getattr(transformers, ckpt.config["architectures"][0])
     implementation = "sdpa" if model_class._supports_sdpa else "eager"
     model = model_class.from_pretrained(ckpt.path, attn_implementation=implementation).eval()
@@ -76,7 +73,7 @@ def test_one_layer_has_weights_at_a_time(saved, batches, family):
 
 
 def test_a_wrong_weight_is_noticed(saved, batches):
-    """The comparison above can fail: one weight of the last layer, one bf16 step away, and it does."""
+    """The first test can fail: with one weight of the last layer changed, it does."""
     ckpt = saved("llama")
 
     class Nudged(CheckpointWeights):
@@ -87,7 +84,7 @@ def test_a_wrong_weight_is_noticed(saved, batches):
                     tensor[0, 0] = tensor.abs().max() * 2
             return tensors
 
-    want_hidden, want_logits = plain(ckpt, batches)
+    _, want_logits = plain(ckpt, batches)
     model = open_model(ckpt, weights=Nudged(ckpt))
     stream = model.embed(batches)
     for index in range(len(model.layer_names)):

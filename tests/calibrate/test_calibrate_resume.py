@@ -1,0 +1,199 @@
+"""A killed calibration goes on where it stopped and ends with the bytes of one that was not."""
+
+import os
+import signal
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from calibrate_models import LAYERS, samples_of, token_rows
+
+from ckptq.calibrate import journal as journal_module
+from ckptq.calibrate.forward import LayerwiseModel
+from ckptq.calibrate.run import calibrate
+from ckptq.calibrate.scales import save_scales
+from ckptq.errors import UsageError
+
+SAMPLES = samples_of(token_rows([24, 11, 24, 24]))
+
+
+@pytest.fixture(autouse=True)
+def every_layer(monkeypatch):
+    """Keep the state after every layer, however long that takes."""
+    monkeypatch.setattr(journal_module, "SHARE_OF_TIME", float("inf"))
+
+
+@pytest.fixture
+def run_layers(monkeypatch) -> list[int]:
+    """Which layers are run, in order."""
+    ran: list[int] = []
+    run_layer = LayerwiseModel.run_layer
+
+    def counted(self, index, *args):
+        run_layer(self, index, *args)
+        ran.append(index)
+
+    monkeypatch.setattr(LayerwiseModel, "run_layer", counted)
+    return ran
+
+
+class Killed(BaseException):
+    """Stands for a signal: nothing may catch it."""
+
+
+def run(ckpt, folder: Path, die_after: int | None = None, observer="percentile"):
+    def progress(done: int, total: int) -> None:
+        if done == die_after:
+            raise Killed
+
+    return calibrate(
+        ckpt, SAMPLES, observer=observer, batch_size=2, journal=folder, progress=progress
+    )
+
+
+def written(scales, path: Path) -> bytes:
+    save_scales(path, scales)
+    return path.read_bytes()
+
+
+@pytest.mark.parametrize("observer", ["percentile", "static_minmax"])
+def test_interrupted_after_any_layer_ends_with_the_same_bytes(
+    saved, tmp_path, run_layers, observer
+):
+    ckpt = saved("llama4")
+    want = written(run(ckpt, tmp_path / "whole", observer=observer), tmp_path / "want")
+    for die_after in range(1, LAYERS):
+        folder = tmp_path / str(die_after)
+        with pytest.raises(Killed):
+            run(ckpt, folder, die_after, observer)
+        run_layers.clear()
+        assert written(run(ckpt, folder, observer=observer), tmp_path / "got") == want
+        assert run_layers == list(range(die_after, LAYERS))
+
+
+def test_killed_again_and_again(saved, tmp_path, run_layers):
+    ckpt = saved("llama")
+    want = written(run(ckpt, tmp_path / "whole"), tmp_path / "want")
+    run_layers.clear()
+    for die_after in (1, 2, 3):
+        with pytest.raises(Killed):
+            run(ckpt, tmp_path / "journal", die_after)
+    assert written(run(ckpt, tmp_path / "journal"), tmp_path / "got") == want
+    assert run_layers == [0, 1, 2, 3]
+
+
+def test_finished_run_is_not_run_again(saved, tmp_path, run_layers):
+    ckpt = saved("llama")
+    first = written(run(ckpt, tmp_path / "journal"), tmp_path / "first")
+    run_layers.clear()
+    assert written(run(ckpt, tmp_path / "journal"), tmp_path / "again") == first
+    assert not run_layers
+    assert {file.name for file in (tmp_path / "journal").iterdir()} == {
+        "run.json",
+        "scales.safetensors",
+    }
+
+
+def test_half_written_state_is_no_state(saved, tmp_path, run_layers):
+    """A run that died while it wrote the second state goes on from the first."""
+    ckpt = saved("llama")
+    folder = tmp_path / "journal"
+    with pytest.raises(Killed):
+        run(ckpt, folder, 1)
+    (folder / "layer-00002.partial").mkdir()
+    (folder / "layer-00002.partial" / "batch-00000.safetensors").write_bytes(b"torn")
+    run_layers.clear()
+    want = written(run(ckpt, tmp_path / "whole"), tmp_path / "want")
+    run_layers.clear()
+    assert written(run(ckpt, folder), tmp_path / "got") == want
+    assert run_layers == [1, 2, 3]
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        ({"samples": samples_of(token_rows([24], seed=1))}, "samples was"),
+        ({"strategy": "tensor"}, "strategy was 'attn_head', is 'tensor'"),
+        ({"observer": "mse"}, "observer was"),
+        ({"batch_size": 1}, "batch_size was 2, is 1"),
+    ],
+)
+def test_a_different_run_is_refused_with_the_difference_named(saved, tmp_path, change, named):
+    ckpt = saved("llama")
+    with pytest.raises(Killed):
+        run(ckpt, tmp_path, 1)
+    arguments = {"samples": SAMPLES, "observer": "percentile", "batch_size": 2} | change
+    with pytest.raises(UsageError, match=named):
+        calibrate(ckpt, arguments.pop("samples"), journal=tmp_path, **arguments)
+
+
+def test_a_changed_source_is_refused(saved, tmp_path):
+    ckpt = saved("llama")
+    with pytest.raises(Killed):
+        run(ckpt, tmp_path, 1)
+    config = {**ckpt.config, "rms_norm_eps": 1e-3}
+    with pytest.raises(UsageError, match="source was"):
+        run(replace(ckpt, config=config), tmp_path)
+
+
+def test_layers_that_share_keys_begin_again(saved, tmp_path, run_layers):
+    """What Gemma-3n's layers hand each other is not kept: such a run starts from layer 0."""
+    ckpt = saved("gemma3n")
+    want = written(run(ckpt, tmp_path / "whole"), tmp_path / "want")
+    with pytest.raises(Killed):
+        run(ckpt, tmp_path / "journal", 3)
+    run_layers.clear()
+    assert written(run(ckpt, tmp_path / "journal"), tmp_path / "got") == want
+    assert run_layers == [0, 1, 2, 3]
+
+
+def test_writing_takes_a_tenth_of_the_time_at_most(saved, tmp_path, monkeypatch):
+    """With states that take 1 s and layers that take 4 s, one state in three layers is kept."""
+    clock = [0.0]
+    monkeypatch.setattr(journal_module, "monotonic", lambda: clock[0])
+    written_after: list[int] = []
+
+    def write(self, done, stream, points):
+        clock[0] += 1
+        written_after.append(done)
+
+    monkeypatch.setattr(journal_module.Journal, "_write", write)
+    monkeypatch.setattr(journal_module, "SHARE_OF_TIME", 0.1)
+    journal = journal_module.Journal(tmp_path, {})
+
+    class AlwaysResumable:
+        resumable = True
+
+    for done in range(1, 9):
+        clock[0] += 4
+        journal.keep(done, AlwaysResumable(), type("Empty", (), {"points": {}}))
+    assert written_after == [1, 4, 7]
+
+
+KILLED = """
+import os, signal, sys
+from pathlib import Path
+from ckptq.calibrate import journal
+from ckptq.calibrate.run import calibrate
+from ckptq.calibrate.text import Samples
+from ckptq.checkpoint.open import open_checkpoint
+journal.SHARE_OF_TIME = float("inf")
+rows = eval(sys.argv[3])
+calibrate(open_checkpoint(Path(sys.argv[1])), Samples(rows, "test", 24, 0), observer="percentile",
+          batch_size=2, journal=Path(sys.argv[2]),
+          progress=lambda done, total: done == 2 and os.kill(os.getpid(), signal.SIGKILL))
+"""
+
+
+def test_sigkill(saved, tmp_path, run_layers):
+    ckpt = saved("llama")
+    folder = tmp_path / "journal"
+    command = [sys.executable, "-c", KILLED, str(ckpt.path), str(folder), repr(SAMPLES.token_ids)]
+    done = subprocess.run(command, capture_output=True, env=os.environ)
+    assert done.returncode == -signal.SIGKILL, done.stderr
+    want = written(run(ckpt, tmp_path / "whole"), tmp_path / "want")
+    run_layers.clear()
+    assert written(run(ckpt, folder), tmp_path / "got") == want
+    assert run_layers == [2, 3]
