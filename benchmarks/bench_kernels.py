@@ -1,0 +1,245 @@
+"""Quantize, pack and dequantize kernels: GB/s against a device copy, torch eager, others' code.
+
+    python benchmarks/bench_kernels.py --out benchmarks/results/kernels
+
+Every kernel's result is first compared with eager torch's at the very shape that is timed, to the
+bit, and a difference ends the run. Bytes count every input and output once, whatever a kernel
+really moves; the operations that have to see all of the input before their first code count it
+twice ("2 reads"). compressed-tensors is timed where it is installed: extrema, its qparams, its
+quantization and packing, and whether its codes are ours. Writes PATH.md and PATH.json.
+
+`--shrink 32` divides the shapes; with TRITON_INTERPRET=1 that tries the script without a GPU.
+"""
+
+import argparse
+import json
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import kernel_baselines as base
+import torch
+from kernel_timing import copy_gbs, environment, markdown, measure, nbytes_of
+from torch import Tensor
+
+from ckptq.kernels.dequantize import dequantize
+from ckptq.kernels.int4 import dequantize_int4, quantize_int4
+from ckptq.kernels.int4_experts import quantize_int4_experts
+from ckptq.kernels.quantize_blocks import quantize_blocks
+from ckptq.kernels.quantize_expert_blocks import quantize_expert_blocks
+from ckptq.kernels.quantize_experts import quantize_experts
+from ckptq.kernels.quantize_rows import quantize_rows
+from ckptq.kernels.quantize_static import quantize_static
+from ckptq.kernels.quantize_tensor import quantize_heads, quantize_tensor
+
+FP8, INT8 = torch.float8_e4m3fn, torch.int8
+LLAMA_70B = [(8192, 8192), (28672, 8192), (8192, 28672)]
+"""q_proj and o_proj, gate_proj and up_proj, down_proj of Llama-3.1-70B."""
+LLAMA_4 = [(16, 5120, 16384), (16, 8192, 5120)]
+"""Fused gate_up_proj and down_proj of a Llama-4 Scout layer; of the first, gate is a half."""
+KEYS = [(65536, 8, 128)]
+"""Tokens, key heads, head dimension of Llama-3.1-70B."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Case:
+    """One operation at one kind of shape. `prepare` makes its inputs from random weights."""
+
+    name: str
+    shapes: list[tuple[int, ...]]
+    kernel: Callable[..., Any]
+    eager: Callable[..., Any]
+    theirs: Callable[..., Any] | None = None
+    prepare: Callable[[Tensor], tuple] = lambda x: (x,)
+    reads: int = 1
+    """How often the input has to be read."""
+
+
+def static_inputs(x: Tensor) -> tuple:
+    return x, torch.full((1, 1), 0.01, dtype=x.dtype, device=x.device)
+
+
+def gate(x_EKN: Tensor) -> tuple:
+    """The first half of the columns where gate and up are fused, else all."""
+    _, K, N = x_EKN.shape
+    return (x_EKN[:, :, : N // 2] if N > 2 * K else x_EKN,)
+
+
+def cases() -> list[Case]:
+    theirs = base.compressed_tensors
+    return [
+        Case(
+            name="fp8 channel",
+            shapes=LLAMA_70B,
+            kernel=quantize_rows,
+            eager=base.rows,
+            theirs=theirs("channel"),
+        ),
+        Case(
+            name="int8 channel",
+            shapes=LLAMA_70B,
+            kernel=partial(quantize_rows, dtype=INT8),
+            eager=partial(base.rows, dtype=INT8),
+            theirs=theirs("int_channel"),
+        ),
+        Case(
+            name="fp8 tensor, 2 reads",
+            shapes=LLAMA_70B,
+            kernel=quantize_tensor,
+            eager=base.tensor,
+            theirs=theirs("tensor"),
+            reads=2,
+        ),
+        Case(
+            name="fp8 tensor, static",
+            shapes=LLAMA_70B,
+            kernel=lambda x, s: quantize_static(x, s, tuple(x.shape)),
+            eager=lambda x, s: base.codes(x, s, FP8),
+            prepare=static_inputs,
+        ),
+        Case(
+            name="fp8 block 128",
+            shapes=LLAMA_70B,
+            kernel=quantize_blocks,
+            eager=base.blocks,
+            theirs=theirs("block"),
+        ),
+        Case(
+            name="fp8 head, 2 reads",
+            shapes=KEYS,
+            kernel=quantize_heads,
+            eager=base.heads,
+            reads=2,
+        ),
+        Case(
+            name="int4 g128 + pack",
+            shapes=LLAMA_70B,
+            kernel=lambda x: quantize_int4(x)[:2],
+            eager=base.int4,
+            theirs=theirs("group", bits=4),
+        ),
+        Case(
+            name="int4 g128 asym + pack",
+            shapes=LLAMA_70B,
+            kernel=partial(quantize_int4, symmetric=False),
+            eager=partial(base.int4, symmetric=False),
+            theirs=theirs("group", bits=4, symmetric=False),
+        ),
+        Case(
+            name="fp8 dequantize",
+            shapes=LLAMA_70B,
+            kernel=lambda c, s: dequantize(c, s, (1, c.shape[1])),
+            eager=base.dequantized,
+            prepare=quantize_rows,
+        ),
+        Case(
+            name="int4 unpack + dequantize",
+            shapes=LLAMA_70B,
+            kernel=lambda p, s: dequantize_int4(p, s, p.shape[1] * 8),
+            eager=lambda p, s: base.dequantized_int4(p, s, p.shape[1] * 8),
+            prepare=lambda x: quantize_int4(x)[:2],
+        ),
+        Case(
+            name="experts, fp8 channel",
+            shapes=LLAMA_4,
+            kernel=quantize_experts,
+            eager=partial(base.turned, base.rows),
+            prepare=gate,
+        ),
+        Case(
+            name="experts, fp8 block 128",
+            shapes=LLAMA_4,
+            kernel=quantize_expert_blocks,
+            eager=partial(base.turned, base.blocks),
+            prepare=gate,
+        ),
+        Case(
+            name="experts, int4 g128 + pack",
+            shapes=LLAMA_4,
+            kernel=lambda x: quantize_int4_experts(x)[:2],
+            eager=partial(base.turned, base.int4),
+            prepare=gate,
+        ),
+    ]
+
+
+def weights(shape: tuple[int, ...], device: torch.device) -> Tensor:
+    """Normal bf16 weights with rows of different sizes, new for every case."""
+    x = torch.randn(shape, device=device, dtype=torch.bfloat16)
+    return x.mul_(torch.rand(shape[:-1], device=device, dtype=torch.bfloat16)[..., None] * 0.05)
+
+
+def equal(got: Any, want: Any) -> bool:
+    """The same tensors to the bit, as both sides store them."""
+    if isinstance(got, Tensor):
+        got, want = (got,), (want,)
+    pairs = [(g, w) for g, w in zip(got, want, strict=True) if g is not None]
+    return all(torch.equal(_bits(g), _bits(w)) for g, w in pairs)
+
+
+def _bits(x: Tensor) -> Tensor:
+    plain = {1: torch.uint8, 2: torch.int16, 4: torch.int32}[x.element_size()]
+    return x.contiguous().view(plain)
+
+
+def shrunk(side: int, by: int) -> int:
+    """A side divided, in whole blocks of 128; a small one stays."""
+    return side if by == 1 or side <= 128 else -(-side // by // 128) * 128
+
+
+def bench(case: Case, shape: tuple[int, ...], copy: float, device: torch.device) -> dict[str, Any]:
+    """One row of the table; ends the run where kernel and eager differ."""
+    inputs = case.prepare(weights(shape, device))
+    got = case.kernel(*inputs)
+    if not equal(got, case.eager(*inputs)):
+        sys.exit(f"{case.name} {shape}: kernel and eager torch differ; nothing is reported")
+    moved = nbytes_of(got) + nbytes_of(inputs) * case.reads
+    ms = measure(lambda: case.kernel(*inputs))
+    eager_ms = measure(lambda: case.eager(*inputs), 5)
+    row = {
+        "operation": case.name,
+        "shape": "x".join(map(str, inputs[0].shape)),
+        "ms": ms,
+        "GB/s": moved / ms / 1e6,
+        "% of copy": 100 * moved / ms / 1e6 / copy,
+        "eager ms": eager_ms,
+        "x eager": eager_ms / ms,
+    }
+    if case.theirs is not None:
+        # its scales have shapes of its own; the codes are what may differ
+        row["same codes as CT"] = str(equal(case.theirs(*inputs)[0], got[0]))
+        row["CT ms"] = measure(lambda: case.theirs(*inputs), 5)
+        row["x CT"] = row["CT ms"] / ms
+    return row
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--out", type=Path, help="writes OUT.md and OUT.json")
+    parser.add_argument("--only", default="", help="operations whose name contains this")
+    parser.add_argument("--shrink", type=int, default=1, help="divide sides over 128")
+    args = parser.parse_args()
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    copy = copy_gbs((2 << 30) // args.shrink**2, device)
+    rows = []
+    for case in cases():
+        for full in case.shapes if args.only in case.name else []:
+            shape = tuple(shrunk(side, args.shrink) for side in full)
+            rows.append(bench(case, shape, copy, device))
+            print(rows[-1], flush=True)
+    rows.sort(key=lambda row: "CT ms" not in row)  # a full row first: it names the columns
+    where = environment() | {"copy GB/s": f"{copy:.0f}"}
+    report = "\n".join(f"{key}: {value}  " for key, value in where.items())
+    report += "\n\n" + markdown(rows)
+    print(report)
+    if args.out:
+        args.out.parent.mkdir(parents=True, exist_ok=True)
+        args.out.with_suffix(".md").write_text(f"# {__doc__.splitlines()[0]}\n\n{report}")
+        args.out.with_suffix(".json").write_text(json.dumps({"where": where, "rows": rows}))
+
+
+if __name__ == "__main__":
+    main()

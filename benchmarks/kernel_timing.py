@@ -1,0 +1,80 @@
+"""Time kernels on a device, and what a device copy reaches there; shared by the kernel benchmarks.
+
+Times are medians of single runs between two events, each after a fill that is larger than the L2
+cache: nothing is found there by luck, and the host is ahead of the device when the run begins.
+"""
+
+import statistics
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+
+FLUSH_BYTES = 512 << 20
+
+
+def measure(run: Callable[[], Any], runs: int = 30) -> float:
+    """Median milliseconds of `run` on the GPU, or on the host's clock where there is none."""
+    if not torch.cuda.is_available():
+        start = time.perf_counter()
+        run()
+        return (time.perf_counter() - start) * 1e3
+    flush = torch.empty(FLUSH_BYTES, dtype=torch.int8, device="cuda")
+    events = [(_event(), _event()) for _ in range(runs)]
+    for _ in range(3):
+        run()
+    for before, after in events:
+        flush.zero_()
+        before.record()
+        run()
+        after.record()
+    torch.cuda.synchronize()
+    return statistics.median(before.elapsed_time(after) for before, after in events)
+
+
+def _event() -> torch.cuda.Event:
+    return torch.cuda.Event(enable_timing=True)
+
+
+def copy_gbs(nbytes: int, device: torch.device) -> float:
+    """GB/s of a device copy of `nbytes`, read and written bytes counted."""
+    source = torch.empty(nbytes, dtype=torch.uint8, device=device).random_()
+    target = torch.empty_like(source)
+    return 2 * nbytes / measure(lambda: target.copy_(source)) / 1e6
+
+
+def nbytes_of(tensors: Any) -> int:
+    """Bytes of all tensors in a tensor or a tuple."""
+    if isinstance(tensors, Tensor):
+        return tensors.numel() * tensors.element_size()
+    if isinstance(tensors, tuple | list):
+        return sum(nbytes_of(tensor) for tensor in tensors)
+    return 0
+
+
+def environment() -> dict[str, str]:
+    """The versions and the device that numbers belong to."""
+    cuda = torch.cuda.is_available()
+    return {
+        "device": torch.cuda.get_device_name() if cuda else "cpu, interpreted",
+        "torch": torch.__version__,
+        "triton": triton.__version__,
+        "cuda": str(torch.version.cuda),
+    }
+
+
+def markdown(rows: list[dict[str, Any]]) -> str:
+    """A table whose columns are the keys of the first row; missing values are empty."""
+    head = list(rows[0])
+    lines = ["| " + " | ".join(head) + " |", "|" + " --- |" * len(head)]
+    lines += ["| " + " | ".join(_cell(row.get(key)) for key in head) + " |" for row in rows]
+    return "\n".join(lines) + "\n"
+
+
+def _cell(value: Any) -> str:
+    if value is None:
+        return ""
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
