@@ -11,7 +11,7 @@ import signal
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, NoReturn
+from typing import TYPE_CHECKING, Annotated, NoReturn, TypeVar
 
 import typer
 
@@ -20,6 +20,8 @@ from ckptq.errors import CkptqError, UsageError
 
 if TYPE_CHECKING:
     from ckptq.recipes.load import Recipe
+
+Word = TypeVar("Word", bound=str)
 
 app = typer.Typer(
     name="ckptq",
@@ -92,6 +94,17 @@ def quantize(
     shard_size: ShardSize = "5GB",
     max_ram: MaxRam = None,
     workers: Workers = None,
+    rope_order: Annotated[
+        str,
+        typer.Option(help="keep, or half-split: for engines that do not permute Llama-4's q/k."),
+    ] = "keep",
+    as_written: Annotated[
+        bool,
+        typer.Option(
+            "--as-written",
+            help="Leave Llama-4's q/k/v in formats that vLLM cannot permute (it will be wrong).",
+        ),
+    ] = False,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Print the plan; touch headers only.")
     ] = False,
@@ -108,7 +121,14 @@ def quantize(
 
     chosen = _recipe(scheme, recipe)
     ckpt = open_checkpoint(model, revision)
-    plan = make_plan(ckpt, chosen, ignore=ignore or (), shard_bytes=_bytes(shard_size))
+    plan = make_plan(
+        ckpt,
+        chosen,
+        ignore=ignore or (),
+        shard_bytes=_bytes(shard_size),
+        permutable=not as_written,
+        rope_order=_one_of("--rope-order", rope_order, ("keep", "half-split")),
+    )
     if dry_run:
         show_plan(plan, json)
         return
@@ -129,7 +149,12 @@ def quantize(
             ckpt,
             plan,
             output or default_output(ckpt, chosen),
-            arguments={"ignore": ignore or [], "shard_bytes": _bytes(shard_size)},
+            arguments={
+                "ignore": ignore or [],
+                "shard_bytes": _bytes(shard_size),
+                "rope_order": rope_order,
+                "as_written": as_written,
+            },
             scales=source,
             restart=restart,
             workers=workers,
@@ -269,10 +294,12 @@ def _recipe(scheme: str | None, recipe: Path | None) -> Recipe:
     return load_recipe(recipe) if recipe is not None else load_scheme(str(scheme))
 
 
-def _one_of(option: str, given: str, choice: Sequence[str]) -> str:
-    if given not in choice:
-        raise UsageError(f"{option} {given!r}: wanted {' or '.join(choice)}")
-    return given
+def _one_of(option: str, given: str, choice: Sequence[Word]) -> Word:
+    """The choice that was given; UsageError for anything else."""
+    for word in choice:
+        if word == given:
+            return word
+    raise UsageError(f"{option} {given!r}: wanted {' or '.join(choice)}")
 
 
 def _bytes(text: str) -> int:

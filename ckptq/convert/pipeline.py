@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial, reduce
 from math import lcm
 
@@ -23,7 +23,10 @@ from ckptq.convert.blocks import Span, blocks, runs, stored_rows
 from ckptq.convert.schedule import Schedule, Task, Work
 from ckptq.convert.slabs import Slab, Slabs, held_bytes, views_of
 from ckptq.errors import SourceError
-from ckptq.models.encoded import Encoded, Weight, decode_rows
+from ckptq.models.encoded import Encoded, decode_rows
+from ckptq.models.weight import Reordered, Weight
+from ckptq.permute.apply import permute_rows
+from ckptq.permute.order import RopeOrder
 from ckptq.plan.unit import Part, Unit
 from ckptq.quantize.formats import (
     constants,
@@ -78,7 +81,9 @@ def work(unit: Unit, ends: Ends) -> Work:
 
 
 def _rows(view: Weight, slabs: Mapping[View, Slab], ends: Ends) -> Rows:
-    """How to get rows of a weight: dequantized, from its file, or cut out of its slab."""
+    """How to get rows of a weight: reordered, dequantized, from its file, cut out of its slab."""
+    if isinstance(view, Reordered):
+        return _half_split(view, _rows(view.inner, slabs, ends))
     if isinstance(view, Encoded):
         return partial(decode_rows, ends.files, view)
     slab = slabs.get(view)
@@ -91,6 +96,17 @@ def _rows(view: Weight, slabs: Mapping[View, Slab], ends: Ends) -> Rows:
         return ends.memory.tensor(tuple(part.shape), part.dtype).copy_(part)
 
     return cut
+
+
+def _half_split(view: Reordered, rows: Rows) -> Rows:
+    """Whole heads of rows, in half-split order."""
+    head_dim = view.heads.head_dim
+
+    def reordered(start: int, stop: int) -> Tensor:
+        heads = replace(view.heads, count=(stop - start) // head_dim)
+        return permute_rows(rows(start, stop), heads, RopeOrder.HALF_SPLIT)
+
+    return reordered
 
 
 def _statistic_tasks(

@@ -16,6 +16,7 @@ from ckptq.convert import documents
 from ckptq.convert.preflight import check_disk, slab_rooms
 from ckptq.errors import UsageError
 from ckptq.models.encoded import unquantized_config
+from ckptq.permute.marks import marked_config, marked_metadata
 from ckptq.plan.unit import Plan, Unit
 from ckptq.progress import Begin, Report, silent
 from ckptq.recipes.load import Recipe
@@ -112,7 +113,9 @@ def _convert(
     specs = {shard: _specs(units) for shard, units in plan.shards.items()}
     shard_of = {unit.key: shard for shard, units in plan.shards.items() for unit in units}
     tensors = scale_tensors(plan, scales)
-    shards = Shards(journal.scratch, specs, METADATA)
+    shards = Shards(
+        journal.scratch, specs, marked_metadata(METADATA, plan.marks) if plan.marks else METADATA
+    )
     committer = Committer(journal, shards, shard_of)
     pool = make_pool(workers)
 
@@ -165,6 +168,8 @@ def _write_documents(
     attention_class = scales.attention_class if scales is not None else None
     quantization = documents.quantization_config(plan, attention_class)
     config = {**unquantized_config(ckpt.config), "quantization_config": quantization}
+    if plan.marks:
+        config = marked_config(config, plan.marks)
     provenance = {k: v for k, v in record.items() if k != "recipe"}
     if scales is not None:
         provenance["calibration"] = scales.record()

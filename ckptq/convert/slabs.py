@@ -17,7 +17,7 @@ from torch import Tensor
 from ckptq.checkpoint.read import Files
 from ckptq.checkpoint.view import View, read_slab_rows
 from ckptq.convert.schedule import Task
-from ckptq.models.encoded import Weight
+from ckptq.models.weight import Weight
 from ckptq.plan.unit import Unit
 from ckptq.spec import TensorSpec, torch_dtype
 

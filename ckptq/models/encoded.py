@@ -15,7 +15,6 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from ckptq.checkpoint.header import StoredTensor
 from ckptq.checkpoint.open import Checkpoint
 from ckptq.checkpoint.read import Files, read_range, read_tensor
-from ckptq.checkpoint.view import View
 from ckptq.errors import PlanError, SourceError
 from ckptq.quantize.scheme import WeightScheme
 from ckptq.quantize.stored import row_quantum, stored
@@ -200,10 +199,6 @@ def _weight_dtype(ckpt: Checkpoint) -> str:
         if declared in names:
             return names[declared]
     return "BF16"
-
-
-Weight = View | Encoded
-"""Where a Linear's weight comes from: a window on a stored tensor, or quantized tensors."""
 
 
 def unquantized_config(config: Mapping[str, Any]) -> dict[str, Any]:

@@ -13,7 +13,7 @@ from typing import Any
 from ckptq.checkpoint.header import StoredTensor
 from ckptq.checkpoint.open import Checkpoint
 from ckptq.checkpoint.view import View
-from ckptq.models.encoded import BELONGS_TO_SCHEME, Weight, read_encoded
+from ckptq.models.encoded import BELONGS_TO_SCHEME, read_encoded
 from ckptq.models.family import (
     FUSED_SETS,
     LAYER,
@@ -22,6 +22,7 @@ from ckptq.models.family import (
     FusedExperts,
     family_of,
 )
+from ckptq.models.weight import Weight
 from ckptq.spec import FLOATS
 
 FUSED_WEIGHT = re.compile(r"^(?P<experts>.*\.experts)\.(?P<which>gate_up_proj|down_proj)$")

@@ -8,15 +8,17 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Literal
 
 from ckptq.checkpoint.header import StoredTensor
 from ckptq.checkpoint.open import Checkpoint
 from ckptq.errors import PlanError
-from ckptq.models.encoded import Encoded, Weight
 from ckptq.models.modules import Layout, Linear, fused_set, read_layout
+from ckptq.models.weight import Encoded, Reordered, View, Weight
 from ckptq.plan.attention import AttentionPlan, plan_attention
 from ckptq.plan.match import choose, refuse_split_sets, refuse_unserved
 from ckptq.plan.permutable import keep_permutable
+from ckptq.plan.rope import half_split, read_marks
 from ckptq.plan.unit import Part, Plan, Unit
 from ckptq.quantize.formats import needs_statistic
 from ckptq.quantize.scheme import WeightScheme
@@ -26,6 +28,8 @@ from ckptq.spec import TensorSpec
 
 SHARD_BYTES = 5_000_000_000
 """Default size of an output shard, as in huggingface_hub."""
+
+RopeChoice = Literal["keep", "half-split"]
 
 MAX_ERRORS = 20
 """How many misfits one message lists."""
@@ -38,10 +42,13 @@ def make_plan(
     ignore: Sequence[str] = (),
     shard_bytes: int = SHARD_BYTES,
     permutable: bool = True,
+    rope_order: RopeChoice = "keep",
 ) -> Plan:
     """Decide every output tensor from headers, config and recipe; PlanError says what misfits.
 
     `permutable` moves Llama-4's q/k/v out of formats that vLLM cannot permute: see that module.
+    `rope_order` "half-split" writes q/k of interleaved models in the order that kernels use, and
+    marks the checkpoint; engines that permute while loading must not be given such a one.
     """
     if ckpt.quantization_config is not None and all(g.is_attention for g in recipe.groups):
         raise PlanError(
@@ -49,6 +56,9 @@ def make_plan(
             "take its scales from the unquantized checkpoint, with a recipe for weights and cache"
         )
     layout = read_layout(ckpt)
+    orders = read_marks(ckpt)
+    if rope_order == "half-split":
+        layout, orders = half_split(ckpt, layout)
     refuse_unserved(recipe.groups)
     attention = plan_attention(ckpt, layout, recipe.attention) if recipe.attention else None
     chosen = choose(layout, recipe, (*recipe.ignore, *ignore))
@@ -74,6 +84,7 @@ def make_plan(
         ignore=_ignore(layout, chosen) if chosen else (),
         attention=attention,
         layout=layout,
+        marks=orders,
     )
 
 
@@ -188,15 +199,20 @@ def _quantized(members: Iterable[Linear], scheme: WeightScheme, group: Group) ->
 
 
 def _left_alone(linear: Linear, tensor: StoredTensor) -> Unit:
-    rule = linear.kept or "not targeted, or ignored"
-    if isinstance(linear.weight, Encoded):
-        rule = f"{rule}; dequantized"
-    elif linear.weight.index is None:
+    rule = (linear.kept or "not targeted, or ignored") + _changed(linear.weight)
+    if isinstance(linear.weight, View) and linear.weight.index is None:
         return Unit(key=tensor.name, rule=rule, copies={tensor.name: tensor})
     views: dict[str, Weight] = {f"{linear.name}.weight": linear.weight}
     if linear.bias is not None:
         views[f"{linear.name}.bias"] = linear.bias
     return Unit(key=linear.name, rule=rule, views=views)
+
+
+def _changed(weight: Weight) -> str:
+    """What happens to a weight that is not quantized, where it is not a plain copy."""
+    if isinstance(weight, Reordered):
+        return "; half-split RoPE order" + _changed(weight.inner)
+    return "; dequantized" if isinstance(weight, Encoded) else ""
 
 
 def _refuse_twins(units: Iterable[Unit]) -> None:

@@ -6,8 +6,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from ckptq.checkpoint.header import StoredTensor
-from ckptq.models.encoded import Weight
 from ckptq.models.modules import Layout, Linear
+from ckptq.models.weight import Weight
+from ckptq.permute.marks import Marks
 from ckptq.plan.attention import AttentionPlan
 from ckptq.quantize.scheme import WeightScheme
 from ckptq.recipes.load import Recipe
@@ -79,6 +80,8 @@ class Plan:
     """What was really left: the Linears that no group quantizes, by name."""
     attention: AttentionPlan | None
     layout: Layout
+    marks: Marks = field(default_factory=dict)
+    """RoPE orders that the output is marked with; empty where nothing was permuted."""
 
     @property
     def read_bytes(self) -> int:
