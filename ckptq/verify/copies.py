@@ -10,12 +10,14 @@ import torch
 
 from ckptq.checkpoint.header import StoredTensor
 from ckptq.checkpoint.read import Files, bytes_of, read_into, read_tensor
-from ckptq.checkpoint.view import View, read_slab, window
+from ckptq.checkpoint.view import View
+from ckptq.models.weight import Weight
 from ckptq.spec import FLOATS, torch_dtype
 from ckptq.verify.kinds import finding
 from ckptq.verify.order import Undo
 from ckptq.verify.report import Finding
-from ckptq.verify.subject import Subject
+from ckptq.verify.stored_linear import source_rows
+from ckptq.verify.subject import CODES, Subject
 
 CHUNK = 1 << 22
 FAST_BYTES = 1 << 16
@@ -32,26 +34,25 @@ class Copy:
     not_finite: int = 0
 
 
-def pairs(subject: Subject) -> Iterator[tuple[StoredTensor, StoredTensor | View]]:
+def pairs(subject: Subject) -> Iterator[tuple[StoredTensor, StoredTensor | Weight]]:
     """Unquantized tensors of the checkpoint with their counterpart in the source, specs equal."""
     if subject.origin is None or subject.source is None:
         return
     for name, tensor in subject.ckpt.tensors.items():
-        original = subject.source.tensors.get(name)
-        if original is not None:
-            if original.spec == tensor.spec:
-                yield tensor, original
-            continue
         module, _, local = name.rpartition(".")
         known = subject.modules.get(module)
-        if known is None or known.origin is None:
+        if known is not None and known.quantized and local in CODES:
             continue
-        view = {"weight": known.origin.weight, "bias": known.origin.bias}.get(local)
-        if view is not None and _same(view, tensor):
-            yield tensor, view
+        original = subject.source.tensors.get(name)
+        if original is not None and original.spec == tensor.spec:
+            yield tensor, original
+        elif known is not None and known.origin is not None:
+            weight = {"weight": known.origin.weight, "bias": known.origin.bias}.get(local)
+            if weight is not None and _same(weight, tensor):
+                yield tensor, weight
 
 
-def _same(view: View, tensor: StoredTensor) -> bool:
+def _same(view: Weight, tensor: StoredTensor) -> bool:
     """A bias is cut out of its fused tensor as one row [1, R], and stored as [R]."""
     spec = view.spec
     shape = spec.shape[1:] if len(tensor.spec.shape) == 1 else spec.shape
@@ -68,8 +69,8 @@ def copy_tasks(
                 count = min(FAST_BYTES if fast else CHUNK, tensor.nbytes - start)
                 yield partial(_chunk, tensor, original, files, start, count)
         else:
-            view = original if isinstance(original, View) else View(original)
-            yield partial(_whole, tensor, view, files, undo)
+            weight = View(original) if isinstance(original, StoredTensor) else original
+            yield partial(_whole, tensor, weight, files, undo)
 
 
 def _starts(nbytes: int, fast: bool) -> list[int]:
@@ -88,12 +89,12 @@ def _chunk(
     return Copy(name=tensor.name, nbytes=count, different=different)
 
 
-def _whole(tensor: StoredTensor, view: View, files: Files, undo: Undo) -> Copy:
+def _whole(tensor: StoredTensor, weight: Weight, files: Files, undo: Undo) -> Copy:
     ours = undo.restore(tensor.name, read_tensor(tensor, files))
-    if len(view.stored.spec.shape) == 1:
-        theirs = read_tensor(view.stored, files)
+    if len(weight.stored.spec.shape) == 1:
+        theirs = read_tensor(weight.stored, files)
     else:
-        theirs = window(read_slab(files, view), view).contiguous()
+        theirs = source_rows(files, weight)(0, weight.spec.shape[0]).contiguous()
     a, b = (torch.frombuffer(bytes_of(t), dtype=torch.uint8) for t in (ours, theirs))
     return Copy(name=tensor.name, nbytes=tensor.nbytes, different=int((a != b).sum()))
 

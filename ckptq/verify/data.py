@@ -11,7 +11,8 @@ from ckptq.models.modules import fused_set
 from ckptq.quantize.formats import needs_statistic
 from ckptq.verify.compare import Tally
 from ckptq.verify.copies import Copy, copy_tasks, finite_tasks, judge_copy, judge_finite
-from ckptq.verify.judge import undiagnosed, verdict, with_tensor_scales
+from ckptq.verify.diagnose import Case, diagnose
+from ckptq.verify.judge import verdict, with_tensor_scales
 from ckptq.verify.order import Undo, make_undo
 from ckptq.verify.report import Finding, ScaleRow, TensorResult
 from ckptq.verify.round_trip import Part, result_of, tasks
@@ -53,13 +54,12 @@ def check_data(
         parts = _round_trip(linears, files, undo, fast, progress)
         copies = _copies(subject, files, undo, fast, progress)
         tallies = _tallies(linears, parts, files, fast)
-    for part in parts:
-        found += part.findings
+        for part in parts:
+            found += part.findings
+        case = Case(subject=subject, linears=linears, tallies=tallies, files=files, undo=undo)
+        found += _judged(case, found)
     for copy in copies:
         found += judge_copy(subject, copy) if subject.source else judge_finite(subject, copy)
-    for name, tally in tallies.items():
-        judged = verdict(linears[name], tally)
-        found += judged if judged is not None else [undiagnosed(linears[name], tally)]
     different = {copy.name for copy in copies if copy.different}
     return Checked(
         findings=tuple(_once(found)),
@@ -67,6 +67,21 @@ def check_data(
         scales=tuple(rows),
         copied=len({copy.name for copy in copies} - different) if subject.source else 0,
     )
+
+
+def _judged(case: Case, values: list[Finding]) -> list[Finding]:
+    """Notes and faults of what was compared; suspects are diagnosed, unless their values already
+    were found wrong."""
+    bad = {f.tensor.rpartition(".")[0] for f in values if f.tensor and f.severity == "fault"}
+    found: list[Finding] = []
+    suspects = []
+    for name, tally in case.tallies.items():
+        judged = verdict(case.linears[name], tally)
+        if judged is not None:
+            found += judged
+        elif name not in bad:
+            suspects.append(name)
+    return found + diagnose(case, suspects)
 
 
 def _sound(subject: Subject) -> list[StoredLinear]:

@@ -177,6 +177,8 @@ ROUND_TRIP = _faults(
     ("scale-transposed", "the grid of scales is transposed", AGAIN),
     ("nibbles-swapped", "4-bit codes are packed high nibble first", AGAIN),
     ("codes-offset", "codes lack the offset of the packed format", AGAIN),
+    ("zero-points-offset", "zero points in another tool's convention", AGAIN),
+    ("other-source", "not a quantization of this source", "give the source it was made from"),
     ("stale-shard", "a whole shard of other weights, as from another run", "convert it again"),
 ) + _notes(
     ("rounded-twice", "divided in the weight's dtype, as llm-compressor does on CPUs", "none"),

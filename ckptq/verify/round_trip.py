@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from functools import partial
 
 from ckptq.checkpoint.read import Files, read_tensor
-from ckptq.checkpoint.view import read_slab, window
+from ckptq.checkpoint.view import View, read_slab, window
 from ckptq.errors import SourceError
 from ckptq.quantize.formats import NonFinite
 from ckptq.verify.compare import Tally, compare, floor_db
@@ -46,8 +46,7 @@ def tasks(
             for start, stop in spans(linear, fast):
                 yield partial(_run, linear, files, start, stop)
         else:
-            key = (origin.weight.stored.name, origin.weight.index)
-            slabs.setdefault(key, []).append(linear)
+            slabs.setdefault(origin.weight.slab, []).append(linear)
     for group in slabs.values():
         yield partial(_slab, group, files, fast)
 
@@ -68,16 +67,16 @@ def _run(linear: StoredLinear, files: Files, start: int, stop: int) -> list[Part
 
 def _slab(linears: list[StoredLinear], files: Files, fast: bool) -> list[Part]:
     """gate and up of one expert share a slab: read it once."""
-    origin = linears[0].module.origin
-    assert origin is not None
-    slab = read_slab(files, origin.weight)
+    views = [one.module.origin.weight for one in linears if one.module.origin is not None]
+    first = views[0]
+    assert isinstance(first, View)
+    slab = read_slab(files, first)
     parts = []
-    for linear in linears:
-        assert linear.module.origin is not None
-        matrix = window(slab, linear.module.origin.weight)
+    for linear, view in zip(linears, views, strict=True):
+        assert isinstance(view, View)
+        rows = rows_of(window(slab, view))
         for start, stop in spans(linear, fast):
-            held = linear.read(files, start, stop)
-            parts.append(_compare(linear, held, rows_of(matrix), start, stop))
+            parts.append(_compare(linear, linear.read(files, start, stop), rows, start, stop))
     return parts
 
 

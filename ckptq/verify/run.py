@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ckptq.checkpoint.open import Checkpoint, Problems, open_checkpoint
-from ckptq.errors import SourceError, UsageError
+from ckptq.errors import SourceError
 from ckptq.verify.declared import read_declared
 from ckptq.verify.report import Finding, Report
 from ckptq.verify.structure import check_structure
@@ -59,8 +59,6 @@ def verify(
 
 def _subject(ckpt: Checkpoint, source: str | Path | None) -> tuple[Subject, list[Finding]]:
     original = open_checkpoint(source) if source is not None else None
-    if original is not None and original.quantization_config is not None:
-        raise UsageError(f"{original.path}: is itself quantized; give the unquantized source")
     declared, found = read_declared(ckpt)
     return Subject(ckpt, original, declared), found
 

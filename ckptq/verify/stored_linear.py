@@ -11,7 +11,9 @@ from typing import TYPE_CHECKING
 
 from ckptq.checkpoint.header import StoredTensor
 from ckptq.checkpoint.read import Files, read_range, read_tensor
-from ckptq.checkpoint.view import View, read_rows, read_slab, window
+from ckptq.checkpoint.view import read_rows, read_slab, window
+from ckptq.models.encoded import Encoded, decode_rows
+from ckptq.models.weight import Reordered, Weight
 from ckptq.quantize.scheme import WeightScheme
 from ckptq.quantize.stored import row_quantum, stored
 from ckptq.spec import TensorSpec
@@ -114,11 +116,25 @@ def stored_linear(module: Module) -> StoredLinear:
     )
 
 
-def source_rows(files: Files, view: View) -> Rows:
+def source_rows(files: Files, weight: Weight) -> Rows:
     """Reads rows of a source weight; one that does not stream is held whole."""
-    if view.streams:
-        return lambda start, stop: read_rows(files, view, start, stop)
-    return rows_of(window(read_slab(files, view), view))
+    assert not isinstance(weight, Reordered), "a layout holds weights as they are stored"
+    if isinstance(weight, Encoded):
+        return _decoded_rows(files, weight)
+    if weight.streams:
+        return lambda start, stop: read_rows(files, weight, start, stop)
+    return rows_of(window(read_slab(files, weight), weight))
+
+
+def _decoded_rows(files: Files, weight: Encoded) -> Rows:
+    """Rows of a source that is itself quantized, as the weights that it stands for."""
+
+    def rows(start: int, stop: int) -> Tensor:
+        first = start // weight.quantum * weight.quantum
+        last = min(-(-stop // weight.quantum) * weight.quantum, weight.spec.shape[0])
+        return decode_rows(files, weight, first, last)[start - first : stop - first]
+
+    return rows
 
 
 def rows_of(matrix: Tensor) -> Rows:

@@ -1,4 +1,4 @@
-"""Tiny checkpoints of every family and format, made by the converter, and an editor to break them."""
+"""Tiny checkpoints of every family and format, as the converter makes them; an editor for them."""
 
 from __future__ import annotations
 
@@ -109,13 +109,6 @@ WEIGHTS: dict[str, tuple[str, dict[str, Any]]] = {
 }  # fmt: skip
 """Format and weights of each kind of group."""
 
-IGNORE = {
-    "llama": (),
-    "llama4": (),
-    "mixtral": (),
-    "qwen3-moe": (),
-}
-
 
 def recipe(weights: str, *, kv: bool = False, ignore: tuple[str, ...] = ()) -> Recipe:
     """Linears in one format; with `kv`, scales of attention and cache per head."""
@@ -150,9 +143,7 @@ def save_source(family: str, folder: Path, dtype: torch.dtype = torch.bfloat16) 
     return folder
 
 
-def convert(
-    source: Path, out: Path, what: Recipe, shard_bytes: int = 1 << 40
-) -> Path:
+def convert(source: Path, out: Path, what: Recipe, shard_bytes: int = 1 << 40) -> Path:
     """As `ckptq quantize` does, with made-up scales in the place of calibrated ones."""
     ckpt = open_checkpoint(source)
     plan = make_plan(ckpt, what, shard_bytes=shard_bytes)
@@ -184,7 +175,7 @@ def made_up_scales(plan: Any) -> Scales:
     made = Record(
         model="tiny", source_fingerprint="", strategy="attn_head", observer="static_minmax",
         text="", samples=1, tokens=1, seq_len=1, batch_size=1, seed=0, token_digest="",
-        attention={module: "TinyAttention" for module in plan.attention.scales},
+        attention=dict.fromkeys(plan.attention.scales, "TinyAttention"),
     )  # fmt: skip
     return Scales(tensors=tensors, statistics={}, made=made)
 

@@ -1,0 +1,174 @@
+"""What happened to a weight that does not come out: hypotheses are tried, the best one is named."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+
+from ckptq.checkpoint.read import Files
+from ckptq.errors import PlanError
+from ckptq.models.family import family_of
+from ckptq.permute.order import Heads, RopeOrder
+from ckptq.permute.targets import head_geometry
+from ckptq.verify.compare import Tally
+from ckptq.verify.hypotheses import hypotheses, match_heads, rescaled_columns
+from ckptq.verify.judge import CHOSEN_DB, DAMAGED, undiagnosed
+from ckptq.verify.kinds import finding
+from ckptq.verify.neighbours import Explained, candidates, directory, explain, gather
+from ckptq.verify.order import Undo, well_typed
+from ckptq.verify.report import Finding
+from ckptq.verify.sample import Sample, read_sample, rows_of_source, snr_db
+from ckptq.verify.stored_linear import StoredLinear
+from ckptq.verify.subject import EXPERT, Subject
+
+BETTER_DB = 3.0
+"""A hypothesis must explain more than what is stored does, by this much."""
+
+SIDES = {"q_proj": "q", "k_proj": "k", "v_proj": "k"}
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Case:
+    """What a diagnosis can look at."""
+
+    subject: Subject
+    linears: Mapping[str, StoredLinear]
+    tallies: Mapping[str, Tally]
+    files: Files
+    undo: Undo
+
+    def sample(self, name: str) -> Sample:
+        return read_sample(self.linears[name], self.files, self.undo)
+
+
+def diagnose(case: Case, suspects: list[str]) -> list[Finding]:
+    """One finding for each suspect, or one for several that one cause explains."""
+    known = directory(case.tallies)
+    explained: dict[str, Explained] = {}
+    found: dict[str, Finding] = {}
+    for name in suspects:
+        linear, tally = case.linears[name], case.tallies[name]
+        if _damaged(tally):
+            found[name] = undiagnosed(linear, tally)
+            continue
+        sample = case.sample(name)
+        alone = _alone(case, sample, tally)
+        others = _others(case, sample, candidates(name, case.linears, case.tallies, known))
+        if others is not None and (alone is None or others.snr_db > alone[0]):
+            explained[name] = others
+        elif alone is not None:
+            found[name] = alone[1]
+        else:
+            found[name] = undiagnosed(linear, tally)
+    return [*gather(explained, case.linears), *_stale_shards(case, found)]
+
+
+def _damaged(tally: Tally) -> bool:
+    """A few codes only: nothing was exchanged, something was hit."""
+    return (tally.wrong - tally.twice) / max(tally.elements, 1) < DAMAGED and (
+        not tally.scales_wrong or tally.foreign > 0
+    )
+
+
+def _alone(case: Case, sample: Sample, tally: Tally) -> tuple[float, Finding] | None:
+    """The best hypothesis about this weight by itself, with its SNR."""
+    base, accept = sample.snr(), sample.floor - CHOSEN_DB
+    scales_only = tally.foreign == 0 and tally.scales_wrong > 0
+    best: tuple[float, Finding] | None = None
+    for snr, one in _tried(case, sample, scales_only):
+        if snr >= max(accept, base + BETTER_DB) and (best is None or snr > best[0]):
+            best = snr, one
+    return best
+
+
+def _tried(case: Case, sample: Sample, scales_only: bool) -> Iterator[tuple[float, Finding]]:
+    linear = sample.linear
+    projection = linear.name.rpartition(".")[2]
+    heads = _heads(case, projection)
+    order = _source_order(case)
+    turned = heads if projection in ("q_proj", "k_proj") else None
+    for one in hypotheses(sample, turned, order, scales_only):
+        yield sample.snr(one.held), _named(linear, one.code, one.found, one.repair)
+    if heads is not None:
+        for match in match_heads(sample, heads, scales_only):
+            moved = [f"{i} holds {j}" for i, j in enumerate(match.order) if i != j]
+            part = "the scales of heads" if match.scales_only else "heads"
+            found = f"{part}: {', '.join(moved[:8])}"
+            yield match.snr_db, _named(linear, "heads-swapped", found, None)
+    if not scales_only:
+        yield from _reshaped(case, sample)
+
+
+def _reshaped(case: Case, sample: Sample) -> Iterator[tuple[float, Finding]]:
+    """A forgotten transpose; columns that somebody stretched."""
+    linear = sample.linear
+    if linear.shape[0] == linear.shape[1]:
+        transposed = rows_of_source(sample, case.files, sample.columns).t()
+        code = "experts-transposed" if EXPERT.match(linear.name) else "codes-transposed"
+        found = "the transpose of the source's weight"
+        yield snr_db(sample.weights(), transposed), _named(linear, code, found, None)
+    found = "every column is the source's, times a number of its own"
+    yield rescaled_columns(sample), _named(linear, "columns-rescaled", found, None)
+
+
+def _others(case: Case, sample: Sample, names: list[str]) -> Explained | None:
+    best: Explained | None = None
+    base = sample.snr()
+    for name in names:
+        for one in explain(sample, case.sample(name)):
+            if one.snr_db >= base + BETTER_DB and (best is None or one.snr_db > best.snr_db):
+                best = one
+    return best
+
+
+def _heads(case: Case, projection: str) -> Heads | None:
+    if projection not in SIDES or not well_typed(case.subject):
+        return None
+    try:
+        return head_geometry(case.subject.ckpt.text_config)[SIDES[projection]]
+    except PlanError:
+        return None
+
+
+def _source_order(case: Case) -> RopeOrder:
+    assert case.subject.source is not None
+    return RopeOrder(family_of(case.subject.source.config).rope)
+
+
+def _stale_shards(case: Case, found: Mapping[str, Finding]) -> Iterator[Finding]:
+    """Files of which nothing comes out, while everything in another file does."""
+    wrong: dict[str, list[str]] = {}
+    for name, one in found.items():
+        if one.code == "weight-wrong":
+            wrong.setdefault(case.linears[name].module.file, []).append(name)
+    held: dict[str, int] = {}
+    for name in case.tallies:
+        file = case.linears[name].module.file
+        held[file] = held.get(file, 0) + 1
+    stale = {file for file, names in wrong.items() if len(names) == held[file] > 1}
+    for file in stale if len(held) > 1 and len(stale) < len(held) else ():
+        yield finding(
+            "stale-shard", file=file, found=f"all {held[file]} Linears are of another source",
+            wanted="this source's",
+        )  # fmt: skip
+    if stale and len(stale) == len(held):
+        count = sum(held.values())
+        yield finding(
+            "other-source", found=f"none of {count} Linears stands for the source's",
+            wanted="the source of this checkpoint",
+        )  # fmt: skip
+    yield from (
+        one
+        for name, one in found.items()
+        if case.linears[name].module.file not in stale or one.code != "weight-wrong"
+    )
+
+
+def _named(linear: StoredLinear, code: str, found: str, repair: str | None) -> Finding:
+    part = "weight_scale" if code.startswith("scale") else linear.scheme.codes
+    local = "weight_zero_point" if code.startswith("zero") else part
+    tensor = linear.tensors[local]
+    return finding(
+        code, tensor.name, file=tensor.file, found=found, wanted="the source's weight",
+        repair=repair,
+    )  # fmt: skip

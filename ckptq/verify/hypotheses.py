@@ -1,0 +1,221 @@
+"""Ways in which one weight can be wrong, each as a change that would undo it.
+
+A hypothesis is tried: what is stored is changed back, and if the weight comes out, that was it.
+Shape letters: R rows, C columns, G groups, W words.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import combinations
+
+import torch
+from torch import Tensor
+
+from ckptq.permute.apply import permute_tensor
+from ckptq.permute.effect import Effect, Move, Part, Projection, effect_on
+from ckptq.permute.order import Heads, RopeOrder
+from ckptq.spec import spec_of
+from ckptq.verify.sample import Sample, snr_db
+from ckptq.verify.stored_linear import Held
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Hypothesis:
+    """What may have happened, and what would be stored if it had not."""
+
+    code: str
+    found: str
+    repair: str | None
+    held: Held
+
+
+def hypotheses(
+    sample: Sample, heads: Heads | None, order: RopeOrder, scales_only: bool
+) -> Iterator[Hypothesis]:
+    """Everything that can be tried on one weight alone; with `scales_only`, its codes are right.
+
+    `heads` is given for q_proj and k_proj; `order` is the one that their source is in.
+    """
+    yield from _scales(sample)
+    if heads is not None:
+        yield from _rope(sample, heads, order, scales_only)
+    if not scales_only:
+        yield from _codes(sample)
+        yield from _zero_points(sample)
+
+
+def _scales(sample: Sample) -> Iterator[Hypothesis]:
+    scale, scheme = sample.held["weight_scale"], sample.linear.scheme
+    if scheme.scale_dtype == "uint8":
+        yield _of_scale(sample, "scale-inverted", "2^(127 - e)", 254 - scale)
+    elif scheme.scale_dtype is None:
+        yield _of_scale(sample, "scale-inverted", "reciprocals", 1 / scale.float())
+    else:
+        whole = sample.held["weight_global_scale"]
+        yield Hypothesis(
+            code="scale-inverted", found="the global scale is a reciprocal", repair=None,
+            held=sample.with_tensors(weight_global_scale=1 / whole),
+        )  # fmt: skip
+    if scale.ndim != 2 or scale.numel() == 1:
+        return
+    for dim, what in ((0, "row"), (1, "group")):
+        for step in (1, -1):
+            if scale.shape[dim] > 1:
+                found = f"each scale stands one {what} {'late' if step < 0 else 'early'}"
+                yield _of_scale(sample, "scale-shifted", found, scale.roll(step, dim))
+    if scale.shape[0] == scale.shape[1]:
+        yield _of_scale(sample, "scale-transposed", "the grid is transposed", scale.t())
+
+
+def _of_scale(sample: Sample, code: str, found: str, scale: Tensor) -> Hypothesis:
+    return Hypothesis(
+        code=code, found=found, repair=None, held=sample.with_tensors(weight_scale=scale)
+    )
+
+
+def _rope(
+    sample: Sample, heads: Heads, order: RopeOrder, scales_only: bool
+) -> Iterator[Hypothesis]:
+    """Some parts are in the other order: any parts, moved back."""
+    if heads.rows != sample.linear.shape[0] or sample.linear.scheme.block_structure:
+        return
+    projection = Projection(sample.linear.name, heads, bits=sample.linear.scheme.num_bits)
+    effects = {k: effect_on(k, spec_of(t), projection) for k, t in sample.held.items()}
+    moved = {k: e for k, e in effects.items() if e.move is not Move.KEPT}
+    parts = sorted({effect.part for effect in moved.values()})
+    allowed = [part for part in parts if not (scales_only and part is Part.WEIGHTS)]
+    for count in range(1, len(allowed) + 1):
+        for chosen in combinations(allowed, count):
+            yield _moved_back(sample, moved, chosen, order, whole=len(chosen) == len(parts))
+
+
+def _moved_back(
+    sample: Sample,
+    moved: dict[str, Effect],
+    chosen: tuple[Part, ...],
+    order: RopeOrder,
+    whole: bool,
+) -> Hypothesis:
+    back = {
+        local: permute_tensor(sample.held[local].contiguous(), effect, order)
+        for local, effect in moved.items()
+        if effect.part in chosen
+    }
+    code = "zero-points-permuted"
+    for part, name in ((Part.SCALES, "scale-permuted"), (Part.WEIGHTS, "codes-permuted")):
+        code = name if part in chosen else code
+    only = "" if whole else "".join(f" --only {part}" for part in chosen)
+    these = "weights and scales" if whole else " and ".join(chosen)
+    return Hypothesis(
+        code="rows-permuted" if whole else code,
+        found=f"{these} in {order.other} order, " + ("" if whole else f"the rest in {order}"),
+        repair=f"`ckptq permute CKPT OUT --to {order}{only}`",
+        held={**sample.held, **back},
+    )
+
+
+def _codes(sample: Sample) -> Iterator[Hypothesis]:
+    packed, scheme = sample.held.get("weight_packed"), sample.linear.scheme
+    if packed is None or scheme.num_bits != 4:
+        return
+    as_bytes = packed.contiguous().view(torch.uint8)
+    swapped = ((as_bytes & 15) << 4 | as_bytes >> 4).view(packed.dtype)
+    yield _of_codes(sample, "nibbles-swapped", "the high half of each byte first", swapped)
+    if packed.dtype != torch.int32:
+        return
+    turned = swapped.contiguous().view(torch.uint8).unflatten(1, (-1, 4)).flip(2).flatten(1)
+    backwards = turned.contiguous().view(torch.int32)
+    yield _of_codes(sample, "nibbles-swapped", "the last code in the lowest bits", backwards)
+    signed = (as_bytes ^ 0x88).view(packed.dtype)
+    yield _of_codes(sample, "codes-offset", "signed codes, without the offset of 8", signed)
+
+
+def _of_codes(sample: Sample, code: str, found: str, packed: Tensor) -> Hypothesis:
+    return Hypothesis(
+        code=code, found=found, repair=None, held=sample.with_tensors(weight_packed=packed)
+    )
+
+
+def _zero_points(sample: Sample) -> Iterator[Hypothesis]:
+    """Other tools' conventions: without the offset, less one (GPTQ's first format), none at all."""
+    zero_point = sample.held.get("weight_zero_point")
+    if zero_point is None or sample.linear.scheme.num_bits != 4 or zero_point.dtype != torch.int32:
+        return
+    nibbles = zero_point.contiguous().view(torch.uint8)
+    low, high = nibbles & 15, nibbles >> 4
+    changes = (
+        ("signed zero points, without the offset of 8", nibbles ^ 0x88),
+        ("zero points are one too low, as in GPTQ's first format", _joined(low + 1, high + 1)),
+        ("zero points are one too high", _joined(low - 1, high - 1)),
+        ("zero points are packed the high half first", _joined(high, low)),
+    )
+    for found, changed in changes:
+        yield Hypothesis(
+            code="zero-points-offset", found=found, repair=None,
+            held=sample.with_tensors(weight_zero_point=changed.view(torch.int32)),
+        )  # fmt: skip
+
+
+def _joined(low: Tensor, high: Tensor) -> Tensor:
+    return (low & 15) | (high & 15) << 4
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class HeadMatch:
+    """For each head the one that stands in its place."""
+
+    scales_only: bool
+    order: tuple[int, ...]
+    snr_db: float
+
+
+def match_heads(sample: Sample, heads: Heads, scales_only: bool) -> Iterator[HeadMatch]:
+    """Which head's rows, or scales alone, fit where: only where not each fits best in its place."""
+    if heads.rows != sample.linear.shape[0] or heads.count < 2:
+        return
+    made = [_scales_of_heads(sample, heads)]
+    if not scales_only:
+        made.append(_whole_heads(sample, heads))
+    yield from (match for match in made if match is not None)
+
+
+def _whole_heads(sample: Sample, heads: Heads) -> HeadMatch | None:
+    found_HN = sample.weights().reshape(heads.count, -1)
+    wanted_HN = sample.w_RK.reshape(heads.count, -1)
+    distance_HH = torch.cdist(wanted_HN, found_HN)
+    order = distance_HH.argmin(1).tolist()
+    if order == list(range(heads.count)):
+        return None
+    wanted, found = sample.w_RK, found_HN[order].reshape(sample.w_RK.shape)
+    return HeadMatch(scales_only=False, order=tuple(order), snr_db=snr_db(found, wanted))
+
+
+def _scales_of_heads(sample: Sample, heads: Heads) -> HeadMatch | None:
+    """Scales of head j on the codes of head i, for all i and j."""
+    scale = sample.held["weight_scale"]
+    if scale.ndim != 2 or scale.shape[0] != heads.rows:
+        return None
+    H, D = heads.count, heads.head_dim
+    best = torch.full((H,), torch.inf)
+    order = list(range(H))
+    for shift in range(H):
+        turned = torch.arange(H).roll(-shift)
+        held = sample.with_tensors(weight_scale=scale.unflatten(0, (H, D))[turned].flatten(0, 1))
+        noise_H = (sample.weights(held) - sample.w_RK).square().reshape(H, -1).sum(1)
+        for head in (noise_H < best).nonzero().flatten().tolist():
+            best[head], order[head] = noise_H[head], int(turned[head])
+    if order == list(range(H)):
+        return None
+    held = sample.with_tensors(weight_scale=scale.unflatten(0, (H, D))[order].flatten(0, 1))
+    return HeadMatch(
+        scales_only=True, order=tuple(order), snr_db=snr_db(sample.weights(held), sample.w_RK)
+    )
+
+
+def rescaled_columns(sample: Sample) -> float:
+    """SNR in dB once every column may be stretched, as AWQ and SmoothQuant do."""
+    found, wanted = sample.weights(), sample.w_RK
+    factor_K = (found * wanted).sum(0) / wanted.square().sum(0).clamp(min=1e-30)
+    return snr_db(found, wanted * factor_K)
