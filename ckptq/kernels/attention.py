@@ -259,7 +259,7 @@ def _attention_kernel(
     tl.store(out_ptrs, narrow(out_ME, out_ptr.dtype.element_ty), mask=m_ME)
 
 
-def _head_scales(descale: Tensor | float, heads: int, device: torch.device) -> Tensor:
+def head_scales(descale: Tensor | float, heads: int, device: torch.device) -> Tensor:
     """fp32 [heads] of a number, one scale per tensor ([1]) or one per head ([heads, ...])."""
     flat = torch.as_tensor(descale, dtype=torch.float32, device=device).reshape(-1)
     if flat.numel() not in (1, heads):
@@ -324,7 +324,7 @@ def attention(
     scales = None
     if descales is not None:
         heads = zip(descales, (H, K, K), strict=True)
-        scales = [_head_scales(descale, n, query.device) for descale, n in heads]
+        scales = [head_scales(descale, n, query.device) for descale, n in heads]
     _attention_kernel[(triton.cdiv(queries, tile.rows), B * H)](
         *(query, key, value, out, starts, lengths),
         *(folded or (None, None, None)),

@@ -111,10 +111,15 @@ def quantize(x: Tensor, fmt: KVFormat, rotation: Rotation | None = None) -> Pack
     if fmt.asymmetric:
         return _quantize_int4(y)
     half_range = 127.0 if fmt == INT8 else 448.0
-    scale = (y.abs().amax(-1) / half_range).clamp_min(EPS)
+    scale = _divide(y.abs().amax(-1), half_range).clamp_min(EPS)
     ratio = y * (1.0 / scale)[..., None]
     code = ratio.round().to(torch.int8) if fmt == INT8 else _e4m3(ratio)
     return Packed(code.view(torch.uint8), scale, None)
+
+
+def _divide(x: Tensor, divisor: float) -> Tensor:
+    """The nearest to x / divisor: by a plain number, torch on CUDA multiplies with its inverse."""
+    return x / torch.full_like(x, divisor)
 
 
 def _e4m3(x: Tensor) -> Tensor:
@@ -123,7 +128,7 @@ def _e4m3(x: Tensor) -> Tensor:
 
 def _quantize_int4(y: Tensor) -> Packed:
     low, high = y.amin(-1).clamp_max(0.0), y.amax(-1).clamp_min(0.0)
-    scale = ((high - low) / 15.0).clamp_min(EPS)
+    scale = _divide(high - low, 15.0).clamp_min(EPS)
     inverse = 1.0 / scale
     zero = (-low * inverse).round().clamp(0.0, 15.0)
     code = ((y * inverse[..., None]).round() + zero[..., None]).clamp(0.0, 15.0)
@@ -131,8 +136,9 @@ def _quantize_int4(y: Tensor) -> Packed:
 
 
 def _quantize_int2(y: Tensor) -> Packed:
-    mean_square = _sum_neighbours_first(y * y) / float(y.shape[-1])
-    sigma = mean_square.sqrt().clamp_min(EPS)
+    mean_square = _divide(_sum_neighbours_first(y * y), y.shape[-1])
+    # by way of float64: torch's fp32 root on CPUs is not the nearest
+    sigma = mean_square.double().sqrt().float().clamp_min(EPS)
     edge = (sigma * THRESHOLD)[..., None]
     code = (y >= -edge).long() + (y >= 0.0).long() + (y >= edge).long()
     return Packed(pack(code, 4), sigma, None)

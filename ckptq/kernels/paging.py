@@ -1,0 +1,97 @@
+"""A paged KV cache: fixed-size blocks of tokens, found through a table per sequence.
+
+`NHD` caches hold a block as [tokens, heads, ...], `HND` as [heads, tokens, ...]; kernels see only
+the three strides, so both are read and written in place. A slot is a block times the tokens of a
+block, plus the token in it.
+
+Shape letters: N sequences of a batch (a tile's keys in kernels), L columns of the block table,
+M rows of a tile.
+"""
+
+from dataclasses import dataclass
+from enum import StrEnum
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+
+class Layout(StrEnum):
+    """Order of the axes within a block."""
+
+    NHD = "NHD"
+    HND = "HND"
+
+    def shape(self, blocks: int, block: int, heads: int, *rest: int) -> tuple[int, ...]:
+        """Of a cache of `blocks` blocks of `block` tokens. Example: HND, [16, 8, 32, 128]."""
+        inner = (block, heads) if self is Layout.NHD else (heads, block)
+        return (blocks, *inner, *rest)
+
+    def strides(self, cache: Tensor) -> tuple[int, int, int]:
+        """Elements from a block, a token and a head to the next."""
+        token, head = (1, 2) if self is Layout.NHD else (2, 1)
+        return cache.stride(0), cache.stride(token), cache.stride(head)
+
+    def sizes(self, cache: Tensor) -> tuple[int, int]:
+        """Tokens of a block, heads."""
+        token, head = (1, 2) if self is Layout.NHD else (2, 1)
+        return cache.shape[token], cache.shape[head]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Sequences:
+    """Which queries belong to which sequence, and where its keys are. All int32, on the device."""
+
+    query_starts: Tensor
+    """[N + 1]: first query of each sequence among all queries; the last entry is their number."""
+    lengths: Tensor
+    """[N]: keys of each sequence; its queries stand at the last of them."""
+    block_table: Tensor
+    """[N, L]: the cache blocks of each sequence, in order."""
+    longest: int
+    """The most queries that a sequence has."""
+
+    def check(self, cache: Tensor) -> None:
+        """Raise ValueError unless all are int32, fit each other and lie beside the cache."""
+        for name in ("query_starts", "lengths", "block_table"):
+            x = getattr(self, name)
+            if x.dtype != torch.int32 or x.device != cache.device or x.stride(-1) != 1:
+                found = f"{x.dtype} on {x.device}"
+                raise ValueError(f"{name} is {found}, want dense int32 on {cache.device}")
+        N = len(self.lengths)
+        if self.query_starts.shape != (N + 1,) or self.block_table.shape[0] != N:
+            shapes = [list(x.shape) for x in (self.query_starts, self.lengths, self.block_table)]
+            raise ValueError(f"query starts, lengths, block table do not fit each other: {shapes}")
+
+
+@triton.jit
+def slot_offset(slot, stride_block, stride_token, BLOCK: tl.constexpr):
+    """Elements from the cache's start to a slot (int64), for head 0."""
+    return (slot // BLOCK) * stride_block + (slot % BLOCK) * stride_token
+
+
+@triton.jit
+def key_offset(table_ptr, k_N, seen_N, stride_block, stride_token, BLOCK: tl.constexpr):
+    """Elements from the cache's start to the keys at positions k, through a sequence's table."""
+    block_N = tl.load(table_ptr + k_N // BLOCK, mask=seen_N, other=0).to(tl.int64)
+    return block_N * stride_block + (k_N % BLOCK) * stride_token
+
+
+@triton.jit
+def query_rows(starts_ptr, sequence, first, length, GROUP: tl.constexpr, ROWS: tl.constexpr):
+    """A tile of queries: ROWS // GROUP tokens from `first` on, each with the heads of a group.
+
+    Gives, per row: the token among all queries, its head within the group, its position (-1 past
+    the sequence's queries); then the first and last position of the tile (last < first if none).
+    """
+    TOKENS: tl.constexpr = ROWS // GROUP
+    begin = tl.load(starts_ptr + sequence)
+    queries = tl.load(starts_ptr + sequence + 1) - begin
+    row_M = tl.arange(0, ROWS)
+    token_M = first + row_M // GROUP
+    real_M = (row_M < TOKENS * GROUP) & (token_M < queries)
+    position_M = tl.where(real_M, token_M + (length - queries), -1)
+    last = tl.minimum(first + TOKENS, queries) - 1
+    shift = length - queries
+    return (begin + token_M).to(tl.int64), row_M % GROUP, position_M, first + shift, last + shift
