@@ -3,7 +3,7 @@
 All of it is arithmetic in the dtype of the weight, in compressed-tensors' order of operations
 (`calculate_qparams`, `generate_gparam`, `generate_mx_scales`), because the stored bits depend on
 it. Divisors are tensors: torch's CUDA division by a Python number multiplies by its reciprocal.
-Scales are finite and positive; where theirs would not be, the difference is said.
+Scales are finite and positive; where theirs are not, the docstring says so.
 """
 
 from __future__ import annotations
@@ -30,11 +30,11 @@ def symmetric(amax: Tensor, half_range: float) -> Tensor:
 
 
 def asymmetric(low: Tensor, high: Tensor, num_bits: int) -> tuple[Tensor, Tensor]:
-    """Scale (high - low) / (2^bits - 1), and the int8 zero point that low falls on the least code
-    with.
+    """Scale (high - low) / (2^bits - 1), and the int8 zero point that puts low on the least code.
 
-    A tile without extent gets the scale eps, and the zero point 0 where it is all zero. Where
-    high - low overflows the dtype, each is divided first (llm-compressor's scale is Inf there).
+    `low` <= 0 <= `high`. An all-zero tile has the scale eps and the zero point 0 (in llm-compressor
+    that is a cast of NaN, which happens to give 0 on x86). Where high - low overflows the dtype,
+    each is divided first; llm-compressor's scale is Inf there.
     """
     least, steps = -(2 ** (num_bits - 1)), high.new_tensor(2**num_bits - 1)
     extent = high - low
@@ -62,17 +62,16 @@ def mx_exponent(amax: Tensor, num_bits: int) -> Tensor:
 
 
 def mx_scale(exponent: Tensor) -> Tensor:
-    """2 ** (exponent - 127) in float32, put together from bits; 0 stands for the subnormal
-    2^-127."""
+    """2 ** (exponent - 127) in float32, put together from bits; 0 is the subnormal 2^-127."""
     return (exponent.int() << 23).clamp(min=1 << 22).view(torch.float32)
 
 
 def nvfp4_global(amax: Tensor) -> Tensor:
-    """[1] float32 that spreads the group scales over E4M3: 448 * 6 / amax, amax over all fused
-    weights.
+    """[1] float32: 448 * 6 / amax, which spreads the scales of groups over E4M3.
 
-    In the weight's dtype and by way of the reciprocal, as `float / Tensor` is in torch; 1 where
-    it overflows.
+    amax is that of all weights that inference fuses. Divided in its dtype and by way of the
+    reciprocal, as torch does `float / Tensor`; 1 where that overflows (in float16 from an amax of
+    0.041 down).
     """
     amax = amax.reshape(1).clamp(min=torch.finfo(amax.dtype).tiny)
     return (E4M3_MAX * E2M1_MAX / amax).float().nan_to_num(nan=1.0, posinf=1.0)

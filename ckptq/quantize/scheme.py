@@ -52,6 +52,9 @@ FORMATS = {
     ),
 }  # fmt: skip
 
+# What compressed-tensors calls these two when activations are not quantized
+NAIVE = {"float": "float-quantized", "int": "int-quantized"}
+
 # A weight is seen once, so these observers all come to its plain minimum and maximum
 MINMAX = (None, "memoryless_minmax", "static_minmax", "minmax")
 
@@ -77,8 +80,7 @@ class WeightScheme:
     group_size: int | None = None
     block_structure: tuple[int, int] | None = None
     scale_dtype: str | None = None
-    """torch's name of the scales' dtype where the format fixes it; None: the dtype of the
-    weight."""
+    """torch's name of the scales' dtype if the format fixes it; None is the weight's own."""
 
     def __post_init__(self) -> None:
         want("format", self.format, FORMATS)
@@ -105,27 +107,28 @@ class WeightScheme:
         """The scheme of a `QuantizationArgs`, given as the dict of YAML, JSON or `model_dump()`.
 
         `stored` says that the weights exist already, so that it no longer matters how their scales
-        were found (the observer, GPTQ's activation order). `PlanError` names the field that is
-        unknown or asks for what is not done here.
+        were found (the observer, GPTQ's activation order). "naive-quantized" becomes the format
+        with the same bytes. `PlanError` names a field that is unknown or asks for what is not done.
         """
         for field in args:
             want("field", field, KNOWN)
         want("dynamic", args.get("dynamic"), [None, False])
-        want(
-            "actorder", word(args.get("actorder")), [None, False, *(["weight", "static"] * stored)]
-        )
+        orders = [None, False, "weight", "static"] if stored else [None, False]
+        want("actorder", word(args.get("actorder")), orders)
         if not stored:
             want("observer", args.get("observer"), MINMAX)
-        group_size = whole("group_size", args.get("group_size"))
         symmetric = args.get("symmetric", True)
-        if symmetric is False:
+        want("symmetric", symmetric, [True, False])
+        if not symmetric:
             want("zp_dtype", torch_name(args.get("zp_dtype")), [None, "None", "int8"])
+        group_size = whole("group_size", args.get("group_size"))
+        type = str(word(args.get("type", "int")))
         return cls(
-            format=format,
+            format=NAIVE.get(type, format) if format == "naive-quantized" else format,
             num_bits=whole("num_bits", args.get("num_bits", 8)) or 0,
-            type=str(word(args.get("type", "int"))),
+            type=type,
             strategy=str(word(args.get("strategy")) or implied_strategy(group_size)),
-            symmetric=symmetric is not False,
+            symmetric=bool(symmetric),
             group_size=None if group_size == -1 else group_size,
             block_structure=pair(args.get("block_structure")),
             scale_dtype=torch_name(args.get("scale_dtype")),

@@ -18,10 +18,10 @@ def stored(weight: TensorSpec, scheme: WeightScheme) -> dict[str, TensorSpec]:
     Example: W4A16 over BF16 [4096, 4096] is weight_packed I32 [4096, 512], weight_scale
     BF16 [4096, 32], weight_shape I64 [2]. `PlanError` when shape or dtype do not fit.
     """
-    check(weight, scheme)
-    specs = {**stored_codes(weight, scheme), "weight_scale": stored_scale(weight, scheme)}
+    _check(weight, scheme)
+    specs = {**_codes(weight, scheme), "weight_scale": _scale(weight, scheme)}
     if not scheme.symmetric:
-        specs["weight_zero_point"] = stored_zero_point(specs["weight_scale"].shape, scheme)
+        specs["weight_zero_point"] = _zero_point(specs["weight_scale"].shape, scheme)
     if scheme.format == "pack-quantized":
         specs["weight_shape"] = TensorSpec("I64", (2,))
     if scheme.strategy == "tensor_group":
@@ -30,8 +30,11 @@ def stored(weight: TensorSpec, scheme: WeightScheme) -> dict[str, TensorSpec]:
 
 
 def row_quantum(scheme: WeightScheme) -> int:
-    """Where a block of rows may start: 128 for 128x128 blocks, 8 where 4-bit zero points are packed
-    along the rows, else 1. The last block of a weight may end anywhere."""
+    """Some rows of a weight may be quantized alone if they start at a multiple of this.
+
+    128 for blocks of 128x128, 8 where 4-bit zero points are packed along the rows, else 1. They may
+    end there too, or with the weight.
+    """
     if scheme.block_structure:
         return scheme.block_structure[0]
     if scheme.format == "pack-quantized" and not scheme.symmetric:
@@ -39,7 +42,7 @@ def row_quantum(scheme: WeightScheme) -> int:
     return 1
 
 
-def check(weight: TensorSpec, scheme: WeightScheme) -> None:
+def _check(weight: TensorSpec, scheme: WeightScheme) -> None:
     if weight.dtype not in FLOATS:
         raise PlanError(f"{scheme} needs an unquantized weight ({', '.join(FLOATS)}), got {weight}")
     if len(weight.shape) != 2 or 0 in weight.shape:
@@ -48,7 +51,7 @@ def check(weight: TensorSpec, scheme: WeightScheme) -> None:
         raise PlanError(f"{scheme} needs columns in multiples of {scheme.group_size}, got {weight}")
 
 
-def stored_codes(weight: TensorSpec, scheme: WeightScheme) -> dict[str, TensorSpec]:
+def _codes(weight: TensorSpec, scheme: WeightScheme) -> dict[str, TensorSpec]:
     R, C = weight.shape
     match scheme.format:
         case "pack-quantized":
@@ -61,12 +64,12 @@ def stored_codes(weight: TensorSpec, scheme: WeightScheme) -> dict[str, TensorSp
             return {"weight": TensorSpec("F8_E4M3", (R, C))}
 
 
-def stored_scale(weight: TensorSpec, scheme: WeightScheme) -> TensorSpec:
+def _scale(weight: TensorSpec, scheme: WeightScheme) -> TensorSpec:
     dtypes = {"uint8": "U8", "float8_e4m3fn": "F8_E4M3", None: weight.dtype}
-    return TensorSpec(dtypes[scheme.scale_dtype], scale_shape(weight.shape, scheme))
+    return TensorSpec(dtypes[scheme.scale_dtype], _scale_shape(weight.shape, scheme))
 
 
-def scale_shape(shape: tuple[int, ...], scheme: WeightScheme) -> tuple[int, ...]:
+def _scale_shape(shape: tuple[int, ...], scheme: WeightScheme) -> tuple[int, ...]:
     R, C = shape
     if scheme.block_structure:
         height, width = scheme.block_structure
@@ -76,7 +79,7 @@ def scale_shape(shape: tuple[int, ...], scheme: WeightScheme) -> tuple[int, ...]
     return (1,) if scheme.strategy == "tensor" else (R, 1)
 
 
-def stored_zero_point(scale: tuple[int, ...], scheme: WeightScheme) -> TensorSpec:
+def _zero_point(scale: tuple[int, ...], scheme: WeightScheme) -> TensorSpec:
     """Packed formats pack zero points along the rows, the others keep one int8 for each scale."""
     if scheme.format != "pack-quantized":
         return TensorSpec("I8", scale)

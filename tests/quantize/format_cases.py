@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
+
 import torch
 from torch import Tensor
 
@@ -14,6 +16,9 @@ from ckptq.quantize.formats import (
     statistic,
 )
 from ckptq.spec import spec_of
+
+Judge = Callable[[Mapping[str, Tensor], str, dict[str, object]], dict[str, dict[str, Tensor]]]
+"""(module name: weight, format, QuantizationArgs) -> the stored tensors of each module."""
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 

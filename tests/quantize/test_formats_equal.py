@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
-from conftest import Judge
 from format_cases import (
     ARGS,
     DTYPES,
     SCHEMES,
+    Judge,
     awkward,
     case_name,
     convert,

@@ -62,6 +62,7 @@ def test_every_preset_of_compressed_tensors_is_a_scheme() -> None:
             {**W4A16, "symmetric": False, "zp_dtype": "torch.float16"},
             "zp_dtype 'float16'",
         ),
+        ("pack-quantized", {**W4A16, "symmetric": "false"}, "symmetric 'false'"),
         ("pack-quantized", {**W4A16, "groupsize": 128}, "field 'groupsize'"),
         (
             "float-quantized",
@@ -93,6 +94,15 @@ def test_weights_that_exist_may_have_been_made_in_any_way() -> None:
     args = {**W4A16, "observer": "mse", "actorder": "static"}
     scheme = WeightScheme.from_args(args, "pack-quantized", stored=True)
     assert scheme == WeightScheme.from_args(W4A16, "pack-quantized")
+    # columns in another order than the weight's are another matter
+    with pytest.raises(PlanError, match="actorder 'group'"):
+        WeightScheme.from_args({**W4A16, "actorder": "group"}, "pack-quantized", stored=True)
+
+
+def test_weights_alone_have_the_bytes_of_weights_with_activations() -> None:
+    fp8 = {"num_bits": 8, "type": "float", "strategy": "channel"}
+    assert WeightScheme.from_args(fp8, "naive-quantized").format == "float-quantized"
+    assert WeightScheme.from_args({"num_bits": 4}, "naive-quantized").format == "int-quantized"
 
 
 def test_older_spellings_are_read() -> None:
