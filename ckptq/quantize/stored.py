@@ -66,10 +66,11 @@ def _codes(weight: TensorSpec, scheme: WeightScheme) -> dict[str, TensorSpec]:
 
 def _scale(weight: TensorSpec, scheme: WeightScheme) -> TensorSpec:
     dtypes = {"uint8": "U8", "float8_e4m3fn": "F8_E4M3", None: weight.dtype}
-    return TensorSpec(dtypes[scheme.scale_dtype], _scale_shape(weight.shape, scheme))
+    return TensorSpec(dtypes[scheme.scale_dtype], scale_shape(weight.shape, scheme))
 
 
-def _scale_shape(shape: tuple[int, ...], scheme: WeightScheme) -> tuple[int, ...]:
+def scale_shape(shape: tuple[int, ...], scheme: WeightScheme) -> tuple[int, ...]:
+    """One number a tile of a weight of this shape."""
     R, C = shape
     if scheme.block_structure:
         height, width = scheme.block_structure
