@@ -30,6 +30,13 @@ class View:
     columns: range | None = None
     """Along the stored axes, before the transpose; None is all of them."""
     transposed: bool = False
+    vector: bool = False
+    """One row that is written without its first axis: the bias of one expert."""
+
+    @property
+    def written(self) -> TensorSpec:
+        """Dtype and shape of the tensor that is made of it."""
+        return TensorSpec(self.spec.dtype, self.spec.shape[1:]) if self.vector else self.spec
 
     @property
     def spec(self) -> TensorSpec:

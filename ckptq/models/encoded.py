@@ -55,6 +55,10 @@ class Encoded:
     """As a `View` has them: its rows are runs of bytes, and it is no part of a 3-D tensor."""
 
     @property
+    def written(self) -> TensorSpec:
+        return self.spec
+
+    @property
     def stored(self) -> StoredTensor:
         """The tensor that holds the codes: what an error message names."""
         return next(self.tensors[name] for name in CODES if name in self.tensors)

@@ -159,11 +159,17 @@ def _experts(
                 weight=View(
                     stored,
                     index=expert,
-                    **{"columns" if layout.transposed else "rows": part},
+                    rows=None if layout.transposed else part,
+                    columns=part if layout.transposed else None,
                     transposed=layout.transposed,
                 ),
-                bias=View(bias, rows=range(expert, expert + 1), columns=part) if bias else None,
+                bias=_bias(bias, expert, part) if bias else None,
             )
+
+
+def _bias(stored: StoredTensor, expert: int, part: range) -> View:
+    """The bias [out] of one expert, cut out of [E, outs]."""
+    return View(stored, rows=range(expert, expert + 1), columns=part, vector=True)
 
 
 def _parts(layout: FusedExperts, which: str, outs: int) -> dict[str, range]:

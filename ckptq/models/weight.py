@@ -28,6 +28,10 @@ class Reordered:
         return self.inner.spec
 
     @property
+    def written(self) -> TensorSpec:
+        return self.spec
+
+    @property
     def stored(self) -> StoredTensor:
         return self.inner.stored
 

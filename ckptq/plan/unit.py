@@ -49,7 +49,7 @@ class Unit:
         parts = {f"{p.linear.name}.{n}": spec for p in self.parts for n, spec in p.writes.items()}
         return {
             **{name: tensor.spec for name, tensor in self.copies.items()},
-            **{name: view.spec for name, view in self.views.items()},
+            **{name: view.written for name, view in self.views.items()},
             **parts,
             **self.scales,
         }

@@ -1,0 +1,217 @@
+"""What a recipe does to each family, decided from headers alone."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+
+from ckptq.checkpoint.open import open_checkpoint
+from ckptq.errors import PlanError
+from ckptq.plan.make import fill_shards, make_plan
+from ckptq.plan.unit import Plan, Unit
+from ckptq.recipes.load import load_scheme, load_text
+from ckptq.spec import TensorSpec
+
+
+def plan_of(folder: Path, scheme: str, **options: object) -> Plan:
+    return make_plan(open_checkpoint(folder), load_scheme(scheme), **options)  # type: ignore[arg-type]
+
+
+def rules(plan: Plan) -> dict[str, str]:
+    return {unit.key: unit.rule for unit in plan.units}
+
+
+def recipe(groups: str, ignore: str = "[]") -> str:
+    return f"""
+quantization_stage:
+  quantization_modifiers:
+    QuantizationModifier:
+      ignore: {ignore}
+      config_groups: {groups}
+"""
+
+
+def test_every_source_tensor_is_in_exactly_one_unit(llama4: Path) -> None:
+    ckpt = open_checkpoint(llama4)
+    plan = plan_of(llama4, "fp8-dynamic")
+    slabs = {p.linear.weight.stored.name for u in plan.units for p in u.parts}
+    copied = [name for u in plan.units for name in u.copies]
+    assert slabs.isdisjoint(copied)
+    assert slabs | set(copied) == set(ckpt.tensors)
+    assert len(copied) == len(set(copied))
+
+
+def test_what_is_never_quantized_says_why(llama4: Path) -> None:
+    found = rules(plan_of(llama4, "fp8-dynamic"))
+    assert found["language_model.lm_head.weight"] == "output head"
+    assert found["multi_modal_projector.linear_1.weight"] == "projector"
+    assert found["vision_model.model.layers.0.self_attn.q_proj.weight"] == "vision tower"
+    assert found["language_model.model.layers.1.feed_forward.router.weight"] == "router"
+    assert found["language_model.model.layers.0.input_layernorm.weight"] == "norm"
+
+
+def test_fused_experts_are_cut_into_transposed_linears(llama4: Path) -> None:
+    plan = plan_of(llama4, "fp8-dynamic")
+    experts = "language_model.model.layers.1.feed_forward.experts"
+    units = {unit.key: unit for unit in plan.units}
+    for expert in range(4):
+        writes = units[f"{experts}.{expert}.gate_proj"].writes
+        assert writes[f"{experts}.{expert}.gate_proj.weight"] == TensorSpec("F8_E4M3", (256, 128))
+        assert writes[f"{experts}.{expert}.up_proj.weight_scale"] == TensorSpec("BF16", (256, 1))
+        down = units[f"{experts}.{expert}.down_proj"].writes
+        assert down[f"{experts}.{expert}.down_proj.weight"] == TensorSpec("F8_E4M3", (128, 256))
+
+
+def test_experts_left_as_a_whole_stay_fused_and_are_ignored_by_a_pattern(llama4: Path) -> None:
+    experts = "language_model.model.layers.1.feed_forward.experts"
+    plan = plan_of(llama4, "fp8-dynamic", ignore=["re:.*experts.*"])
+    assert f"{experts}.gate_up_proj" in rules(plan)
+    pattern = next(name for name in plan.ignore if name.startswith("re:"))
+    assert re.match(pattern.removeprefix("re:"), f"{experts}.0.gate_proj")
+    assert not re.match(pattern.removeprefix("re:"), experts.replace("experts", "shared_expert"))
+
+
+def test_one_quantized_expert_splits_all_fused_layers(llama4: Path) -> None:
+    """vLLM's loader cannot read fused experts beside experts one by one."""
+    experts = "language_model.model.layers.1.feed_forward.experts"
+    plan = plan_of(llama4, "fp8-dynamic", ignore=[r"re:.*experts\.[123]\."])
+    units = {unit.key: unit for unit in plan.units}
+    assert units[f"{experts}.0.gate_proj"].parts
+    assert units[f"{experts}.1.gate_proj"].views
+    assert f"{experts}.1.gate_proj" in plan.ignore
+    assert f"{experts}.0.gate_proj" not in plan.ignore
+
+
+def test_gpt_oss_interleaves_gate_and_up_and_cuts_biases(gpt_oss: Path) -> None:
+    plan = plan_of(gpt_oss, "fp8-dynamic")
+    writes = {n: s for u in plan.units for n, s in u.writes.items()}
+    expert = "model.layers.0.mlp.experts.2"
+    assert writes[f"{expert}.gate_proj.weight"] == TensorSpec("F8_E4M3", (256, 128))
+    assert writes[f"{expert}.gate_proj.bias"] == TensorSpec("BF16", (256,))
+    assert writes[f"{expert}.down_proj.bias"] == TensorSpec("BF16", (128,))
+    gate = next(p for u in plan.units for p in u.parts if p.linear.name == f"{expert}.gate_proj")
+    assert gate.linear.weight.columns == range(0, 512, 2)  # type: ignore[union-attr]
+
+
+def test_multi_token_prediction_layers_stay(deepseek: Path) -> None:
+    """num_hidden_layers is 2; layer 2 on disk is the prediction layer."""
+    found = rules(plan_of(deepseek, "fp8-dynamic"))
+    assert found["model.layers.1.mlp.experts.0.gate_proj"].startswith("linear: ")
+    name = "model.layers.2.mlp.experts.0.gate_proj.weight"
+    assert found[name] == "multi-token prediction layer"
+    assert found["model.layers.1.mlp.gate.weight"] == "router"
+
+
+def test_latent_attention_is_refused_by_name(deepseek: Path) -> None:
+    with pytest.raises(PlanError, match="multi-head latent attention"):
+        plan_of(deepseek, "fp8-per-head")
+
+
+def test_a_model_without_attention_heads_is_refused(mamba: Path) -> None:
+    with pytest.raises(PlanError, match="no attention heads"):
+        plan_of(mamba, "kv-fp8-per-head")
+
+
+def test_scales_get_their_shapes_from_the_heads(llama: Path) -> None:
+    per_head = plan_of(llama, "fp8-per-head").attention
+    per_tensor = plan_of(llama, "kv-fp8-per-tensor").attention
+    assert per_head is not None
+    assert per_tensor is not None
+    module = "model.layers.1.self_attn"
+    assert per_head.scales[module] == {
+        f"{module}.q_scale": TensorSpec("BF16", (4, 1, 1)),
+        f"{module}.k_scale": TensorSpec("BF16", (2, 1, 1)),
+        f"{module}.v_scale": TensorSpec("BF16", (2, 1, 1)),
+    }
+    assert per_tensor.scales[module][f"{module}.q_scale"] == TensorSpec("BF16", (1,))
+
+
+def test_kv_only_copies_every_weight(llama: Path) -> None:
+    plan = plan_of(llama, "kv-fp8-per-head")
+    assert {n for u in plan.units for n in u.copies} == set(open_checkpoint(llama).tensors)
+    assert plan.ignore == ()
+
+
+def test_a_fused_set_must_agree(llama: Path) -> None:
+    with pytest.raises(PlanError, match=r"fused set.*q_proj: left alone.*k_proj: linear"):
+        plan_of(llama, "fp8-dynamic", ignore=["model.layers.0.self_attn.q_proj"])
+
+
+def test_per_tensor_formats_keep_a_fused_set_in_one_unit(llama: Path) -> None:
+    units = {u.key: u for u in plan_of(llama, "fp8-static").units}
+    (qkv,) = [u for u in units.values() if len(u.parts) == 3 and ".0.self_attn." in u.key]
+    assert [p.linear.projection for p in qkv.parts] == ["q_proj", "k_proj", "v_proj"]
+    assert "model.layers.0.self_attn.q_proj.input_scale" in qkv.scales
+
+
+def test_a_group_that_does_not_divide_names_the_tensor(llama: Path) -> None:
+    odd = recipe(
+        "{g: {targets: [Linear], weights: {num_bits: 4, type: int, strategy: group,"
+        " group_size: 96, symmetric: true}}}",
+        "[lm_head]",
+    )
+    with pytest.raises(PlanError, match=r"model\.layers\.0\..*_proj: .*multiples of 96"):
+        make_plan(open_checkpoint(llama), load_text("odd", odd))
+
+
+def test_mixed_recipes_prefer_names_to_classes(llama: Path) -> None:
+    mixed = recipe(
+        r"{mlp: {targets: [Linear], weights: {num_bits: 8, type: int, strategy: channel},"
+        r" input_activations: {num_bits: 8, type: int, strategy: token, dynamic: true}},"
+        r" attention: {targets: ['re:.*self_attn\..*_proj$'],"
+        r" weights: {num_bits: 4, type: int, strategy: group, group_size: 32}}}",
+        "[lm_head]",
+    )
+    plan = make_plan(open_checkpoint(llama), load_text("mixed", mixed))
+    assert all(".self_attn." in name for name in plan.groups["attention"])
+    assert all(".mlp." in name for name in plan.groups["mlp"])
+    assert len(plan.groups["attention"]) == 8
+    assert len(plan.groups["mlp"]) == 6
+
+
+def test_a_target_that_matches_nothing_is_refused(llama: Path) -> None:
+    lost = recipe("{g: {targets: ['re:.*experts.*'], weights: {num_bits: 8, type: float}}}")
+    with pytest.raises(PlanError, match=r"group 'g' with targets .* matched no Linear"):
+        make_plan(open_checkpoint(llama), load_text("lost", lost))
+
+
+def test_the_output_head_is_quantized_only_by_name(llama: Path) -> None:
+    head = recipe("{g: {targets: ['re:.*lm_head'], weights: {num_bits: 8, type: float}}}")
+    plan = make_plan(open_checkpoint(llama), load_text("head", head))
+    assert plan.groups["g"] == ("lm_head",)
+
+
+@pytest.mark.parametrize("scheme", ["w4a16-asym", "fp8-block"])
+def test_llama4_attention_gets_a_format_that_engines_can_permute(llama4: Path, scheme: str) -> None:
+    plan = plan_of(llama4, scheme)
+    parts = {p.linear.name: p.scheme for u in plan.units for p in u.parts}
+    qkv = [s for n, s in parts.items() if re.search(r"self_attn\.[qkv]_proj$", n)]
+    assert len(qkv) == 6
+    assert all(s.symmetric and s.strategy in ("channel", "group") for s in qkv)
+    others = [s for n, s in parts.items() if ".feed_forward." in n]
+    assert any(not s.symmetric or s.strategy == "block" for s in others)
+
+
+def test_as_written_leaves_llama4_attention_to_the_user(llama4: Path) -> None:
+    plan = plan_of(llama4, "w4a16-asym", permutable=False)
+    assert not any(p.scheme.symmetric for u in plan.units for p in u.parts)
+
+
+def test_ignored_attention_needs_no_group_of_its_own(llama4: Path) -> None:
+    plan = plan_of(llama4, "fp8-block", ignore=["re:.*self_attn"])
+    assert list(plan.groups) == ["linear"]
+
+
+def test_shards_are_filled_in_order() -> None:
+    """6, 6, 2, 6 bytes with 10-byte shards land in shards 1, 2, 2, 3."""
+    units = [Unit(key=str(i), rule="", scales={str(i): TensorSpec("U8", (n,))})
+             for i, n in enumerate((6, 6, 2, 6))]  # fmt: skip
+    shards = fill_shards(units, 10)
+    assert [[u.key for u in run] for run in shards.values()] == [["0"], ["1", "2"], ["3"]]
+    assert next(iter(shards)) == "model-00001-of-00003.safetensors"
+
+
+def test_a_single_shard_has_the_plain_name() -> None:
+    assert list(fill_shards([Unit(key="a", rule="")], 10)) == ["model.safetensors"]
