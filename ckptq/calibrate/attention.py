@@ -86,11 +86,11 @@ def register(supports_sdpa: bool) -> str:
 
 
 @contextmanager
-def tapped(root: nn.Module, name: str, tap: Tap | None) -> Iterator[None]:
+def tapped(root: nn.Module, name: str, tap: Tap) -> Iterator[None]:
     """In the block, `tap` sees q, k and v of every attention inside `root`, called `name`."""
     modules = list(root.named_modules(prefix=name))
     for path, module in modules:
-        setattr(module, _TAP, partial(tap, path) if tap is not None else None)
+        setattr(module, _TAP, partial(tap, path))
     try:
         yield
     finally:

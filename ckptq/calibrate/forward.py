@@ -11,11 +11,10 @@ Shape letters: B batch, S positions, E hidden size, V vocabulary.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from ckptq.calibrate.attention import Tap, tapped
 from ckptq.calibrate.record import (
     AllLayersSeen,
     LayerArguments,
@@ -77,11 +76,14 @@ class LayerwiseModel:
         return stream
 
     def run_layer(
-        self, index: int, stream: Stream, observe: Callable[[int], Tap] | None = None
+        self,
+        index: int,
+        stream: Stream,
+        watch: Callable[[nn.Module, Batch], AbstractContextManager[None]] | None = None,
     ) -> None:
         """Load one decoder layer, run every batch through it, drop it.
 
-        `observe(batch index)` gives the tap that sees q, k and v of that batch.
+        `watch` gives the context in which the layer runs on a batch: there hooks are set.
         """
         name = self.layer_names[index]
         layer = self.skeleton.layers[name]
@@ -89,8 +91,7 @@ class LayerwiseModel:
             moved = Moved(self.device)
             for number, hidden_BSE in enumerate(stream.hidden_BSE):
                 args, kwargs = moved(stream.arguments[number][index])
-                tap = observe(number) if observe is not None else None
-                with tapped(layer, name, tap):
+                with nullcontext() if watch is None else watch(layer, stream.batches[number]):
                     result = layer(hidden_BSE.to(self.device), *args, **kwargs)
                 result_BSE: Tensor = result[0] if isinstance(result, tuple) else result
                 stream.hidden_BSE[number] = result_BSE.cpu()

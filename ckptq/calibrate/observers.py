@@ -30,6 +30,8 @@ Strategy = Literal["attn_head", "tensor"]
 Stats = Mapping[str, "Tensor"]
 
 FP8_MAX = 448.0
+INT8_MAX = 127.5
+"""Half the range of codes, as compressed-tensors divides; not the largest code."""
 MAGNITUDES = 1 << 15
 
 
@@ -47,8 +49,8 @@ class Observer(Protocol):
         """The statistic of both halves together."""
         ...
 
-    def scale(self, stats: Stats, dtype: torch.dtype) -> Tensor:
-        """The dequantization multiplier per head, [H], finite and positive."""
+    def scale(self, stats: Stats, dtype: torch.dtype, top: float = FP8_MAX) -> Tensor:
+        """The dequantization multiplier per head, [H], finite and positive: magnitude / top."""
         ...
 
 
@@ -71,8 +73,8 @@ class StaticMinMax:
             "amax": torch.maximum(one["amax"], other["amax"]),
         }
 
-    def scale(self, stats: Stats, dtype: torch.dtype) -> Tensor:
-        return scale_of(_magnitude(stats), dtype)
+    def scale(self, stats: Stats, dtype: torch.dtype, top: float = FP8_MAX) -> Tensor:
+        return scale_of(_magnitude(stats), dtype, top)
 
 
 @dataclass(frozen=True)
@@ -99,8 +101,8 @@ class MinMax:
             )
         return one or other
 
-    def scale(self, stats: Stats, dtype: torch.dtype) -> Tensor:
-        return scale_of(_magnitude(stats), dtype)
+    def scale(self, stats: Stats, dtype: torch.dtype, top: float = FP8_MAX) -> Tensor:
+        return scale_of(_magnitude(stats), dtype, top)
 
 
 @dataclass(frozen=True)
@@ -120,13 +122,13 @@ class Percentile:
     def merge(self, one: Stats, other: Stats) -> Stats:
         return _merge_counts(one, other)
 
-    def scale(self, stats: Stats, dtype: torch.dtype) -> Tensor:
+    def scale(self, stats: Stats, dtype: torch.dtype, top: float = FP8_MAX) -> Tensor:
         import torch
 
         below_HN = stats["counts"].cumsum(-1)
         wanted_H1 = (below_HN[:, -1:].double() * (self.percentile / 100)).ceil()
         index_H = torch.searchsorted(below_HN.double(), wanted_H1).squeeze(-1)
-        return scale_of(_bf16_magnitudes()[index_H], dtype)
+        return scale_of(_bf16_magnitudes()[index_H], dtype, top)
 
 
 @dataclass(frozen=True)
@@ -149,9 +151,11 @@ class MSE:
     def merge(self, one: Stats, other: Stats) -> Stats:
         return _merge_counts(one, other)
 
-    def scale(self, stats: Stats, dtype: torch.dtype) -> Tensor:
+    def scale(self, stats: Stats, dtype: torch.dtype, top: float = FP8_MAX) -> Tensor:
         import torch
 
+        if top != FP8_MAX:
+            raise UsageError("observer 'mse' searches scales for FP8 only; use 'static_minmax'")
         amax_H = _magnitude(stats).float()
         best_H = torch.full_like(amax_H, float("inf"), dtype=torch.float64)
         result_H = torch.zeros_like(amax_H, dtype=dtype)
@@ -201,11 +205,11 @@ def extremes(x_BHSD: Tensor, lengths: Sequence[int]) -> Stats:
     return {"amin": amin_BH.amin(0).cpu(), "amax": amax_BH.amax(0).cpu()}
 
 
-def scale_of(amax_H: Tensor, dtype: torch.dtype) -> Tensor:
-    """amax / 448 in `dtype`; 0 becomes its eps (compressed-tensors' `calculate_qparams`)."""
+def scale_of(amax_H: Tensor, dtype: torch.dtype, top: float = FP8_MAX) -> Tensor:
+    """amax / top in `dtype`; 0 becomes its eps (compressed-tensors' `calculate_qparams`)."""
     import torch
 
-    scale_H = amax_H.to(dtype) / torch.tensor(FP8_MAX, dtype=dtype, device=amax_H.device)
+    scale_H = amax_H.to(dtype) / torch.tensor(top, dtype=dtype, device=amax_H.device)
     return torch.where(scale_H == 0, torch.finfo(dtype).eps, scale_H)
 
 

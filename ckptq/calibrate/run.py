@@ -7,43 +7,52 @@ is observed: text never reaches a vision tower, so scales for it would be made u
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Mapping
-from dataclasses import asdict
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
 
 from ckptq import __version__
-from ckptq.calibrate.forward import LayerwiseModel, Stream, open_model
+from ckptq.calibrate.attention import Tap, tapped
+from ckptq.calibrate.forward import LayerwiseModel, open_model
+from ckptq.calibrate.inputs import Inputs
 from ckptq.calibrate.journal import Journal
 from ckptq.calibrate.observers import Observer, Strategy, make_observer
-from ckptq.calibrate.scales import Record, Scales, source_fingerprint
-from ckptq.calibrate.statistics import Statistics
-from ckptq.calibrate.text import Samples
+from ckptq.calibrate.result import scales_of
+from ckptq.calibrate.scales import Scales, source_fingerprint
+from ckptq.calibrate.statistics import Statistics, Wanted
+from ckptq.calibrate.text import Batch, Samples
 from ckptq.checkpoint.open import Checkpoint
 from ckptq.errors import PlanError, SourceError, UsageError
-from ckptq.spec import torch_dtype
 
 if TYPE_CHECKING:
-    import torch
+    from torch import Tensor, nn
 
 Progress = Callable[[int, int], None]
 """(layers done, layers in all)"""
+
+NOTHING: Mapping[str, float] = {}
 
 
 def calibrate(
     ckpt: Checkpoint,
     samples: Samples,
     *,
-    strategy: str = "attn_head",
+    strategy: str | None = "attn_head",
     observer: str = "static_minmax",
     observer_arguments: Mapping[str, Any] | None = None,
+    inputs: Mapping[str, float] = NOTHING,
+    input_observer: str = "static_minmax",
     batch_size: int = 8,
     device: str = "cpu",
     progress: Progress = lambda done, total: None,
     journal: Path | None = None,
 ) -> Scales:
     """Scales for q, k and v of every attention layer: [H, 1, 1] for "attn_head", [1] for "tensor".
+
+    `inputs` asks for scales of what goes into Linears too, [1] each: names on disk, with what the
+    largest input becomes (448 for FP8, 127.5 for INT8). A `strategy` of None leaves attention out.
 
     One decoder layer's weights are in memory at a time, and the hidden states of all samples:
     samples * seq_len * hidden_size * 2 bytes in bf16 (8 GB for 512 samples of 2048 tokens at 4096).
@@ -56,42 +65,35 @@ def calibrate(
     """
     if batch_size < 1:
         raise UsageError(f"batch_size must be at least 1, got {batch_size}")
-    statistics = Statistics(_observer(observer, observer_arguments), _strategy(strategy))
+    wanted = Wanted(
+        strategy=_strategy(strategy),
+        attention=_observer(observer, observer_arguments),
+        inputs=inputs,
+        linear=_observer(input_observer, None),
+    )
     kept = None
     if journal is not None:
-        kept = Journal(journal, _identity(ckpt, samples, statistics, batch_size, device))
+        kept = Journal(journal, _identity(ckpt, samples, wanted, batch_size, device))
         if (finished := kept.finished()) is not None:
             return finished
-    model = open_model(ckpt, device)
+    model, statistics = open_model(ckpt, device), Statistics(wanted)
     _check_vocabulary(model, samples)
-    stream = model.embed(samples.batches(batch_size))
-    _run(model, stream, statistics, str(ckpt.path), progress, kept)
-    if not statistics.points:
-        raise PlanError(
-            f"{ckpt.path}: no attention of {type(model.skeleton.model).__name__} passes through "
-            "transformers' attention interface, so its q, k and v cannot be observed"
-        )
-    scales = _scales(ckpt, model, statistics, samples, batch_size)
+    classes = _run(model, samples, batch_size, statistics, progress, kept)
+    _check_complete(ckpt, model, statistics)
+    scales = scales_of(ckpt, statistics, classes, samples, batch_size)
     if kept is not None:
         kept.finish(scales)
     return scales
 
 
-def _strategy(name: str) -> Strategy:
+def _strategy(name: str | None) -> Strategy | None:
+    if name is None:
+        return None
     for known in get_args(Strategy):
         if name == known:
             strategy: Strategy = known
             return strategy
     raise UsageError(f"unknown strategy {name!r}; known: {', '.join(get_args(Strategy))}")
-
-
-def _check_vocabulary(model: LayerwiseModel, samples: Samples) -> None:
-    size = model.skeleton.model.config.get_text_config(decoder=True).vocab_size
-    largest = max(map(max, samples.token_ids))
-    if largest >= size:
-        raise SourceError(
-            f"{samples.source}: token id {largest} is outside the model's vocabulary of {size}"
-        )
 
 
 def _observer(name: str, arguments: Mapping[str, Any] | None) -> Observer:
@@ -106,95 +108,95 @@ def _observer(name: str, arguments: Mapping[str, Any] | None) -> Observer:
 
 def _run(
     model: LayerwiseModel,
-    stream: Stream,
+    samples: Samples,
+    batch_size: int,
     statistics: Statistics,
-    where: str,
     progress: Progress,
     journal: Journal | None,
-) -> None:
-    """All layers, or those that are left. Progress counts those of a former run too."""
+) -> dict[str, str]:
+    """All layers, or those that are left. Gives the attention modules with their classes."""
+    stream = model.embed(samples.batches(batch_size))
     layers = model.layer_names
     done = journal.restore(stream, statistics) if journal is not None else 0
     for index, name in enumerate(layers):
         if index >= done:
-            model.run_layer(
-                index, stream, lambda number: statistics.tap(stream.batches[number].lengths)
-            )
-            statistics.check_finite(where, name)
+            model.run_layer(index, stream, _watch(model, name, statistics))
+            statistics.check_finite(model.loader.label)
             if journal is not None and index + 1 < len(layers):
                 journal.keep(index + 1, stream, statistics)
         progress(index + 1, len(layers))
+    return _classes(model, statistics)
+
+
+def _watch(
+    model: LayerwiseModel, name: str, statistics: Statistics
+) -> Callable[[nn.Module, Batch], Any]:
+    """Sets the taps on a layer for one batch."""
+    stored, wanted = model.loader.stored_module, statistics.wanted
+    inputs = Inputs(model.loader, wanted.inputs.keys())
+
+    def tap_for(batch: Batch) -> Tap:
+        def tap(module: str, q_BHSD: Tensor, k_BHSD: Tensor, v_BHSD: Tensor) -> None:
+            qkv_BHSD = {"q": q_BHSD, "k": k_BHSD, "v": v_BHSD}
+            statistics.add_attention(stored(module), qkv_BHSD, batch.lengths)
+
+        return tap
+
+    @contextmanager
+    def watch(layer: nn.Module, batch: Batch) -> Iterator[None]:
+        attention = tapped(layer, name, tap_for(batch)) if wanted.strategy else nullcontext()
+        linears = inputs.watched(layer, name, batch.lengths, statistics.add_input)
+        with attention, linears:
+            yield
+
+    return watch
+
+
+def _classes(model: LayerwiseModel, statistics: Statistics) -> dict[str, str]:
+    """Attention module, by its name on disk -> its class in transformers."""
+    return {
+        model.loader.stored_module(name): type(module).__name__
+        for layer, root in model.skeleton.layers.items()
+        for name, module in root.named_modules(prefix=layer)
+        if f"{model.loader.stored_module(name)}.k" in statistics.points
+    }
+
+
+def _check_vocabulary(model: LayerwiseModel, samples: Samples) -> None:
+    size = model.skeleton.model.config.get_text_config(decoder=True).vocab_size
+    largest = max(map(max, samples.token_ids))
+    if largest >= size:
+        raise SourceError(
+            f"{samples.source}: token id {largest} is outside the model's vocabulary of {size}"
+        )
+
+
+def _check_complete(ckpt: Checkpoint, model: LayerwiseModel, statistics: Statistics) -> None:
+    if statistics.wanted.strategy and not any(p.endswith(".k") for p in statistics.points):
+        raise PlanError(
+            f"{ckpt.path}: no attention of {type(model.skeleton.model).__name__} passes through "
+            "transformers' attention interface, so its q, k and v cannot be observed"
+        )
+    for linear in statistics.wanted.inputs:
+        if f"{linear}.input" not in statistics.points:
+            raise PlanError(
+                f"{ckpt.path}: nothing went into {linear} during calibration, so it has no input "
+                "scale; it is no Linear of a decoder layer, or an expert that saw no token"
+            )
 
 
 def _identity(
-    ckpt: Checkpoint, samples: Samples, statistics: Statistics, batch_size: int, device: str
+    ckpt: Checkpoint, samples: Samples, wanted: Wanted, batch_size: int, device: str
 ) -> dict[str, Any]:
     """Everything on which the bits of the statistics depend."""
     return {
         "source": source_fingerprint(ckpt),
         "modified": {h.file.name: h.file.stat().st_mtime_ns for h in ckpt.headers},
         "samples": samples.digest,
-        "strategy": statistics.strategy,
-        "observer": asdict(statistics.observer),  # type: ignore[call-overload]
+        **wanted.to_json(),
         "batch_size": batch_size,
         "device": device,
         "ckptq": __version__,
         "torch": version("torch"),
         "transformers": version("transformers"),
     }
-
-
-def _scales(
-    ckpt: Checkpoint,
-    model: LayerwiseModel,
-    statistics: Statistics,
-    samples: Samples,
-    batch_size: int,
-) -> Scales:
-    """Everything under the names that it has on disk."""
-    modules = {point: point.rpartition(".")[0] for point in statistics.points}
-    stored = {module: model.loader.stored_module(module) for module in set(modules.values())}
-    on_disk = {
-        point: f"{stored[module]}.{point.rpartition('.')[2]}" for point, module in modules.items()
-    }
-    dtypes = {point: _stored_dtype(ckpt, model, module) for point, module in modules.items()}
-    arguments = asdict(statistics.observer)  # type: ignore[call-overload]
-    return Scales(
-        tensors={
-            f"{on_disk[point]}_scale": scale for point, scale in statistics.scales(dtypes).items()
-        },
-        statistics={
-            f"{on_disk[point]}_{key}": stats[key]
-            for point, stats in statistics.points.items()
-            for key in ("amin", "amax")
-        },
-        made=Record(
-            model=ckpt.name,
-            source_fingerprint=source_fingerprint(ckpt),
-            strategy=statistics.strategy,
-            observer=arguments.pop("name"),
-            observer_arguments=arguments,
-            text=samples.source,
-            samples=len(samples.token_ids),
-            tokens=sum(map(len, samples.token_ids)),
-            seq_len=samples.seq_len,
-            batch_size=batch_size,
-            seed=samples.seed,
-            token_digest=samples.digest,
-            attention={
-                stored[modules[point]]: _class_name(model, modules[point])
-                for point in statistics.points
-                if point.endswith(".k")
-            },
-        ),
-    )
-
-
-def _stored_dtype(ckpt: Checkpoint, model: LayerwiseModel, module: str) -> torch.dtype:
-    """The dtype of the module's first weight on disk, which llm-compressor gives its scales."""
-    names = next(iter(model.loader.stored_names(module).values()))
-    return torch_dtype(ckpt.tensors[names[0]].spec.dtype)
-
-
-def _class_name(model: LayerwiseModel, module: str) -> str:
-    return type(model.skeleton.model.get_submodule(module)).__name__

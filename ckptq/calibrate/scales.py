@@ -34,9 +34,11 @@ class Record:
     version: int = VERSION
     model: str
     source_fingerprint: str
-    strategy: str
+    strategy: str | None
+    """How q, k and v share scales; None where attention was left out."""
     observer: str
     observer_arguments: dict[str, Any] = field(default_factory=dict)
+    input_observer: str
     text: str
     samples: int
     tokens: int
@@ -59,16 +61,19 @@ class Scales:
     made: Record
 
     @property
-    def attention_class(self) -> str:
-        """The one class of all attention modules: the target of an attention config group."""
+    def attention_class(self) -> str | None:
+        """The one class of all attention modules: the target of an attention config group.
+
+        None where attention was left out.
+        """
         classes = sorted(set(self.made.attention.values()))
-        if len(classes) != 1:
+        if len(classes) > 1:
             raise PlanError(
                 f"attention modules of {self.made.model} are of {len(classes)} classes "
-                f"({', '.join(classes) or 'none'}); vLLM reads an attention group "
+                f"({', '.join(classes)}); vLLM reads an attention group "
                 "with one target only"
             )
-        return classes[0]
+        return classes[0] if classes else None
 
     def record(self) -> dict[str, Any]:
         """How they were made, as JSON data."""

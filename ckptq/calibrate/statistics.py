@@ -1,65 +1,87 @@
 """What has been seen at each point of a model, and the scales that follow from it.
 
-A point is a module and what is observed there: "model.layers.0.self_attn.k". On disk its scale is
-called "...self_attn.k_scale", its statistics "...k_amin" and "...k_amax".
+A point is named as its scale is on disk, without the ending: "model.layers.0.self_attn.k" for
+"...self_attn.k_scale", "model.layers.0.mlp.up_proj.input" for "...up_proj.input_scale".
 
-Shape letters: B batch, H heads, S positions, D head size.
+Shape letters: B batch, H heads, S positions, D head size, T tokens, F features.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING
+from dataclasses import asdict, dataclass, field
+from typing import TYPE_CHECKING, Any
 
-from ckptq.calibrate.observers import Observer, Stats, Strategy, heads
+from ckptq.calibrate.observers import FP8_MAX, Observer, Stats, Strategy, heads
 from ckptq.errors import SourceError
 
 if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
-    from ckptq.calibrate.attention import Tap
+
+@dataclass(frozen=True, kw_only=True)
+class Wanted:
+    """Which statistics are taken, and how scales are read off them."""
+
+    strategy: Strategy | None
+    """None leaves attention out."""
+    attention: Observer
+    inputs: Mapping[str, float]
+    """Linear, as named on disk -> what its largest input becomes: 448 for FP8, 127.5 for INT8."""
+    linear: Observer
+
+    def to_json(self) -> dict[str, Any]:
+        """What two runs must agree on to have the same statistics."""
+        return {
+            "strategy": self.strategy,
+            "observer": asdict(self.attention),  # type: ignore[call-overload]
+            "inputs": dict(sorted(self.inputs.items())),
+            "input_observer": asdict(self.linear),  # type: ignore[call-overload]
+        }
 
 
+@dataclass
 class Statistics:
     """A statistic per point, grown batch by batch."""
 
-    def __init__(self, observer: Observer, strategy: Strategy) -> None:
-        self.observer = observer
-        self.strategy = strategy
-        self.points: dict[str, Stats] = {}
+    wanted: Wanted
+    points: dict[str, Stats] = field(default_factory=dict)
 
-    def tap(self, lengths: Sequence[int]) -> Tap:
-        """What attention shows its q, k and v to, for one batch."""
+    def add_attention(
+        self, module: str, qkv_BHSD: Mapping[str, Tensor], lengths: Sequence[int]
+    ) -> None:
+        """Add a batch of q, k and v, of which `lengths[b]` positions of row b are real."""
+        assert self.wanted.strategy is not None
+        for which, x_BHSD in qkv_BHSD.items():
+            point, x_BHSD = f"{module}.{which}", heads(x_BHSD, self.wanted.strategy)
+            stats = self.points.get(point, {})
+            self.points[point] = self.wanted.attention.fold(stats, x_BHSD, lengths)
 
-        def tap(module: str, q_BHSD: Tensor, k_BHSD: Tensor, v_BHSD: Tensor) -> None:
-            for which, x_BHSD in (("q", q_BHSD), ("k", k_BHSD), ("v", v_BHSD)):
-                self.fold(f"{module}.{which}", heads(x_BHSD, self.strategy), lengths)
+    def add_input(self, linears: Sequence[str], x_TF: Tensor) -> None:
+        """Add tokens that go into all these Linears, which always share their input."""
+        if not linears or not len(x_TF):
+            return
+        stats = self.points.get(f"{linears[0]}.input", {})
+        stats = self.wanted.linear.fold(stats, x_TF[None, None], [len(x_TF)])
+        self.points |= {f"{linear}.input": stats for linear in linears}
 
-        return tap
-
-    def fold(self, point: str, x_BHSD: Tensor, lengths: Sequence[int]) -> None:
-        """Add one batch to a point."""
-        self.points[point] = self.observer.fold(self.points.get(point, {}), x_BHSD, lengths)
-
-    def check_finite(self, where: str, prefix: str) -> None:
-        """Raise SourceError when NaN or Inf was seen at a point whose name begins with `prefix`."""
+    def check_finite(self, where: str) -> None:
+        """Raise SourceError when NaN or Inf was seen at a point."""
         for point, stats in self.points.items():
-            if point.startswith(prefix + "."):
-                worst = stats["amin"].abs().maximum(stats["amax"].abs()).max().item()
-                if not worst < float("inf"):
-                    raise SourceError(
-                        f"{where}: {point} is {worst} during calibration: a weight before it is "
-                        "not finite, or its dtype overflows"
-                    )
+            worst = stats["amin"].abs().maximum(stats["amax"].abs()).max().item()
+            if not worst < float("inf"):
+                raise SourceError(
+                    f"{where}: {point} is {worst} during calibration: a weight before it is "
+                    "not finite, or its dtype overflows"
+                )
 
-    def scales(self, dtypes: Mapping[str, torch.dtype]) -> dict[str, Tensor]:
-        """Point -> scale in the dtype of its module: [1] per tensor, [H, 1, 1] per head."""
-        found = {}
-        for point, stats in self.points.items():
-            scale_H = self.observer.scale(stats, stats["amin"].dtype).to(dtypes[point])
-            found[point] = scale_H.reshape(-1, 1, 1) if self._per_head(point) else scale_H
-        return found
-
-    def _per_head(self, point: str) -> bool:
-        return self.strategy == "attn_head" and point.rpartition(".")[2] in ("q", "k", "v")
+    def scale(self, point: str, dtype: torch.dtype) -> Tensor:
+        """The scale of a point: [1] per tensor, [H, 1, 1] per head."""
+        stats, (module, _, which) = self.points[point], point.rpartition(".")
+        computed = stats["amin"].dtype
+        if which == "input":
+            top = self.wanted.inputs[module]
+            return self.wanted.linear.scale(stats, computed, top).to(dtype)
+        scale_H = self.wanted.attention.scale(stats, computed, FP8_MAX).to(dtype)
+        return scale_H.reshape(-1, 1, 1) if self.wanted.strategy == "attn_head" else scale_H

@@ -73,6 +73,7 @@ class Loader:
         self._source = source
         self._device = device
         self._parameters = frozenset(skeleton.model.state_dict())
+        self._stored_modules: dict[str, str] = {}
         self._sources = sources_of_parameters(skeleton.model, source.names())
 
     def stored_names(self, module: str) -> dict[str, tuple[str, ...]]:
@@ -85,6 +86,11 @@ class Loader:
         Example, Gemma-3 with images: "model.language_model.layers.0.self_attn" is
         "language_model.model.layers.0.self_attn" there.
         """
+        if module not in self._stored_modules:
+            self._stored_modules[module] = self._find_stored(module)
+        return self._stored_modules[module]
+
+    def _find_stored(self, module: str) -> str:
         stored = self.stored_names(module)
         for parameter, names in stored.items():
             suffix = parameter.removeprefix(module)
@@ -93,6 +99,11 @@ class Loader:
         every = [name.split(".") for names in stored.values() for name in names]
         shared = [parts[0] for parts in zip(*every, strict=False) if len(set(parts)) == 1]
         return ".".join(shared) or module
+
+    @property
+    def label(self) -> str:
+        """What messages call the source of the weights."""
+        return self._source.label
 
     @contextmanager
     def loaded(self, module: str) -> Iterator[None]:

@@ -1,0 +1,139 @@
+"""What goes into Linears, for static activation scales; into experts fused in one tensor too.
+
+Every expert is shown every token, routed to it or not, as llm-compressor's calibration does: so no
+expert is left without a scale. That costs one pass of all tokens through each expert's gate and up.
+
+Shape letters: B batch, S positions, F features in, T tokens that are real, I intermediate size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from functools import partial
+from math import prod
+from typing import TYPE_CHECKING, Any
+
+from ckptq.calibrate.weights import Loader
+from ckptq.errors import UsageError
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+Fold = Callable[[Sequence[str], "Tensor"], None]
+"""Gets the names of the Linears that share an input, and that input's real tokens [T, F]."""
+
+INTO_HIDDEN = ("gate_proj", "up_proj", "w1", "w3")
+"""Projections of an expert that read its input; the others read what those two make."""
+
+
+class Inputs:
+    """The Linears, by their names on disk, whose inputs are wanted."""
+
+    def __init__(self, loader: Loader, wanted: Collection[str]) -> None:
+        self._loader = loader
+        self._wanted = wanted
+
+    @contextmanager
+    def watched(
+        self, layer: nn.Module, name: str, lengths: Sequence[int], fold: Fold
+    ) -> Iterator[None]:
+        """In the block, `fold` sees the inputs of the wanted Linears of a layer called `name`."""
+        with ExitStack() as stack:
+            for path, module in layer.named_modules(prefix=name) if self._wanted else ():
+                hook = self._hook(path, module, lengths, fold)
+                if hook is not None:
+                    handle = module.register_forward_pre_hook(hook)
+                    stack.callback(handle.remove)
+            yield
+
+    def _hook(
+        self, path: str, module: nn.Module, lengths: Sequence[int], fold: Fold
+    ) -> Callable[..., None] | None:
+        from torch import nn
+
+        if isinstance(module, nn.Linear):
+            linear = self._loader.stored_module(path)
+            if linear in self._wanted:
+                return partial(_see_linear, linear, lengths, fold)
+        elif _is_fused_experts(module):
+            experts = self._experts(self._loader.stored_module(path))
+            if experts:
+                return partial(_see_experts, experts, lengths, fold)
+        return None
+
+    def _experts(self, prefix: str) -> dict[int, list[str]]:
+        """Expert -> its wanted Linears, all under one on-disk prefix."""
+        found: dict[int, list[str]] = {}
+        for name in sorted(self._wanted):
+            if name.startswith(prefix + "."):
+                number, _, _ = name.removeprefix(prefix + ".").partition(".")
+                found.setdefault(int(number), []).append(name)
+        return found
+
+
+def _see_linear(
+    name: str, lengths: Sequence[int], fold: Fold, module: nn.Module, args: tuple[Any, ...]
+) -> None:
+    fold([name], real_tokens(args[0], lengths, name))
+
+
+def _see_experts(
+    experts: dict[int, list[str]],
+    lengths: Sequence[int],
+    fold: Fold,
+    module: nn.Module,
+    args: tuple[Any, ...],
+) -> None:
+    first = next(iter(experts.values()))[0]
+    x_TF = real_tokens(args[0], lengths, first)
+    # Llama-4 hands each expert all tokens, zeroed where they are not routed to it
+    x_TF = x_TF[x_TF.any(-1)]
+    every = [name for names in experts.values() for name in names]
+    fold([name for name in every if _reads_input(name)], x_TF)
+    for number, names in experts.items():
+        inner = [name for name in names if not _reads_input(name)]
+        if inner:
+            fold(inner, _between(module, number, x_TF))
+
+
+def _reads_input(name: str) -> bool:
+    return name.rpartition(".")[2] in INTO_HIDDEN
+
+
+def _between(experts: Any, number: int, x_TF: Tensor) -> Tensor:
+    """What the down projection of one expert reads, [T, I]: activation(gate) * up."""
+    import torch
+
+    transposed = getattr(experts, "is_transposed", not hasattr(experts, "has_gate"))
+    weight = experts.gate_up_proj[number]
+    up_T2I = x_TF @ weight if transposed else torch.nn.functional.linear(x_TF, weight)
+    if getattr(experts, "has_bias", False):
+        up_T2I = up_T2I + experts.gate_up_proj_bias[number]
+    if hasattr(experts, "_apply_gate"):
+        gated_TI: Tensor = experts._apply_gate(up_T2I)
+        return gated_TI
+    gate_TI, up_TI = up_T2I.chunk(2, dim=-1)
+    return up_TI * experts.act_fn(gate_TI)
+
+
+def _is_fused_experts(module: nn.Module) -> bool:
+    """Experts as transformers 5 fuses them: `gate_up_proj` and `down_proj` are 3-D parameters."""
+    fused = [getattr(module, name, None) for name in ("gate_up_proj", "down_proj")]
+    return all(getattr(tensor, "ndim", 0) == 3 for tensor in fused)
+
+
+def real_tokens(x: Tensor, lengths: Sequence[int], name: str) -> Tensor:
+    """The tokens of [B, S, F], [B * S, F] or [n * B * S, F] that are no padding, as [T, F]."""
+    import torch
+
+    B, S, F = len(lengths), max(lengths), x.shape[-1]
+    if all(length == S for length in lengths):
+        return x.reshape(-1, F)
+    if prod(x.shape[:-1]) % (B * S):
+        raise UsageError(
+            f"{name}: gets {prod(x.shape[:-1])} of a batch's {B} x {S} positions, so padding "
+            "cannot be told from text; use a batch size of 1"
+        )
+    real_BS = torch.arange(S, device=x.device) < torch.tensor(lengths, device=x.device)[:, None]
+    return x.reshape(-1, B * S, F)[:, real_BS.reshape(-1)].reshape(-1, F)

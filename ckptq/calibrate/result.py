@@ -1,0 +1,75 @@
+"""From statistics to scales: names, dtypes and the record of how they were made."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
+
+from ckptq.calibrate.scales import Record, Scales, source_fingerprint
+from ckptq.calibrate.statistics import Statistics
+from ckptq.calibrate.text import Samples
+from ckptq.checkpoint.open import Checkpoint
+from ckptq.spec import FLOATS, torch_dtype
+
+if TYPE_CHECKING:
+    import torch
+
+
+def scales_of(
+    ckpt: Checkpoint,
+    statistics: Statistics,
+    classes: Mapping[str, str],
+    samples: Samples,
+    batch_size: int,
+) -> Scales:
+    """A scale for every point, in the dtype that its module's weights have on disk."""
+    made = statistics.wanted.to_json()
+    dtypes = stored_dtypes(ckpt)
+    observer, input_observer = dict(made["observer"]), dict(made["input_observer"])
+    return Scales(
+        tensors={
+            f"{point}_scale": statistics.scale(point, dtype_of(dtypes, point.rpartition(".")[0]))
+            for point in statistics.points
+        },
+        statistics={
+            f"{point}_{key}": stats[key].clone()
+            for point, stats in statistics.points.items()
+            for key in ("amin", "amax")
+        },
+        made=Record(
+            model=ckpt.name,
+            source_fingerprint=source_fingerprint(ckpt),
+            strategy=statistics.wanted.strategy,
+            observer=observer.pop("name"),
+            observer_arguments=observer,
+            input_observer=input_observer.pop("name"),
+            text=samples.source,
+            samples=len(samples.token_ids),
+            tokens=sum(map(len, samples.token_ids)),
+            seq_len=samples.seq_len,
+            batch_size=batch_size,
+            seed=samples.seed,
+            token_digest=samples.digest,
+            attention=dict(sorted(classes.items())),
+        ),
+    )
+
+
+def stored_dtypes(ckpt: Checkpoint) -> dict[str, torch.dtype]:
+    """Module -> the dtype of its first weight on disk, which llm-compressor gives its scales."""
+    found: dict[str, torch.dtype] = {}
+    for name, tensor in ckpt.tensors.items():
+        if tensor.spec.dtype in FLOATS:
+            module = name.rpartition(".")[0]
+            while module and module not in found:
+                found[module] = torch_dtype(tensor.spec.dtype)
+                module = module.rpartition(".")[0]
+    return found
+
+
+def dtype_of(dtypes: Mapping[str, torch.dtype], module: str) -> torch.dtype:
+    """One expert of a fused tensor has no weight of its own: then that of the experts around it."""
+    while module not in dtypes:
+        module, dot, _ = module.rpartition(".")
+        assert dot, "a point belongs to a module that has weights around it"
+    return dtypes[module]
