@@ -30,6 +30,9 @@ if TYPE_CHECKING:
 
 METADATA = {"format": "pt"}
 
+COMMIT_BYTES = 1 << 28
+"""As much work as a killed run may lose: a second or less."""
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Result:
@@ -56,13 +59,15 @@ def write_quantized(
     restart: bool = False,
     workers: int | None = None,
     max_ram: int | None = None,
+    commit_bytes: int = COMMIT_BYTES,
     begin: Begin = silent,
 ) -> Result:
     """Carry out a plan; `out` appears whole at the end, or not at all.
 
     An interrupted run goes on when it is called again with the same source, plan and arguments, and
     ends byte-identical. `arguments` is what the output depends on beyond source and recipe, as JSON
-    data; it becomes part of the journal's fingerprint and of the provenance record.
+    data; it becomes part of the journal's fingerprint and of the provenance record. `commit_bytes`
+    is how much may be written between two entries of the journal.
     """
     workers = workers or len(os.sched_getaffinity(0))
     check_disk(plan, out)
@@ -79,7 +84,7 @@ def write_quantized(
         if not journal.published:
             made = scales.load(journal.calibration) if scales is not None else None
             report = begin("quantize", plan.read_bytes)
-            _convert(plan, journal, made, workers, rooms, report)
+            _convert(plan, journal, made, workers, rooms, commit_bytes, report)
             _write_documents(ckpt, plan, journal, made, record)
         journal.publish()
     finally:
@@ -103,6 +108,7 @@ def _convert(
     scales: Scales | None,
     workers: int,
     rooms: tuple[int, int],
+    commit_bytes: int,
     report: Report,
 ) -> None:
     from ckptq.convert.pipeline import Ends, convert
@@ -116,7 +122,7 @@ def _convert(
     shards = Shards(
         journal.scratch, specs, marked_metadata(METADATA, plan.marks) if plan.marks else METADATA
     )
-    committer = Committer(journal, shards, shard_of)
+    committer = Committer(journal, shards, shard_of, commit_bytes)
     pool = make_pool(workers)
 
     def finished(unit: Unit) -> None:

@@ -10,9 +10,6 @@ from ckptq.checkpoint.journal import Journal
 from ckptq.checkpoint.write import Shards
 from ckptq.plan.unit import Unit
 
-COMMIT_BYTES = 1 << 28
-"""How much is written between two entries of the journal."""
-
 Task = Callable[[], None]
 
 Work = Iterator[Sequence[Task]]
@@ -83,7 +80,7 @@ class Committer:
         journal: Journal,
         shards: Shards,
         shard_of: dict[str, str],
-        commit_bytes: int = COMMIT_BYTES,
+        commit_bytes: int,
     ) -> None:
         self._journal, self._shards, self._shard_of = journal, shards, shard_of
         self._commit_bytes = commit_bytes

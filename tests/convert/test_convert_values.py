@@ -75,7 +75,7 @@ def test_threads_rooms_and_pieces_change_no_byte(tmp_path, monkeypatch, format):
     source = save(tmp_path / "source", LAYOUTS["llama4"]())
     convert(source, tmp_path / "one", recipe_of(format), workers=1)
     monkeypatch.setattr(blocks, "RUN_ELEMENTS", 1 << 11)
-    monkeypatch.setattr(blocks, "CALL_ELEMENTS", 1)
+    monkeypatch.setattr(blocks, "CALL_ELEMENTS", 300)
     convert(source, tmp_path / "other", recipe_of(format), workers=7)
     one, other = (
         {p.name: p.read_bytes() for p in sorted((tmp_path / n).iterdir())} for n in ("one", "other")

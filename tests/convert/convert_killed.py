@@ -1,0 +1,116 @@
+"""One conversion in a process of its own, which kills itself at a given step.
+
+A step is a call that changes the disk, on whichever thread makes it. The process is forked from a
+server that has done its imports, so that a run takes a fraction of a second.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import multiprocessing
+import os
+import signal
+import sys
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ckptq import cli
+from ckptq.checkpoint.open import Checkpoint, open_checkpoint
+from ckptq.convert import blocks
+from ckptq.convert.run import Result, write_quantized
+from ckptq.plan.make import make_plan
+from ckptq.recipes.load import Recipe
+
+STEPS = ("pwrite", "copy_file_range", "ftruncate", "fsync", "rename", "replace", "unlink", "rmdir")
+"""Functions of `os` that change the disk."""
+
+INTERRUPTED = 130
+SECONDS = 60
+
+Scales = Callable[[Checkpoint], Any]
+"""Makes the ScalesSource of a run; a function of a module, because it goes to another process."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Run:
+    """What to convert, and when to die: `by` is sent before step `die_at` of the kind `die_in` (of
+    any kind) is done."""
+
+    source: Path
+    out: Path
+    recipe: Recipe
+    scales: Scales | None = None
+    die_at: int | None = None
+    die_in: str | None = None
+    by: int = signal.SIGKILL
+    workers: int = 3
+    commit_bytes: int = 20_000
+    shard_bytes: int = 100_000
+
+
+server = multiprocessing.get_context("forkserver")
+server.set_forkserver_preload(["convert_killed", "ckptq.convert.pipeline", "transformers"])
+
+
+def perform(run: Run) -> tuple[int, int]:
+    """The exit code of the process, negative for a signal, and how many steps it had begun."""
+    count = server.Value("i", 0)
+    process = server.Process(target=_main, args=(run, count))
+    process.start()
+    process.join(SECONDS)
+    assert process.exitcode is not None, f"{run} hangs"
+    return process.exitcode, count.value
+
+
+def _main(run: Run, count: Any) -> None:
+    _count_steps(run, count)
+    blocks.RUN_ELEMENTS, blocks.CALL_ELEMENTS = 1 << 13, 1 << 12
+    signal.signal(signal.SIGTERM, cli._interrupt)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        convert(run)
+    except KeyboardInterrupt:
+        sys.exit(INTERRUPTED)
+
+
+def convert(run: Run) -> Result:
+    """The same in this process, to its end."""
+    ckpt = open_checkpoint(run.source)
+    return write_quantized(
+        ckpt,
+        make_plan(ckpt, run.recipe, shard_bytes=run.shard_bytes),
+        run.out,
+        arguments={},
+        scales=run.scales(ckpt) if run.scales is not None else None,
+        workers=run.workers,
+        commit_bytes=run.commit_bytes,
+    )
+
+
+def _count_steps(run: Run, count: Any) -> None:
+    lock = threading.Lock()
+
+    def counted(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*args: Any, **kwargs: Any) -> Any:
+            with lock:
+                count.value += run.die_in in (None, name)
+                if count.value == run.die_at and run.die_in in (None, name):
+                    os.kill(os.getpid(), run.by)
+            return function(*args, **kwargs)
+
+        return call
+
+    for name in STEPS:
+        setattr(os, name, counted(name, getattr(os, name)))
+
+
+def digests(folder: Path) -> dict[str, str]:
+    """sha256 of every file."""
+    return {
+        str(p.relative_to(folder)): hashlib.sha256(p.read_bytes()).hexdigest()
+        for p in sorted(folder.rglob("*"))
+        if p.is_file()
+    }

@@ -1,0 +1,133 @@
+"""A run that is killed at any step goes on, and ends byte-identical to one that was not."""
+
+from __future__ import annotations
+
+import os
+import random
+import shutil
+import signal
+from dataclasses import replace
+
+import pytest
+import torch
+from convert_cases import LAYOUTS, recipe_of, save
+from convert_killed import INTERRUPTED, Run, convert, digests, perform
+
+from ckptq.checkpoint.journal import partial_of
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory) -> tuple[Run, int]:
+    """A run that went through, and its number of steps."""
+    folder = tmp_path_factory.mktemp("killed")
+    torch.manual_seed(0)
+    layout = LAYOUTS["llama4"]()
+    source = save(folder / "source", replace(layout, tensors=layout.tensors | more(layout)))
+    run = Run(source=source, out=folder / "whole", recipe=recipe_of("int4 group asym"))
+    code, steps = perform(run)
+    assert code == 0
+    assert steps > 300
+    assert len(list(run.out.glob("*.safetensors"))) >= 4
+    return run, steps
+
+
+def more(layout) -> dict[str, torch.Tensor]:
+    """Tensors to copy, so that a run has steps of every kind."""
+    return {"model.embed_tokens.weight": torch.randn(200, 128).bfloat16()}
+
+
+def resumed(run: Run) -> None:
+    """Finish an interrupted run and hold the result against the uninterrupted one."""
+    convert(run)
+    assert digests(run.out) == digests(run.out.with_name("whole"))
+    assert not partial_of(run.out).exists()
+    shutil.rmtree(run.out)
+
+
+@pytest.mark.parametrize("case", range(20))
+def test_killed_at_a_random_step(uninterrupted, case):
+    run, steps = uninterrupted
+    # not the very last ones: how often is committed, and so how many there are, is a matter of time
+    die_at = random.Random(case).randrange(1, steps * 9 // 10)
+    by = (signal.SIGKILL, signal.SIGKILL, signal.SIGTERM, signal.SIGINT)[case % 4]
+    run = replace(run, out=run.out.with_name(f"killed-{case}"), die_at=die_at, by=by)
+    code, _ = perform(run)
+    assert code == (-signal.SIGKILL if by == signal.SIGKILL else INTERRUPTED)
+    assert not run.out.exists()
+    resumed(run)
+
+
+def test_killed_again_and_again(uninterrupted):
+    run, steps = uninterrupted
+    run = replace(run, out=run.out.with_name("again"))
+    rng, lives = random.Random(0), 0
+    while not run.out.exists():
+        perform(replace(run, die_at=rng.randrange(10, steps // 3), workers=1 + lives % 4))
+        lives += 1
+        assert lives < 50, "every life must bring the run forward"
+    assert lives > 3
+    assert digests(run.out) == digests(run.out.with_name("whole"))
+    shutil.rmtree(run.out)
+
+
+@pytest.fixture(scope="module")
+def complete(uninterrupted) -> Run:
+    """A run that had everything on the disk and died before the rename that publishes it."""
+    run, _ = uninterrupted
+    run = replace(run, out=run.out.with_name("complete"), die_at=1, die_in="rename")
+    assert perform(run)[0] == -signal.SIGKILL
+    assert not run.out.exists()
+    return run
+
+
+def test_killed_at_each_of_the_last_steps(complete):
+    """Documents, syncs, the rename, the cleanup: at every one of them."""
+    finish = replace(complete, die_in=None, die_at=None, out=complete.out.with_name("last"))
+
+    def die(at: int | None) -> int:
+        shutil.copytree(partial_of(complete.out), partial_of(finish.out))
+        return perform(replace(finish, die_at=at))[0]
+
+    shutil.copytree(partial_of(complete.out), partial_of(finish.out))
+    code, steps = perform(finish)
+    assert code == 0
+    assert 20 < steps < 60, "no unit may be done again"
+    shutil.rmtree(finish.out)
+    after_the_rename = 0
+    for at in range(1, steps + 1):
+        assert die(at) == -signal.SIGKILL
+        if finish.out.exists():
+            after_the_rename += 1
+            if not (partial_of(finish.out) / "journal.jsonl").exists():
+                # done but for an empty folder, and the same command says that the output is there
+                assert digests(finish.out) == digests(finish.out.with_name("whole"))
+                shutil.rmtree(finish.out)
+                shutil.rmtree(partial_of(finish.out), ignore_errors=True)
+                continue
+        resumed(finish)
+    assert after_the_rename >= 3
+
+
+def test_bytes_that_never_reached_the_disk_are_made_again(uninterrupted):
+    """Power fails: what was written and not yet recorded may be anything."""
+    run, steps = uninterrupted
+    run = replace(run, out=run.out.with_name("power"), die_at=steps // 2)
+    assert perform(run)[0] == -signal.SIGKILL
+    scratch = partial_of(run.out)
+    lines = (scratch / "journal.jsonl").read_bytes().splitlines(keepends=True)
+    assert len(lines) > 2
+    (scratch / "journal.jsonl").write_bytes(b"".join(lines[:1]))
+    for file in (scratch / "checkpoint").iterdir():
+        file.write_bytes(os.urandom(file.stat().st_size))
+    resumed(run)
+
+
+def test_a_recorded_unit_is_trusted(complete):
+    """The twin of the test above: what is recorded is not made again, so damage to it stays."""
+    run = replace(complete, out=complete.out.with_name("trusted"))
+    shutil.copytree(partial_of(complete.out), partial_of(run.out))
+    for file in (partial_of(run.out) / "checkpoint").iterdir():
+        file.write_bytes(os.urandom(file.stat().st_size))
+    convert(run)
+    assert digests(run.out) != digests(run.out.with_name("whole"))
+    shutil.rmtree(run.out)
