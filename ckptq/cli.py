@@ -98,6 +98,10 @@ def quantize(
         str,
         typer.Option(help="keep, or half-split: for engines that do not permute Llama-4's q/k."),
     ] = "keep",
+    rope_proof: Annotated[
+        str | None,
+        typer.Option(help="cycle or head: q/k scales that no engine can forget to permute."),
+    ] = None,
     as_written: Annotated[
         bool,
         typer.Option(
@@ -116,6 +120,7 @@ def quantize(
     from ckptq.calibrate.request import CalibrationRequest, scales_source
     from ckptq.checkpoint.open import open_checkpoint
     from ckptq.convert.run import default_output, write_quantized
+    from ckptq.permute.order import Sharing
     from ckptq.plan.make import make_plan
     from ckptq.show import show_plan, show_quantized
 
@@ -128,6 +133,7 @@ def quantize(
         shard_bytes=_bytes(shard_size),
         permutable=not as_written,
         rope_order=_one_of("--rope-order", rope_order, ("keep", "half-split")),
+        rope_proof=_one_of("--rope-proof", rope_proof, tuple(Sharing)) if rope_proof else None,
     )
     if dry_run:
         show_plan(plan, json)
@@ -153,6 +159,7 @@ def quantize(
                 "ignore": ignore or [],
                 "shard_bytes": _bytes(shard_size),
                 "rope_order": rope_order,
+                "rope_proof": rope_proof,
                 "as_written": as_written,
             },
             scales=source,

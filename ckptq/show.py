@@ -12,6 +12,7 @@ from ckptq.console import size
 
 if TYPE_CHECKING:
     from ckptq.calibrate.scales import Scales
+    from ckptq.convert.proof_cost import ProofCost
     from ckptq.convert.run import Result
     from ckptq.inspect import Inspection
     from ckptq.permute.run import Permuted
@@ -32,8 +33,17 @@ def show_quantized(result: Result, json: bool) -> None:
         + (f", q/k/v scales in {layers} layers" if layers else "")
         + resumed,
         f"{size(result.source_bytes)} -> {size(result.output_bytes)} ({ratio:.0%})",
+        *([_proof_line(result.rope_proof)] if result.rope_proof else []),
         f"verify it:  ckptq verify {result.out} --source {result.source}",
         f"serve it:   {result.serve}",
+    )
+
+
+def _proof_line(cost: ProofCost) -> str:
+    lost = cost.own_db - cost.shared_db
+    return (
+        f"permutation-proof q/k scales: {cost.shared_db:.2f} dB instead of {cost.own_db:.2f} "
+        f"({lost:.2f} dB lost)"
     )
 
 

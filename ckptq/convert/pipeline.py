@@ -11,7 +11,6 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from functools import partial, reduce
-from math import lcm
 
 import torch
 from torch import Tensor
@@ -27,16 +26,22 @@ from ckptq.models.encoded import Encoded, decode_rows
 from ckptq.models.weight import Reordered, Weight
 from ckptq.permute.apply import permute_rows
 from ckptq.permute.order import RopeOrder
+from ckptq.permute.proof import share_amax
 from ckptq.plan.unit import Part, Unit
 from ckptq.quantize.formats import (
+    Share,
     constants,
     merge_statistic,
     needs_statistic,
     quantize,
     statistic,
 )
+from ckptq.quantize.scratch import Scratch
 from ckptq.quantize.stored import row_quantum
 from ckptq.quantize.tiles import NonFinite
+
+SCRATCH = Scratch()
+"""Each thread's own memory for what a block needs on its way."""
 
 COPY_BYTES = 1 << 24
 
@@ -123,7 +128,7 @@ def _statistic_of_run(part: Part, rows: Rows, run: Span, found: list[Tensor]) ->
     weight = part.linear.weight
     for start, stop in blocks(run, weight.spec, weight.quantum):
         with naming(part):
-            found.append(statistic(rows(start, stop)))
+            found.append(statistic(rows(start, stop), SCRATCH))
 
 
 def _copy_tasks(unit: Unit, rows: Mapping[Weight, Rows], ends: Ends) -> Iterator[Task]:
@@ -154,7 +159,7 @@ def _quantize_tasks(
         for local, tensor in constants(view.spec, part.scheme, shared).items():
             data = bytes_of(tensor.contiguous())
             yield partial(shards.write, f"{part.linear.name}.{local}", 0, data)
-        for run in runs(view.spec, _quantum(part)):
+        for run in runs(view.spec, part.quantum):
             yield partial(_quantize_run, part, rows[view], run, shared, shards)
 
 
@@ -162,9 +167,10 @@ def _quantize_run(part: Part, rows: Rows, run: Span, shared: Tensor | None, shar
     """Quantize a run of rows block by block and write each where it belongs."""
     weight, quantum = part.linear.weight.spec, row_quantum(part.scheme)
     made_rows = stored_rows(weight, part.scheme)
-    for start, stop in blocks(run, weight, _quantum(part)):
+    for start, stop in blocks(run, weight, part.quantum):
         with naming(part):
-            made = quantize(rows(start, stop), part.scheme, shared)
+            share = share_of(part, stop - start)
+            made = quantize(rows(start, stop), part.scheme, shared, SCRATCH, share)
         for local, tensor in made.items():
             spec = part.writes[local]
             first = start * made_rows[local] // quantum
@@ -172,9 +178,12 @@ def _quantize_run(part: Part, rows: Rows, run: Span, shared: Tensor | None, shar
             shards.write(f"{part.linear.name}.{local}", at, bytes_of(tensor.contiguous()))
 
 
-def _quantum(part: Part) -> int:
-    """Where a block may start, for both the format that is read and the one that is written."""
-    return lcm(part.linear.weight.quantum, row_quantum(part.scheme))
+def share_of(part: Part, rows: int) -> Share | None:
+    """How the magnitudes of this many rows, which are whole heads, are shared."""
+    if part.proof is None:
+        return None
+    heads = replace(part.proof.heads, count=rows // part.proof.heads.head_dim)
+    return partial(share_amax, heads=heads, sharing=part.proof.sharing)
 
 
 class naming:

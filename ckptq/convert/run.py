@@ -14,6 +14,7 @@ from ckptq.checkpoint.read import Files
 from ckptq.checkpoint.write import Shards, write_index
 from ckptq.convert import documents
 from ckptq.convert.preflight import check_disk, slab_rooms
+from ckptq.convert.proof_cost import ProofCost, proof_cost
 from ckptq.errors import UsageError
 from ckptq.models.encoded import unquantized_config
 from ckptq.permute.marks import marked_config, marked_metadata
@@ -46,6 +47,8 @@ class Result:
     linears: int
     layers_with_scales: int
     resumed_units: int
+    rope_proof: ProofCost | None = None
+    """What `--rope-proof` costs, where it was asked for."""
     serve: str
 
 
@@ -98,6 +101,7 @@ def write_quantized(
         linears=sum(len(names) for names in plan.groups.values()),
         layers_with_scales=len(plan.attention.scales) if plan.attention else 0,
         resumed_units=resumed,
+        rope_proof=proof_cost(plan),
         serve=serve_line(out, plan),
     )
 

@@ -34,6 +34,15 @@ class RopeOrder(StrEnum):
         return RopeOrder.HALF_SPLIT if self is RopeOrder.INTERLEAVED else RopeOrder.INTERLEAVED
 
 
+class Sharing(StrEnum):
+    """Which rows of a head share a permutation-proof scale."""
+
+    CYCLE = "cycle"
+    """Those of one cycle of the permutation: the least that is proof."""
+    HEAD = "head"
+    """All of a head: proof against any order of rows within heads."""
+
+
 @dataclass(frozen=True, slots=True)
 class Heads:
     """Geometry of the output rows of one projection: `count` heads of `head_dim` rows.

@@ -12,22 +12,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from enum import StrEnum
 
 import torch
 from torch import Tensor
 
 from ckptq.permute.apply import permute_rows
-from ckptq.permute.order import Heads, RopeOrder, cycles
-
-
-class Sharing(StrEnum):
-    """Which rows share a scale."""
-
-    CYCLE = "cycle"
-    """Those of one cycle of the permutation: the least that is proof."""
-    HEAD = "head"
-    """All of a head: proof against any order of rows within heads."""
+from ckptq.permute.order import Heads, RopeOrder, Sharing, cycles
 
 
 def share_amax(amax_RN: Tensor, heads: Heads, sharing: Sharing = Sharing.CYCLE) -> Tensor:

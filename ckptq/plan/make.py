@@ -15,10 +15,11 @@ from ckptq.checkpoint.open import Checkpoint
 from ckptq.errors import PlanError
 from ckptq.models.modules import Layout, Linear, fused_set, read_layout
 from ckptq.models.weight import Encoded, Reordered, View, Weight
+from ckptq.permute.order import Sharing
 from ckptq.plan.attention import AttentionPlan, plan_attention
 from ckptq.plan.match import choose, refuse_split_sets, refuse_unserved
 from ckptq.plan.permutable import keep_permutable
-from ckptq.plan.rope import half_split, read_marks
+from ckptq.plan.rope import half_split, prove_scales, read_marks
 from ckptq.plan.unit import Part, Plan, Unit
 from ckptq.quantize.formats import needs_statistic
 from ckptq.quantize.scheme import WeightScheme
@@ -43,12 +44,14 @@ def make_plan(
     shard_bytes: int = SHARD_BYTES,
     permutable: bool = True,
     rope_order: RopeChoice = "keep",
+    rope_proof: Sharing | None = None,
 ) -> Plan:
     """Decide every output tensor from headers, config and recipe; PlanError says what misfits.
 
     `permutable` moves Llama-4's q/k/v out of formats that vLLM cannot permute: see that module.
     `rope_order` "half-split" writes q/k of interleaved models in the order that kernels use, and
     marks the checkpoint; engines that permute while loading must not be given such a one.
+    `rope_proof` makes q/k scales equal on the rows that the permutation exchanges.
     """
     if ckpt.quantization_config is not None and all(g.is_attention for g in recipe.groups):
         raise PlanError(
@@ -67,6 +70,8 @@ def make_plan(
         chosen = choose(layout, recipe, (*recipe.ignore, *ignore))
     refuse_split_sets(layout, chosen)
     units = tuple(_units(ckpt, layout, recipe, chosen, attention))
+    if rope_proof is not None:
+        units = tuple(prove_scales(ckpt, layout, units, rope_proof))
     _refuse_twins(units)
     if not chosen and attention is None:
         raise PlanError(

@@ -1,0 +1,213 @@
+"""The command line as a user meets it: its surface, its results, its words when all is wrong."""
+
+from __future__ import annotations
+
+import io
+import json
+import shutil
+import subprocess
+import sys
+from contextlib import redirect_stderr, redirect_stdout
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+import torch
+import typer
+from safetensors.torch import load_file, save_file
+
+from ckptq.cli import app, main
+
+SURFACE = {
+    "quantize": {
+        "--scheme", "--recipe", "--output", "--revision", "--ignore", "--scales", "--data",
+        "--samples", "--seq-len", "--batch-size", "--seed", "--device", "--shard-size",
+        "--max-ram", "--workers", "--rope-order", "--rope-proof", "--as-written",
+        "--dry-run", "--restart", "--trust-remote-code", "--json",
+    },
+    "calibrate": {
+        "--output", "--scheme", "--recipe", "--revision", "--data", "--samples", "--seq-len",
+        "--batch-size", "--seed", "--device", "--trust-remote-code", "--json",
+    },
+    "verify": {"--source", "--fast", "--json"},
+    "permute": {"--to", "--only", "--revision", "--workers", "--restart", "--json"},
+    "inspect": {"--revision", "--json"},
+    "recipes": {"--json"},
+}  # fmt: skip
+
+
+class Done(NamedTuple):
+    returncode: int
+    stdout: str
+    stderr: str
+
+
+def run(*arguments: str | Path) -> Done:
+    """The whole program in this process: a fresh one would spend its time importing torch."""
+    out, err = io.StringIO(), io.StringIO()
+    argv, sys.argv = sys.argv, ["ckptq", *map(str, arguments)]
+    try:
+        with redirect_stdout(out), redirect_stderr(err), pytest.raises(SystemExit) as exit:
+            main()
+    finally:
+        sys.argv = argv
+    return Done(int(exit.value.code or 0), out.getvalue(), err.getvalue())
+
+
+@pytest.fixture
+def llama(tmp_path: Path) -> Path:
+    """A checkpoint of one layer; enough for every message that comes before a model runs."""
+    folder = tmp_path / "llama"
+    folder.mkdir()
+    shapes = {
+        "model.embed_tokens.weight": (16, 32),
+        "model.layers.0.self_attn.q_proj.weight": (32, 32),
+        "model.layers.0.self_attn.k_proj.weight": (32, 32),
+        "model.layers.0.self_attn.v_proj.weight": (32, 32),
+        "model.layers.0.self_attn.o_proj.weight": (32, 32),
+    }
+    generator = torch.Generator().manual_seed(0)
+    tensors = {n: torch.randn(s, generator=generator).bfloat16() for n, s in shapes.items()}
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    config = {"model_type": "llama", "num_hidden_layers": 1, "num_attention_heads": 1}
+    (folder / "config.json").write_text(json.dumps(config))
+    (folder / "tokenizer.json").write_text("{}")
+    (folder / "chat_template.jinja").write_text("{{ messages }}")
+    return folder
+
+
+def test_the_surface_grows_only_on_purpose() -> None:
+    commands = typer.main.get_command(app).commands  # type: ignore[attr-defined]
+    found = {
+        name: {p.opts[0] for p in c.params if p.opts[0].startswith("--")} - {"--help"}
+        for name, c in commands.items()
+    }
+    assert found == SURFACE
+
+
+def test_help_imports_neither_torch_nor_transformers() -> None:
+    code = (
+        "import sys; from typer.testing import CliRunner; from ckptq.cli import app\n"
+        "result = CliRunner().invoke(app, ['--help']); assert 'quantize' in result.output\n"
+        "sys.exit(bool({'torch', 'transformers'} & set(sys.modules)))"
+    )
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_quantize_writes_everything_and_verify_agrees(llama: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    done = run("quantize", llama, "-s", "fp8-dynamic", "-o", out, "--json")
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["linears"] == 4
+    names = {path.name for path in out.iterdir()}
+    assert names == {
+        "config.json", "model.safetensors", "recipe.yaml", "README.md", "ckptq.json",
+        "tokenizer.json", "chat_template.jinja",
+    }  # fmt: skip
+    assert not (tmp_path / "out.partial").exists()
+    checked = run("verify", out, "--source", llama, "--json")
+    assert checked.returncode == 0, checked.stdout
+    assert json.loads(checked.stdout)["ok"] is True
+
+
+def test_verify_names_a_spoiled_tensor(llama: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    assert run("quantize", llama, "-s", "fp8-dynamic", "-o", out).returncode == 0
+    tensors = load_file(out / "model.safetensors")
+    spoiled = "model.layers.0.self_attn.v_proj.weight_scale"
+    tensors[spoiled] = tensors[spoiled].flip(0).contiguous()
+    save_file(tensors, out / "model.safetensors", metadata={"format": "pt"})
+    checked = run("verify", out, "--source", llama)
+    assert checked.returncode == 1
+    assert "model.layers.0.self_attn.v_proj" in checked.stdout
+
+
+def test_dry_run_prints_every_unit_and_writes_nothing(
+    llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    done = run("quantize", llama, "-s", "fp8-dynamic", "--dry-run", "--json")
+    plan = json.loads(done.stdout)
+    assert {unit["unit"] for unit in plan["units"]} == {
+        "model.embed_tokens.weight",
+        *(f"model.layers.0.self_attn.{which}_proj" for which in "qkvo"),
+    }
+    assert [path.name for path in tmp_path.iterdir()] == ["llama"]
+
+
+def test_the_default_output_is_named_after_model_and_scheme(
+    llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert run("quantize", llama, "-s", "w4a16-g32").returncode == 0
+    assert (tmp_path / "llama-w4a16-g32" / "config.json").exists()
+
+
+def test_inspect_reads_headers(llama: Path) -> None:
+    found = json.loads(run("inspect", llama, "--json").stdout)
+    assert found["scheme"] == "unquantized"
+    assert found["tensors"] == 5
+
+
+def refused(code: int, words: str, *arguments: str | Path) -> None:
+    done = run(*arguments)
+    assert done.returncode == code, (done.stdout, done.stderr)
+    assert words in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_bad_input_is_named(llama: Path, tmp_path: Path) -> None:
+    refused(3, "/no/such: no such folder", "quantize", "/no/such", "-s", "fp8-dynamic")
+    refused(2, "unknown scheme 'fp9'", "quantize", llama, "-s", "fp9")
+    refused(2, "either --scheme NAME or --recipe", "quantize", llama)
+    refused(2, "'5 apples' is not a size", "quantize", llama, "-s", "w8a8",
+            "--shard-size", "5 apples")  # fmt: skip
+    out = tmp_path / "taken"
+    out.mkdir()
+    refused(2, "exists already", "quantize", llama, "-s", "fp8-dynamic", "-o", out)
+
+
+def test_a_pickle_only_checkpoint_is_refused(llama: Path) -> None:
+    (llama / "model.safetensors").rename(llama / "pytorch_model.bin")
+    refused(3, "only pickled weights (pytorch_model.bin)", "inspect", llama)
+
+
+def test_a_truncated_file_is_named(llama: Path) -> None:
+    file = llama / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-100])
+    refused(3, "model.safetensors: tensor", "quantize", llama, "-s", "fp8-dynamic")
+    refused(3, "truncated", "quantize", llama, "-s", "fp8-dynamic")
+
+
+def test_an_index_that_leaves_the_folder_or_names_nothing(llama: Path, tmp_path: Path) -> None:
+    index = llama / "model.safetensors.index.json"
+    shutil.copy(llama / "model.safetensors", tmp_path / "outside.safetensors")
+    index.write_text(json.dumps({"weight_map": {"a": "../outside.safetensors"}}))
+    refused(3, "outside the folder", "inspect", llama)
+    index.write_text(json.dumps({"weight_map": {"a": "lost.safetensors"}}))
+    refused(3, "lost.safetensors (for tensor 'a'), which does not exist", "inspect", llama)
+
+
+def test_nan_is_refused_with_the_tensor_named_and_nothing_published(
+    llama: Path, tmp_path: Path
+) -> None:
+    tensors = load_file(llama / "model.safetensors")
+    tensors["model.layers.0.self_attn.k_proj.weight"][3, 5] = float("nan")
+    save_file(tensors, llama / "model.safetensors", metadata={"format": "pt"})
+    out = tmp_path / "out"
+    refused(3, "k_proj", "quantize", llama, "-s", "fp8-dynamic", "-o", out)
+    assert not out.exists()
+
+
+def test_a_model_without_attention_heads(llama: Path) -> None:
+    (llama / "config.json").write_text(json.dumps({"model_type": "mamba"}))
+    refused(2, "no attention heads", "quantize", llama, "-s", "kv-fp8-per-head")
+
+
+def test_empty_calibration_text_is_named(llama: Path, tmp_path: Path) -> None:
+    empty = tmp_path / "empty.txt"
+    empty.write_text("")
+    done = run("quantize", llama, "-s", "fp8-per-head", "--data", empty, "-o", tmp_path / "out")
+    assert done.returncode in (2, 3)
+    assert "empty.txt" in done.stderr
+    assert "Traceback" not in done.stderr

@@ -1,0 +1,92 @@
+"""Built-in recipes are llm-compressor's own dialect, and mean to it what they mean to us."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from pathlib import Path
+
+import pytest
+
+from ckptq.errors import UsageError
+from ckptq.quantize.scheme import WeightScheme
+from ckptq.recipes.load import built_in, load_recipe, load_scheme, load_text
+
+PRESETS = {
+    "fp8-dynamic": "FP8_DYNAMIC",
+    "fp8-static": "FP8",
+    "fp8-block": "FP8_BLOCK",
+    "w8a8": "W8A8",
+    "w8a16": "W8A16",
+    "w4a16": "W4A16",
+    "w4a16-asym": "W4A16_ASYM",
+    "nvfp4a16": "NVFP4A16",
+    "mxfp4a16": "MXFP4A16",
+    "mxfp8a16": "MXFP8A16",
+}
+
+
+@pytest.mark.parametrize("name", built_in())
+def test_llm_compressor_reads_each_built_in_recipe_as_we_do(name: str) -> None:
+    ours = load_scheme(name)
+    theirs = load_text(name, ours.text)
+    assert asdict(ours) == asdict(theirs)
+
+
+@pytest.mark.parametrize(("name", "preset"), PRESETS.items())
+def test_a_built_in_recipe_equals_the_preset_of_compressed_tensors(name: str, preset: str) -> None:
+    text = f"""
+quantization_stage:
+  quantization_modifiers:
+    QuantizationModifier: {{targets: [Linear], scheme: {preset}, ignore: [lm_head]}}
+"""
+    (ours,), (theirs,) = load_scheme(name).groups, load_text(preset, text).groups
+    assert asdict(ours) == {**asdict(theirs), "name": ours.name}
+
+
+def test_preset_names_are_schemes() -> None:
+    recipe = load_scheme("INT8")
+    assert recipe.groups[0].format == "int-quantized"
+    assert recipe.ignore == ("lm_head",)
+
+
+@pytest.mark.parametrize("name", built_in())
+def test_every_built_in_weight_scheme_is_one_that_we_quantize(name: str) -> None:
+    for group in load_scheme(name).groups:
+        if group.weights is not None:
+            WeightScheme.from_args(group.weights, str(group.format))
+
+
+def test_an_unknown_scheme_lists_the_known() -> None:
+    with pytest.raises(UsageError, match=r"(?s)unknown scheme 'fp9'.*fp8-per-head"):
+        load_scheme("fp9")
+
+
+def test_a_typo_is_named(tmp_path: Path) -> None:
+    file = tmp_path / "recipe.yaml"
+    file.write_text(load_scheme("fp8-dynamic").text.replace("ignore:", "ignroe:"))
+    with pytest.raises(UsageError, match=r"(?s)recipe\.yaml.*ignroe"):
+        load_recipe(file)
+
+
+def test_a_users_recipe_loads_unchanged(tmp_path: Path) -> None:
+    file = tmp_path / "mine.yaml"
+    file.write_text(
+        "default_stage:\n  default_modifiers:\n    QuantizationModifier:\n"
+        "      targets: [Linear]\n      scheme: W4A16\n      ignore: ['re:.*router']\n"
+        "      kv_cache_scheme: {num_bits: 8, type: float, strategy: tensor, symmetric: true,"
+        " dynamic: false}\n"
+    )
+    recipe = load_recipe(file)
+    assert recipe.name == "mine"
+    assert recipe.groups[0].format == "pack-quantized"
+    assert recipe.ignore == ("re:.*router",)
+    assert recipe.attention is not None
+    assert recipe.attention["strategy"] == "tensor"
+
+
+@pytest.mark.parametrize("text", ["", "- a\n- b\n", "quantization_stage: {}\n", "a: [1,"])
+def test_what_is_no_recipe_is_refused(tmp_path: Path, text: str) -> None:
+    file = tmp_path / "bad.yaml"
+    file.write_text(text)
+    with pytest.raises(UsageError, match=r"bad\.yaml"):
+        load_recipe(file)
