@@ -52,7 +52,9 @@ class Run:
 
 
 server = multiprocessing.get_context("forkserver")
-server.set_forkserver_preload(["convert_killed", "ckptq.convert.pipeline", "transformers"])
+server.set_forkserver_preload(
+    ["convert_killed", "ckptq.convert.pipeline", "transformers.models.llama.modeling_llama"]
+)
 
 
 def perform(run: Run) -> tuple[int, int]:
