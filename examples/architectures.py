@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from task import BOS, EOS, PAD, TOKEN_ID
 
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 VOCAB_SIZE = 512
 """More rows than the task has tokens, as real models have for their reserved tokens."""
 
-SHAPE = {
+SHAPE: dict[str, Any] = {
     "hidden_size": 128,
     "num_attention_heads": 4,
     "num_key_value_heads": 2,
@@ -47,12 +47,77 @@ def qwen3_config() -> PreTrainedConfig:
     return Qwen3Config(**SHAPE, num_hidden_layers=3, intermediate_size=256)
 
 
+def maverick_config() -> PreTrainedConfig:
+    """Like Llama 4 Maverick: no norm on q and k, so their heads can differ in every layer."""
+    return llama4_config(qk_norm=False)
+
+
+def guard_config() -> PreTrainedConfig:
+    """Like Llama Guard 4: the same classes and names, every layer dense."""
+    return llama4_config(moe_step=0)
+
+
+def llama4_config(*, moe_step: int = 2, qk_norm: bool = True) -> PreTrainedConfig:
+    """Llama 4 as it is served: the multimodal class, of which only the text decoder is trained.
+
+    Dense and expert layers in turn (`moe_step` 2; 0 for dense layers only), every other layer
+    without RoPE (and so without norm on q and k) and with attention over the whole context instead
+    of a chunk. A chunk is a block of vLLM's CPU cache; temperature tuning starts within a sample.
+    """
+    from transformers import Llama4Config, Llama4TextConfig, Llama4VisionConfig
+
+    layers = 4
+    text = Llama4TextConfig(
+        **SHAPE,
+        num_hidden_layers=layers,
+        intermediate_size=128,
+        intermediate_size_mlp=256,
+        num_local_experts=4 if moe_step else 0,
+        num_experts_per_tok=1,
+        moe_layers=list(range(moe_step - 1, layers, moe_step)) if moe_step else [],
+        interleave_moe_layer_step=moe_step,
+        use_qk_norm=qk_norm,
+        no_rope_layer_interval=2,
+        attention_chunk_size=128,
+        attn_temperature_tuning=True,
+        floor_scale=8,
+        attn_scale=0.1,
+        rope_parameters={"rope_type": "default", "rope_theta": 10000.0},
+    )
+    vision = Llama4VisionConfig(
+        hidden_size=128,
+        intermediate_size=256,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        image_size=28,
+        patch_size=14,
+        projector_input_dim=128,
+        projector_output_dim=128,
+        vision_output_dim=128,
+        rope_parameters={"rope_type": "default", "rope_theta": 10000.0},
+    )
+    image, begin, end = VOCAB_SIZE - 1, VOCAB_SIZE - 2, VOCAB_SIZE - 3
+    tokens = {name: SHAPE[name] for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
+    return Llama4Config(
+        text_config=text,
+        vision_config=vision,
+        image_token_index=image,
+        boi_token_index=begin,
+        eoi_token_index=end,
+        **tokens,
+    )
+
+
 def build_model(config: PreTrainedConfig) -> PreTrainedModel:
     """A randomly initialised fp32 model of the configuration's class."""
-    from transformers import LlamaForCausalLM, Qwen3ForCausalLM
+    import transformers
 
-    classes = {"llama": LlamaForCausalLM, "qwen3": Qwen3ForCausalLM}
-    return classes[config.model_type](config)
+    class_names = {
+        "llama": "LlamaForCausalLM",
+        "qwen3": "Qwen3ForCausalLM",
+        "llama4": "Llama4ForConditionalGeneration",
+    }
+    return getattr(transformers, class_names[config.model_type])(config)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -64,7 +129,12 @@ class Example:
     """Training steps until the task is learned, with some to spare."""
 
 
+FAMILIES = ("llama", "llama4", "qwen3")
+VARIANTS = ("maverick", "guard")
 EXAMPLES = {
     "llama": Example(config=llama_config, steps=450),
     "qwen3": Example(config=qwen3_config, steps=450),
+    "llama4": Example(config=llama4_config, steps=450),
+    "llama4-maverick": Example(config=maverick_config, steps=450),
+    "llama4-guard": Example(config=guard_config, steps=450),
 }

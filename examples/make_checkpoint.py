@@ -7,15 +7,13 @@ safetensors with an index, generation config. Beside them lie `task.jsonl` (held
 `calibration.txt` (text of the same task). Ends by printing the share of held-out questions answered
 without a mistake, in bf16 and with FP8 attention under right and wrong scales.
 
-Shape letters: B samples, T tokens, V vocabulary.
+Shape letters: B samples, T tokens.
 """
 
 from __future__ import annotations
 
 import argparse
-import math
 import sys
-import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -27,14 +25,12 @@ import architectures
 import attention_fp8
 import outliers
 import task
+import training
 from torch import Tensor
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-BATCH = 128
-LEARNING_RATE = 3e-3
-WARMUP_STEPS = 50
 MAX_SHARD = "220KB"
 """So small that there are several shards, and q, k and v of some layers do not share one."""
 
@@ -43,46 +39,6 @@ THREADS = 2
 
 HELD_OUT, CALIBRATION = 512, 128
 """Samples that accuracy is measured on, and samples for scales; the seeds follow the training's."""
-
-
-def learning_rate(step: int, steps: int) -> float:
-    """Linear warm-up, then a cosine down to a twentieth of the peak."""
-    warmup = min(1.0, (step + 1) / WARMUP_STEPS)
-    cosine = 0.5 * (1 + math.cos(math.pi * step / steps))
-    return LEARNING_RATE * warmup * (0.05 + 0.95 * cosine)
-
-
-def answer_loss(logits_BTV: Tensor, ids_BT: Tensor) -> Tensor:
-    """Cross-entropy over the answer's tokens; the prompt is random and cannot be learned."""
-    predicted_BTV = logits_BTV[:, task.PROMPT_TOKENS - 1 : -1]
-    return torch.nn.functional.cross_entropy(
-        predicted_BTV.flatten(0, 1), ids_BT[:, task.PROMPT_TOKENS :].flatten()
-    )
-
-
-def train(model: PreTrainedModel, steps: int, seed: int) -> None:
-    """AdamW on fresh samples; step i of seed s always sees the same batch."""
-    optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.95), weight_decay=0.01)
-    started = time.monotonic()
-    model.train()
-    for step in range(steps):
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate(step, steps)
-        ids_BT = task.draw_samples(BATCH, seed=sample_seed(seed, step))
-        loss = answer_loss(model(input_ids=ids_BT, use_cache=False).logits, ids_BT)
-        optimizer.zero_grad()
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        if (step + 1) % 50 == 0:
-            seconds = time.monotonic() - started
-            print(f"step {step + 1}/{steps}  loss {loss:.4f}  {seconds:.0f} s", file=sys.stderr)
-    model.eval()
-
-
-def sample_seed(seed: int, stream: int) -> int:
-    """A seed for each training step (stream >= 0), -1 held out, -2 calibration; never shared."""
-    return seed * 1_000_000 + stream + 2
 
 
 def accuracy_table(
@@ -103,6 +59,12 @@ def accuracy_table(
     return table
 
 
+def cast_to_bf16(model: PreTrainedModel) -> None:
+    """Parameters only: RoPE's frequencies stay fp32, as they are in a model loaded from disk."""
+    for parameter in model.parameters():
+        parameter.data = parameter.data.to(torch.bfloat16)
+
+
 def save(model: PreTrainedModel, out: Path, held_out_BT: Tensor, calibration_BT: Tensor) -> None:
     """Write the checkpoint, its tokenizer and the task's text."""
     model.generation_config.do_sample = False
@@ -114,28 +76,37 @@ def save(model: PreTrainedModel, out: Path, held_out_BT: Tensor, calibration_BT:
 
 
 def make_checkpoint(
-    out: Path, family: str, *, steps: int | None, seed: int, with_outliers: bool
+    out: Path, name: str, *, steps: int | None, seed: int, with_outliers: bool
 ) -> dict[str, float]:
-    """Train, cast to bf16, spread the heads, save to `out`; returns the accuracy table."""
+    """Train, cast to bf16, spread the heads, save to `out`; returns the accuracy table.
+
+    `name` is a key of `architectures.EXAMPLES`.
+    """
     torch.set_num_threads(THREADS)
     torch.manual_seed(seed)
-    example = architectures.EXAMPLES[family]
+    example = architectures.EXAMPLES[name]
     model = architectures.build_model(example.config())
-    train(model, example.steps if steps is None else steps, seed)
+    training.train(model, example.steps if steps is None else steps, seed)
 
-    held_out_BT = task.draw_samples(HELD_OUT, sample_seed(seed, -1))
-    calibration_BT = task.draw_samples(CALIBRATION, sample_seed(seed, -2))
-    model.to(torch.bfloat16)
+    held_out_BT = task.draw_samples(HELD_OUT, training.sample_seed(seed, -1))
+    calibration_BT = task.draw_samples(CALIBRATION, training.sample_seed(seed, -2))
+    cast_to_bf16(model)
     if with_outliers:
         outliers.spread_heads(model, calibration_BT)
     save(model, out, held_out_BT, calibration_BT)
-    return accuracy_table(model, held_out_BT, calibration_BT)
+    reloaded = type(model).from_pretrained(out, dtype="auto", attn_implementation="sdpa")
+    return accuracy_table(reloaded, held_out_BT, calibration_BT)
 
 
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Train and save a small example checkpoint.")
     parser.add_argument("out", type=Path, help="folder to write; must not exist")
-    parser.add_argument("--family", choices=list(architectures.EXAMPLES), default="llama")
+    parser.add_argument("--family", choices=architectures.FAMILIES, default="llama")
+    parser.add_argument(
+        "--variant",
+        choices=architectures.VARIANTS,
+        help="of llama4: without q/k norm (maverick), without experts (guard)",
+    )
     parser.add_argument("--steps", type=int, help="training steps (default: the family's)")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument(
@@ -144,6 +115,8 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
         help="leave the heads as trained, alike in size",
     )
     parsed = parser.parse_args(arguments)
+    if parsed.variant and parsed.family != "llama4":
+        parser.error(f"--variant {parsed.variant} is of llama4, not of {parsed.family}")
     if parsed.out.exists():
         parser.error(f"{parsed.out} already exists")
     return parsed
@@ -153,7 +126,7 @@ def main() -> None:
     arguments = parse_arguments()
     table = make_checkpoint(
         arguments.out,
-        arguments.family,
+        f"{arguments.family}-{arguments.variant}" if arguments.variant else arguments.family,
         steps=arguments.steps,
         seed=arguments.seed,
         with_outliers=not arguments.no_outliers,

@@ -10,7 +10,7 @@ Shape letters: K KV heads, G query heads per KV head, D head dimension, R rows, 
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -31,26 +31,40 @@ token could not hold the heads of o_proj's input together either.
 """
 
 
-def attention_layers(model: PreTrainedModel) -> list[nn.Module]:
+class Attention(Protocol):
+    """What the attention modules of all families have in common."""
+
+    q_proj: nn.Linear
+    k_proj: nn.Linear
+    v_proj: nn.Linear
+    o_proj: nn.Linear
+    head_dim: int
+    num_key_value_groups: int
+
+
+def attention_layers(model: PreTrainedModel) -> list[Attention]:
     """The text decoder's attention modules, in order."""
-    return [layer.self_attn for layer in model.get_decoder().layers]
+    decoder = model.get_decoder()
+    # Llama 4's multimodal class names its text decoder with the head on top
+    decoder = getattr(decoder, "model", decoder)
+    return [layer.self_attn for layer in decoder.layers]
 
 
-def keys_are_normed(attention: nn.Module) -> bool:
+def keys_are_normed(attention: Attention) -> bool:
     """Whether a norm after k_proj would undo what is multiplied into it."""
     return hasattr(attention, "k_norm") or hasattr(attention, "qk_norm")
 
 
 @torch.no_grad()
-def scale_value_heads(attention: nn.Module, factor_K: Tensor) -> None:
+def scale_value_heads(attention: Attention, factor_K: Tensor) -> None:
     """Multiply V's heads, divide the columns of o_proj that read them."""
     scale_rows(attention.v_proj, factor_K, attention.head_dim)
     factor_C = factor_K.repeat_interleave(attention.num_key_value_groups * attention.head_dim)
-    attention.o_proj.weight /= factor_C
+    attention.o_proj.weight.div_(factor_C)
 
 
 @torch.no_grad()
-def scale_key_heads(attention: nn.Module, factor_K: Tensor) -> None:
+def scale_key_heads(attention: Attention, factor_K: Tensor) -> None:
     """Multiply K's heads, divide the q heads that are compared with them."""
     scale_rows(attention.k_proj, factor_K, attention.head_dim)
     factor_KG = factor_K.repeat_interleave(attention.num_key_value_groups)
@@ -61,9 +75,9 @@ def scale_key_heads(attention: nn.Module, factor_K: Tensor) -> None:
 def scale_rows(projection: nn.Linear, factor_H: Tensor, head_dim: int) -> None:
     """Multiply each head's rows of a projection, and its bias if it has one."""
     factor_R = factor_H.repeat_interleave(head_dim)
-    projection.weight *= factor_R[:, None]
+    projection.weight.mul_(factor_R[:, None])
     if projection.bias is not None:
-        projection.bias *= factor_R
+        projection.bias.mul_(factor_R)
 
 
 def power_of_two_towards(size_K: Tensor, log2_targets: tuple[int, int]) -> Tensor:
