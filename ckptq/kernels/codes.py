@@ -41,10 +41,26 @@ def empty_codes(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device
 
 
 @triton.jit
-def word_of_four(code_4PN):
-    """Four codes as one int32, the first in the lowest byte: a transpose then moves words."""
-    byte_4PN = (code_4PN.to(tl.int32) & 0xFF) << (8 * tl.arange(0, 4))[:, None, None]
-    return tl.sum(byte_4PN, 0)  # bits do not meet: a sum is an or
+def load_slices(ptrs, stride, mask, COUNT: tl.constexpr, EVICTION: tl.constexpr):
+    """COUNT tensors, each `stride` elements after the one before, as a tuple.
+
+    Not one tensor with an axis of COUNT: then the compiler would choose whether that axis lies in
+    one thread, as it must where its elements are put together into a word (3.6 chose otherwise).
+    """
+    slices = (tl.load(ptrs, mask=mask, other=0.0, eviction_policy=EVICTION),)
+    for i in tl.static_range(1, COUNT):
+        x = tl.load(ptrs + i * stride, mask=mask, other=0.0, eviction_policy=EVICTION)
+        slices = slices + (x,)  # noqa: RUF005 (Triton has no unpacking)
+    return slices
+
+
+@triton.jit
+def absmax_of(slices, COUNT: tl.constexpr):
+    """Elementwise maximum of the absolute values of COUNT tensors, in fp32."""
+    amax = tl.abs(widen(slices[0]))
+    for i in tl.static_range(1, COUNT):
+        amax = tl.maximum(amax, tl.abs(widen(slices[i])))
+    return amax
 
 
 @triton.jit

@@ -1,8 +1,7 @@
 """Fused experts to packed INT4 groups along the input dimension, the transpose folded in.
 
-Meaning: `reference.int4.quantize_int4_experts`. Eight rows as stored share a word, so a program
-reads them as eight slices of one tensor: a word is then put together inside a thread. Groups lie
-inside a program; one read.
+Meaning: `reference.int4.quantize_int4_experts`. Eight rows as stored share a word; a thread puts
+it together, and whole words are transposed. Groups lie inside a program; one read.
 
 Shape letters: E experts, K input features (rows as stored), N output channels (columns as stored),
 G groups along K, P words along K, Z words of zero points along N; 8 the codes of a word.
@@ -13,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ckptq.kernels.codes import NARROW, scale_of
+from ckptq.kernels.codes import NARROW, absmax_of, load_slices, scale_of
 from ckptq.kernels.int4 import asymmetric_qparams, nibbles
 from ckptq.kernels.rounding import narrow, widen
 
@@ -48,21 +47,24 @@ def _quantize_int4_experts_kernel(
     block_g = tl.program_id(0) // blocks_n % blocks_g
     n_N = (tl.program_id(0) % blocks_n) * BLOCK + tl.arange(0, BLOCK)
     word_P = block_g.to(tl.int64) * (GROUPS * WORDS) + tl.arange(0, GROUPS * WORDS)
-    k_8P = word_P[None, :] * 8 + tl.arange(0, 8)[:, None]
     m_PN = (word_P < P)[:, None] & (n_N < N)[None, :]
-    x_ptrs = x_ptr + e * stride_e + k_8P[:, :, None] * stride_k + n_N[None, None, :]
-    x_8PN = widen(tl.load(x_ptrs, mask=m_PN[None, :, :], other=0.0))
+    x_ptrs = x_ptr + e * stride_e + 8 * word_P[:, None] * stride_k + n_N[None, :]
+    x_8PN = load_slices(x_ptrs, stride_k, m_PN, 8, "")
 
     stored: tl.constexpr = scale_ptr.dtype.element_ty
     g_G = block_g * GROUPS + tl.arange(0, GROUPS)
     m_GN = (g_G < G)[:, None] & (n_N < N)[None, :]
     if SYMMETRIC:
-        amax_GWN = tl.reshape(tl.max(tl.abs(x_8PN), 0), (GROUPS, WORDS, BLOCK))
+        amax_GWN = tl.reshape(absmax_of(x_8PN, 8), (GROUPS, WORDS, BLOCK))
         scale_GN = scale_of(tl.max(amax_GWN, 1), 7.5, stored)
         zero_GN = tl.zeros_like(scale_GN)
     else:
-        low_GWN = tl.reshape(tl.min(x_8PN, 0), (GROUPS, WORDS, BLOCK))
-        high_GWN = tl.reshape(tl.max(x_8PN, 0), (GROUPS, WORDS, BLOCK))
+        low_PN, high_PN = widen(x_8PN[0]), widen(x_8PN[0])
+        for i in tl.static_range(1, 8):
+            low_PN = tl.minimum(low_PN, widen(x_8PN[i]))
+            high_PN = tl.maximum(high_PN, widen(x_8PN[i]))
+        low_GWN = tl.reshape(low_PN, (GROUPS, WORDS, BLOCK))
+        high_GWN = tl.reshape(high_PN, (GROUPS, WORDS, BLOCK))
         scale_GN, zero_GN = asymmetric_qparams(tl.min(low_GWN, 1), tl.max(high_GWN, 1), stored)
         # channels past the end pad the last word with zero bits
         code_GN = tl.where(m_GN, zero_GN.to(tl.int32) + 8, 0) << (n_N % 8 * 4)[None, :]
@@ -76,8 +78,9 @@ def _quantize_int4_experts_kernel(
 
     scale_PN = _per_word(scale_GN, GROUPS, WORDS, BLOCK)
     zero_PN = _per_word(zero_GN, GROUPS, WORDS, BLOCK)
-    code_8PN = nibbles(x_8PN, scale_PN[None, :, :], zero_PN[None, :, :], SHORT)
-    packed_PN = tl.sum(code_8PN << (4 * tl.arange(0, 8))[:, None, None], 0)
+    packed_PN = tl.zeros([GROUPS * WORDS, BLOCK], tl.int32)
+    for i in tl.static_range(8):
+        packed_PN |= nibbles(widen(x_8PN[i]), scale_PN, zero_PN, SHORT) << (4 * i)
     o_PN = (e * N + n_N)[None, :] * P + word_P[:, None]
     tl.store(packed_ptr + o_PN, packed_PN, mask=m_PN)
 

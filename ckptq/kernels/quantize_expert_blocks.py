@@ -15,11 +15,12 @@ from torch import Tensor
 
 from ckptq.kernels.codes import (
     HALF_RANGE,
+    absmax_of,
     code,
     code_constexprs,
     empty_codes,
+    load_slices,
     scale_of,
-    word_of_four,
 )
 from ckptq.kernels.rounding import narrow, widen
 
@@ -46,16 +47,18 @@ def _quantize_expert_blocks_kernel(
     word_P = block_k.to(tl.int64) * (BLOCK // 4) + tl.arange(0, BLOCK // 4)
     n_L = block_n * BLOCK + tl.arange(0, BLOCK)
     m_PL = (word_P < K // 4)[:, None] & (n_L < N)[None, :]
-    k_4P = 4 * word_P[None, :] + tl.arange(0, 4)[:, None]
-    x_ptrs = x_ptr + e * stride_e + k_4P[:, :, None] * stride_k + n_L[None, None, :]
-    x_4PL = widen(tl.load(x_ptrs, mask=m_PL[None, :, :], other=0.0))
+    x_ptrs = x_ptr + e * stride_e + 4 * word_P[:, None] * stride_k + n_L[None, :]
+    x_4PL = load_slices(x_ptrs, stride_k, m_PL, 4, "")
 
     stored: tl.constexpr = scale_ptr.dtype.element_ty
-    scale = scale_of(tl.max(tl.max(tl.max(tl.abs(x_4PL), 0), 0), 0), HALF_RANGE, stored)
+    scale = scale_of(tl.max(tl.max(absmax_of(x_4PL, 4), 1), 0), HALF_RANGE, stored)
     tl.store(scale_ptr + (e * blocks_n + block_n) * blocks_k + block_k, narrow(scale, stored))
-    code_4PL = code(x_4PL, scale, FP8, NARROW, NATIVE)
+    word_PL = tl.zeros([BLOCK // 4, BLOCK], tl.int32)
+    for i in tl.static_range(4):
+        code_PL = code(widen(x_4PL[i]), scale, FP8, NARROW, NATIVE)
+        word_PL |= (code_PL.to(tl.int32) & 0xFF) << (8 * i)
     o_PL = (e * N + n_L)[None, :] * (K // 4) + word_P[:, None]
-    tl.store(code_ptr + o_PL, word_of_four(code_4PL), mask=m_PL)
+    tl.store(code_ptr + o_PL, word_PL, mask=m_PL)
 
 
 def quantize_expert_blocks(

@@ -7,8 +7,7 @@ cache: programs take tickets; those of strip s find maxima, those after them qua
 once its counter says that its maxima are complete. A program waits only for smaller tickets, whose
 programs are running or done, so it never waits for ever. Maxima of integers do not depend on order.
 
-Four rows as stored are four slices of one tensor, so that a thread puts their codes together and
-whole words are transposed.
+A thread puts the codes of four rows as stored together, and whole words are transposed.
 
 Shape letters: E experts, K input features (rows as stored), N output channels (columns as stored),
 4 x P the rows of a tile, L its columns.
@@ -21,11 +20,12 @@ from torch import Tensor
 
 from ckptq.kernels.codes import (
     HALF_RANGE,
+    absmax_of,
     code,
     code_constexprs,
     empty_codes,
+    load_slices,
     scale_of,
-    word_of_four,
 )
 from ckptq.kernels.rounding import narrow, widen
 
@@ -65,11 +65,10 @@ def _quantize_experts_kernel(
         n_L = n_tile * TILE + tl.arange(0, TILE)
         word_P = (tile // strip_tiles).to(tl.int64) * (TILE // 4) + tl.arange(0, TILE // 4)
         m_PL = (word_P < K // 4)[:, None] & (n_L < N)[None, :]
-        k_4P = 4 * word_P[None, :] + tl.arange(0, 4)[:, None]
-        x_ptrs = x_ptr + e * stride_e + k_4P[:, :, None] * stride_k + n_L[None, None, :]
+        x_ptrs = x_ptr + e * stride_e + 4 * word_P[:, None] * stride_k + n_L[None, :]
         amax_ptrs = amax_ptr + e * N + n_L
         if second:
-            x_4PL = tl.load(x_ptrs, mask=m_PL[None, :, :], other=0.0, eviction_policy="evict_first")
+            x_4PL = load_slices(x_ptrs, stride_k, m_PL, 4, "evict_first")
             while tl.atomic_add(done_ptr + strip, 0, sem="acquire") < tiles:
                 pass
             bits_L = tl.load(amax_ptrs, mask=n_L < N, other=0, cache_modifier=".cg")
@@ -77,13 +76,16 @@ def _quantize_experts_kernel(
             scale_L = scale_of(bits_L.to(tl.float32, bitcast=True), HALF_RANGE, stored)
             if tile < strip_tiles:  # the first row of tiles
                 tl.store(scale_ptr + e * N + n_L, narrow(scale_L, stored), mask=n_L < N)
-            code_4PL = code(widen(x_4PL), scale_L[None, None, :], FP8, NARROW, NATIVE)
+            word_PL = tl.zeros([TILE // 4, TILE], tl.int32)
+            for i in tl.static_range(4):
+                code_PL = code(widen(x_4PL[i]), scale_L[None, :], FP8, NARROW, NATIVE)
+                word_PL |= (code_PL.to(tl.int32) & 0xFF) << (8 * i)
             o_PL = (e * N + n_L)[None, :] * (K // 4) + word_P[:, None]
-            tl.store(code_ptr + o_PL, word_of_four(code_4PL), mask=m_PL)
+            tl.store(code_ptr + o_PL, word_PL, mask=m_PL)
         else:
-            x_4PL = tl.load(x_ptrs, mask=m_PL[None, :, :], other=0.0, eviction_policy="evict_last")
+            x_4PL = load_slices(x_ptrs, stride_k, m_PL, 4, "evict_last")
             # bits of positive floats are in the order of the floats
-            bits_L = tl.max(tl.max(tl.abs(widen(x_4PL)), 0), 0).to(tl.int32, bitcast=True)
+            bits_L = tl.max(absmax_of(x_4PL, 4), 0).to(tl.int32, bitcast=True)
             tl.atomic_max(amax_ptrs, bits_L, mask=n_L < N, sem="relaxed")
             # all threads' maxima before the one thread that counts the tile
             tl.debug_barrier()
