@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
@@ -14,7 +15,7 @@ from ckptq.verify.compare import Tally
 from ckptq.verify.hypotheses import hypotheses, match_heads, rescaled_columns
 from ckptq.verify.judge import CHOSEN_DB, DAMAGED, undiagnosed
 from ckptq.verify.kinds import finding
-from ckptq.verify.neighbours import Explained, candidates, directory, explain, gather
+from ckptq.verify.neighbours import Directory, Explained, candidates, directory, explain, gather
 from ckptq.verify.order import Undo, well_typed
 from ckptq.verify.report import Finding
 from ckptq.verify.sample import Sample, read_sample, rows_of_source, snr_db
@@ -53,7 +54,9 @@ def diagnose(case: Case, suspects: list[str]) -> list[Finding]:
             continue
         sample = case.sample(name)
         alone = _alone(case, sample, tally)
-        others = _others(case, sample, candidates(name, case.linears, case.tallies, known))
+        others = _owner(name, tally, known) or _others(
+            case, sample, candidates(name, case.linears, case.tallies, known)
+        )
         if others is not None and (alone is None or others.snr_db > alone[0]):
             explained[name] = others
         elif alone is not None:
@@ -94,7 +97,8 @@ def _tried(case: Case, sample: Sample, scales_only: bool) -> Iterator[tuple[floa
             moved = [f"{i} holds {j}" for i, j in enumerate(match.order) if i != j]
             part = "the scales of heads" if match.scales_only else "heads"
             found = f"{part}: {', '.join(moved[:8])}"
-            yield match.snr_db, _named(linear, "heads-swapped", found, None)
+            local = "weight_scale" if match.scales_only else linear.scheme.codes
+            yield match.snr_db, _named(linear, "heads-swapped", found, None, local)
     if not scales_only:
         yield from _reshaped(case, sample)
 
@@ -107,8 +111,18 @@ def _reshaped(case: Case, sample: Sample) -> Iterator[tuple[float, Finding]]:
         code = "experts-transposed" if EXPERT.match(linear.name) else "codes-transposed"
         found = "the transpose of the source's weight"
         yield snr_db(sample.weights(), transposed), _named(linear, code, found, None)
+    rescaled, one_factor = rescaled_columns(sample)
     found = "every column is the source's, times a number of its own"
-    yield rescaled_columns(sample), _named(linear, "columns-rescaled", found, None)
+    if rescaled >= one_factor + BETTER_DB:
+        yield rescaled, _named(linear, "columns-rescaled", found, None)
+
+
+def _owner(name: str, tally: Tally, known: Directory) -> Explained | None:
+    """Whose scales these are, where the codes are right: digests leave no doubt."""
+    owners = [owner for owner in known.owners(tally) if owner != name]
+    if not owners or tally.foreign or not tally.scales_wrong:
+        return None
+    return Explained(code="scale-of-another", other=owners[0], snr_db=math.inf)
 
 
 def _others(case: Case, sample: Sample, names: list[str]) -> Explained | None:
@@ -164,10 +178,11 @@ def _stale_shards(case: Case, found: Mapping[str, Finding]) -> Iterator[Finding]
     )
 
 
-def _named(linear: StoredLinear, code: str, found: str, repair: str | None) -> Finding:
+def _named(
+    linear: StoredLinear, code: str, found: str, repair: str | None, local: str | None = None
+) -> Finding:
     part = "weight_scale" if code.startswith("scale") else linear.scheme.codes
-    local = "weight_zero_point" if code.startswith("zero") else part
-    tensor = linear.tensors[local]
+    tensor = linear.tensors[local or ("weight_zero_point" if code.startswith("zero") else part)]
     return finding(
         code, tensor.name, file=tensor.file, found=found, wanted="the source's weight",
         repair=repair,

@@ -41,9 +41,9 @@ def hypotheses(
     yield from _scales(sample)
     if heads is not None:
         yield from _rope(sample, heads, order, scales_only)
+    yield from _zero_points(sample)
     if not scales_only:
         yield from _codes(sample)
-        yield from _zero_points(sample)
 
 
 def _scales(sample: Sample) -> Iterator[Hypothesis]:
@@ -214,8 +214,11 @@ def _scales_of_heads(sample: Sample, heads: Heads) -> HeadMatch | None:
     )
 
 
-def rescaled_columns(sample: Sample) -> float:
-    """SNR in dB once every column may be stretched, as AWQ and SmoothQuant do."""
+def rescaled_columns(sample: Sample) -> tuple[float, float]:
+    """SNR in dB once every column may be stretched, as AWQ and SmoothQuant do, and with one factor
+    for all."""
     found, wanted = sample.weights(), sample.w_RK
-    factor_K = (found * wanted).sum(0) / wanted.square().sum(0).clamp(min=1e-30)
-    return snr_db(found, wanted * factor_K)
+    dot_K, square_K = (found * wanted).sum(0), wanted.square().sum(0)
+    factor_K = dot_K / square_K.clamp(min=1e-30)
+    factor = dot_K.sum() / square_K.sum().clamp(min=1e-30)
+    return snr_db(found, wanted * factor_K), snr_db(found, wanted * factor)

@@ -124,6 +124,8 @@ def _expert_pair(name: str, explained: Explained) -> tuple[str, int, int] | None
 
 
 def _one(linear: StoredLinear, explained: Explained, found: Mapping[str, Explained]) -> Finding:
+    part_of = {"scale-of-another": "weight_scale", "codes-of-another": linear.scheme.codes}
+    local = part_of.get(explained.code)
     back = found.get(explained.other)
     mutual = back is not None and back.other == linear.name and back.code == explained.code
     code = "exchanged" if mutual and explained.code == "misplaced" else explained.code
@@ -131,6 +133,10 @@ def _one(linear: StoredLinear, explained: Explained, found: Mapping[str, Explain
     part = what.get(explained.code, "the weight")
     repair = f"exchange {part} of {linear.name} and {explained.other}" if mutual else None
     return finding(
-        code, linear.name, file=linear.module.file, found=f"{part} of {explained.other}",
-        wanted="its own", repair=repair,
-    )  # fmt: skip
+        code,
+        f"{linear.name}.{local}" if local else linear.name,
+        file=linear.module.file,
+        found=f"{part} of {explained.other}",
+        wanted="its own",
+        repair=repair,
+    )

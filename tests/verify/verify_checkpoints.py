@@ -174,6 +174,7 @@ def made_up_scales(plan: Any) -> Scales:
     }
     made = Record(
         model="tiny", source_fingerprint="", strategy="attn_head", observer="static_minmax",
+        input_observer="static_minmax",
         text="", samples=1, tokens=1, seq_len=1, batch_size=1, seed=0, token_digest="",
         attention=dict.fromkeys(plan.attention.scales, "TinyAttention"),
     )  # fmt: skip

@@ -1,0 +1,33 @@
+"""Every fault is caught and named: its code, and the tensor where there is one to name."""
+
+import pytest
+from verify_faults import FAULTS, Fault
+
+from ckptq.verify.kinds import KINDS
+from ckptq.verify.run import verify
+
+CASES = [
+    pytest.param(fault, family, weights, id=f"{fault.name}-{family}-{weights}")
+    for fault in FAULTS
+    for family in fault.families
+    for weights in fault.weights
+]
+
+
+@pytest.mark.parametrize(("fault", "family", "weights"), CASES)
+def test_each_fault_is_named(broken, fault: Fault, family: str, weights: str):
+    editor, source = broken(family, weights, fault.kv)
+    (editor.folder.parent / "source").write_text(str(source))
+    named = fault.inject(editor)
+    report = verify(editor.save(), source)
+    mine = [f for f in report.findings if f.code == fault.code]
+    assert mine, f"found {report.counts}"
+    assert {f.code for f in report.findings} <= {fault.code, *fault.also}
+    if named is not None:
+        assert any(named in (f.tensor or "") for f in mine), [f.tensor for f in mine]
+    assert all(f.repair for f in mine)
+
+
+def test_there_are_enough_kinds():
+    assert len({fault.code for fault in FAULTS}) >= 30
+    assert {fault.code for fault in FAULTS} <= KINDS.keys()
