@@ -50,7 +50,7 @@ def load_slices(ptrs, stride, mask, COUNT: tl.constexpr, EVICTION: tl.constexpr)
     slices = (tl.load(ptrs, mask=mask, other=0.0, eviction_policy=EVICTION),)
     for i in tl.static_range(1, COUNT):
         x = tl.load(ptrs + i * stride, mask=mask, other=0.0, eviction_policy=EVICTION)
-        slices = slices + (x,)  # noqa: RUF005 (Triton has no unpacking)
+        slices = slices + (x,)  # type: ignore[assignment]  # noqa: RUF005
     return slices
 
 
