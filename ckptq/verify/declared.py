@@ -20,6 +20,10 @@ from ckptq.verify.report import Finding
 KNOWN_FIELDS = ("targets", "weights", "input_activations", "output_activations", "format")
 
 
+NAIVE = "naive-quantized"
+"""What llm-compressor calls codes of whole bytes where activations are not quantized."""
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Group:
     """A group that quantizes Linears."""
@@ -155,6 +159,8 @@ def _scheme(
         found.append(_wrong("actorder", f"{where}.weights.actorder", actorder, "static or null"))
         weights = {**weights, "actorder": None}
     format = entry.get("format") or config.get("format")
+    if format == NAIVE:
+        format = "float-quantized" if weights.get("type") == "float" else "int-quantized"
     if not isinstance(format, str) or format not in FORMATS:
         choice = f"one of {', '.join(FORMATS)}"
         found.append(_wrong("format", f"{where}.format", format, choice))

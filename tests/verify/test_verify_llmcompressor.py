@@ -1,0 +1,92 @@
+"""Checkpoints that llm-compressor has made: right ones have no fault, its broken q_scale is found."""
+
+import pytest
+import torch
+import transformers
+from verify_checkpoints import FP8, INT4
+
+from ckptq.verify.run import verify
+
+
+@pytest.fixture
+def poisoned(monkeypatch):
+    """Memory that nothing was written to shows: what `torch.empty` gives is NaN."""
+    empty = torch.empty
+
+    def poison(*args, **kwargs):
+        made = empty(*args, **kwargs)
+        return made.fill_(float("nan")) if made.is_floating_point() else made
+
+    monkeypatch.setattr(torch, "empty", poison)
+
+
+def oneshot(source, out, groups, data=None):
+    from llmcompressor import oneshot as run
+    from llmcompressor.modifiers.quantization import QuantizationModifier
+
+    model = transformers.LlamaForCausalLM.from_pretrained(source, dtype="auto")
+    recipe = QuantizationModifier(config_groups=groups, ignore=["lm_head"])
+    run(model=model, recipe=recipe, **(data or {}))
+    model.save_pretrained(out, save_compressed=True)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (out / name).write_bytes((source / name).read_bytes())
+    return out
+
+
+def linears(args, inputs=None):
+    from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
+
+    activations = QuantizationArgs(**inputs) if inputs else None
+    return QuantizationScheme(
+        targets=["Linear"], weights=QuantizationArgs(**args), input_activations=activations
+    )
+
+
+TOKEN = {"num_bits": 8, "type": "float", "strategy": "token", "dynamic": True}
+
+
+@pytest.mark.parametrize(
+    ("args", "inputs"),
+    [
+        (FP8 | {"strategy": "channel"}, TOKEN),
+        (FP8 | {"strategy": "tensor"}, None),
+        (INT4 | {"strategy": "group", "group_size": 32}, None),
+        (INT4 | {"strategy": "group", "group_size": 32, "symmetric": False}, None),
+    ],
+    ids=["fp8-channel", "fp8-tensor", "int4", "int4-asym"],
+)
+def test_its_checkpoints_have_no_fault(sources, tmp_path, args, inputs):
+    source = sources("llama")
+    out = oneshot(source, tmp_path / "out", {"group_0": linears(args, inputs)})
+    report = verify(out, source)
+    assert report.findings == ()
+    assert report.checks["linears compared"] == report.checks["linears quantized"] == 14
+    about = {note.code for note in report.notes if note.file != "config.json"}
+    assert about <= {"rounded-twice", "side-file-differs"}
+    assert sum(t.codes_rounded_twice for t in report.tensors) > 0
+    assert all(t.codes_wrong == t.codes_rounded_twice for t in report.tensors)
+
+
+def test_its_uninitialised_query_scales_are_found(sources, tmp_path, poisoned):
+    from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
+    from datasets import Dataset
+    from tokenizers import Tokenizer, models
+
+    args = QuantizationArgs(num_bits=8, type="float", strategy="attn_head")
+    groups = {
+        "attention": QuantizationScheme(targets=["LlamaAttention"], input_activations=args),
+        "linear": linears(FP8 | {"strategy": "channel"}, TOKEN),
+    }
+    rows = torch.randint(3, 128, (2, 12), generator=torch.Generator().manual_seed(0)).tolist()
+    core = Tokenizer(models.WordLevel({"<pad>": 0, "<s>": 1}, unk_token="<pad>"))
+    data = {
+        "dataset": Dataset.from_dict({"input_ids": rows, "attention_mask": [[1] * 12] * 2}),
+        "processor": transformers.PreTrainedTokenizerFast(tokenizer_object=core, pad_token="<pad>"),
+        "max_seq_length": 12,
+        "num_calibration_samples": 2,
+    }
+    source = sources("llama")
+    report = verify(oneshot(source, tmp_path / "out", groups, data), source)
+    assert {(f.code, f.tensor) for f in report.findings} == {
+        ("scale-not-finite", f"model.layers.{layer}.self_attn.q_scale") for layer in (0, 1)
+    }
