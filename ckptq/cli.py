@@ -119,6 +119,7 @@ def quantize(
     """Convert a checkpoint into a compressed-tensors one that vLLM serves."""
     from ckptq.calibrate.request import CalibrationRequest, scales_source
     from ckptq.checkpoint.open import open_checkpoint
+    from ckptq.convert.handover import write_handed_over
     from ckptq.convert.run import default_output, write_quantized
     from ckptq.permute.order import Sharing
     from ckptq.plan.make import make_plan
@@ -126,6 +127,31 @@ def quantize(
 
     chosen = _recipe(scheme, recipe)
     ckpt = open_checkpoint(model, revision)
+    wanted = CalibrationRequest(
+        data=data,
+        samples=samples,
+        seq_len=seq_len,
+        batch_size=batch_size,
+        seed=seed,
+        device=device,
+        trust_remote_code=trust_remote_code,
+    )
+    out = output or default_output(ckpt, chosen)
+    if chosen.handed_over:
+        arguments = {**wanted.arguments(), "shard_bytes": _bytes(shard_size)}
+        with console.progress() as begin:
+            result = write_handed_over(
+                ckpt,
+                chosen,
+                out,
+                wanted,
+                arguments=arguments,
+                shard_bytes=_bytes(shard_size),
+                restart=restart,
+                begin=begin,
+            )
+        show_quantized(result, json)
+        return
     plan = make_plan(
         ckpt,
         chosen,
@@ -138,15 +164,6 @@ def quantize(
     if dry_run:
         show_plan(plan, json)
         return
-    wanted = CalibrationRequest(
-        data=data,
-        samples=samples,
-        seq_len=seq_len,
-        batch_size=batch_size,
-        seed=seed,
-        device=device,
-        trust_remote_code=trust_remote_code,
-    )
     with console.progress() as begin:
         source = scales_source(ckpt, plan, wanted, scales, begin)
         if source is not None and scales is None and data is None:
@@ -154,7 +171,7 @@ def quantize(
         result = write_quantized(
             ckpt,
             plan,
-            output or default_output(ckpt, chosen),
+            out,
             arguments={
                 "ignore": ignore or [],
                 "shard_bytes": _bytes(shard_size),

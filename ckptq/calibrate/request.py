@@ -29,6 +29,16 @@ class CalibrationRequest:
     device: str | None = None
     trust_remote_code: bool = False
 
+    def arguments(self) -> dict[str, Any]:
+        """What the scales depend on, as JSON data; of a file the name, not where it lies."""
+        return {
+            "data": Path(self.data).name if self.data else None,
+            "samples": self.samples,
+            "seq_len": self.seq_len,
+            "batch_size": self.batch_size,
+            "seed": self.seed,
+        }
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ScalesSource:
@@ -43,7 +53,7 @@ def scales_source(
     ckpt: Checkpoint, plan: Plan, wanted: CalibrationRequest, file: Path | None, begin: Begin
 ) -> ScalesSource | None:
     """None where the plan needs no scales; UsageError for a scales file that nothing needs."""
-    needed = plan.attention is not None or plan.recipe.needs_input_scales
+    needed = plan.attention is not None or bool(plan.inputs)
     if file is not None:
         if not needed:
             raise UsageError(f"{file}: recipe {plan.recipe.name!r} uses no calibrated scales")
@@ -53,13 +63,7 @@ def scales_source(
     if not needed:
         return None
     return ScalesSource(
-        arguments={
-            "data": Path(wanted.data).name if wanted.data else None,
-            "samples": wanted.samples,
-            "seq_len": wanted.seq_len,
-            "batch_size": wanted.batch_size,
-            "seed": wanted.seed,
-        },
+        arguments=wanted.arguments(),
         load=lambda folder: calibrate_plan(ckpt, plan, wanted, begin, folder),
     )
 
@@ -77,7 +81,7 @@ def calibrate_plan(
     from ckptq.calibrate.run import calibrate
     from ckptq.calibrate.text import read_samples
 
-    if plan.attention is None:
+    if plan.attention is None and not plan.inputs:
         raise UsageError(f"recipe {plan.recipe.name!r} uses no calibrated scales")
     device = wanted.device or ("cuda" if torch.cuda.is_available() else "cpu")
     samples = read_samples(
@@ -87,11 +91,13 @@ def calibrate_plan(
     return calibrate(
         ckpt,
         samples,
-        strategy=plan.attention.strategy,
-        observer=plan.attention.observer,
+        strategy=plan.attention.strategy if plan.attention else None,
+        observer=plan.attention.observer if plan.attention else "static_minmax",
+        inputs=plan.inputs,
         batch_size=wanted.batch_size,
         device=device,
         progress=lambda done, total: report(f"layer {done}", 1),
+        journal=folder,
     )
 
 

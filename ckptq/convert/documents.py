@@ -126,8 +126,8 @@ def model_card(ckpt: Checkpoint, plan: Plan) -> str:
         "",
     ]
     for name, linears in plan.groups.items():
-        rule = next(u.rule for u in plan.units if u.parts and u.rule.startswith(f"{name}: "))
-        lines.append(f"- {rule}: {len(linears)} Linears")
+        rules = (u.rule for u in plan.units if u.parts and u.rule.startswith(f"{name}: "))
+        lines.append(f"- {next(rules, name)}: {len(linears)} Linears")
     if plan.attention is not None:
         layers = len(plan.attention.scales)
         kind = "per attention head" if plan.attention.strategy == "attn_head" else "per tensor"

@@ -25,14 +25,16 @@ SPARE_BYTES = 50_000_000
 
 
 def check_disk(plan: Plan, out: Path) -> None:
-    """Room for what is still to be written, and the right to write it."""
+    """Room for what is still to be written, and the right to write it; MachineError without."""
+    if os.path.lexists(out):
+        return  # nothing will be written: the journal decides what that means
     parent = out.absolute().parent
     while not parent.exists():
         parent = parent.parent
     if not os.access(parent, os.W_OK | os.X_OK):
         raise MachineError(f"{parent}: no permission to write here")
-    scratch = partial_of(out)
-    there = sum(f.stat().st_blocks * 512 for f in scratch.rglob("*") if f.is_file())
+    begun = partial_of(out) / "checkpoint"
+    there = sum(f.stat().st_blocks * 512 for f in begun.rglob("*") if f.is_file())
     needed = plan.write_bytes + SPARE_BYTES - there
     free = shutil.disk_usage(parent).free
     if needed > free:

@@ -81,13 +81,13 @@ def write_quantized(
         "source": documents.source_record(ckpt),
         "versions": documents.versions(),
     }
-    journal = Journal.open(out, {**record, "modified": _modified(ckpt)}, restart=restart)
+    journal = Journal.open(out, {**record, "modified": modified(ckpt)}, restart=restart)
     resumed = len(journal.done)
     try:
         if not journal.published:
             made = scales.load(journal.calibration) if scales is not None else None
             report = begin("quantize", plan.read_bytes)
-            _convert(plan, journal, made, workers, rooms, commit_bytes, report)
+            convert_plan(plan, journal, made, workers, rooms, commit_bytes, report)
             _write_documents(ckpt, plan, journal, made, record)
         journal.publish()
     finally:
@@ -106,7 +106,7 @@ def write_quantized(
     )
 
 
-def _convert(
+def convert_plan(
     plan: Plan,
     journal: Journal,
     scales: Scales | None,
@@ -115,6 +115,7 @@ def _convert(
     commit_bytes: int,
     report: Report,
 ) -> None:
+    """Fill the journal's scratch folder with the plan's shards and their index."""
     from ckptq.convert.pipeline import Ends, convert
     from ckptq.convert.pipeline import workers as make_pool
     from ckptq.convert.schedule import Committer, Schedule
@@ -175,7 +176,7 @@ def scale_tensors(plan: Plan, scales: Scales | None) -> dict[str, Tensor]:
 def _write_documents(
     ckpt: Checkpoint, plan: Plan, journal: Journal, scales: Scales | None, record: Mapping[str, Any]
 ) -> None:
-    attention_class = scales.attention_class if scales is not None else None
+    attention_class = scales.attention_class if scales and plan.attention else None
     quantization = documents.quantization_config(plan, attention_class)
     config = {**unquantized_config(ckpt.config), "quantization_config": quantization}
     if plan.marks:
@@ -186,7 +187,7 @@ def _write_documents(
     documents.write_documents(journal.scratch, ckpt, config, plan, provenance)
 
 
-def _modified(ckpt: Checkpoint) -> dict[str, int]:
+def modified(ckpt: Checkpoint) -> dict[str, int]:
     """Times of the source's files: a journal, unlike the output, may know of them."""
     return {h.file.name: h.file.stat().st_mtime_ns for h in ckpt.headers}
 

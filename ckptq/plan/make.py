@@ -86,6 +86,7 @@ def make_plan(
             for group in recipe.groups
             if not group.is_attention
         },
+        inputs={n: g.largest_input for n, g in chosen.items() if g.has_static_inputs},
         ignore=_ignore(layout, chosen) if chosen else (),
         attention=attention,
         layout=layout,

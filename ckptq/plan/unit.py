@@ -94,6 +94,8 @@ class Plan:
     """File name -> the units in it. Names are final: the count is known."""
     groups: Mapping[str, tuple[str, ...]]
     """Group name -> the Linears that it quantizes."""
+    inputs: Mapping[str, float]
+    """Linears with a static activation scale -> what their largest input becomes (448, 127.5)."""
     ignore: tuple[str, ...]
     """What was really left: the Linears that no group quantizes, by name."""
     attention: AttentionPlan | None

@@ -43,6 +43,14 @@ class Group:
         inputs = self.input_activations if self.weights is not None else None
         return inputs is not None and inputs.get("dynamic", False) is False
 
+    @property
+    def largest_input(self) -> float:
+        """What the largest static input is scaled to: 448 for FP8, half the steps for integers."""
+        inputs = self.input_activations or {}
+        if inputs.get("type", "int") == "float":
+            return 448.0
+        return float(2 ** int(inputs.get("num_bits", 8)) - 1) / 2
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Recipe:
@@ -62,11 +70,6 @@ class Recipe:
         """How q, k and v are quantized in attention and cache, if they are."""
         inputs = next((g.input_activations for g in self.groups if g.is_attention), None)
         return inputs or self.kv_cache_scheme
-
-    @property
-    def needs_input_scales(self) -> bool:
-        """Whether some group has static activation scales, which only calibration gives."""
-        return any(group.has_static_inputs for group in self.groups)
 
 
 def built_in() -> dict[str, Path]:
@@ -121,12 +124,12 @@ def load_recipe(file: Path) -> Recipe:
 def load_text(name: str, text: str) -> Recipe:
     """Parse with llm-compressor's own models, so that a typo fails with its field named."""
     from llmcompressor.modifiers.quantization import QuantizationModifier
+    from llmcompressor.modifiers.quantization.quantization.mixin import QuantizationMixin
     from llmcompressor.recipe import Recipe as LlmRecipe
 
     try:
         modifiers = LlmRecipe.create_instance(text).modifiers
-        ours = [m for m in modifiers if type(m) is QuantizationModifier]
-        configs = [m.resolved_config for m in ours]
+        configs = [m.resolved_config for m in modifiers if isinstance(m, QuantizationMixin)]
     except (ValueError, TypeError, KeyError, AttributeError, NotImplementedError) as error:
         raise UsageError(f"not a recipe that llm-compressor reads: {error}") from error
     except yaml.YAMLError as error:
@@ -134,9 +137,9 @@ def load_text(name: str, text: str) -> Recipe:
     others = tuple(type(m).__name__ for m in modifiers if type(m) is not QuantizationModifier)
     if not modifiers:
         raise UsageError("the recipe holds no modifier")
-    if len(ours) > 1:
+    if len(configs) > 1:
         raise UsageError(
-            f"{len(ours)} QuantizationModifiers; one with several config_groups is wanted"
+            f"{len(configs)} modifiers quantize; one with several config_groups is wanted"
         )
     groups: tuple[Group, ...] = ()
     kv = None

@@ -1,0 +1,84 @@
+"""GPTQ in llm-compressor, its result through our writer; other modifiers refused by name."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from ckptq.calibrate.request import CalibrationRequest
+from ckptq.checkpoint.open import open_checkpoint
+from ckptq.convert.handover import check_handed_over, write_handed_over
+from ckptq.errors import UsageError
+from ckptq.recipes.load import load_text
+from ckptq.verify.run import verify
+
+GPTQ = """
+quant_stage:
+  quant_modifiers:
+    GPTQModifier: {targets: [Linear], scheme: W4A16, ignore: [lm_head]}
+"""
+
+KV = "{num_bits: 8, type: float, strategy: tensor, symmetric: true, dynamic: false}"
+
+
+@pytest.fixture
+def llama(tmp_path: Path) -> Path:
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        hidden_size=128,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        head_dim=64,
+        intermediate_size=128,
+        vocab_size=64,
+        max_position_embeddings=64,
+    )
+    folder = tmp_path / "llama"
+    LlamaForCausalLM(config).to(torch.bfloat16).save_pretrained(folder)
+    words = Tokenizer(models.WordLevel({f"w{i}": i for i in range(64)}, unk_token="w0"))
+    words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    PreTrainedTokenizerFast(tokenizer_object=words, pad_token="w0").save_pretrained(folder)
+    text = "\n".join(" ".join(f"w{(i * j) % 64}" for j in range(32)) for i in range(1, 40))
+    (tmp_path / "text.txt").write_text(text)
+    return folder
+
+
+def test_gptq_runs_in_llm_compressor_and_is_written_by_us(llama: Path, tmp_path: Path) -> None:
+    wanted = CalibrationRequest(data=str(tmp_path / "text.txt"), samples=8, seq_len=32)
+    recipe = load_text("gptq", GPTQ)
+    assert recipe.handed_over == ("GPTQModifier",)
+    out = tmp_path / "out"
+    ckpt = open_checkpoint(llama)
+    result = write_handed_over(ckpt, recipe, out, wanted, arguments=wanted.arguments())
+    assert result.linears == 7
+    assert verify(out, llama).ok
+    config = json.loads((out / "config.json").read_text())
+    assert config["quantization_config"]["format"] == "pack-quantized"
+    assert json.loads((out / "ckptq.json").read_text())["arguments"]["handed_over"]
+    assert not (tmp_path / "out.partial").exists()
+    codes = load_file(out / "model.safetensors")["model.layers.0.mlp.up_proj.weight_packed"]
+    assert codes.dtype == torch.int32
+
+
+def test_modifiers_that_nobody_does_are_refused_by_name() -> None:
+    pruning = """
+prune_stage:
+  prune_modifiers:
+    SparseGPTModifier: {sparsity: 0.5, targets: [Linear]}
+"""
+    with pytest.raises(UsageError, match="SparseGPTModifier is not done by ckptq"):
+        check_handed_over(load_text("prune", pruning))
+
+
+def test_a_cache_scheme_beside_gptq_is_refused_with_the_reason() -> None:
+    both = GPTQ.replace("ignore: [lm_head]}", f"ignore: [lm_head], kv_cache_scheme: {KV}}}")
+    with pytest.raises(UsageError, match="uninitialised memory"):
+        check_handed_over(load_text("both", both))
