@@ -73,6 +73,11 @@ NO_DATA = (
     "give --data with text of your own domain for scales that fit it"
 )
 
+NO_TEXT = (
+    "comparing on the built-in corpus (the topics of Python's help, in English); "
+    "give --data with text of your own domain, or --task with questions"
+)
+
 
 @app.command()
 def quantize(
@@ -287,6 +292,76 @@ def permute(
 
 
 @app.command()
+def evaluate(
+    path: Annotated[str, typer.Argument(help="The quantized checkpoint, or a source to try on.")],
+    source: Annotated[
+        str | None, typer.Option(help="The unquantized checkpoint it was made from.")
+    ] = None,
+    schemes: Annotated[
+        list[str] | None,
+        typer.Option(help="Try these schemes on an unquantized checkpoint: A,B,C."),
+    ] = None,
+    kv_cache: Annotated[
+        list[str] | None,
+        typer.Option(help="Try these caches: bf16, fp8-per-head, int4-per-token-head, ..."),
+    ] = None,
+    revision: Revision = None,
+    data: Data = None,
+    task: Annotated[
+        Path | None, typer.Option(help="Questions: a .jsonl of prompt and answer.")
+    ] = None,
+    questions: Annotated[int, typer.Option(min=1, help="Questions of the task to ask.")] = 512,
+    samples: Samples = 32,
+    seq_len: SeqLen = 512,
+    batch_size: BatchSize = 1,
+    seed: Seed = 0,
+    device: Device = None,
+    max_kl: Annotated[float | None, typer.Option(help="Fail above this mean KL, in nats.")] = None,
+    min_agreement: Annotated[
+        float | None, typer.Option(help="Fail below this share of equal top tokens, 0 to 1.")
+    ] = None,
+    max_ppl_ratio: Annotated[
+        float | None, typer.Option(help="Fail above this perplexity over the source's.")
+    ] = None,
+    min_accuracy: Annotated[
+        float | None, typer.Option(help="Fail below this share of right answers, 0 to 1.")
+    ] = None,
+    json: Json = False,
+) -> None:
+    """Measure what quantization costs: KL, perplexity, agreement, accuracy (exit code 1: too much)."""
+    from ckptq.evaluate.request import EvaluationRequest, evaluate_request
+    from ckptq.evaluate.result import Thresholds
+    from ckptq.show_evaluation import show_evaluation
+
+    asked = EvaluationRequest(
+        source=source,
+        caches=_words(kv_cache),
+        schemes=_words(schemes),
+        data=data,
+        task=task,
+        questions=questions,
+        samples=samples,
+        seq_len=seq_len,
+        batch_size=batch_size,
+        seed=seed,
+        device=device,
+        thresholds=Thresholds(
+            max_kl=max_kl,
+            min_agreement=min_agreement,
+            max_ppl_ratio=max_ppl_ratio,
+            min_accuracy=min_accuracy,
+        ),
+    )
+    if data is None and task is None:
+        console.note(NO_TEXT)
+    with console.progress() as begin:
+        found = evaluate_request(path, revision, asked, begin)
+    show_evaluation(found, json)
+    if not found.ok:
+        raise typer.Exit(1)
+
+
+@app.command()
 def inspect(path: Model, revision: Revision = None, json: Json = False) -> None:
     """Say what is in a checkpoint: schemes, layers, sizes, scales. Reads headers only."""
     from ckptq.inspect import inspect as look
@@ -316,6 +391,11 @@ def _recipe(scheme: str | None, recipe: Path | None) -> Recipe:
     if (scheme is None) == (recipe is None):
         raise UsageError("give either --scheme NAME or --recipe FILE; `ckptq recipes` lists names")
     return load_recipe(recipe) if recipe is not None else load_scheme(str(scheme))
+
+
+def _words(given: Sequence[str] | None) -> list[str]:
+    """Options that are given several times, with commas, or both."""
+    return [word.strip() for text in given or () for word in text.split(",") if word.strip()]
 
 
 def _one_of(option: str, given: str, choice: Sequence[Word]) -> Word:

@@ -1,0 +1,221 @@
+"""Run models side by side over the same tokens, one layer of each in memory at a time.
+
+The first variant of the first track is the source; everything is measured against it. Its layer
+runs first, so that caches whose scales are not stored get them from what passes there.
+
+Shape letters: B batch, S positions, E hidden size, N positions of a chunk, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+from ckptq.calibrate.attention import tapped
+from ckptq.calibrate.forward import LayerwiseModel, Stream
+from ckptq.calibrate.text import Batch
+from ckptq.errors import SourceError
+from ckptq.evaluate.inputs import rounded_inputs, rules_of
+from ckptq.evaluate.kv_cache import PLAIN, Maxima, cache_tap
+from ckptq.evaluate.scores import Measures, Position, Scores
+from ckptq.evaluate.spoil import spoiled, spoiled_layer
+from ckptq.evaluate.text import Text
+from ckptq.evaluate.variant import Run, Track, Variant
+from ckptq.progress import Report
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+CHUNK_ELEMENTS = 1 << 24
+"""Logits in one chunk: 128 MB in float64."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Outcome:
+    """One variant beside the source."""
+
+    measures: Measures
+    layers: tuple[float, ...]
+    """Relative error of the hidden states after each decoder layer, a mean over tokens."""
+
+
+@dataclass
+class Comparison:
+    """A comparison under way."""
+
+    tracks: Sequence[Track]
+    text: Text
+    consumed: Mapping[str, tuple[str, ...]]
+    """Tensor of the source -> the Linears that are cut out of it."""
+    batch_size: int = 1
+    maxima: Maxima = field(default_factory=Maxima)
+    errors: dict[str, list[float]] = field(default_factory=dict)
+
+    def run(self, report: Report) -> dict[str, Outcome]:
+        """By name of the variant. SourceError for tokens that the vocabulary lacks."""
+        _check_vocabulary(self.tracks[0].model, self.text)
+        for track in self.tracks:
+            track.embed(self.text, self.batch_size)
+        layers = self.tracks[0].model.layer_names
+        for index, name in enumerate(layers):
+            for track in self.tracks:
+                track.model.run_layer(index, track.stream, self._watch(track, index))
+            self._note_errors()
+            report(name, 1)
+        scores = self._scores()
+        return {
+            name: Outcome(measures=found.measures(), layers=tuple(self.errors[name]))
+            for name, found in scores.items()
+        }
+
+    @property
+    def source(self) -> Variant:
+        return self.tracks[0].variants[0]
+
+    def _watch(self, track: Track, index: int) -> Callable[[nn.Module, Batch], object]:
+        """What is done to a layer while one batch of one variant runs through it."""
+        name = track.model.layer_names[index]
+        loader = track.model.loader
+        stored_names = loader.stored_names(name)
+        measured = any(v.cache.measures for t in self.tracks for v in t.variants)
+
+        @contextmanager
+        def watch(layer: nn.Module, run: Batch) -> Iterator[None]:
+            assert isinstance(run, Run)
+            variant = run.variant
+            with ExitStack() as stack:
+                if variant.spoiled and index == spoiled_layer(len(track.model.layer_names)):
+                    stack.enter_context(spoiled(layer))
+                if variant is self.source and measured:
+                    see = self._measuring(run, loader.stored_module)
+                    stack.enter_context(tapped(layer, name, see))
+                elif variant.cache.mode != PLAIN:
+                    tap = cache_tap(variant.cache, self.maxima, loader.stored_module)
+                    stack.enter_context(tapped(layer, name, tap))
+                rules = rules_of(layer, name, stored_names, self.consumed, variant.inputs)
+                stack.enter_context(rounded_inputs(rules))
+                yield
+
+        return watch
+
+    def _measuring(
+        self, run: Run, on_disk: Callable[[str], str]
+    ) -> Callable[[str, Tensor, Tensor, Tensor], None]:
+        real_BS = run.mask_BS.bool()
+
+        def see(module: str, q_BHSD: Tensor, k_BHSD: Tensor, v_BHSD: Tensor) -> None:
+            qkv = {"q": q_BHSD, "k": k_BHSD, "v": v_BHSD}
+            self.maxima.see(on_disk(module), qkv, real_BS)
+
+        return see
+
+    def _note_errors(self) -> None:
+        """After a layer: how far each variant's hidden states are from the source's."""
+        count = len(self.tracks[0].stream.batches) // len(self.tracks[0].variants)
+        reference = self.tracks[0].stream.hidden_BSE[:count]
+        for track in self.tracks:
+            for number, variant in enumerate(track.variants):
+                hidden = track.stream.hidden_BSE[number * count : (number + 1) * count]
+                runs = track.stream.batches[:count]
+                error = relative_error(reference, hidden, runs)
+                self.errors.setdefault(variant.name, []).append(error)
+
+    def _scores(self) -> dict[str, Scores]:
+        """Logits in chunks, the source's first, the others' one after the other."""
+        first = self.tracks[0]
+        pieces = list(_pieces(first, self.text, _chunk(first.model)))
+        heads = [track.model.head(_cut(track, pieces)) for track in self.tracks]
+        scores = {v.name: Scores() for track in self.tracks for v in track.variants}
+        for piece in pieces:
+            reference_NV = None
+            for track, head in zip(self.tracks, heads, strict=True):
+                for variant in track.variants:
+                    logits_NV = piece.logits(next(head))
+                    reference_NV = logits_NV if reference_NV is None else reference_NV
+                    scores[variant.name].add(piece.positions, reference_NV, logits_NV)
+        for head in heads:
+            head.close()  # type: ignore[attr-defined]
+        return scores
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """Some positions of one batch."""
+
+    batch: int
+    start: int
+    stop: int
+    positions: list[Position]
+
+    def logits(self, logits_BSV: Tensor) -> Tensor:
+        """Of the positions that count, [N, V]."""
+        rows = [position.row for position in self.positions]
+        return logits_BSV[rows, [position.at - self.start for position in self.positions]]
+
+
+def relative_error(
+    reference: Sequence[Tensor], hidden: Sequence[Tensor], batches: Sequence[Batch]
+) -> float:
+    """Mean over real tokens of |h - reference| / |reference|, hidden states [..., B, S, E]."""
+    total, tokens = 0.0, 0
+    for one, other, batch in zip(reference, hidden, batches, strict=True):
+        real_BS = batch.mask_BS.bool()
+        want, got = one[..., real_BS, :].double(), other[..., real_BS, :].double()
+        share = (got - want).norm(dim=-1) / want.norm(dim=-1).clamp_min(1e-300)
+        total, tokens = total + share.sum().item(), tokens + share.numel()
+    return total / tokens
+
+
+def _pieces(track: Track, text: Text, chunk: int) -> Iterator[Piece]:
+    """The batches of one variant, cut along their positions."""
+    count = len(track.stream.batches) // len(track.variants)
+    first_line = 0
+    for number, run in enumerate(track.stream.batches[:count]):
+        assert isinstance(run, Run)
+        positions = list(_positions(run, first_line))
+        first_line += len(run.lines)
+        step = max(1, chunk // len(run.lines))
+        for start in range(0, max(run.lengths), step):
+            inside = [p for p in positions if start <= p.at < start + step]
+            if inside:
+                yield Piece(number, start, start + step, inside)
+
+
+def _positions(run: Run, first_line: int) -> Iterator[Position]:
+    for row, line in enumerate(run.lines):
+        for at, target in enumerate(line.token_ids[1:]):
+            scored = line.scored is not None and at + 1 >= line.scored
+            asked = line.answer is not None and at + 1 >= line.answer
+            if scored or asked:
+                yield Position(row, at, target, scored, first_line + row if asked else None)
+
+
+def _cut(track: Track, pieces: Sequence[Piece]) -> Stream:
+    """The pieces of every variant, as batches of their own: heads work position by position."""
+    count = len(track.stream.batches) // len(track.variants)
+    batches, hidden = [], []
+    for piece in pieces:
+        for number in range(len(track.variants)):
+            at, span = number * count + piece.batch, slice(piece.start, piece.stop)
+            batch = track.stream.batches[at]
+            ids_BN, mask_BN = batch.input_ids_BS[:, span], batch.mask_BS[:, span]
+            batches.append(Batch(ids_BN, mask_BN, (ids_BN.shape[1],) * len(ids_BN)))
+            hidden.append(track.stream.hidden_BSE[at][..., span, :])
+    return Stream(batches, hidden, [])
+
+
+def _chunk(model: LayerwiseModel) -> int:
+    """Positions whose logits are computed at once."""
+    vocabulary = model.skeleton.model.config.get_text_config(decoder=True).vocab_size
+    return max(1, CHUNK_ELEMENTS // int(vocabulary))
+
+
+def _check_vocabulary(model: LayerwiseModel, text: Text) -> None:
+    size = model.skeleton.model.config.get_text_config(decoder=True).vocab_size
+    largest = max(max(line.token_ids) for line in text.lines)
+    if largest >= size:
+        raise SourceError(
+            f"{text.source}: token id {largest} is outside the model's vocabulary of {size}"
+        )

@@ -1,0 +1,184 @@
+"""What an engine does to activations: round what goes into a quantized Linear.
+
+Done where the model multiplies with a weight, whichever way it is written, so that experts which
+are fused in one tensor have it too. Scales as vLLM computes them: amax / 448 for FP8, amax / 127
+for INT8, per token, per group of columns of a token, or static.
+
+Shape letters: T tokens and whatever leads, C columns, E experts, G groups.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from ckptq.checkpoint.open import Checkpoint
+from ckptq.checkpoint.read import read_tensor
+from ckptq.errors import PlanError, SourceError
+from ckptq.evaluate.decoded import stored_scales
+from ckptq.plan.match import matches
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+    from ckptq.recipes.load import Args
+
+LARGEST = {"float": 448.0, "int": 127.0}
+SMALLEST_SCALE = 1 / (448.0 * 512.0)
+"""vLLM's floor for dynamic FP8 scales."""
+
+
+@dataclass(frozen=True, slots=True)
+class InputScheme:
+    """How the input of a Linear is rounded."""
+
+    type: str
+    group: int | None = None
+    """Columns that share a scale; None is the whole token."""
+    scale: float | None = None
+    """Of a static scheme."""
+    static: bool = False
+    """Whether the scale has to be found on the source, where none is given."""
+
+    def round(self, x_TC: Tensor) -> Tensor:
+        """x as the matrix product sees it, in its own dtype."""
+        if self.scale is not None:
+            return _rounded(x_TC, _like(x_TC, self.scale), self.type)
+        if self.group is None:
+            return _rounded(x_TC, _scale(x_TC, self.type), self.type)
+        x_TGg = x_TC.unflatten(-1, (-1, self.group))
+        return _rounded(x_TGg, _scale(x_TGg, self.type), self.type).flatten(-2)
+
+
+def input_scheme(args: Args, name: str, scale: float | None = None) -> InputScheme:
+    """From a QuantizationArgs; PlanError for what vLLM would not run either.
+
+    A static scheme without `scale` is `static` and waits for one.
+    """
+    kind, bits, strategy = args.get("type", "int"), args.get("num_bits", 8), args.get("strategy")
+    if kind not in LARGEST or bits != 8 or args.get("symmetric", True) is not True:
+        raise PlanError(f"{name}: input_activations {dict(args)} cannot be simulated")
+    if args.get("dynamic", False) is False:
+        return InputScheme(kind, scale=scale, static=scale is None)
+    group = int(args["group_size"]) if strategy == "group" else None
+    return InputScheme(kind, group=group)
+
+
+def declared_inputs(ckpt: Checkpoint, linears: Collection[str]) -> dict[str, InputScheme]:
+    """Of each quantized Linear, by name: what the group that quantizes it says of its input."""
+    config = ckpt.quantization_config or {}
+    scales = {m: float(read_tensor(t)) for m, t in stored_scales(ckpt, "input_scale").items()}
+    found = {}
+    for name in linears:
+        group = _group(config, name)
+        args = (group or {}).get("input_activations")
+        if args:
+            plain = {key: value for key, value in args.items() if value is not None}
+            found[name] = input_scheme(plain, name, scales.get(name))
+            if found[name].static:
+                raise SourceError(f"{ckpt.path}: {name}: static activations, but no input_scale")
+    return found
+
+
+def _group(config: Mapping[str, Any], name: str) -> Mapping[str, Any] | None:
+    """As vLLM finds it: an exact name or pattern first, then the class."""
+    if config.get("quant_method") == "fp8" and config.get("activation_scheme") == "dynamic":
+        block = (config.get("weight_block_size") or [None, None])[1]
+        args = {"type": "float", "dynamic": True, "strategy": "group", "group_size": block}
+        return {"input_activations": args} if block else None
+    groups = [g for g in (config.get("config_groups") or {}).values() if g.get("weights")]
+    named = [g for g in groups if any(matches(t, name) for t in g["targets"])]
+    by_class = [g for g in groups if "Linear" in g["targets"]]
+    return next(iter((*named, *by_class)), None)
+
+
+@contextmanager
+def rounded_inputs(rules: Mapping[Tensor, InputScheme]) -> Iterator[None]:
+    """In the block, whatever is multiplied with one of these weights, or a part of it, is rounded.
+
+    Parts are told by their storage: `gate_up_proj[3]` is a window on `gate_up_proj`.
+    """
+    import torch
+    from torch.overrides import TorchFunctionMode
+
+    by_storage = {weight.untyped_storage().data_ptr(): rule for weight, rule in rules.items()}
+    products = {torch.nn.functional.linear, torch.bmm, torch.matmul, torch.Tensor.matmul}
+    products |= {torch.Tensor.__matmul__, torch.Tensor.bmm}
+
+    class Rounding(TorchFunctionMode):
+        def __torch_function__(
+            self,
+            func: Callable[..., Any],
+            types: Collection[type],
+            args: tuple[Any, ...] = (),
+            kwargs: Mapping[str, Any] | None = None,
+        ) -> Any:
+            if func in products and len(args) > 1:
+                rule = by_storage.get(args[1].untyped_storage().data_ptr())
+                if rule is not None:
+                    args = (rule.round(args[0]), *args[1:])
+            return func(*args, **(kwargs or {}))
+
+    with Rounding() if by_storage else _nothing():
+        yield
+
+
+@contextmanager
+def _nothing() -> Iterator[None]:
+    yield
+
+
+def rules_of(
+    layer: nn.Module,
+    name: str,
+    stored_names: Mapping[str, tuple[str, ...]],
+    consumed: Mapping[str, tuple[str, ...]],
+    inputs: Mapping[str, InputScheme],
+) -> dict[Tensor, InputScheme]:
+    """Weight of a layer called `name` -> the rule of the Linears that are cut out of it.
+
+    `stored_names`: parameter -> tensors on disk; `consumed`: tensor on disk -> Linears. PlanError
+    where experts in one tensor have different static scales.
+    """
+    if not inputs:
+        return {}
+    found: dict[Tensor, InputScheme] = {}
+    for local, parameter in layer.named_parameters():
+        tensors = stored_names.get(f"{name}.{local}", ())
+        linears = (linear for tensor in tensors for linear in consumed.get(tensor, ()))
+        rules = {inputs[linear] for linear in linears if linear in inputs}
+        if len(rules) > 1:
+            found[parameter] = _widest(rules, f"{name}.{local}")
+        elif rules:
+            found[parameter] = rules.pop()
+    return found
+
+
+def _widest(rules: Collection[InputScheme], name: str) -> InputScheme:
+    """vLLM gives experts that one kernel call multiplies the largest of their static scales."""
+    scales = [rule.scale for rule in rules if rule.scale is not None]
+    if len(scales) != len(rules) or len({rule.type for rule in rules}) != 1:
+        raise PlanError(f"{name}: its experts' input_activations differ")
+    return InputScheme(next(iter(rules)).type, scale=max(scales))
+
+
+def _like(x: Tensor, value: float) -> Tensor:
+    return x.new_full((1,), value, dtype=x.float().dtype)
+
+
+def _scale(x: Tensor, kind: str) -> Tensor:
+    scale = x.float().abs().amax(-1, keepdim=True) / LARGEST[kind]
+    return scale.clamp_min(SMALLEST_SCALE) if kind == "float" else scale.clamp_min(1e-12)
+
+
+def _rounded(x: Tensor, scale: Tensor, kind: str) -> Tensor:
+    import torch
+
+    ratio = x.float() / scale
+    if kind == "int":
+        code = ratio.round().clamp(-128, 127)
+    else:
+        code = ratio.clamp(-448.0, 448.0).to(torch.float8_e4m3fn).float()
+    return (code * scale).to(x.dtype)

@@ -1,0 +1,185 @@
+"""KV caches to choose from, and where their scales come from.
+
+Static FP8 rounds q as well, as FlashAttention 3 does with an FP8 cache; q's scale is the largest of
+its KV head's group, as vLLM's loader has it. The other caches leave q alone.
+
+Shape letters: B batch, H heads of any kind, K KV heads, S positions, D head size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from ckptq.calibrate.attention import Tap
+from ckptq.calibrate.observers import scale_of
+from ckptq.checkpoint.open import Checkpoint
+from ckptq.checkpoint.read import read_tensor
+from ckptq.errors import UsageError
+from ckptq.evaluate.decoded import stored_scales
+from ckptq.kernels.kv_format import FORMATS, Rotation
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+PLAIN = "bf16"
+PER_TENSOR, PER_HEAD, SCALE_1 = "fp8-per-tensor", "fp8-per-head", "fp8-scale-1"
+STATIC = (PER_TENSOR, PER_HEAD, SCALE_1)
+DYNAMIC = tuple(name.replace("_", "-") for name in FORMATS)
+UNROTATED, ROTATED = "-unrotated", "-rotated"
+MODES = (PLAIN, *STATIC, *DYNAMIC)
+"""Values of `--kv-cache`. Those per token and head take "-unrotated" or "-rotated" behind them."""
+
+AttentionScales = Mapping[str, "Tensor"]
+"""Scales of "q", "k" and "v" of one attention, [1] or one a head, as a checkpoint stores them."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class KVCache:
+    """How keys and values are held between tokens."""
+
+    mode: str
+    rotation: Rotation | None = None
+    """Instead of the format's own."""
+    scales: Mapping[str, AttentionScales] | None = None
+    """By attention module; None takes them from the text that the source is run on."""
+    origin: str = "-"
+    """Where scales come from, for the table."""
+
+    @property
+    def name(self) -> str:
+        """As `--kv-cache` takes it."""
+        suffixes = {None: "", Rotation.NONE: UNROTATED, Rotation.SIGNED: ROTATED}
+        return self.mode + suffixes[self.rotation]
+
+    @property
+    def measures(self) -> bool:
+        """Whether scales have to be measured on the source."""
+        return self.mode in (PER_TENSOR, PER_HEAD) and self.scales is None
+
+
+BF16 = KVCache(mode=PLAIN)
+
+
+class Maxima:
+    """Largest magnitude of q, k and v per head, by attention module, as the source passes by."""
+
+    def __init__(self) -> None:
+        self._amax: dict[str, dict[str, Tensor]] = {}
+
+    def see(self, module: str, qkv: Mapping[str, Tensor], real_BS: Tensor) -> None:
+        """Fold a batch in. [B, H, S, D] each; padding does not count."""
+        import torch
+
+        seen = self._amax.setdefault(module, {})
+        for which, x_BHSD in qkv.items():
+            x_HTD = x_BHSD.transpose(0, 1)[:, real_BS.to(x_BHSD.device)]
+            amax_H = x_HTD.abs().amax((1, 2)).cpu()
+            seen[which] = torch.maximum(seen[which], amax_H) if which in seen else amax_H
+
+    def scales(self, module: str) -> dict[str, Tensor]:
+        """amax / 448 per head, in the dtype of q, k and v, as calibration would store it."""
+        return {w: scale_of(amax_H, amax_H.dtype) for w, amax_H in self._amax[module].items()}
+
+
+def parse_cache(name: str, ckpt: Checkpoint | None) -> KVCache:
+    """One value of `--kv-cache`. `ckpt` is where scales are looked for, if anywhere.
+
+    A checkpoint with scales per head gives the largest of them to fp8-per-tensor, as vLLM does on
+    CPUs; one with scales per tensor has none for fp8-per-head.
+    """
+    for suffix, rotation in ((UNROTATED, Rotation.NONE), (ROTATED, Rotation.SIGNED)):
+        mode = name.removesuffix(suffix)
+        if name.endswith(suffix) and mode in DYNAMIC:
+            return KVCache(mode=mode, rotation=rotation, origin="per token and head")
+    if name not in MODES:
+        raise UsageError(
+            f"--kv-cache {name!r}: wanted {', '.join(MODES)}; those per token and head also with "
+            f"{UNROTATED} or {ROTATED}"
+        )
+    if name in DYNAMIC:
+        return KVCache(mode=name, origin="per token and head")
+    if name == SCALE_1:
+        return KVCache(mode=name, origin="1.0")
+    if name == PLAIN:
+        return BF16
+    found = _stored(ckpt) if ckpt is not None else {}
+    per_head = any(t.numel() > 1 for scales in found.values() for t in scales.values())
+    if not found or (name == PER_HEAD and not per_head):
+        return KVCache(mode=name, origin="this text")
+    origin = "checkpoint" if (name == PER_HEAD) == per_head else "checkpoint's largest head"
+    return KVCache(mode=name, scales=found, origin=origin)
+
+
+def declared_cache(ckpt: Checkpoint) -> KVCache:
+    """What an engine takes when it is not told: FP8 where the config has a KV scheme."""
+    scheme = (ckpt.quantization_config or {}).get("kv_cache_scheme")
+    if not scheme:
+        return BF16
+    mode = PER_HEAD if scheme.get("strategy") == "attn_head" else PER_TENSOR
+    found = _stored(ckpt)
+    if not found:
+        # engines start from 1.0 and say nothing where a checkpoint declares scales it lacks
+        return KVCache(mode=SCALE_1, origin="1.0: the checkpoint lacks its scales")
+    return KVCache(mode=mode, scales=found, origin="checkpoint")
+
+
+def _stored(ckpt: Checkpoint) -> dict[str, dict[str, Tensor]]:
+    found: dict[str, dict[str, Tensor]] = {}
+    for which in ("q", "k", "v"):
+        for module, tensor in stored_scales(ckpt, f"{which}_scale").items():
+            found.setdefault(module, {})[which] = read_tensor(tensor)
+    return found
+
+
+def cache_tap(cache: KVCache, maxima: Maxima, on_disk: Callable[[str], str]) -> Tap:
+    """Writes into q, k and v what attention would read back from such a cache."""
+
+    def tap(module: str, q_BHSD: Tensor, k_BHSD: Tensor, v_BHSD: Tensor) -> None:
+        name = on_disk(module)
+        if cache.mode in STATIC:
+            found = maxima.scales(name) if cache.measures else (cache.scales or {}).get(name, {})
+            scales = effective(cache.mode, found, q_BHSD.shape[1], k_BHSD.shape[1])
+            for which, x_BHSD in (("q", q_BHSD), ("k", k_BHSD), ("v", v_BHSD)):
+                x_BHSD.copy_(_static(x_BHSD, scales[which]))
+        else:
+            for x_BHSD in (k_BHSD, v_BHSD):
+                x_BHSD.copy_(_dynamic(x_BHSD, cache))
+
+    return tap
+
+
+def effective(mode: str, scales: AttentionScales, heads: int, kv_heads: int) -> dict[str, Tensor]:
+    """Scale of every head of q, k and v, [heads] and twice [kv_heads], as vLLM makes use of them.
+
+    A scale that is missing is 1.0, as in vLLM.
+    """
+    import torch
+
+    made = {}
+    for which in ("q", "k", "v"):
+        scale_H = scales.get(which, torch.ones(1)).float().flatten()
+        if mode == SCALE_1:
+            scale_H = torch.ones(1)
+        elif mode == PER_TENSOR:
+            scale_H = scale_H.amax(0, keepdim=True)
+        count = heads if which == "q" else kv_heads
+        scale_H = scale_H.expand(count) if scale_H.numel() == 1 else scale_H
+        if which == "q":
+            group = heads // kv_heads
+            scale_H = scale_H.view(kv_heads, group).amax(1).repeat_interleave(group)
+        made[which] = scale_H
+    return made
+
+
+def _static(x_BHSD: Tensor, scale_H: Tensor) -> Tensor:
+    from ckptq.kernels.kv_simulate import fake_quantize_kv
+
+    return fake_quantize_kv(x_BHSD, "fp8_per_head", scale=scale_H)
+
+
+def _dynamic(x_BHSD: Tensor, cache: KVCache) -> Tensor:
+    from ckptq.kernels.kv_simulate import fake_quantize_kv
+
+    return fake_quantize_kv(x_BHSD, cache.mode.replace("-", "_"), rotation=cache.rotation)

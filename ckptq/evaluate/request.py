@@ -1,0 +1,91 @@
+"""From what a user asks to an evaluation: open checkpoints, read text and questions, compare."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from ckptq.checkpoint.open import Checkpoint, open_checkpoint
+from ckptq.errors import UsageError
+from ckptq.evaluate.kv_cache import parse_cache
+from ckptq.evaluate.result import Evaluation, Thresholds
+from ckptq.progress import Begin
+from ckptq.recipes.load import Recipe, load_scheme
+
+NOTHING = Thresholds()
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class EvaluationRequest:
+    """What is compared, on which text, and how bad is too bad."""
+
+    source: str | None = None
+    caches: Sequence[str] = ()
+    schemes: Sequence[str] = ()
+    data: str | None = None
+    task: Path | None = None
+    samples: int = 32
+    seq_len: int = 512
+    questions: int = 512
+    batch_size: int = 1
+    seed: int = 0
+    device: str | None = None
+    thresholds: Thresholds = NOTHING
+
+
+def evaluate_request(
+    path: str, revision: str | None, asked: EvaluationRequest, begin: Begin
+) -> Evaluation:
+    """Open, read, compare. UsageError for what does not go together, before a model is built."""
+    _check(asked)
+    recipes = [load_scheme(name) for name in asked.schemes]
+    ckpt = open_checkpoint(path, revision)
+    source = open_checkpoint(asked.source) if asked.source is not None else None
+    if source is None and ckpt.quantization_config is not None and not asked.caches:
+        raise UsageError(f"{path}: is quantized; --source names the checkpoint it was made from")
+    if source is not None and ckpt.quantization_config is None:
+        raise UsageError(f"{path}: is not quantized; evaluate the quantized checkpoint instead")
+    return _evaluate(ckpt, source, recipes, asked, begin)
+
+
+def _check(asked: EvaluationRequest) -> None:
+    for name in asked.caches:
+        parse_cache(name, None)
+    if asked.thresholds.min_accuracy is not None and asked.task is None:
+        raise UsageError("--min-accuracy is the share of a task's questions; give --task FILE")
+
+
+def _evaluate(
+    ckpt: Checkpoint,
+    source: Checkpoint | None,
+    recipes: Sequence[Recipe],
+    asked: EvaluationRequest,
+    begin: Begin,
+) -> Evaluation:
+    import torch
+
+    from ckptq.calibrate.text import read_samples
+    from ckptq.evaluate.run import evaluate
+    from ckptq.evaluate.text import read_questions, text_of
+
+    base = source or ckpt
+    questions = []
+    if asked.task is not None:
+        questions = read_questions(asked.task, base.path, limit=asked.questions, seed=asked.seed)
+    samples = None
+    if asked.task is None or asked.data is not None:
+        samples = read_samples(
+            asked.data, base.path, samples=asked.samples, seq_len=asked.seq_len, seed=asked.seed
+        )
+    return evaluate(
+        ckpt,
+        text_of(samples, questions, str(asked.task)),
+        source=source,
+        caches=asked.caches,
+        schemes=recipes,
+        thresholds=asked.thresholds,
+        batch_size=asked.batch_size,
+        device=asked.device or ("cuda" if torch.cuda.is_available() else "cpu"),
+        begin=begin,
+    )

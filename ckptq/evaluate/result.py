@@ -1,0 +1,150 @@
+"""What an evaluation comes to, and whether it is good enough."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from ckptq.evaluate.compare import Outcome
+from ckptq.evaluate.scores import Measures
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Row:
+    """One way to run the model, beside its source."""
+
+    weights: str
+    """A checkpoint or a scheme."""
+    kv_cache: str
+    scales: str
+    """Where the cache's scales come from."""
+    nbytes: int
+    snr_db: float | None = None
+    """Of all quantized weights together, in dB; None where they were not quantized here."""
+    outcome: Outcome
+
+    @property
+    def measures(self) -> Measures:
+        return self.outcome.measures
+
+    @property
+    def label(self) -> str:
+        return f"{self.weights}, {self.kv_cache} cache"
+
+    def to_dict(self) -> dict[str, Any]:
+        return {
+            "weights": self.weights,
+            "kv_cache": self.kv_cache,
+            "scales": self.scales,
+            "bytes": self.nbytes,
+            "snr_db": self.snr_db,
+            **asdict(self.measures),
+            "layers": list(self.outcome.layers),
+        }
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Thresholds:
+    """How bad is too bad. None does not ask."""
+
+    max_kl: float | None = None
+    min_agreement: float | None = None
+    max_ppl_ratio: float | None = None
+    min_accuracy: float | None = None
+
+    def failures(self, row: Row, source: Row) -> Iterator[str]:
+        """A line for each number that is out of bounds, NaN among them."""
+        found, ratio = row.measures, row.measures.perplexity / source.measures.perplexity
+        accuracy = math.nan if found.accuracy is None else found.accuracy
+        asked = (
+            ("KL divergence", found.kl, self.max_kl, 1),
+            ("top-1 agreement", found.agreement, self.min_agreement, -1),
+            ("perplexity ratio", ratio, self.max_ppl_ratio, 1),
+            ("accuracy", accuracy, self.min_accuracy, -1),
+        )
+        for name, value, limit, sign in asked:
+            if limit is not None and not sign * value <= sign * limit:
+                side = "at most" if sign > 0 else "at least"
+                yield f"{row.label}: {name} is {value:.4g}, wanted {side} {limit:g}"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Evaluation:
+    """All rows, with their zero and their control."""
+
+    source: Row
+    rows: tuple[Row, ...]
+    zero: Row
+    """The source against itself."""
+    control: Row
+    """The first row, or the source where the rows are schemes, with one layer spoiled."""
+    text: str
+    samples: int
+    thresholds: Thresholds = field(default_factory=Thresholds)
+    seconds: float = 0.0
+
+    @property
+    def failures(self) -> tuple[str, ...]:
+        """Why the answer is no: the numbers that are out of bounds."""
+        found = [f for row in self.rows for f in self.thresholds.failures(row, self.source)]
+        return (*self._not_zero(), *found)
+
+    @property
+    def ok(self) -> bool:
+        return not self.failures
+
+    @property
+    def warnings(self) -> tuple[str, ...]:
+        """What makes the numbers doubtful."""
+        best = min(row.measures.kl for row in self.rows)
+        if self.control.measures.kl > 2 * best:
+            return ()
+        return (
+            "the control, a model with one layer's weights out of place, has KL "
+            f"{self.control.measures.kl:.4g}, not clearly worse than {best:.4g}: the rows are as "
+            "bad as a broken model, or this text does not tell them apart",
+        )
+
+    @property
+    def recommended(self) -> Row | None:
+        """The smallest row within the thresholds; of equals, the one nearest to the source."""
+        good = [r for r in self.rows if not any(self.thresholds.failures(r, self.source))]
+        return min(good, key=lambda row: (row.nbytes, row.measures.kl), default=None)
+
+    def _not_zero(self) -> Iterator[str]:
+        found = self.zero.measures
+        exact = (found.kl, found.kl_reverse, *self.zero.outcome.layers, 1 - found.agreement)
+        if any(exact):
+            yield (
+                "the source against itself is not zero "
+                f"(KL {found.kl:.4g}, agreement {found.agreement:.4%}): this machine does not "
+                "compute the same twice, or a weight changed on disk meanwhile"
+            )
+
+    def to_dict(self) -> dict[str, Any]:
+        return _finite(
+            {
+                "ok": self.ok,
+                "failures": list(self.failures),
+                "warnings": list(self.warnings),
+                "text": self.text,
+                "samples": self.samples,
+                "source": self.source.to_dict(),
+                "rows": [row.to_dict() for row in self.rows],
+                "zero": self.zero.to_dict(),
+                "control": self.control.to_dict(),
+                "thresholds": asdict(self.thresholds),
+                "seconds": self.seconds,
+            }
+        )
+
+
+def _finite(value: Any) -> Any:
+    """JSON has no NaN and no infinity: they become null."""
+    if isinstance(value, dict):
+        return {key: _finite(each) for key, each in value.items()}
+    if isinstance(value, list):
+        return [_finite(each) for each in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

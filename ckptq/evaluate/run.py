@@ -1,0 +1,172 @@
+"""`ckptq evaluate`, as one function: which models and caches to run, and what they come to."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+from ckptq.calibrate.forward import LayerwiseModel, open_model
+from ckptq.calibrate.weights import CheckpointWeights, WeightSource
+from ckptq.checkpoint.open import Checkpoint
+from ckptq.errors import UsageError
+from ckptq.evaluate.compare import Comparison, Outcome
+from ckptq.evaluate.decoded import DecodedWeights
+from ckptq.evaluate.inputs import InputScheme, declared_inputs
+from ckptq.evaluate.kv_cache import KVCache, declared_cache, parse_cache
+from ckptq.evaluate.result import Evaluation, Row, Thresholds
+from ckptq.evaluate.schemes import SchemeWeights, planned_cache, planned_inputs
+from ckptq.evaluate.text import Text
+from ckptq.evaluate.variant import Track, Variant
+from ckptq.models.encoded import read_encoded
+from ckptq.models.modules import read_layout
+from ckptq.plan.make import make_plan
+from ckptq.progress import Begin, silent
+from ckptq.recipes.load import Recipe
+
+NOTHING = Thresholds()
+
+
+def evaluate(
+    ckpt: Checkpoint,
+    text: Text,
+    *,
+    source: Checkpoint | None = None,
+    caches: Sequence[str] = (),
+    schemes: Sequence[Recipe] = (),
+    thresholds: Thresholds = NOTHING,
+    batch_size: int = 1,
+    device: str = "cpu",
+    begin: Begin = silent,
+) -> Evaluation:
+    """Compare a quantized checkpoint, caches or schemes with the unquantized model on some text.
+
+    With `source`, `ckpt` is the quantized checkpoint: its row has the cache that its config asks
+    for, and each of `caches` adds one. Without, `ckpt` is compared with itself: once for each of
+    `caches`, and once for each of `schemes`, whose weights are quantized in memory.
+
+    Memory: one layer of one model at a time, its logits in chunks, and the hidden states of all
+    text for every row: rows * tokens * hidden_size * 2 bytes in bf16.
+    """
+    if source is None and not caches and not schemes:
+        raise UsageError(
+            f"{ckpt.path}: nothing to compare with: give --source for a quantized checkpoint, "
+            "--kv-cache or --schemes for one that is not"
+        )
+    began = time.monotonic()
+    base = ckpt if source is None else source
+    bench = _Bench(base, device)
+    if source is not None:
+        bench.add_output(ckpt, caches)
+    else:
+        bench.add_caches(caches)
+    for recipe in schemes:
+        bench.add_scheme(recipe)
+    outcomes = bench.run(text, batch_size, begin)
+    rows = [draft.row(outcomes) for draft in bench.drafts]
+    return Evaluation(
+        source=bench.source.row(outcomes),
+        rows=tuple(rows),
+        zero=bench.zero.row(outcomes),
+        control=bench.control.row(outcomes),
+        text=text.source,
+        samples=len(text.lines),
+        thresholds=thresholds,
+        seconds=time.monotonic() - began,
+    )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Draft:
+    """A row before it is measured."""
+
+    variant: Variant
+    weights: str
+    nbytes: int
+    quantized: SchemeWeights | None = None
+
+    def row(self, outcomes: Mapping[str, Outcome]) -> Row:
+        return Row(
+            weights=self.weights,
+            kv_cache=self.variant.cache.name,
+            scales=self.variant.cache.origin,
+            nbytes=self.nbytes,
+            snr_db=self.quantized.snr_db if self.quantized is not None else None,
+            outcome=outcomes[self.variant.name],
+        )
+
+
+@dataclass
+class _Bench:
+    """The tracks of one evaluation, as they are put together."""
+
+    base: Checkpoint
+    device: str
+    drafts: list[_Draft] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.source = self._draft(Variant(name="source"), self.base)
+        self.zero = self._draft(Variant(name="zero"), self.base)
+        self.control = self._draft(Variant(name="control", spoiled=True), self.base)
+        self._tracks: list[tuple[LayerwiseModel, list[Variant]]] = []
+        self._track(_weights(self.base), [self.source.variant, self.zero.variant])
+
+    def add_output(self, ckpt: Checkpoint, caches: Sequence[str]) -> None:
+        """The quantized checkpoint: with its own cache, with others, and spoiled."""
+        inputs = declared_inputs(ckpt, read_encoded(ckpt))
+        variants = [self._variant(ckpt.name, declared_cache(ckpt), inputs)]
+        variants += [self._variant(ckpt.name, parse_cache(name, ckpt), inputs) for name in caches]
+        self.drafts += [self._draft(variant, ckpt) for variant in _distinct(variants)]
+        first = self.drafts[0].variant
+        spoiled = Variant(name="control", cache=first.cache, inputs=inputs, spoiled=True)
+        self.control = self._draft(spoiled, ckpt)
+        every = [draft.variant for draft in self.drafts]
+        self._track(DecodedWeights(ckpt, self.base), [*every, spoiled])
+
+    def add_caches(self, caches: Sequence[str]) -> None:
+        """Caches under the unquantized weights, and the control: those weights spoiled."""
+        variants = [self._variant("source", parse_cache(name, self.base), {}) for name in caches]
+        self.drafts += [self._draft(variant, self.base) for variant in _distinct(variants)]
+        every = [draft.variant for draft in self.drafts]
+        self._tracks[0][1].extend([*every, self.control.variant])
+
+    def add_scheme(self, recipe: Recipe) -> None:
+        """A scheme, quantized in memory layer by layer."""
+        plan = make_plan(self.base, recipe)
+        weights = SchemeWeights(self.base, plan)
+        variant = self._variant(recipe.name, planned_cache(plan), planned_inputs(plan))
+        draft = _Draft(
+            variant=variant, weights=recipe.name, nbytes=plan.write_bytes, quantized=weights
+        )
+        self.drafts.append(draft)
+        self._track(weights, [variant])
+
+    def run(self, text: Text, batch_size: int, begin: Begin) -> dict[str, Outcome]:
+        tracks = [Track(model, variants) for model, variants in self._tracks]
+        layout = read_layout(self.base)
+        own = {f"{name}.weight": (name,) for name in layout.linears}
+        comparison = Comparison(tracks, text, {**own, **layout.consumed}, batch_size)
+        return comparison.run(begin("evaluate", len(tracks[0].model.layer_names), "layers"))
+
+    def _track(self, weights: WeightSource, variants: list[Variant]) -> None:
+        self._tracks.append((open_model(self.base, self.device, weights), variants))
+
+    def _draft(self, variant: Variant, ckpt: Checkpoint) -> _Draft:
+        return _Draft(variant=variant, weights=ckpt.name, nbytes=ckpt.nbytes)
+
+    def _variant(self, weights: str, cache: KVCache, inputs: Mapping[str, InputScheme]) -> Variant:
+        return Variant(name=f"{weights} / {cache.name}", cache=cache, inputs=inputs)
+
+
+def _weights(base: Checkpoint) -> WeightSource:
+    if base.quantization_config is None:
+        return CheckpointWeights(base)
+    return DecodedWeights(base)
+
+
+def _distinct(variants: Sequence[Variant]) -> list[Variant]:
+    """The cache that a checkpoint asks for may be asked for by name too: run it once."""
+    found: dict[str, Variant] = {}
+    for variant in variants:
+        found.setdefault(variant.name, variant)
+    return list(found.values())

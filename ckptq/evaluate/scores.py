@@ -1,0 +1,114 @@
+"""Divergence, perplexity, agreement and accuracy, folded token by token.
+
+In float64 from the logits that the models give, so that a model against itself is exactly zero.
+
+Shape letters: N positions, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class Position:
+    """A position whose next token is known."""
+
+    row: int
+    at: int
+    """Counted from the first position of the line."""
+    target: int
+    scored: bool
+    question: int | None = None
+    """The number of the line, if the next token belongs to its answer."""
+
+
+@dataclass
+class Scores:
+    """What one variant has shown so far."""
+
+    kl: list[Tensor] = field(default_factory=list)
+    """Of each token, source‖variant, in nats."""
+    kl_reverse: list[Tensor] = field(default_factory=list)
+    loss: list[Tensor] = field(default_factory=list)
+    agree: list[Tensor] = field(default_factory=list)
+    questions: dict[int, bool] = field(default_factory=dict)
+    """Number of the question -> whether greedy decoding answers it without a mistake."""
+
+    def add(self, positions: list[Position], reference_NV: Tensor, logits_NV: Tensor) -> None:
+        """Fold in the logits of some positions, and the source's at the same."""
+        import torch
+
+        kept = [i for i, position in enumerate(positions) if position.scored]
+        if kept:
+            target_N = torch.tensor([positions[i].target for i in kept], device=logits_NV.device)
+            p_NV, q_NV = log_softmax(reference_NV[kept]), log_softmax(logits_NV[kept])
+            self.kl.append(divergence(p_NV, q_NV).cpu())
+            self.kl_reverse.append(divergence(q_NV, p_NV).cpu())
+            self.loss.append(-q_NV.gather(1, target_N[:, None])[:, 0].cpu())
+            self.agree.append((p_NV.argmax(-1) == q_NV.argmax(-1)).cpu())
+        best = logits_NV.argmax(-1).tolist()
+        for position, token in zip(positions, best, strict=True):
+            if position.question is not None:
+                right = self.questions.get(position.question, True)
+                self.questions[position.question] = right and token == position.target
+
+    def measures(self) -> Measures:
+        """Means and extremes over all tokens."""
+        import torch
+
+        kl, reverse = torch.cat(self.kl), torch.cat(self.kl_reverse)
+        loss, agree = torch.cat(self.loss), torch.cat(self.agree)
+        return Measures(
+            tokens=len(kl),
+            kl=kl.mean().item(),
+            kl_reverse=reverse.mean().item(),
+            kl_99=kl.quantile(0.99).item() if kl.isfinite().all() else math.nan,
+            kl_max=kl.max().item(),
+            perplexity=loss.mean().exp().item(),
+            agreement=agree.double().mean().item(),
+            accuracy=_share(self.questions),
+        )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Measures:
+    """What a variant comes to."""
+
+    tokens: int
+    kl: float
+    """Mean over tokens of KL(source‖variant), in nats."""
+    kl_reverse: float
+    kl_99: float
+    """99 of 100 tokens diverge less."""
+    kl_max: float
+    perplexity: float
+    agreement: float
+    """Share of tokens for which both models have the same most likely next token."""
+    accuracy: float | None
+    """Share of the task's questions answered without a mistake."""
+
+
+def log_softmax(logits_NV: Tensor) -> Tensor:
+    """Log-probabilities in float64."""
+    return logits_NV.double().log_softmax(-1)
+
+
+def divergence(p_NV: Tensor, q_NV: Tensor) -> Tensor:
+    """KL(p‖q) in nats of each row of log-probabilities, [N]; infinite where q excludes what p has.
+
+    Formula: sum of exp(p) * (p - q), with 0 for what p excludes (a vocabulary padded with -inf).
+    """
+    import torch
+
+    term_NV = p_NV.exp() * (p_NV - q_NV)
+    return torch.where(p_NV == -math.inf, 0.0, term_NV).sum(-1)
+
+
+def _share(questions: dict[int, bool]) -> float | None:
+    return sum(questions.values()) / len(questions) if questions else None

@@ -1,0 +1,103 @@
+"""What models are compared on: lines of token ids, some of them questions with an answer.
+
+Shape letters: B batch, S positions.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+
+from ckptq.calibrate.rows import read_rows
+from ckptq.calibrate.text import Batch, Samples
+from ckptq.calibrate.tokens import Tokenizer
+from ckptq.errors import SourceError, UsageError
+
+MAX_QUESTIONS = 100_000
+
+
+@dataclass(frozen=True, slots=True)
+class Line:
+    """Token ids, and what is measured on them."""
+
+    token_ids: tuple[int, ...]
+    scored: int | None = 1
+    """The first token on which divergence and perplexity are measured; None for a line without."""
+    answer: int | None = None
+    """Where the answer begins, if the line is a question of a task."""
+
+
+@dataclass(frozen=True, slots=True)
+class Text:
+    """The lines of one evaluation."""
+
+    lines: tuple[Line, ...]
+    source: str
+
+    def __post_init__(self) -> None:
+        if not self.tokens:
+            raise SourceError(f"{self.source}: no line of two tokens or more to compare models on")
+
+    @property
+    def tokens(self) -> int:
+        """Tokens that are predicted and compared."""
+        scored = ((line.scored, len(line.token_ids)) for line in self.lines)
+        return sum(length - first for first, length in scored if first is not None)
+
+    def batches(self, size: int) -> Iterator[tuple[Batch, tuple[Line, ...]]]:
+        """In order, `size` at a time, padded on the right; each with its lines."""
+        if size < 1:
+            raise UsageError(f"batch_size must be at least 1, got {size}")
+        lines = iter(self.lines)
+        while chunk := tuple(islice(lines, size)):
+            samples = Samples(tuple(line.token_ids for line in chunk), self.source, 0, 0)
+            yield next(samples.batches(size)), chunk
+
+
+def text_of(samples: Samples | None, questions: Sequence[Line], source: str = "") -> Text:
+    """Text to compare on, and questions. Without text their answers are compared on."""
+    if samples is None:
+        lines = (Line(q.token_ids, scored=q.answer, answer=q.answer) for q in questions)
+        return Text(tuple(lines), source)
+    plain = tuple(Line(ids) for ids in samples.token_ids)
+    asked = tuple(Line(q.token_ids, scored=None, answer=q.answer) for q in questions)
+    return Text((*plain, *asked), samples.source)
+
+
+def read_questions(
+    file: Path, checkpoint: Path, *, limit: int | None = None, seed: int = 0
+) -> list[Line]:
+    """A task file: one {"prompt": ..., "answer": ...} a line of .jsonl.
+
+    Prompt and answer are joined by a blank unless one of them has one there; the answer begins
+    where the tokens of the whole leave those of the prompt. `limit` draws that many by `seed`, in their order. SourceError
+    for a line that lacks a field or whose answer has no token of its own.
+    """
+    rows = list(read_rows(file, "test", MAX_QUESTIONS))
+    if not rows:
+        raise SourceError(f"{file}: no question in it")
+    if limit is not None and limit < len(rows):
+        chosen = sorted(random.Random(seed).sample(range(len(rows)), limit))
+        rows = [rows[index] for index in chosen]
+    tokenizer = Tokenizer(checkpoint, str(file))
+    return [_question(file, number, row, tokenizer) for number, row in enumerate(rows, start=1)]
+
+
+def _question(file: Path, number: int, row: object, tokenizer: Tokenizer) -> Line:
+    prompt = row.get("prompt") if isinstance(row, dict) else None
+    answer = row.get("answer") if isinstance(row, dict) else None
+    if not isinstance(prompt, str) or not isinstance(answer, str) or not answer.strip():
+        raise SourceError(f"{file}: question {number} wants a prompt and an answer, both text")
+    blank = "" if prompt[-1:].isspace() or answer[:1].isspace() else " "
+    asked = tokenizer.row({"text": prompt.rstrip() or prompt}, number)
+    whole = tokenizer.row({"text": prompt + blank + answer}, number)
+    # a tokenizer may merge across the seam, or end each text with a token of its own
+    start = next(
+        (i for i, (a, b) in enumerate(zip(asked, whole, strict=False)) if a != b), len(asked)
+    )
+    if start >= len(whole) or start == 0:
+        raise SourceError(f"{file}: question {number}: the answer {answer!r} has no token")
+    return Line(tuple(whole), answer=start)

@@ -1,0 +1,50 @@
+"""One way to run a model: which cache, which rounded activations, spoiled or not; and its batches."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+
+from ckptq.calibrate.forward import LayerwiseModel, Stream
+from ckptq.calibrate.text import Batch
+from ckptq.evaluate.inputs import InputScheme
+from ckptq.evaluate.kv_cache import BF16, KVCache
+from ckptq.evaluate.text import Line, Text
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Variant:
+    """What is done to a model while it runs."""
+
+    name: str
+    cache: KVCache = BF16
+    inputs: Mapping[str, InputScheme] = field(default_factory=dict)
+    """Linear -> how what goes into it is rounded."""
+    spoiled: bool = False
+    """The control: one layer computes with its weights' rows out of place."""
+
+
+@dataclass(frozen=True)
+class Run(Batch):
+    """A batch on its way through one variant."""
+
+    variant: Variant
+    lines: tuple[Line, ...]
+
+
+class Track:
+    """One set of weights, and the variants that run on it: each layer is loaded once for all."""
+
+    def __init__(self, model: LayerwiseModel, variants: Iterable[Variant]) -> None:
+        self.model = model
+        self.variants = tuple(variants)
+        self.stream = Stream([], [], [])
+
+    def embed(self, text: Text, batch_size: int) -> None:
+        """Start every variant on its own copy of the text, variant after variant."""
+        runs = [
+            Run(batch.input_ids_BS, batch.mask_BS, batch.lengths, variant, lines)
+            for variant in self.variants
+            for batch, lines in text.batches(batch_size)
+        ]
+        self.stream = self.model.embed(runs)

@@ -1,0 +1,61 @@
+"""How an evaluation looks as text: the table with its zero and its control, then the verdict."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from ckptq import console
+from ckptq.console import size
+
+if TYPE_CHECKING:
+    from ckptq.evaluate.result import Evaluation, Row
+
+COLUMNS = (
+    *("weights", "KV cache", "its scales", "size", "dB", "KL", "KL reverse", "KL 99%"),
+    *("perplexity", "agreement", "exact", "last layer"),
+)
+
+
+def show_evaluation(found: Evaluation, json: bool) -> None:
+    """`evaluate`: every row beside the source, the verdict, and what would be recommended."""
+    if json:
+        console.show_json(found)
+        return
+    named = [("source", found.source), ("source again", found.zero)]
+    named += [(row.weights, row) for row in found.rows]
+    named += [(f"{found.control.weights}, a layer spoiled", found.control)]
+    console.show_table(
+        f"{found.source.weights} on {found.text}: {found.samples} samples, "
+        f"{found.source.measures.tokens} tokens",
+        COLUMNS,
+        [_cells(name, row) for name, row in named],
+    )
+    console.show_lines(
+        "KL is of source‖row in nats per token; the last column is the relative error of the "
+        "hidden states after the last layer",
+        *(f"note  {warning}" for warning in found.warnings),
+        *(f"FAIL  {failure}" for failure in found.failures),
+        _verdict(found),
+    )
+
+
+def _cells(name: str, row: Row) -> tuple[object, ...]:
+    measures = row.measures
+    return (
+        *(name, row.kv_cache, row.scales, size(row.nbytes)),
+        "-" if row.snr_db is None else f"{row.snr_db:.1f}",
+        *(f"{measures.kl:.5f}", f"{measures.kl_reverse:.5f}", f"{measures.kl_99:.4f}"),
+        f"{measures.perplexity:.4f}",
+        f"{measures.agreement:.2%}",
+        "-" if measures.accuracy is None else f"{measures.accuracy:.1%}",
+        f"{row.outcome.layers[-1]:.4f}" if row.outcome.layers else "-",
+    )
+
+
+def _verdict(found: Evaluation) -> str:
+    if len(found.rows) == 1:
+        return "good enough" if found.ok else "not good enough"
+    best = found.recommended
+    if best is None:
+        return "no row is within the thresholds"
+    return f"smallest within the thresholds: {best.label} ({size(best.nbytes)})"
