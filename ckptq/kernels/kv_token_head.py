@@ -63,12 +63,12 @@ class TokenHeadCache:
 
 
 @triton.jit
-def _sum_neighbours_first(x_RD, ROWS: tl.constexpr, WIDTH: tl.constexpr, STEPS: tl.constexpr):
-    """[R]: the sum of a row in a fixed order, whatever the layout in registers."""
-    for step in tl.static_range(STEPS):
-        even, odd = tl.split(tl.reshape(x_RD, (ROWS, WIDTH >> (step + 1), 2)))
-        x_RD = even + odd
-    return tl.reshape(x_RD, (ROWS,))
+def _root_mean_square(x_RD, D: tl.constexpr):
+    """[R], in a way that no order of summation can change: over whole 2047ths of the maximum."""
+    step_R = tl.maximum(tl.math.div_rn(tl.max(tl.abs(x_RD), 1), 2047.0), 1.1754943508222875e-38)
+    whole_RD = round_half_even(x_RD * tl.math.div_rn(1.0, step_R)[:, None])
+    mean_R = tl.math.div_rn(tl.sum(whole_RD * whole_RD, 1).to(tl.float32), D * 1.0)
+    return step_R * tl.math.sqrt_rn(mean_R)
 
 
 @triton.jit
@@ -83,7 +83,7 @@ def _pack(code_RD, BITS: tl.constexpr):
 
 
 @triton.jit
-def _quantize_kernel(
+def _quantize_token_head_kernel(
     x_ptr,
     code_ptr,
     scale_ptr,
@@ -113,7 +113,6 @@ def _quantize_kernel(
     NORM: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCK_D: tl.constexpr,
-    LOG_D: tl.constexpr,
 ):
     row_R = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     token_R, head_R = row_R // K, row_R % K
@@ -131,8 +130,7 @@ def _quantize_kernel(
     o_R = slot_offset(slot_R, scale_stride_block, scale_stride_token, BLOCK)
     o_R += head_R * scale_stride_head
     if KIND == "int2":
-        mean_R = tl.math.div_rn(_sum_neighbours_first(x_RD * x_RD, ROWS, BLOCK_D, LOG_D), D * 1.0)
-        scale_R = tl.maximum(tl.math.sqrt_rn(mean_R), EPS)
+        scale_R = tl.maximum(_root_mean_square(x_RD, D), EPS)
         edge_R1 = (scale_R * THRESHOLD)[:, None]
         code_RD = (x_RD >= -edge_R1).to(tl.int32) + (x_RD >= 0.0).to(tl.int32)
         code_RW = _pack(code_RD + (x_RD >= edge_R1).to(tl.int32), BITS)
@@ -177,7 +175,7 @@ def write_token_head(x_TKD: Tensor, cache: TokenHeadCache, slot_T: Tensor) -> No
     block_d = triton.next_power_of_2(D)
     rows = max(1, 4096 // block_d)
     rotated = cache.rotation is not Rotation.NONE
-    _quantize_kernel[(triton.cdiv(T * K, rows),)](
+    _quantize_token_head_kernel[(triton.cdiv(T * K, rows),)](
         *(x_TKD, cache.code, cache.scale, cache.zero, slot_T),
         *x_TKD.stride()[:2],
         *cache.layout.strides(cache.code),
@@ -195,7 +193,6 @@ def write_token_head(x_TKD: Tensor, cache: TokenHeadCache, slot_T: Tensor) -> No
         **rotation_constexprs(D),
         ROWS=rows,
         BLOCK_D=block_d,
-        LOG_D=block_d.bit_length() - 1,
         num_warps=4,
         enable_fp_fusion=False,
     )

@@ -1,7 +1,7 @@
 """What KV-cache formats mean, in plain torch: rotate, quantize, pack, and back.
 
 Everything is fp32 in a stated order, so that kernels can be equal to the bit: the Walsh-Hadamard
-butterflies go from neighbours to halves, sums of squares add neighbours first, and codes are
+butterflies go from neighbours to halves, sums of squares are of integers, and codes are
 x * (1 / scale) rounded, ties to even. `hadamard_matrix` is the transform by its definition, in
 float64, against which the butterflies are held.
 
@@ -81,12 +81,13 @@ def unrotate(x: Tensor, rotation: Rotation) -> Tensor:
     return x * signs(x.shape[-1]).to(x.device) if rotation is Rotation.SIGNED else x
 
 
-def _sum_neighbours_first(x: Tensor) -> Tensor:
-    size = x.shape[-1]
-    x = torch.nn.functional.pad(x, (0, (1 << (size - 1).bit_length()) - size))
-    while x.shape[-1] > 1:
-        x = x[..., 0::2] + x[..., 1::2]
-    return x[..., 0]
+def _root_mean_square(y: Tensor) -> Tensor:
+    """[...], over whole 2047ths of the maximum: integers have the same sum in any order."""
+    step = _divide(y.abs().amax(-1), 2047.0).clamp_min(torch.finfo(torch.float32).tiny)
+    whole = (y * (1.0 / step)[..., None]).round().long()
+    mean = _divide(whole.square().sum(-1).float(), y.shape[-1])
+    # by way of float64: torch's fp32 root on CPUs is not the nearest
+    return step * mean.double().sqrt().float()
 
 
 def pack(code: Tensor, per_byte: int) -> Tensor:
@@ -136,9 +137,7 @@ def _quantize_int4(y: Tensor) -> Packed:
 
 
 def _quantize_int2(y: Tensor) -> Packed:
-    mean_square = _divide(_sum_neighbours_first(y * y), y.shape[-1])
-    # by way of float64: torch's fp32 root on CPUs is not the nearest
-    sigma = mean_square.double().sqrt().float().clamp_min(EPS)
+    sigma = _root_mean_square(y).clamp_min(EPS)
     edge = (sigma * THRESHOLD)[..., None]
     code = (y >= -edge).long() + (y >= 0.0).long() + (y >= edge).long()
     return Packed(pack(code, 4), sigma, None)
