@@ -68,16 +68,6 @@ TrustRemoteCode = Annotated[
     bool, typer.Option("--trust-remote-code", help="Run model code that the checkpoint carries.")
 ]
 
-NO_DATA = (
-    "calibrating on the built-in corpus (the topics of Python's help, in English); "
-    "give --data with text of your own domain for scales that fit it"
-)
-
-NO_TEXT = (
-    "comparing on the built-in corpus (the topics of Python's help, in English); "
-    "give --data with text of your own domain, or --task with questions"
-)
-
 
 @app.command()
 def quantize(
@@ -122,74 +112,41 @@ def quantize(
     json: Json = False,
 ) -> None:
     """Convert a checkpoint into a compressed-tensors one that vLLM serves."""
-    from ckptq.calibrate.request import CalibrationRequest, scales_source
-    from ckptq.checkpoint.open import open_checkpoint
-    from ckptq.convert.handover import write_handed_over
-    from ckptq.convert.run import default_output, write_quantized
+    from ckptq.calibrate.request import CalibrationRequest
+    from ckptq.convert.quantize import QuantizeRequest, plan_of
+    from ckptq.convert.quantize import quantize as convert
     from ckptq.permute.order import Sharing
-    from ckptq.plan.make import make_plan
     from ckptq.show import show_plan, show_quantized
 
-    chosen = _recipe(scheme, recipe)
-    ckpt = open_checkpoint(model, revision)
-    wanted = CalibrationRequest(
-        data=data,
-        samples=samples,
-        seq_len=seq_len,
-        batch_size=batch_size,
-        seed=seed,
-        device=device,
-        trust_remote_code=trust_remote_code,
-    )
-    out = output or default_output(ckpt, chosen)
-    if chosen.handed_over:
-        arguments = {**wanted.arguments(), "shard_bytes": _bytes(shard_size)}
-        with console.progress() as begin:
-            result = write_handed_over(
-                ckpt,
-                chosen,
-                out,
-                wanted,
-                arguments=arguments,
-                shard_bytes=_bytes(shard_size),
-                restart=restart,
-                begin=begin,
-            )
-        show_quantized(result, json)
-        return
-    plan = make_plan(
-        ckpt,
-        chosen,
-        ignore=ignore or (),
+    request = QuantizeRequest(
+        model=model,
+        recipe=_recipe(scheme, recipe),
+        revision=revision,
+        out=output,
+        ignore=tuple(ignore or ()),
+        scales=scales,
+        calibration=CalibrationRequest(
+            data=data,
+            samples=samples,
+            seq_len=seq_len,
+            batch_size=batch_size,
+            seed=seed,
+            device=device,
+            trust_remote_code=trust_remote_code,
+        ),
         shard_bytes=_bytes(shard_size),
-        permutable=not as_written,
         rope_order=_one_of("--rope-order", rope_order, ("keep", "half-split")),
         rope_proof=_one_of("--rope-proof", rope_proof, tuple(Sharing)) if rope_proof else None,
+        as_written=as_written,
+        restart=restart,
+        workers=workers,
+        max_ram=_bytes(max_ram) if max_ram else None,
     )
     if dry_run:
-        show_plan(plan, json)
+        show_plan(plan_of(request)[1], json)
         return
     with console.progress() as begin:
-        source = scales_source(ckpt, plan, wanted, scales, begin)
-        if source is not None and scales is None and data is None:
-            console.note(NO_DATA)
-        result = write_quantized(
-            ckpt,
-            plan,
-            out,
-            arguments={
-                "ignore": ignore or [],
-                "shard_bytes": _bytes(shard_size),
-                "rope_order": rope_order,
-                "rope_proof": rope_proof,
-                "as_written": as_written,
-            },
-            scales=source,
-            restart=restart,
-            workers=workers,
-            max_ram=_bytes(max_ram) if max_ram else None,
-            begin=begin,
-        )
+        result = convert(request, begin, console.note)
     show_quantized(result, json)
 
 
@@ -215,6 +172,7 @@ def calibrate(
     from ckptq.calibrate.request import CalibrationRequest, calibrate_plan
     from ckptq.calibrate.scales import save_scales
     from ckptq.checkpoint.open import open_checkpoint
+    from ckptq.convert.quantize import NO_DATA
     from ckptq.plan.make import make_plan
     from ckptq.show import show_scales
 
@@ -328,7 +286,7 @@ def evaluate(
     ] = None,
     json: Json = False,
 ) -> None:
-    """Measure what quantization costs: KL, perplexity, agreement, accuracy (exit code 1: too much)."""
+    """Measure what quantization costs; exit code 1 where that is more than the thresholds allow."""
     from ckptq.evaluate.request import EvaluationRequest, evaluate_request
     from ckptq.evaluate.result import Thresholds
     from ckptq.show_evaluation import show_evaluation

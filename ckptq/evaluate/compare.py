@@ -9,7 +9,7 @@ Shape letters: B batch, S positions, E hidden size, N positions of a chunk, V vo
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -74,7 +74,9 @@ class Comparison:
     def source(self) -> Variant:
         return self.tracks[0].variants[0]
 
-    def _watch(self, track: Track, index: int) -> Callable[[nn.Module, Batch], object]:
+    def _watch(
+        self, track: Track, index: int
+    ) -> Callable[[nn.Module, Batch], AbstractContextManager[None]]:
         """What is done to a layer while one batch of one variant runs through it."""
         name = track.model.layer_names[index]
         loader = track.model.loader

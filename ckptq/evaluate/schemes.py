@@ -138,7 +138,7 @@ def planned_cache(plan: Plan) -> KVCache:
 
 def planned_inputs(plan: Plan) -> dict[str, InputScheme]:
     """How the recipe rounds what goes into each Linear that it quantizes."""
-    found = {}
+    found: dict[str, InputScheme] = {}
     for group in plan.recipe.groups:
         if group.weights is not None and group.input_activations is not None:
             scheme = input_scheme(group.input_activations, group.name)

@@ -73,8 +73,8 @@ def read_questions(
     """A task file: one {"prompt": ..., "answer": ...} a line of .jsonl.
 
     Prompt and answer are joined by a blank unless one of them has one there; the answer begins
-    where the tokens of the whole leave those of the prompt. `limit` draws that many by `seed`, in their order. SourceError
-    for a line that lacks a field or whose answer has no token of its own.
+    where the tokens of the whole leave those of the prompt. `limit` draws that many by `seed`, in
+    their order. SourceError for a line that lacks a field or whose answer has no token of its own.
     """
     rows = list(read_rows(file, "test", MAX_QUESTIONS))
     if not rows:

@@ -1,4 +1,4 @@
-"""One way to run a model: which cache, which rounded activations, spoiled or not; and its batches."""
+"""One way to run a model: which cache, which activations are rounded, spoiled or not."""
 
 from __future__ import annotations
 
