@@ -375,14 +375,20 @@ def _bytes(text: str) -> int:
     return int(float(match[1]) * units[match[2].upper()])
 
 
+class Interrupted(BaseException):
+    """SIGINT or SIGTERM. No KeyboardInterrupt: with that one typer ends the program by itself,
+    without a word."""
+
+
 def main() -> NoReturn:
     """The entry point: every error a user can mend becomes one message and an exit code."""
     signal.signal(signal.SIGTERM, _interrupt)
+    signal.signal(signal.SIGINT, _interrupt)
     try:
         app()
     except CkptqError as error:
         sys.exit(console.complain(error))
-    except KeyboardInterrupt:
+    except Interrupted:
         console.note("interrupted; the same command goes on where this one stopped")
         sys.exit(130)
     except BrokenPipeError:
@@ -392,4 +398,4 @@ def main() -> NoReturn:
 
 
 def _interrupt(*_: object) -> NoReturn:
-    raise KeyboardInterrupt
+    raise Interrupted

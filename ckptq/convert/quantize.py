@@ -1,0 +1,120 @@
+"""What `ckptq quantize` asks for as data, and the one call that does it: the Python entry point."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from ckptq.calibrate.request import CalibrationRequest, scales_source
+from ckptq.checkpoint.open import Checkpoint, open_checkpoint
+from ckptq.convert.handover import write_handed_over
+from ckptq.convert.run import Result, default_output, write_quantized
+from ckptq.errors import UsageError
+from ckptq.permute.order import Sharing
+from ckptq.plan.make import SHARD_BYTES, RopeChoice, make_plan
+from ckptq.plan.unit import Plan
+from ckptq.progress import Begin, silent
+from ckptq.recipes.load import Recipe
+
+NO_DATA = (
+    "calibrating on the built-in corpus (the topics of Python's help, in English); "
+    "give --data with text of your own domain for scales that fit it"
+)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class QuantizeRequest:
+    """A conversion, from the model's name to where the result goes."""
+
+    model: str | Path
+    recipe: Recipe
+    revision: str | None = None
+    out: Path | None = None
+    """None: the model's name and the recipe's, in the current folder."""
+    ignore: tuple[str, ...] = ()
+    scales: Path | None = None
+    """A file that calibration has written; None calibrates where the recipe needs it."""
+    calibration: CalibrationRequest = field(default_factory=CalibrationRequest)
+    shard_bytes: int = SHARD_BYTES
+    rope_order: RopeChoice = "keep"
+    rope_proof: Sharing | None = None
+    as_written: bool = False
+    """Leave Llama-4's q/k/v in formats that vLLM cannot permute."""
+    restart: bool = False
+    workers: int | None = None
+    max_ram: int | None = None
+
+    def arguments(self) -> dict[str, object]:
+        """What the output depends on beyond source, recipe and scales, as JSON data."""
+        return {
+            "ignore": list(self.ignore),
+            "shard_bytes": self.shard_bytes,
+            "rope_order": self.rope_order,
+            "rope_proof": self.rope_proof,
+            "as_written": self.as_written,
+        }
+
+
+def plan_of(request: QuantizeRequest) -> tuple[Checkpoint, Plan]:
+    """Open the model and plan the conversion: `--dry-run`. Reads headers only."""
+    if request.recipe.handed_over:
+        raise UsageError(
+            f"recipe {request.recipe.name!r}: {request.recipe.handed_over[0]} runs in "
+            "llm-compressor, which makes no plan to show"
+        )
+    ckpt = open_checkpoint(request.model, request.revision)
+    plan = make_plan(
+        ckpt,
+        request.recipe,
+        ignore=request.ignore,
+        shard_bytes=request.shard_bytes,
+        permutable=not request.as_written,
+        rope_order=request.rope_order,
+        rope_proof=request.rope_proof,
+    )
+    return ckpt, plan
+
+
+def quantize(
+    request: QuantizeRequest,
+    begin: Begin = silent,
+    note: Callable[[str], None] = lambda message: None,
+) -> Result:
+    """Quantize a model as the request says. `note` hears what a user should know on the way."""
+    if request.recipe.handed_over:
+        return _handed_over(request, begin)
+    ckpt, plan = plan_of(request)
+    source = scales_source(ckpt, plan, request.calibration, request.scales, begin)
+    if source is not None and request.scales is None and request.calibration.data is None:
+        note(NO_DATA)
+    return write_quantized(
+        ckpt,
+        plan,
+        request.out or default_output(ckpt, request.recipe),
+        arguments=request.arguments(),
+        scales=source,
+        restart=request.restart,
+        workers=request.workers,
+        max_ram=request.max_ram,
+        begin=begin,
+    )
+
+
+def _handed_over(request: QuantizeRequest, begin: Begin) -> Result:
+    if request.rope_order != "keep" or request.rope_proof is not None:
+        raise UsageError(
+            f"recipe {request.recipe.name!r} runs in llm-compressor, in the source's RoPE order; "
+            "run `ckptq permute` on its result"
+        )
+    ckpt = open_checkpoint(request.model, request.revision)
+    return write_handed_over(
+        ckpt,
+        request.recipe,
+        request.out or default_output(ckpt, request.recipe),
+        request.calibration,
+        arguments={**request.arguments(), **request.calibration.arguments()},
+        shard_bytes=request.shard_bytes,
+        restart=request.restart,
+        begin=begin,
+    )
