@@ -69,7 +69,7 @@ def _show(module: nn.Module, query: Tensor, key: Tensor, value: Tensor) -> None:
         tap(query, key, value)
 
 
-def register(supports_sdpa: bool) -> str:
+def register(eager: bool) -> str:
     """Make the functions known to transformers and return the name to put in a model's config.
 
     Masks are made as for SDPA (None where plain causal attention is meant, else booleans), or as
@@ -82,7 +82,7 @@ def register(supports_sdpa: bool) -> str:
     AttentionMaskInterface.register(NAME, sdpa_mask)
     AttentionInterface.register(NAME_EAGER, eager_attention)
     AttentionMaskInterface.register(NAME_EAGER, eager_mask)
-    return NAME if supports_sdpa else NAME_EAGER
+    return NAME_EAGER if eager else NAME
 
 
 @contextmanager

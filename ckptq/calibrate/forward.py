@@ -157,17 +157,21 @@ class LayerwiseModel:
 
 
 def open_model(
-    ckpt: Checkpoint, device: str = "cpu", weights: WeightSource | None = None
+    ckpt: Checkpoint,
+    device: str = "cpu",
+    weights: WeightSource | None = None,
+    eager: bool = False,
 ) -> LayerwiseModel:
     """Open a checkpoint for running; reads config.json and the headers only.
 
-    `weights` replaces the checkpoint's own tensors: same names and shapes, other values.
+    `weights` replaces the checkpoint's own tensors: same names and shapes, other values. `eager`
+    takes the family's eager attention in place of SDPA: the same up to rounding, slower.
     """
     import torch
 
     source = CheckpointWeights(ckpt) if weights is None else weights
     where = torch.device(device)
-    skeleton = build_skeleton(ckpt, where)
+    skeleton = build_skeleton(ckpt, where, eager)
     return LayerwiseModel(skeleton, Loader(skeleton, source, where), where)
 
 

@@ -46,6 +46,7 @@ def calibrate(
     input_observer: str = "static_minmax",
     batch_size: int = 8,
     device: str = "cpu",
+    eager: bool = False,
     progress: Progress = lambda done, total: None,
     journal: Path | None = None,
 ) -> Scales:
@@ -53,6 +54,9 @@ def calibrate(
 
     `inputs` asks for scales of what goes into Linears too, [1] each: names on disk, with what the
     largest input becomes (448 for FP8, 127.5 for INT8). A `strategy` of None leaves attention out.
+
+    `eager` runs attention as llm-compressor 0.14.0.1 does while it calibrates, for equal bits; its
+    newer sources use SDPA, as is done here by default.
 
     One decoder layer's weights are in memory at a time, and the hidden states of all samples:
     samples * seq_len * hidden_size * 2 bytes in bf16 (8 GB for 512 samples of 2048 tokens at 4096).
@@ -73,10 +77,10 @@ def calibrate(
     )
     kept = None
     if journal is not None:
-        kept = Journal(journal, _identity(ckpt, samples, wanted, batch_size, device))
+        kept = Journal(journal, _identity(ckpt, samples, wanted, batch_size, device, eager))
         if (finished := kept.finished()) is not None:
             return finished
-    model, statistics = open_model(ckpt, device), Statistics(wanted)
+    model, statistics = open_model(ckpt, device, eager=eager), Statistics(wanted)
     _check_vocabulary(model, samples)
     classes = _run(model, samples, batch_size, statistics, progress, kept)
     _check_complete(ckpt, model, statistics)
@@ -186,7 +190,7 @@ def _check_complete(ckpt: Checkpoint, model: LayerwiseModel, statistics: Statist
 
 
 def _identity(
-    ckpt: Checkpoint, samples: Samples, wanted: Wanted, batch_size: int, device: str
+    ckpt: Checkpoint, samples: Samples, wanted: Wanted, batch_size: int, device: str, eager: bool
 ) -> dict[str, Any]:
     """Everything on which the bits of the statistics depend."""
     return {
@@ -196,6 +200,7 @@ def _identity(
         **wanted.to_json(),
         "batch_size": batch_size,
         "device": device,
+        "eager": eager,
         "ckptq": __version__,
         "torch": version("torch"),
         "transformers": version("transformers"),

@@ -32,8 +32,10 @@ class Skeleton:
     dtype: torch.dtype
 
 
-def build_skeleton(ckpt: Checkpoint, device: torch.device) -> Skeleton:
-    """The model that config.json describes, in eval mode, with the "ckptq" attention function.
+def build_skeleton(ckpt: Checkpoint, device: torch.device, eager: bool = False) -> Skeleton:
+    """The model that config.json describes, in eval mode, with an attention function of ckptq.
+
+    `eager` asks for the family's eager attention; a family that SDPA cannot compute gets it anyway.
 
     Raises SourceError for an architecture that the installed transformers does not have, PlanError
     for one without decoder layers or attention heads.
@@ -42,7 +44,7 @@ def build_skeleton(ckpt: Checkpoint, device: torch.device) -> Skeleton:
     _check_has_heads(ckpt, config)
     dtype = _dtype(ckpt, config)
     model_class = _model_class(ckpt, config)
-    config._attn_implementation = attention.register(model_class._supports_sdpa)
+    config._attn_implementation = attention.register(eager or not model_class._supports_sdpa)
     model = _on_meta(model_class, config, dtype)
     _make_buffers(model, device)
     model.eval()

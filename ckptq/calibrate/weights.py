@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Collection, Iterable
 from contextlib import contextmanager
+from itertools import takewhile
 from typing import TYPE_CHECKING, Any, Protocol
 
 from ckptq.calibrate.skeleton import Skeleton, quiet
@@ -97,8 +98,8 @@ class Loader:
             if len(names) == 1 and names[0].endswith(suffix):
                 return names[0].removesuffix(suffix)
         every = [name.split(".") for names in stored.values() for name in names]
-        shared = [parts[0] for parts in zip(*every, strict=False) if len(set(parts)) == 1]
-        return ".".join(shared) or module
+        shared = takewhile(lambda parts: len(set(parts)) == 1, zip(*every, strict=False))
+        return ".".join(parts[0] for parts in shared) or module
 
     @property
     def label(self) -> str:

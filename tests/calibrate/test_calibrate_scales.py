@@ -1,12 +1,13 @@
 """Scales are the true maxima over 448, and llm-compressor's, to the last bit."""
 
-import contextlib
+from contextlib import nullcontext
 from dataclasses import replace
 
 import pytest
 import torch
 import transformers
 from calibrate_models import HEADS, KV_HEADS, make, samples_of, token_rows
+from calibrate_oneshot import oneshot_attention
 
 from ckptq.calibrate import attention
 from ckptq.calibrate.run import calibrate
@@ -76,74 +77,36 @@ def test_vision_attention_gets_no_scales(saved):
     assert scales.attention_class == "Llama4TextAttention"
 
 
-@contextlib.contextmanager
-def query_hook_kept():
-    """llm-compressor 0.14.0.1 calibrates with eager attention, which goes past its own q hook."""
-    import llmcompressor.utils.helpers as helpers
-
-    kept = helpers.use_eager_attention
-    helpers.use_eager_attention = lambda model: contextlib.nullcontext()
-    try:
-        yield
-    finally:
-        helpers.use_eager_attention = kept
-
-
-def oneshot_scales(path, strategy, observer, rows) -> dict[str, torch.Tensor]:
-    """q/k/v scales that llm-compressor's oneshot finds for the same token ids in the same order."""
-    from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
-    from datasets import Dataset
-    from llmcompressor import oneshot
-    from llmcompressor.modifiers.quantization import QuantizationModifier
-    from tokenizers import Tokenizer, models
-    from transformers import PreTrainedTokenizerFast
-
-    model_class = getattr(transformers, open_checkpoint(path).config["architectures"][0])
-    model = model_class.from_pretrained(path, dtype="auto")
-    args = QuantizationArgs(num_bits=8, type="float", strategy=strategy, observer=observer)
-    target = type(model.model.layers[0].self_attn).__name__
-    group = QuantizationScheme(targets=[target], input_activations=args)
-    data = Dataset.from_dict({"input_ids": rows, "attention_mask": [[1] * len(r) for r in rows]})
-    core = Tokenizer(models.WordLevel({"<pad>": 0, "<s>": 1}, unk_token="<pad>"))
-    with query_hook_kept():
-        oneshot(
-            model=model,
-            dataset=data,
-            recipe=QuantizationModifier(config_groups={"attention": group}),
-            max_seq_length=len(rows[0]),
-            num_calibration_samples=len(rows),
-            processor=PreTrainedTokenizerFast(tokenizer_object=core, pad_token="<pad>"),
-            shuffle_calibration_samples=False,
-        )
-    return {
-        name: tensor.detach().clone()
-        for name, tensor in model.state_dict().items()
-        if name.endswith(("q_scale", "k_scale", "v_scale"))
-    }
-
-
 @pytest.mark.parametrize(
-    ("family", "strategy", "observer"),
+    ("family", "strategy", "observer", "as_it_is"),
     [
-        ("llama", "tensor", "static_minmax"),
-        ("llama", "attn_head", "static_minmax"),
-        ("qwen3", "attn_head", "static_minmax"),
-        ("llama", "attn_head", "minmax"),
+        ("llama", "tensor", "static_minmax", False),
+        ("llama", "attn_head", "static_minmax", False),
+        ("qwen3", "attn_head", "static_minmax", False),
+        ("llama", "attn_head", "minmax", False),
+        ("llama", "attn_head", "static_minmax", True),
     ],
 )
-def test_scales_are_llm_compressors(saved, family, strategy, observer):
+def test_scales_are_llm_compressors(saved, family, strategy, observer, as_it_is):
+    """All of q, k and v; k and v only where it runs as it is, since its q is uninitialised then."""
     ckpt = saved(family)
-    want = oneshot_scales(ckpt.path, strategy, observer, ROWS)
-    caution = (
-        pytest.warns(UserWarning, match="static_minmax")
-        if observer == "minmax"
-        else contextlib.nullcontext()
-    )
+    want = oneshot_attention(ckpt, strategy, observer, ROWS, as_it_is)
+    caution = nullcontext()
+    if observer == "minmax":
+        caution = pytest.warns(UserWarning, match="static_minmax")
     with caution:
-        made = calibrate(ckpt, samples_of(ROWS), strategy=strategy, observer=observer, batch_size=1)
-    assert made.tensors.keys() == want.keys()
+        made = calibrate(
+            ckpt,
+            samples_of(ROWS),
+            strategy=strategy,
+            observer=observer,
+            batch_size=1,
+            eager=as_it_is,
+        ).tensors
+    assert made.keys() == want.keys()
     for name, scale in want.items():
-        assert torch.equal(made.tensors[name], scale), name
+        if not (as_it_is and name.endswith("q_scale")):
+            assert torch.equal(made[name], scale), name
 
 
 def test_swapped_heads_are_noticed(saved, tmp_path):
