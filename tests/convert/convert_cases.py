@@ -170,9 +170,9 @@ def gpt_oss_layout() -> Layout:
             "down_proj_bias": (E, H),
         },
         {
-            "gate_proj": lambda w, e: w["gate_up_proj_bias"][e : e + 1, 0::2],
-            "up_proj": lambda w, e: w["gate_up_proj_bias"][e : e + 1, 1::2],
-            "down_proj": lambda w, e: w["down_proj_bias"][e : e + 1],
+            "gate_proj": lambda w, e: w["gate_up_proj_bias"][e, 0::2],
+            "up_proj": lambda w, e: w["gate_up_proj_bias"][e, 1::2],
+            "down_proj": lambda w, e: w["down_proj_bias"][e],
         },
     )
 

@@ -17,7 +17,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ckptq import cli
 from ckptq.checkpoint.open import Checkpoint, open_checkpoint
 from ckptq.convert import blocks
 from ckptq.convert.run import Result, write_quantized
@@ -70,8 +69,8 @@ def perform(run: Run) -> tuple[int, int]:
 def _main(run: Run, count: Any) -> None:
     _count_steps(run, count)
     blocks.RUN_ELEMENTS, blocks.CALL_ELEMENTS = 1 << 13, 1 << 12
-    signal.signal(signal.SIGTERM, cli._interrupt)
-    signal.signal(signal.SIGINT, signal.default_int_handler)
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, signal.default_int_handler)
     try:
         convert(run)
     except KeyboardInterrupt:

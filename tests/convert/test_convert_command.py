@@ -1,0 +1,135 @@
+"""`python -m ckptq quantize` as a process: signals, exit codes, progress, two runs at once."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from convert_cases import LAYOUTS, save
+from convert_killed import digests
+from safetensors.torch import save_file
+
+from ckptq.checkpoint.journal import partial_of
+
+SECONDS = 60
+
+
+def quantize(source: Path, out: Path, *more: str) -> subprocess.Popen:
+    command = [sys.executable, "-m", "ckptq", "quantize", str(source), "-o", str(out), *more]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def wait_for(path: Path, process: subprocess.Popen) -> None:
+    """Until the run has begun to write."""
+    end = time.monotonic() + SECONDS
+    while not path.exists():
+        assert process.poll() is None, process.communicate()
+        assert time.monotonic() < end
+        time.sleep(0.005)
+
+
+@pytest.fixture(scope="module")
+def slow(tmp_path_factory) -> Path:
+    """160 MB of layers: packed with zero points by one worker, seconds of work."""
+    folder = tmp_path_factory.mktemp("slow")
+    (folder / "config.json").write_text('{"model_type": "llama", "num_hidden_layers": 10}')
+    w_RC = torch.randn(2048, 4096, generator=torch.Generator().manual_seed(0)).bfloat16()
+    layers = {f"model.layers.{i}.mlp.down_proj.weight": w_RC * (i + 1) for i in range(10)}
+    save_file(layers, folder / "model.safetensors", metadata={"format": "pt"})
+    return folder
+
+
+SLOW = ("--scheme", "w4a16-asym", "--workers", "1")
+
+
+@pytest.fixture(scope="module")
+def whole(slow, tmp_path_factory) -> dict[str, str]:
+    """What a run that nothing stops makes of it."""
+    out = tmp_path_factory.mktemp("whole") / "out"
+    process = quantize(slow, out, *SLOW)
+    _, said = process.communicate(timeout=SECONDS)
+    assert process.returncode == 0, said
+    return digests(out)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_run_that_is_stopped_says_how_it_goes_on_and_does(slow, whole, tmp_path, number):
+    out = tmp_path / "out"
+    first = quantize(slow, out, *SLOW)
+    wait_for(partial_of(out) / "journal.jsonl", first)
+    first.send_signal(number)
+    printed, said = first.communicate(timeout=SECONDS)
+    assert first.returncode == 130, said
+    assert printed == ""
+    assert "the same command goes on where this one stopped" in said
+    assert "Traceback" not in said
+    assert not out.exists()
+    last = quantize(slow, out, *SLOW)
+    _, said = last.communicate(timeout=SECONDS)
+    assert last.returncode == 0, said
+    assert digests(out) == whole
+
+
+def test_a_second_run_is_refused_while_the_first_one_writes(slow, tmp_path):
+    partial = partial_of(tmp_path / "out")
+    partial.mkdir()
+    with (partial / "lock").open("w") as held:
+        fcntl.flock(held, fcntl.LOCK_EX)
+        second = quantize(slow, tmp_path / "out", *SLOW)
+        _, said = second.communicate(timeout=SECONDS)
+    assert second.returncode == 2
+    assert f"{partial}: another run is writing this output right now" in said
+    assert os.listdir(partial) == ["lock"]
+
+
+def test_progress_is_lines_where_stderr_is_no_terminal(slow, tmp_path):
+    process = quantize(slow, tmp_path / "out", "--scheme", "fp8-dynamic")
+    printed, said = process.communicate(timeout=SECONDS)
+    assert process.returncode == 0
+    assert re.search(
+        r"^quantize: 167\.8 MB of 167\.8 MB, [\d.]+ [MG]B/s, 0 s left \(.*down_proj\)$", said, re.M
+    )
+    assert "\r" not in said
+    assert "\x1b" not in said + printed
+
+
+def test_a_weight_that_is_no_number_ends_in_exit_code_3(tmp_path):
+    torch.manual_seed(0)
+    made = LAYOUTS["llama"]()
+    made.tensors["model.layers.0.mlp.gate_proj.weight"][5, 5] = float("nan")
+    source = save(tmp_path / "source", made)
+    process = quantize(source, tmp_path / "out", "--scheme", "fp8-dynamic")
+    printed, said = process.communicate(timeout=SECONDS)
+    assert process.returncode == 3
+    assert printed == ""
+    assert "error: " in said
+    assert "'model.layers.0.mlp.gate_proj.weight'" in said
+    assert "model-0000" in said
+    assert "Traceback" not in said
+    assert not (tmp_path / "out").exists()
+
+
+def test_too_little_disk_ends_in_exit_code_4(slow, tmp_path):
+    """By the limit on file sizes, which stands for a disk without asking for one."""
+    import resource
+
+    process = subprocess.run(
+        [sys.executable, "-m", "ckptq", "quantize", slow, "-o", tmp_path / "out", *SLOW],
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 20, 1 << 20)),
+        capture_output=True,
+        text=True,
+        timeout=SECONDS,
+    )
+    assert process.returncode == 4
+    assert "error: " in process.stderr
+    assert "model.safetensors: File too large" in process.stderr
+    assert "Traceback" not in process.stderr
+    assert sorted(os.listdir(tmp_path)) == ["out.partial"]
