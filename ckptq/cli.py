@@ -6,22 +6,41 @@ Imports stand inside the commands, so that `--help` loads neither torch nor tran
 from __future__ import annotations
 
 import os
-import re
 import signal
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, NoReturn, TypeVar
+from typing import TYPE_CHECKING, Annotated, NoReturn
 
 import typer
 
 from ckptq import console
 from ckptq.errors import CkptqError, UsageError
+from ckptq.options import (
+    BatchSize,
+    Data,
+    Device,
+    Ignore,
+    Json,
+    MaxRam,
+    Model,
+    Output,
+    RecipeFile,
+    Restart,
+    Revision,
+    Samples,
+    Scheme,
+    Seed,
+    SeqLen,
+    ShardSize,
+    TrustRemoteCode,
+    Workers,
+    nbytes,
+    one_of,
+)
 
 if TYPE_CHECKING:
     from ckptq.recipes.load import Recipe
-
-Word = TypeVar("Word", bound=str)
 
 app = typer.Typer(
     name="ckptq",
@@ -31,42 +50,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 
-Model = Annotated[str, typer.Argument(help="Checkpoint folder, or a hub id.")]
-Path_ = Annotated[Path, typer.Argument(help="Checkpoint folder.")]
-Scheme = Annotated[
-    str | None,
-    typer.Option("--scheme", "-s", help="Built-in recipe or compressed-tensors preset."),
-]
-RecipeFile = Annotated[
-    Path | None, typer.Option("--recipe", help="A recipe of your own (llm-compressor's YAML).")
-]
-Output = Annotated[
-    Path | None, typer.Option("--output", "-o", help="Default: the model's name and the scheme's.")
-]
-Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit of a hub id.")]
-Ignore = Annotated[
-    list[str] | None,
-    typer.Option("--ignore", help="Leave these Linears alone: a full name, or re:PATTERN."),
-]
-Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
-ShardSize = Annotated[str, typer.Option(help="Size of an output shard, e.g. 5GB, 500MB.")]
-MaxRam = Annotated[str | None, typer.Option(help="Refuse to need more memory than this.")]
-Workers = Annotated[int | None, typer.Option(min=1, help="Threads; default: all cores.")]
-Data = Annotated[
-    str | None,
-    typer.Option(help="Calibration text: .txt, .jsonl, .parquet, or a `datasets` id."),
-]
-Samples = Annotated[int, typer.Option(min=1, help="Calibration samples.")]
-SeqLen = Annotated[int, typer.Option(min=1, help="Tokens a sample is cut to.")]
-BatchSize = Annotated[int, typer.Option(min=1, help="Samples in one forward pass.")]
-Seed = Annotated[int, typer.Option(help="Which samples are taken, and in which order.")]
-Device = Annotated[str | None, typer.Option(help="Where the model runs: cpu, cuda, cuda:1.")]
-Restart = Annotated[
-    bool, typer.Option("--restart", help="Discard what an interrupted run has done.")
-]
-TrustRemoteCode = Annotated[
-    bool, typer.Option("--trust-remote-code", help="Run model code that the checkpoint carries.")
-]
+NO_TEXT = "evaluating on the built-in corpus; give --data or --task with text of your own domain"
 
 
 @app.command()
@@ -134,13 +118,13 @@ def quantize(
             device=device,
             trust_remote_code=trust_remote_code,
         ),
-        shard_bytes=_bytes(shard_size),
-        rope_order=_one_of("--rope-order", rope_order, ("keep", "half-split")),
-        rope_proof=_one_of("--rope-proof", rope_proof, tuple(Sharing)) if rope_proof else None,
+        shard_bytes=nbytes(shard_size),
+        rope_order=one_of("--rope-order", rope_order, ("keep", "half-split")),
+        rope_proof=one_of("--rope-proof", rope_proof, tuple(Sharing)) if rope_proof else None,
         as_written=as_written,
         restart=restart,
         workers=workers,
-        max_ram=_bytes(max_ram) if max_ram else None,
+        max_ram=nbytes(max_ram) if max_ram else None,
     )
     if dry_run:
         show_plan(plan_of(request)[1], json)
@@ -239,8 +223,8 @@ def permute(
     from ckptq.permute.run import permute_checkpoint, plan_permute
     from ckptq.show import show_permuted
 
-    order = RopeOrder(_one_of("--to", to, tuple(RopeOrder)))
-    parts = [Part(_one_of("--only", part, tuple(Part))) for part in only or Part]
+    order = RopeOrder(one_of("--to", to, tuple(RopeOrder)))
+    parts = [Part(one_of("--only", part, tuple(Part))) for part in only or Part]
     ckpt = open_checkpoint(path, revision)
     plan = plan_permute(ckpt, order, parts)
     with console.progress() as begin:
@@ -354,25 +338,6 @@ def _recipe(scheme: str | None, recipe: Path | None) -> Recipe:
 def _words(given: Sequence[str] | None) -> list[str]:
     """Options that are given several times, with commas, or both."""
     return [word.strip() for text in given or () for word in text.split(",") if word.strip()]
-
-
-def _one_of(option: str, given: str, choice: Sequence[Word]) -> Word:
-    """The choice that was given; UsageError for anything else."""
-    for word in choice:
-        if word == given:
-            return word
-    raise UsageError(f"{option} {given!r}: wanted {' or '.join(choice)}")
-
-
-def _bytes(text: str) -> int:
-    """ "5GB" -> 5_000_000_000. Powers of ten, or of two with an i: 1GiB."""
-    units = {"": 1, "B": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
-    units |= {f"{p}B": n for p, n in list(units.items()) if p in "KMGT" and p}
-    units |= {f"{p}IB": 2 ** (10 * (i + 1)) for i, p in enumerate("KMGT")}
-    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*", text)
-    if not match or match[2].upper() not in units or not float(match[1]):
-        raise UsageError(f"{text!r} is not a size; write it like 5GB, 500MB or 1GiB")
-    return int(float(match[1]) * units[match[2].upper()])
 
 
 class Interrupted(BaseException):

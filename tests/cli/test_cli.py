@@ -30,6 +30,11 @@ SURFACE = {
         "--batch-size", "--seed", "--device", "--trust-remote-code", "--json",
     },
     "verify": {"--source", "--fast", "--json"},
+    "evaluate": {
+        "--source", "--schemes", "--kv-cache", "--revision", "--data", "--task", "--questions",
+        "--samples", "--seq-len", "--batch-size", "--seed", "--device", "--max-kl",
+        "--min-agreement", "--max-ppl-ratio", "--min-accuracy", "--json",
+    },
     "permute": {"--to", "--only", "--revision", "--workers", "--restart", "--json"},
     "inspect": {"--revision", "--json"},
     "recipes": {"--json"},

@@ -1,0 +1,69 @@
+"""The options that commands share, each declared once."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, TypeVar
+
+import typer
+
+from ckptq.errors import UsageError
+
+Word = TypeVar("Word", bound=str)
+
+Model = Annotated[str, typer.Argument(help="Checkpoint folder, or a hub id.")]
+Scheme = Annotated[
+    str | None,
+    typer.Option("--scheme", "-s", help="Built-in recipe or compressed-tensors preset."),
+]
+RecipeFile = Annotated[
+    Path | None, typer.Option("--recipe", help="A recipe of your own (llm-compressor's YAML).")
+]
+Output = Annotated[
+    Path | None, typer.Option("--output", "-o", help="Default: the model's name and the scheme's.")
+]
+Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit of a hub id.")]
+Ignore = Annotated[
+    list[str] | None,
+    typer.Option("--ignore", help="Leave these Linears alone: a full name, or re:PATTERN."),
+]
+Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
+ShardSize = Annotated[str, typer.Option(help="Size of an output shard, e.g. 5GB, 500MB.")]
+MaxRam = Annotated[str | None, typer.Option(help="Refuse to need more memory than this.")]
+Workers = Annotated[int | None, typer.Option(min=1, help="Threads; default: all cores.")]
+Data = Annotated[
+    str | None,
+    typer.Option(help="Calibration text: .txt, .jsonl, .parquet, or a `datasets` id."),
+]
+Samples = Annotated[int, typer.Option(min=1, help="Calibration samples.")]
+SeqLen = Annotated[int, typer.Option(min=1, help="Tokens a sample is cut to.")]
+BatchSize = Annotated[int, typer.Option(min=1, help="Samples in one forward pass.")]
+Seed = Annotated[int, typer.Option(help="Which samples are taken, and in which order.")]
+Device = Annotated[str | None, typer.Option(help="Where the model runs: cpu, cuda, cuda:1.")]
+Restart = Annotated[
+    bool, typer.Option("--restart", help="Discard what an interrupted run has done.")
+]
+TrustRemoteCode = Annotated[
+    bool, typer.Option("--trust-remote-code", help="Run model code that the checkpoint carries.")
+]
+
+
+def one_of(option: str, given: str, choice: Sequence[Word]) -> Word:
+    """The choice that was given; UsageError for anything else."""
+    for word in choice:
+        if word == given:
+            return word
+    raise UsageError(f"{option} {given!r}: wanted {' or '.join(choice)}")
+
+
+def nbytes(text: str) -> int:
+    """ "5GB" -> 5_000_000_000. Powers of ten, or of two with an i: 1GiB."""
+    units = {"": 1, "B": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
+    units |= {f"{p}B": n for p, n in list(units.items()) if p in "KMGT" and p}
+    units |= {f"{p}IB": 2 ** (10 * (i + 1)) for i, p in enumerate("KMGT")}
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*", text)
+    if not match or match[2].upper() not in units or not float(match[1]):
+        raise UsageError(f"{text!r} is not a size; write it like 5GB, 500MB or 1GiB")
+    return int(float(match[1]) * units[match[2].upper()])
