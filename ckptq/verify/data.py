@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -12,9 +12,11 @@ from ckptq.quantize.formats import needs_statistic
 from ckptq.verify.compare import Tally
 from ckptq.verify.copies import Copy, copy_tasks, finite_tasks, judge_copy, judge_finite
 from ckptq.verify.diagnose import Case, diagnose
+from ckptq.verify.dry_run import DryRun, dry_run
 from ckptq.verify.judge import verdict, with_tensor_scales
+from ckptq.verify.options import Options, Progress
 from ckptq.verify.order import Undo, make_undo
-from ckptq.verify.report import Finding, ScaleRow, TensorResult
+from ckptq.verify.report import Arrival, Finding, ScaleRow, TensorResult
 from ckptq.verify.round_trip import Part, result_of, tasks
 from ckptq.verify.stored_linear import StoredLinear, stored_linear
 from ckptq.verify.subject import Subject
@@ -24,8 +26,6 @@ from ckptq.verify.work import in_order
 
 if TYPE_CHECKING:
     from torch import Tensor
-
-Progress = Callable[[str, int], None]
 
 HARMLESS = ("shape-missing", "input-scale-missing", "input-scale-extra", "g-idx")
 """Structural findings that do not keep a weight from being compared."""
@@ -39,12 +39,12 @@ class Checked:
     tensors: tuple[TensorResult, ...]
     scales: tuple[ScaleRow, ...]
     copied: int
+    arrivals: tuple[Arrival, ...] = ()
 
 
-def check_data(
-    subject: Subject, structure: Iterable[Finding], *, fast: bool, progress: Progress
-) -> Checked:
+def check_data(subject: Subject, structure: Iterable[Finding], options: Options) -> Checked:
     """Values, round trip and copies. Modules with structural faults are left out."""
+    fast, progress = options.fast, options.progress
     linears = {linear.name: linear for linear in _sound(subject)}
     undo = make_undo(subject)
     with Files() as files:
@@ -58,13 +58,17 @@ def check_data(
             found += part.findings
         case = Case(subject=subject, linears=linears, tallies=tallies, files=files, undo=undo)
         found += _judged(case, found)
+        played = DryRun(arrivals=(), findings=())
+        if options.engine is not None:
+            played = dry_run(subject, linears, options.engine, files)
     for copy in copies:
         found += judge_copy(subject, copy) if subject.source else judge_finite(subject, copy)
     different = {copy.name for copy in copies if copy.different}
     return Checked(
-        findings=tuple(_once(found)),
+        findings=tuple(_once([*found, *played.findings])),
         tensors=tuple(result_of(linears[name], tally) for name, tally in tallies.items()),
         scales=tuple(rows),
+        arrivals=played.arrivals,
         copied=len({copy.name for copy in copies} - different) if subject.source else 0,
     )
 

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ckptq.checkpoint.open import Checkpoint, Problems, open_checkpoint
 from ckptq.errors import SourceError
 from ckptq.verify.declared import read_declared
+from ckptq.verify.engines import find_engine
+from ckptq.verify.options import Options, Progress
 from ckptq.verify.report import Finding, Report
 from ckptq.verify.structure import check_structure
 from ckptq.verify.subject import Subject
@@ -17,20 +18,19 @@ from ckptq.verify.subject import Subject
 if TYPE_CHECKING:
     from ckptq.verify.data import Checked
 
-Progress = Callable[[str, int], None]
-"""(what was checked, bytes of the checkpoint that are done since the last call)"""
-
 
 def verify(
     path: str | Path,
     source: str | Path | None = None,
     *,
     fast: bool = False,
+    engine: str | None = None,
     progress: Progress | None = None,
 ) -> Report:
     """Check a finished compressed-tensors checkpoint, against its source where one is given.
 
-    `fast` compares a first, a middle and a last run of rows of each weight instead of all. The
+    `fast` compares a first, a middle and a last run of rows of each weight instead of all. With
+    `engine` (a key of `ckptq.verify.engines.ENGINES`) that engine's loader is played too. The
     bytes that `progress` hears of add up to at most those of the checkpoint's tensors. Raises
     SourceError for what cannot be read at all; all else is a finding.
     """
@@ -39,7 +39,12 @@ def verify(
     ckpt = open_checkpoint(path, problems=problems)
     subject, declared_wrong = _subject(ckpt, source)
     structure = [*declared_wrong, *check_structure(subject, problems)]
-    checked = _data(subject, structure, fast, progress or (lambda what, done: None))
+    options = Options(
+        fast=fast,
+        engine=find_engine(engine) if engine is not None else None,
+        progress=progress or (lambda what, done: None),
+    )
+    checked = _data(subject, structure, options)
     everything = [*structure, *checked.findings]
     return Report(
         path=str(path),
@@ -53,6 +58,8 @@ def verify(
         tensors=checked.tensors,
         copied=checked.copied,
         scales=checked.scales,
+        engine=engine,
+        arrivals=checked.arrivals,
         checks=_counted(subject, checked),
     )
 
@@ -63,12 +70,12 @@ def _subject(ckpt: Checkpoint, source: str | Path | None) -> tuple[Subject, list
     return Subject(ckpt, original, declared), found
 
 
-def _data(subject: Subject, structure: list[Finding], fast: bool, progress: Progress) -> Checked:
+def _data(subject: Subject, structure: list[Finding], options: Options) -> Checked:
     """Everything that reads tensors; a file that changes or ends under it is the user's to know."""
     from ckptq.verify.data import check_data
 
     try:
-        return check_data(subject, structure, fast=fast, progress=progress)
+        return check_data(subject, structure, options)
     except OSError as error:
         raise SourceError(f"{subject.ckpt.path}: cannot be read: {error}") from error
 

@@ -1,4 +1,4 @@
-"""Checkpoints that llm-compressor has made: right ones have no fault, its broken q_scale is found."""
+"""Checkpoints that llm-compressor has made: no fault, but for its broken q_scale."""
 
 import pytest
 import torch

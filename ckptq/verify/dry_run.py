@@ -1,0 +1,210 @@
+"""A loader's part, played: do the weights that arrive in an engine equal the source's?
+
+Without a source, what is stored stands for itself: then only what loading does is judged.
+Shape letters: R rows, C columns, H query heads, K key/value heads.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from math import inf
+
+import torch
+from torch import Tensor
+
+from ckptq.checkpoint.header import StoredTensor
+from ckptq.checkpoint.read import Files, read_tensor
+from ckptq.models.family import FUSED_SETS
+from ckptq.permute.apply import permute_rows
+from ckptq.permute.order import Heads, RopeOrder
+from ckptq.permute.targets import head_geometry
+from ckptq.spec import FLOATS
+from ckptq.verify import nearest
+from ckptq.verify.cache import shared_layers
+from ckptq.verify.compare import floor_db
+from ckptq.verify.engines import Engine
+from ckptq.verify.judge import CHOSEN_DB
+from ckptq.verify.kinds import finding
+from ckptq.verify.order import well_typed
+from ckptq.verify.report import Arrival, Finding
+from ckptq.verify.rope import turned_modules
+from ckptq.verify.sample import snr_db
+from ckptq.verify.stored_linear import StoredLinear, source_rows
+from ckptq.verify.subject import Module, Subject
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class DryRun:
+    """What arrives, tensor by tensor, and what of it is wrong."""
+
+    arrivals: tuple[Arrival, ...]
+    findings: tuple[Finding, ...]
+
+
+def dry_run(
+    subject: Subject, linears: Mapping[str, StoredLinear], engine: Engine, files: Files
+) -> DryRun:
+    """Play the engine's loader on q/k projections, on fused sets and on cache scales."""
+    arrivals = [
+        *_turned(subject, linears, engine, files),
+        *_merged(linears, engine, files),
+        *_cache(subject, engine, files),
+    ]
+    return DryRun(arrivals=tuple(arrivals), findings=tuple(_wrong(engine, arrivals)))
+
+
+def _wrong(engine: Engine, arrivals: list[Arrival]) -> Iterator[Finding]:
+    for one in arrivals:
+        if one.ok:
+            continue
+        code = "engine-default" if "1.0" in one.done else "arrives-wrong"
+        code = "engine-refuses" if one.done.startswith("refused") else code
+        snr = "" if one.snr_db is None else f", {one.snr_db:.1f} dB"
+        yield finding(
+            code, one.tensor, found=f"{engine.name}: {one.done}{snr}",
+            wanted="the source's weight" if one.snr_db is not None else "the stored scale",
+        )  # fmt: skip
+
+
+def _turned(
+    subject: Subject, linears: Mapping[str, StoredLinear], engine: Engine, files: Files
+) -> Iterator[Arrival]:
+    """q and k of a family that is stored in interleaved order."""
+    if subject.family.rope != "interleaved" or not well_typed(subject):
+        return
+    heads = head_geometry(subject.ckpt.text_config)
+    for module in turned_modules(subject):
+        side = heads[module.name.rpartition(".")[2][0]]
+        linear = linears.get(module.name)
+        if linear is not None and side.rows == linear.shape[0]:
+            yield _turned_codes(linear, engine, files, side)
+        elif not module.quantized and module.origin is not None:
+            yield _turned_plain(module, engine, files, side)
+
+
+def _turned_codes(linear: StoredLinear, engine: Engine, files: Files, heads: Heads) -> Arrival:
+    held = linear.read(files, 0, linear.shape[0])
+    arrived, moved = {}, []
+    for local, tensor in held.items():
+        arrived[local] = tensor
+        if not engine.moves(local, linear.tensors[local].spec):
+            continue
+        if tensor.shape[0] != heads.rows:
+            return _moved_blocks(linear, local, tensor, heads)
+        arrived[local] = permute_rows(tensor, heads, RopeOrder.HALF_SPLIT)
+        moved.append(local)
+    wanted = _wanted(linear, files, held)
+    if engine.permutes:
+        wanted = permute_rows(wanted, heads, RopeOrder.HALF_SPLIT)
+    snr = snr_db(nearest.weights(arrived, linear.scheme, linear.shape[1]), wanted)
+    left = [local for local in held if local not in moved and linear.per_quantum[local] is not None]
+    done = f"permutes {', '.join(moved)}" if moved else "loads as it is"
+    if moved and left and any(held[local].numel() > 1 for local in left):
+        done += f"; not {', '.join(left)}"
+    floor = floor_db(linear.scheme, linear.shape)
+    return Arrival(tensor=linear.name, done=done, snr_db=snr, ok=snr >= floor - CHOSEN_DB)
+
+
+def _moved_blocks(linear: StoredLinear, local: str, tensor: Tensor, heads: Heads) -> Arrival:
+    """A grid of blocks, taken for rows: it does not fit, or it fits and is wrong."""
+    fits = tensor.shape[0] % (2 * heads.count) == 0
+    done = f"takes the {tensor.shape[0]} rows of blocks in {local} for rows of the weight"
+    if not fits:
+        done = f"refused: {done}, of {heads.count} heads"
+    return Arrival(tensor=linear.name, done=done, snr_db=None, ok=False)
+
+
+def _turned_plain(module: Module, engine: Engine, files: Files, heads: Heads) -> Arrival:
+    """An unquantized q or k: the engine's permutation of it is the one that is wanted."""
+    weight = module.tensors["weight"]
+    assert module.origin is not None
+    view = module.origin.weight
+    found = read_tensor(weight, files).float()
+    wanted = source_rows(files, view)(0, view.spec.shape[0]).float()
+    snr = snr_db(found, wanted) if found.shape == wanted.shape else -inf
+    done = "permutes weight" if "weight" in engine.permutes else "loads as it is"
+    return Arrival(tensor=module.name, done=done, snr_db=snr, ok=snr == inf)
+
+
+def _wanted(linear: StoredLinear, files: Files, held: Mapping[str, Tensor]) -> Tensor:
+    """The source's weight, or where there is none the one that is stored, in float32."""
+    origin = linear.module.origin
+    if origin is None:
+        return nearest.weights(held, linear.scheme, linear.shape[1])
+    return source_rows(files, origin.weight)(0, linear.shape[0]).float()
+
+
+def _merged(linears: Mapping[str, StoredLinear], engine: Engine, files: Files) -> Iterator[Arrival]:
+    """Sets whose members have one scale each: codes are made again for the largest."""
+    if not engine.merges_tensor_scales:
+        return
+    for name, linear in linears.items():
+        if linear.scheme.strategy != "tensor" or linear.scheme.type != "float":
+            continue
+        parent, _, projection = name.rpartition(".")
+        names = next((s for s in FUSED_SETS if projection in s), ())
+        members = [linears[m] for n in names if (m := f"{parent}.{n}") in linears]
+        scales = [read_tensor(m.tensors["weight_scale"], files).float().max() for m in members]
+        if not scales or len({float(scale) for scale in scales}) == 1:
+            continue
+        yield _requantized(linear, torch.stack(scales).max(), files)
+
+
+def _requantized(linear: StoredLinear, scale: Tensor, files: Files) -> Arrival:
+    held = linear.read(files, 0, linear.shape[0])
+    once = nearest.weights(held, linear.scheme, linear.shape[1])
+    theirs = {**held, "weight_scale": scale.reshape(1)}
+    twice = nearest.recode(once, theirs, linear.scheme, torch.float32) * scale
+    snr = snr_db(twice, _wanted(linear, files, held))
+    floor = floor_db(linear.scheme, linear.shape)
+    done = f"requantizes to {float(scale):.3g}, the largest scale of its fused set"
+    return Arrival(tensor=linear.name, done=done, snr_db=snr, ok=snr >= floor - CHOSEN_DB)
+
+
+def _cache(subject: Subject, engine: Engine, files: Files) -> Iterator[Arrival]:
+    """k, v and q scales as the attention backend gets them."""
+    strategy = subject.declared.kv_strategy
+    if strategy is None:
+        return
+    layers = [m for m, kind in subject.attention.items() if kind == "heads"]
+    cached = layers[: len(layers) - shared_layers(subject)]
+    for module in layers:
+        for which in "kvq":
+            if which == "q" or module in cached:
+                yield _scale(subject, engine, files, module, which)
+    if strategy == "attn_head" and engine.name.startswith("vllm"):
+        done = "per-head scales need FlashAttention 3 (Hopper): --attention-backend FLASH_ATTN"
+        yield Arrival(tensor="kv_cache_scheme", done=done, snr_db=None, ok=True)
+
+
+def _scale(subject: Subject, engine: Engine, files: Files, module: str, which: str) -> Arrival:
+    name = f"{module}.{which}_scale"
+    tensor = subject.cache_scales.get((module, which))
+    if not engine.reads_cache_scales:
+        done = "not played: how this engine reads cache scales is not established"
+        return Arrival(tensor=name, done=done, snr_db=None, ok=True)
+    if tensor is None:
+        return Arrival(tensor=name, done="missing: 1.0 is used", snr_db=None, ok=False)
+    if which == "q" and engine.needs_attention_group and not subject.declared.attention_group:
+        done = "ignored: no config group quantizes attention"
+        return Arrival(tensor=name, done=done, snr_db=None, ok=True)
+    per_head = subject.declared.kv_strategy == "attn_head"
+    if which == "q" and engine.reduces_queries and per_head:
+        return _reduced(subject, files, tensor)
+    return Arrival(tensor=name, done="used as it is", snr_db=None, ok=True)
+
+
+def _reduced(subject: Subject, files: Files, tensor: StoredTensor) -> Arrival:
+    """One q scale a key/value head: the largest of its group."""
+    heads = subject.heads
+    if heads is None or tensor.spec.numel != heads[0] or heads[0] % heads[1]:
+        done = f"refused: {tensor.spec} is not one scale for each query head"
+        return Arrival(tensor=tensor.name, done=done, snr_db=None, ok=False)
+    if tensor.spec.dtype not in FLOATS:
+        done = f"refused: {tensor.spec} is no float"
+        return Arrival(tensor=tensor.name, done=done, snr_db=None, ok=False)
+    scale_HK = read_tensor(tensor, files).reshape(heads[1], -1).float()
+    spread = float((scale_HK.amax(1) / scale_HK.amin(1)).max())
+    done = f"the largest of each group of {scale_HK.shape[1]} heads is used, up to {spread:.3g}x"
+    return Arrival(tensor=tensor.name, done=done, snr_db=None, ok=True)

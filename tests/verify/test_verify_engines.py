@@ -1,0 +1,118 @@
+"""What arrives in an engine: right, or named where its loader does not move what it should."""
+
+import pytest
+from verify_checkpoints import copy_of
+from verify_faults import quantize_llama4_queries_asymmetrically, turn
+
+from ckptq.errors import UsageError
+from ckptq.permute.effect import Part
+from ckptq.verify.engines import ENGINES
+from ckptq.verify.run import verify
+
+RIGHT = [
+    ("vllm", "fp8-channel"),
+    ("vllm", "int8"),
+    ("vllm", "int4"),
+    ("vllm", "int4-channel"),
+    ("vllm", "fp8-tensor"),
+    ("vllm", "kv"),
+    ("vllm-0.15", "fp8-tensor"),
+    ("vllm-0.15", "kv"),
+    ("transformers", "fp8-channel"),
+    ("transformers", "int4"),
+]
+WRONG = [
+    ("vllm-0.15", "fp8-channel"),
+    ("vllm-0.15", "int8"),
+    ("vllm-0.15", "int4"),
+    ("sglang", "fp8-channel"),
+    ("sglang", "int4"),
+]
+"""PR 34243: weights were permuted, what is indexed by their rows was not."""
+
+
+def of_queries(report):
+    return [a for a in report.arrivals if a.tensor.endswith(("q_proj", "k_proj"))]
+
+
+@pytest.mark.parametrize(("engine", "weights"), RIGHT)
+def test_llama4_arrives(good, engine, weights):
+    report = verify(*good("llama4", weights, weights in ("kv", "fp8-channel")), engine=engine)
+    assert report.findings == ()
+    assert len(of_queries(report)) == 4
+    assert all(arrival.ok for arrival in report.arrivals)
+
+
+@pytest.mark.parametrize(("engine", "weights"), WRONG)
+def test_llama4_that_an_older_loader_spoils(good, engine, weights):
+    report = verify(*good("llama4", weights), engine=engine)
+    assert report.counts == {"arrives-wrong": 4}
+    assert all(arrival.snr_db < 25 for arrival in of_queries(report))
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_llama_is_permuted_by_no_engine(good, engine):
+    report = verify(*good("llama", "fp8-channel", True), engine=engine)
+    assert report.findings == ()
+    assert of_queries(report) == []
+    assert len(report.arrivals) >= 6
+
+
+def test_zero_points_stay_behind_in_vllm_and_can_be_moved_ahead(good, tmp_path):
+    """CONTRACT of asymmetric q/k: wrong in vLLM, right once zero points alone are half-split."""
+    folder, source = good("llama4", "int4-asym")
+    editor = copy_of(folder, tmp_path / "asym")
+    quantize_llama4_queries_asymmetrically(editor)
+    report = verify(editor.save(), source, engine="vllm")
+    assert report.counts == {"rope-zero-points": 2, "arrives-wrong": 2}
+    turn(editor, (Part.ZERO_POINTS,))
+    mark = "zero-points=half-split"
+    editor.metadata["ckptq.rope_order"] = mark
+    editor.config["ckptq"] = {"rope_order": mark}
+    assert verify(editor.save(), source, engine="vllm").findings == ()
+    assert verify(editor.save(), source, engine="transformers").counts == {"arrives-wrong": 2}
+
+
+def test_a_baked_order_is_permuted_twice_by_vllm(good, tmp_path):
+    folder, source = good("llama4", "int8")
+    editor = copy_of(folder, tmp_path / "baked")
+    turn(editor, tuple(Part))
+    editor.metadata["ckptq.rope_order"] = "half-split"
+    editor.config["ckptq"] = {"rope_order": "half-split"}
+    report = verify(editor.save(), source)
+    assert report.findings == ()
+    assert [note.code for note in report.notes] == ["rope-order"]
+    assert verify(editor.save(), source, engine="vllm").counts == {"arrives-wrong": 4}
+
+
+def test_blocks_are_refused(good, tmp_path):
+    folder, source = good("llama4", "fp8-block")
+    editor = copy_of(folder, tmp_path / "block")
+    quantize_llama4_queries_asymmetrically(editor)
+    report = verify(editor.save(), source, engine="vllm")
+    assert report.counts == {"rope-block-scales": 2, "engine-refuses": 2}
+
+
+def test_scales_that_vllm_merges(good, tmp_path):
+    """Shards of one fused set with scales of their own are requantized to the largest."""
+    folder, source = good("llama", "fp8-tensor")
+    assert verify(folder, source, engine="vllm").arrivals == ()
+    editor = copy_of(folder, tmp_path / "apart")
+    name = "model.layers.0.self_attn.k_proj.weight_scale"
+    editor.tensors[name] = editor.tensors[name] * 64
+    arrivals = verify(editor.save(), source, engine="vllm").arrivals
+    assert {a.tensor.rpartition(".")[2] for a in arrivals} == {"q_proj", "k_proj", "v_proj"}
+    assert all("largest scale" in a.done for a in arrivals)
+
+
+def test_a_missing_scale_is_the_engines_default(good, tmp_path):
+    folder, source = good("llama", "fp8-channel", True)
+    editor = copy_of(folder, tmp_path / "missing")
+    del editor.tensors["model.layers.1.self_attn.v_scale"]
+    report = verify(editor.save(), source, engine="vllm")
+    assert report.counts == {"kv-scale-missing": 1, "engine-default": 1}
+
+
+def test_an_unknown_engine_is_refused(good):
+    with pytest.raises(UsageError, match=r"vllm-0\.15"):
+        verify(*good("llama", "int8"), engine="nothing")
