@@ -97,7 +97,8 @@ class Journal:
         scratch.mkdir()
         for number, hidden_BSE in enumerate(stream.hidden_BSE):
             _save(scratch / _batch(number), {"hidden": hidden_BSE}, {})
-        flat = {f"{point}|{key}": t for point, stats in points.items() for key, t in stats.items()}
+        # copies: Linears that are fed the same share one statistic, which safetensors refuses
+        flat = {f"{p}|{key}": t.clone() for p, stats in points.items() for key, t in stats.items()}
         _save(scratch / STATISTICS, flat, {"order": json.dumps(list(points))})
         sync_folder(scratch)
         scratch.rename(state)
