@@ -35,7 +35,7 @@ def show_evaluation(found: Evaluation, json: bool) -> None:
         "hidden states after the last layer",
         *(f"note  {warning}" for warning in found.warnings),
         *(f"FAIL  {failure}" for failure in found.failures),
-        _verdict(found),
+        *_verdict(found),
     )
 
 
@@ -52,10 +52,13 @@ def _cells(name: str, row: Row) -> tuple[object, ...]:
     )
 
 
-def _verdict(found: Evaluation) -> str:
+def _verdict(found: Evaluation) -> list[str]:
+    """Nothing where no threshold was given: then only the reader can judge."""
+    if not found.thresholds.any:
+        return []
     if len(found.rows) == 1:
-        return "good enough" if found.ok else "not good enough"
+        return ["good enough" if found.ok else "not good enough"]
     best = found.recommended
     if best is None:
-        return "no row is within the thresholds"
-    return f"smallest within the thresholds: {best.label} ({size(best.nbytes)})"
+        return ["no row is within the thresholds"]
+    return [f"smallest within the thresholds: {best.label} ({size(best.nbytes)})"]

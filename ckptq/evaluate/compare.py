@@ -11,14 +11,16 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from typing import TYPE_CHECKING
 
 from ckptq.calibrate.attention import tapped
 from ckptq.calibrate.forward import LayerwiseModel, Stream
 from ckptq.calibrate.text import Batch
 from ckptq.errors import SourceError
-from ckptq.evaluate.inputs import rounded_inputs, rules_of
+from ckptq.evaluate.inputs import InputMaxima, InputScheme, rules_of
 from ckptq.evaluate.kv_cache import PLAIN, Maxima, cache_tap
+from ckptq.evaluate.products import Change, experts_one_by_one, inputs_changed
 from ckptq.evaluate.scores import Measures, Position, Scores
 from ckptq.evaluate.spoil import spoiled, spoiled_layer
 from ckptq.evaluate.text import Text
@@ -51,12 +53,14 @@ class Comparison:
     """Tensor of the source -> the Linears that are cut out of it."""
     batch_size: int = 1
     maxima: Maxima = field(default_factory=Maxima)
+    input_maxima: InputMaxima = field(default_factory=InputMaxima)
     errors: dict[str, list[float]] = field(default_factory=dict)
 
     def run(self, report: Report) -> dict[str, Outcome]:
         """By name of the variant. SourceError for tokens that the vocabulary lacks."""
         _check_vocabulary(self.tracks[0].model, self.text)
         for track in self.tracks:
+            experts_one_by_one(track.model.skeleton.model)
             track.embed(self.text, self.batch_size)
         layers = self.tracks[0].model.layer_names
         for index, name in enumerate(layers):
@@ -96,11 +100,28 @@ class Comparison:
                 elif variant.cache.mode != PLAIN:
                     tap = cache_tap(variant.cache, self.maxima, loader.stored_module)
                     stack.enter_context(tapped(layer, name, tap))
-                rules = rules_of(layer, name, stored_names, self.consumed, variant.inputs)
-                stack.enter_context(rounded_inputs(rules))
+                inputs = self._static if variant is self.source else variant.inputs
+                rules = rules_of(layer, name, stored_names, self.consumed, inputs)
+                stack.enter_context(inputs_changed(dict(self._changes(run, rules))))
                 yield
 
         return watch
+
+    def _changes(
+        self, run: Run, rules: Mapping[str, tuple[Tensor, InputScheme]]
+    ) -> Iterator[tuple[Tensor, Change]]:
+        """The source's inputs are measured, the others' rounded."""
+        for parameter, (weight, rule) in rules.items():
+            if run.variant is self.source:
+                yield weight, partial(self.input_maxima.see, parameter, run.lengths)
+            else:
+                yield weight, self.input_maxima.filled(parameter, rule).round
+
+    @property
+    def _static(self) -> dict[str, InputScheme]:
+        """Linears whose static scales no checkpoint gives."""
+        every = (v.inputs.items() for track in self.tracks for v in track.variants)
+        return {name: rule for inputs in every for name, rule in inputs if rule.static}
 
     def _measuring(
         self, run: Run, on_disk: Callable[[str], str]

@@ -1,19 +1,19 @@
 """What an engine does to activations: round what goes into a quantized Linear.
 
-Done where the model multiplies with a weight, whichever way it is written, so that experts which
-are fused in one tensor have it too. Scales as vLLM computes them: amax / 448 for FP8, amax / 127
-for INT8, per token, per group of columns of a token, or static.
+Scales as vLLM computes them: amax / 448 for FP8, amax / 127 for INT8, per token, per group of
+columns of a token, or static.
 
 Shape letters: T tokens and whatever leads, C columns, E experts, G groups.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from ckptq.calibrate.inputs import real_tokens
+from ckptq.calibrate.observers import FP8_MAX, INT8_MAX
 from ckptq.checkpoint.open import Checkpoint
 from ckptq.checkpoint.read import read_tensor
 from ckptq.errors import PlanError, SourceError
@@ -94,74 +94,56 @@ def _group(config: Mapping[str, Any], name: str) -> Mapping[str, Any] | None:
     return next(iter((*named, *by_class)), None)
 
 
-@contextmanager
-def rounded_inputs(rules: Mapping[Tensor, InputScheme]) -> Iterator[None]:
-    """In the block, whatever is multiplied with one of these weights, or a part of it, is rounded.
-
-    Parts are told by their storage: `gate_up_proj[3]` is a window on `gate_up_proj`.
-    """
-    import torch
-    from torch.overrides import TorchFunctionMode
-
-    by_storage = {weight.untyped_storage().data_ptr(): rule for weight, rule in rules.items()}
-    products = {torch.nn.functional.linear, torch.bmm, torch.matmul, torch.Tensor.matmul}
-    products |= {torch.Tensor.__matmul__, torch.Tensor.bmm}
-
-    class Rounding(TorchFunctionMode):
-        def __torch_function__(
-            self,
-            func: Callable[..., Any],
-            types: Collection[type],
-            args: tuple[Any, ...] = (),
-            kwargs: Mapping[str, Any] | None = None,
-        ) -> Any:
-            if func in products and len(args) > 1:
-                rule = by_storage.get(args[1].untyped_storage().data_ptr())
-                if rule is not None:
-                    args = (rule.round(args[0]), *args[1:])
-            return func(*args, **(kwargs or {}))
-
-    with Rounding() if by_storage else _nothing():
-        yield
-
-
-@contextmanager
-def _nothing() -> Iterator[None]:
-    yield
-
-
 def rules_of(
     layer: nn.Module,
     name: str,
     stored_names: Mapping[str, tuple[str, ...]],
     consumed: Mapping[str, tuple[str, ...]],
     inputs: Mapping[str, InputScheme],
-) -> dict[Tensor, InputScheme]:
-    """Weight of a layer called `name` -> the rule of the Linears that are cut out of it.
+) -> dict[str, tuple[Tensor, InputScheme]]:
+    """Parameter of a layer called `name` -> its weight, and the rule of the Linears cut out of it.
 
     `stored_names`: parameter -> tensors on disk; `consumed`: tensor on disk -> Linears. PlanError
-    where experts in one tensor have different static scales.
+    where experts that share a tensor are rounded by different schemes.
     """
-    if not inputs:
-        return {}
-    found: dict[Tensor, InputScheme] = {}
-    for local, parameter in layer.named_parameters():
+    found: dict[str, tuple[Tensor, InputScheme]] = {}
+    for local, weight in layer.named_parameters() if inputs else ():
         tensors = stored_names.get(f"{name}.{local}", ())
         linears = (linear for tensor in tensors for linear in consumed.get(tensor, ()))
         rules = {inputs[linear] for linear in linears if linear in inputs}
-        if len(rules) > 1:
-            found[parameter] = _widest(rules, f"{name}.{local}")
-        elif rules:
-            found[parameter] = rules.pop()
+        if rules:
+            found[f"{name}.{local}"] = weight, _shared(rules, f"{name}.{local}")
     return found
 
 
-def _widest(rules: Collection[InputScheme], name: str) -> InputScheme:
-    """vLLM gives experts that one kernel call multiplies the largest of their static scales."""
+def _shared(rules: Collection[InputScheme], name: str) -> InputScheme:
+    """Of static scales, the largest: vLLM gives it to all experts that one call multiplies."""
+    if len(rules) == 1:
+        return next(iter(rules))
     scales = [rule.scale for rule in rules if rule.scale is not None]
     if len(scales) != len(rules) or len({rule.type for rule in rules}) != 1:
         raise PlanError(f"{name}: its experts' input_activations differ")
     return InputScheme(next(iter(rules)).type, scale=max(scales))
+
+
+class InputMaxima:
+    """Largest magnitude of what is multiplied with each weight, as the source passes by."""
+
+    def __init__(self) -> None:
+        self._amax: dict[str, float] = {}
+
+    def see(self, parameter: str, lengths: Sequence[int], x: Tensor) -> Tensor:
+        """Fold one input in and hand it on; padding does not count."""
+        amax = real_tokens(x, lengths, parameter).abs().amax().item()
+        self._amax[parameter] = max(amax, self._amax.get(parameter, 0.0))
+        return x
+
+    def filled(self, parameter: str, rule: InputScheme) -> InputScheme:
+        """A static rule without a scale gets the one that calibration on this text would find."""
+        if not rule.static:
+            return rule
+        top = FP8_MAX if rule.type == "float" else INT8_MAX
+        return InputScheme(rule.type, scale=max(self._amax[parameter] / top, SMALLEST_SCALE))
 
 
 def _like(x: Tensor, value: float) -> Tensor:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, astuple, dataclass, field
 from typing import Any
 
 from ckptq.evaluate.compare import Outcome
@@ -53,6 +53,11 @@ class Thresholds:
     min_agreement: float | None = None
     max_ppl_ratio: float | None = None
     min_accuracy: float | None = None
+
+    @property
+    def any(self) -> bool:
+        """Whether something is asked at all."""
+        return any(limit is not None for limit in astuple(self))
 
     def failures(self, row: Row, source: Row) -> Iterator[str]:
         """A line for each number that is out of bounds, NaN among them."""
