@@ -34,9 +34,6 @@ if TYPE_CHECKING:
 MAX_SHARD = "220KB"
 """So small that there are several shards, and q, k and v of some layers do not share one."""
 
-THREADS = 2
-"""Fixed, because the order of torch's sums and so the trained weights depend on it."""
-
 HELD_OUT, CALIBRATION = 512, 128
 """Samples that accuracy is measured on, and samples for scales; the seeds follow the training's."""
 
@@ -76,16 +73,19 @@ def save(model: PreTrainedModel, out: Path, held_out_BT: Tensor, calibration_BT:
 
 
 def make_checkpoint(
-    out: Path, name: str, *, steps: int | None, seed: int, with_outliers: bool
+    out: Path, name: str, *, steps: int | None, seed: int, with_outliers: bool, threads: int
 ) -> dict[str, float]:
     """Train, cast to bf16, spread the heads, save to `out`; returns the accuracy table.
 
-    `name` is a key of `architectures.EXAMPLES`.
+    `name` is a key of `architectures.EXAMPLES`. Seed and threads decide the weights: the order of
+    torch's sums depends on the threads.
     """
-    torch.set_num_threads(THREADS)
+    torch.set_num_threads(threads)
     torch.manual_seed(seed)
     example = architectures.EXAMPLES[name]
     model = architectures.build_model(example.config())
+    if with_outliers:
+        outliers.separate_key_heads(model)
     training.train(model, example.steps if steps is None else steps, seed)
 
     held_out_BT = task.draw_samples(HELD_OUT, training.sample_seed(seed, -1))
@@ -109,6 +109,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument("--steps", type=int, help="training steps (default: the family's)")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--threads", type=int, default=2, help="of torch (default: 2)")
     parser.add_argument(
         "--no-outliers",
         action="store_true",
@@ -130,6 +131,7 @@ def main() -> None:
         steps=arguments.steps,
         seed=arguments.seed,
         with_outliers=not arguments.no_outliers,
+        threads=arguments.threads,
     )
     print(f"saved {arguments.out}; exact match on {HELD_OUT} held-out questions:")
     for name, accuracy in table.items():

@@ -1,11 +1,16 @@
 """Give a trained model heads of very different size without changing what it computes.
 
-What is multiplied into one projection is divided out of its partner: rows of v_proj against
-columns of o_proj, rows of k_proj against rows of q_proj (RoPE commutes with a factor per head).
-All factors are powers of two, so not even the rounding of bf16 changes. Real models have such
-heads, though not by so much; here they make a wrong attention scale show in the accuracy.
+What is multiplied into one weight is divided out of its partner: rows of v_proj against columns
+of o_proj, rows of k_proj against rows of q_proj (RoPE commutes with a factor per head). All
+factors are powers of two, so not even the rounding of bf16 changes. Real models have such heads,
+though not by so much; here they make a wrong attention scale show in the accuracy.
 
-Shape letters: K KV heads, G query heads per KV head, D head dimension, R rows, C columns.
+Where q and k are normed, factors in their projections are undone. Llama 4's norm has no weights,
+so there K stays alike in the layers that have it. Qwen 3's has one weight per dimension, shared by
+all heads: k_norm against q_norm spreads its heads, once training has given each head dimensions of
+its own (`separate_key_heads`).
+
+Shape letters: H heads (of q or of k/v), K KV heads, D head dimension, R rows, C columns.
 """
 
 from __future__ import annotations
@@ -30,14 +35,25 @@ vanish. K's spread of 2^18 and more is too much for one scale per tensor as well
 token could not hold the heads of o_proj's input together either.
 """
 
+UNUSED_ROW = 2.0**-30
+"""Far below the last bit of the rows that are used, even after the factors above."""
+
+
+class WeightedNorm(Protocol):
+    """An RMS norm over a head's dimensions."""
+
+    weight: nn.Parameter
+
 
 class Attention(Protocol):
-    """What the attention modules of all families have in common."""
+    """The attributes of an attention module that matter here; only some families have norms."""
 
     q_proj: nn.Linear
     k_proj: nn.Linear
     v_proj: nn.Linear
     o_proj: nn.Linear
+    k_norm: WeightedNorm
+    q_norm: WeightedNorm
     head_dim: int
     num_key_value_groups: int
 
@@ -50,9 +66,14 @@ def attention_layers(model: PreTrainedModel) -> list[Attention]:
     return [layer.self_attn for layer in decoder.layers]
 
 
-def keys_are_normed(attention: Attention) -> bool:
-    """Whether a norm after k_proj would undo what is multiplied into it."""
-    return hasattr(attention, "k_norm") or hasattr(attention, "qk_norm")
+def has_weighted_norm(attention: Attention) -> bool:
+    """Whether k passes a norm with weights before it is cached, as in Qwen 3."""
+    return hasattr(attention, "k_norm")
+
+
+def has_plain_norm(attention: Attention) -> bool:
+    """Whether k passes a norm without weights, as in Llama 4's layers with RoPE."""
+    return hasattr(attention, "qk_norm")
 
 
 @torch.no_grad()
@@ -69,6 +90,46 @@ def scale_key_heads(attention: Attention, factor_K: Tensor) -> None:
     scale_rows(attention.k_proj, factor_K, attention.head_dim)
     factor_KG = factor_K.repeat_interleave(attention.num_key_value_groups)
     scale_rows(attention.q_proj, 1 / factor_KG, attention.head_dim)
+
+
+@torch.no_grad()
+def scale_key_dimensions(attention: Attention, factor_K: Tensor) -> None:
+    """Multiply the dimensions that each KV head owns in k_norm, divide them in q_norm."""
+    owner_D = owner_of_dimension(len(factor_K), attention.head_dim)
+    attention.k_norm.weight.mul_(factor_K[owner_D])
+    attention.q_norm.weight.div_(factor_K[owner_D])
+
+
+def owner_of_dimension(num_kv_heads: int, head_dim: int) -> Tensor:
+    """Which KV head owns each dimension; d and d + D/2 rotate together and have one owner.
+
+    Example: two heads of 8 dimensions give [0, 1, 0, 1, 0, 1, 0, 1].
+    """
+    return (torch.arange(head_dim // 2) % num_kv_heads).repeat(2)
+
+
+@torch.no_grad()
+def separate_key_heads(model: PreTrainedModel) -> None:
+    """Before training: let each KV head, and the q heads that read it, use its own dimensions.
+
+    The rows of the others' dimensions become too small to matter and get no gradient. They are
+    not zero, so that no channel of the checkpoint is.
+    """
+    for attention in attention_layers(model):
+        if not has_weighted_norm(attention):
+            continue
+        num_kv_heads = attention.k_proj.out_features // attention.head_dim
+        owner_D = owner_of_dimension(num_kv_heads, attention.head_dim)
+        owned_KD = owner_D == torch.arange(num_kv_heads)[:, None]
+        owned_HD = owned_KD.repeat_interleave(attention.num_key_value_groups, dim=0)
+        restrict_rows(attention.k_proj, owned_KD.flatten())
+        restrict_rows(attention.q_proj, owned_HD.flatten())
+
+
+def restrict_rows(projection: nn.Linear, used_R: Tensor) -> None:
+    """Train only the used rows; leave the others `UNUSED_ROW` times what they were."""
+    projection.weight.mul_(torch.where(used_R, 1.0, UNUSED_ROW)[:, None])
+    projection.weight.register_hook(lambda gradient_RC: gradient_RC * used_R[:, None])
 
 
 @torch.no_grad()
@@ -95,6 +156,9 @@ def spread_heads(model: PreTrainedModel, ids_BT: Tensor) -> None:
     for i, attention in enumerate(attention_layers(model)):
         value_targets = V_LOG2_TARGETS[i % len(V_LOG2_TARGETS)]
         scale_value_heads(attention, power_of_two_towards(sizes[i].v, value_targets))
-        if not keys_are_normed(attention):
-            key_targets = K_LOG2_TARGETS[i % len(K_LOG2_TARGETS)]
-            scale_key_heads(attention, power_of_two_towards(sizes[i].k, key_targets))
+        key_targets = K_LOG2_TARGETS[i % len(K_LOG2_TARGETS)]
+        key_factor_K = power_of_two_towards(sizes[i].k, key_targets)
+        if has_weighted_norm(attention):
+            scale_key_dimensions(attention, key_factor_K)
+        elif not has_plain_norm(attention):
+            scale_key_heads(attention, key_factor_K)
