@@ -196,8 +196,6 @@ ATTENTION = _faults(
     ("cache-scale-inverted", "scales are reciprocals", "store 1 / scale"),
     ("cache-scale-of-another", "scales of another layer", "exchange the scales"),
     ("cache-scale-wrong", "scales have nothing to do with what passes", "calibrate again"),
-) + _notes(
-    ("head-underflows", "much of q, k or v of this head becomes zero", "use per-head scales"),
 )
 
 ENGINE = _faults(

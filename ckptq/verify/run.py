@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -11,7 +12,7 @@ from ckptq.errors import SourceError
 from ckptq.verify.declared import read_declared
 from ckptq.verify.engines import find_engine
 from ckptq.verify.options import Options, Progress
-from ckptq.verify.report import Finding, Report
+from ckptq.verify.report import Finding, HeadResult, LayerResult, Report
 from ckptq.verify.structure import check_structure
 from ckptq.verify.subject import Subject
 
@@ -25,13 +26,18 @@ def verify(
     *,
     fast: bool = False,
     engine: str | None = None,
+    attention: bool = False,
+    text: str | None = None,
     progress: Progress | None = None,
 ) -> Report:
     """Check a finished compressed-tensors checkpoint, against its source where one is given.
 
     `fast` compares a first, a middle and a last run of rows of each weight instead of all. With
-    `engine` (a key of `ckptq.verify.engines.ENGINES`) that engine's loader is played too. The
-    bytes that `progress` hears of add up to at most those of the checkpoint's tensors. Raises
+    `engine` (a key of `ckptq.verify.engines.ENGINES`) that engine's loader is played too.
+    `attention` runs the source on a little text (`text`: a file or data set, else what Python
+    carries) and shows what FP8 with the stored scales makes of its q, k and v.
+
+    The bytes that `progress` hears of add up to at most those of the checkpoint's tensors. Raises
     SourceError for what cannot be read at all; all else is a finding.
     """
     began = time.monotonic()
@@ -45,7 +51,8 @@ def verify(
         progress=progress or (lambda what, done: None),
     )
     checked = _data(subject, structure, options)
-    everything = [*structure, *checked.findings]
+    seen = _attention(subject, text) if attention else Attention()
+    everything = [*structure, *checked.findings, *seen.findings]
     return Report(
         path=str(path),
         source=str(source) if source is not None else None,
@@ -60,7 +67,30 @@ def verify(
         scales=checked.scales,
         engine=engine,
         arrivals=checked.arrivals,
+        heads=seen.heads,
+        layers=seen.layers,
         checks=_counted(subject, checked),
+    )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Attention:
+    """What the forward pass has shown; nothing where none was asked for."""
+
+    findings: tuple[Finding, ...] = ()
+    heads: tuple[HeadResult, ...] = ()
+    layers: tuple[LayerResult, ...] = ()
+
+
+def _attention(subject: Subject, text: str | None) -> Attention:
+    from ckptq.verify.attention import check_attention, head_results, layer_results
+    from ckptq.verify.cache_diagnosis import diagnose_cache
+
+    watch = check_attention(subject, text)
+    return Attention(
+        findings=tuple(diagnose_cache(watch)),
+        heads=tuple(head_results(watch)),
+        layers=tuple(layer_results(watch)),
     )
 
 

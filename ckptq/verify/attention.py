@@ -1,0 +1,165 @@
+"""A short forward pass of the source: what its q, k and v become under the checkpoint's scales.
+
+The model is run layer by layer (ckptq.calibrate.forward), with an attention function that computes
+each layer's attention four times: exactly, and with q, k and v rounded to FP8 under the stored
+scales, under 1.0, and under one scale for all heads. Only the exact result goes on.
+
+Shape letters: B batch, H query heads, K key/value heads, S positions, D head size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from ckptq.checkpoint.read import Files, read_tensor
+from ckptq.errors import UsageError
+from ckptq.spec import FLOATS
+from ckptq.verify.heads import Choices, HeadSums, OutputSums, in_fp8
+from ckptq.verify.report import HeadResult, LayerResult
+from ckptq.verify.subject import Subject
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from ckptq.calibrate.forward import LayerwiseModel
+
+NAME = "ckptq_verify"
+
+SAMPLES, SEQ_LEN = 4, 256
+"""Enough to excite every head; saturation needs no more."""
+
+
+@dataclass(slots=True)
+class Watch:
+    """What has been seen of every attention layer whose scales are on disk."""
+
+    choices: Mapping[str, dict[str, Choices]]
+    """Attention module on disk -> "q", "k", "v" -> scales."""
+    names: dict[int, str]
+    """id of a module of the running model -> its name on disk."""
+    base: Callable[..., tuple[Tensor, Tensor | None]]
+    heads: dict[tuple[str, str], HeadSums] = field(default_factory=dict)
+    outputs: dict[str, OutputSums] = field(default_factory=dict)
+
+    def __call__(
+        self, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None,
+        **kwargs: Any,
+    ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
+        """An attention function, as transformers calls it."""
+        result = self.base(module, query, key, value, mask, **kwargs)
+        name = self.names.get(id(module))
+        choices = self.choices.get(name, {}) if name is not None else {}
+        if name is not None and len(choices) == 3:
+            qkv = {"q": query, "k": key, "v": value}
+            for which, x_BHSD in qkv.items():
+                sums = self.heads.setdefault((name, which), HeadSums(choices[which]))
+                sums.add(x_BHSD)
+            others = [
+                self.base(module, *_rounded(qkv, choices, index), mask, **kwargs)[0]
+                for index in range(3)
+            ]
+            self.outputs.setdefault(name, OutputSums()).add(result[0], others)
+        return result
+
+
+def _rounded(qkv: Mapping[str, Tensor], choices: Mapping[str, Choices], index: int) -> list[Tensor]:
+    return [
+        in_fp8(x, choices[which].all()[index].to(x.device)[:, None, None]).to(x.dtype)
+        for which, x in qkv.items()
+    ]
+
+
+def check_attention(subject: Subject, text: str | None = None, device: str = "cpu") -> Watch:
+    """Run the source on a little text, built in if none is given. UsageError without a source."""
+    from ckptq.calibrate.forward import open_model
+    from ckptq.calibrate.text import read_samples
+
+    if subject.source is None:
+        raise UsageError("the attention check runs the source: give --source")
+    samples = read_samples(text, subject.source.path, samples=SAMPLES, seq_len=SEQ_LEN)
+    model = open_model(subject.source, device)
+    stream = model.embed(samples.batches(1))
+    watch = _install(model, _choices(subject))
+    for index in range(len(model.layer_names)):
+        model.run_layer(index, stream)
+    return watch
+
+
+def _install(model: LayerwiseModel, choices: Mapping[str, dict[str, Choices]]) -> Watch:
+    """Put the watch in the place of the model's attention function; masks stay as they are."""
+    from transformers.modeling_utils import AttentionInterface
+
+    from ckptq.calibrate import attention
+
+    config = model.skeleton.model.config.get_text_config(decoder=True)
+    eager = config._attn_implementation == attention.NAME_EAGER
+    modules = (
+        (module, model.loader.stored_module(f"{layer}.{path}" if path else layer))
+        for layer, root in model.skeleton.layers.items()
+        for path, module in root.named_modules()
+        if hasattr(module, "head_dim") and hasattr(module, "layer_idx")
+    )
+    watch = Watch(
+        choices=choices,
+        names={id(module): name for module, name in modules},
+        base=attention.eager_attention if eager else attention.attention,
+    )
+    AttentionInterface.register(NAME, watch)
+    config._attn_implementation = NAME
+    return watch
+
+
+def _choices(subject: Subject) -> dict[str, dict[str, Choices]]:
+    """Scales for each head, also where one is stored for all; 1.0 where there is none."""
+    if subject.heads is None:
+        return {}
+    counts = {"q": subject.heads[0], "k": subject.heads[1], "v": subject.heads[1]}
+    found: dict[str, dict[str, Choices]] = {}
+    with Files() as files:
+        for module in subject.attention:
+            for which, count in counts.items():
+                tensor = subject.cache_scales.get((module, which))
+                scale = torch.ones(1)
+                if tensor is not None and tensor.spec.dtype in FLOATS:
+                    scale = read_tensor(tensor, files).reshape(-1).float()
+                usable = len(scale) in (1, count) and bool((scale.isfinite() & (scale > 0)).all())
+                if usable:
+                    stored = scale.expand(count) if len(scale) == 1 else scale
+                    found.setdefault(module, {})[which] = Choices(stored=stored)
+    return found
+
+
+def head_results(watch: Watch) -> list[HeadResult]:
+    """One row for each head, in the order of the layers."""
+    rows = []
+    for (module, which), sums in watch.heads.items():
+        errors = sums.errors_3H
+        for head in range(len(sums.amax_H)):
+            rows.append(
+                HeadResult(
+                    module=module,
+                    which=which,
+                    head=head,
+                    scale=float(sums.choices.stored[head]),
+                    amax=float(sums.amax_H[head]),
+                    saturated=float(sums.saturated_H[head]) / max(sums.counted, 1),
+                    underflowed=float(sums.underflowed_H[head] / sums.nonzero_H[head].clamp(min=1)),
+                    error=float(errors[0, head]),
+                    error_unscaled=float(errors[1, head]),
+                    error_shared=float(errors[2, head]),
+                )
+            )
+    return rows
+
+
+def layer_results(watch: Watch) -> list[LayerResult]:
+    """One row for each layer."""
+    return [
+        LayerResult(module=name, error=e[0], error_unscaled=e[1], error_shared=e[2])
+        for name, e in ((name, sums.errors) for name, sums in watch.outputs.items())
+    ]
