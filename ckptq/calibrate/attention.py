@@ -1,9 +1,10 @@
 """The attention function through which every family's q, k and v pass after RoPE.
 
-transformers looks attention up by name in `AttentionInterface`; a model built with the name
-"ckptq" comes here. The function shows q, k and v to the tap of its module, then computes what
-transformers' own SDPA would, to the last bit. Models that SDPA cannot compute (attention sinks,
-soft caps) are built with "ckptq_eager", which goes on to the family's own eager attention.
+transformers looks attention up by name in `AttentionInterface`; a model built with the name "ckptq"
+comes here. The function shows q, k and v to the tap of its module, then computes what transformers'
+own SDPA would, to the last bit; on a GPU our kernel does both at once where it can. Models that
+SDPA cannot compute (attention sinks, soft caps) are built with "ckptq_eager", which goes on to the
+family's own eager attention.
 
 Shape letters: B batch, H query heads, K key/value heads, S positions, D head size.
 """
@@ -11,21 +12,33 @@ Shape letters: B batch, H query heads, K key/value heads, S positions, D head si
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from functools import partial
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
+    from ckptq.kernels.maxima import Maxima
+
 NAME = "ckptq"
 NAME_EAGER = "ckptq_eager"
-
-Tap = Callable[[str, "Tensor", "Tensor", "Tensor"], None]
-"""Gets (module name, q [B, H, S, D], k [B, K, S, D], v [B, K, S, D]) as attention does."""
-
 _TAP = "ckptq_tap"
+
+Result = tuple["Tensor", "Tensor | None"]
+
+
+@dataclass(frozen=True)
+class Tap:
+    """What attention shows its q, k and v of one batch to."""
+
+    lengths: Sequence[int]
+    """How many positions of each row are real; the rest is padding."""
+    see: Callable[[str, Tensor, Tensor, Tensor], None]
+    """Gets (module name, q [B, H, S, D], k [B, K, S, D], v [B, K, S, D])."""
+    maxima: Callable[[str, Tensor, Tensor], Maxima] | None
+    """Gets (module name, q, k), gives buffers for a kernel to fold into; None if those don't do."""
 
 
 def attention(
@@ -35,14 +48,20 @@ def attention(
     value: Tensor,
     attention_mask: Tensor | None,
     **kwargs: Any,
-) -> tuple[Tensor, Tensor | None]:
+) -> Result:
     """transformers' `sdpa_attention_forward`, with the module's tap called first."""
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
+    from ckptq.calibrate.fused import fused_attention
+    from ckptq.kernels.dispatch import on_gpu
+
+    name, tap = getattr(module, _TAP, ("", None))
+    if tap is not None and on_gpu(query):
+        out = fused_attention(module, name, tap, (query, key, value), attention_mask, kwargs)
+        if out is not None:
+            return out, None
     _show(module, query, key, value)
-    result: tuple[Tensor, Tensor | None] = sdpa_attention_forward(
-        module, query, key, value, attention_mask, **kwargs
-    )
+    result: Result = sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
     return result
 
 
@@ -53,20 +72,20 @@ def eager_attention(
     value: Tensor,
     attention_mask: Tensor | None,
     **kwargs: Any,
-) -> tuple[Tensor, Tensor | None]:
+) -> Result:
     """The `eager_attention_forward` of the module's own family, with its tap called first."""
     _show(module, query, key, value)
     family = sys.modules[type(module).__module__]
-    result: tuple[Tensor, Tensor | None] = family.eager_attention_forward(
+    result: Result = family.eager_attention_forward(
         module, query, key, value, attention_mask, **kwargs
     )
     return result
 
 
 def _show(module: nn.Module, query: Tensor, key: Tensor, value: Tensor) -> None:
-    tap = getattr(module, _TAP, None)
+    name, tap = getattr(module, _TAP, ("", None))
     if tap is not None:
-        tap(query, key, value)
+        tap.see(name, query, key, value)
 
 
 def register(eager: bool) -> str:
@@ -90,7 +109,7 @@ def tapped(root: nn.Module, name: str, tap: Tap) -> Iterator[None]:
     """In the block, `tap` sees q, k and v of every attention inside `root`, called `name`."""
     modules = list(root.named_modules(prefix=name))
     for path, module in modules:
-        setattr(module, _TAP, partial(tap, path))
+        setattr(module, _TAP, (path, tap))
     try:
         yield
     finally:

@@ -29,6 +29,8 @@ from ckptq.errors import PlanError, SourceError, UsageError
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
+    from ckptq.kernels.maxima import Maxima
+
 Progress = Callable[[int, int], None]
 """(layers done, layers in all)"""
 
@@ -125,6 +127,7 @@ def _run(
     for index, name in enumerate(layers):
         if index >= done:
             model.run_layer(index, stream, _watch(model, name, statistics))
+            statistics.settle()
             statistics.check_finite(model.loader.label)
             if journal is not None and index + 1 < len(layers):
                 journal.keep(index + 1, stream, statistics)
@@ -140,11 +143,16 @@ def _watch(
     inputs = Inputs(model.loader, wanted.inputs.keys())
 
     def tap_for(batch: Batch) -> Tap:
-        def tap(module: str, q_BHSD: Tensor, k_BHSD: Tensor, v_BHSD: Tensor) -> None:
+        def see(module: str, q_BHSD: Tensor, k_BHSD: Tensor, v_BHSD: Tensor) -> None:
             qkv_BHSD = {"q": q_BHSD, "k": k_BHSD, "v": v_BHSD}
             statistics.add_attention(stored(module), qkv_BHSD, batch.lengths)
 
-        return tap
+        def maxima(module: str, q_BHSD: Tensor, k_BHSD: Tensor) -> Maxima:
+            return statistics.maxima(stored(module), q_BHSD, k_BHSD)
+
+        # maxima say all that this observer wants to know; the others need every value
+        enough = wanted.attention.name == "static_minmax"
+        return Tap(batch.lengths, see, maxima if enough else None)
 
     @contextmanager
     def watch(layer: nn.Module, batch: Batch) -> Iterator[None]:

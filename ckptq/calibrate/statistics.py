@@ -19,6 +19,8 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
+    from ckptq.kernels.maxima import Maxima
+
 
 @dataclass(frozen=True, kw_only=True)
 class Wanted:
@@ -47,6 +49,7 @@ class Statistics:
 
     wanted: Wanted
     points: dict[str, Stats] = field(default_factory=dict)
+    _maxima: dict[str, tuple[Maxima, torch.dtype]] = field(default_factory=dict)
 
     def add_attention(
         self, module: str, qkv_BHSD: Mapping[str, Tensor], lengths: Sequence[int]
@@ -65,6 +68,26 @@ class Statistics:
         stats = self.points.get(f"{linears[0]}.input", {})
         stats = self.wanted.linear.fold(stats, x_TF[None, None], [len(x_TF)])
         self.points |= {f"{linear}.input": stats for linear in linears}
+
+    def maxima(self, module: str, q_BHSD: Tensor, k_BKSD: Tensor) -> Maxima:
+        """Buffers for the largest |q|, |k| and |v| of a module, which a kernel folds into."""
+        from ckptq.kernels.maxima import Maxima
+
+        if module not in self._maxima:
+            H, K = q_BHSD.shape[1], k_BKSD.shape[1]
+            self._maxima[module] = (Maxima.zeros(H, K, q_BHSD.device), q_BHSD.dtype)
+        return self._maxima[module][0]
+
+    def settle(self) -> None:
+        """Move what kernels have left in the buffers into the points."""
+        for module, (maxima, dtype) in self._maxima.items():
+            for which, amax_H in (("q", maxima.q_H), ("k", maxima.k_K), ("v", maxima.v_K)):
+                if self.wanted.strategy == "tensor":
+                    amax_H = amax_H.amax().reshape(1)
+                amax_H, point = amax_H.cpu().to(dtype), f"{module}.{which}"
+                seen = {"amin": -amax_H, "amax": amax_H}
+                self.points[point] = self.wanted.attention.merge(self.points.get(point, {}), seen)
+        self._maxima.clear()
 
     def check_finite(self, where: str) -> None:
         """Raise SourceError when NaN or Inf was seen at a point."""

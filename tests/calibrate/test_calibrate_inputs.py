@@ -71,7 +71,7 @@ def test_input_scales_are_llm_compressors(saved):
 
 
 def test_expert_input_scales_are_llm_compressors(saved):
-    """Equal in the first layer; it adds experts up in another order, so later a step is possible."""
+    """Equal in the first layer; it sums experts in another order, so later a step is possible."""
     ckpt = saved("mixtral")
     want = {on_disk(n): s for n, s in oneshot_inputs(ckpt, ROWS, as_it_is=False).items()}
     got = input_scales(ckpt, want)

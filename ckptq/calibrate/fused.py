@@ -1,0 +1,107 @@
+"""Attention by our kernel, which takes the maxima of q, k and v while it computes.
+
+The kernel wants a mask in words (causal, a window, chunks), transformers hands over a tensor. The
+words are read from the config and believed only when they say what the tensor says; where they do
+not, or where attention has something that the kernel does not know, the caller goes another way.
+
+Shape letters: B batch, H query heads, K key/value heads, S positions, D head size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+    from ckptq.calibrate.attention import Tap
+    from ckptq.kernels.mask import Mask
+
+UNDERSTOOD = ("scaling", "softcap", "sliding_window", "dropout", "is_causal")
+HARMLESS = ("position_ids", "cache_position", "position_embeddings")
+"""Reach attention in some families, which does not read them; so do flags that are off."""
+
+
+def fused_attention(
+    module: nn.Module,
+    name: str,
+    tap: Tap,
+    qkv_BHSD: tuple[Tensor, Tensor, Tensor],
+    attention_mask: Tensor | None,
+    kwargs: Mapping[str, Any],
+) -> Tensor | None:
+    """Attention [B, S, H, D], its maxima folded into the tap's buffers; None if it must be SDPA."""
+    from ckptq.kernels.calibration_attention import attention_with_maxima
+
+    query, key, value = qkv_BHSD
+    if tap.maxima is None or _unknown(kwargs) or query.shape[2] != key.shape[2]:
+        return None
+    mask, spans = mask_in_words(module, kwargs), spans_of(tap, query)
+    if not says_the_same(mask, attention_mask, spans, query.shape[2]):
+        return None
+    scaling = kwargs.get("scaling")
+    return attention_with_maxima(
+        *(query, key, value),
+        scaling=query.shape[-1] ** -0.5 if scaling is None else scaling,
+        sliding_window=mask.sliding_window,
+        chunk=mask.chunk,
+        softcap=kwargs.get("softcap"),
+        spans=spans if _padded(tap) else None,
+        maxima=tap.maxima(name, query, key),
+    )
+
+
+def _unknown(kwargs: Mapping[str, Any]) -> bool:
+    """Whether attention is asked for something beyond what the kernel does (sinks, a bias)."""
+    if kwargs.get("dropout") or kwargs.get("is_causal") is False:
+        return True
+    on = (key for key, value in kwargs.items() if value is not None and value is not False)
+    return any(key not in UNDERSTOOD + HARMLESS for key in on)
+
+
+def mask_in_words(module: Any, kwargs: Mapping[str, Any]) -> Mask:
+    """What the config says about the attention of a module's layer."""
+    from ckptq.kernels.mask import Mask
+
+    config = getattr(module, "config", None)
+    kinds, index = getattr(config, "layer_types", None), getattr(module, "layer_idx", None)
+    kind = kinds[index] if kinds is not None and index is not None else None
+    window, chunk = kwargs.get("sliding_window"), None
+    if kind == "sliding_attention" and window is None:
+        window = getattr(config, "sliding_window", None)
+    if kind == "chunked_attention":
+        chunk = getattr(config, "attention_chunk_size", None)
+    return Mask(sliding_window=window, chunk=chunk)
+
+
+def spans_of(tap: Tap, query: Tensor) -> tuple[Tensor, Tensor]:
+    """First real position and number of real positions of each row, int32 [B]: padding is right."""
+    import torch
+
+    length_B = torch.tensor(list(tap.lengths), dtype=torch.int32, device=query.device)
+    return torch.zeros_like(length_B), length_B
+
+
+def says_the_same(
+    mask: Mask, attention_mask: Tensor | None, spans: tuple[Tensor, Tensor], S: int
+) -> bool:
+    """Whether words and tensor let every real position see the same."""
+    import torch
+
+    from ckptq.kernels.mask import Mask
+    from ckptq.kernels.reference.attention import seen
+
+    _, length_B = spans
+    if attention_mask is None:
+        seen_B1SS, want_B1SS = seen(mask, S, S, spans), seen(Mask(), S, S, spans)
+        return bool((length_B == S).all()) and torch.equal(seen_B1SS, want_B1SS)
+    if attention_mask.dtype != torch.bool or attention_mask.shape[-2:] != (S, S):
+        return False
+    padding_BS = torch.arange(S, device=length_B.device) >= length_B[:, None]
+    same_BHSS = seen(mask, S, S, spans) == attention_mask
+    return bool((same_BHSS | padding_BS[:, None, :, None]).all())
+
+
+def _padded(tap: Tap) -> bool:
+    return len(set(tap.lengths)) > 1
