@@ -161,6 +161,7 @@ def open_model(
     device: str = "cpu",
     weights: WeightSource | None = None,
     eager: bool = False,
+    trust_remote_code: bool = False,
 ) -> LayerwiseModel:
     """Open a checkpoint for running; reads config.json and the headers only.
 
@@ -171,7 +172,7 @@ def open_model(
 
     source = CheckpointWeights(ckpt) if weights is None else weights
     where = torch.device(device)
-    skeleton = build_skeleton(ckpt, where, eager)
+    skeleton = build_skeleton(ckpt, where, eager, trust_remote_code)
     return LayerwiseModel(skeleton, Loader(skeleton, source, where), where)
 
 

@@ -49,6 +49,7 @@ def calibrate(
     batch_size: int = 8,
     device: str = "cpu",
     eager: bool = False,
+    trust_remote_code: bool = False,
     progress: Progress = lambda done, total: None,
     journal: Path | None = None,
 ) -> Scales:
@@ -82,7 +83,8 @@ def calibrate(
         kept = Journal(journal, _identity(ckpt, samples, wanted, batch_size, device, eager))
         if (finished := kept.finished()) is not None:
             return finished
-    model, statistics = open_model(ckpt, device, eager=eager), Statistics(wanted)
+    model = open_model(ckpt, device, eager=eager, trust_remote_code=trust_remote_code)
+    statistics = Statistics(wanted)
     _check_vocabulary(model, samples)
     classes = _run(model, samples, batch_size, statistics, progress, kept)
     _check_complete(ckpt, model, statistics)

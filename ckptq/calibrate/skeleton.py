@@ -32,7 +32,9 @@ class Skeleton:
     dtype: torch.dtype
 
 
-def build_skeleton(ckpt: Checkpoint, device: torch.device, eager: bool = False) -> Skeleton:
+def build_skeleton(
+    ckpt: Checkpoint, device: torch.device, eager: bool = False, trust_remote_code: bool = False
+) -> Skeleton:
     """The model that config.json describes, in eval mode, with an attention function of ckptq.
 
     `eager` asks for the family's eager attention; a family that SDPA cannot compute gets it anyway.
@@ -40,10 +42,10 @@ def build_skeleton(ckpt: Checkpoint, device: torch.device, eager: bool = False) 
     Raises SourceError for an architecture that the installed transformers does not have, PlanError
     for one without decoder layers or attention heads.
     """
-    config = _config(ckpt)
+    config = _config(ckpt, trust_remote_code)
     _check_has_heads(ckpt, config)
     dtype = _dtype(ckpt, config)
-    model_class = _model_class(ckpt, config)
+    model_class = _model_class(ckpt, config, trust_remote_code)
     config._attn_implementation = attention.register(eager or not model_class._supports_sdpa)
     model = _on_meta(model_class, config, dtype)
     _make_buffers(model, device)
@@ -60,12 +62,12 @@ def _check_has_heads(ckpt: Checkpoint, config: PreTrainedConfig) -> None:
         )
 
 
-def _config(ckpt: Checkpoint) -> PreTrainedConfig:
+def _config(ckpt: Checkpoint, trust_remote_code: bool) -> PreTrainedConfig:
     from transformers import AutoConfig
 
     try:
         config: PreTrainedConfig = AutoConfig.from_pretrained(
-            ckpt.path, local_files_only=True, trust_remote_code=False
+            ckpt.path, local_files_only=True, trust_remote_code=trust_remote_code
         )
     except (ValueError, KeyError, TypeError, OSError) as error:
         reason = str(error).strip().splitlines()
@@ -92,9 +94,18 @@ def _dtype(ckpt: Checkpoint, config: PreTrainedConfig) -> torch.dtype:
     return dtype
 
 
-def _model_class(ckpt: Checkpoint, config: PreTrainedConfig) -> type[PreTrainedModel]:
+def _model_class(
+    ckpt: Checkpoint, config: PreTrainedConfig, trust_remote_code: bool
+) -> type[PreTrainedModel]:
+    """The class in transformers, or the checkpoint's own from its folder where that is trusted."""
     import transformers
+    from transformers.dynamic_module_utils import get_class_from_dynamic_module
 
+    model_class: type[PreTrainedModel]
+    own = ckpt.config.get("auto_map", {}).get("AutoModelForCausalLM")
+    if own is not None and trust_remote_code:
+        model_class = get_class_from_dynamic_module(own, ckpt.path, local_files_only=True)
+        return model_class
     wanted = config.architectures or []
     found = [getattr(transformers, name) for name in wanted if hasattr(transformers, name)]
     if not found:
@@ -102,7 +113,7 @@ def _model_class(ckpt: Checkpoint, config: PreTrainedConfig) -> type[PreTrainedM
             f"{ckpt.path / 'config.json'}: architectures {wanted} are not in transformers "
             f"{transformers.__version__}"
         )
-    model_class: type[PreTrainedModel] = found[0]
+    model_class = found[0]
     return model_class
 
 

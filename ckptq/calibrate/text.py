@@ -87,6 +87,7 @@ def read_samples(
     seq_len: int = 2048,
     seed: int = 0,
     split: str = "train",
+    trust_remote_code: bool = False,
 ) -> Samples:
     """Samples from a file, a data set's id, or (None) the corpus that every Python carries.
 
@@ -97,7 +98,7 @@ def read_samples(
         raise UsageError(f"samples and seq_len must be at least 1, got {samples} and {seq_len}")
     label = "built-in corpus (Python's pydoc topics)" if source is None else str(source)
     draw = Draw(samples, seq_len, seed, label)
-    tokenizer = Tokenizer(checkpoint, label)
+    tokenizer = Tokenizer(checkpoint, label, trust_remote_code)
     if source is None:
         return draw.from_text(builtin_corpus(), tokenizer)
     path = Path(source)

@@ -20,9 +20,10 @@ ROLES = {"human": "user", "gpt": "assistant", "system": "system", "tool": "tool"
 class Tokenizer:
     """The checkpoint's own tokenizer, loaded when the first text needs it: token ids need none."""
 
-    def __init__(self, checkpoint: Path, label: str) -> None:
+    def __init__(self, checkpoint: Path, label: str, trust_remote_code: bool) -> None:
         self._checkpoint = checkpoint
         self._label = label
+        self._trust_remote_code = trust_remote_code
         self._loaded: PreTrainedTokenizerBase | None = None
 
     def row(self, row: Row, number: int) -> list[int]:
@@ -81,7 +82,9 @@ class Tokenizer:
 
             try:
                 self._loaded = AutoTokenizer.from_pretrained(
-                    self._checkpoint, local_files_only=True, trust_remote_code=False
+                    self._checkpoint,
+                    local_files_only=True,
+                    trust_remote_code=self._trust_remote_code,
                 )
             except (OSError, ValueError, KeyError) as error:
                 reason = str(error).strip().splitlines()

@@ -1,5 +1,8 @@
 """The layer-by-layer forward is transformers' forward, to the last bit."""
 
+import json
+import shutil
+import sys
 from contextlib import nullcontext
 from dataclasses import replace
 
@@ -12,6 +15,7 @@ from ckptq.calibrate.forward import open_model
 from ckptq.calibrate.skeleton import build_skeleton
 from ckptq.calibrate.text import Batch
 from ckptq.calibrate.weights import CheckpointWeights
+from ckptq.checkpoint.open import open_checkpoint
 from ckptq.errors import PlanError, SourceError
 
 LENGTHS = [24, 17, 9, 24, 24, 24]
@@ -128,8 +132,6 @@ def test_model_that_works_between_layers_is_refused(saved, batches):
 
 
 def test_model_without_attention_heads_is_refused(tmp_path):
-    from ckptq.checkpoint.open import open_checkpoint
-
     config = transformers.MambaConfig(hidden_size=32, num_hidden_layers=1, vocab_size=VOCAB)
     transformers.MambaForCausalLM(config).save_pretrained(tmp_path)
     with pytest.raises(PlanError, match="MambaForCausalLM has no attention heads"):
@@ -141,13 +143,43 @@ def test_unknown_architecture_is_named(saved):
     config = {**ckpt.config, "architectures": ["NoSuchForCausalLM"]}
     (ckpt.path / "config.json").rename(ckpt.path / "config.kept")
     try:
-        import json
-
         (ckpt.path / "config.json").write_text(json.dumps(config))
         with pytest.raises(SourceError, match="NoSuchForCausalLM"):
             build_skeleton(replace(ckpt, config=config), torch.device("cpu"))
     finally:
         (ckpt.path / "config.kept").replace(ckpt.path / "config.json")
+
+
+REMOTE = """
+from transformers import LlamaConfig, LlamaForCausalLM
+
+class OwnConfig(LlamaConfig):
+    model_type = "own_llama"
+
+class OwnForCausalLM(LlamaForCausalLM):
+    config_class = OwnConfig
+"""
+
+
+def test_code_in_the_checkpoint_runs_only_when_trusted(saved, batches, tmp_path, monkeypatch):
+    source = saved("llama")
+    own = {"AutoConfig": "own.OwnConfig", "AutoModelForCausalLM": "own.OwnForCausalLM"}
+    changes = {"model_type": "own_llama", "architectures": ["OwnForCausalLM"], "auto_map": own}
+    path = shutil.copytree(source.path, tmp_path / "own")
+    (path / "config.json").write_text(json.dumps({**source.config, **changes}))
+    (path / "own.py").write_text(REMOTE)
+    cache = str(tmp_path / "cache")
+    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", cache)
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    ckpt = open_checkpoint(path)
+    with pytest.raises(SourceError, match="custom code"):
+        open_model(ckpt)
+    model, plain_model = open_model(ckpt, trust_remote_code=True), open_model(source)
+    assert type(model.skeleton.model).__name__ == "OwnForCausalLM"
+    stream, want = model.embed(batches), plain_model.embed(batches)
+    model.run_layer(0, stream)
+    plain_model.run_layer(0, want)
+    assert torch.equal(stream.hidden_BSE[0], want.hidden_BSE[0])
 
 
 def test_already_quantized_source_is_refused(saved):
