@@ -20,7 +20,7 @@ ROLES = {"human": "user", "gpt": "assistant", "system": "system", "tool": "tool"
 class Tokenizer:
     """The checkpoint's own tokenizer, loaded when the first text needs it: token ids need none."""
 
-    def __init__(self, checkpoint: Path, label: str, trust_remote_code: bool) -> None:
+    def __init__(self, checkpoint: Path, label: str, trust_remote_code: bool = False) -> None:
         self._checkpoint = checkpoint
         self._label = label
         self._trust_remote_code = trust_remote_code
