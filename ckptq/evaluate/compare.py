@@ -14,12 +14,12 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING
 
-from ckptq.calibrate.attention import tapped
+from ckptq.calibrate.attention import Tap, tapped
 from ckptq.calibrate.forward import LayerwiseModel, Stream
 from ckptq.calibrate.text import Batch
 from ckptq.errors import SourceError
 from ckptq.evaluate.inputs import InputMaxima, InputScheme, rules_of
-from ckptq.evaluate.kv_cache import PLAIN, Maxima, cache_tap
+from ckptq.evaluate.kv_cache import PLAIN, Maxima, See, through_cache
 from ckptq.evaluate.products import Change, experts_one_by_one, inputs_changed
 from ckptq.evaluate.scores import Measures, Position, Scores
 from ckptq.evaluate.spoil import spoiled, spoiled_layer
@@ -96,10 +96,10 @@ class Comparison:
                     stack.enter_context(spoiled(layer))
                 if variant is self.source and measured:
                     see = self._measuring(run, loader.stored_module)
-                    stack.enter_context(tapped(layer, name, see))
+                    stack.enter_context(tapped(layer, name, Tap(run.lengths, see, None)))
                 elif variant.cache.mode != PLAIN:
-                    tap = cache_tap(variant.cache, self.maxima, loader.stored_module)
-                    stack.enter_context(tapped(layer, name, tap))
+                    see = through_cache(variant.cache, self.maxima, loader.stored_module)
+                    stack.enter_context(tapped(layer, name, Tap(run.lengths, see, None)))
                 inputs = self._static if variant is self.source else variant.inputs
                 rules = rules_of(layer, name, stored_names, self.consumed, inputs)
                 stack.enter_context(inputs_changed(dict(self._changes(run, rules))))
@@ -123,9 +123,7 @@ class Comparison:
         every = (v.inputs.items() for track in self.tracks for v in track.variants)
         return {name: rule for inputs in every for name, rule in inputs if rule.static}
 
-    def _measuring(
-        self, run: Run, on_disk: Callable[[str], str]
-    ) -> Callable[[str, Tensor, Tensor, Tensor], None]:
+    def _measuring(self, run: Run, on_disk: Callable[[str], str]) -> See:
         real_BS = run.mask_BS.bool()
 
         def see(module: str, q_BHSD: Tensor, k_BHSD: Tensor, v_BHSD: Tensor) -> None:

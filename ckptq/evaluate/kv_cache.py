@@ -12,7 +12,6 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from ckptq.calibrate.attention import Tap
 from ckptq.calibrate.observers import scale_of
 from ckptq.checkpoint.open import Checkpoint
 from ckptq.checkpoint.read import read_tensor
@@ -30,6 +29,9 @@ DYNAMIC = tuple(name.replace("_", "-") for name in FORMATS)
 UNROTATED, ROTATED = "-unrotated", "-rotated"
 MODES = (PLAIN, *STATIC, *DYNAMIC)
 """Values of `--kv-cache`. Those per token and head take "-unrotated" or "-rotated" behind them."""
+
+See = Callable[[str, "Tensor", "Tensor", "Tensor"], None]
+"""Gets (module name, q [B, H, S, D], k [B, K, S, D], v [B, K, S, D]) on their way into attention."""
 
 AttentionScales = Mapping[str, "Tensor"]
 """Scales of "q", "k" and "v" of one attention, [1] or one a head, as a checkpoint stores them."""
@@ -133,10 +135,10 @@ def _stored(ckpt: Checkpoint) -> dict[str, dict[str, Tensor]]:
     return found
 
 
-def cache_tap(cache: KVCache, maxima: Maxima, on_disk: Callable[[str], str]) -> Tap:
+def through_cache(cache: KVCache, maxima: Maxima, on_disk: Callable[[str], str]) -> See:
     """Writes into q, k and v what attention would read back from such a cache."""
 
-    def tap(module: str, q_BHSD: Tensor, k_BHSD: Tensor, v_BHSD: Tensor) -> None:
+    def see(module: str, q_BHSD: Tensor, k_BHSD: Tensor, v_BHSD: Tensor) -> None:
         name = on_disk(module)
         if cache.mode in STATIC:
             found = maxima.scales(name) if cache.measures else (cache.scales or {}).get(name, {})
@@ -147,7 +149,7 @@ def cache_tap(cache: KVCache, maxima: Maxima, on_disk: Callable[[str], str]) -> 
             for x_BHSD in (k_BHSD, v_BHSD):
                 x_BHSD.copy_(_dynamic(x_BHSD, cache))
 
-    return tap
+    return see
 
 
 def effective(mode: str, scales: AttentionScales, heads: int, kv_heads: int) -> dict[str, Tensor]:

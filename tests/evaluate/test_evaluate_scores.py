@@ -2,11 +2,11 @@ import math
 
 import pytest
 import torch
-
-from ckptq.evaluate.result import Evaluation, Row, Thresholds
-from ckptq.evaluate.compare import Outcome
-from ckptq.evaluate.scores import Position, Scores, divergence, log_softmax
 from evaluate_models import kl_by_torch
+
+from ckptq.evaluate.compare import Outcome
+from ckptq.evaluate.result import Evaluation, Row, Thresholds
+from ckptq.evaluate.scores import Position, Scores, divergence, log_softmax
 
 
 def logits(seed: int, n: int = 9, v: int = 50) -> torch.Tensor:

@@ -1,0 +1,154 @@
+from dataclasses import replace
+
+import pytest
+import torch
+from evaluate_models import HEAD_DIM, HEADS, KV_HEADS, kl_by_torch, plain_logits, plain_model
+from test_evaluate_compare import ROWS, TEXT, with_weights
+
+from ckptq.errors import UsageError
+from ckptq.evaluate.kv_cache import (
+    MODES,
+    KVCache,
+    Maxima,
+    declared_cache,
+    effective,
+    parse_cache,
+    through_cache,
+)
+from ckptq.evaluate.run import evaluate
+from ckptq.recipes.load import load_scheme
+
+
+def qkv(outliers: bool = False):
+    generator = torch.Generator().manual_seed(9)
+    shapes = ((2, HEADS, 16, HEAD_DIM), *((2, KV_HEADS, 16, HEAD_DIM),) * 2)
+    made = [torch.randn(shape, generator=generator) for shape in shapes]
+    for x in made if outliers else ():
+        x[..., 5] *= 40
+    return [x.bfloat16() for x in made]
+
+
+def through(name: str, outliers: bool = False, **changes) -> list[float]:
+    """Relative error of q, k and v after a cache of this kind."""
+    before, after = qkv(outliers), qkv(outliers)
+    maxima = Maxima()
+    maxima.see("attn", dict(zip("qkv", before, strict=True)), torch.ones(2, 16, dtype=torch.bool))
+    through_cache(KVCache(**{**_fields(name), **changes}), maxima, lambda path: path)(
+        "attn", *after
+    )
+    return [
+        ((a.float() - b.float()).norm() / b.float().norm()).item()
+        for a, b in zip(after, before, strict=True)
+    ]
+
+
+def _fields(name):
+    cache = parse_cache(name, None)
+    return {"mode": cache.mode, "rotation": cache.rotation, "scales": cache.scales}
+
+
+def test_fewer_bits_are_worse():
+    """The order of vLLM's own table: 16 bits >= 8 bits >= INT4 >= INT2."""
+    v = {mode: through(mode)[2] for mode in MODES if mode != "bf16"}
+    eight = max(v[m] for m in MODES if m.startswith(("fp8", "int8")))
+    assert v["int8-per-token-head"] < v["fp8-per-token-head"] < 0.05
+    assert eight < v["int4-per-token-head"] < v["int2-per-token-head"] < 0.5
+
+
+def test_static_caches_round_q_and_the_others_leave_it_alone():
+    assert all(error > 0.01 for error in through("fp8-per-head"))
+    assert through("int8-per-token-head")[0] == 0.0
+
+
+@pytest.mark.parametrize("mode", ["int4-per-token-head", "int2-per-token-head"])
+def test_rotation_spreads_an_outlier_channel(mode):
+    gain = through(f"{mode}-unrotated", outliers=True)[1] / through(mode, outliers=True)[1]
+    assert gain > 1.3
+    assert through(f"{mode}-unrotated")[1] / through(mode)[1] < 1.3
+
+
+def test_scales_are_used_as_vllm_uses_them():
+    stored = {"q": torch.tensor([1.0, 4.0, 2.0, 3.0]).view(4, 1, 1), "k": torch.tensor([5.0, 6.0])}
+    per_head = effective("fp8-per-head", stored, 4, 2)
+    assert per_head["q"].tolist() == [4.0, 4.0, 3.0, 3.0]
+    assert (per_head["k"].tolist(), per_head["v"].tolist()) == ([5.0, 6.0], [1.0, 1.0])
+    per_tensor = effective("fp8-per-tensor", stored, 4, 2)
+    assert (per_tensor["q"].tolist(), per_tensor["k"].tolist()) == ([4.0] * 4, [6.0] * 2)
+    assert effective("fp8-scale-1", stored, 4, 2)["k"].tolist() == [1.0, 1.0]
+
+
+def cached(model, change):
+    """transformers' attention with k and v changed on their way in, by its own interface."""
+    from transformers import AttentionInterface, AttentionMaskInterface
+    from transformers.integrations.sdpa_attention import sdpa_attention_forward
+    from transformers.masking_utils import sdpa_mask
+
+    def attend(module, query, key, value, *args, **kwargs):
+        return sdpa_attention_forward(
+            module, *change(module.layer_idx, query, key, value), *args, **kwargs
+        )
+
+    AttentionInterface.register("cached", attend)
+    AttentionMaskInterface.register("cached", sdpa_mask)
+    model.set_attn_implementation("cached")
+    return model
+
+
+def fp8(x_BHSD, scale_H):
+    scale_H11 = scale_H.float().flatten().view(-1, 1, 1)
+    code = (x_BHSD.float() / scale_H11).clamp(-448, 448).to(torch.float8_e4m3fn)
+    return (code.float() * scale_H11).to(x_BHSD.dtype)
+
+
+@pytest.mark.parametrize("family", ["llama", "llama4"])
+def test_a_checkpoint_s_scales_per_head_are_used_in_every_layer(saved, family):
+    source, ckpt = saved(family), saved(family, "kv-fp8-per-head")
+    row = evaluate(ckpt, TEXT, source=source).rows[0]
+    assert (row.kv_cache, row.scales) == ("fp8-per-head", "checkpoint")
+    scales = declared_cache(ckpt).scales
+    prefix = next(iter(scales)).split("layers.")[0]
+
+    def change(index, q, k, v):
+        held = scales[f"{prefix}layers.{index}.self_attn"]
+        q_scale = held["q"].flatten().view(KV_HEADS, -1).amax(1).repeat_interleave(2)
+        return fp8(q, q_scale), fp8(k, held["k"]), fp8(v, held["v"])
+
+    reference, output = plain_model(source.path), cached(with_weights(source, ckpt), change)
+    kl = [kl_by_torch(plain_logits(reference, r)[:-1], plain_logits(output, r)[:-1]) for r in ROWS]
+    assert row.measures.kl == pytest.approx(torch.cat(kl).mean().item(), rel=1e-12)
+
+
+def test_per_head_beats_per_tensor_beats_nothing(saved):
+    """V's heads differ by 2^16, which no single FP8 scale holds."""
+    names = ["fp8-per-head", "fp8-per-tensor", "fp8-scale-1", "bf16"]
+    found = evaluate(saved("llama"), TEXT, caches=names)
+    kl = {row.kv_cache: row.measures.kl for row in found.rows}
+    assert kl["bf16"] == 0.0
+    assert 0 < 5 * kl["fp8-per-head"] < kl["fp8-per-tensor"]
+    assert 5 * kl["fp8-per-head"] < kl["fp8-scale-1"]
+    assert found.rows[0].scales == "this text"
+
+
+def test_scales_of_this_text_are_those_of_calibrating_on_it(saved):
+    source = saved("llama")
+    tried = evaluate(source, TEXT, schemes=[load_scheme("kv-fp8-per-head")]).rows[0]
+    by_name = evaluate(source, TEXT, caches=["fp8-per-head"]).rows[0]
+    assert tried.outcome == by_name.outcome
+
+
+def test_a_checkpoint_that_lacks_its_scales_runs_with_1(saved):
+    ckpt = saved("llama", "kv-fp8-per-head")
+    lost = {n: t for n, t in ckpt.tensors.items() if not n.endswith("_scale")}
+    assert declared_cache(ckpt).mode == "fp8-per-head"
+    assert declared_cache(replace(ckpt, tensors=lost)).mode == "fp8-scale-1"
+    assert declared_cache(saved("llama", "w4a16")).mode == "bf16"
+
+
+def test_scales_of_the_other_strategy_are_not_made_up(saved):
+    per_head, per_tensor = saved("llama", "kv-fp8-per-head"), saved("llama", "kv-fp8-per-tensor")
+    assert parse_cache("fp8-per-tensor", per_head).origin == "checkpoint's largest head"
+    assert parse_cache("fp8-per-head", per_tensor).origin == "this text"
+    assert parse_cache("fp8-per-tensor", per_tensor).origin == "checkpoint"
+    for wrong in ("fp8", "int4_per_token_head", "fp8-per-head-unrotated"):
+        with pytest.raises(UsageError, match="--kv-cache"):
+            parse_cache(wrong, None)
