@@ -2,6 +2,7 @@
 
 Every width is a multiple of 128 (INT4 groups, FP8 blocks). Weights have a deviation of 0.03, so
 that logits of different engines can be compared: a wilder random net turns rounding into noise.
+Only q and k are larger, because attention that looks everywhere alike would hide their mistakes.
 """
 
 from __future__ import annotations
@@ -15,7 +16,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 EXPERTS, VOCAB = 4, 512
-WEIGHT_DEVIATION = 0.03
+QK = ("q_proj.weight", "k_proj.weight")
+DEVIATION, QK_DEVIATION = 0.03, 0.1
 
 TEXT: dict[str, Any] = {
     "hidden_size": 256,
@@ -130,15 +132,15 @@ def save_source(family: str, folder: Path) -> Path:
     torch.manual_seed(0)
     model = build()
     with torch.no_grad():
-        for parameter in model.parameters():
-            _fill(parameter)
+        for name, parameter in model.named_parameters():
+            _fill(parameter, QK_DEVIATION if name.endswith(QK) else DEVIATION)
     model.to(getattr(torch, dtype)).save_pretrained(folder)
     return folder
 
 
-def _fill(parameter: torch.Tensor) -> None:
+def _fill(parameter: torch.Tensor, deviation: float) -> None:
     """Normal weights; vectors (norms) around what they were, so that no two are alike."""
     import torch
 
-    noise = torch.randn_like(parameter) * WEIGHT_DEVIATION
+    noise = torch.randn_like(parameter) * deviation
     parameter.copy_(noise if parameter.dim() > 1 else parameter + noise)

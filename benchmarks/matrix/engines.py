@@ -1,0 +1,115 @@
+"""What vLLM and transformers answer for a checkpoint, asked once and kept in a file."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import mean
+from typing import Any
+
+HERE = Path(__file__).resolve().parent
+
+Answer = dict[str, Any]
+"""A result of `vllm_worker.py`."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Questions:
+    """Token ids, and how many tokens are wanted after each."""
+
+    prompts: Sequence[Sequence[int]]
+    max_tokens: int
+
+
+class Engines:
+    """Answers to one set of questions, by engine: "vllm", "stand-ins" or "transformers"."""
+
+    def __init__(self, file: Path, questions: Questions, vllm: str | None, stand_ins: Path | None):
+        """`file` keeps the answers; `vllm` is an interpreter that has vLLM, None leaves it out."""
+        self.file, self.questions = file, questions
+        self.commands = {"transformers": [sys.executable, str(HERE / "transformers_worker.py")]}
+        if vllm:
+            self.commands["vllm"] = [vllm, str(HERE / "vllm_worker.py")]
+            if stand_ins:
+                option = ["--stand-ins", str(stand_ins.resolve())]
+                self.commands["stand-ins"] = [*self.commands["vllm"], *option]
+        self.found: dict[tuple[str, str], Answer] = {}
+        if file.exists():
+            for line in file.read_text().splitlines():
+                answer = json.loads(line)
+                self.found[answer["engine"], answer["checkpoint"]] = answer
+
+    def ask_all(self, folders: Iterable[Path]) -> None:
+        """Ask every engine; stand-ins only where vLLM has no kernel."""
+        folders = list(folders)
+        self._ask("transformers", folders)
+        self._ask("vllm", folders)
+        self._ask("stand-ins", [f for f in folders if "error" in (self.of("vllm", f) or {})])
+
+    def of(self, engine: str, folder: Path) -> Answer | None:
+        return self.found.get((engine, str(folder)))
+
+    def in_vllm(self, folder: Path) -> tuple[Answer | None, str]:
+        """vLLM's answer, and whose kernels it ran, or its error."""
+        own, other = self.of("vllm", folder), self.of("stand-ins", folder)
+        for answer, kernels in ((own, "own kernels"), (other, "stand-ins")):
+            if answer is not None and "error" not in answer:
+                return answer, kernels
+        return None, said(other or own)
+
+    def _ask(self, engine: str, folders: list[Path]) -> None:
+        """One process for all folders that this engine has not answered for."""
+        todo = [f for f in folders if self.of(engine, f) is None]
+        if not todo or engine not in self.commands:
+            return
+        prompts, count = self.questions.prompts, self.questions.max_tokens
+        jobs = [{"checkpoint": str(f), "prompts": prompts, "max_tokens": count} for f in todo]
+        process = subprocess.Popen(
+            self.commands[engine], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        )
+        assert process.stdin is not None
+        assert process.stdout is not None
+        process.stdin.write("".join(json.dumps(job) + "\n" for job in jobs))
+        process.stdin.close()
+        for line in process.stdout:
+            if line.startswith("RESULT "):
+                self._keep(engine, json.loads(line.removeprefix("RESULT ")))
+        if process.wait() != 0:
+            raise SystemExit(f"{engine}: its process ended with {process.returncode}")
+
+    def _keep(self, engine: str, answer: Answer) -> None:
+        answer = {"engine": engine, **answer}
+        self.found[engine, answer["checkpoint"]] = answer
+        with self.file.open("a") as file:
+            file.write(json.dumps(answer) + "\n")
+        name = Path(answer["checkpoint"]).name
+        print(f"{engine}: {name}: {said(answer)}", file=sys.stderr, flush=True)
+
+
+def said(answer: Answer | None) -> str:
+    """ "yes", or the error as a table can hold it."""
+    if answer is None:
+        return "not asked"
+    return answer.get("error", "yes").replace("\n", " ").replace("|", "/")[:90]
+
+
+def distance(one: Answer | None, other: Answer | None) -> float | None:
+    """Mean |delta log probability| of the first tokens that both have among their likeliest."""
+    if not one or not other or "error" in one or "error" in other:
+        return None
+    deltas = []
+    for left, right in zip(one["top"], other["top"], strict=True):
+        here, there = dict(map(tuple, left)), dict(map(tuple, right))
+        deltas += [abs(here[token] - there[token]) for token in here.keys() & there.keys()]
+    return mean(deltas) if deltas else None
+
+
+def exact_match(answer: Answer | None, wanted: Sequence[Sequence[int]]) -> float | None:
+    """Share of prompts whose greedy answer is the wanted one, token by token."""
+    if not answer or "error" in answer:
+        return None
+    return mean(list(w) == list(g) for w, g in zip(wanted, answer["greedy"], strict=True))
