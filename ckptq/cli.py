@@ -188,16 +188,39 @@ def verify(
     fast: Annotated[
         bool, typer.Option("--fast", help="Compare samples of rows instead of all.")
     ] = False,
+    engine: Annotated[
+        str | None,
+        typer.Option(help="Play this engine's loader too: vllm, vllm-0.15, sglang, transformers."),
+    ] = None,
+    attention: Annotated[
+        bool,
+        typer.Option("--attention", help="Run text and see what FP8 makes of q, k and v."),
+    ] = False,
+    data: Data = None,
+    html: Annotated[
+        Path | None, typer.Option(help="Write the report as one page that needs no network.")
+    ] = None,
     json: Json = False,
 ) -> None:
     """Prove that a checkpoint is right, or name what is wrong and how to mend it (exit code 1)."""
     from ckptq.checkpoint.open import open_checkpoint
     from ckptq.show import show_report
+    from ckptq.verify.html import html_report
     from ckptq.verify.run import verify as check
 
     with console.progress() as begin:
         report = begin("verify", open_checkpoint(path, problems=[]).nbytes)
-        found = check(path, source, fast=fast, progress=report)
+        found = check(
+            path,
+            source,
+            fast=fast,
+            engine=engine,
+            attention=attention,
+            text=data,
+            progress=report,
+        )
+    if html is not None:
+        html.write_text(html_report(found))
     show_report(found, json)
     if not found.ok:
         raise typer.Exit(1)

@@ -169,6 +169,18 @@ def show_report(found: Report, json: bool) -> None:
             ("scheme", "Linears", "lowest dB", "median dB"),
             [(name, len(dbs), min(dbs), median(dbs)) for name, dbs in schemes.items()],
         )
+    if found.arrivals:
+        console.show_table(
+            f"what {found.engine} makes of it",
+            ("tensor", "loader", "dB", "right"),
+            [(a.tensor, a.done, a.snr_db or "", a.ok) for a in found.arrivals],
+        )
+    if found.layers:
+        console.show_table(
+            "error of the attention output in FP8, against the source's dtype",
+            ("layer", "these scales", "scale 1.0", "one per layer"),
+            [(x.module, x.error, x.error_unscaled, x.error_shared) for x in found.layers],
+        )
     checks = ", ".join(f"{count} {name}" for name, count in found.checks.items())
     verdict = "right" if found.ok else f"{len(found.findings)} fault(s)"
     rate = size(found.nbytes / max(found.seconds, 1e-9))

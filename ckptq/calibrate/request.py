@@ -85,7 +85,12 @@ def calibrate_plan(
         raise UsageError(f"recipe {plan.recipe.name!r} uses no calibrated scales")
     device = wanted.device or ("cuda" if torch.cuda.is_available() else "cpu")
     samples = read_samples(
-        wanted.data, ckpt.path, samples=wanted.samples, seq_len=wanted.seq_len, seed=wanted.seed
+        wanted.data,
+        ckpt.path,
+        samples=wanted.samples,
+        seq_len=wanted.seq_len,
+        seed=wanted.seed,
+        trust_remote_code=wanted.trust_remote_code,
     )
     report = begin("calibrate", plan.layout.num_layers, "layers")
     return calibrate(
@@ -96,6 +101,7 @@ def calibrate_plan(
         inputs=plan.inputs,
         batch_size=wanted.batch_size,
         device=device,
+        trust_remote_code=wanted.trust_remote_code,
         progress=lambda done, total: report(f"layer {done}", 1),
         journal=folder,
     )

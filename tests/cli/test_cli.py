@@ -29,7 +29,7 @@ SURFACE = {
         "--output", "--scheme", "--recipe", "--revision", "--data", "--samples", "--seq-len",
         "--batch-size", "--seed", "--device", "--trust-remote-code", "--json",
     },
-    "verify": {"--source", "--fast", "--json"},
+    "verify": {"--source", "--fast", "--engine", "--attention", "--data", "--html", "--json"},
     "evaluate": {
         "--source", "--schemes", "--kv-cache", "--revision", "--data", "--task", "--questions",
         "--samples", "--seq-len", "--batch-size", "--seed", "--device", "--max-kl",
