@@ -23,11 +23,12 @@ from torch import Tensor, nn
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-from attention_fp8 import head_sizes
+from attention_fp8 import attention_hook, head_sizes
+from training import answer_loss
 
-K_LOG2_TARGETS = ((12, -8), (-10, 8), (11, -9), (-9, 9))
-V_LOG2_TARGETS = ((12, -1), (-11, 2), (13, 0), (-10, 3))
-"""log2 of the largest magnitude that layer i's (even, odd) KV heads get; row i % 4 is used.
+K_LOG2_TARGETS = ((-8, 12), (-10, 8), (-9, 11), (-9, 9))
+V_LOG2_TARGETS = ((-1, 12), (-11, 2), (0, 13), (-10, 3))
+"""log2 of the largest magnitude in layer i (row i % 4): the most needed head's, the others'.
 
 E4M3 spans 2^8.8 down to 2^-9, so with a scale of 1.0 the large heads saturate and the small ones
 vanish. K's spread of 2^18 and more is too much for one scale per tensor as well. V's stays at
@@ -141,23 +142,46 @@ def scale_rows(projection: nn.Linear, factor_H: Tensor, head_dim: int) -> None:
         projection.bias.mul_(factor_R)
 
 
-def power_of_two_towards(size_K: Tensor, log2_targets: tuple[int, int]) -> Tensor:
-    """Factors that bring each head's size within sqrt(2) of its target, even and odd heads apart.
+@torch.no_grad()
+def most_needed_head(model: PreTrainedModel, layer: int, num_kv_heads: int, ids_BT: Tensor) -> int:
+    """The KV head without whose keys, all of them zero, the answers get least likely."""
 
-    Example: sizes (3.0, 5.0) and targets (12, -8) give (2^10, 2^-10).
+    def loss_without(head: int) -> float:
+        def zero_keys(at: int, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+            if at == layer:
+                k = k.clone()
+                k[:, head] = 0
+            return q, k, v
+
+        with attention_hook(model, zero_keys):
+            return answer_loss(model(input_ids=ids_BT, use_cache=False).logits, ids_BT).item()
+
+    return max(range(num_kv_heads), key=loss_without)
+
+
+def power_of_two_towards(size_K: Tensor, small_head: int, log2_targets: tuple[int, int]) -> Tensor:
+    """Factors that bring each head's size within sqrt(2) of its target.
+
+    Example: sizes (3.0, 5.0), small head 1 and targets (-8, 12) give (2^10, 2^-10).
     """
-    log2_target_K = torch.tensor([log2_targets[i % 2] for i in range(len(size_K))])
+    small, large = log2_targets
+    log2_target_K = torch.full_like(size_K, large)
+    log2_target_K[small_head] = small
     return torch.exp2((log2_target_K - size_K.log2()).round())
 
 
 def spread_heads(model: PreTrainedModel, ids_BT: Tensor) -> None:
-    """Scale the heads of V, and of K where no norm undoes it, to the targets above."""
+    """Scale the heads of V, and of K where no norm undoes it, to the targets above.
+
+    The head that matters most becomes the small one, the first that a shared scale loses.
+    """
     sizes = head_sizes(model, ids_BT)
     for i, attention in enumerate(attention_layers(model)):
+        small_head = most_needed_head(model, i, len(sizes[i].k), ids_BT)
         value_targets = V_LOG2_TARGETS[i % len(V_LOG2_TARGETS)]
-        scale_value_heads(attention, power_of_two_towards(sizes[i].v, value_targets))
+        scale_value_heads(attention, power_of_two_towards(sizes[i].v, small_head, value_targets))
         key_targets = K_LOG2_TARGETS[i % len(K_LOG2_TARGETS)]
-        key_factor_K = power_of_two_towards(sizes[i].k, key_targets)
+        key_factor_K = power_of_two_towards(sizes[i].k, small_head, key_targets)
         if has_weighted_norm(attention):
             scale_key_dimensions(attention, key_factor_K)
         elif not has_plain_norm(attention):
