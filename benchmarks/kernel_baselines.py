@@ -123,7 +123,8 @@ def compressed_tensors(strategy: str, bits: int = 8, symmetric: bool = True) -> 
         low, high = view.amin(axes, keepdim=keep), view.amax(axes, keepdim=keep)
         scale, zero = calculate_qparams(low, high, args)
         dtype = FP8 if kind == "float" and bits == 8 else INT8
-        code_RC = quantize(x_RC, scale, zero, args, dtype)
+        # as model_free_ptq: no zero point, to which adding would turn -0.0 into 0.0
+        code_RC = quantize(x_RC, scale, None if symmetric else zero, args, dtype)
         if bits == 8:
             return code_RC, scale
         packed = pack_to_int32(code_RC, 4)

@@ -15,7 +15,6 @@ from ckptq.kernels.rounding import (
     has_native_e4m3,
     lift_and_reciprocal,
     narrow,
-    round_half_even,
     widen,
 )
 
@@ -64,6 +63,15 @@ def absmax_of(slices, COUNT: tl.constexpr):
 
 
 @triton.jit
+def extrema_of(slices, COUNT: tl.constexpr):
+    """Elementwise minimum and maximum of COUNT tensors, in fp32."""
+    low, high = widen(slices[0]), widen(slices[0])
+    for i in tl.static_range(1, COUNT):
+        low, high = tl.minimum(low, widen(slices[i])), tl.maximum(high, widen(slices[i]))
+    return low, high
+
+
+@triton.jit
 def or_eps(scale, dtype: tl.constexpr):
     """A scale that came out as zero becomes its dtype's eps: zeros divide by it to zeros."""
     if dtype == tl.bfloat16:
@@ -75,15 +83,28 @@ def or_eps(scale, dtype: tl.constexpr):
 
 
 @triton.jit
+def over(x, DIVISOR: tl.constexpr, dtype: tl.constexpr):
+    """x / DIVISOR rounded to `dtype`, x a value of `dtype`; both fp32.
+
+    By 15 and its halves a product with the reciprocal does, except in fp32: fifteen times a
+    midpoint between two results has more bits than x can have, so there are no ties to miss.
+    """
+    if DIVISOR * 2 % 15 == 0 and dtype != tl.float32:
+        quotient = x * (1.0 / DIVISOR)
+    else:
+        quotient = tl.math.div_rn(x, DIVISOR)
+    return widen(narrow(quotient, dtype))
+
+
+@triton.jit
 def scale_of(amax, HALF_RANGE: tl.constexpr, dtype: tl.constexpr):
     """fp32 maxima -> scales rounded to `dtype`, still fp32."""
-    scale = widen(narrow(tl.math.div_rn(amax, HALF_RANGE), dtype))
-    return or_eps(scale, dtype)
+    return or_eps(over(amax, HALF_RANGE, dtype), dtype)
 
 
 @triton.jit
 def ratio(x, scale, NARROW: tl.constexpr):
-    """x / scale in fp32, near enough to be rounded to a code rightly. `scale` broadcasts to x."""
+    """x / scale in fp32, near enough to round to E4M3 rightly. `scale` broadcasts to x."""
     if NARROW:
         lift, reciprocal = lift_and_reciprocal(scale)
         return divide_16bit(x, lift, reciprocal)
@@ -92,9 +113,38 @@ def ratio(x, scale, NARROW: tl.constexpr):
 
 
 @triton.jit
+def integer_bits(
+    x,
+    scale,
+    zero,
+    LOW: tl.constexpr,
+    HIGH: tl.constexpr,
+    OFFSET: tl.constexpr,
+    NARROW: tl.constexpr,
+):
+    """0x4B400000 + OFFSET + the integer in [LOW, HIGH] nearest to x / scale + zero, ties to even.
+
+    These are the bits of a float, from which a caller takes the low byte or a sum of shifted
+    nibbles: integer instructions are what packing is short of, and this needs the clamp's two.
+
+    NARROW (x and scale were bf16 or fp16): adding 768 to a product with the reciprocal rounds it
+    to a multiple of 2^-14. It is within 2^-15 of the quotient, so a tie becomes one again; what is
+    no tie is 2^-13 away from any and becomes none.
+    """
+    if NARROW:
+        lift, reciprocal = lift_and_reciprocal(scale)
+        shifted = tl.fma(x * lift, reciprocal, 768.0 + zero)
+        whole = tl.clamp(shifted, 768.0 + LOW, 768.0 + HIGH) + (12582144.0 + OFFSET)
+    else:
+        quotient = tl.math.div_rn(x, scale) + zero
+        whole = tl.clamp(quotient, 0.0 + LOW, 0.0 + HIGH) + (12582912.0 + OFFSET)
+    return whole.to(tl.int32, bitcast=True)
+
+
+@triton.jit
 def code(x, scale, FP8: tl.constexpr, NARROW: tl.constexpr, NATIVE: tl.constexpr):
     """The FP8 (uint8) or INT8 code nearest to x / scale, both fp32, ties to even, saturating."""
     if FP8:
         return e4m3_code(ratio(x, scale, NARROW), NATIVE)
     else:
-        return round_half_even(tl.clamp(ratio(x, scale, NARROW), -128.0, 127.0)).to(tl.int8)
+        return integer_bits(x, scale, 0.0, -128, 127, 0, NARROW).to(tl.int8)

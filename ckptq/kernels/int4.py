@@ -2,12 +2,14 @@
 
 Meaning: `reference.int4`. Words are those of compressed-tensors' pack-quantized: column i of a run
 of eight at bits 4i, offset by 8; the zero points of eight rows share a word. A program takes eight
-rows, so that it can pack their zero points too. Reads 2 bytes and writes half a byte a weight.
+rows, so that it can pack their zero points too, or one long row. Reads 2 bytes and writes half a
+byte a weight; arithmetic is the limit as much as memory, so it is counted (`integer_bits`).
 
 A group is padded to a power of two, so any group size works that divides the columns and is a
 multiple of 8, and a whole row may be one group.
 
-Shape letters: R rows, C columns, G groups, L columns in a group, P packed columns, Z packed rows.
+Shape letters: R rows, C columns, G groups, P packed columns, Z packed rows; Q pairs of a row and a
+group, S slices of a group, L the columns of a slice.
 """
 
 import torch
@@ -15,7 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ckptq.kernels.codes import NARROW, or_eps, ratio, scale_of
+from ckptq.kernels.codes import NARROW, absmax_of, extrema_of, integer_bits, or_eps, over, scale_of
 from ckptq.kernels.rounding import narrow, round_half_even, widen
 from ckptq.kernels.row_order import order_constexprs, source_row
 from ckptq.permute.order import Heads, RopeOrder
@@ -29,7 +31,7 @@ def asymmetric_qparams(low, high, dtype: tl.constexpr):
     """
     low = tl.minimum(low, 0.0)
     span = widen(narrow(tl.maximum(high, 0.0) - low, dtype))
-    scale = widen(narrow(tl.math.div_rn(span, 15.0), dtype))
+    scale = over(span, 15.0, dtype)
     shift = widen(narrow(tl.math.div_rn(low, tl.where(scale == 0.0, 1.0, scale)), dtype))
     shift = tl.where(scale == 0.0, tl.where(low < 0.0, -16.0, -8.0), shift)
     zero = tl.clamp(widen(narrow(-8.0 - shift, dtype)), -8.0, 7.0)
@@ -37,9 +39,24 @@ def asymmetric_qparams(low, high, dtype: tl.constexpr):
 
 
 @triton.jit
-def nibbles(x, scale, zero, SHORT: tl.constexpr):
-    """Codes plus 8, in int32: 0 to 15."""
-    return round_half_even(tl.clamp(ratio(x, scale, SHORT) + zero, -8.0, 7.0)) + 8
+def nibble_bits(x, scale, zero, NARROW: tl.constexpr):
+    """0x4B400000 + code + 8, the code in [-8, 7]."""
+    return integer_bits(x, scale, zero, -8, 7, 8, NARROW)
+
+
+@triton.jit
+def word_of_nibbles(total):
+    """The word from the sum over i of `nibble_bits` << 4i, modulo 2^32."""
+    return total - 0x3F400000  # what eight times 0x4B400000, shifted so, comes to
+
+
+@triton.jit
+def _slice_mask(m_Q1, l_1L, LEFT: tl.constexpr, LANES: tl.constexpr):
+    """Of a slice that begins LEFT columns before the end of its group."""
+    if LEFT >= LANES:
+        return m_Q1
+    else:
+        return m_Q1 & (l_1L < LEFT)
 
 
 @triton.jit
@@ -53,50 +70,61 @@ def _quantize_int4_kernel(
     C,
     P,
     SYMMETRIC: tl.constexpr,
-    SHORT: tl.constexpr,
+    NARROW: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     ROTARY_DIM: tl.constexpr,
     TO_HALF_SPLIT: tl.constexpr,
+    ROWS: tl.constexpr,
     GROUP: tl.constexpr,
     GROUPS: tl.constexpr,
-    PADDED: tl.constexpr,
+    SLICES: tl.constexpr,
+    LANES: tl.constexpr,
 ):
     G = C // GROUP
     chunks = tl.cdiv(G, GROUPS)
-    z = (tl.program_id(0) // chunks).to(tl.int64)
-    row_R = z * 8 + tl.arange(0, 8)
-    g_G = (tl.program_id(0) % chunks) * GROUPS + tl.arange(0, GROUPS)
-    within_L = tl.arange(0, PADDED)
-    col_GL = g_G[:, None] * GROUP + within_L[None, :]
-    m_GL = (g_G < G)[:, None] & (within_L < GROUP)[None, :]
-    m_RGL = (row_R < R)[:, None, None] & m_GL[None, :, :]
-    source_R = source_row(row_R, HEAD_DIM, ROTARY_DIM, TO_HALF_SPLIT)
-    x_ptrs = x_ptr + source_R[:, None, None] * x_stride + col_GL[None, :, :]
-    x_RGL = widen(tl.load(x_ptrs, mask=m_RGL, other=0.0))  # [8, GROUPS, PADDED]
+    first_g = (tl.program_id(0) % chunks) * GROUPS
+    first_row = (tl.program_id(0) // chunks).to(tl.int64) * ROWS
+    q_Q = tl.arange(0, ROWS * GROUPS)
+    row_Q = first_row + q_Q // GROUPS
+    g_Q = first_g + q_Q % GROUPS
+    m_Q = (row_Q < R) & (g_Q < G)
+    source_Q = source_row(row_Q, HEAD_DIM, ROTARY_DIM, TO_HALF_SPLIT)
+    l_1L = tl.arange(0, LANES)[None, :]
+    x_ptrs = x_ptr + (source_Q * x_stride + g_Q * GROUP)[:, None] + l_1L
+    # a thread gets a part of every slice, all of one group: it divides for the scale once
+    x_SQL = (tl.load(x_ptrs, mask=_slice_mask(m_Q[:, None], l_1L, GROUP, LANES), other=0.0),)
+    for s in tl.static_range(1, SLICES):
+        m_QL = _slice_mask(m_Q[:, None], l_1L, GROUP - s * LANES, LANES)
+        x_SQL = x_SQL + (tl.load(x_ptrs + s * LANES, mask=m_QL, other=0.0),)  # type: ignore[assignment]  # noqa: RUF005
 
     stored: tl.constexpr = scale_ptr.dtype.element_ty
-    m_RG = (row_R < R)[:, None] & (g_G < G)[None, :]
     if SYMMETRIC:
-        scale_RG = scale_of(tl.max(tl.abs(x_RGL), 2), 7.5, stored)
-        zero_RG = tl.zeros_like(scale_RG)
+        scale_Q = scale_of(tl.max(absmax_of(x_SQL, SLICES), 1), 7.5, stored)
+        zero_Q1 = 0.0
     else:
-        scale_RG, zero_RG = asymmetric_qparams(tl.min(x_RGL, 2), tl.max(x_RGL, 2), stored)
+        low_QL, high_QL = extrema_of(x_SQL, SLICES)
+        scale_Q, zero_Q = asymmetric_qparams(tl.min(low_QL, 1), tl.max(high_QL, 1), stored)
+        zero_Q1 = zero_Q[:, None]
         # rows past the end pad the last word with zero bits
-        word_RG = tl.where(m_RG, zero_RG.to(tl.int32) + 8, 0) << (4 * tl.arange(0, 8))[:, None]
-        tl.store(zero_ptr + z * G + g_G, tl.sum(word_RG, 0), mask=g_G < G)
-    o_RG = row_R[:, None] * G + g_G[None, :]
-    tl.store(scale_ptr + o_RG, narrow(scale_RG, stored), mask=m_RG)
+        nibble_Q = tl.where(m_Q, zero_Q.to(tl.int32) + 8, 0) << (row_Q % 8 * 4).to(tl.int32)
+        if ROWS == 8:
+            g_G = first_g + tl.arange(0, GROUPS)
+            word_G = tl.sum(tl.reshape(nibble_Q, (ROWS, GROUPS)), 0)
+            tl.store(zero_ptr + first_row // 8 * G + g_G, word_G, mask=g_G < G)
+        else:
+            tl.atomic_or(zero_ptr + row_Q // 8 * G + g_Q, nibble_Q, mask=m_Q, sem="relaxed")
+    tl.store(scale_ptr + row_Q * G + g_Q, narrow(scale_Q, stored), mask=m_Q)
 
-    code_RGL = nibbles(x_RGL, scale_RG[:, :, None], zero_RG[:, :, None], SHORT)
-    code_RGL = tl.where(m_GL[None, :, :], code_RGL, 0)
-    code_RGP8 = tl.reshape(code_RGL, (8, GROUPS, PADDED // 8, 8))
-    packed_RGP = tl.sum(code_RGP8 << (4 * tl.arange(0, 8)), 3)  # bits do not meet: a sum is an or
-    first_P = 8 * tl.arange(0, PADDED // 8)
-    word_GP = (g_G[:, None] * GROUP + first_P[None, :]) // 8
-    m_GP = (g_G < G)[:, None] & (first_P < GROUP)[None, :]
-    m_RGP = (row_R < R)[:, None, None] & m_GP[None, :, :]
-    packed_ptrs = packed_ptr + row_R[:, None, None] * P + word_GP[None, :, :]
-    tl.store(packed_ptrs, packed_RGP, mask=m_RGP)
+    first_1P = 8 * tl.arange(0, LANES // 8)[None, :]
+    packed_ptrs = packed_ptr + (row_Q * P + g_Q * (GROUP // 8))[:, None] + first_1P // 8
+    for s in tl.static_range(SLICES):
+        bits_QL = nibble_bits(widen(x_SQL[s]), scale_Q[:, None], zero_Q1, NARROW)
+        if GROUP % 8 != 0:  # the last word of a row ends in zero bits
+            bits_QL = tl.where(l_1L < GROUP - s * LANES, bits_QL, 0x4B400000)
+        bits_QP8 = tl.reshape(bits_QL, (ROWS * GROUPS, LANES // 8, 8))
+        word_QP = word_of_nibbles(tl.sum(bits_QP8 << (4 * tl.arange(0, 8)), 2))
+        m_QP = _slice_mask(m_Q[:, None], first_1P, GROUP - s * LANES, LANES)
+        tl.store(packed_ptrs + s * (LANES // 8), word_QP, mask=m_QP)
 
 
 @triton.jit
@@ -137,6 +165,21 @@ def _dequantize_int4_kernel(
     tl.store(x_ptrs, narrow(value_RC, x_ptr.dtype.element_ty), mask=m_RC)
 
 
+def _tiling(group: int, groups: int) -> dict[str, int]:
+    """What a program holds: eight rows of some groups, or one long group; cut into slices."""
+    padded = max(8, triton.next_power_of_2(group))
+    rows = 8 if padded <= 1024 else 1
+    at_once = min(triton.next_power_of_2(groups), max(1, 1024 // padded))
+    slices = min(4, max(1, padded // 32))
+    return {
+        "ROWS": rows,
+        "GROUPS": at_once,
+        "SLICES": slices,
+        "LANES": padded // slices,
+        "num_warps": min(16, max(4, rows * at_once * padded // 1024)),
+    }
+
+
 def quantize_int4(
     x_RC: Tensor,
     group: int | None = 128,
@@ -151,23 +194,21 @@ def quantize_int4(
     """
     R, C = x_RC.shape
     group = group or C
-    if C % group or (group % 8 and group != C) or x_RC.stride(1) != 1:
+    if C % group or (group % 8 and group != C) or group > 65536 or x_RC.stride(1) != 1:
         raise ValueError(f"group {group} does not fit {tuple(x_RC.shape)} {x_RC.stride()}")
     G, P, Z = C // group, triton.cdiv(C, 8), triton.cdiv(R, 8)
     packed_RP = torch.empty(R, P, dtype=torch.int32, device=x_RC.device)
     scale_RG = torch.empty(R, G, dtype=x_RC.dtype, device=x_RC.device)
-    zero_ZG = None if symmetric else torch.empty(Z, G, dtype=torch.int32, device=x_RC.device)
-    padded = max(8, triton.next_power_of_2(group))
-    groups = min(triton.next_power_of_2(G), max(1, 1024 // padded))
-    _quantize_int4_kernel[(Z * triton.cdiv(G, groups),)](
+    zero_ZG = None if symmetric else torch.zeros(Z, G, dtype=torch.int32, device=x_RC.device)
+    tiling = _tiling(group, G)
+    programs = triton.cdiv(R, tiling["ROWS"]) * triton.cdiv(G, tiling["GROUPS"])
+    _quantize_int4_kernel[(programs,)](
         *(x_RC, packed_RP, scale_RG, zero_ZG, x_RC.stride(0), R, C, P),
         SYMMETRIC=symmetric,
-        SHORT=x_RC.dtype in NARROW,
+        NARROW=x_RC.dtype in NARROW,
         **order_constexprs(heads, to, R),
         GROUP=group,
-        GROUPS=groups,
-        PADDED=padded,
-        num_warps=min(16, max(4, groups * padded // 128)),
+        **tiling,
         enable_fp_fusion=False,
     )
     return packed_RP, scale_RG, zero_ZG

@@ -12,8 +12,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ckptq.kernels.codes import NARROW, absmax_of, load_slices, scale_of
-from ckptq.kernels.int4 import asymmetric_qparams, nibbles
+from ckptq.kernels.codes import NARROW, absmax_of, extrema_of, load_slices, scale_of
+from ckptq.kernels.int4 import asymmetric_qparams, nibble_bits, word_of_nibbles
 from ckptq.kernels.rounding import narrow, widen
 
 
@@ -35,7 +35,7 @@ def _quantize_int4_experts_kernel(
     K,
     N,
     SYMMETRIC: tl.constexpr,
-    SHORT: tl.constexpr,
+    NARROW: tl.constexpr,
     GROUP: tl.constexpr,
     GROUPS: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -57,12 +57,8 @@ def _quantize_int4_experts_kernel(
     if SYMMETRIC:
         amax_GWN = tl.reshape(absmax_of(x_8PN, 8), (GROUPS, WORDS, BLOCK))
         scale_GN = scale_of(tl.max(amax_GWN, 1), 7.5, stored)
-        zero_GN = tl.zeros_like(scale_GN)
     else:
-        low_PN, high_PN = widen(x_8PN[0]), widen(x_8PN[0])
-        for i in tl.static_range(1, 8):
-            low_PN = tl.minimum(low_PN, widen(x_8PN[i]))
-            high_PN = tl.maximum(high_PN, widen(x_8PN[i]))
+        low_PN, high_PN = extrema_of(x_8PN, 8)
         low_GWN = tl.reshape(low_PN, (GROUPS, WORDS, BLOCK))
         high_GWN = tl.reshape(high_PN, (GROUPS, WORDS, BLOCK))
         scale_GN, zero_GN = asymmetric_qparams(tl.min(low_GWN, 1), tl.max(high_GWN, 1), stored)
@@ -77,10 +73,11 @@ def _quantize_int4_experts_kernel(
     tl.store(scale_ptr + o_GN, narrow(scale_GN, stored), mask=m_GN)
 
     scale_PN = _per_word(scale_GN, GROUPS, WORDS, BLOCK)
-    zero_PN = _per_word(zero_GN, GROUPS, WORDS, BLOCK)
-    packed_PN = tl.zeros([GROUPS * WORDS, BLOCK], tl.int32)
+    zero_PN = 0.0 if SYMMETRIC else _per_word(zero_GN, GROUPS, WORDS, BLOCK)
+    total_PN = tl.zeros([GROUPS * WORDS, BLOCK], tl.int32)
     for i in tl.static_range(8):
-        packed_PN |= nibbles(widen(x_8PN[i]), scale_PN, zero_PN, SHORT) << (4 * i)
+        total_PN += nibble_bits(widen(x_8PN[i]), scale_PN, zero_PN, NARROW) << (4 * i)
+    packed_PN = word_of_nibbles(total_PN)
     o_PN = (e * N + n_N)[None, :] * P + word_P[:, None]
     tl.store(packed_ptr + o_PN, packed_PN, mask=m_PN)
 
@@ -103,7 +100,7 @@ def quantize_int4_experts(
     _quantize_int4_experts_kernel[(E * triton.cdiv(G, groups) * triton.cdiv(N, block),)](
         *(x_EKN, packed_ENP, scale_ENG, zero_EZG, x_EKN.stride(0), x_EKN.stride(1), K, N),
         SYMMETRIC=symmetric,
-        SHORT=x_EKN.dtype in NARROW,
+        NARROW=x_EKN.dtype in NARROW,
         GROUP=group,
         GROUPS=groups,
         BLOCK=block,

@@ -77,7 +77,7 @@ def quantize_blocks(
         **order_constexprs(heads, to, R),
         BLOCK_ROWS=block[0],
         BLOCK_COLS=block[1],
-        num_warps=8,
+        num_warps=4,
         enable_fp_fusion=False,
     )
     return code_RC.view(dtype), scale_GK

@@ -76,7 +76,7 @@ def quantize_expert_blocks(
         HALF_RANGE=HALF_RANGE[dtype],
         **code_constexprs(x_EKN, x_EKN.dtype, dtype),
         BLOCK=block,
-        num_warps=8,
+        num_warps=4,
         enable_fp_fusion=False,
     )
     return code_ENK.view(dtype), scale_EGH

@@ -3,9 +3,10 @@
 Meaning: `reference.quantize.quantize_experts`. Llama-4 stores [E, H, 2I] with the input dimension
 first, engines want every expert's [2I, H], and a scale needs all of a column before any of its
 codes. A column strip of a few MB is therefore read twice in a row, the second time from the L2
-cache: programs take tickets; those of strip s find maxima, those after them quantize strip s - 1
-once its counter says that its maxima are complete. A program waits only for smaller tickets, whose
-programs are running or done, so it never waits for ever. Maxima of integers do not depend on order.
+cache: a run of programs finds the maxima of strip s, the run after it quantizes strip s - 1 once
+its counter says that its maxima are complete. A program waits only for programs of smaller number,
+which a GPU starts first (as the look-back scans of CUB rely on too), so it never waits for ever.
+Maxima of integers do not depend on order.
 
 A thread puts the codes of four rows as stored together, and whole words are transposed.
 
@@ -39,7 +40,6 @@ def _quantize_experts_kernel(
     code_ptr,
     scale_ptr,
     amax_ptr,
-    ticket_ptr,
     done_ptr,
     stride_e,
     stride_k,
@@ -55,12 +55,11 @@ def _quantize_experts_kernel(
     TILE: tl.constexpr,
 ):
     tiles = tl.cdiv(K, TILE) * strip_tiles  # in a strip
-    ticket = tl.atomic_add(ticket_ptr, 1)
-    second = ticket % (2 * tiles) >= tiles
-    strip = ticket // (2 * tiles) - second.to(tl.int32)
+    second = tl.program_id(0) % (2 * tiles) >= tiles
+    strip = tl.program_id(0) // (2 * tiles) - second.to(tl.int32)
     if (strip >= 0) & (strip < E * strips):
         e = (strip // strips).to(tl.int64)
-        tile = ticket % tiles
+        tile = tl.program_id(0) % tiles
         n_tile = (strip % strips) * strip_tiles + tile % strip_tiles
         n_L = n_tile * TILE + tl.arange(0, TILE)
         word_P = (tile // strip_tiles).to(tl.int64) * (TILE // 4) + tl.arange(0, TILE // 4)
@@ -110,14 +109,14 @@ def quantize_experts(
     code_ENK = empty_codes((E, N, K), dtype, x_EKN.device)
     scale_EN1 = torch.empty(E, N, 1, dtype=x_EKN.dtype, device=x_EKN.device)
     amax_EN = torch.zeros(E, N, dtype=torch.int32, device=x_EKN.device)
-    counters = torch.zeros(1 + E * strips, dtype=torch.int32, device=x_EKN.device)
+    done = torch.zeros(E * strips, dtype=torch.int32, device=x_EKN.device)
     _quantize_experts_kernel[(2 * (E * strips + 1) * tiles_down * strip_tiles,)](
-        *(x_EKN, code_ENK.view(torch.int32), scale_EN1, amax_EN, counters, counters[1:]),
+        *(x_EKN, code_ENK.view(torch.int32), scale_EN1, amax_EN, done),
         *(x_EKN.stride(0), x_EKN.stride(1), E, K, N, strips, strip_tiles),
         HALF_RANGE=HALF_RANGE[dtype],
         **code_constexprs(x_EKN, x_EKN.dtype, dtype),
         TILE=TILE,
-        num_warps=8,
+        num_warps=4,
         enable_fp_fusion=False,
     )
     return code_ENK.view(dtype), scale_EN1

@@ -4,7 +4,7 @@ Meaning: `reference.quantize.quantize_rows`. A program holds whole rows in regis
 is read once; rows of more than 32768 columns are read twice. Bound by memory: 3 bytes a bf16
 element. Output rows may be taken in another RoPE order; only addresses change.
 
-Shape letters: R rows, C columns, B block of columns.
+Shape letters: R rows, C columns, B block of columns, S slices of a row, each a block.
 """
 
 import torch
@@ -12,13 +12,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ckptq.kernels.codes import HALF_RANGE, code, code_constexprs, empty_codes, scale_of
+from ckptq.kernels.codes import HALF_RANGE, absmax_of, code, code_constexprs, empty_codes, scale_of
 from ckptq.kernels.rounding import narrow, widen
 from ckptq.kernels.row_order import order_constexprs, source_row
 from ckptq.permute.order import Heads, RopeOrder
 
 LONGEST_ROW = 32768
-"""Columns that one program still holds in its registers: 64 a thread at 16 warps."""
+"""Columns that one program still holds in its registers."""
 
 
 @triton.jit
@@ -37,20 +37,26 @@ def _quantize_rows_kernel(
     ROTARY_DIM: tl.constexpr,
     TO_HALF_SPLIT: tl.constexpr,
     ROWS: tl.constexpr,
+    SLICES: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     row_R = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     source_R = source_row(row_R, HEAD_DIM, ROTARY_DIM, TO_HALF_SPLIT)
-    col_B = tl.arange(0, BLOCK)
-    m_RB = (row_R < R)[:, None] & (col_B < C)[None, :]
-    x_RB = tl.load(x_ptr + source_R[:, None] * x_stride + col_B[None, :], mask=m_RB, other=0.0)
-    x_RB = widen(x_RB)  # [ROWS, BLOCK]
+    col_1B = tl.arange(0, BLOCK)[None, :]
+    m_R1 = (row_R < R)[:, None]
+    x_ptrs = x_ptr + source_R[:, None] * x_stride + col_1B
+    x_SRB = (tl.load(x_ptrs, mask=m_R1 & (col_1B < C), other=0.0),)  # SLICES of [ROWS, BLOCK]
+    for s in tl.static_range(1, SLICES):
+        m_RB = m_R1 & (col_1B < C - s * BLOCK)
+        x_SRB = x_SRB + (tl.load(x_ptrs + s * BLOCK, mask=m_RB, other=0.0),)  # type: ignore[assignment]  # noqa: RUF005
 
     stored: tl.constexpr = scale_ptr.dtype.element_ty
-    scale_R = scale_of(tl.max(tl.abs(x_RB), 1), HALF_RANGE, stored)  # [ROWS]
+    scale_R = scale_of(tl.max(absmax_of(x_SRB, SLICES), 1), HALF_RANGE, stored)  # [ROWS]
     tl.store(scale_ptr + row_R, narrow(scale_R, stored), mask=row_R < R)
-    code_RB = code(x_RB, scale_R[:, None], FP8, NARROW, NATIVE)
-    tl.store(code_ptr + row_R[:, None] * C + col_B[None, :], code_RB, mask=m_RB)
+    code_ptrs = code_ptr + row_R[:, None] * C + col_1B
+    for s in tl.static_range(SLICES):
+        code_RB = code(widen(x_SRB[s]), scale_R[:, None], FP8, NARROW, NATIVE)
+        tl.store(code_ptrs + s * BLOCK, code_RB, mask=m_R1 & (col_1B < C - s * BLOCK))
 
 
 @triton.jit
@@ -87,6 +93,19 @@ def _quantize_long_rows_kernel(
         tl.store(code_ptr + row * C + col_B, code_B, mask=col_B < C)
 
 
+def _tiling(columns: int, itemsize: int) -> dict[str, int]:
+    """What a program holds: several short rows, or a long one in slices of 4096 columns.
+
+    One block of the next power of two would cost a row of 28672 the registers of 4096 more.
+    """
+    if columns <= 8192:
+        block = triton.next_power_of_2(columns)
+        rows = max(1, 4096 // block)
+        return {"ROWS": rows, "SLICES": 1, "BLOCK": block, "num_warps": max(4, block // 1024)}
+    slices = triton.cdiv(columns, 4096)
+    return {"ROWS": 1, "SLICES": slices, "BLOCK": 4096, "num_warps": 4 * itemsize}
+
+
 def quantize_rows(
     x_RC: Tensor,
     dtype: torch.dtype = torch.float8_e4m3fn,
@@ -114,15 +133,12 @@ def quantize_rows(
             enable_fp_fusion=False,
         )
         return code_RC.view(dtype), scale_R1
-    block = triton.next_power_of_2(C)
-    rows = max(1, 4096 // block)
-    _quantize_rows_kernel[(triton.cdiv(R, rows),)](
+    tiling = _tiling(C, x_RC.element_size())
+    _quantize_rows_kernel[(triton.cdiv(R, tiling["ROWS"]),)](
         *(x_RC, code_RC, scale_R1, x_RC.stride(0), R, C),
         HALF_RANGE=HALF_RANGE[dtype],
         **switches,
-        ROWS=rows,
-        BLOCK=block,
-        num_warps=min(16, max(4, rows * block // 1024)),
+        **tiling,
         enable_fp_fusion=False,
     )
     return code_RC.view(dtype), scale_R1

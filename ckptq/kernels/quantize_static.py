@@ -98,7 +98,7 @@ def quantize_static(
         **code_constexprs(x_RC, scale_GK.dtype, dtype),
         **order_constexprs(heads, to, R),
         **blocks,
-        num_warps=8,
+        num_warps=4,
         enable_fp_fusion=False,
     )
     return code_RC.view(dtype)

@@ -116,13 +116,13 @@ def lift_and_reciprocal(scale):
 
 @triton.jit
 def divide_16bit(x, lift, reciprocal):
-    """x / scale where both were bf16 or fp16: near enough to round to E4M3 or an integer rightly.
+    """x / scale where both were bf16 or fp16: near enough to round to E4M3 rightly.
 
     An IEEE division is ten instructions, this is four. The product is within two units in the
     last place of the quotient. A quotient of two numbers of 11 bits that is not a tie (a number
-    of 5 bits between E4M3 values, of 9 between int8 codes) is away from it by at least 2^-19 of
-    itself, one that is a tie has zero low bits: so rounding off three bits restores every tie and
-    makes none. Not for fp32 values or scales, which can come closer than that.
+    of 5 bits, between two E4M3 values) is away from it by at least 2^-17 of itself, one that is a
+    tie has zero low bits: so rounding off three bits restores every tie and makes none. Not for
+    fp32 values or scales, which can come closer than that.
     """
     bits = ((x * lift) * reciprocal).to(tl.int32, bitcast=True)
     return ((bits + 4) & -8).to(tl.float32, bitcast=True)
