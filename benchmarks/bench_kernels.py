@@ -5,7 +5,8 @@
 Every kernel's result is first compared with eager torch's at the very shape that is timed, to the
 bit, and a difference ends the run. Bytes count every input and output once, whatever a kernel
 really moves; the operations that have to see all of the input before their first code count it
-twice ("2 reads"). compressed-tensors is timed where it is installed: extrema, its qparams, its
+twice ("2 reads"). Linear products are compared with dequantize-then-multiply in fp32 and timed
+beside torch's bf16 product. compressed-tensors is timed where it is installed: extrema, its qparams, its
 quantization and packing, and whether its codes are ours. Writes PATH.md and PATH.json.
 
 `--shrink 32` divides the shapes; with TRITON_INTERPRET=1 that tries the script without a GPU.
@@ -28,6 +29,9 @@ from torch import Tensor
 from ckptq.kernels.dequantize import dequantize
 from ckptq.kernels.int4 import dequantize_int4, quantize_int4
 from ckptq.kernels.int4_experts import quantize_int4_experts
+from ckptq.kernels.linear_fp8_block import linear_fp8_block
+from ckptq.kernels.linear_w4a16 import linear_w4a16
+from ckptq.kernels.linear_w8a8 import linear_w8a8
 from ckptq.kernels.quantize_blocks import quantize_blocks
 from ckptq.kernels.quantize_expert_blocks import quantize_expert_blocks
 from ckptq.kernels.quantize_experts import quantize_experts
@@ -40,6 +44,8 @@ LLAMA_70B = [(8192, 8192), (28672, 8192), (8192, 28672)]
 """q_proj and o_proj, gate_proj and up_proj, down_proj of Llama-3.1-70B."""
 LLAMA_4 = [(16, 5120, 16384), (16, 8192, 5120)]
 """Fused gate_up_proj and down_proj of a Llama-4 Scout layer; of the first, gate is a half."""
+LINEAR = [(16, 28672, 8192), (4096, 28672, 8192)]
+"""Tokens, output channels, input features: gate_proj of Llama-3.1-70B, decoding and a prompt."""
 KEYS = [(65536, 8, 128)]
 """Tokens, key heads, head dimension of Llama-3.1-70B."""
 
@@ -216,6 +222,47 @@ def bench(case: Case, shape: tuple[int, ...], copy: float, device: torch.device)
     return row
 
 
+def bench_linear(shape: tuple[int, int, int], device: torch.device) -> list[dict[str, Any]]:
+    """A row for every kind of product; ends the run where one is off by more than 1 %."""
+    M, N, K = shape
+    a, w = weights((M, K), device), weights((N, K), device)
+    bf16_ms = measure(lambda: a @ w.t())
+    groups = quantize_rows(a.view(-1, 128))
+    group_args = groups[0].view(M, K), groups[1].view(M, -1)
+    products: dict[str, tuple[Callable[..., Tensor], tuple]] = {
+        "linear fp8": (linear_w8a8, (*quantize_rows(a), *quantize_rows(w))),
+        "linear fp8 block": (linear_fp8_block, (*group_args, *quantize_blocks(w))),
+        "linear int8": (linear_w8a8, (*quantize_rows(a, INT8), *quantize_rows(w, INT8))),
+        "linear w4a16": (linear_w4a16, (a, *quantize_int4(w)[:2])),
+    }
+    rows = []
+    for name, (product, args) in products.items():
+        off = relative_error(product(*args), *dequantized_pair(name, args, a, w))
+        if not off < 0.01:
+            sys.exit(f"{name} {shape}: off by {off:.2%} of dequantize-then-multiply")
+        ms = measure(lambda run=product, args=args: run(*args))
+        row = {"operation": name, "M x N x K": f"{M}x{N}x{K}", "ms": ms}
+        row |= {"TFLOP/s": 2 * M * N * K / ms / 1e9, "bf16 ms": bf16_ms, "x bf16": bf16_ms / ms}
+        rows.append(row | {"relative error": off})
+    return rows
+
+
+def dequantized_pair(name: str, args: tuple, a: Tensor, w: Tensor) -> tuple[Tensor, Tensor]:
+    """Activations and weights as the product sees them, at most 4096 output channels of them."""
+    if name == "linear w4a16":
+        return a, dequantize_int4(args[1], args[2], a.shape[1])[:4096]
+    tiles = ((1, 128), (128, 128)) if "block" in name else ((1, a.shape[1]), (1, w.shape[1]))
+    return (
+        dequantize(args[0], args[1].float(), tiles[0]),
+        dequantize(args[2], args[3].float(), tiles[1])[:4096],
+    )
+
+
+def relative_error(got_MN: Tensor, a_MK: Tensor, w_LK: Tensor) -> float:
+    want_ML = a_MK.float() @ w_LK.float().t()
+    return ((got_MN[:, : len(w_LK)] - want_ML).norm() / want_ML.norm()).item()
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, help="writes OUT.md and OUT.json")
@@ -231,14 +278,20 @@ def main() -> None:
             rows.append(bench(case, shape, copy, device))
             print(rows[-1], flush=True)
     rows.sort(key=lambda row: "CT ms" not in row)  # a full row first: it names the columns
+    products = []
+    for sides in LINEAR if args.only in "linear" else []:
+        M, N, K = (shrunk(side, args.shrink) for side in sides)
+        products += bench_linear((M, N, K), device)
     where = environment() | {"copy GB/s": f"{copy:.0f}"}
     report = "\n".join(f"{key}: {value}  " for key, value in where.items())
-    report += "\n\n" + markdown(rows)
+    report += "".join("\n\n" + markdown(table) for table in (rows, products) if table)
     print(report)
     if args.out:
         args.out.parent.mkdir(parents=True, exist_ok=True)
         args.out.with_suffix(".md").write_text(f"# {__doc__.splitlines()[0]}\n\n{report}")
-        args.out.with_suffix(".json").write_text(json.dumps({"where": where, "rows": rows}))
+        args.out.with_suffix(".json").write_text(
+            json.dumps({"where": where, "rows": rows + products})
+        )
 
 
 if __name__ == "__main__":
