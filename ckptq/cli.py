@@ -291,13 +291,22 @@ def evaluate(
     min_accuracy: Annotated[
         float | None, typer.Option(help="Fail below this share of right answers, 0 to 1.")
     ] = None,
+    vllm_python: Annotated[
+        Path | None, typer.Option(help="A Python that has vLLM: run the models there as well.")
+    ] = None,
+    report: Annotated[
+        Path | None, typer.Option(help="Write tables and charts: .html, .svg or .png.")
+    ] = None,
     json: Json = False,
 ) -> None:
     """Measure what quantization costs; exit code 1 where that is more than the thresholds allow."""
+    from ckptq.evaluate.report import check_report, write_report
     from ckptq.evaluate.request import EvaluationRequest, evaluate_request
     from ckptq.evaluate.result import Thresholds
-    from ckptq.show_evaluation import show_evaluation
+    from ckptq.show_evaluation import evaluation_tables, show_evaluation
 
+    if report is not None:
+        check_report(report)
     asked = EvaluationRequest(
         source=source,
         caches=_words(kv_cache),
@@ -310,6 +319,7 @@ def evaluate(
         batch_size=batch_size,
         seed=seed,
         device=device,
+        vllm_python=vllm_python,
         thresholds=Thresholds(
             max_kl=max_kl,
             min_agreement=min_agreement,
@@ -321,6 +331,8 @@ def evaluate(
         console.note(NO_TEXT)
     with console.progress() as begin:
         found = evaluate_request(path, revision, asked, begin)
+    if report is not None:
+        write_report(report, found, evaluation_tables(found))
     show_evaluation(found, json)
     if not found.ok:
         raise typer.Exit(1)

@@ -8,11 +8,18 @@ from ckptq import console
 from ckptq.console import size
 
 if TYPE_CHECKING:
+    from ckptq.evaluate.engine import EngineRow
+    from ckptq.evaluate.report import Table
     from ckptq.evaluate.result import Evaluation, Row
 
 COLUMNS = (
     *("weights", "KV cache", "its scales", "size", "dB", "KL", "KL reverse", "KL 99%"),
     *("perplexity", "agreement", "exact", "last layer"),
+)
+
+ENGINE_COLUMNS = (
+    *("weights", "engine", "perplexity", "agreement"),
+    *("exact", "mean gap", "median gap"),
 )
 
 
@@ -21,15 +28,8 @@ def show_evaluation(found: Evaluation, json: bool) -> None:
     if json:
         console.show_json(found)
         return
-    named = [("source", found.source), ("source again", found.zero)]
-    named += [(row.weights, row) for row in found.rows]
-    named += [(f"{found.control.weights}, a layer spoiled", found.control)]
-    console.show_table(
-        f"{found.source.weights} on {found.text}: {found.samples} samples, "
-        f"{found.source.measures.tokens} tokens",
-        COLUMNS,
-        [_cells(name, row) for name, row in named],
-    )
+    for title, columns, rows in evaluation_tables(found):
+        console.show_table(title, columns, rows)
     console.show_lines(
         "KL is of source‖row in nats per token; the last column is the relative error of the "
         "hidden states after the last layer",
@@ -37,6 +37,24 @@ def show_evaluation(found: Evaluation, json: bool) -> None:
         *(f"FAIL  {failure}" for failure in found.failures),
         *_verdict(found),
     )
+
+
+def evaluation_tables(found: Evaluation) -> list[Table]:
+    """What is shown and reported: the comparison, and the engine where it was asked for."""
+    named = [("source", found.source), ("source again", found.zero)]
+    named += [(row.weights, row) for row in found.rows]
+    named += [(f"{found.control.weights}, a layer spoiled", found.control)]
+    title = (
+        f"{found.source.weights} on {found.text}: {found.samples} samples, "
+        f"{found.source.measures.tokens} tokens"
+    )
+    tables: list[Table] = [(title, COLUMNS, [_cells(name, row) for name, row in named])]
+    if found.engines:
+        title = (
+            "the same tokens in the engine; the gap is to ckptq's own log-probabilities, in nats"
+        )
+        tables.append((title, ENGINE_COLUMNS, [_engine_cells(row) for row in found.engines]))
+    return tables
 
 
 def _cells(name: str, row: Row) -> tuple[object, ...]:
@@ -49,6 +67,14 @@ def _cells(name: str, row: Row) -> tuple[object, ...]:
         f"{measures.agreement:.2%}",
         "-" if measures.accuracy is None else f"{measures.accuracy:.1%}",
         f"{row.outcome.layers[-1]:.4f}" if row.outcome.layers else "-",
+    )
+
+
+def _engine_cells(row: EngineRow) -> tuple[object, ...]:
+    return (
+        *(row.weights, row.engine, f"{row.perplexity:.4f}", f"{row.agreement:.2%}"),
+        "-" if row.accuracy is None else f"{row.accuracy:.1%}",
+        *(f"{row.gap:.5f}", f"{row.gap_median:.5f}"),
     )
 
 

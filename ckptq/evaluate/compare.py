@@ -34,6 +34,10 @@ CHUNK_ELEMENTS = 1 << 24
 """Logits in one chunk: 128 MB in float64."""
 
 
+Tokens = Mapping[tuple[int, int], tuple[float, int]]
+"""(line, position) -> log-probability of the next token, and the most likely one."""
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Outcome:
     """One variant beside the source."""
@@ -41,6 +45,7 @@ class Outcome:
     measures: Measures
     layers: tuple[float, ...]
     """Relative error of the hidden states after each decoder layer, a mean over tokens."""
+    tokens: Tokens = field(default_factory=dict, compare=False, repr=False)
 
 
 @dataclass
@@ -70,7 +75,9 @@ class Comparison:
             report(name, 1)
         scores = self._scores()
         return {
-            name: Outcome(measures=found.measures(), layers=tuple(self.errors[name]))
+            name: Outcome(
+                measures=found.measures(), layers=tuple(self.errors[name]), tokens=found.tokens()
+            )
             for name, found in scores.items()
         }
 
@@ -210,7 +217,7 @@ def _positions(run: Run, first_line: int) -> Iterator[Position]:
             scored = line.scored is not None and at + 1 >= line.scored
             asked = line.answer is not None and at + 1 >= line.answer
             if scored or asked:
-                yield Position(row, at, target, scored, first_line + row if asked else None)
+                yield Position(first_line + row, row, at, target, scored, asked)
 
 
 def _cut(track: Track, pieces: Sequence[Piece]) -> Stream:

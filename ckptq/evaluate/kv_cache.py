@@ -31,7 +31,7 @@ MODES = (PLAIN, *STATIC, *DYNAMIC)
 """Values of `--kv-cache`. Those per token and head take "-unrotated" or "-rotated" behind them."""
 
 See = Callable[[str, "Tensor", "Tensor", "Tensor"], None]
-"""Gets (module name, q [B, H, S, D], k [B, K, S, D], v [B, K, S, D]) on their way into attention."""
+"""Gets (module name, q [B, H, S, D], k and v [B, K, S, D]) on their way into attention."""
 
 AttentionScales = Mapping[str, "Tensor"]
 """Scales of "q", "k" and "v" of one attention, [1] or one a head, as a checkpoint stores them."""

@@ -31,6 +31,8 @@ class EvaluationRequest:
     batch_size: int = 1
     seed: int = 0
     device: str | None = None
+    vllm_python: Path | None = None
+    """An interpreter that has vLLM, to run source and checkpoint in it as well."""
     thresholds: Thresholds = NOTHING
 
 
@@ -87,5 +89,6 @@ def _evaluate(
         thresholds=asked.thresholds,
         batch_size=asked.batch_size,
         device=asked.device or ("cuda" if torch.cuda.is_available() else "cpu"),
+        vllm_python=asked.vllm_python,
         begin=begin,
     )

@@ -8,6 +8,7 @@ from dataclasses import asdict, astuple, dataclass, field
 from typing import Any
 
 from ckptq.evaluate.compare import Outcome
+from ckptq.evaluate.engine import EngineRow
 from ckptq.evaluate.scores import Measures
 
 
@@ -61,18 +62,19 @@ class Thresholds:
 
     def failures(self, row: Row, source: Row) -> Iterator[str]:
         """A line for each number that is out of bounds, NaN among them."""
-        found, ratio = row.measures, row.measures.perplexity / source.measures.perplexity
+        yield from _above(row.label, "KL divergence", row.measures.kl, self.max_kl)
+        yield from self._common(row.label, row.measures, source)
+
+    def engine_failures(self, row: EngineRow, source: Row) -> Iterator[str]:
+        """The same of a run in an engine, which gives no KL."""
+        yield from self._common(f"{row.weights} in {row.engine}", row, source)
+
+    def _common(self, label: str, found: Measures | EngineRow, source: Row) -> Iterator[str]:
+        ratio = found.perplexity / source.measures.perplexity
         accuracy = math.nan if found.accuracy is None else found.accuracy
-        asked = (
-            ("KL divergence", found.kl, self.max_kl, 1),
-            ("top-1 agreement", found.agreement, self.min_agreement, -1),
-            ("perplexity ratio", ratio, self.max_ppl_ratio, 1),
-            ("accuracy", accuracy, self.min_accuracy, -1),
-        )
-        for name, value, limit, sign in asked:
-            if limit is not None and not sign * value <= sign * limit:
-                side = "at most" if sign > 0 else "at least"
-                yield f"{row.label}: {name} is {value:.4g}, wanted {side} {limit:g}"
+        yield from _below(label, "top-1 agreement", found.agreement, self.min_agreement)
+        yield from _above(label, "perplexity ratio", ratio, self.max_ppl_ratio)
+        yield from _below(label, "accuracy", accuracy, self.min_accuracy)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -87,6 +89,8 @@ class Evaluation:
     """The first row, or the source where the rows are schemes, with one layer spoiled."""
     text: str
     samples: int
+    engines: tuple[EngineRow, ...] = ()
+    """The source, and then the checkpoint, in vLLM; empty where it was not asked for."""
     thresholds: Thresholds = field(default_factory=Thresholds)
     seconds: float = 0.0
 
@@ -94,6 +98,8 @@ class Evaluation:
     def failures(self) -> tuple[str, ...]:
         """Why the answer is no: the numbers that are out of bounds."""
         found = [f for row in self.rows for f in self.thresholds.failures(row, self.source)]
+        for row in self.engines[1:]:
+            found += self.thresholds.engine_failures(row, self.source)
         return (*self._not_zero(), *found)
 
     @property
@@ -140,10 +146,21 @@ class Evaluation:
                 "rows": [row.to_dict() for row in self.rows],
                 "zero": self.zero.to_dict(),
                 "control": self.control.to_dict(),
+                "engines": [asdict(row) for row in self.engines],
                 "thresholds": asdict(self.thresholds),
                 "seconds": self.seconds,
             }
         )
+
+
+def _above(label: str, name: str, value: float, limit: float | None) -> Iterator[str]:
+    if limit is not None and not value <= limit:
+        yield f"{label}: {name} is {value:.4g}, wanted at most {limit:g}"
+
+
+def _below(label: str, name: str, value: float, limit: float | None) -> Iterator[str]:
+    if limit is not None and not value >= limit:
+        yield f"{label}: {name} is {value:.4g}, wanted at least {limit:g}"
 
 
 def _finite(value: Any) -> Any:

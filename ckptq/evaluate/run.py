@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 
 from ckptq.calibrate.forward import LayerwiseModel, open_model
 from ckptq.calibrate.weights import CheckpointWeights, WeightSource
@@ -12,6 +13,7 @@ from ckptq.checkpoint.open import Checkpoint
 from ckptq.errors import UsageError
 from ckptq.evaluate.compare import Comparison, Outcome
 from ckptq.evaluate.decoded import DecodedWeights
+from ckptq.evaluate.engine import EngineRow, engine_row, in_vllm
 from ckptq.evaluate.inputs import InputScheme, declared_inputs
 from ckptq.evaluate.kv_cache import KVCache, declared_cache, parse_cache
 from ckptq.evaluate.result import Evaluation, Row, Thresholds
@@ -37,6 +39,7 @@ def evaluate(
     thresholds: Thresholds = NOTHING,
     batch_size: int = 1,
     device: str = "cpu",
+    vllm_python: Path | None = None,
     begin: Begin = silent,
 ) -> Evaluation:
     """Compare a quantized checkpoint, caches or schemes with the unquantized model on some text.
@@ -44,6 +47,8 @@ def evaluate(
     With `source`, `ckpt` is the quantized checkpoint: its row has the cache that its config asks
     for, and each of `caches` adds one. Without, `ckpt` is compared with itself: once for each of
     `caches`, and once for each of `schemes`, whose weights are quantized in memory.
+
+    `vllm_python` is an interpreter that has vLLM: source and checkpoint run there as well.
 
     Memory: one layer of one model at a time, its logits in chunks, and the hidden states of all
     text for every row: rows * tokens * hidden_size * 2 bytes in bf16.
@@ -64,6 +69,7 @@ def evaluate(
         bench.add_scheme(recipe)
     outcomes = bench.run(text, batch_size, begin)
     rows = [draft.row(outcomes) for draft in bench.drafts]
+    engines = _in_vllm(vllm_python, base, ckpt, bench, outcomes, text) if vllm_python else ()
     return Evaluation(
         source=bench.source.row(outcomes),
         rows=tuple(rows),
@@ -71,6 +77,7 @@ def evaluate(
         control=bench.control.row(outcomes),
         text=text.source,
         samples=len(text.lines),
+        engines=engines,
         thresholds=thresholds,
         seconds=time.monotonic() - began,
     )
@@ -156,6 +163,26 @@ class _Bench:
 
     def _variant(self, weights: str, cache: KVCache, inputs: Mapping[str, InputScheme]) -> Variant:
         return Variant(name=f"{weights} / {cache.name}", cache=cache, inputs=inputs)
+
+
+def _in_vllm(
+    python: Path,
+    base: Checkpoint,
+    ckpt: Checkpoint,
+    bench: _Bench,
+    outcomes: Mapping[str, Outcome],
+    text: Text,
+) -> tuple[EngineRow, ...]:
+    """The source, whose gap says how far engines are apart anyway, then the checkpoint."""
+    source = outcomes[bench.source.variant.name]
+    asked = [(base, source)]
+    if ckpt is not base:
+        asked.append((ckpt, outcomes[bench.drafts[0].variant.name]))
+    rows = []
+    for each, ours in asked:
+        engine, found = in_vllm(python, each, text)
+        rows.append(engine_row(each.name, engine, found, text, ours, source))
+    return tuple(rows)
 
 
 def _weights(base: Checkpoint) -> WeightSource:

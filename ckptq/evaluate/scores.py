@@ -19,13 +19,16 @@ if TYPE_CHECKING:
 class Position:
     """A position whose next token is known."""
 
+    line: int
+    """Which line of the text."""
     row: int
+    """Where that line is in its batch."""
     at: int
     """Counted from the first position of the line."""
     target: int
     scored: bool
-    question: int | None = None
-    """The number of the line, if the next token belongs to its answer."""
+    asked: bool = False
+    """Whether the next token belongs to the answer of a question."""
 
 
 @dataclass
@@ -37,8 +40,12 @@ class Scores:
     kl_reverse: list[Tensor] = field(default_factory=list)
     loss: list[Tensor] = field(default_factory=list)
     agree: list[Tensor] = field(default_factory=list)
+    best: list[Tensor] = field(default_factory=list)
+    """The most likely token."""
+    places: list[tuple[int, int]] = field(default_factory=list)
+    """Line and position of each token that is scored."""
     questions: dict[int, bool] = field(default_factory=dict)
-    """Number of the question -> whether greedy decoding answers it without a mistake."""
+    """Line of the question -> whether greedy decoding answers it without a mistake."""
 
     def add(self, positions: list[Position], reference_NV: Tensor, logits_NV: Tensor) -> None:
         """Fold in the logits of some positions, and the source's at the same."""
@@ -52,11 +59,21 @@ class Scores:
             self.kl_reverse.append(divergence(q_NV, p_NV).cpu())
             self.loss.append(-q_NV.gather(1, target_N[:, None])[:, 0].cpu())
             self.agree.append((p_NV.argmax(-1) == q_NV.argmax(-1)).cpu())
+            self.best.append(q_NV.argmax(-1).cpu())
+            self.places += [(positions[i].line, positions[i].at) for i in kept]
         best = logits_NV.argmax(-1).tolist()
         for position, token in zip(positions, best, strict=True):
-            if position.question is not None:
-                right = self.questions.get(position.question, True)
-                self.questions[position.question] = right and token == position.target
+            if position.asked:
+                right = self.questions.get(position.line, True)
+                self.questions[position.line] = right and token == position.target
+
+    def tokens(self) -> dict[tuple[int, int], tuple[float, int]]:
+        """(line, position) -> log-probability of the next token, and the most likely one."""
+        import torch
+
+        logprob = (-torch.cat(self.loss)).tolist()
+        best = torch.cat(self.best).tolist()
+        return dict(zip(self.places, zip(logprob, best, strict=True), strict=True))
 
     def measures(self) -> Measures:
         """Means and extremes over all tokens."""
@@ -72,7 +89,7 @@ class Scores:
             kl_max=kl.max().item(),
             perplexity=loss.mean().exp().item(),
             agreement=agree.double().mean().item(),
-            accuracy=_share(self.questions),
+            accuracy=share(self.questions),
         )
 
 
@@ -110,5 +127,6 @@ def divergence(p_NV: Tensor, q_NV: Tensor) -> Tensor:
     return torch.where(p_NV == -math.inf, 0.0, term_NV).sum(-1)
 
 
-def _share(questions: dict[int, bool]) -> float | None:
+def share(questions: dict[int, bool]) -> float | None:
+    """Right answers among the questions; None where nothing was asked."""
     return sum(questions.values()) / len(questions) if questions else None

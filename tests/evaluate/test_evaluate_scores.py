@@ -15,7 +15,7 @@ def logits(seed: int, n: int = 9, v: int = 50) -> torch.Tensor:
 
 def folded(reference, other, targets, **changes) -> Scores:
     scores = Scores()
-    positions = [Position(0, at, target, True, **changes) for at, target in enumerate(targets)]
+    positions = [Position(0, 0, at, target, True, **changes) for at, target in enumerate(targets)]
     scores.add(positions, reference, other)
     return scores
 
@@ -47,7 +47,7 @@ def test_measures_are_means_over_tokens_however_they_are_cut():
     whole = folded(p, q, targets).measures()
     cut = Scores()
     for part in (slice(0, 2), slice(2, 9)):
-        positions = [Position(0, at, targets[at], True) for at in range(9)[part]]
+        positions = [Position(0, 0, at, targets[at], True) for at in range(9)[part]]
         cut.add(positions, p[part], q[part])
     assert cut.measures() == whole
     assert whole.kl == kl_by_torch(p, q).mean().item()
@@ -61,8 +61,8 @@ def test_positions_that_are_not_scored_change_nothing_but_the_answers():
     scores = folded(p, q, [0] * 9)
     before = scores.measures()
     best = q.argmax(-1).tolist()
-    scores.add([Position(0, 0, best[0], False, 4)], p[:1], q[:1])
-    scores.add([Position(1, 0, best[1] + 1, False, 5)], p[1:2], q[1:2])
+    scores.add([Position(4, 0, 0, best[0], False, True)], p[:1], q[:1])
+    scores.add([Position(5, 1, 0, best[1] + 1, False, True)], p[1:2], q[1:2])
     after = scores.measures()
     assert (after.kl, after.perplexity, after.tokens) == (before.kl, before.perplexity, 9)
     assert before.accuracy is None
@@ -72,14 +72,14 @@ def test_positions_that_are_not_scored_change_nothing_but_the_answers():
 def test_one_wrong_token_makes_an_answer_wrong():
     p, q = logits(1), logits(2)
     best = q.argmax(-1).tolist()
-    assert folded(p, q, best, question=0).measures().accuracy == 1.0
+    assert folded(p, q, best, asked=True).measures().accuracy == 1.0
     best[4] += 1
-    assert folded(p, q, best, question=0).measures().accuracy == 0.0
+    assert folded(p, q, best, asked=True).measures().accuracy == 0.0
 
 
 def row(reference, other, layers=(0.0,), accuracy=False) -> Row:
     best = reference.argmax(-1).tolist()
-    scores = folded(reference, other, best, **({"question": 0} if accuracy else {}))
+    scores = folded(reference, other, best, **({"asked": True} if accuracy else {}))
     outcome = Outcome(measures=scores.measures(), layers=layers)
     return Row(weights="out", kv_cache="bf16", scales="-", nbytes=8, outcome=outcome)
 

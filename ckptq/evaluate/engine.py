@@ -1,0 +1,111 @@
+"""The same tokens in a real vLLM, in another interpreter: does it see what ckptq computes?"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import subprocess
+import tempfile
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ckptq.checkpoint.open import Checkpoint
+from ckptq.errors import MachineError
+from ckptq.evaluate.compare import Outcome, Tokens
+from ckptq.evaluate.scores import share
+from ckptq.evaluate.text import Text
+
+WORKER = Path(__file__).with_name("vllm_worker.py")
+TIMEOUT = 3600.0
+LAST_LINES = 12
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class EngineRow:
+    """One checkpoint in vLLM, beside ckptq's own forward of it."""
+
+    weights: str
+    engine: str
+    tokens: int
+    perplexity: float
+    agreement: float
+    """Share of tokens for which it and the source (in ckptq) have the same most likely token."""
+    accuracy: float | None
+    gap: float
+    """Mean of |log-probability in vLLM - in ckptq| of the tokens of the text, in nats."""
+    gap_median: float
+
+
+def in_vllm(
+    python: Path, ckpt: Checkpoint, text: Text, timeout: float = TIMEOUT
+) -> tuple[str, Tokens]:
+    """vLLM's version, and its log-probabilities of every token of the text but the first of a line.
+
+    Environment variables are handed on, PYTHONPATH is not. MachineError with vLLM's last words
+    where it does not start or fails.
+    """
+    with tempfile.TemporaryDirectory(prefix="ckptq-") as folder:
+        job, result = Path(folder, "job.json"), Path(folder, "result.json")
+        lines = [list(line.token_ids) for line in text.lines]
+        task = {"model": str(ckpt.path.resolve()), "lines": lines, "arguments": _arguments(ckpt)}
+        job.write_text(json.dumps(task))
+        _run([str(python), str(WORKER), str(job), str(result)], timeout)
+        if not result.is_file():
+            raise MachineError(f"{python}: vLLM ended without a result for {ckpt.path}")
+        found = json.loads(result.read_text())
+    tokens = {
+        (number, at): (float(logprob), int(best))
+        for number, line in enumerate(found["lines"])
+        for at, (logprob, best) in enumerate(line)
+    }
+    return f"vLLM {found['vllm']}", tokens
+
+
+def engine_row(
+    weights: str, engine: str, found: Tokens, text: Text, ours: Outcome, source: Outcome
+) -> EngineRow:
+    """What vLLM's log-probabilities come to, on the tokens that are scored."""
+    gaps = sorted(abs(found[place][0] - ours.tokens[place][0]) for place in ours.tokens)
+    losses = [-found[place][0] for place in ours.tokens]
+    agree = [found[place][1] == source.tokens[place][1] for place in ours.tokens]
+    questions = {
+        number: all(
+            found[number, at - 1][1] == line.token_ids[at]
+            for at in range(line.answer, len(line.token_ids))
+        )
+        for number, line in enumerate(text.lines)
+        if line.answer is not None
+    }
+    return EngineRow(
+        weights=weights,
+        engine=engine,
+        tokens=len(losses),
+        perplexity=math.exp(sum(losses) / len(losses)),
+        agreement=sum(agree) / len(agree),
+        accuracy=share(questions),
+        gap=sum(gaps) / len(gaps),
+        gap_median=gaps[len(gaps) // 2],
+    )
+
+
+def _arguments(ckpt: Checkpoint) -> Mapping[str, Any]:
+    """No images: a text is compared, and vLLM wants a processor for a tower that may be called."""
+    return {"limit_mm_per_prompt": {"image": 0}} if "vision_config" in ckpt.config else {}
+
+
+def _run(command: list[str], timeout: float) -> None:
+    environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
+    try:
+        done = subprocess.run(
+            command, env=environment, capture_output=True, text=True, timeout=timeout, check=False
+        )
+    except OSError as error:
+        raise MachineError(f"{command[0]}: cannot be run: {error.strerror or error}") from error
+    except subprocess.TimeoutExpired as error:
+        raise MachineError(f"{command[0]}: no answer in {timeout:.0f} s") from error
+    if done.returncode:
+        last = "\n".join(done.stderr.strip().splitlines()[-LAST_LINES:])
+        raise MachineError(f"{' '.join(command[:2])} ended with {done.returncode}:\n{last}")

@@ -1,0 +1,57 @@
+"""Log-probabilities of given tokens in vLLM. Runs alone, in vLLM's interpreter: imports no ckptq.
+
+    python vllm_worker.py JOB.json RESULT.json
+
+The job: {"model": folder, "lines": [[token, ...], ...], "arguments": {of vllm.LLM}}. The result:
+{"vllm": version, "lines": [[[log-probability of the token, the most likely token], ...], ...]},
+from each line's second token on.
+"""
+
+import json
+import os
+import sys
+
+
+def main() -> None:
+    # one process, so that an error in the engine surfaces here
+    os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
+    os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
+    os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
+    job_file, result_file = sys.argv[1:]
+    with open(job_file) as file:
+        job = json.load(file)
+
+    import vllm
+
+    longest = max(map(len, job["lines"]))
+    engine = vllm.LLM(
+        model=job["model"],
+        skip_tokenizer_init=True,
+        enable_prefix_caching=False,
+        enforce_eager=True,
+        max_model_len=longest + 1,
+        **job["arguments"],
+    )
+    wanted = vllm.SamplingParams(max_tokens=1, temperature=0, prompt_logprobs=1, detokenize=False)
+    prompts = [{"prompt_token_ids": line} for line in job["lines"]]
+    outputs = engine.generate(prompts, wanted, use_tqdm=False)
+    lines = [
+        [scored(line[at], output.prompt_logprobs[at]) for at in range(1, len(line))]
+        for line, output in zip(job["lines"], outputs, strict=True)
+    ]
+    with open(result_file, "w") as file:
+        json.dump({"vllm": vllm.__version__, "lines": lines}, file)
+
+
+def scored(token: int, logprobs: dict) -> tuple[float, int]:
+    """The token's log-probability, and which token is the most likely one."""
+    best = max(logprobs, key=lambda each: logprobs[each].logprob)
+    return logprobs[token].logprob, best
+
+
+if __name__ == "__main__":
+    main()
+    # vLLM's threads may outlive it and hang the interpreter's shutdown
+    sys.stdout.flush()
+    os._exit(0)
