@@ -2,8 +2,10 @@
 
 Meaning: `reference.kv.quantize`, to the bit. A row is one head of one token: rotate it, find its
 scale (and zero point), round, pack two or four codes to a byte. One read of the input, one write.
+Rows are tuples of slices, as `hadamard` cuts them.
 
-Shape letters: T tokens, K key/value heads, D head dimension, W bytes of a head; R a program's rows.
+Shape letters: T tokens, K key/value heads, D head dimension, R a program's rows, L columns of a
+slice, W bytes of a slice.
 """
 
 from __future__ import annotations
@@ -15,10 +17,16 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ckptq.kernels.hadamard import rotation_constexprs, sign, walsh_hadamard
+from ckptq.kernels.hadamard import (
+    load_rows,
+    rows_of_program,
+    slicing,
+    times_signs,
+    walsh_hadamard,
+)
 from ckptq.kernels.kv_format import EPS, THRESHOLD, KVFormat, Rotation
 from ckptq.kernels.paging import Layout, slot_offset
-from ckptq.kernels.rounding import e4m3_code, has_native_e4m3, round_half_even, widen
+from ckptq.kernels.rounding import e4m3_code, has_native_e4m3, round_half_even
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -63,23 +71,88 @@ class TokenHeadCache:
 
 
 @triton.jit
-def _root_mean_square(x_RD, D: tl.constexpr):
+def _largest(slices, COUNT: tl.constexpr):
+    """[R]: the largest value of each row."""
+    best = slices[0]
+    for i in tl.static_range(1, COUNT):
+        best = tl.maximum(best, slices[i])
+    return tl.max(best, 1)
+
+
+@triton.jit
+def _absolute(slices, SIGN: tl.constexpr, COUNT: tl.constexpr):
+    """|x| where SIGN is 0, else x times it."""
+    changed = ()
+    for i in tl.static_range(COUNT):
+        x_RL = tl.abs(slices[i]) if SIGN == 0 else slices[i] * SIGN
+        changed = changed + (x_RL,)  # type: ignore[assignment]  # noqa: RUF005
+    return changed
+
+
+@triton.jit
+def _root_mean_square(slices, amax_R, D: tl.constexpr, COUNT: tl.constexpr):
     """[R], in a way that no order of summation can change: over whole 2047ths of the maximum."""
-    step_R = tl.maximum(tl.math.div_rn(tl.max(tl.abs(x_RD), 1), 2047.0), 1.1754943508222875e-38)
-    whole_RD = round_half_even(x_RD * tl.math.div_rn(1.0, step_R)[:, None])
-    mean_R = tl.math.div_rn(tl.sum(whole_RD * whole_RD, 1).to(tl.float32), D * 1.0)
+    step_R = tl.maximum(tl.math.div_rn(amax_R, 2047.0), 1.1754943508222875e-38)
+    inverse_R1 = tl.math.div_rn(1.0, step_R)[:, None]
+    total = tl.zeros(slices[0].shape, tl.int32)
+    for i in tl.static_range(COUNT):
+        whole = round_half_even(slices[i] * inverse_R1)
+        total += whole * whole
+    mean_R = tl.math.div_rn(tl.sum(total, 1).to(tl.float32), D * 1.0)
     return step_R * tl.math.sqrt_rn(mean_R)
 
 
 @triton.jit
-def _pack(code_RD, BITS: tl.constexpr):
-    """[R, D] int32 codes -> [R, W] uint8."""
-    PER: tl.constexpr = 8 // BITS
-    ROWS: tl.constexpr = code_RD.shape[0]
-    WIDTH: tl.constexpr = code_RD.shape[1] // PER
-    shift = BITS * tl.arange(0, PER)
-    code_RWP = tl.reshape(code_RD, (ROWS, WIDTH, PER)) << shift[None, None, :]
-    return tl.sum(code_RWP, 2).to(tl.uint8)  # bits do not meet: a sum is an or
+def _scale_and_zero(
+    slices, KIND: tl.constexpr, EPS: tl.constexpr, D: tl.constexpr, COUNT: tl.constexpr
+):
+    """Scales [R] fp32 and zero points [R] int32, which are zeros but for INT4."""
+    if KIND == "int4":
+        low_R = -tl.maximum(_largest(_absolute(slices, -1, COUNT), COUNT), 0.0)
+        span_R = tl.maximum(_largest(slices, COUNT), 0.0) - low_R
+        scale_R = tl.maximum(tl.math.div_rn(span_R, 15.0), EPS)
+        zero_R = round_half_even(-low_R * tl.math.div_rn(1.0, scale_R))
+        return scale_R, tl.minimum(zero_R, 15)
+    else:
+        amax_R = _largest(_absolute(slices, 0, COUNT), COUNT)
+        zero_R = tl.zeros(amax_R.shape, tl.int32)
+        if KIND == "int2":
+            return tl.maximum(_root_mean_square(slices, amax_R, D, COUNT), EPS), zero_R
+        else:
+            HALF_RANGE: tl.constexpr = 448.0 if KIND == "fp8" else 127.0
+            return tl.maximum(tl.math.div_rn(amax_R, HALF_RANGE), EPS), zero_R
+
+
+@triton.jit
+def _codes(x_RL, scale_R, zero_R, KIND: tl.constexpr, NATIVE: tl.constexpr, EDGE: tl.constexpr):
+    """int32 or uint8 codes of one slice, [R, L]."""
+    if KIND == "int2":
+        edge_R1 = (scale_R * EDGE)[:, None]
+        code_RL = (x_RL >= -edge_R1).to(tl.int32) + (x_RL >= 0.0).to(tl.int32)
+        return code_RL + (x_RL >= edge_R1).to(tl.int32)
+    else:
+        ratio_RL = x_RL * tl.math.div_rn(1.0, scale_R)[:, None]
+        if KIND == "int4":
+            code_RL = round_half_even(ratio_RL) + zero_R[:, None]
+            return tl.minimum(tl.maximum(code_RL, 0), 15)
+        elif KIND == "fp8":
+            return e4m3_code(ratio_RL, NATIVE)
+        else:
+            return round_half_even(ratio_RL).to(tl.uint8)
+
+
+@triton.jit
+def _pack(code_RL, BITS: tl.constexpr):
+    """Codes [R, L] -> bytes, the first code in the lowest bits."""
+    if BITS == 8:
+        return code_RL
+    else:
+        PER: tl.constexpr = 8 // BITS
+        ROWS: tl.constexpr = code_RL.shape[0]
+        WIDTH: tl.constexpr = code_RL.shape[1] // PER
+        shift = BITS * tl.arange(0, PER)
+        code_RWP = tl.reshape(code_RL, (ROWS, WIDTH, PER)) << shift[None, None, :]
+        return tl.sum(code_RWP, 2).to(tl.uint8)  # bits do not meet: a sum is an or
 
 
 @triton.jit
@@ -107,58 +180,37 @@ def _quantize_token_head_kernel(
     SIGNED: tl.constexpr,
     NATIVE: tl.constexpr,
     EPS: tl.constexpr,
-    THRESHOLD: tl.constexpr,
-    N: tl.constexpr,
-    STEPS: tl.constexpr,
+    EDGE: tl.constexpr,
+    COUNT: tl.constexpr,
+    STEPS_WITHIN: tl.constexpr,
+    STEPS_ACROSS: tl.constexpr,
     NORM: tl.constexpr,
     ROWS: tl.constexpr,
-    BLOCK_D: tl.constexpr,
 ):
+    L: tl.constexpr = D // COUNT
     row_R = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     token_R, head_R = row_R // K, row_R % K
-    o_D = tl.arange(0, BLOCK_D)
     slot_R = tl.load(slot_ptr + token_R, mask=token_R < T, other=-1).to(tl.int64)
     m_R = slot_R >= 0
-    m_RD = m_R[:, None] & (o_D < D)[None, :]
-    x_ptrs = x_ptr + (token_R * x_stride_t + head_R * x_stride_h)[:, None] + o_D[None, :]
-    x_RD = widen(tl.load(x_ptrs, mask=m_RD, other=0.0))
+    x_R1 = (token_R * x_stride_t + head_R * x_stride_h)[:, None]
+    slices = load_rows(x_ptr + x_R1 + tl.arange(0, L)[None, :], m_R, COUNT)
     if SIGNED:
-        x_RD *= sign(o_D)[None, :]
+        slices = times_signs(slices, COUNT)
     if ROTATED:
-        x_RD = walsh_hadamard(x_RD, N, STEPS, NORM)
+        slices = walsh_hadamard(slices, COUNT, STEPS_WITHIN, STEPS_ACROSS, NORM)
 
+    scale_R, zero_R = _scale_and_zero(slices, KIND, EPS, D, COUNT)
     o_R = slot_offset(slot_R, scale_stride_block, scale_stride_token, BLOCK)
     o_R += head_R * scale_stride_head
-    if KIND == "int2":
-        scale_R = tl.maximum(_root_mean_square(x_RD, D), EPS)
-        edge_R1 = (scale_R * THRESHOLD)[:, None]
-        code_RD = (x_RD >= -edge_R1).to(tl.int32) + (x_RD >= 0.0).to(tl.int32)
-        code_RW = _pack(code_RD + (x_RD >= edge_R1).to(tl.int32), BITS)
-    elif KIND == "int4":
-        low_R = tl.minimum(tl.min(x_RD, 1), 0.0)
-        span_R = tl.maximum(tl.max(x_RD, 1), 0.0) - low_R
-        scale_R = tl.maximum(tl.math.div_rn(span_R, 15.0), EPS)
-        inverse_R = tl.math.div_rn(1.0, scale_R)
-        zero_R = tl.minimum(round_half_even(-low_R * inverse_R), 15)
-        code_RD = round_half_even(x_RD * inverse_R[:, None]) + zero_R[:, None]
-        code_RW = _pack(tl.minimum(tl.maximum(code_RD, 0), 15), BITS)
-        tl.store(zero_ptr + o_R, zero_R.to(tl.uint8), mask=m_R)
-    else:
-        HALF_RANGE: tl.constexpr = 448.0 if KIND == "fp8" else 127.0
-        scale_R = tl.maximum(tl.math.div_rn(tl.max(tl.abs(x_RD), 1), HALF_RANGE), EPS)
-        ratio_RD = x_RD * tl.math.div_rn(1.0, scale_R)[:, None]
-        if KIND == "fp8":
-            code_RW = e4m3_code(ratio_RD, NATIVE)
-        else:
-            code_RW = round_half_even(ratio_RD).to(tl.uint8)
     tl.store(scale_ptr + o_R, scale_R, mask=m_R)
-
-    WIDTH: tl.constexpr = code_RW.shape[1]
-    o_W = tl.arange(0, WIDTH)
+    if KIND == "int4":
+        tl.store(zero_ptr + o_R, zero_R.to(tl.uint8), mask=m_R)
+    W: tl.constexpr = L * BITS // 8
     c_R = slot_offset(slot_R, code_stride_block, code_stride_token, BLOCK)
-    c_R += head_R * code_stride_head
-    m_RW = m_R[:, None] & (o_W < D * BITS // 8)[None, :]
-    tl.store(code_ptr + c_R[:, None] + o_W[None, :], code_RW, mask=m_RW)
+    c_RW = (c_R + head_R * code_stride_head)[:, None] + tl.arange(0, W)[None, :]
+    for i in tl.static_range(COUNT):
+        code_RL = _codes(slices[i], scale_R, zero_R, KIND, NATIVE, EDGE)
+        tl.store(code_ptr + i * W + c_RW, _pack(code_RL, BITS), mask=m_R[:, None])
 
 
 def write_token_head(x_TKD: Tensor, cache: TokenHeadCache, slot_T: Tensor) -> None:
@@ -172,8 +224,7 @@ def write_token_head(x_TKD: Tensor, cache: TokenHeadCache, slot_T: Tensor) -> No
         raise ValueError(f"{K} heads of {D} into a cache of {heads} heads of {cache.head_dim}")
     if x_TKD.stride(2) != 1:
         x_TKD = x_TKD.contiguous()
-    block_d = triton.next_power_of_2(D)
-    rows = max(1, 4096 // block_d)
+    rows = rows_of_program(D, cache.rotation)
     rotated = cache.rotation is not Rotation.NONE
     _quantize_token_head_kernel[(triton.cdiv(T * K, rows),)](
         *(x_TKD, cache.code, cache.scale, cache.zero, slot_T),
@@ -189,10 +240,9 @@ def write_token_head(x_TKD: Tensor, cache: TokenHeadCache, slot_T: Tensor) -> No
         SIGNED=cache.rotation is Rotation.SIGNED,
         NATIVE=has_native_e4m3(x_TKD.device),
         EPS=EPS,
-        THRESHOLD=THRESHOLD,
-        **rotation_constexprs(D),
+        EDGE=THRESHOLD,
+        **slicing(D, cache.rotation),
         ROWS=rows,
-        BLOCK_D=block_d,
         num_warps=4,
         enable_fp_fusion=False,
     )

@@ -1,0 +1,357 @@
+"""Attention and KV-cache kernels: speed against torch and a device copy, error of each KV format.
+
+    python benchmarks/bench_attention.py --out benchmarks/results/attention
+
+Each result is checked first, attention against float64, bytes and maxima for equality, and a
+difference ends the run. Attention is causal, 32 query and 8 key/value heads of 128 (Llama-3.1-8B),
+16384 tokens a batch; TFLOP/s count half the score matrix. KV kernels write 65536 tokens of 8 heads
+of 128 (Llama-3.1-70B and Llama-4) and count every byte read or written once.
+
+`--shrink 64` divides tokens; with TRITON_INTERPRET=1 that tries the script without a GPU. `--tune`
+times other tiles of the attention kernel.
+"""
+
+import argparse
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from kernel_timing import copy_gbs, environment, markdown, measure
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.functional import scaled_dot_product_attention
+
+from ckptq.kernels.attention import Tile, attention
+from ckptq.kernels.kv_cache import write_cache
+from ckptq.kernels.kv_format import FORMATS, INT2, INT4, Rotation
+from ckptq.kernels.kv_simulate import fake_quantize_kv
+from ckptq.kernels.kv_token_head import TokenHeadCache, write_token_head
+from ckptq.kernels.mask import Mask
+from ckptq.kernels.maxima import Maxima
+from ckptq.kernels.paged_attention import paged_attention
+from ckptq.kernels.paging import Layout, Sequences
+from ckptq.kernels.reference import attention as dense
+from ckptq.kernels.reference import kv, paged
+from ckptq.kernels.token_head_attention import token_head_attention
+
+FP8 = torch.float8_e4m3fn
+H, K, D, BLOCK = 32, 8, 128, 16
+SCALING = D**-0.5
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+Row = dict[str, Any]
+TILES = [
+    *(Tile(128, n, 8, s) for n, s in ((64, 2), (64, 3), (64, 4), (128, 2), (32, 4))),
+    *(Tile(128, n, 4, s) for n, s in ((64, 2), (64, 3), (128, 2))),
+    *(Tile(64, n, 4, s) for n, s in ((64, 2), (64, 3), (128, 2))),
+    *(Tile(256, 64, 8, s) for s in (2, 3)),
+]
+
+
+def heads(batch: int, tokens: int, count: int, seed: int, dtype: torch.dtype) -> Tensor:
+    """[batch, count, tokens, D], laid out as projections leave it, heads of different sizes."""
+    generator = torch.Generator(DEVICE).manual_seed(seed)
+    x_BSHD = torch.randn(batch, tokens, count, D, generator=generator, device=DEVICE)
+    x_BSHD *= torch.linspace(0.5, 1.5, count, device=DEVICE)[:, None]
+    return x_BSHD.to(dtype).transpose(1, 2)
+
+
+def require(ok: bool, what: str) -> None:
+    if not ok:
+        sys.exit(f"wrong: {what}")
+
+
+def relative(got: Tensor, want: Tensor) -> float:
+    return ((got.double() - want.double()).norm() / want.double().norm()).item()
+
+
+def check_attention(q: Tensor, k: Tensor, v: Tensor, out_BSHD: Tensor, limit: float) -> float:
+    """Relative error of the last sequence's first group of heads against float64."""
+    q, k, v = q[-1:, : H // K], k[-1:, :1], v[-1:, :1]
+    seen = dense.seen(Mask(), q.shape[2], k.shape[2]).to(q.device)
+    want = dense.attention(q, k, v, seen, scaling=SCALING)
+    error = relative(out_BSHD[-1:, :, : H // K], want)
+    require(error < limit, f"attention is off by {error}")
+    return error
+
+
+def flash(q: Tensor, k: Tensor, v: Tensor, backend: SDPBackend) -> Callable[[], Tensor]:
+    def run() -> Tensor:
+        with sdpa_kernel(backend):
+            return scaled_dot_product_attention(
+                q, k, v, is_causal=True, scale=SCALING, enable_gqa=True
+            )
+
+    return run
+
+
+def attention_rows(length: int, tokens: int, runs: int) -> list[Row]:
+    batch = max(1, tokens // length)
+    q, k, v = (heads(batch, length, n, i, torch.bfloat16) for i, n in enumerate((H, K, K)))
+    maxima = Maxima.zeros(H, K, DEVICE)
+    out = attention(q, k, v, scaling=SCALING, maxima=maxima)
+    error = check_attention(q, k, v, out, 5e-3)
+    for x, amax in ((q, maxima.q_H), (k, maxima.k_K), (v, maxima.v_K)):
+        require(torch.equal(amax, x.abs().amax((0, 2, 3)).float()), "maxima")
+    descales = tuple(x.float().abs().amax((0, 2, 3)) / 448 for x in (q, k, v))
+    codes = [(x / d[:, None, None]).to(FP8) for x, d in zip((q, k, v), descales, strict=True)]
+    fp8_out = attention(*codes, scaling=SCALING, descales=descales)
+    fp8_error = check_attention(q, k, v, fp8_out, 8e-2)
+
+    def plain() -> Tensor:
+        return attention(q, k, v, scaling=SCALING)
+
+    def recorded() -> Tensor:
+        return attention(q, k, v, scaling=SCALING, maxima=maxima)
+
+    def separately() -> list[Tensor]:
+        plain()
+        return [x.abs().amax((0, 2, 3)) for x in (q, k, v)]
+
+    def fp8() -> Tensor:
+        return attention(*codes, scaling=SCALING, descales=descales)
+
+    variants: dict[str, tuple[Callable[[], Any], float | None]] = {
+        "ckptq": (plain, error),
+        "ckptq with maxima": (recorded, error),
+        "ckptq, then torch's amax": (separately, None),
+        "ckptq FP8": (fp8, fp8_error),
+    }
+    if DEVICE.type == "cuda":
+        variants["SDPA flash"] = (flash(q, k, v, SDPBackend.FLASH_ATTENTION), None)
+        variants["SDPA cuDNN"] = (flash(q, k, v, SDPBackend.CUDNN_ATTENTION), None)
+    flops = 2 * batch * H * length * length * D
+    ms = {name: measure(run, runs) for name, (run, _) in variants.items()}
+    base = ms.get("SDPA flash", ms["ckptq"])
+    return [
+        {
+            "tokens": length,
+            "attention": name,
+            "ms": ms[name],
+            "TFLOP/s": flops / ms[name] / 1e9,
+            "time / SDPA flash": ms[name] / base,
+            "time / without maxima": ms[name] / ms["ckptq"],
+            "relative error": variants[name][1],
+        }
+        for name in variants
+    ]
+
+
+def tile_rows(length: int, tokens: int, runs: int) -> list[Row]:
+    """Milliseconds of every tile that fits, in bf16 and in FP8."""
+    from triton.runtime.errors import OutOfResources
+
+    batch = max(1, tokens // length)
+    q, k, v = (heads(batch, length, n, i, torch.bfloat16) for i, n in enumerate((H, K, K)))
+    maxima = Maxima.zeros(H, K, DEVICE)
+    codes, ones = [x.to(FP8) for x in (q, k, v)], (1.0, 1.0, 1.0)
+    rows = []
+    for tile in TILES:
+        row: Row = {"tokens": length, "tile": str(tile)}
+        for name, run in {
+            "bf16 ms": lambda t=tile: attention(q, k, v, scaling=SCALING, tile=t),
+            "maxima ms": lambda t=tile: attention(q, k, v, scaling=SCALING, maxima=maxima, tile=t),
+            "fp8 ms": lambda t=tile: attention(*codes, scaling=SCALING, descales=ones, tile=t),
+        }.items():
+            try:
+                row[name] = measure(run, runs)
+            except OutOfResources:
+                row[name] = None
+        rows.append(row)
+    return rows
+
+
+def scattered(tokens: int) -> Tensor:
+    """Slots of tokens in blocks that lie in no order, as a server's are."""
+    blocks = torch.randperm(tokens // BLOCK, generator=torch.Generator().manual_seed(0))
+    slot = blocks[:, None] * BLOCK + torch.arange(BLOCK)
+    return slot.flatten().to(DEVICE)
+
+
+def kv_row(
+    name: str, run: Callable[[], Any], eager: Callable[[], Any], moved: int, runs: int
+) -> Row:
+    ms, copy = measure(run, runs), copy_gbs(moved // 2, DEVICE)
+    gbs = moved / ms / 1e6
+    return {
+        "kernel": name,
+        "ms": ms,
+        "GB/s": gbs,
+        "of copy": gbs / copy,
+        "copy GB/s": copy,
+        "torch eager ms": measure(eager, 5),
+    }
+
+
+def write_rows(tokens: int, runs: int) -> list[Row]:
+    k, v = (heads(1, tokens, K, i, torch.bfloat16)[0].transpose(0, 1) for i in range(2))
+    slot_T, rows = scattered(tokens), []
+    for layout in Layout:
+        for held in ("bf16", "fp8 per tensor", "fp8 per head"):
+            dtype = torch.bfloat16 if held == "bf16" else FP8
+            shape = layout.shape(tokens // BLOCK, BLOCK, K, D)
+            caches = [torch.zeros(shape, dtype=dtype, device=DEVICE) for _ in "kv"]
+            scale = None
+            if dtype == FP8:
+                scale = torch.full((K if "head" in held else 1,), 0.01, device=DEVICE)
+
+            def run(caches=caches, scale=scale, layout=layout) -> None:
+                write_cache(k, v, *caches, slot_T, layout=layout, k_scale=scale, v_scale=scale)
+
+            def encoded(x: Tensor, scale: Tensor | None = scale) -> Tensor:
+                if scale is None:
+                    return x
+                return (x.float() / scale[:, None]).clamp(-448, 448).to(FP8)
+
+            run()
+            for x, cache in ((k, caches[0]), (v, caches[1])):
+                got = paged.slots(cache, layout)[slot_T].view(torch.uint8)
+                require(torch.equal(got, encoded(x).view(torch.uint8)), f"{layout} {held}")
+
+            def eager(caches=caches, encoded=encoded, layout=layout) -> None:
+                for x, cache in ((k, caches[0]), (v, caches[1])):
+                    turned = cache if layout is Layout.NHD else cache.transpose(1, 2)
+                    turned[slot_T // BLOCK, slot_T % BLOCK] = encoded(x)
+
+            moved = 2 * k.numel() * (2 + dtype.itemsize) + 8 * tokens
+            rows.append(kv_row(f"write {layout} {held}", run, eager, moved, runs))
+    return rows
+
+
+def token_head_rows(tokens: int, runs: int) -> list[Row]:
+    x = heads(1, tokens, K, 0, torch.bfloat16)[0].transpose(0, 1)
+    slot_T, rows = scattered(tokens), []
+    for fmt in FORMATS.values():
+        for rotation in (fmt.rotation, Rotation.NONE):
+            if rotation is fmt.rotation and rotation is Rotation.NONE:
+                continue
+            where = {"device": DEVICE, "rotation": rotation}
+            cache = TokenHeadCache.empty(fmt, tokens // BLOCK, BLOCK, K, D, **where)
+
+            def run(cache=cache) -> None:
+                write_token_head(x, cache, slot_T)
+
+            def eager(fmt=fmt, rotation=rotation) -> kv.Packed:
+                return kv.quantize(x, fmt, rotation)
+
+            run()
+            few = slice(0, min(tokens, 4096))
+            want = kv.quantize(x[few].cpu(), fmt, rotation)  # on the CPU
+            for held, packed in (
+                (cache.code, want.code),
+                (cache.scale, want.scale),
+                (cache.zero, want.zero),
+            ):
+                if held is not None:
+                    got = paged.slots(held, Layout.NHD)[slot_T[few]].cpu()
+                    require(torch.equal(got, packed), f"{fmt.name} {rotation}")
+            per_head = 2 * D + fmt.width(D) + 4 + int(fmt.asymmetric)
+            name = f"{fmt.name}, rotation {rotation}"
+            rows.append(kv_row(name, run, eager, tokens * K * per_head + 8 * tokens, runs))
+    return rows
+
+
+def decode_rows(length: int, batch: int, runs: int) -> list[Row]:
+    """One query of each sequence over its whole cache: GB/s of the bytes that the cache holds."""
+    tokens = length * batch
+    slot_T = scattered(tokens)
+    k, v = (heads(1, tokens, K, i, torch.bfloat16)[0].transpose(0, 1) for i in range(2))
+    q = heads(1, batch, H, 2, torch.bfloat16)[0].transpose(0, 1).contiguous()
+    ints = {"dtype": torch.int32, "device": DEVICE}
+    sequences = Sequences(
+        query_starts=torch.arange(batch + 1, **ints),
+        lengths=torch.full((batch,), length, **ints),
+        block_table=(slot_T[::BLOCK] // BLOCK).int().view(batch, -1),
+        longest=1,
+    )
+    held = torch.zeros(Layout.NHD.shape(tokens // BLOCK, BLOCK, K, D), dtype=k.dtype, device=DEVICE)
+    caches = [held, held.clone()]
+    write_cache(k, v, *caches, slot_T)
+    want = paged_attention(q, *caches, sequences, scaling=SCALING)
+    found = {"bf16": (lambda: paged_attention(q, *caches, sequences, scaling=SCALING), 4 * D)}
+    for fmt in FORMATS.values():
+        packed = [
+            TokenHeadCache.empty(fmt, tokens // BLOCK, BLOCK, K, D, device=DEVICE) for _ in "kv"
+        ]
+        for x, cache in zip((k, v), packed, strict=True):
+            write_token_head(x, cache, slot_T)
+
+        def run(packed=packed) -> Tensor:
+            return token_head_attention(q, *packed, sequences, scaling=SCALING)
+
+        require(relative(run(), want) < {8: 0.1, 4: 0.3, 2: 1.5}[fmt.bits], fmt.name)
+        found[fmt.name] = (run, 2 * (fmt.width(D) + 4 + int(fmt.asymmetric)))
+    rows = []
+    for name, (run, per_head) in found.items():
+        ms = measure(run, runs)
+        gbs = tokens * K * per_head / ms / 1e6
+        rows.append({"cache": name, "ms": ms, "GB/s": gbs, "off from bf16": relative(run(), want)})
+    return rows
+
+
+def error_rows(tokens: int) -> list[Row]:
+    """Relative error of keys, and of attention with keys and values quantized, in percent."""
+    rows = []
+    for outliers in (0, 2):
+        q, k, v = (
+            heads(1, tokens, n, 7 + i, torch.float32)[:, : (4, 1, 1)[i]]
+            for i, n in enumerate((H, K, K))
+        )
+        k = k.clone()
+        k[..., 5 : 5 + outliers] *= 20
+        k[..., 5 : 5 + outliers] += 30 * (outliers > 0)  # as keys of Llama and Qwen have them
+        seen = dense.seen(Mask(), tokens, tokens).to(DEVICE)
+        scaling = SCALING / (4 if outliers else 1)
+        want = dense.attention(q, k, v, seen, scaling=scaling)
+        for fmt in (INT4, INT2):
+            for rotation in Rotation:
+                fakes = [fake_quantize_kv(x, fmt.name, rotation=rotation) for x in (k, v)]
+                got = dense.attention(q, *fakes, seen, scaling=scaling)
+                small = [i for i in range(D) if not 5 <= i < 5 + outliers]
+                rows.append(
+                    {
+                        "format": fmt.name,
+                        "rotation": str(rotation),
+                        "outlier channels of k": outliers,
+                        "k error %": 100 * relative(fakes[0], k),
+                        "other channels of k %": 100
+                        * relative(fakes[0][..., small], k[..., small]),
+                        "v error %": 100 * relative(fakes[1], v),
+                        "attention error %": 100 * relative(got, want),
+                    }
+                )
+    return rows
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--out", type=Path)
+    parser.add_argument("--shrink", type=int, default=1)
+    parser.add_argument("--runs", type=int, default=20)
+    parser.add_argument("--tune", action="store_true")
+    args = parser.parse_args()
+    small, runs = args.shrink, args.runs
+    tables: dict[str, list[Row]] = {"Attention": []}
+    for length in (2048, 4096, 8192):
+        tables["Attention"] += attention_rows(length // small, 16384 // small, runs)
+    if args.tune:
+        tables["Tiles"] = tile_rows(2048 // small, 16384 // small, 10)
+        tables["Tiles"] += tile_rows(8192 // small, 16384 // small, 10)
+    tables["Write a paged cache"] = write_rows(65536 // small, runs)
+    tables["Quantize by token and head"] = token_head_rows(65536 // small, runs)
+    tables["Decode from a paged cache"] = decode_rows(4096 // small, 64 // min(small, 16), runs)
+    tables["Error of KV formats"] = error_rows(2048 // min(small, 16))
+    report = {"environment": environment(), "tables": tables}
+    text = f"{json.dumps(report['environment'])}\n"
+    for title, rows in tables.items():
+        text += f"\n## {title}\n\n{markdown(rows)}"
+    print(text)
+    if args.out:
+        args.out.with_suffix(".md").write_text(text)
+        args.out.with_suffix(".json").write_text(json.dumps(report, indent=1))
+
+
+if __name__ == "__main__":
+    main()

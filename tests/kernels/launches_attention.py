@@ -1,0 +1,66 @@
+"""One launch of each variant of the attention and KV-cache kernels, for compilation."""
+
+import torch
+
+from ckptq.kernels.attention import attention
+from ckptq.kernels.hadamard import rotate
+from ckptq.kernels.kv_cache import write_cache
+from ckptq.kernels.kv_format import FP8 as KVFP8
+from ckptq.kernels.kv_format import INT2, INT4, Rotation
+from ckptq.kernels.kv_format import INT8 as KV8
+from ckptq.kernels.kv_token_head import TokenHeadCache, write_token_head
+from ckptq.kernels.mask import Mask
+from ckptq.kernels.maxima import Maxima
+from ckptq.kernels.paged_attention import paged_attention
+from ckptq.kernels.paging import Layout, Sequences
+from ckptq.kernels.token_head_attention import token_head_attention
+
+FP8 = torch.float8_e4m3fn
+ONE = (1.0, 1.0, 1.0)
+HND = Layout.HND
+
+
+def launch_all(device: torch.device) -> None:
+    """Whole and padded, plain and FP8, head sizes that are powers of two and not."""
+    dense(device)
+    paged(device)
+
+
+def dense(device: torch.device) -> None:
+    q = torch.zeros(1, 256, 8, 128, dtype=torch.bfloat16, device=device).transpose(1, 2)
+    k = q[:, :2]
+    attention(q, k, k, scaling=1.0, maxima=Maxima.zeros(8, 2, device))
+    attention(q.to(FP8), k.to(FP8), k.to(FP8), scaling=1.0, descales=ONE)
+    span = torch.full((1,), 200, dtype=torch.int32, device=device)
+    local = Mask(sliding_window=64, chunk=128)
+    narrow_q, narrow_k = q[..., :80].half(), k[..., :80].half()
+    spans = (span - 200, span)
+    attention(narrow_q, narrow_k, narrow_k, scaling=1.0, mask=local, softcap=9.0, spans=spans)
+    wide = torch.zeros(1, 4, 256, 256, dtype=torch.bfloat16, device=device)
+    attention(wide, wide, wide, scaling=1.0)
+    attention(*[wide[..., :64].float()] * 3, scaling=1.0)
+
+
+def paged(device: torch.device) -> None:
+    x_TKD = torch.zeros(64, 2, 128, dtype=torch.bfloat16, device=device)
+    slot_T = torch.arange(64, device=device)
+    q_THD = torch.zeros(3, 8, 128, dtype=torch.bfloat16, device=device)
+    sequences = Sequences(
+        query_starts=torch.tensor([0, 3], dtype=torch.int32, device=device),
+        lengths=torch.tensor([64], dtype=torch.int32, device=device),
+        block_table=torch.arange(4, dtype=torch.int32, device=device)[None],
+        longest=3,
+    )
+    cache = torch.zeros(Layout.NHD.shape(4, 16, 2, 128), dtype=torch.bfloat16, device=device)
+    write_cache(x_TKD, x_TKD, cache, cache, slot_T)
+    paged_attention(q_THD, cache, cache, sequences, scaling=1.0)
+    scale = torch.ones(2, dtype=torch.bfloat16, device=device)
+    codes = cache.transpose(1, 2).contiguous().to(FP8)
+    write_cache(x_TKD, x_TKD, codes, codes, slot_T, layout=HND, k_scale=scale, v_scale=scale)
+    paged_attention(q_THD, codes, codes, sequences, scaling=1.0, layout=HND, descales=ONE)
+    for fmt, D in ((KV8, 128), (KVFP8, 128), (INT4, 128), (INT4, 96), (INT2, 128)):
+        held = TokenHeadCache.empty(fmt, 4, 16, 2, D, device=device)
+        write_token_head(x_TKD[..., :D], held, slot_T)
+        token_head_attention(q_THD[..., :D], held, held, sequences, scaling=1.0)
+    rotate(x_TKD, Rotation.SIGNED)
+    rotate(x_TKD.float(), Rotation.HADAMARD, torch.bfloat16, inverse=True)

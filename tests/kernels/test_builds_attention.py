@@ -1,0 +1,38 @@
+"""What the attention and KV-cache kernels compile to: tensor cores, and exact arithmetic."""
+
+import re
+
+import pytest
+from test_builds import built, ptx_of
+
+WGMMA = "wgmma.mma_async.sync.aligned"
+
+
+@pytest.mark.parametrize("capability", [80, 90, 100])
+def test_rotating_and_quantizing_is_exact(capability: int) -> None:
+    """No approximate division or root, no fused step, nothing flushed: bits equal torch's."""
+    for prefix in ("_quantize_token_head", "_rotate", "_write_cache"):
+        ptx = ptx_of(capability, prefix)
+        assert ptx
+        for inexact in (".approx", "div.full", ".ftz", "fma."):
+            assert inexact not in ptx, f"{prefix} on sm_{capability} uses {inexact}"
+
+
+def test_attention_uses_the_tensor_cores_of_its_target() -> None:
+    hopper, ampere = ptx_of(90, "_attention"), ptx_of(80, "_attention")
+    assert f"{WGMMA}.m64n64k16.f32.bf16.bf16" in hopper
+    assert f"{WGMMA}.m64n64k32.f32.e4m3.e4m3" in hopper
+    assert "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16" in ampere
+    assert "e4m3" not in ampere
+    assert "tcgen05.mma" in ptx_of(100, "_attention")
+    for kernel in ("_paged_attention", "_token_head_attention"):
+        assert "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16" in ptx_of(90, kernel)
+
+
+def test_maxima_are_recorded_by_one_integer_operation_each() -> None:
+    """One variant of the five records; its q, k and v are a reduction each."""
+    recorded = [
+        len(re.findall(r"(?:atom|red)\.\S*max\.s32", ptx))
+        for ptx in built(90)["_attention_kernel"]["ptx"]
+    ]
+    assert sorted(recorded) == [0, 0, 0, 0, 3]
