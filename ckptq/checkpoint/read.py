@@ -78,8 +78,10 @@ class Memory(threading.local):
     """Memory that each thread uses again and again: faulting fresh pages in takes longer than to
     copy into them."""
 
-    def __init__(self) -> None:
+    def __init__(self, pinned: bool = False) -> None:
         self._held: Tensor | None = None
+        self._pinned = pinned
+        """Whether a GPU may read it beside the thread's work."""
 
     def tensor(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
         """A dense tensor of unknown content. What this thread got before is lost."""
@@ -87,7 +89,7 @@ class Memory(threading.local):
 
         nbytes = prod(shape) * dtype.itemsize
         if self._held is None or self._held.numel() < nbytes:
-            self._held = torch.empty(nbytes, dtype=torch.uint8)
+            self._held = torch.empty(nbytes, dtype=torch.uint8, pin_memory=self._pinned)
         return self._held[:nbytes].view(dtype).view(shape)
 
 

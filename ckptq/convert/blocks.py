@@ -24,9 +24,11 @@ def runs(weight: TensorSpec, quantum: int = 1) -> Iterator[Span]:
     return _spans((0, weight.shape[0]), weight.shape[1], RUN_ELEMENTS, quantum)
 
 
-def blocks(run: Span, weight: TensorSpec, quantum: int = 1) -> Iterator[Span]:
-    """The spans of rows of a run that are handled at a time."""
-    return _spans(run, weight.shape[1], CALL_ELEMENTS, quantum)
+def blocks(
+    run: Span, weight: TensorSpec, quantum: int = 1, elements: int | None = None
+) -> Iterator[Span]:
+    """The spans of rows of a run that are handled at a time, of about `elements`."""
+    return _spans(run, weight.shape[1], elements or CALL_ELEMENTS, quantum)
 
 
 def _spans(rows: Span, columns: int, elements: int, quantum: int) -> Iterator[Span]:

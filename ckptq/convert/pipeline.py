@@ -15,9 +15,10 @@ from functools import partial, reduce
 import torch
 from torch import Tensor
 
-from ckptq.checkpoint.read import Files, Memory, bytes_of
+from ckptq.checkpoint.read import Files, bytes_of
 from ckptq.checkpoint.view import View, read_rows, window
 from ckptq.checkpoint.write import Shards
+from ckptq.convert.arithmetic import OnCores
 from ckptq.convert.blocks import Span, blocks, runs, stored_rows
 from ckptq.convert.schedule import Schedule, Task, Work
 from ckptq.convert.slabs import Slab, Slabs, held_bytes, views_of
@@ -33,15 +34,9 @@ from ckptq.quantize.formats import (
     constants,
     merge_statistic,
     needs_statistic,
-    quantize,
-    statistic,
 )
-from ckptq.quantize.scratch import Scratch
 from ckptq.quantize.stored import row_quantum
 from ckptq.quantize.tiles import NonFinite
-
-SCRATCH = Scratch()
-"""Each thread's own memory for what a block needs on its way."""
 
 COPY_BYTES = 1 << 24
 
@@ -57,7 +52,7 @@ class Ends:
     scales: Mapping[str, Tensor]
     shards: Shards
     slabs: Slabs
-    memory: Memory = field(default_factory=Memory)
+    arithmetic: OnCores = field(default_factory=OnCores)
 
 
 def convert(
@@ -80,9 +75,9 @@ def work(unit: Unit, ends: Ends) -> Work:
         shared = None
         if unit.parts and needs_statistic(unit.parts[0].scheme):
             found: list[Tensor] = []
-            yield list(_statistic_tasks(unit, rows, found))
+            yield list(_statistic_tasks(unit, rows, found, ends.arithmetic))
             shared = reduce(merge_statistic, found)
-        yield [*_copy_tasks(unit, rows, ends), *_quantize_tasks(unit, rows, shared, ends.shards)]
+        yield [*_copy_tasks(unit, rows, ends), *_quantize_tasks(unit, rows, shared, ends)]
 
 
 def _rows(view: Weight, slabs: Mapping[View, Slab], ends: Ends) -> Rows:
@@ -93,15 +88,17 @@ def _rows(view: Weight, slabs: Mapping[View, Slab], ends: Ends) -> Rows:
         return partial(decode_rows, ends.files, view)
     slab = slabs.get(view)
     if slab is None:
-        return lambda start, stop: read_rows(ends.files, view, start, stop, ends.memory)
+        return lambda start, stop: read_rows(ends.files, view, start, stop, ends.arithmetic.memory)
     matrix = window(slab.matrix, view)
 
     def cut(start: int, stop: int) -> Tensor:
         part_RC = matrix[start:stop]
-        made_RC = ends.memory.tensor(tuple(part_RC.shape), part_RC.dtype)
+        made_RC = ends.arithmetic.memory.tensor(tuple(part_RC.shape), part_RC.dtype)
         if view.transposed:
             # a transpose in two steps, both of which torch does in blocks: 8 times as fast as one
-            turned_CR = SCRATCH.tensor("turned", tuple(part_RC.t().shape), part_RC.dtype)
+            turned_CR = ends.arithmetic.scratch.tensor(
+                "turned", (part_RC.shape[1], len(part_RC)), part_RC.dtype
+            )
             part_RC = turned_CR.copy_(part_RC.t()).t()
         return made_RC.copy_(part_RC)
 
@@ -120,20 +117,22 @@ def _half_split(view: Reordered, rows: Rows) -> Rows:
 
 
 def _statistic_tasks(
-    unit: Unit, rows: Mapping[Weight, Rows], found: list[Tensor]
+    unit: Unit, rows: Mapping[Weight, Rows], found: list[Tensor], arithmetic: OnCores
 ) -> Iterator[Task]:
     """A first pass, for the one number that all parts of the unit share."""
     for part in unit.parts:
         view = part.linear.weight
         for run in runs(view.spec, view.quantum):
-            yield partial(_statistic_of_run, part, rows[view], run, found)
+            yield partial(_statistic_of_run, part, rows[view], run, found, arithmetic)
 
 
-def _statistic_of_run(part: Part, rows: Rows, run: Span, found: list[Tensor]) -> None:
+def _statistic_of_run(
+    part: Part, rows: Rows, run: Span, found: list[Tensor], arithmetic: OnCores
+) -> None:
     weight = part.linear.weight
     for start, stop in blocks(run, weight.spec, weight.quantum):
         with naming(part):
-            found.append(statistic(rows(start, stop), SCRATCH))
+            found.append(arithmetic.statistic(rows(start, stop)))
 
 
 def _copy_tasks(unit: Unit, rows: Mapping[Weight, Rows], ends: Ends) -> Iterator[Task]:
@@ -157,30 +156,30 @@ def _cut_out_run(name: str, view: Weight, rows: Rows, run: Span, shards: Shards)
 
 
 def _quantize_tasks(
-    unit: Unit, rows: Mapping[Weight, Rows], shared: Tensor | None, shards: Shards
+    unit: Unit, rows: Mapping[Weight, Rows], shared: Tensor | None, ends: Ends
 ) -> Iterator[Task]:
     for part in unit.parts:
         view = part.linear.weight
         for local, tensor in constants(view.spec, part.scheme, shared).items():
             data = bytes_of(tensor.contiguous())
-            yield partial(shards.write, f"{part.linear.name}.{local}", 0, data)
+            yield partial(ends.shards.write, f"{part.linear.name}.{local}", 0, data)
         for run in runs(view.spec, part.quantum):
-            yield partial(_quantize_run, part, rows[view], run, shared, shards)
+            yield partial(_quantize_run, part, rows[view], run, shared, ends)
 
 
-def _quantize_run(part: Part, rows: Rows, run: Span, shared: Tensor | None, shards: Shards) -> None:
+def _quantize_run(part: Part, rows: Rows, run: Span, shared: Tensor | None, ends: Ends) -> None:
     """Quantize a run of rows block by block and write each where it belongs."""
     weight, quantum = part.linear.weight.spec, row_quantum(part.scheme)
     made_rows = stored_rows(weight, part.scheme)
-    for start, stop in blocks(run, weight, part.quantum):
+    for start, stop in blocks(run, weight, part.quantum, ends.arithmetic.elements):
         with naming(part):
             share = share_of(part, stop - start)
-            made = quantize(rows(start, stop), part.scheme, shared, SCRATCH, share)
+            made = ends.arithmetic.quantize(rows(start, stop), part.scheme, shared, share)
         for local, tensor in made.items():
             spec = part.writes[local]
             first = start * made_rows[local] // quantum
             at = first * (spec.nbytes // spec.shape[0])
-            shards.write(f"{part.linear.name}.{local}", at, bytes_of(tensor.contiguous()))
+            ends.shards.write(f"{part.linear.name}.{local}", at, bytes_of(tensor.contiguous()))
 
 
 def share_of(part: Part, rows: int) -> Share | None:

@@ -97,6 +97,7 @@ def quantize(
         restart=request.restart,
         workers=request.workers,
         max_ram=request.max_ram,
+        device=request.calibration.device,
         begin=begin,
     )
 

@@ -62,6 +62,7 @@ def write_quantized(
     restart: bool = False,
     workers: int | None = None,
     max_ram: int | None = None,
+    device: str | None = None,
     commit_bytes: int = COMMIT_BYTES,
     begin: Begin = silent,
 ) -> Result:
@@ -70,7 +71,8 @@ def write_quantized(
     An interrupted run goes on when it is called again with the same source, plan and arguments, and
     ends byte-identical. `arguments` is what the output depends on beyond source and recipe, as JSON
     data; it becomes part of the journal's fingerprint and of the provenance record. `commit_bytes`
-    is how much may be written between two entries of the journal.
+    is how much may be written between two entries of the journal. `device` is who quantizes: the
+    cores unless it names a GPU; it changes no byte.
     """
     workers = workers or len(os.sched_getaffinity(0))
     check_disk(plan, out)
@@ -87,7 +89,7 @@ def write_quantized(
         if not journal.published:
             made = scales.load(journal.calibration) if scales is not None else None
             report = begin("quantize", plan.read_bytes)
-            convert_plan(plan, journal, made, workers, rooms, commit_bytes, report)
+            convert_plan(plan, journal, made, workers, rooms, commit_bytes, report, device)
             _write_documents(ckpt, plan, journal, made, record)
         journal.publish()
     finally:
@@ -114,8 +116,10 @@ def convert_plan(
     rooms: tuple[int, int],
     commit_bytes: int,
     report: Report,
+    device: str | None = None,
 ) -> None:
     """Fill the journal's scratch folder with the plan's shards and their index."""
+    from ckptq.convert.arithmetic import arithmetic_on
     from ckptq.convert.pipeline import Ends, convert
     from ckptq.convert.pipeline import workers as make_pool
     from ckptq.convert.schedule import Committer, Schedule
@@ -124,6 +128,7 @@ def convert_plan(
     specs = {shard: _specs(units) for shard, units in plan.shards.items()}
     shard_of = {unit.key: shard for shard, units in plan.shards.items() for unit in units}
     tensors = scale_tensors(plan, scales)
+    arithmetic = arithmetic_on(device)
     shards = Shards(
         journal.scratch, specs, marked_metadata(METADATA, plan.marks) if plan.marks else METADATA
     )
@@ -142,7 +147,13 @@ def convert_plan(
                     report(unit.key, unit.read_bytes)
                 else:
                     todo.append(unit)
-            ends = Ends(files=files, scales=tensors, shards=shards, slabs=Slabs(*rooms))
+            ends = Ends(
+                files=files,
+                scales=tensors,
+                shards=shards,
+                slabs=Slabs(*rooms),
+                arithmetic=arithmetic,
+            )
             try:
                 convert(todo, ends, Schedule(pool, max_tasks=8 * workers), finished)
             finally:

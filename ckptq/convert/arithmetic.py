@@ -1,0 +1,158 @@
+"""Who computes: every thread what it has read, or a GPU beside them. Both give the same bits.
+
+Shape letters: R rows, C columns.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from ckptq.checkpoint.read import Memory
+from ckptq.convert.blocks import RUN_ELEMENTS
+from ckptq.errors import MachineError
+from ckptq.quantize.formats import Share, WeightScheme, constants, quantize, statistic
+from ckptq.quantize.scratch import Scratch
+from ckptq.quantize.tiles import NonFinite
+from ckptq.spec import spec_of
+
+Made = dict[str, Tensor]
+"""Stored tensors by local name, on the CPU; lost at the thread's next call."""
+
+Kernel = Callable[[Tensor, WeightScheme, Tensor | None], Made]
+"""(finite rows on a GPU, scheme, statistic) -> the stored tensors of these rows, on the GPU."""
+
+
+class OnCores:
+    """Each thread computes alone, in memory that it uses again."""
+
+    elements: int | None = None
+    """Of a block; None is what fits a core's cache."""
+
+    def __init__(self) -> None:
+        self.memory = Memory()
+        self.scratch = Scratch()
+
+    def statistic(self, w_RC: Tensor) -> Tensor:
+        return statistic(w_RC, self.scratch)
+
+    def quantize(
+        self, w_RC: Tensor, scheme: WeightScheme, shared: Tensor | None, share: Share | None
+    ) -> Made:
+        return quantize(w_RC, scheme, shared, self.scratch, share)
+
+
+class OnGpu(OnCores):
+    """Each thread has a stream, so that one's transfers and kernels overlap with what others read
+    and write. What has no kernel is computed on the cores.
+    """
+
+    elements = RUN_ELEMENTS
+
+    def __init__(self, device: torch.device) -> None:
+        super().__init__()
+        self.memory = Memory(pinned=True)
+        self._device = device
+        self._lane = _Lane(device)
+
+    def quantize(
+        self, w_RC: Tensor, scheme: WeightScheme, shared: Tensor | None, share: Share | None
+    ) -> Made:
+        kernel = kernel_of(scheme)
+        if kernel is None or share is not None or w_RC.dtype == torch.float64:
+            return super().quantize(w_RC, scheme, shared, share)
+        try:
+            with torch.cuda.stream(self._lane.stream):
+                x_RC = w_RC.to(self._device, non_blocking=True)
+                if not x_RC.isfinite().all():
+                    raise NonFinite("NaN or Inf")
+                made = kernel(x_RC, scheme, shared)
+                return self._lane.fetch(made)
+        except torch.OutOfMemoryError as error:
+            raise MachineError(
+                f"{self._device}: too little memory for {spec_of(w_RC)}; give fewer --workers"
+            ) from error
+
+
+class _Lane(threading.local):
+    """A thread's own stream, and pinned memory for what comes back on it."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.stream = torch.cuda.Stream(device)
+        self._pieces: dict[str, Tensor] = {}
+
+    def fetch(self, made: Made) -> Made:
+        """The tensors on the CPU, when everything on the stream is done."""
+        found = {n: self._pinned(n, t).copy_(t, non_blocking=True) for n, t in made.items()}
+        self.stream.synchronize()
+        return found
+
+    def _pinned(self, name: str, like: Tensor) -> Tensor:
+        held = self._pieces.get(name)
+        if held is None or held.numel() < like.nbytes:
+            held = self._pieces[name] = torch.empty(like.nbytes, dtype=torch.uint8, pin_memory=True)
+        return held[: like.nbytes].view(like.dtype).view(like.shape)
+
+
+def arithmetic_on(device: str | None) -> OnCores:
+    """For "cpu" or None, and for "cuda" or "cuda:1"; MachineError where there is no such GPU."""
+    if device is None or torch.device(device).type == "cpu":
+        return OnCores()
+    if not torch.cuda.is_available() or torch.device(device).type != "cuda":
+        raise MachineError(f"--device {device}: there is no such GPU here")
+    found = torch.device(device)
+    if found.index is not None and found.index >= torch.cuda.device_count():
+        raise MachineError(f"--device {device}: there are {torch.cuda.device_count()} GPUs here")
+    return OnGpu(found)
+
+
+def kernel_of(scheme: WeightScheme) -> Kernel | None:
+    """The kernel that makes this format; None where there is none."""
+    plain = scheme.symmetric and scheme.num_bits == 8 and scheme.codes == "weight"
+    if plain and scheme.scale_dtype is None and scheme.strategy in BY_STRATEGY:
+        return BY_STRATEGY[scheme.strategy]
+    packed = scheme.format == "pack-quantized" and scheme.num_bits == 4
+    if packed and (scheme.group_size or 8) % 8 == 0:
+        return _packed
+    return None
+
+
+def _rows(x_RC: Tensor, scheme: WeightScheme, _: Tensor | None) -> Made:
+    from ckptq.kernels.dispatch import quantize_rows
+
+    code_RC, scale_R1 = quantize_rows(x_RC, _code_dtype(scheme))
+    return {"weight": code_RC, "weight_scale": scale_R1}
+
+
+def _blocks(x_RC: Tensor, scheme: WeightScheme, _: Tensor | None) -> Made:
+    from ckptq.kernels.dispatch import quantize_blocks
+
+    assert scheme.block_structure is not None
+    code_RC, scale_GK = quantize_blocks(x_RC, _code_dtype(scheme), scheme.block_structure)
+    return {"weight": code_RC, "weight_scale": scale_GK}
+
+
+def _tensor(x_RC: Tensor, scheme: WeightScheme, shared: Tensor | None) -> Made:
+    from ckptq.kernels.dispatch import quantize_static
+
+    scale = constants(spec_of(x_RC), scheme, shared)["weight_scale"].to(x_RC.device)
+    tile = (x_RC.shape[0], x_RC.shape[1])
+    return {"weight": quantize_static(x_RC, scale.view(1, 1), tile, _code_dtype(scheme))}
+
+
+def _packed(x_RC: Tensor, scheme: WeightScheme, _: Tensor | None) -> Made:
+    from ckptq.kernels.dispatch import quantize_int4
+
+    packed_RP, scale_RG, zero_ZG = quantize_int4(x_RC, scheme.group_size, scheme.symmetric)
+    made = {"weight_packed": packed_RP, "weight_scale": scale_RG}
+    return made if zero_ZG is None else made | {"weight_zero_point": zero_ZG}
+
+
+BY_STRATEGY: dict[str, Kernel] = {"channel": _rows, "block": _blocks, "tensor": _tensor}
+
+
+def _code_dtype(scheme: WeightScheme) -> torch.dtype:
+    return torch.float8_e4m3fn if scheme.type == "float" else torch.int8

@@ -1,0 +1,46 @@
+"""On a GPU: the same bytes as on the cores, for every format and layout, and errors by name."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from convert_cases import FORMATS, LAYOUTS, convert, recipe_of, save, scheme_of
+from convert_killed import digests
+
+from ckptq.convert import arithmetic
+from ckptq.errors import MachineError, SourceError
+
+WITH_A_KERNEL = ("fp8 channel", "fp8 tensor", "fp8 block", "int8 channel", "int4 group")
+
+
+def test_the_usual_formats_have_a_kernel():
+    found = {name for name in FORMATS if arithmetic.kernel_of(scheme_of(name)) is not None}
+    assert found == {*WITH_A_KERNEL, "int4 group asym"}
+
+
+def test_a_gpu_that_is_not_there_is_named(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(MachineError, match="--device cuda: there is no such GPU"):
+        arithmetic.arithmetic_on("cuda")
+    assert type(arithmetic.arithmetic_on("cpu")) is arithmetic.OnCores
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("format", FORMATS)
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_a_gpu_writes_the_bytes_that_the_cores_write(tmp_path, layout, format):
+    torch.manual_seed(0)
+    source = save(tmp_path / "source", LAYOUTS[layout]())
+    for device in ("cpu", "cuda"):
+        convert(source, tmp_path / device, recipe_of(format), device=device, workers=3)
+    assert digests(tmp_path / "cuda") == digests(tmp_path / "cpu")
+
+
+@pytest.mark.gpu
+def test_a_value_that_is_no_number_is_named_on_a_gpu(tmp_path):
+    torch.manual_seed(0)
+    made = LAYOUTS["llama"]()
+    made.tensors["model.layers.1.mlp.up_proj.weight"][-1, -1] = float("nan")
+    source = save(tmp_path / "source", made)
+    with pytest.raises(SourceError, match=r"'model.layers.1.mlp.up_proj.weight'.*NaN"):
+        convert(source, tmp_path / "out", recipe_of("fp8 channel"), device="cuda")
