@@ -1,8 +1,8 @@
 """Conversion against `cp -r` and llm-compressor's model_free_ptq, in one run, as one table.
 
-    python benchmarks/bench_convert.py --work DIR
+    python benchmarks/bench_convert.py
 
-Makes Llama-shaped bf16 checkpoints of random weights in DIR, converts them to FP8 with dynamic
+Makes Llama-shaped bf16 checkpoints of random weights in `work/`, converts them to FP8 with dynamic
 activations, and deletes everything again. Each command runs whole (imports included) and until its
 output is on the disk, with the source in the page cache. Commands take turns, and the best of
 several turns counts, because whatever else the machine does can only add. A table goes to stdout
@@ -12,10 +12,12 @@ and to `benchmarks/results/`, with the machine and the date in its name.
 from __future__ import annotations
 
 import argparse
+import os
 import shutil
 import sys
 from collections.abc import Mapping
 from datetime import date
+from importlib.util import find_spec
 from pathlib import Path
 
 from measure import Took, load, machine, run, warm
@@ -36,24 +38,27 @@ Key = tuple[str, int]
 """(tool, GB)"""
 
 
-def commands(source: Path, out: Path, workers: int) -> dict[str, list[str | Path]]:
+def commands(source: Path, out: Path, given: argparse.Namespace) -> dict[str, list[str | Path]]:
     """What is compared, on one source."""
     python = sys.executable
-    return {
-        "cp": ["cp", "-r", source, out],
-        "ckptq": [python, "-m", "ckptq", "quantize", source, "-o", out, "-s", "fp8-dynamic"],
-        "model_free_ptq": [python, "-c", MODEL_FREE, source, out, str(workers)],
-    }
+    ours = [python, "-m", "ckptq", "quantize", source, "-o", out, "-s", given.scheme]
+    found = {"cp": ["cp", "-r", source, out], "ckptq": ours}
+    if given.gpu:
+        found["ckptq on a GPU"] = [*ours, "--device", "cuda"]
+    if given.scheme == "fp8-dynamic" and find_spec("llmcompressor") is not None:
+        workers = str(len(os.sched_getaffinity(0)))
+        found["model_free_ptq"] = [python, "-c", MODEL_FREE, source, out, workers]
+    return found
 
 
-def measure(work: Path, sizes: list[int], turns: int, workers: int) -> dict[Key, list[Took]]:
+def measure(work: Path, given: argparse.Namespace) -> dict[Key, list[Took]]:
     """Every command on every size, in turns; model_free_ptq once, on the smallest."""
     found: dict[Key, list[Took]] = {}
-    for turn in range(turns):
-        for size in sizes:
+    for turn in range(given.turns):
+        for size in given.gb:
             source, out = work / f"source-{size}", work / "out"
-            for tool, command in commands(source, out, workers).items():
-                if tool == "model_free_ptq" and (turn or size != min(sizes)):
+            for tool, command in commands(source, out, given).items():
+                if tool == "model_free_ptq" and (turn or size != min(given.gb)):
                     continue
                 warm(source)
                 took = run(command, sync=work)
@@ -119,10 +124,11 @@ def synthetic(folder: Path, *arguments: str) -> int:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--work", type=Path, required=True, help="a folder with room for 17 GB")
+    parser.add_argument("--work", type=Path, default="work", help="a folder with room for 21 GB")
     parser.add_argument("--gb", type=int, nargs="+", choices=LAYERS, default=[4, 8])
     parser.add_argument("--turns", type=int, default=3)
-    parser.add_argument("--workers", type=int, default=2, help="of model_free_ptq")
+    parser.add_argument("--scheme", default="fp8-dynamic")
+    parser.add_argument("--gpu", action="store_true", help="and once more with --device cuda")
     parser.add_argument("--results", type=Path, default=HERE / "results")
     given = parser.parse_args()
     work = given.work / "bench-convert"
@@ -130,24 +136,26 @@ def main() -> None:
     try:
         began = load()
         synthetic(work / "tiny", "--shapes", "tiny")
-        start = min((_start_up(work) for _ in range(given.turns)), key=lambda took: took.seconds)
+        start = min((_start_up(work, given) for _ in range(given.turns)), key=lambda t: t.seconds)
         sizes = {
             gb: synthetic(work / f"source-{gb}", "--layers", str(LAYERS[gb])) for gb in given.gb
         }
-        found = measure(work, given.gb, given.turns, given.workers)
-        title = f"# Conversion to FP8 on {machine()}, {date.today()}"
+        found = measure(work, given)
+        title = f"# Conversion to {given.scheme} on {machine()}, {date.today()}"
         crowd = f"Load average {began:.1f} before, {load():.1f} after."
-        command = f"`python benchmarks/bench_convert.py --gb {' '.join(map(str, given.gb))}`"
+        command = f"`python benchmarks/bench_convert.py {' '.join(sys.argv[1:])}`".replace(
+            " `", "`"
+        )
         text = "\n\n".join([title, f"{command}. {crowd}", table(found, sizes, start)]) + "\n"
     finally:
         shutil.rmtree(work)
     print(text)
     given.results.mkdir(exist_ok=True)
-    (given.results / f"convert-{machine()}-{date.today()}.md").write_text(text)
+    (given.results / f"convert-{given.scheme}-{machine()}-{date.today()}.md").write_text(text)
 
 
-def _start_up(work: Path) -> Took:
-    took = run(commands(work / "tiny", work / "out", 1)["ckptq"])
+def _start_up(work: Path, given: argparse.Namespace) -> Took:
+    took = run(commands(work / "tiny", work / "out", given)["ckptq"])
     shutil.rmtree(work / "out")
     return took
 

@@ -1,6 +1,6 @@
 """Peak memory of a conversion to FP8, over size and shape, as one table.
 
-    python benchmarks/bench_memory.py --work DIR
+    python benchmarks/bench_memory.py
 
 Sources are sparse files of the models' real shapes, and zeros are left as holes in the output, so
 that 141 GB need no disk; everything else runs as it always does. Each line says how the peak
@@ -77,7 +77,7 @@ def peak(work: Path, shapes: str, layers: int | None, scheme: str) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--work", type=Path, required=True, help="a folder on a disk, some MB")
+    parser.add_argument("--work", type=Path, default="work", help="a folder on a disk, some MB")
     parser.add_argument("--results", type=Path, default=HERE / "results")
     given = parser.parse_args()
     work = given.work / "bench-memory"

@@ -4,18 +4,39 @@ from __future__ import annotations
 
 import pytest
 import torch
-from convert_cases import FORMATS, LAYOUTS, convert, recipe_of, save, scheme_of
+from convert_cases import FORMATS, LAYOUTS, convert, differences, recipe_of, save, scheme_of
 from convert_killed import digests
 
 from ckptq.convert import arithmetic
 from ckptq.errors import MachineError, SourceError
+from ckptq.quantize.formats import needs_statistic, quantize, statistic
 
-WITH_A_KERNEL = ("fp8 channel", "fp8 tensor", "fp8 block", "int8 channel", "int4 group")
+WITH_A_KERNEL = (
+    *("fp8 channel", "fp8 tensor", "fp8 block", "int8 channel", "int4 group", "int4 group asym"),
+)
+
+
+def on_a_gpu(test):
+    absent = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+    return pytest.mark.gpu(absent(test))
 
 
 def test_the_usual_formats_have_a_kernel():
     found = {name for name in FORMATS if arithmetic.kernel_of(scheme_of(name)) is not None}
-    assert found == {*WITH_A_KERNEL, "int4 group asym"}
+    assert found == set(WITH_A_KERNEL)
+
+
+@pytest.mark.parametrize("format", WITH_A_KERNEL)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+def test_what_a_kernel_means_is_the_format(format, dtype):
+    """Without a GPU the kernels' doors lead to their meaning in plain torch."""
+    torch.manual_seed(0)
+    scheme = scheme_of(format)
+    w_RC = (torch.randn(43, 320) * torch.randn(43, 1).exp()).to(dtype)
+    shared = statistic(w_RC) if needs_statistic(scheme) else None
+    kernel = arithmetic.kernel_of(scheme)
+    assert kernel is not None
+    assert differences(kernel(w_RC, scheme, shared), quantize(w_RC, scheme, shared)) == []
 
 
 def test_a_gpu_that_is_not_there_is_named(monkeypatch):
@@ -25,7 +46,7 @@ def test_a_gpu_that_is_not_there_is_named(monkeypatch):
     assert type(arithmetic.arithmetic_on("cpu")) is arithmetic.OnCores
 
 
-@pytest.mark.gpu
+@on_a_gpu
 @pytest.mark.parametrize("format", FORMATS)
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_a_gpu_writes_the_bytes_that_the_cores_write(tmp_path, layout, format):
@@ -36,7 +57,7 @@ def test_a_gpu_writes_the_bytes_that_the_cores_write(tmp_path, layout, format):
     assert digests(tmp_path / "cuda") == digests(tmp_path / "cpu")
 
 
-@pytest.mark.gpu
+@on_a_gpu
 def test_a_value_that_is_no_number_is_named_on_a_gpu(tmp_path):
     torch.manual_seed(0)
     made = LAYOUTS["llama"]()
