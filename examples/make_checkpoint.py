@@ -113,7 +113,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--no-outliers",
         action="store_true",
-        help="leave the heads as trained, alike in size",
+        help="leave the heads as trained, alike in size, as INT8 activations need them in o_proj",
     )
     parsed = parser.parse_args(arguments)
     if parsed.variant and parsed.family != "llama4":
