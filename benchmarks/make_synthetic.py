@@ -76,12 +76,12 @@ SHAPES = {
         architecture="LlamaForCausalLM",
         model_type="llama",
         layers=4,
-        hidden=64,
-        intermediate=96,
+        hidden=128,
+        intermediate=256,
         heads=4,
         kv_heads=2,
         vocab=128,
-        head_dim=16,
+        head_dim=32,
     ),
 }
 """Llama 8B has the vocabulary of Llama 2, so that a few layers of it are mostly Linears."""
