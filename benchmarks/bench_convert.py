@@ -17,7 +17,6 @@ import shutil
 import sys
 from collections.abc import Mapping
 from datetime import date
-from importlib.util import find_spec
 from pathlib import Path
 
 from measure import Took, load, machine, run, warm
@@ -45,7 +44,7 @@ def commands(source: Path, out: Path, given: argparse.Namespace) -> dict[str, li
     found = {"cp": ["cp", "-r", source, out], "ckptq": ours}
     if given.gpu:
         found["ckptq on a GPU"] = [*ours, "--device", "cuda"]
-    if given.scheme == "fp8-dynamic" and find_spec("llmcompressor") is not None:
+    if given.scheme == "fp8-dynamic" and not given.without_model_free:
         workers = str(len(os.sched_getaffinity(0)))
         found["model_free_ptq"] = [python, "-c", MODEL_FREE, source, out, workers]
     return found
@@ -128,6 +127,7 @@ def main() -> None:
     parser.add_argument("--gb", type=int, nargs="+", choices=LAYERS, default=[4, 8])
     parser.add_argument("--turns", type=int, default=3)
     parser.add_argument("--scheme", default="fp8-dynamic")
+    parser.add_argument("--without-model-free", action="store_true")
     parser.add_argument("--gpu", action="store_true", help="and once more with --device cuda")
     parser.add_argument("--results", type=Path, default=HERE / "results")
     given = parser.parse_args()
