@@ -139,12 +139,22 @@ def oneshot(shape: str, work: Path, ids: list[list[int]]) -> float:
         max_seq_length=len(ids[0]),
         num_calibration_samples=len(ids),
         shuffle_calibration_samples=False,
+        processor=tokenizer(),
     )
     torch.cuda.synchronize()
     seconds = time.perf_counter() - began
     found = {n: p for n, p in model.named_parameters() if n.endswith((".k_scale", ".v_scale"))}
     torch.save({n: p.detach().float().cpu().flatten() for n, p in found.items()}, work / "theirs")
     return seconds
+
+
+def tokenizer() -> Any:
+    """oneshot wants one, also for token ids; it pads with it."""
+    from tokenizers import Tokenizer, models
+    from transformers import PreTrainedTokenizerFast
+
+    words = Tokenizer(models.WordLevel({"<pad>": 0}, unk_token="<pad>"))
+    return PreTrainedTokenizerFast(tokenizer_object=words, pad_token="<pad>")
 
 
 def ckptq(shape: str, work: Path, ids: list[list[int]]) -> float:
@@ -219,7 +229,8 @@ def main() -> None:
     work = options.work or Path(tempfile.mkdtemp())
     common = ["--shape", options.shape, "--work", work, "--samples", options.samples]
     common += ["--seq-len", options.seq_len]
-    child("--step", "make", *common)
+    if not (work / "model").exists():
+        child("--step", "make", *common)
     found = {n: json.loads(child("--step", n, *common).splitlines()[-1]) for n in STEPS}
     report = {"shape": options.shape, **found, "scales_against_oneshot": difference(work)}
     print(f"{options.shape}, {options.samples} x {options.seq_len}, {found['ckptq']['device']}")
