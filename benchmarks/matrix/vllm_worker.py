@@ -1,6 +1,6 @@
-"""Ask vLLM's CPU build about checkpoints: run by the interpreter that has vLLM, not by ckptq's.
+"""Ask vLLM about checkpoints: run by the interpreter that has vLLM, which need not have ckptq.
 
-    vllm_worker.py [--stand-ins FILE] < jobs > results
+    vllm_worker.py [--stand-ins FILE] [--gpu] < jobs > results
 
 A job is a line {"checkpoint": folder, "prompts": [[token id, ...], ...], "max_tokens": n}. Its
 result is a line that starts with "RESULT " (vLLM prints too), {"checkpoint", "top", "greedy"} with
@@ -10,6 +10,7 @@ vLLM is imported once (seconds), and each checkpoint is loaded in a fork: none s
 left behind, and a crash costs one job. Loading is strict: a parameter that no tensor filled is an
 error. `--stand-ins` names a Python file whose `install()` replaces kernels that the machine lacks;
 with it, only names, shapes, loaders and permutations are vLLM's own, not the last matrix product.
+With `--gpu` it runs on one, and takes so little of it that a dozen workers can share it.
 """
 
 from __future__ import annotations
@@ -32,25 +33,27 @@ os.environ |= {
     "TOKENIZERS_PARALLELISM": "false",
 }
 TOP = 20
+SHARED_GPU = {"gpu_memory_utilization": 0.05, "kv_cache_memory_bytes": 1 << 28}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--stand-ins", type=Path)
+    parser.add_argument("--gpu", action="store_true")
     chosen = parser.parse_args()
     jobs = [json.loads(line) for line in sys.stdin if line.strip()]
     import vllm  # noqa: F401
 
     for job in jobs:
-        print("RESULT " + json.dumps(in_a_fork(job, chosen.stand_ins)), flush=True)
+        print("RESULT " + json.dumps(in_a_fork(job, chosen)), flush=True)
 
 
-def in_a_fork(job: dict[str, Any], stand_ins: Path | None) -> dict[str, Any]:
+def in_a_fork(job: dict[str, Any], chosen: argparse.Namespace) -> dict[str, Any]:
     reader, writer = os.pipe()
     child = os.fork()
     if child == 0:
         os.close(reader)
-        result = attempt(job, stand_ins)
+        result = attempt(job, chosen)
         with os.fdopen(writer, "w") as pipe:
             pipe.write(json.dumps(result))
         os._exit(0)  # the engine's own shutdown would take seconds
@@ -65,11 +68,11 @@ def named(job: dict[str, Any]) -> dict[str, Any]:
     return {"checkpoint": job["checkpoint"]}
 
 
-def attempt(job: dict[str, Any], stand_ins: Path | None) -> dict[str, Any]:
+def attempt(job: dict[str, Any], chosen: argparse.Namespace) -> dict[str, Any]:
     try:
-        if stand_ins is not None:
-            install(stand_ins)
-        return {**named(job), **answers(job)}
+        if chosen.stand_ins is not None:
+            install(chosen.stand_ins)
+        return {**named(job), **answers(job, SHARED_GPU if chosen.gpu else {})}
     # whatever it was, it is the cell's result
     except BaseException as error:
         return {**named(job), "error": f"{type(error).__name__}: {error}"[:2000]}
@@ -84,7 +87,7 @@ def install(file: Path) -> None:
     module.install()
 
 
-def answers(job: dict[str, Any]) -> dict[str, Any]:
+def answers(job: dict[str, Any], limits: dict[str, Any]) -> dict[str, Any]:
     from vllm import LLM, SamplingParams
 
     config = json.loads((Path(job["checkpoint"]) / "config.json").read_text())
@@ -101,6 +104,7 @@ def answers(job: dict[str, Any]) -> dict[str, Any]:
         limit_mm_per_prompt={"image": 0} if "vision_config" in config else {},
         model_loader_extra_config={"enable_weights_track": True},
         max_logprobs=TOP,
+        **limits,
     )
     wanted = SamplingParams(
         temperature=0,
