@@ -47,6 +47,8 @@ class ScalesSource:
     arguments: Mapping[str, Any]
     load: Callable[[Path], Scales]
     """Takes the folder in which it may keep what it needs to go on after an interruption."""
+    runs_model: bool = False
+    """Whether it runs the model, layer by layer, rather than reading a file."""
 
 
 def scales_source(
@@ -65,6 +67,7 @@ def scales_source(
     return ScalesSource(
         arguments=wanted.arguments(),
         load=lambda folder: calibrate_plan(ckpt, plan, wanted, begin, folder),
+        runs_model=True,
     )
 
 

@@ -7,8 +7,10 @@ import shutil
 from pathlib import Path
 
 from ckptq.checkpoint.journal import partial_of
+from ckptq.checkpoint.open import Checkpoint
 from ckptq.convert.slabs import held_bytes
 from ckptq.errors import MachineError, UsageError
+from ckptq.models.family import LAYER
 from ckptq.plan.unit import Plan
 
 BASE_BYTES = 700_000_000
@@ -67,6 +69,35 @@ def slab_rooms(plan: Plan, max_ram: int | None, workers: int) -> tuple[int, int]
         return 0, 0
     limits = [limit - program for limit in (free, max_ram) if limit is not None]
     return room, max(min(max(2 * room, SMALL_ROOMS), *limits) // room, 1)
+
+
+def check_layers(ckpt: Checkpoint, plan: Plan, device: str | None) -> None:
+    """Room for the largest decoder layer where calibration runs it; MachineError without."""
+    sizes: dict[str, int] = {}
+    for name, stored in ckpt.tensors.items():
+        match = LAYER.match(name)
+        if match and match["prefix"] == plan.layout.layers:
+            layer = f"{match['prefix']}.{match['index']}"
+            sizes[layer] = sizes.get(layer, 0) + stored.nbytes
+    if not sizes:
+        return
+    largest = max(sizes, key=lambda layer: sizes[layer])
+    where, free = _free_on(device)
+    if free is not None and sizes[largest] > free:
+        raise MachineError(
+            f"{where}: too little memory to calibrate: {largest} has {sizes[largest]:,} bytes, "
+            f"{free:,} are available; make the scales elsewhere and give them with --scales"
+        )
+
+
+def _free_on(device: str | None) -> tuple[str, int | None]:
+    """Name of the device that calibration takes, and its free bytes."""
+    import torch
+
+    chosen = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    if chosen.type == "cuda" and torch.cuda.is_available():
+        return str(chosen), torch.cuda.mem_get_info(chosen)[0]
+    return str(chosen), available_ram()
 
 
 def available_ram() -> int | None:

@@ -13,7 +13,7 @@ from ckptq.checkpoint.open import Checkpoint
 from ckptq.checkpoint.read import Files
 from ckptq.checkpoint.write import Shards, write_index
 from ckptq.convert import documents
-from ckptq.convert.preflight import check_disk, slab_rooms
+from ckptq.convert.preflight import check_disk, check_layers, slab_rooms
 from ckptq.convert.proof_cost import ProofCost, proof_cost
 from ckptq.errors import UsageError
 from ckptq.models.encoded import unquantized_config
@@ -77,6 +77,8 @@ def write_quantized(
     workers = workers or len(os.sched_getaffinity(0))
     check_disk(plan, out)
     rooms = slab_rooms(plan, max_ram, workers)
+    if scales is not None and scales.runs_model:
+        check_layers(ckpt, plan, device)
     record = {
         "arguments": {**arguments, **(scales.arguments if scales is not None else {})},
         "recipe": plan.recipe.text,

@@ -14,6 +14,7 @@ import torch
 from convert_cases import LAYOUTS, convert, recipe_of, save
 from convert_killed import digests
 
+from ckptq.calibrate.request import ScalesSource
 from ckptq.checkpoint.journal import partial_of
 from ckptq.checkpoint.open import open_checkpoint
 from ckptq.convert import preflight
@@ -195,6 +196,15 @@ def test_a_machine_that_is_too_small_is_named(source, monkeypatch):
     monkeypatch.setattr(preflight, "available_ram", lambda: 500_000_000)
     with pytest.raises(MachineError, match=r"too little memory.*500,000,000 are available"):
         convert(source, source.parent / "out", FP8)
+
+
+def test_a_layer_that_is_too_large_to_calibrate_is_named(source, monkeypatch):
+    scales = ScalesSource(arguments={}, load=lambda folder: 1 / 0, runs_model=True)
+    preflight.check_layers(open_checkpoint(source), plan_of(source), "cpu")
+    monkeypatch.setattr(preflight, "_free_on", lambda device: ("cuda:0", 400_000))
+    with pytest.raises(MachineError, match=r"cuda:0: .* model.layers.0 has 590,\d+ bytes, 400,000"):
+        convert(source, source.parent / "out", FP8, scales=scales)
+    assert not partial_of(source.parent / "out").exists()
 
 
 def test_memory_is_what_machine_and_control_group_leave(tmp_path):
