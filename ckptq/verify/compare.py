@@ -29,6 +29,8 @@ class Tally:
     """Counts over some rows of one weight; adding them gives those of all its rows."""
 
     elements: int = 0
+    unproved: int = 0
+    """Blocks of rows whose stored codes are not, byte for byte, what the converter would write."""
     wrong: int = 0
     """Codes that are not the nearest for the stored scale."""
     twice: int = 0
@@ -50,6 +52,7 @@ class Tally:
     def __add__(self, other: Tally) -> Tally:
         return Tally(
             elements=self.elements + other.elements,
+            unproved=self.unproved + other.unproved,
             wrong=self.wrong + other.wrong,
             twice=self.twice + other.twice,
             foreign=self.foreign + other.foreign,
@@ -96,17 +99,18 @@ def compare(w_RC: Tensor, held: Mapping[str, Tensor], scheme: WeightScheme) -> T
     made = observe(w_RC, held, scheme)
     dequantized = nearest.weights(held, scheme, w_RC.shape[1])
     wide_RC = w_RC.float()
-    noise = (dequantized - wide_RC).square_().sum(dtype=torch.float64).item()
-    signal = wide_RC.square_().sum(dtype=torch.float64).item()
+    noise, signal = _energy(dequantized.sub_(wide_RC)), _energy(wide_RC)
     differ = _scales_differ(made, held, scheme, w_RC.shape[0])
     wrong = twice = foreign = 0
-    if scheme.codes not in made or not torch.equal(made[scheme.codes], held[scheme.codes]):
+    same = scheme.codes in made and _same_bytes(made[scheme.codes], held[scheme.codes])
+    if not same:
         wrong, twice, foreign = _codes(w_RC, held, made, scheme)
     elif differ.any():
         wrong, twice, _ = _codes(w_RC, held, made, scheme)
     low, high = statistic(w_RC).tolist() if needs_statistic(scheme) else (0.0, 0.0)
     return Tally(
         elements=w_RC.numel(),
+        unproved=0 if same else 1,
         wrong=wrong,
         twice=twice,
         foreign=foreign,
@@ -121,6 +125,12 @@ def compare(w_RC: Tensor, held: Mapping[str, Tensor], scheme: WeightScheme) -> T
     )
 
 
+def _energy(x_RC: Tensor) -> float:
+    """Sum of squares; float32 is enough for a block, whose sums are added in float64."""
+    flat = x_RC.reshape(-1)
+    return torch.dot(flat, flat).item()
+
+
 def observe(w_RC: Tensor, held: Mapping[str, Tensor], scheme: WeightScheme) -> dict[str, Tensor]:
     """What these rows alone determine: nothing more than codes under one scale for the tensor."""
     if scheme.strategy == "tensor":
@@ -129,6 +139,11 @@ def observe(w_RC: Tensor, held: Mapping[str, Tensor], scheme: WeightScheme) -> d
         amax = nearest.in_tiles(w_RC, scheme).abs().amax(-1)
         return {"weight_scale": scales.nvfp4(amax, held["weight_global_scale"])}
     return quantize(w_RC, scheme)
+
+
+def _same_bytes(a: Tensor, b: Tensor) -> bool:
+    """torch compares float8 one by one, bytes many at once."""
+    return torch.equal(a.view(torch.uint8), b.contiguous().view(torch.uint8))
 
 
 def digest(tensor: Tensor) -> str:

@@ -63,8 +63,10 @@ def _experts(subject: Subject) -> Iterator[Finding]:
         match = EXPERT.match(name)
         if match and module.codes is not None:
             held.setdefault(match["experts"], set()).add(int(match["index"]))
+    counts = _expert_counts(subject)
+    declared = _declared_experts(subject)
     for experts, indices in held.items():
-        wanted = _expert_count(subject, experts) or max(indices) + 1
+        wanted = counts.get(experts) or declared or max(indices) + 1
         count = wanted - len({i for i in indices if i < wanted})
         if count <= 0:
             continue
@@ -75,13 +77,20 @@ def _experts(subject: Subject) -> Iterator[Finding]:
         )  # fmt: skip
 
 
-def _expert_count(subject: Subject, experts: str) -> int | None:
+def _expert_counts(subject: Subject) -> dict[str, int]:
+    """The source's experts, layer by layer."""
+    found: dict[str, set[str]] = {}
+    for name in subject.origin.linears if subject.origin is not None else ():
+        match = EXPERT.match(name)
+        if match:
+            found.setdefault(match["experts"], set()).add(match["index"])
+    return {experts: len(indices) for experts, indices in found.items()}
+
+
+def _declared_experts(subject: Subject) -> int | None:
     if subject.origin is not None:
-        matches = (EXPERT.match(name) for name in subject.origin.linears)
-        found = {int(m["index"]) for m in matches if m and m["experts"] == experts}
-        return len(found) or None
-    config = subject.ckpt.text_config
-    counts = (config.get(key) for key in EXPERT_COUNTS)
+        return None
+    counts = (subject.ckpt.text_config.get(key) for key in EXPERT_COUNTS)
     return next((n for n in counts if type(n) is int and 0 < n < 1 << 16), None)
 
 

@@ -15,7 +15,15 @@ from ckptq.verify.compare import Tally
 from ckptq.verify.hypotheses import hypotheses, match_heads, rescaled_columns
 from ckptq.verify.judge import CHOSEN_DB, DAMAGED, undiagnosed
 from ckptq.verify.kinds import finding
-from ckptq.verify.neighbours import Directory, Explained, candidates, directory, explain, gather
+from ckptq.verify.neighbours import (
+    Directory,
+    Explained,
+    candidates,
+    directory,
+    explain,
+    gather,
+    template,
+)
 from ckptq.verify.order import Undo, well_typed
 from ckptq.verify.report import Finding
 from ckptq.verify.sample import Sample, read_sample, rows_of_source, snr_db
@@ -24,6 +32,9 @@ from ckptq.verify.subject import EXPERT, Subject
 
 BETTER_DB = 3.0
 """A hypothesis must explain more than what is stored does, by this much."""
+
+TRIED = 8
+"""Samples are read of so many Linears of one name; more would take hours where all are wrong."""
 
 SIDES = {"q_proj": "q", "k_proj": "k", "v_proj": "k"}
 
@@ -43,27 +54,57 @@ class Case:
 
 
 def diagnose(case: Case, suspects: list[str]) -> list[Finding]:
-    """One finding for each suspect, or one for several that one cause explains."""
+    """One finding for each suspect, or one for several that one cause explains.
+
+    Of many that are named alike, `TRIED` are tried; what explains all of them explains the rest.
+    """
     known = directory(case.tallies)
     explained: dict[str, Explained] = {}
     found: dict[str, Finding] = {}
+    tried: dict[str, list[Finding | None]] = {}
     for name in suspects:
         linear, tally = case.linears[name], case.tallies[name]
         if _damaged(tally):
             found[name] = undiagnosed(linear, tally)
             continue
-        sample = case.sample(name)
-        alone = _alone(case, sample, tally)
-        others = _owner(name, tally, known) or _others(
-            case, sample, candidates(name, case.linears, case.tallies, known)
-        )
-        if others is not None and (alone is None or others.snr_db > alone[0]):
-            explained[name] = others
-        elif alone is not None:
-            found[name] = alone[1]
+        before = tried.setdefault(template(name), [])
+        owned = _owned(name, tally, known)
+        if owned is not None and (owned.certain or len(before) >= TRIED):
+            explained[name] = owned.explained
+        elif len(before) >= TRIED:
+            found[name] = _like_others(linear, before) or undiagnosed(linear, tally)
         else:
-            found[name] = undiagnosed(linear, tally)
+            one = _one(case, name, known)
+            before.append(one if isinstance(one, Finding) else None)
+            if isinstance(one, Explained):
+                explained[name] = one
+            else:
+                found[name] = one
     return [*gather(explained, case.linears), *_stale_shards(case, found)]
+
+
+def _one(case: Case, name: str, known: Directory) -> Finding | Explained:
+    """Everything is tried on one weight."""
+    tally = case.tallies[name]
+    sample = case.sample(name)
+    alone = _alone(case, sample, tally)
+    others = _others(case, sample, candidates(name, case.linears, case.tallies, known))
+    if others is not None and (alone is None or others.snr_db > alone[0]):
+        return others
+    return alone[1] if alone is not None else undiagnosed(case.linears[name], tally)
+
+
+def _like_others(linear: StoredLinear, tried: list[Finding | None]) -> Finding | None:
+    """What was found of all that were tried, said of one that was not."""
+    first = tried[0]
+    if first is None or any(one is None or one.code != first.code for one in tried):
+        return None
+    local = (first.tensor or "").rpartition(".")[2]
+    return finding(
+        first.code, f"{linear.name}.{local}", file=linear.module.file,
+        found=f"as in {len(tried)} others of its kind that were tried: {first.found}",
+        wanted=first.wanted, repair=first.repair,
+    )  # fmt: skip
 
 
 def _damaged(tally: Tally) -> bool:
@@ -117,12 +158,23 @@ def _reshaped(case: Case, sample: Sample) -> Iterator[tuple[float, Finding]]:
         yield rescaled, _named(linear, "columns-rescaled", found, None)
 
 
-def _owner(name: str, tally: Tally, known: Directory) -> Explained | None:
-    """Whose scales these are, where the codes are right: digests leave no doubt."""
-    owners = [owner for owner in known.owners(tally) if owner != name]
-    if not owners or tally.foreign or not tally.scales_wrong:
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Owned:
+    """Whose scales these are, by digest."""
+
+    explained: Explained
+    certain: bool
+    """Codes that are right leave no doubt; others may have more wrong with them."""
+
+
+def _owned(name: str, tally: Tally, known: Directory) -> Owned | None:
+    owners = known.owners(name, tally)
+    if not owners or not tally.scales_wrong:
         return None
-    return Explained(code="scale-of-another", other=owners[0], snr_db=math.inf)
+    code = "misplaced" if tally.foreign else "scale-of-another"
+    return Owned(
+        explained=Explained(code=code, other=owners[0], snr_db=math.inf), certain=not tally.foreign
+    )
 
 
 def _others(case: Case, sample: Sample, names: list[str]) -> Explained | None:

@@ -21,43 +21,64 @@ MOST = 8
 """How many others are tried on one weight."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Directory:
-    """Who has which scales, by digest."""
+    """Who has which scales, and who stands near whom."""
 
     observed: Mapping[tuple[str, ...], tuple[str, ...]]
     """Digest of the scales that the source gives -> the Linears that should hold them."""
+    siblings: Mapping[str, tuple[str, ...]]
+    """Parent -> its Linears."""
+    alike: Mapping[str, tuple[str, ...]]
+    """Name without its numbers -> the Linears of all layers, and of all experts."""
+    place: Mapping[str, int]
+    """Linear -> where it stands in `alike`."""
 
-    def owners(self, tally: Tally) -> tuple[str, ...]:
-        """The Linears whose scales this one holds."""
-        return self.observed.get(tally.held, ())
+    def owners(self, name: str, tally: Tally) -> tuple[str, ...]:
+        """The other Linears whose scales this one holds."""
+        return tuple(owner for owner in self.observed.get(tally.held, ()) if owner != name)
 
 
 def directory(tallies: Mapping[str, Tally]) -> Directory:
-    found: dict[tuple[str, ...], tuple[str, ...]] = {}
+    observed: dict[tuple[str, ...], tuple[str, ...]] = {}
+    siblings: dict[str, tuple[str, ...]] = {}
+    alike: dict[str, list[str]] = {}
+    place: dict[str, int] = {}
     for name, tally in tallies.items():
         if tally.observed:
-            found[tally.observed] = (*found.get(tally.observed, ()), name)
-    return Directory(found)
+            observed[tally.observed] = (*observed.get(tally.observed, ()), name)
+        parent = name.rpartition(".")[0]
+        siblings[parent] = (*siblings.get(parent, ()), name)
+        same = alike.setdefault(template(name), [])
+        place[name] = len(same)
+        same.append(name)
+    return Directory(
+        observed=observed,
+        siblings=siblings,
+        alike={key: tuple(names) for key, names in alike.items()},
+        place=place,
+    )
 
 
 def candidates(
     name: str, linears: Mapping[str, StoredLinear], tallies: Mapping[str, Tally], known: Directory
 ) -> list[str]:
     """Others of the same shape and scheme, the likeliest first: by digest, siblings, neighbours."""
-    mine = linears[name]
-    by_digest = known.owners(tallies[name])
-    parent = name.rpartition(".")[0]
-    siblings = [n for n in linears if n.rpartition(".")[0] == parent]
-    alike = [n for n in linears if _template(n) == _template(name)]
-    at = alike.index(name)
-    near = sorted(alike, key=lambda n: abs(alike.index(n) - at)) if len(alike) < 4096 else []
-    ordered = dict.fromkeys((*by_digest, *siblings, *near))
-    fits = (n for n in ordered if n != name and n in tallies and _alike(mine, linears[n]))
+    same, at = known.alike[template(name)], known.place[name]
+    near = same[max(at - MOST, 0) : at + MOST + 1]
+    ordered = dict.fromkeys(
+        (
+            *known.owners(name, tallies[name]),
+            *known.siblings[name.rpartition(".")[0]],
+            *sorted(near, key=lambda other: abs(known.place[other] - at)),
+        )
+    )
+    fits = (n for n in ordered if n != name and _alike(linears[name], linears[n]))
     return [n for n, _ in zip(fits, range(MOST), strict=False)]
 
 
-def _template(name: str) -> str:
+def template(name: str) -> str:
+    """ "model.layers.3.mlp.up_proj" -> "model.layers.*.mlp.up_proj"."""
     return ".".join("*" if part.isdigit() else part for part in name.split("."))
 
 

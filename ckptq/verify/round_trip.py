@@ -95,17 +95,23 @@ def _permuted(linear: StoredLinear, files: Files, undo: Undo) -> list[Part]:
 
 def _compare(linear: StoredLinear, held: Held, rows: Rows | None, start: int, stop: int) -> Part:
     """Block by block, so that everything stays in the cache."""
-    tally = Tally() if rows is not None else None
-    found: list[Finding] = []
     source = rows(start, stop) if rows is not None else None
+    tally, found = Tally(), list[Finding]()
     for first, last in blocks(linear, start, stop):
         cut = linear.cut(held, start, first, last)
-        found += check_codes(linear, cut)
-        if source is not None and tally is not None:
+        one = None
+        if source is not None:
             with naming(linear):
-                tally += compare(source[first - start : last - start], cut, linear.scheme)
-    nbytes = sum(t.nbytes for t in held.values())
-    return Part(name=linear.name, nbytes=nbytes, tally=tally, findings=tuple(found))
+                one = compare(source[first - start : last - start], cut, linear.scheme)
+            tally += one
+        if one is None or one.unproved:
+            found += check_codes(linear, cut)
+    return Part(
+        name=linear.name,
+        nbytes=sum(tensor.nbytes for tensor in held.values()),
+        tally=tally if source is not None else None,
+        findings=tuple(found),
+    )
 
 
 class naming:
