@@ -5,9 +5,9 @@
 Every kernel's result is first compared with eager torch's at the very shape that is timed, to the
 bit, and a difference ends the run. Bytes count every input and output once, whatever a kernel
 really moves; the operations that have to see all of the input before their first code count it
-twice ("2 reads"). Linear products are compared with dequantize-then-multiply in fp32 and timed
-beside torch's bf16 product. compressed-tensors is timed where it is installed: extrema, its qparams, its
-quantization and packing, and whether its codes are ours. Writes PATH.md and PATH.json.
+twice ("2 reads"). compressed-tensors is timed where it is installed: extrema, its qparams, its
+quantization and packing, and whether its codes are ours. Linear products are compared with
+dequantize-then-multiply in fp32 and timed beside torch's bf16 product. Writes PATH.md, PATH.json.
 
 `--shrink 32` divides the shapes; with TRITON_INTERPRET=1 that tries the script without a GPU.
 """

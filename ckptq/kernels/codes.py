@@ -148,3 +148,34 @@ def code(x, scale, FP8: tl.constexpr, NARROW: tl.constexpr, NATIVE: tl.constexpr
         return e4m3_code(ratio(x, scale, NARROW), NATIVE)
     else:
         return integer_bits(x, scale, 0.0, -128, 127, 0, NARROW).to(tl.int8)
+
+
+@triton.jit
+def word_of_codes(slices, scale, FP8: tl.constexpr, NARROW: tl.constexpr, NATIVE: tl.constexpr):
+    """The codes of four tensors as one of int32, the first in the lowest byte."""
+    if FP8 and NATIVE:
+        # two conversions and a move; compilers make a dozen shifts of it
+        return tl.inline_asm_elementwise(
+            """{
+            .reg .b16 low, high;
+            cvt.rn.satfinite.e4m3x2.f32 low, $2, $1;
+            cvt.rn.satfinite.e4m3x2.f32 high, $4, $3;
+            mov.b32 $0, {low, high};
+            }""",
+            "=r,f,f,f,f",
+            [
+                ratio(widen(slices[0]), scale, NARROW),
+                ratio(widen(slices[1]), scale, NARROW),
+                ratio(widen(slices[2]), scale, NARROW),
+                ratio(widen(slices[3]), scale, NARROW),
+            ],
+            dtype=tl.int32,
+            is_pure=True,
+            pack=1,
+        )
+    else:
+        word = code(widen(slices[0]), scale, FP8, NARROW, NATIVE).to(tl.int32) & 0xFF
+        for i in tl.static_range(1, 4):
+            byte = code(widen(slices[i]), scale, FP8, NARROW, NATIVE).to(tl.int32) & 0xFF
+            word = word | (byte << (8 * i))
+        return word

@@ -115,15 +115,15 @@ def _quantize_int4_kernel(
             tl.atomic_or(zero_ptr + row_Q // 8 * G + g_Q, nibble_Q, mask=m_Q, sem="relaxed")
     tl.store(scale_ptr + row_Q * G + g_Q, narrow(scale_Q, stored), mask=m_Q)
 
-    first_1P = 8 * tl.arange(0, LANES // 8)[None, :]
-    packed_ptrs = packed_ptr + (row_Q * P + g_Q * (GROUP // 8))[:, None] + first_1P // 8
+    w_1P = tl.arange(0, LANES // 8)[None, :]
+    packed_ptrs = packed_ptr + (row_Q * P + g_Q * (GROUP // 8))[:, None] + w_1P
     for s in tl.static_range(SLICES):
         bits_QL = nibble_bits(widen(x_SQL[s]), scale_Q[:, None], zero_Q1, NARROW)
         if GROUP % 8 != 0:  # the last word of a row ends in zero bits
             bits_QL = tl.where(l_1L < GROUP - s * LANES, bits_QL, 0x4B400000)
         bits_QP8 = tl.reshape(bits_QL, (ROWS * GROUPS, LANES // 8, 8))
         word_QP = word_of_nibbles(tl.sum(bits_QP8 << (4 * tl.arange(0, 8)), 2))
-        m_QP = _slice_mask(m_Q[:, None], first_1P, GROUP - s * LANES, LANES)
+        m_QP = _slice_mask(m_Q[:, None], 8 * w_1P, GROUP - s * LANES, LANES)
         tl.store(packed_ptrs + s * (LANES // 8), word_QP, mask=m_QP)
 
 

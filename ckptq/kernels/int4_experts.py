@@ -16,6 +16,9 @@ from ckptq.kernels.codes import NARROW, absmax_of, extrema_of, load_slices, scal
 from ckptq.kernels.int4 import asymmetric_qparams, nibble_bits, word_of_nibbles
 from ckptq.kernels.rounding import narrow, widen
 
+TILE_K, TILE_N = 256, 64
+"""Rows and columns of a tile: 128 bytes of bf16 where it is read, 128 of words where written."""
+
 
 @triton.jit
 def _per_word(x_GN, GROUPS: tl.constexpr, WORDS: tl.constexpr, BLOCK: tl.constexpr):
@@ -96,7 +99,7 @@ def quantize_int4_experts(
     packed_ENP = torch.empty(E, N, K // 8, dtype=torch.int32, device=device)
     scale_ENG = torch.empty(E, N, G, dtype=x_EKN.dtype, device=device)
     zero_EZG = None if symmetric else torch.empty(E, Z, G, dtype=torch.int32, device=device)
-    groups, block = 256 // group, 64
+    groups, block = TILE_K // group, TILE_N
     _quantize_int4_experts_kernel[(E * triton.cdiv(G, groups) * triton.cdiv(N, block),)](
         *(x_EKN, packed_ENP, scale_ENG, zero_EZG, x_EKN.stride(0), x_EKN.stride(1), K, N),
         SYMMETRIC=symmetric,

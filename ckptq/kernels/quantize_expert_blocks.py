@@ -16,13 +16,13 @@ from torch import Tensor
 from ckptq.kernels.codes import (
     HALF_RANGE,
     absmax_of,
-    code,
     code_constexprs,
     empty_codes,
     load_slices,
     scale_of,
+    word_of_codes,
 )
-from ckptq.kernels.rounding import narrow, widen
+from ckptq.kernels.rounding import narrow
 
 
 @triton.jit
@@ -53,10 +53,7 @@ def _quantize_expert_blocks_kernel(
     stored: tl.constexpr = scale_ptr.dtype.element_ty
     scale = scale_of(tl.max(tl.max(absmax_of(x_4PL, 4), 1), 0), HALF_RANGE, stored)
     tl.store(scale_ptr + (e * blocks_n + block_n) * blocks_k + block_k, narrow(scale, stored))
-    word_PL = tl.zeros([BLOCK // 4, BLOCK], tl.int32)
-    for i in tl.static_range(4):
-        code_PL = code(widen(x_4PL[i]), scale, FP8, NARROW, NATIVE)
-        word_PL |= (code_PL.to(tl.int32) & 0xFF) << (8 * i)
+    word_PL = word_of_codes(x_4PL, scale, FP8, NARROW, NATIVE)
     o_PL = (e * N + n_L)[None, :] * (K // 4) + word_P[:, None]
     tl.store(code_ptr + o_PL, word_PL, mask=m_PL)
 

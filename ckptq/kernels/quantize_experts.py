@@ -22,16 +22,16 @@ from torch import Tensor
 from ckptq.kernels.codes import (
     HALF_RANGE,
     absmax_of,
-    code,
     code_constexprs,
     empty_codes,
     load_slices,
     scale_of,
+    word_of_codes,
 )
-from ckptq.kernels.rounding import narrow, widen
+from ckptq.kernels.rounding import narrow
 
-TILE = 128
-"""Side of a tile: 256 bytes of bf16 a row where it is read, 128 bytes of codes where written."""
+TILE_K, TILE_N = 128, 128
+"""Rows and columns of a tile: 256 bytes of bf16 where it is read, 128 of codes where written."""
 
 
 @triton.jit
@@ -52,17 +52,18 @@ def _quantize_experts_kernel(
     FP8: tl.constexpr,
     NARROW: tl.constexpr,
     NATIVE: tl.constexpr,
-    TILE: tl.constexpr,
+    TILE_K: tl.constexpr,
+    TILE_N: tl.constexpr,
 ):
-    tiles = tl.cdiv(K, TILE) * strip_tiles  # in a strip
+    tiles = tl.cdiv(K, TILE_K) * strip_tiles  # in a strip
     second = tl.program_id(0) % (2 * tiles) >= tiles
     strip = tl.program_id(0) // (2 * tiles) - second.to(tl.int32)
     if (strip >= 0) & (strip < E * strips):
         e = (strip // strips).to(tl.int64)
         tile = tl.program_id(0) % tiles
         n_tile = (strip % strips) * strip_tiles + tile % strip_tiles
-        n_L = n_tile * TILE + tl.arange(0, TILE)
-        word_P = (tile // strip_tiles).to(tl.int64) * (TILE // 4) + tl.arange(0, TILE // 4)
+        n_L = n_tile * TILE_N + tl.arange(0, TILE_N)
+        word_P = (tile // strip_tiles).to(tl.int64) * (TILE_K // 4) + tl.arange(0, TILE_K // 4)
         m_PL = (word_P < K // 4)[:, None] & (n_L < N)[None, :]
         x_ptrs = x_ptr + e * stride_e + 4 * word_P[:, None] * stride_k + n_L[None, :]
         amax_ptrs = amax_ptr + e * N + n_L
@@ -75,10 +76,7 @@ def _quantize_experts_kernel(
             scale_L = scale_of(bits_L.to(tl.float32, bitcast=True), HALF_RANGE, stored)
             if tile < strip_tiles:  # the first row of tiles
                 tl.store(scale_ptr + e * N + n_L, narrow(scale_L, stored), mask=n_L < N)
-            word_PL = tl.zeros([TILE // 4, TILE], tl.int32)
-            for i in tl.static_range(4):
-                code_PL = code(widen(x_4PL[i]), scale_L[None, :], FP8, NARROW, NATIVE)
-                word_PL |= (code_PL.to(tl.int32) & 0xFF) << (8 * i)
+            word_PL = word_of_codes(x_4PL, scale_L[None, :], FP8, NARROW, NATIVE)
             o_PL = (e * N + n_L)[None, :] * (K // 4) + word_P[:, None]
             tl.store(code_ptr + o_PL, word_PL, mask=m_PL)
         else:
@@ -102,8 +100,8 @@ def quantize_experts(
     E, K, N = x_EKN.shape
     if x_EKN.stride(2) != 1 or K % 4:
         raise ValueError(f"want dense columns, rows in fours: {x_EKN.shape} {x_EKN.stride()}")
-    tiles_down, tiles_across = triton.cdiv(K, TILE), triton.cdiv(N, TILE)
-    column_bytes = K * TILE * x_EKN.element_size()
+    tiles_down, tiles_across = triton.cdiv(K, TILE_K), triton.cdiv(N, TILE_N)
+    column_bytes = K * TILE_N * x_EKN.element_size()
     strips = min(tiles_across, triton.cdiv(tiles_across * column_bytes, strip_bytes))
     strip_tiles = triton.cdiv(tiles_across, strips)
     code_ENK = empty_codes((E, N, K), dtype, x_EKN.device)
@@ -115,7 +113,8 @@ def quantize_experts(
         *(x_EKN.stride(0), x_EKN.stride(1), E, K, N, strips, strip_tiles),
         HALF_RANGE=HALF_RANGE[dtype],
         **code_constexprs(x_EKN, x_EKN.dtype, dtype),
-        TILE=TILE,
+        TILE_K=TILE_K,
+        TILE_N=TILE_N,
         num_warps=4,
         enable_fp_fusion=False,
     )

@@ -103,7 +103,7 @@ def _tiling(columns: int, itemsize: int) -> dict[str, int]:
         rows = max(1, 4096 // block)
         return {"ROWS": rows, "SLICES": 1, "BLOCK": block, "num_warps": max(4, block // 1024)}
     slices = triton.cdiv(columns, 4096)
-    return {"ROWS": 1, "SLICES": slices, "BLOCK": 4096, "num_warps": 4 * itemsize}
+    return {"ROWS": 1, "SLICES": slices, "BLOCK": 4096, "num_warps": 2 * itemsize}
 
 
 def quantize_rows(

@@ -17,7 +17,7 @@ SOURCES = pytest.mark.parametrize("source", [torch.bfloat16, torch.float32], ids
 
 @CODES
 @SOURCES
-@pytest.mark.parametrize("shape", [(1, 4, 1), (2, 152, 140), (2, 64, 260)], ids=str)
+@pytest.mark.parametrize("shape", [(1, 4, 1), (2, 152, 140), (2, 64, 260), (1, 320, 24)], ids=str)
 @pytest.mark.parametrize("strip_bytes", [1, 1 << 20], ids=["narrow", "wide"])
 def test_rows_of_the_transpose(
     device: torch.device,
@@ -57,7 +57,7 @@ def test_the_untransposed_cut_is_noticed(device: torch.device) -> None:
 
 @CODES
 @SOURCES
-@pytest.mark.parametrize("shape", [(1, 4, 1), (2, 152, 140)], ids=str)
+@pytest.mark.parametrize("shape", [(1, 4, 1), (2, 152, 140), (2, 64, 260)], ids=str)
 def test_blocks_of_the_transpose(
     device: torch.device, shape: tuple[int, int, int], source: torch.dtype, codes: torch.dtype
 ) -> None:
