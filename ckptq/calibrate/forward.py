@@ -3,7 +3,7 @@
 The model runs once per batch with recorders in the place of its decoder layers: they keep the
 arguments (mask, position embeddings) that each layer would get. Then every layer in turn is
 loaded, run on all batches and dropped. Between layers only the hidden states of all batches are
-kept, on the CPU.
+kept.
 
 Shape letters: B batch, S positions, E hidden size, V vocabulary.
 """
@@ -34,15 +34,21 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
 
+SHARE_OF_GPU = 0.25
+"""Of a GPU's free memory: up to this, hidden states stay there, which saves two copies a layer."""
+
+
 @dataclass
 class Stream:
     """All batches on their way through the layers."""
 
     batches: list[Batch]
     hidden_BSE: list[Tensor]
-    """One per batch, on the CPU; replaced in place as layers run."""
+    """One per batch, on `place`; replaced as layers run."""
     arguments: list[list[LayerArguments]]
     """[batch][layer]: what the model passes to the layer besides the hidden states."""
+    place: torch.device | str = "cpu"
+    """Where hidden states stay between layers."""
 
     @property
     def resumable(self) -> bool:
@@ -66,12 +72,12 @@ class LayerwiseModel:
 
     def embed(self, batches: Iterable[Batch]) -> Stream:
         """Everything before the first decoder layer, and the arguments that the layers will get."""
-        stream, memo = Stream([], [], []), Memo()
+        given, memo = list(batches), Memo()
+        stream = Stream(given, [], [], self._place(given))
         with self._outer_weights(), _no_grad():
-            for batch in batches:
+            for batch in given:
                 hidden_BSE, calls = self._record(batch)
-                stream.batches.append(batch)
-                stream.hidden_BSE.append(hidden_BSE.cpu())
+                stream.hidden_BSE.append(hidden_BSE.to(stream.place))
                 stream.arguments.append([memo.keep(call) for call in calls])
         return stream
 
@@ -94,7 +100,7 @@ class LayerwiseModel:
                 with nullcontext() if watch is None else watch(layer, stream.batches[number]):
                     result = layer(hidden_BSE.to(self.device), *args, **kwargs)
                 result_BSE: Tensor = result[0] if isinstance(result, tuple) else result
-                stream.hidden_BSE[number] = result_BSE.cpu()
+                stream.hidden_BSE[number] = result_BSE.to(stream.place)
                 stream.arguments[number][index] = ((), {})
 
     def head(self, stream: Stream) -> Iterator[Tensor]:
@@ -102,6 +108,18 @@ class LayerwiseModel:
         with self._outer_weights(), _no_grad():
             for number, batch in enumerate(stream.batches):
                 yield self._finish(batch, stream.hidden_BSE[number].to(self.device))
+
+    def _place(self, batches: list[Batch]) -> torch.device:
+        """Where hidden states stay between layers: on a GPU only when they take little of it."""
+        import torch
+
+        if self.device.type != "cuda":
+            return torch.device("cpu")
+        width = self.skeleton.model.config.get_text_config(decoder=True).hidden_size
+        tokens = sum(batch.input_ids_BS.numel() for batch in batches)
+        free, _ = torch.cuda.mem_get_info(self.device)
+        fits = tokens * width * self.skeleton.dtype.itemsize < SHARE_OF_GPU * free
+        return self.device if fits else torch.device("cpu")
 
     def _record(self, batch: Batch) -> tuple[Tensor, list[LayerArguments]]:
         """Run the model up to its last layer; every layer only notes its arguments."""

@@ -7,12 +7,12 @@ norm.
 
 from __future__ import annotations
 
-from collections import defaultdict
 from collections.abc import Collection, Iterable
 from contextlib import contextmanager
 from itertools import takewhile
 from typing import TYPE_CHECKING, Any, Protocol
 
+from ckptq.calibrate.names import sources_of_parameters
 from ckptq.calibrate.skeleton import Skeleton, quiet
 from ckptq.checkpoint.open import Checkpoint
 from ckptq.checkpoint.read import read_tensors
@@ -23,7 +23,6 @@ if TYPE_CHECKING:
 
     import torch
     from torch import Tensor, nn
-    from transformers import PreTrainedModel
 
 
 class WeightSource(Protocol):
@@ -129,8 +128,9 @@ class Loader:
                 f"{f' and {len(absent) - 1} more' if len(absent) > 1 else ''}, which "
                 f"{type(self._skeleton.model).__name__} needs"
             )
-        names = {name for parameter in wanted for name in self._sources_for(parameter)}
-        self._convert(self._source.load(names))
+        for names in self._portions(wanted):
+            self._convert(self._source.load(names))
+            _return_free_memory()
         self._take_from_twins(wanted)
         bare = [name for name in wanted if _get(self._skeleton.model, name).is_meta]
         assert not bare, f"transformers' conversion left {bare} without weights"
@@ -145,6 +145,15 @@ class Loader:
         prefix = module + "." if module else ""
         under = (name for name in sorted(self._parameters) if name.startswith(prefix))
         return [name for name in under if recurse or "." not in name.removeprefix(prefix)]
+
+    def _portions(self, wanted: Iterable[str]) -> list[set[str]]:
+        """What is read at once: a parameter that is made of many tensors (experts) has one alone.
+
+        While it is made, the tensors and the parameter are both in memory.
+        """
+        sources = {self._sources_for(parameter) for parameter in wanted}
+        simple = {name for names in sources if len(names) == 1 for name in names}
+        return [simple, *(set(names) for names in sorted(sources) if len(names) > 1)]
 
     def _sources_for(self, parameter: str) -> tuple[str, ...]:
         return self._sources.get(parameter) or self._sources.get(self._twin(parameter), ())
@@ -185,7 +194,8 @@ class Loader:
             weight_mapping=get_model_conversion_mapping(model),  # type: ignore[arg-type]
         )
         with quiet():
-            info, _ = convert_and_load_state_dict_in_model(model, tensors, config, None)
+            given = handed_over(tensors)
+            info, _ = convert_and_load_state_dict_in_model(model, given, config, None)
         for parameter, found, wanted in info.mismatched_keys:
             raise SourceError(
                 f"{self._source.label}: {parameter!r} is {list(found)} on disk, config.json "
@@ -198,45 +208,20 @@ class Loader:
             )
 
 
-def sources_of_parameters(
-    model: PreTrainedModel, names: Iterable[str]
-) -> dict[str, tuple[str, ...]]:
-    """Which stored tensors make each parameter, as transformers would load them.
+class HandedOver:
+    """Stands for a tensor until transformers' loader takes it with `[...]`, and then lets go."""
 
-    Example, Mixtral: "model.layers.0.mlp.experts.gate_up_proj" comes from
-    "model.layers.0.block_sparse_moe.experts.{0..7}.w1.weight" and ".w3.weight". Where one stored
-    tensor makes several parameters, the first stands for all. Tensors that the model has no place
-    for are left out.
-    """
-    from transformers.conversion_mapping import get_model_conversion_mapping
-    from transformers.core_model_loading import (
-        WeightConverter,
-        WeightRenaming,
-        dot_natural_key,
-        rename_source_key,
-    )
+    def __init__(self, tensors: dict[str, Tensor], name: str) -> None:
+        self._tensors = tensors
+        self._name = name
 
-    mapping = get_model_conversion_mapping(model)
-    renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]
-    converters = [entry for entry in mapping if isinstance(entry, WeightConverter)]
-    targets: dict[str, list[str]] = {
-        pattern: entry.target_patterns for entry in converters for pattern in entry.source_patterns
-    }
-    state: dict[str, Any] = model.state_dict()
-    found: defaultdict[str, list[str]] = defaultdict(list)
-    # the order is transformers' own: some renamings depend on what was seen before
-    for name in sorted(names, key=dot_natural_key):
-        prefix = model.base_model_prefix
-        parameter, pattern = rename_source_key(name, renamings, converters, prefix, state)
-        if parameter not in state and name in state:
-            parameter, pattern = rename_source_key(name, [], [], prefix, state)
-        made = [parameter]
-        if pattern is not None:
-            made = [parameter.replace(targets[pattern][0], t) for t in targets[pattern]]
-        for each in made:
-            if each in state:
-                found[each].append(name)
-    return {parameter: tuple(stored) for parameter, stored in found.items()}
+    def __getitem__(self, _: object) -> Tensor:
+        return self._tensors.pop(self._name)
+
+
+def handed_over(tensors: dict[str, Tensor]) -> dict[str, Any]:
+    """The tensors for a loader that would else keep all of them until the last is converted."""
+    return {name: HandedOver(tensors, name) for name in tensors}
 
 
 def _get(model: nn.Module, name: str) -> Tensor:
