@@ -275,7 +275,15 @@ def evaluate(
     task: Annotated[
         Path | None, typer.Option(help="Questions: a .jsonl of prompt and answer.")
     ] = None,
-    questions: Annotated[int, typer.Option(min=1, help="Questions of the task to ask.")] = 512,
+    questions: Annotated[
+        int | None, typer.Option(min=1, help="Ask only so many questions of each task.")
+    ] = None,
+    tasks: Annotated[
+        list[str] | None, typer.Option(help="Benchmarks of lm-eval, by name: A,B,C.")
+    ] = None,
+    tasks_path: Annotated[
+        Path | None, typer.Option(help="A folder of lm-eval tasks of your own.")
+    ] = None,
     samples: Samples = 32,
     seq_len: SeqLen = 512,
     batch_size: BatchSize = 1,
@@ -314,6 +322,8 @@ def evaluate(
         data=data,
         task=task,
         questions=questions,
+        tasks=_words(tasks),
+        tasks_path=tasks_path,
         samples=samples,
         seq_len=seq_len,
         batch_size=batch_size,
@@ -372,7 +382,8 @@ def _recipe(scheme: str | None, recipe: Path | None) -> Recipe:
 
 def _words(given: Sequence[str] | None) -> list[str]:
     """Options that are given several times, with commas, or both."""
-    return [word.strip() for text in given or () for word in text.split(",") if word.strip()]
+    words = (word.strip() for text in given or () for word in text.split(","))
+    return list(dict.fromkeys(word for word in words if word))
 
 
 class Interrupted(BaseException):

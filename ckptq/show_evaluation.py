@@ -9,6 +9,7 @@ from ckptq.console import size
 
 if TYPE_CHECKING:
     from ckptq.evaluate.engine import EngineRow
+    from ckptq.evaluate.harness import TaskScore
     from ckptq.evaluate.report import Table
     from ckptq.evaluate.result import Evaluation, Row
 
@@ -21,6 +22,8 @@ ENGINE_COLUMNS = (
     *("weights", "engine", "perplexity", "agreement"),
     *("exact", "mean gap", "median gap"),
 )
+
+BENCHMARK_COLUMNS = ("task", "metric", "value", "standard error", "questions", "engine")
 
 
 def show_evaluation(found: Evaluation, json: bool) -> None:
@@ -54,6 +57,9 @@ def evaluation_tables(found: Evaluation) -> list[Table]:
             "the same tokens in the engine; the gap is to ckptq's own log-probabilities, in nats"
         )
         tables.append((title, ENGINE_COLUMNS, [_engine_cells(row) for row in found.engines]))
+    if found.benchmarks:
+        rows = [_benchmark_cells(score) for score in found.benchmarks]
+        tables.append((f"{found.rows[0].weights} in lm-eval", BENCHMARK_COLUMNS, rows))
     return tables
 
 
@@ -75,6 +81,14 @@ def _engine_cells(row: EngineRow) -> tuple[object, ...]:
         *(row.weights, row.engine, f"{row.perplexity:.4f}", f"{row.agreement:.2%}"),
         "-" if row.accuracy is None else f"{row.accuracy:.1%}",
         *(f"{row.gap:.5f}", f"{row.gap_median:.5f}"),
+    )
+
+
+def _benchmark_cells(score: TaskScore) -> tuple[object, ...]:
+    error = "-" if score.stderr is None else f"{score.stderr:.4f}"
+    return (
+        *(score.task, score.metric, f"{score.value:.4f}", error),
+        *("-" if score.samples is None else score.samples, score.engine),
     )
 
 

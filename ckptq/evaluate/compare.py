@@ -189,8 +189,8 @@ def relative_error(
     """Mean over real tokens of |h - reference| / |reference|, hidden states [..., B, S, E]."""
     total, tokens = 0.0, 0
     for one, other, batch in zip(reference, hidden, batches, strict=True):
-        real_BS = batch.mask_BS.bool()
-        want, got = one[..., real_BS, :].double(), other[..., real_BS, :].double()
+        real_BS = batch.mask_BS.bool().to(one.device)
+        want, got = one[..., real_BS, :].double(), other.to(one.device)[..., real_BS, :].double()
         share = (got - want).norm(dim=-1) / want.norm(dim=-1).clamp_min(1e-300)
         total, tokens = total + share.sum().item(), tokens + share.numel()
     return total / tokens

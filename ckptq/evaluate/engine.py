@@ -39,10 +39,17 @@ class EngineRow:
     gap_median: float
 
 
-def in_vllm(
-    python: Path, ckpt: Checkpoint, text: Text, timeout: float = TIMEOUT
-) -> tuple[str, Tokens]:
-    """vLLM's version, and its log-probabilities of every token of the text but the first of a line.
+@dataclass(frozen=True, kw_only=True, slots=True)
+class EngineRun:
+    """What a checkpoint has said in vLLM."""
+
+    engine: str
+    device: str
+    tokens: Tokens
+
+
+def in_vllm(python: Path, ckpt: Checkpoint, text: Text, timeout: float = TIMEOUT) -> EngineRun:
+    """Log-probabilities of every token of the text but the first of a line.
 
     Environment variables are handed on, PYTHONPATH is not. MachineError with vLLM's last words
     where it does not start or fails.
@@ -61,13 +68,15 @@ def in_vllm(
         for number, line in enumerate(found["lines"])
         for at, (logprob, best) in enumerate(line)
     }
-    return f"vLLM {found['vllm']}", tokens
+    engine, device = f"vLLM {found['vllm']}", found["device"]
+    return EngineRun(engine=f"{engine} on {device}", device=device, tokens=tokens)
 
 
 def engine_row(
-    weights: str, engine: str, found: Tokens, text: Text, ours: Outcome, source: Outcome
+    weights: str, run: EngineRun, text: Text, ours: Outcome, source: Outcome
 ) -> EngineRow:
     """What vLLM's log-probabilities come to, on the tokens that are scored."""
+    found = run.tokens
     gaps = sorted(abs(found[place][0] - ours.tokens[place][0]) for place in ours.tokens)
     losses = [-found[place][0] for place in ours.tokens]
     agree = [found[place][1] == source.tokens[place][1] for place in ours.tokens]
@@ -81,7 +90,7 @@ def engine_row(
     }
     return EngineRow(
         weights=weights,
-        engine=engine,
+        engine=run.engine,
         tokens=len(losses),
         perplexity=math.exp(sum(losses) / len(losses)),
         agreement=sum(agree) / len(agree),

@@ -9,7 +9,7 @@ Shape letters: B batch, H heads of any kind, K KV heads, S positions, D head siz
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from ckptq.calibrate.observers import scale_of
@@ -46,6 +46,8 @@ class KVCache:
     """Instead of the format's own."""
     scales: Mapping[str, AttentionScales] | None = None
     """By attention module; None takes them from the text that the source is run on."""
+    query: bool = True
+    """Whether a static FP8 cache has q rounded too."""
     origin: str = "-"
     """Where scales come from, for the table."""
 
@@ -127,6 +129,14 @@ def declared_cache(ckpt: Checkpoint) -> KVCache:
     return KVCache(mode=mode, scales=found, origin="checkpoint")
 
 
+def on_cpu(cache: KVCache) -> KVCache:
+    """A static FP8 cache as vLLM's CPU backend holds it: the largest head's scale, q in 16 bits."""
+    if cache.mode not in STATIC:
+        return cache
+    mode = PER_TENSOR if cache.mode == PER_HEAD else cache.mode
+    return replace(cache, mode=mode, query=False)
+
+
 def _stored(ckpt: Checkpoint) -> dict[str, dict[str, Tensor]]:
     found: dict[str, dict[str, Tensor]] = {}
     for which in ("q", "k", "v"):
@@ -143,7 +153,8 @@ def through_cache(cache: KVCache, maxima: Maxima, on_disk: Callable[[str], str])
         if cache.mode in STATIC:
             found = maxima.scales(name) if cache.measures else (cache.scales or {}).get(name, {})
             scales = effective(cache.mode, found, q_BHSD.shape[1], k_BHSD.shape[1])
-            for which, x_BHSD in (("q", q_BHSD), ("k", k_BHSD), ("v", v_BHSD)):
+            rounded = {"q": q_BHSD, "k": k_BHSD, "v": v_BHSD}
+            for which, x_BHSD in rounded.items() if cache.query else list(rounded.items())[1:]:
                 x_BHSD.copy_(_static(x_BHSD, scales[which]))
         else:
             for x_BHSD in (k_BHSD, v_BHSD):

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from ckptq.checkpoint.open import Checkpoint, open_checkpoint
 from ckptq.errors import UsageError
+from ckptq.evaluate.harness import Benchmarks, check_installed, run_benchmarks
 from ckptq.evaluate.kv_cache import parse_cache
 from ckptq.evaluate.result import Evaluation, Thresholds
 from ckptq.progress import Begin
@@ -27,7 +28,12 @@ class EvaluationRequest:
     task: Path | None = None
     samples: int = 32
     seq_len: int = 512
-    questions: int = 512
+    questions: int | None = None
+    """Of each task; None asks all."""
+    tasks: Sequence[str] = ()
+    """lm-eval's, by name."""
+    tasks_path: Path | None = None
+    """A folder of tasks of one's own, as lm-eval's YAML."""
     batch_size: int = 1
     seed: int = 0
     device: str | None = None
@@ -54,8 +60,29 @@ def evaluate_request(
 def _check(asked: EvaluationRequest) -> None:
     for name in asked.caches:
         parse_cache(name, None)
-    if asked.thresholds.min_accuracy is not None and asked.task is None:
-        raise UsageError("--min-accuracy is the share of a task's questions; give --task FILE")
+    if asked.thresholds.min_accuracy is not None and asked.task is None and not asked.tasks:
+        raise UsageError(
+            "--min-accuracy is a share of questions; give --task FILE or --tasks NAMES"
+        )
+    if asked.tasks:
+        check_installed(_benchmarks(asked))
+
+
+def _benchmarks(asked: EvaluationRequest) -> Benchmarks:
+    return Benchmarks(
+        names=asked.tasks,
+        folder=asked.tasks_path,
+        limit=asked.questions,
+        batch_size=asked.batch_size,
+        device=_device(asked),
+        vllm_python=asked.vllm_python,
+    )
+
+
+def _device(asked: EvaluationRequest) -> str:
+    import torch
+
+    return asked.device or ("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def _evaluate(
@@ -65,8 +92,6 @@ def _evaluate(
     asked: EvaluationRequest,
     begin: Begin,
 ) -> Evaluation:
-    import torch
-
     from ckptq.calibrate.text import read_samples
     from ckptq.evaluate.run import evaluate
     from ckptq.evaluate.text import read_questions, text_of
@@ -80,7 +105,7 @@ def _evaluate(
         samples = read_samples(
             asked.data, base.path, samples=asked.samples, seq_len=asked.seq_len, seed=asked.seed
         )
-    return evaluate(
+    found = evaluate(
         ckpt,
         text_of(samples, questions, str(asked.task)),
         source=source,
@@ -88,7 +113,10 @@ def _evaluate(
         schemes=recipes,
         thresholds=asked.thresholds,
         batch_size=asked.batch_size,
-        device=asked.device or ("cuda" if torch.cuda.is_available() else "cpu"),
+        device=_device(asked),
         vllm_python=asked.vllm_python,
         begin=begin,
     )
+    if not asked.tasks:
+        return found
+    return replace(found, benchmarks=run_benchmarks(ckpt.path, _benchmarks(asked)))

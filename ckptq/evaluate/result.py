@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, astuple, dataclass, field
 from typing import Any
 
 from ckptq.evaluate.compare import Outcome
 from ckptq.evaluate.engine import EngineRow
+from ckptq.evaluate.harness import TaskScore
 from ckptq.evaluate.scores import Measures
+
+ACCURACIES = ("acc", "exact_match")
+"""How lm-eval's names of shares of right answers begin."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -69,6 +73,13 @@ class Thresholds:
         """The same of a run in an engine, which gives no KL."""
         yield from self._common(f"{row.weights} in {row.engine}", row, source)
 
+    def benchmark_failures(self, scores: Sequence[TaskScore]) -> Iterator[str]:
+        """Of benchmarks, what they count as right answers has to be so often right."""
+        for score in scores:
+            if score.metric.startswith(ACCURACIES):
+                label = f"{score.task} in {score.engine}"
+                yield from _below(label, score.metric, score.value, self.min_accuracy)
+
     def _common(self, label: str, found: Measures | EngineRow, source: Row) -> Iterator[str]:
         ratio = found.perplexity / source.measures.perplexity
         accuracy = math.nan if found.accuracy is None else found.accuracy
@@ -91,6 +102,8 @@ class Evaluation:
     samples: int
     engines: tuple[EngineRow, ...] = ()
     """The source, and then the checkpoint, in vLLM; empty where it was not asked for."""
+    benchmarks: tuple[TaskScore, ...] = ()
+    """The checkpoint in lm-eval's tasks; empty where they were not asked for."""
     thresholds: Thresholds = field(default_factory=Thresholds)
     seconds: float = 0.0
 
@@ -100,6 +113,7 @@ class Evaluation:
         found = [f for row in self.rows for f in self.thresholds.failures(row, self.source)]
         for row in self.engines[1:]:
             found += self.thresholds.engine_failures(row, self.source)
+        found += self.thresholds.benchmark_failures(self.benchmarks)
         return (*self._not_zero(), *found)
 
     @property
@@ -147,6 +161,7 @@ class Evaluation:
                 "zero": self.zero.to_dict(),
                 "control": self.control.to_dict(),
                 "engines": [asdict(row) for row in self.engines],
+                "benchmarks": [asdict(score) for score in self.benchmarks],
                 "thresholds": asdict(self.thresholds),
                 "seconds": self.seconds,
             }

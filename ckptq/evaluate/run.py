@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from ckptq.calibrate.forward import LayerwiseModel, open_model
@@ -13,9 +13,9 @@ from ckptq.checkpoint.open import Checkpoint
 from ckptq.errors import UsageError
 from ckptq.evaluate.compare import Comparison, Outcome
 from ckptq.evaluate.decoded import DecodedWeights
-from ckptq.evaluate.engine import EngineRow, engine_row, in_vllm
+from ckptq.evaluate.engine import EngineRow, EngineRun, engine_row, in_vllm
 from ckptq.evaluate.inputs import InputScheme, declared_inputs
-from ckptq.evaluate.kv_cache import KVCache, declared_cache, parse_cache
+from ckptq.evaluate.kv_cache import KVCache, declared_cache, on_cpu, parse_cache
 from ckptq.evaluate.result import Evaluation, Row, Thresholds
 from ckptq.evaluate.schemes import SchemeWeights, planned_cache, planned_inputs
 from ckptq.evaluate.text import Text
@@ -67,9 +67,10 @@ def evaluate(
         bench.add_caches(caches)
     for recipe in schemes:
         bench.add_scheme(recipe)
+    if vllm_python is not None:
+        bench.add_engine(vllm_python, text, ckpt)
     outcomes = bench.run(text, batch_size, begin)
     rows = [draft.row(outcomes) for draft in bench.drafts]
-    engines = _in_vllm(vllm_python, base, ckpt, bench, outcomes, text) if vllm_python else ()
     return Evaluation(
         source=bench.source.row(outcomes),
         rows=tuple(rows),
@@ -77,7 +78,7 @@ def evaluate(
         control=bench.control.row(outcomes),
         text=text.source,
         samples=len(text.lines),
-        engines=engines,
+        engines=bench.engines(text, outcomes),
         thresholds=thresholds,
         seconds=time.monotonic() - began,
     )
@@ -115,6 +116,7 @@ class _Bench:
         self.source = self._draft(Variant(name="source"), self.base)
         self.zero = self._draft(Variant(name="zero"), self.base)
         self.control = self._draft(Variant(name="control", spoiled=True), self.base)
+        self._engines: list[tuple[_Draft, EngineRun]] = []
         self._tracks: list[tuple[LayerwiseModel, list[Variant]]] = []
         self._track(_weights(self.base), [self.source.variant, self.zero.variant])
 
@@ -148,6 +150,27 @@ class _Bench:
         self.drafts.append(draft)
         self._track(weights, [variant])
 
+    def add_engine(self, python: Path, text: Text, ckpt: Checkpoint) -> None:
+        """Source and checkpoint in vLLM, each to be held against the same caches in ckptq."""
+        self._engines.append((self.source, in_vllm(python, self.base, text)))
+        if ckpt is self.base:
+            return
+        first, run = self.drafts[0], in_vllm(python, ckpt, text)
+        cache = first.variant.cache
+        if run.device == "cpu" and on_cpu(cache) != cache:
+            variant = replace(first.variant, name="as on a CPU", cache=on_cpu(cache))
+            self._tracks[1][1].append(variant)
+            first = replace(first, variant=variant)
+        self._engines.append((first, run))
+
+    def engines(self, text: Text, outcomes: Mapping[str, Outcome]) -> tuple[EngineRow, ...]:
+        """The source, whose gap says how far apart engines are anyway, then the checkpoint."""
+        source = outcomes[self.source.variant.name]
+        return tuple(
+            engine_row(draft.weights, run, text, outcomes[draft.variant.name], source)
+            for draft, run in self._engines
+        )
+
     def run(self, text: Text, batch_size: int, begin: Begin) -> dict[str, Outcome]:
         tracks = [Track(model, variants) for model, variants in self._tracks]
         layout = read_layout(self.base)
@@ -163,26 +186,6 @@ class _Bench:
 
     def _variant(self, weights: str, cache: KVCache, inputs: Mapping[str, InputScheme]) -> Variant:
         return Variant(name=f"{weights} / {cache.name}", cache=cache, inputs=inputs)
-
-
-def _in_vllm(
-    python: Path,
-    base: Checkpoint,
-    ckpt: Checkpoint,
-    bench: _Bench,
-    outcomes: Mapping[str, Outcome],
-    text: Text,
-) -> tuple[EngineRow, ...]:
-    """The source, whose gap says how far engines are apart anyway, then the checkpoint."""
-    source = outcomes[bench.source.variant.name]
-    asked = [(base, source)]
-    if ckpt is not base:
-        asked.append((ckpt, outcomes[bench.drafts[0].variant.name]))
-    rows = []
-    for each, ours in asked:
-        engine, found = in_vllm(python, each, text)
-        rows.append(engine_row(each.name, engine, found, text, ours, source))
-    return tuple(rows)
 
 
 def _weights(base: Checkpoint) -> WeightSource:

@@ -3,8 +3,8 @@
     python vllm_worker.py JOB.json RESULT.json
 
 The job: {"model": folder, "lines": [[token, ...], ...], "arguments": {of vllm.LLM}}. The result:
-{"vllm": version, "lines": [[[log-probability of the token, the most likely token], ...], ...]},
-from each line's second token on.
+{"vllm": version, "device": "cpu" or "cuda", "lines": [[[log-probability of the token, the most
+likely token], ...], ...]}, from each line's second token on.
 """
 
 import json
@@ -41,7 +41,8 @@ def main() -> None:
         for line, output in zip(job["lines"], outputs, strict=True)
     ]
     with open(result_file, "w") as file:
-        json.dump({"vllm": vllm.__version__, "lines": lines}, file)
+        device = vllm.platforms.current_platform.device_type
+        json.dump({"vllm": vllm.__version__, "device": device, "lines": lines}, file)
 
 
 def scored(token: int, logprobs: dict) -> tuple[float, int]:

@@ -32,8 +32,9 @@ SURFACE = {
     "verify": {"--source", "--fast", "--engine", "--attention", "--data", "--html", "--json"},
     "evaluate": {
         "--source", "--schemes", "--kv-cache", "--revision", "--data", "--task", "--questions",
-        "--samples", "--seq-len", "--batch-size", "--seed", "--device", "--max-kl",
-        "--min-agreement", "--max-ppl-ratio", "--min-accuracy", "--json",
+        "--tasks", "--tasks-path", "--samples", "--seq-len", "--batch-size", "--seed", "--device",
+        "--max-kl", "--min-agreement", "--max-ppl-ratio", "--min-accuracy", "--vllm-python",
+        "--report", "--json",
     },
     "permute": {"--to", "--only", "--revision", "--workers", "--restart", "--json"},
     "inspect": {"--revision", "--json"},

@@ -1,0 +1,127 @@
+"""`--tasks`: lm-eval's benchmarks, with transformers here or with vLLM in another interpreter."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ckptq.errors import MachineError, UsageError
+
+LAST_LINES = 12
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TaskScore:
+    """One metric of one benchmark."""
+
+    task: str
+    metric: str
+    value: float
+    stderr: float | None
+    samples: int | None
+    engine: str
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Benchmarks:
+    """What to ask lm-eval for."""
+
+    names: Sequence[str]
+    folder: Path | None = None
+    """Tasks of one's own, as lm-eval's YAML."""
+    limit: int | None = None
+    """Questions of each task; None asks all."""
+    batch_size: int = 1
+    device: str = "cpu"
+    vllm_python: Path | None = None
+    """An interpreter with vLLM and lm-eval; None runs transformers in this one."""
+
+
+def run_benchmarks(checkpoint: Path, asked: Benchmarks) -> tuple[TaskScore, ...]:
+    """Every metric of every task, from a process of lm-eval's own.
+
+    UsageError where lm-eval is not installed, MachineError with its last words where it fails.
+    """
+    check_installed(asked)
+    with tempfile.TemporaryDirectory(prefix="ckptq-") as folder:
+        _run(command(checkpoint, asked, Path(folder)))
+        files = sorted(Path(folder).rglob("results_*.json"))
+        if not files:
+            raise MachineError(f"lm-eval ended without results for {', '.join(asked.names)}")
+        return scores(json.loads(files[-1].read_text()), _engine(asked))
+
+
+def check_installed(asked: Benchmarks) -> None:
+    """UsageError that says what to install where."""
+    if asked.vllm_python is None:
+        if importlib.util.find_spec("lm_eval") is None:
+            raise UsageError(
+                "--tasks needs lm-eval: pip install 'ckptq[eval]'; --task FILE does not"
+            )
+        return
+    probe = "import importlib.util as u, sys; sys.exit(u.find_spec('lm_eval') is None)"
+    try:
+        missing = subprocess.run([str(asked.vllm_python), "-c", probe], check=False).returncode
+    except OSError as error:
+        raise UsageError(f"{asked.vllm_python}: cannot be run: {error.strerror}") from error
+    if missing:
+        raise UsageError(
+            f"--tasks with {asked.vllm_python} needs lm-eval there: "
+            f"{asked.vllm_python} -m pip install lm-eval"
+        )
+
+
+def command(checkpoint: Path, asked: Benchmarks, out: Path) -> list[str]:
+    """lm-eval's own command line; `out` is the folder for its results."""
+    vllm = asked.vllm_python is not None
+    words = [str(asked.vllm_python or sys.executable), "-m", "lm_eval", "run"]
+    words += ["--model", "vllm" if vllm else "hf", "--tasks", ",".join(asked.names)]
+    words += ["--model_args", f"pretrained={checkpoint},dtype=auto"]
+    words += ["--output_path", str(out), "--batch_size", str(asked.batch_size)]
+    words += [] if vllm else ["--device", asked.device]
+    words += ["--include_path", str(asked.folder)] if asked.folder is not None else []
+    words += ["--limit", str(asked.limit)] if asked.limit is not None else []
+    return words
+
+
+def scores(results: Mapping[str, Any], engine: str) -> tuple[TaskScore, ...]:
+    """Numbers out of lm-eval's results file, whose keys are like "exact_match,none"."""
+    found = []
+    for task, metrics in results["results"].items():
+        asked = results.get("n-samples", {}).get(task, {}).get("effective")
+        for key, value in metrics.items():
+            metric, _, kind = key.partition(",")
+            if metric.endswith("_stderr") or not isinstance(value, int | float) or not kind:
+                continue
+            error = metrics.get(f"{metric}_stderr,{kind}")
+            found.append(
+                TaskScore(
+                    task=task,
+                    metric=metric if kind == "none" else key,
+                    value=float(value),
+                    stderr=error if isinstance(error, float) else None,
+                    samples=asked,
+                    engine=engine,
+                )
+            )
+    return tuple(found)
+
+
+def _engine(asked: Benchmarks) -> str:
+    return "vLLM" if asked.vllm_python is not None else "transformers"
+
+
+def _run(words: list[str]) -> None:
+    environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
+    done = subprocess.run(words, env=environment, capture_output=True, text=True, check=False)
+    if done.returncode:
+        last = "\n".join(done.stderr.strip().splitlines()[-LAST_LINES:])
+        raise MachineError(f"lm-eval ended with {done.returncode}:\n{last}")
