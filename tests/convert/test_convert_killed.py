@@ -115,7 +115,6 @@ def test_bytes_that_never_reached_the_disk_are_made_again(uninterrupted):
     assert perform(run)[0] == -signal.SIGKILL
     scratch = partial_of(run.out)
     lines = (scratch / "journal.jsonl").read_bytes().splitlines(keepends=True)
-    assert len(lines) > 2
     (scratch / "journal.jsonl").write_bytes(b"".join(lines[:1]))
     for file in (scratch / "checkpoint").iterdir():
         file.write_bytes(os.urandom(file.stat().st_size))
