@@ -78,12 +78,13 @@ def peak(work: Path, shapes: str, layers: int | None, scheme: str) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--work", type=Path, default="work", help="a folder on a disk, some MB")
+    parser.add_argument("--only", help="shapes of this name alone, e.g. llama-70b")
     parser.add_argument("--results", type=Path, default=HERE / "results")
     given = parser.parse_args()
     work = given.work / "bench-memory"
     work.mkdir(parents=True)
     try:
-        lines = [peak(work, *case) for case in CASES]
+        lines = [peak(work, *case) for case in CASES if given.only in (None, case[0])]
     finally:
         shutil.rmtree(work)
     head = [
