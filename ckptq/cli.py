@@ -340,7 +340,7 @@ def evaluate(
     if data is None and task is None:
         console.note(NO_TEXT)
     with console.progress() as begin:
-        found = evaluate_request(path, revision, asked, begin)
+        found = evaluate_request(path, asked, revision=revision, begin=begin)
     if report is not None:
         write_report(report, found, evaluation_tables(found))
     show_evaluation(found, json)

@@ -11,7 +11,7 @@ from ckptq.errors import UsageError
 from ckptq.evaluate.harness import Benchmarks, check_installed, run_benchmarks
 from ckptq.evaluate.kv_cache import parse_cache
 from ckptq.evaluate.result import Evaluation, Thresholds
-from ckptq.progress import Begin
+from ckptq.progress import Begin, silent
 from ckptq.recipes.load import Recipe, load_scheme
 
 NOTHING = Thresholds()
@@ -43,7 +43,11 @@ class EvaluationRequest:
 
 
 def evaluate_request(
-    path: str, revision: str | None, asked: EvaluationRequest, begin: Begin
+    path: str | Path,
+    asked: EvaluationRequest,
+    *,
+    revision: str | None = None,
+    begin: Begin = silent,
 ) -> Evaluation:
     """Open, read, compare. UsageError for what does not go together, before a model is built."""
     _check(asked)
