@@ -16,7 +16,9 @@ from ckptq.models.modules import Layout
 from ckptq.plan.match import matches
 from ckptq.recipes.load import Args, Group, Recipe
 
-QKV = r"re:.*self_attn\.(q|k|v)_proj$"
+QKV = r"re:.*self_attn\.(q|k|v|qkv)_proj$"
+"""With the name of vLLM's merged Linear: up to 0.25 vLLM looks for the class of a merged Linear
+before the names of its parts, and would find the group of all Linears."""
 
 TOKEN_FP8: Args = {
     "num_bits": 8,

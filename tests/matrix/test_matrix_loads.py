@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 
 import pytest
 import torch
@@ -22,6 +23,19 @@ def test_verify_finds_nothing(cell: Cell, family: str, format: str) -> None:
     report = verify(out, source)
     assert report.findings == ()
     assert report.checks["linears compared"] == report.checks["linears quantized"] > 0
+
+
+@pytest.mark.parametrize("format", ["fp8-block", "w4a16-asym"])
+def test_q_k_and_v_have_their_group_as_one_matrix_too(cell: Cell, format: str) -> None:
+    """vLLM up to 0.25 tries a merged Linear's own name, then its class, then its parts' names."""
+    _, out = cell("llama4 dense", format)
+    groups = json.loads((out / "config.json").read_text())["quantization_config"]["config_groups"]
+    targets = {target: name for name, group in groups.items() for target in group["targets"]}
+    for name in ("q_proj", "k_proj", "v_proj", "qkv_proj"):
+        module = f"language_model.model.layers.1.self_attn.{name}"
+        found = [t for t in targets if t.startswith("re:") and re.match(t[3:], module)]
+        assert [targets[t] for t in found] == ["linear_qkv"]
+    assert "Linear" in targets
 
 
 def log_probabilities(folder) -> torch.Tensor:
