@@ -45,11 +45,11 @@ def default_tile(head_dim: int, dtype: torch.dtype) -> Tile:
     """Tiles that fit the shared memory of sm_80 and later; tuned on the H200."""
     if dtype == torch.float32:
         return Tile(64, 32, 4, 1)
-    if head_dim <= 64:
-        return Tile(128, 64, 4, 3)
-    if head_dim <= 128:
-        return Tile(128, 64, 8, 3)
-    return Tile(128, 32, 8, 2)
+    if head_dim > 128:
+        return Tile(128, 32, 8, 2)
+    if dtype == FP8:
+        return Tile(128, 128, 8, 3)
+    return Tile(64, 64, 4, 3)
 
 
 @triton.jit
@@ -89,6 +89,7 @@ def _attend(
     v_ptr,
     k_stride,
     v_stride,
+    v_stride_e,
     begin,
     end,
     length,
@@ -112,7 +113,7 @@ def _attend(
     o_D = tl.arange(0, BLOCK_D)
     o_E = tl.arange(0, BLOCK_E)
     o_ND = o_N[:, None] * k_stride + o_D[None, :]
-    o_NE = o_N[:, None] * v_stride + o_E[None, :]
+    o_NE = o_N[:, None] * v_stride + o_E[None, :] * v_stride_e
     for k_first in tl.range(begin, end, COLUMNS):
         k_pos_N = k_first + o_N
         k_ptrs = k_ptr + tl.cast(k_first, tl.int64) * k_stride + o_ND
@@ -167,6 +168,7 @@ def _attention_kernel(
     v_stride_b,
     v_stride_h,
     v_stride_s,
+    v_stride_e,
     H,
     queries,
     keys,
@@ -214,7 +216,7 @@ def _attention_kernel(
         m_R1 = ((row_R >= 0) & (row_R < length) & (row_R < q_first - start + ROWS))[:, None]
         row_R1 = row_R.to(tl.int64)[:, None]
         k_ptrs = k_ptr + row_R1 * k_stride_s + o_D[None, :]
-        v_ptrs = v_ptr + row_R1 * v_stride_s + o_E[None, :]
+        v_ptrs = v_ptr + row_R1 * v_stride_s + o_E[None, :] * v_stride_e
         _record(tl.load(k_ptrs, mask=m_R1 & (o_D < D)[None, :], other=0.0), k_max_ptr + kv)
         _record(tl.load(v_ptrs, mask=m_R1 & (o_E < E)[None, :], other=0.0), v_max_ptr + kv)
     q_MD = _decoded(q_MD, CODES)
@@ -235,17 +237,28 @@ def _attention_kernel(
     sum_M = tl.zeros([ROWS], tl.float32)
     if WINDOW or CHUNK:
         acc_ME, max_M, sum_M = _attend(
-            *(acc_ME, max_M, sum_M, q_MD, q_pos_M, k_ptr, v_ptr, k_stride_s, v_stride_s),
+            *(
+                acc_ME,
+                max_M,
+                sum_M,
+                q_MD,
+                q_pos_M,
+                k_ptr,
+                v_ptr,
+                k_stride_s,
+                v_stride_s,
+                v_stride_e,
+            ),
             *(begin, tl.minimum(full, end), length, slope, factor, D, E, CAUSAL, WINDOW, CHUNK),
             *(CAPPED, CODES, LIFT, True, BLOCK_D, BLOCK_E, COLUMNS),
         )
     acc_ME, max_M, sum_M = _attend(
-        *(acc_ME, max_M, sum_M, q_MD, q_pos_M, k_ptr, v_ptr, k_stride_s, v_stride_s),
+        *(acc_ME, max_M, sum_M, q_MD, q_pos_M, k_ptr, v_ptr, k_stride_s, v_stride_s, v_stride_e),
         *(full, partial, length, slope, factor, D, E, CAUSAL, WINDOW, CHUNK),
         *(CAPPED, CODES, LIFT, False, BLOCK_D, BLOCK_E, COLUMNS),
     )
     acc_ME, max_M, sum_M = _attend(
-        *(acc_ME, max_M, sum_M, q_MD, q_pos_M, k_ptr, v_ptr, k_stride_s, v_stride_s),
+        *(acc_ME, max_M, sum_M, q_MD, q_pos_M, k_ptr, v_ptr, k_stride_s, v_stride_s, v_stride_e),
         *(partial, end, length, slope, factor, D, E, CAUSAL, WINDOW, CHUNK),
         *(CAPPED, CODES, LIFT, True, BLOCK_D, BLOCK_E, COLUMNS),
     )
@@ -311,6 +324,11 @@ def attention(
     codes = fp8 and not has_native_e4m3(query.device)
     if codes:
         query, key, value = (x.view(torch.uint8) for x in (query, key, value))
+    elif fp8:
+        # FP8 products read both operands along the summed axis, which is the keys' for v; rows of
+        # a multiple of 16 stay aligned
+        turned = torch.nn.functional.pad(value.view(torch.uint8).mT, (0, -keys % 16))
+        value = turned.view(FP8)[..., :keys].mT
     if maxima is not None:
         maxima.check(H, K, query.device)
         if queries != keys:
@@ -330,7 +348,7 @@ def attention(
         *(folded or (None, None, None)),
         *(scales or (None, None, None)),
         *(float(scaling), float(softcap or 0.0)),
-        *(*query.stride()[:3], *key.stride()[:3], *value.stride()[:3]),
+        *(*query.stride()[:3], *key.stride()[:3], *value.stride()),
         *(H, queries, keys),
         D=D,
         E=E,

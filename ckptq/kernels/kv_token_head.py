@@ -24,9 +24,11 @@ from ckptq.kernels.hadamard import (
     times_signs,
     walsh_hadamard,
 )
-from ckptq.kernels.kv_format import EPS, THRESHOLD, KVFormat, Rotation
+from ckptq.kernels.kv_format import EPS, THRESHOLD, KVFormat, Rotation, rotation_block
 from ckptq.kernels.paging import Layout, slot_offset
 from ckptq.kernels.rounding import e4m3_code, has_native_e4m3, round_half_even
+
+EDGE = tl.constexpr(THRESHOLD)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -71,6 +73,12 @@ class TokenHeadCache:
 
 
 @triton.jit
+def whole_number(x):
+    """fp32 -> the nearest whole number, ties to even, still fp32. Asks |x| <= 2^22."""
+    return (x + 12582912.0) - 12582912.0
+
+
+@triton.jit
 def _largest(slices, COUNT: tl.constexpr):
     """[R]: the largest value of each row."""
     best = slices[0]
@@ -91,68 +99,103 @@ def _absolute(slices, SIGN: tl.constexpr, COUNT: tl.constexpr):
 
 @triton.jit
 def _root_mean_square(slices, amax_R, D: tl.constexpr, COUNT: tl.constexpr):
-    """[R], in a way that no order of summation can change: over whole 2047ths of the maximum."""
-    step_R = tl.maximum(tl.math.div_rn(amax_R, 2047.0), 1.1754943508222875e-38)
+    """[R], over whole 255ths of the maximum: sums of integers below 2^24 know no order."""
+    step_R = tl.maximum(tl.math.div_rn(amax_R, 255.0), 1.1754943508222875e-38)
     inverse_R1 = tl.math.div_rn(1.0, step_R)[:, None]
-    total = tl.zeros(slices[0].shape, tl.int32)
+    total = tl.zeros(slices[0].shape, tl.float32)
     for i in tl.static_range(COUNT):
-        whole = round_half_even(slices[i] * inverse_R1)
+        whole = whole_number(slices[i] * inverse_R1)
         total += whole * whole
-    mean_R = tl.math.div_rn(tl.sum(total, 1).to(tl.float32), D * 1.0)
-    return step_R * tl.math.sqrt_rn(mean_R)
+    return step_R * tl.math.sqrt_rn(tl.math.div_rn(tl.sum(total, 1), D * 1.0))
 
 
 @triton.jit
 def _scale_and_zero(
     slices, KIND: tl.constexpr, EPS: tl.constexpr, D: tl.constexpr, COUNT: tl.constexpr
 ):
-    """Scales [R] fp32 and zero points [R] int32, which are zeros but for INT4."""
+    """Scales and zero points, fp32 [R]; zero points are 0 but for INT4."""
     if KIND == "int4":
         low_R = -tl.maximum(_largest(_absolute(slices, -1, COUNT), COUNT), 0.0)
         span_R = tl.maximum(_largest(slices, COUNT), 0.0) - low_R
         scale_R = tl.maximum(tl.math.div_rn(span_R, 15.0), EPS)
-        zero_R = round_half_even(-low_R * tl.math.div_rn(1.0, scale_R))
-        return scale_R, tl.minimum(zero_R, 15)
+        return scale_R, whole_number(-low_R * _inverse(scale_R, KIND))
     else:
         amax_R = _largest(_absolute(slices, 0, COUNT), COUNT)
-        zero_R = tl.zeros(amax_R.shape, tl.int32)
         if KIND == "int2":
-            return tl.maximum(_root_mean_square(slices, amax_R, D, COUNT), EPS), zero_R
+            scale_R = tl.maximum(_root_mean_square(slices, amax_R, D, COUNT), EPS)
         else:
             HALF_RANGE: tl.constexpr = 448.0 if KIND == "fp8" else 127.0
-            return tl.maximum(tl.math.div_rn(amax_R, HALF_RANGE), EPS), zero_R
+            scale_R = tl.maximum(tl.math.div_rn(amax_R, HALF_RANGE), EPS)
+        return scale_R, tl.zeros(amax_R.shape, tl.float32)
 
 
 @triton.jit
-def _codes(x_RL, scale_R, zero_R, KIND: tl.constexpr, NATIVE: tl.constexpr, EDGE: tl.constexpr):
-    """int32 or uint8 codes of one slice, [R, L]."""
-    if KIND == "int2":
-        edge_R1 = (scale_R * EDGE)[:, None]
-        code_RL = (x_RL >= -edge_R1).to(tl.int32) + (x_RL >= 0.0).to(tl.int32)
-        return code_RL + (x_RL >= edge_R1).to(tl.int32)
+def _inverse(scale_R, KIND: tl.constexpr):
+    """What values are multiplied with to give codes, before the zero point is added."""
+    if KIND == "int4":
+        # a millionth short, so that no code leaves 0 to 15 and none has to be clamped
+        return tl.math.div_rn(0.999999, scale_R)
+    elif KIND == "int2":
+        return tl.math.div_rn(1.0, scale_R * EDGE)
     else:
-        ratio_RL = x_RL * tl.math.div_rn(1.0, scale_R)[:, None]
-        if KIND == "int4":
-            code_RL = round_half_even(ratio_RL) + zero_R[:, None]
-            return tl.minimum(tl.maximum(code_RL, 0), 15)
-        elif KIND == "fp8":
-            return e4m3_code(ratio_RL, NATIVE)
-        else:
-            return round_half_even(ratio_RL).to(tl.uint8)
+        return tl.math.div_rn(1.0, scale_R)
 
 
 @triton.jit
-def _pack(code_RL, BITS: tl.constexpr):
-    """Codes [R, L] -> bytes, the first code in the lowest bits."""
-    if BITS == 8:
-        return code_RL
+def _codes(x_RL, inverse_R1, zero_R1, KIND: tl.constexpr, NATIVE: tl.constexpr):
+    """Codes of one slice: bytes of FP8 and INT8, whole numbers in fp32 of INT4 and INT2."""
+    ratio_RL = x_RL * inverse_R1
+    if KIND == "int4":
+        return whole_number(ratio_RL + zero_R1)
+    elif KIND == "int2":
+        # levels change at -1, 0 and 1
+        return tl.clamp(whole_number(ratio_RL + 1.5), 0.0, 3.0)
+    elif KIND == "fp8":
+        return e4m3_code(ratio_RL, NATIVE)
     else:
-        PER: tl.constexpr = 8 // BITS
-        ROWS: tl.constexpr = code_RL.shape[0]
-        WIDTH: tl.constexpr = code_RL.shape[1] // PER
-        shift = BITS * tl.arange(0, PER)
-        code_RWP = tl.reshape(code_RL, (ROWS, WIDTH, PER)) << shift[None, None, :]
-        return tl.sum(code_RWP, 2).to(tl.uint8)  # bits do not meet: a sum is an or
+        return round_half_even(ratio_RL).to(tl.uint8)
+
+
+@triton.jit
+def _halfwords(code_RL, BITS: tl.constexpr):
+    """Codes [R, L] as whole numbers -> halfwords [R, L * BITS / 16], uint16 in int32.
+
+    The sum is of exact fp32 numbers below 2^16: the units for those are idle, integers' are not.
+    """
+    PER: tl.constexpr = 16 // BITS
+    ROWS: tl.constexpr = code_RL.shape[0]
+    COUNT: tl.constexpr = code_RL.shape[1] // PER
+    weight_P = (1 << (BITS * tl.arange(0, PER))).to(tl.float32)
+    sum_RC = tl.sum(tl.reshape(code_RL, (ROWS, COUNT, PER)) * weight_P[None, None, :], 2)
+    return (sum_RC + 8388608.0).to(tl.int32, bitcast=True) - 0x4B000000
+
+
+@triton.jit
+def _as_columns(x_RC):
+    """The one or two columns of a tensor, as a tuple of [R, 1]."""
+    ROWS: tl.constexpr = x_RC.shape[0]
+    if x_RC.shape[1] == 1:
+        return (x_RC,)
+    else:
+        first, second = tl.split(x_RC)
+        return (tl.reshape(first, (ROWS, 1)), tl.reshape(second, (ROWS, 1)))
+
+
+@triton.jit
+def _side_by_side(columns, FIRST: tl.constexpr, COUNT: tl.constexpr, STEPS: tl.constexpr):
+    """COUNT = 2^STEPS columns [R, 1] from `FIRST` on as one tensor [R, COUNT]."""
+    ROWS: tl.constexpr = columns[0].shape[0]
+    parts = ()
+    for i in tl.static_range(COUNT):
+        parts = parts + (columns[FIRST + i],)  # type: ignore[assignment]  # noqa: RUF005
+    for step in tl.static_range(STEPS):
+        # what is joined becomes the last bit of the index, so its first bit is joined first
+        paired = ()
+        for i in tl.static_range(COUNT >> (step + 1)):
+            pair = tl.join(parts[i], parts[i + (COUNT >> (step + 1))])
+            paired = paired + (tl.reshape(pair, (ROWS, 2 << step)),)  # type: ignore[assignment]  # noqa: RUF005
+        parts = paired
+    return parts[0]  # type: ignore[misc]
 
 
 @triton.jit
@@ -180,11 +223,12 @@ def _quantize_token_head_kernel(
     SIGNED: tl.constexpr,
     NATIVE: tl.constexpr,
     EPS: tl.constexpr,
-    EDGE: tl.constexpr,
     COUNT: tl.constexpr,
     STEPS_WITHIN: tl.constexpr,
     STEPS_ACROSS: tl.constexpr,
     NORM: tl.constexpr,
+    GROUP: tl.constexpr,
+    GROUP_STEPS: tl.constexpr,
     ROWS: tl.constexpr,
 ):
     L: tl.constexpr = D // COUNT
@@ -192,6 +236,7 @@ def _quantize_token_head_kernel(
     token_R, head_R = row_R // K, row_R % K
     slot_R = tl.load(slot_ptr + token_R, mask=token_R < T, other=-1).to(tl.int64)
     m_R = slot_R >= 0
+    m_R1 = m_R[:, None]
     x_R1 = (token_R * x_stride_t + head_R * x_stride_h)[:, None]
     slices = load_rows(x_ptr + x_R1 + tl.arange(0, L)[None, :], m_R, COUNT)
     if SIGNED:
@@ -205,12 +250,37 @@ def _quantize_token_head_kernel(
     tl.store(scale_ptr + o_R, scale_R, mask=m_R)
     if KIND == "int4":
         tl.store(zero_ptr + o_R, zero_R.to(tl.uint8), mask=m_R)
-    W: tl.constexpr = L * BITS // 8
     c_R = slot_offset(slot_R, code_stride_block, code_stride_token, BLOCK)
-    c_RW = (c_R + head_R * code_stride_head)[:, None] + tl.arange(0, W)[None, :]
-    for i in tl.static_range(COUNT):
-        code_RL = _codes(slices[i], scale_R, zero_R, KIND, NATIVE, EDGE)
-        tl.store(code_ptr + i * W + c_RW, _pack(code_RL, BITS), mask=m_R[:, None])
+    c_R1 = (c_R + head_R * code_stride_head)[:, None]
+    inverse_R1, zero_R1 = _inverse(scale_R, KIND)[:, None], zero_R[:, None]
+    if BITS == 8:
+        for i in tl.static_range(COUNT):
+            code_RL = _codes(slices[i], inverse_R1, zero_R1, KIND, NATIVE)
+            tl.store(code_ptr + i * L + (c_R1 + tl.arange(0, L)[None, :]), code_RL, mask=m_R1)
+    elif GROUP == 0:
+        W: tl.constexpr = L * BITS // 16
+        for i in tl.static_range(COUNT):
+            code_RW = _halfwords(_codes(slices[i], inverse_R1, zero_R1, KIND, NATIVE), BITS)
+            ptrs_RW = code_ptr + i * W + (c_R1 + tl.arange(0, W)[None, :])
+            tl.store(ptrs_RW, code_RW.to(tl.int16), mask=m_R1)
+    else:
+        columns = ()
+        for i in tl.static_range(COUNT):
+            code_RW = _halfwords(_codes(slices[i], inverse_R1, zero_R1, KIND, NATIVE), BITS)
+            columns = columns + _as_columns(code_RW)
+        for i in tl.static_range(D * BITS // 16 // GROUP):
+            code_RG = _side_by_side(columns, i * GROUP, GROUP, GROUP_STEPS).to(tl.int16)
+            ptrs_RG = code_ptr + i * GROUP + (c_R1 + tl.arange(0, GROUP)[None, :])
+            tl.store(ptrs_RG, code_RG, mask=m_R1)
+
+
+def grouping(halfwords: int, of_slice: int) -> dict[str, int]:
+    """How many halfwords of a row are stored at once: some power of two of them, or 0.
+
+    Slices of one or two halfwords are put side by side first; larger ones are stored as they are.
+    """
+    group = min(rotation_block(halfwords), 32) if of_slice <= 2 else 0
+    return {"GROUP": group, "GROUP_STEPS": max(0, group.bit_length() - 1)}
 
 
 def write_token_head(x_TKD: Tensor, cache: TokenHeadCache, slot_T: Tensor) -> None:
@@ -225,23 +295,26 @@ def write_token_head(x_TKD: Tensor, cache: TokenHeadCache, slot_T: Tensor) -> No
     if x_TKD.stride(2) != 1:
         x_TKD = x_TKD.contiguous()
     rows = rows_of_program(D, cache.rotation)
-    rotated = cache.rotation is not Rotation.NONE
+    rotated, bits = cache.rotation is not Rotation.NONE, cache.fmt.bits
+    # what packs several codes stores halfwords: pointers and strides count those
+    code = cache.code if bits == 8 else cache.code.view(torch.int16)
+    cut = slicing(D, cache.rotation)
     _quantize_token_head_kernel[(triton.cdiv(T * K, rows),)](
-        *(x_TKD, cache.code, cache.scale, cache.zero, slot_T),
+        *(x_TKD, code, cache.scale, cache.zero, slot_T),
         *x_TKD.stride()[:2],
-        *cache.layout.strides(cache.code),
+        *cache.layout.strides(code),
         *cache.layout.strides(cache.scale),
         *(T, K),
         D=D,
         BLOCK=block,
         KIND=cache.fmt.name.partition("_")[0],
-        BITS=cache.fmt.bits,
+        BITS=bits,
         ROTATED=rotated,
         SIGNED=cache.rotation is Rotation.SIGNED,
         NATIVE=has_native_e4m3(x_TKD.device),
         EPS=EPS,
-        EDGE=THRESHOLD,
-        **slicing(D, cache.rotation),
+        **cut,
+        **grouping(D * bits // 16, D // int(cut["COUNT"]) * bits // 16),
         ROWS=rows,
         num_warps=4,
         enable_fp_fusion=False,

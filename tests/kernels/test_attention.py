@@ -16,12 +16,14 @@ FP8 = torch.float8_e4m3fn
 QKV = tuple[Tensor, Tensor, Tensor]
 
 
-def qkv(S: int, D: int, dtype: torch.dtype = torch.float32, H: int = 4, K: int = 2) -> QKV:
-    """B = 2; heads of different sizes, laid out as transformers' projections leave them."""
+def qkv(
+    S: int, D: int, dtype: torch.dtype = torch.float32, H: int = 2, K: int = 1, B: int = 1
+) -> QKV:
+    """Heads of different sizes, laid out as transformers' projections leave them."""
     generator = torch.Generator().manual_seed(S * D)
     made = []
     for heads in (H, K, K):
-        x_BSHD = torch.randn(2, S, heads, D, generator=generator)
+        x_BSHD = torch.randn(B, S, heads, D, generator=generator)
         x_BSHD *= torch.rand(heads, 1, generator=generator) + 0.5
         made.append(x_BSHD.to(dtype).transpose(1, 2))
     return made[0], made[1], made[2]
@@ -39,7 +41,7 @@ def to(device: torch.device, *tensors: Tensor) -> list[Tensor]:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize(("S", "D"), [(1, 64), (7, 80), (33, 96), (65, 128)], ids=str)
 def test_causal(device: torch.device, S: int, D: int, dtype: torch.dtype) -> None:
-    q, k, v = qkv(S, D, dtype)
+    q, k, v = qkv(S, D, dtype, 4, 2)
     got = attention(*to(device, q, k, v), scaling=D**-0.5, tile=SMALL)
     want = meaning.attention(q, k, v, meaning.seen(Mask(), S, S), scaling=D**-0.5)
     assert got.dtype == dtype
@@ -63,7 +65,7 @@ SPANS = [((0, 0), (65, 40)), ((17, 30), (0, 35))]
 def test_masks_and_padding(
     device: torch.device, mask: Mask, spans: tuple[tuple[int, int], tuple[int, int]]
 ) -> None:
-    q, k, v = qkv(65, 16, H=1, K=1)
+    q, k, v = qkv(65, 16, H=1, B=2)
     starts, lengths = (torch.tensor(x, dtype=torch.int32) for x in spans)
     pair, on_device = (starts, lengths), (starts.to(device), lengths.to(device))
     got = attention(*to(device, q, k, v), scaling=0.3, mask=mask, spans=on_device, tile=SMALL)
@@ -90,7 +92,7 @@ def test_masks_and_padding(
     ids=["window", "chunk", "causal"],
 )
 def test_a_mask_that_is_off_is_noticed(device: torch.device, mask: Mask, off: Mask) -> None:
-    q, k, v = qkv(65, 16, H=1, K=1)
+    q, k, v = qkv(65, 16, H=1)
     got = attention(*to(device, q, k, v), scaling=0.3, mask=off, tile=SMALL)
     want = meaning.attention(q, k, v, meaning.seen(mask, 65, 65), scaling=0.3)
     assert error(got, want) > 1e-2
@@ -116,15 +118,15 @@ def test_the_last_query_stands_at_the_last_key(device: torch.device) -> None:
     assert error(got, want) < 1e-6
 
 
-CASES = [((2, 2), torch.float32), ((5, 1), torch.bfloat16), ((4, 2), torch.float16)]
+CASES = [((2, 2), torch.float32), ((5, 1), torch.bfloat16)]
 
 
 @pytest.mark.parametrize(("heads", "dtype"), CASES, ids=str)
 def test_maxima_are_exact_and_leave_padding_out(
     device: torch.device, heads: tuple[int, int], dtype: torch.dtype
 ) -> None:
-    S, (H, K) = 65, heads
-    q, k, v = qkv(S, 24, dtype, H, K)
+    S, (H, K) = 60, heads
+    q, k, v = qkv(S, 24, dtype, H, K, 2)
     real_BS = torch.ones(2, S, dtype=torch.bool)
     real_BS[0, :9], real_BS[1, 50:] = False, False
     spans = spans_of(real_BS)
@@ -147,13 +149,13 @@ def test_maxima_are_exact_and_leave_padding_out(
 
 
 def test_recording_does_not_change_the_result_and_nan_stays(device: torch.device) -> None:
-    q, k, v = to(device, *qkv(33, 32))
-    maxima = Maxima.zeros(4, 2, device)
+    q, k, v = to(device, *qkv(33, 32, H=2, K=2))
+    maxima = Maxima.zeros(2, 2, device)
     plain = attention(q, k, v, scaling=0.2, tile=SMALL)
     assert torch.equal(attention(q, k, v, scaling=0.2, maxima=maxima, tile=SMALL), plain)
-    k[1, 1, 20, 3] = float("nan")
+    k[0, 1, 20, 3] = float("nan")
     attention(q, k, v, scaling=0.2, maxima=maxima, tile=SMALL)
-    k[1, 1, 20, 3] = 0.0
+    k[0, 1, 20, 3] = 0.0
     attention(q, k, v, scaling=0.2, maxima=maxima, tile=SMALL)
     assert maxima.k_K.isnan().tolist() == [False, True]
     assert not maxima.q_H.isnan().any()
@@ -162,7 +164,7 @@ def test_recording_does_not_change_the_result_and_nan_stays(device: torch.device
 def fp8_qkv(S: int, D: int) -> tuple[QKV, QKV]:
     """Codes, and the descale of each head that they need."""
     codes, descales = [], []
-    for x in qkv(S, D):
+    for x in qkv(S, D, H=2, K=2):
         scale_H = x.abs().amax((0, 2, 3)) / 448
         codes.append((x / scale_H[:, None, None]).to(FP8))
         descales.append(scale_H)
@@ -173,8 +175,7 @@ def values(codes: QKV, descales: QKV) -> list[Tensor]:
     return [c.double() * d.view(-1, 1, 1) for c, d in zip(codes, descales, strict=True)]
 
 
-@pytest.mark.parametrize("per_head", [True, False], ids=["per-head", "per-tensor"])
-@pytest.mark.parametrize("D", [64, 80], ids=str)
+@pytest.mark.parametrize(("D", "per_head"), [(64, False), (80, True)], ids=str)
 def test_fp8(device: torch.device, D: int, per_head: bool) -> None:
     codes, descales = fp8_qkv(65, D)
     if not per_head:
@@ -197,8 +198,8 @@ def test_fp8(device: torch.device, D: int, per_head: bool) -> None:
 @pytest.mark.parametrize(
     "break_it",
     [
-        lambda q, k, v: (q, k[:1], v[:1]),
-        lambda q, k, v: (q[:, :3], k, v),
+        lambda q, k, v: (q, k.repeat(2, 1, 1, 1), v.repeat(2, 1, 1, 1)),
+        lambda q, k, v: (q[:, :3], k.repeat(1, 2, 1, 1), v),
         lambda q, k, v: (q, k.half(), v),
         lambda q, k, v: (q, k, v[:, :, 1:]),
     ],

@@ -2,8 +2,8 @@
 
 Everything is fp32 in a stated order, so that kernels can be equal to the bit: the Walsh-Hadamard
 butterflies go from neighbours to halves, sums of squares are of integers, and codes are
-x * (1 / scale) rounded, ties to even. `hadamard_matrix` is the transform by its definition, in
-float64, against which the butterflies are held.
+x * (1 / scale) plus the zero point, rounded, ties to even. `hadamard_matrix` is the transform by
+its definition, in float64, against which the butterflies are held.
 
 Shape letters: D head dimension, N block of the rotation, W bytes of a head (D / codes per byte).
 Leading dimensions are any (tokens, heads, ...), written as dots.
@@ -82,8 +82,8 @@ def unrotate(x: Tensor, rotation: Rotation) -> Tensor:
 
 
 def _root_mean_square(y: Tensor) -> Tensor:
-    """[...], over whole 2047ths of the maximum: integers have the same sum in any order."""
-    step = _divide(y.abs().amax(-1), 2047.0).clamp_min(torch.finfo(torch.float32).tiny)
+    """[...], over whole 255ths of the maximum: integers have the same sum in any order."""
+    step = _divide(y.abs().amax(-1), 255.0).clamp_min(torch.finfo(torch.float32).tiny)
     whole = (y * (1.0 / step)[..., None]).round().long()
     mean = _divide(whole.square().sum(-1).float(), y.shape[-1])
     # by way of float64: torch's fp32 root on CPUs is not the nearest
@@ -130,16 +130,16 @@ def _e4m3(x: Tensor) -> Tensor:
 def _quantize_int4(y: Tensor) -> Packed:
     low, high = y.amin(-1).clamp_max(0.0), y.amax(-1).clamp_min(0.0)
     scale = _divide(high - low, 15.0).clamp_min(EPS)
-    inverse = 1.0 / scale
-    zero = (-low * inverse).round().clamp(0.0, 15.0)
-    code = ((y * inverse[..., None]).round() + zero[..., None]).clamp(0.0, 15.0)
+    inverse = torch.full_like(scale, 0.999999) / scale  # so short that codes stay within 0 to 15
+    zero = (-low * inverse).round()
+    code = (y * inverse[..., None] + zero[..., None]).round()
     return Packed(pack(code, 2), scale, zero.to(torch.uint8))
 
 
 def _quantize_int2(y: Tensor) -> Packed:
     sigma = _root_mean_square(y).clamp_min(EPS)
-    edge = (sigma * THRESHOLD)[..., None]
-    code = (y >= -edge).long() + (y >= 0.0).long() + (y >= edge).long()
+    inverse = 1.0 / (sigma * THRESHOLD)
+    code = (y * inverse[..., None] + 1.5).round().clamp(0.0, 3.0)  # levels change at -1, 0, 1
     return Packed(pack(code, 4), sigma, None)
 
 
