@@ -13,16 +13,28 @@ from typing import Any
 
 HERE = Path(__file__).resolve().parent
 
+LIKELIEST = 20
+"""Tokens that a difference is taken over."""
+
 Answer = dict[str, Any]
 """A result of `vllm_worker.py`."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Questions:
-    """Token ids, and how many tokens are wanted after each."""
+    """Token ids, how many tokens are wanted after each, and how many candidates for the first."""
 
     prompts: Sequence[Sequence[int]]
     max_tokens: int
+    top: int
+
+    def job(self, folder: Path) -> dict[str, Any]:
+        return {
+            "checkpoint": str(folder),
+            "prompts": self.prompts,
+            "max_tokens": self.max_tokens,
+            "top": self.top,
+        }
 
 
 class Engines:
@@ -43,12 +55,14 @@ class Engines:
                 answer = json.loads(line)
                 self.found[answer["engine"], answer["checkpoint"]] = answer
 
-    def ask_all(self, folders: Iterable[Path]) -> None:
-        """Ask every engine; stand-ins only where vLLM has no kernel."""
+    def ask_all(self, folders: Iterable[Path], own_kernels: bool = True) -> None:
+        """Ask every engine; stand-ins where vLLM's own kernels fail, or at once without them."""
         folders = list(folders)
         self._ask("transformers", folders)
-        self._ask("vllm", folders)
-        self._ask("stand-ins", [f for f in folders if "error" in (self.of("vllm", f) or {})])
+        if own_kernels or "stand-ins" not in self.commands:
+            self._ask("vllm", folders)
+            folders = [f for f in folders if "error" in (self.of("vllm", f) or {})]
+        self._ask("stand-ins", folders)
 
     def of(self, engine: str, folder: Path) -> Answer | None:
         return self.found.get((engine, str(folder)))
@@ -66,14 +80,14 @@ class Engines:
         todo = [f for f in folders if self.of(engine, f) is None]
         if not todo or engine not in self.commands:
             return
-        prompts, count = self.questions.prompts, self.questions.max_tokens
-        jobs = [{"checkpoint": str(f), "prompts": prompts, "max_tokens": count} for f in todo]
         process = subprocess.Popen(
             self.commands[engine], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
         )
         assert process.stdin is not None
         assert process.stdout is not None
-        process.stdin.write("".join(json.dumps(job) + "\n" for job in jobs))
+        process.stdin.write(
+            "".join(json.dumps(self.questions.job(folder)) + "\n" for folder in todo)
+        )
         process.stdin.close()
         for line in process.stdout:
             if line.startswith("RESULT "):
@@ -98,14 +112,19 @@ def said(answer: Answer | None) -> str:
 
 
 def distance(one: Answer | None, other: Answer | None) -> float | None:
-    """Mean |delta log probability| of the first tokens that both have among their likeliest."""
+    """Mean |delta log probability| of the first tokens that `other` finds likeliest.
+
+    Both answers have to cover the vocabulary: a token that one engine does not even list is the
+    largest difference, not one to leave out.
+    """
     if not one or not other or "error" in one or "error" in other:
         return None
     deltas = []
     for left, right in zip(one["top"], other["top"], strict=True):
         here, there = dict(map(tuple, left)), dict(map(tuple, right))
-        deltas += [abs(here[token] - there[token]) for token in here.keys() & there.keys()]
-    return mean(deltas) if deltas else None
+        likeliest = sorted(there, key=lambda token: -there[token])[:LIKELIEST]
+        deltas += [abs(here[token] - there[token]) for token in likeliest]
+    return mean(deltas)
 
 
 def exact_match(answer: Answer | None, wanted: Sequence[Sequence[int]]) -> float | None:

@@ -26,6 +26,7 @@ QUESTIONS = Questions(
         [11, 400, 27, 5, 99, 123, 77, 250],
     ],
     max_tokens=4,
+    top=512,
 )
 AS_WRITTEN = "as written"
 SOURCE = "source"

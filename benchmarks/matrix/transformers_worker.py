@@ -17,8 +17,6 @@ import torch
 import transformers
 from torch import Tensor
 
-TOP = 20
-
 
 def main() -> None:
     for line in filter(str.strip, sys.stdin):
@@ -59,7 +57,7 @@ def answers(model: Any, job: dict[str, Any]) -> dict[str, Any]:
         for step in range(job["max_tokens"]):
             logits_BV: Tensor = model(input_ids=ids_BS, use_cache=False).logits[:, -1].float()
             if step == 0:
-                values_BT, indices_BT = logits_BV.log_softmax(-1).topk(TOP)
+                values_BT, indices_BT = logits_BV.log_softmax(-1).topk(job["top"])
             ids_BS = torch.cat((ids_BS, logits_BV.argmax(-1, keepdim=True)), dim=1)
         for row, i in enumerate(batch):
             top[i] = list(zip(indices_BT[row].tolist(), values_BT[row].tolist(), strict=True))

@@ -2,9 +2,10 @@
 
     vllm_worker.py [--stand-ins FILE] [--gpu] < jobs > results
 
-A job is a line {"checkpoint": folder, "prompts": [[token id, ...], ...], "max_tokens": n}. Its
-result is a line that starts with "RESULT " (vLLM prints too), {"checkpoint", "top", "greedy"} with
-[[id, log probability], ...] of the first token and [id, ...] for each prompt, or an "error".
+A job is a line {"checkpoint": folder, "prompts": [[token id, ...], ...], "max_tokens": n, "top":
+k}. Its result is a line that starts with "RESULT " (vLLM prints too), {"checkpoint", "top",
+"greedy"} with [[id, log probability], ...] of the k likeliest first tokens, and [id, ...], for each
+prompt, or an "error" with the line where it arose.
 
 vLLM is imported once (seconds), and each checkpoint is loaded in a fork: none sees what another
 left behind, and a crash costs one job. Loading is strict: a parameter that no tensor filled is an
@@ -20,6 +21,7 @@ import importlib.util
 import json
 import os
 import sys
+import traceback
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +34,6 @@ os.environ |= {
     "HF_HUB_OFFLINE": "1",
     "TOKENIZERS_PARALLELISM": "false",
 }
-TOP = 20
 SHARED_GPU = {"gpu_memory_utilization": 0.05, "kv_cache_memory_bytes": 1 << 28}
 
 
@@ -75,7 +76,9 @@ def attempt(job: dict[str, Any], chosen: argparse.Namespace) -> dict[str, Any]:
         return {**named(job), **answers(job, SHARED_GPU if chosen.gpu else {})}
     # whatever it was, it is the cell's result
     except BaseException as error:
-        return {**named(job), "error": f"{type(error).__name__}: {error}"[:2000]}
+        frame = traceback.extract_tb(error.__traceback__)[-1]
+        where = f"{Path(frame.filename).name}:{frame.lineno}"
+        return {**named(job), "error": f"{type(error).__name__}: {error}"[:2000], "where": where}
 
 
 def install(file: Path) -> None:
@@ -103,13 +106,13 @@ def answers(job: dict[str, Any], limits: dict[str, Any]) -> dict[str, Any]:
         # a text model: no image ever comes, and the vision tower's weights are read all the same
         limit_mm_per_prompt={"image": 0} if "vision_config" in config else {},
         model_loader_extra_config={"enable_weights_track": True},
-        max_logprobs=TOP,
+        max_logprobs=job["top"],
         **limits,
     )
     wanted = SamplingParams(
         temperature=0,
         max_tokens=job["max_tokens"],
-        logprobs=TOP,
+        logprobs=job["top"],
         ignore_eos=True,
         detokenize=False,
     )
