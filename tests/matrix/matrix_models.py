@@ -62,7 +62,7 @@ def qwen3_moe() -> PreTrainedModel:
     import transformers
 
     config = transformers.Qwen3MoeConfig(
-        **TEXT, num_experts=EXPERTS, num_experts_per_tok=2, moe_intermediate_size=128
+        **TEXT, num_experts=EXPERTS, num_experts_per_tok=2, moe_intermediate_size=256
     )
     return transformers.Qwen3MoeForCausalLM(config)
 
@@ -70,7 +70,7 @@ def qwen3_moe() -> PreTrainedModel:
 def mixtral() -> PreTrainedModel:
     import transformers
 
-    text = TEXT | {"intermediate_size": 128, "num_local_experts": EXPERTS}
+    text = TEXT | {"intermediate_size": 256, "num_local_experts": EXPERTS}
     return transformers.MixtralForCausalLM(transformers.MixtralConfig(**text))
 
 
