@@ -17,6 +17,7 @@ from ckptq.verify.judge import verdict, with_tensor_scales
 from ckptq.verify.options import Options, Progress
 from ckptq.verify.order import Undo, make_undo
 from ckptq.verify.report import Arrival, Finding, ScaleRow, TensorResult
+from ckptq.verify.rescaled import settle
 from ckptq.verify.round_trip import Part, result_of, tasks
 from ckptq.verify.stored_linear import StoredLinear, stored_linear
 from ckptq.verify.subject import Subject
@@ -58,11 +59,12 @@ def check_data(subject: Subject, structure: Iterable[Finding], options: Options)
             found += part.findings
         case = Case(subject=subject, linears=linears, tallies=tallies, files=files, undo=undo)
         found += _judged(case, found)
+        for copy in copies:
+            found += judge_copy(subject, copy) if subject.source else judge_finite(subject, copy)
+        found = settle(case, _told_once(found))
         played = DryRun(arrivals=(), findings=())
         if options.engine is not None:
             played = dry_run(subject, linears, options.engine, files)
-    for copy in copies:
-        found += judge_copy(subject, copy) if subject.source else judge_finite(subject, copy)
     different = {copy.name for copy in copies if copy.different}
     return Checked(
         findings=tuple(_once([*found, *played.findings])),
@@ -156,6 +158,13 @@ def _lone(linear: StoredLinear) -> bool:
 def _lone_scale(linear: StoredLinear, files: Files) -> Tensor:
     local = "weight_scale" if linear.scheme.strategy == "tensor" else "weight_global_scale"
     return read_tensor(linear.tensors[local], files)
+
+
+def _told_once(found: list[Finding]) -> list[Finding]:
+    """A copy that differs is no news in a shard, or a checkpoint, of other weights."""
+    stale = {f.file for f in found if f.code == "stale-shard"}
+    other = any(f.code == "other-source" for f in found)
+    return [f for f in found if f.code != "copy-differs" or not (other or f.file in stale)]
 
 
 def _once(found: Iterable[Finding]) -> Iterable[Finding]:

@@ -179,6 +179,7 @@ ROUND_TRIP = _faults(
     ("codes-offset", "codes lack the offset of the packed format", AGAIN),
     ("zero-points-offset", "zero points in another tool's convention", AGAIN),
     ("other-source", "not a quantization of this source", "give the source it was made from"),
+    ("columns-unbalanced", "columns are rescaled, and nothing before them undoes it", AGAIN),
     ("stale-shard", "a whole shard of other weights, as from another run", "convert it again"),
 ) + _notes(
     ("rounded-twice", "divided in the weight's dtype, as llm-compressor does on CPUs", "none"),

@@ -3,7 +3,7 @@
 import pytest
 import torch
 import transformers
-from verify_checkpoints import FP8, INT4
+from verify_checkpoints import FP8, INT4, Editor
 
 from ckptq.verify.run import verify
 
@@ -20,13 +20,18 @@ def poisoned(monkeypatch):
     monkeypatch.setattr(torch, "empty", poison)
 
 
-def oneshot(source, out, groups, data=None):
-    from llmcompressor import oneshot as run
+def oneshot(source, out, groups, data=None, before=()):
     from llmcompressor.modifiers.quantization import QuantizationModifier
 
+    recipe = [*before, QuantizationModifier(config_groups=groups, ignore=["lm_head"])]
+    return run(source, out, recipe, data or {})
+
+
+def run(source, out, recipe, data):
+    from llmcompressor import oneshot as llmcompressor_oneshot
+
     model = transformers.LlamaForCausalLM.from_pretrained(source, dtype="auto")
-    recipe = QuantizationModifier(config_groups=groups, ignore=["lm_head"])
-    run(model=model, recipe=recipe, **(data or {}))
+    llmcompressor_oneshot(model=model, recipe=recipe, **data)
     model.save_pretrained(out, save_compressed=True)
     for name in ("tokenizer.json", "tokenizer_config.json"):
         (out / name).write_bytes((source / name).read_bytes())
@@ -67,23 +72,70 @@ def test_its_checkpoints_have_no_fault(sources, tmp_path, args, inputs):
     assert all(t.codes_wrong == t.codes_rounded_twice for t in report.tensors)
 
 
-def test_its_uninitialised_query_scales_are_found(sources, tmp_path, poisoned):
-    from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
+@pytest.fixture
+def data():
+    """Token ids to calibrate on."""
     from datasets import Dataset
     from tokenizers import Tokenizer, models
+
+    rows = torch.randint(3, 128, (8, 32), generator=torch.Generator().manual_seed(0)).tolist()
+    core = Tokenizer(models.WordLevel({"<pad>": 0, "<s>": 1}, unk_token="<pad>"))
+    return {
+        "dataset": Dataset.from_dict({"input_ids": rows, "attention_mask": [[1] * 32] * 8}),
+        "processor": transformers.PreTrainedTokenizerFast(tokenizer_object=core, pad_token="<pad>"),
+        "max_seq_length": 32,
+        "num_calibration_samples": 8,
+    }
+
+
+def codes_of(report):
+    return {note.code for note in report.notes if note.file != "config.json"}
+
+
+def test_codes_that_gptq_chose(sources, tmp_path, data):
+    from llmcompressor.modifiers.quantization import GPTQModifier
+
+    source = sources("llama")
+    recipe = GPTQModifier(targets="Linear", scheme="W4A16", ignore=["lm_head"])
+    report = verify(run(source, tmp_path / "out", recipe, data), source)
+    assert report.findings == ()
+    assert "codes-not-nearest" in codes_of(report) <= {"codes-not-nearest", "side-file-differs"}
+
+
+def test_scales_of_another_observer(sources, tmp_path, data):
+    source = sources("llama")
+    mse = INT4 | {"strategy": "group", "group_size": 32, "observer": "mse"}
+    report = verify(oneshot(source, tmp_path / "out", {"group_0": linears(mse)}, data), source)
+    assert report.findings == ()
+    assert {"scale-differs"} <= codes_of(report) <= {"scale-differs", "side-file-differs"}
+
+
+def test_columns_that_smoothquant_rescaled(sources, tmp_path, data):
+    """Right, because the norms before them undo it; the twin puts the source's norms back."""
+    from llmcompressor.modifiers.transform.smoothquant import SmoothQuantModifier
+
+    source = sources("llama")
+    groups = {"group_0": linears({**INT4, "num_bits": 8, "strategy": "channel"}, TOKEN)}
+    before = [SmoothQuantModifier(smoothing_strength=0.8)]
+    out = oneshot(source, tmp_path / "out", groups, data, before)
+    report = verify(out, source)
+    assert report.findings == ()
+    assert "columns-rescaled" in codes_of(report)
+    assert any(n.tensor.endswith("layernorm.weight") for n in report.notes if n.tensor)
+    editor, original = Editor(out), Editor(source)
+    for name, tensor in original.tensors.items():
+        if name.endswith("layernorm.weight"):
+            editor.tensors[name] = tensor
+    assert verify(editor.save(), source).counts == {"columns-unbalanced": 10}
+
+
+def test_its_uninitialised_query_scales_are_found(sources, tmp_path, poisoned, data):
+    from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
 
     args = QuantizationArgs(num_bits=8, type="float", strategy="attn_head")
     groups = {
         "attention": QuantizationScheme(targets=["LlamaAttention"], input_activations=args),
         "linear": linears(FP8 | {"strategy": "channel"}, TOKEN),
-    }
-    rows = torch.randint(3, 128, (2, 12), generator=torch.Generator().manual_seed(0)).tolist()
-    core = Tokenizer(models.WordLevel({"<pad>": 0, "<s>": 1}, unk_token="<pad>"))
-    data = {
-        "dataset": Dataset.from_dict({"input_ids": rows, "attention_mask": [[1] * 12] * 2}),
-        "processor": transformers.PreTrainedTokenizerFast(tokenizer_object=core, pad_token="<pad>"),
-        "max_seq_length": 12,
-        "num_calibration_samples": 2,
     }
     source = sources("llama")
     report = verify(oneshot(source, tmp_path / "out", groups, data), source)
