@@ -5,7 +5,8 @@
 Each result is checked first, attention against float64, bytes and maxima for equality, and a
 difference ends the run. Attention is causal, 32 query and 8 key/value heads of 128 (Llama-3.1-8B),
 16384 tokens a batch; TFLOP/s count half the score matrix. KV kernels write 65536 tokens of 8 heads
-of 128 (Llama-3.1-70B and Llama-4) and count every byte read or written once.
+of 128 (Llama-3.1-70B and Llama-4) and count every byte read or written once; static scales are in
+bf16, as checkpoints hold them.
 
 `--shrink 64` divides tokens; with TRITON_INTERPRET=1 that tries the script without a GPU. `--tune`
 times other tiles of the attention kernel.
@@ -193,7 +194,7 @@ def write_rows(tokens: int, runs: int) -> list[Row]:
             caches = [torch.zeros(shape, dtype=dtype, device=DEVICE) for _ in "kv"]
             scale = None
             if dtype == FP8:
-                scale = torch.full((K if "head" in held else 1,), 0.01, device=DEVICE)
+                scale = torch.full((K if "head" in held else 1,), 0.01, device=DEVICE).bfloat16()
 
             def run(caches=caches, scale=scale, layout=layout) -> None:
                 write_cache(k, v, *caches, slot_T, layout=layout, k_scale=scale, v_scale=scale)
@@ -201,7 +202,7 @@ def write_rows(tokens: int, runs: int) -> list[Row]:
             def encoded(x: Tensor, scale: Tensor | None = scale) -> Tensor:
                 if scale is None:
                     return x
-                return (x.float() / scale[:, None]).clamp(-448, 448).to(FP8)
+                return (x.float() / scale.float()[:, None]).clamp(-448, 448).to(FP8)
 
             run()
             for x, cache in ((k, caches[0]), (v, caches[1])):

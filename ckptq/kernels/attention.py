@@ -328,7 +328,7 @@ def attention(
         # FP8 products read both operands along the summed axis, which is the keys' for v; rows of
         # a multiple of 16 stay aligned
         turned = torch.nn.functional.pad(value.view(torch.uint8).mT, (0, -keys % 16))
-        value = turned.view(FP8)[..., :keys].mT
+        value = turned.contiguous().view(FP8)[..., :keys].mT
     if maxima is not None:
         maxima.check(H, K, query.device)
         if queries != keys:
