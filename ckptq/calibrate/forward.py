@@ -94,6 +94,8 @@ class LayerwiseModel:
         name = self.layer_names[index]
         layer = self.skeleton.layers[name]
         with self.loader.loaded(name), _no_grad():
+            if index + 1 < len(self.layer_names):
+                self.loader.announce(self.layer_names[index + 1])
             moved = Moved(self.device)
             for number, hidden_BSE in enumerate(stream.hidden_BSE):
                 args, kwargs = moved(stream.arguments[number][index])
@@ -188,8 +190,9 @@ def open_model(
     """
     import torch
 
-    source = CheckpointWeights(ckpt) if weights is None else weights
     where = torch.device(device)
+    pinned = where.type == "cuda"
+    source = CheckpointWeights(ckpt, pinned=pinned) if weights is None else weights
     skeleton = build_skeleton(ckpt, where, eager, trust_remote_code)
     return LayerwiseModel(skeleton, Loader(skeleton, source, where), where)
 

@@ -7,22 +7,32 @@ norm.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from itertools import takewhile
 from typing import TYPE_CHECKING, Any, Protocol
 
+from ckptq.calibrate.ahead import Ahead
 from ckptq.calibrate.names import sources_of_parameters
 from ckptq.calibrate.skeleton import Skeleton, quiet
+from ckptq.checkpoint.header import StoredTensor
 from ckptq.checkpoint.open import Checkpoint
-from ckptq.checkpoint.read import read_tensors
+from ckptq.checkpoint.read import Files, bytes_of, read_into, read_tensors
 from ckptq.errors import SourceError
+from ckptq.spec import torch_dtype
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
     import torch
     from torch import Tensor, nn
+
+
+READERS = 4
+"""Threads that read a layer for a GPU; one alone is slower than the GPU computes."""
+
+READ_BYTES = 1 << 24
 
 
 class WeightSource(Protocol):
@@ -45,7 +55,7 @@ class WeightSource(Protocol):
 class CheckpointWeights:
     """The tensors of a checkpoint as they are stored."""
 
-    def __init__(self, ckpt: Checkpoint) -> None:
+    def __init__(self, ckpt: Checkpoint, pinned: bool = False) -> None:
         if ckpt.quantization_config is not None:
             method = ckpt.quantization_config.get("quant_method", "unknown")
             raise SourceError(
@@ -53,6 +63,7 @@ class CheckpointWeights:
                 "the unquantized model"
             )
         self._ckpt = ckpt
+        self._pinned = pinned
 
     @property
     def label(self) -> str:
@@ -62,7 +73,27 @@ class CheckpointWeights:
         return self._ckpt.tensors.keys()
 
     def load(self, names: Collection[str]) -> dict[str, Tensor]:
-        return read_tensors({name: self._ckpt.tensors[name] for name in names})
+        stored = {name: self._ckpt.tensors[name] for name in names}
+        return read_pinned(stored) if self._pinned else read_tensors(stored)
+
+
+def read_pinned(stored: Mapping[str, StoredTensor]) -> dict[str, Tensor]:
+    """Whole tensors in pinned memory, read by several threads; a GPU fetches them by itself."""
+    import torch
+
+    tensors = {
+        name: torch.empty(t.spec.shape, dtype=torch_dtype(t.spec.dtype), pin_memory=True)
+        for name, t in stored.items()
+    }
+    with Files() as files, ThreadPoolExecutor(READERS) as pool:
+        tasks = [
+            pool.submit(read_into, files, t, start, bytes_of(tensors[name])[start:][:READ_BYTES])
+            for name, t in stored.items()
+            for start in range(0, t.nbytes, READ_BYTES)
+        ]
+        for task in tasks:
+            task.result()
+    return tensors
 
 
 class Loader:
@@ -72,6 +103,7 @@ class Loader:
         self._skeleton = skeleton
         self._source = source
         self._device = device
+        self._ahead = Ahead(source, device) if device.type == "cuda" else None
         self._parameters = frozenset(skeleton.model.state_dict())
         self._stored_modules: dict[str, str] = {}
         self._sources = sources_of_parameters(skeleton.model, source.names())
@@ -129,11 +161,24 @@ class Loader:
                 f"{type(self._skeleton.model).__name__} needs"
             )
         for names in self._portions(wanted):
-            self._convert(self._source.load(names))
+            self._convert(self._take(names))
             _return_free_memory()
         self._take_from_twins(wanted)
         bare = [name for name in wanted if _get(self._skeleton.model, name).is_meta]
         assert not bare, f"transformers' conversion left {bare} without weights"
+
+    def announce(self, module: str) -> None:
+        """Read the weights of a module while another computes, where there is room for them."""
+        if self._ahead is None:
+            return
+        own = self._own(module, recurse=True)
+        elements = sum(_get(self._skeleton.model, name).numel() for name in own)
+        if self._ahead.room_for(elements * self._skeleton.dtype.itemsize):
+            for names in self._portions(own):
+                self._ahead.begin(names)
+
+    def _take(self, names: set[str]) -> dict[str, Tensor]:
+        return self._source.load(names) if self._ahead is None else self._ahead.take(names)
 
     def unload(self, module: str, recurse: bool = True) -> None:
         """Give the memory of a module's weights back."""
