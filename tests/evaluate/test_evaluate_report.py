@@ -1,0 +1,87 @@
+import math
+import re
+import xml.etree.ElementTree as ElementTree
+from dataclasses import replace
+
+import pytest
+from test_evaluate_scores import evaluation, logits, row
+
+from ckptq.errors import UsageError
+from ckptq.evaluate.chart import Series, chart
+from ckptq.evaluate.report import check_report, html, write_report
+from ckptq.show_evaluation import evaluation_tables
+
+SVG = "{http://www.w3.org/2000/svg}"
+
+
+def drawn(series) -> ElementTree.Element:
+    return ElementTree.fromstring(chart(series, "size, MB", "KL"))
+
+
+def circles(root) -> list[tuple[float, float]]:
+    return [(float(c.get("cx")), float(c.get("cy"))) for c in root.iter(f"{SVG}circle")]
+
+
+def test_worse_is_higher_larger_is_further_right_and_a_decade_is_a_decade():
+    series = [Series(f"row <{i}>", [(10.0 + i, 10.0**-i)]) for i in range(4)]
+    root = drawn(series)
+    (x0, y0), (x1, y1), (x2, y2), (x3, y3) = circles(root)
+    assert x0 < x1 < x2 < x3
+    assert y1 - y0 == pytest.approx(y2 - y1, abs=0.11) == pytest.approx(y3 - y2, abs=0.11)
+    assert y1 > y0
+    texts = [each.text for each in root.iter(f"{SVG}text")]
+    assert {"row <0>", "row <3>", "1e-3", "1e0", "size, MB"} <= set(texts)
+
+
+def test_zero_is_drawn_and_what_is_not_finite_is_named():
+    root = drawn([Series("zero", [(1.0, 0.0)]), Series("lost", [(1.0, math.nan)])])
+    assert len(circles(root)) == 1
+    assert "lost (not finite)" in [each.text for each in root.iter(f"{SVG}text")]
+    assert chart([Series("lost", [(1.0, math.nan)])], "x", "y") == ""
+
+
+def test_a_line_has_a_point_for_each_layer():
+    root = drawn([Series("row", [(1.0, 0.1), (2.0, 0.2), (3.0, 0.4)])])
+    (line,) = root.iter(f"{SVG}polyline")
+    assert len(line.get("points").split()) == len(circles(root)) == 3
+
+
+def test_the_page_has_every_number_of_the_table_and_why_the_answer_is_no():
+    found = evaluation(row(logits(1), logits(2)), max_kl=0.001)
+    found = replace(found, text="<script>alert(1)</script>")
+    page = html(found, evaluation_tables(found))
+    assert found.failures[0] in page
+    assert f"{found.rows[0].measures.kl:.5f}" in page
+    assert page.count("<svg") == 2
+    assert "<script" not in page
+    assert "within all thresholds" not in page
+    good = evaluation(row(logits(1), logits(1)), max_kl=0.001)
+    assert "within all thresholds" in html(good, evaluation_tables(good))
+
+
+def test_reports_are_written_by_their_ending(tmp_path):
+    found = evaluation(row(logits(1), logits(2)))
+    write_report(tmp_path / "a.svg", found, [])
+    assert ElementTree.parse(tmp_path / "a.svg").getroot().tag == f"{SVG}svg"
+    write_report(tmp_path / "a.html", found, evaluation_tables(found))
+    assert (tmp_path / "a.html").read_text().startswith("<!doctype html>")
+
+
+def test_a_report_that_cannot_be_written_is_refused_before_the_work(tmp_path):
+    check_report(tmp_path / "a.html")
+    for wrong in (tmp_path / "a.pdf", tmp_path / "no" / "a.html"):
+        with pytest.raises(UsageError, match=re.escape(str(wrong))):
+            check_report(wrong)
+
+
+def test_png_needs_matplotlib(tmp_path):
+    file = tmp_path / "a.png"
+    try:
+        import matplotlib  # noqa: F401
+    except ImportError:
+        with pytest.raises(UsageError, match=re.escape("ckptq[plot]")):
+            check_report(file)
+        return
+    check_report(file)
+    write_report(file, evaluation(row(logits(1), logits(2))), [])
+    assert file.read_bytes().startswith(b"\x89PNG")
