@@ -6,7 +6,7 @@ import pytest
 import torch
 import transformers
 from safetensors.torch import save_file
-from verify_checkpoints import HEAD_DIM, HEADS, KV_HEADS, LAYERS, TEXT, Editor, kv_recipe
+from verify_checkpoints import HEAD_DIM, HEADS, KV_HEADS, LAYERS, TEXT, Editor, given, kv_recipe
 
 from ckptq.calibrate.run import calibrate
 from ckptq.calibrate.text import read_samples
@@ -50,16 +50,6 @@ def source(tmp_path_factory):
     return folder
 
 
-class Calibrated:
-    """As `ckptq quantize` gets its scales."""
-
-    def __init__(self, scales):
-        self.scales, self.arguments = scales, {}
-
-    def load(self, folder):
-        return self.scales
-
-
 @pytest.fixture(scope="module")
 def calibrated(source, text, tmp_path_factory):
     ckpt = open_checkpoint(source)
@@ -67,7 +57,7 @@ def calibrated(source, text, tmp_path_factory):
     samples = read_samples(text, source, samples=6, seq_len=256)
     scales = calibrate(ckpt, samples, strategy="attn_head", batch_size=2)
     plan = make_plan(ckpt, kv_recipe())
-    write_quantized(ckpt, plan, out, arguments={}, scales=Calibrated(scales))
+    write_quantized(ckpt, plan, out, arguments={}, scales=given(scales))
     return out
 
 

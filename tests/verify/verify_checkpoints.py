@@ -13,6 +13,7 @@ import transformers
 from safetensors import safe_open
 from safetensors.torch import save_file
 
+from ckptq.calibrate.request import ScalesSource
 from ckptq.calibrate.scales import Record, Scales
 from ckptq.checkpoint.open import open_checkpoint
 from ckptq.convert.run import write_quantized
@@ -148,20 +149,14 @@ def convert(source: Path, out: Path, what: Recipe, shard_bytes: int = 1 << 40) -
     ckpt = open_checkpoint(source)
     plan = make_plan(ckpt, what, shard_bytes=shard_bytes)
 
-    made = MadeUpScales(made_up_scales(plan)) if plan.attention is not None else None
-    write_quantized(ckpt, plan, out, arguments={}, workers=2, scales=made)
+    scales = given(made_up_scales(plan)) if plan.attention is not None else None
+    write_quantized(ckpt, plan, out, arguments={}, workers=2, scales=scales)
     return out
 
 
-@dataclass(frozen=True)
-class MadeUpScales:
-    """In the place of a calibration."""
-
-    made: Scales
-    arguments: dict[str, Any] = field(default_factory=dict)
-
-    def load(self, folder: Path) -> Scales:
-        return self.made
+def given(scales: Scales) -> ScalesSource:
+    """As a file of scales is given to a conversion."""
+    return ScalesSource(arguments={}, load=lambda folder: scales)
 
 
 def made_up_scales(plan: Any) -> Scales:

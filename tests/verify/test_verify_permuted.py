@@ -1,0 +1,70 @@
+"""Checkpoints that `ckptq permute` made, and the repairs that `verify` proposes, carried out."""
+
+import pytest
+from verify_checkpoints import convert, copy_of, recipe
+from verify_faults import turn
+
+from ckptq.checkpoint.open import open_checkpoint
+from ckptq.permute.effect import Part
+from ckptq.permute.order import RopeOrder
+from ckptq.permute.run import permute_checkpoint, plan_permute
+from ckptq.verify.run import verify
+
+
+def permuted(folder, out, to, only=tuple(Part)):
+    permute_checkpoint(plan_permute(open_checkpoint(folder), to, only), out, workers=1)
+    return out
+
+
+@pytest.mark.parametrize("weights", ["fp8-channel", "int4", "int8", "mxfp4", "kv"])
+def test_a_baked_order_is_compared_in_the_sources(good, tmp_path, weights):
+    folder, source = good("llama4", weights, True)
+    out = permuted(folder, tmp_path / "half-split", RopeOrder.HALF_SPLIT)
+    report = verify(out, source)
+    assert report.findings == ()
+    assert [note.code for note in report.notes] == ["rope-order"]
+    assert report.checks["linears compared"] == report.checks["linears quantized"]
+
+
+def test_a_permuted_source_and_what_is_made_from_it(sources, tmp_path):
+    source = permuted(sources("llama4"), tmp_path / "source", RopeOrder.HALF_SPLIT)
+    out = convert(source, tmp_path / "out", recipe("int8"))
+    report = verify(out, source)
+    assert {finding.code for finding in report.findings} <= {"rows-permuted"}
+
+
+REPAIRS = [
+    ("fp8-channel", (Part.SCALES,), "scale-permuted"),
+    ("int4", (Part.SCALES,), "scale-permuted"),
+    ("int4", (Part.WEIGHTS,), "codes-permuted"),
+    ("int8", tuple(Part), "rows-permuted"),
+]
+
+
+@pytest.mark.parametrize(("weights", "parts", "code"), REPAIRS)
+def test_the_proposed_repair_mends_it(good, tmp_path, weights, parts, code):
+    """Somebody's tool permuted some tensors; the command that the finding names puts them back."""
+    folder, source = good("llama4", weights)
+    editor = copy_of(folder, tmp_path / "broken")
+    turn(editor, parts)
+    found = verify(editor.save(), source).findings
+    assert {finding.code for finding in found} == {code}
+    only = "" if parts == tuple(Part) else f" --only {parts[0]}"
+    commands = {finding.repair for finding in found}
+    assert commands == {f"`ckptq permute CKPT OUT --to interleaved{only}`"}
+    if parts == tuple(Part):
+        editor.metadata["ckptq.rope_order"] = "half-split"
+        editor.config["ckptq"] = {"rope_order": "half-split"}
+        editor.save()
+    mended = permuted(editor.folder, tmp_path / "mended", RopeOrder.INTERLEAVED, parts)
+    report = verify(mended, source, engine="vllm")
+    assert report.findings == ()
+
+
+def test_only_scales_marked_and_moved_is_a_fault(good, tmp_path):
+    """The mark is true, and no engine can use it."""
+    folder, source = good("llama4", "int8")
+    out = permuted(folder, tmp_path / "scales", RopeOrder.HALF_SPLIT, [Part.SCALES])
+    report = verify(out, source, engine="vllm")
+    assert report.counts == {"rope-order-mixed": 1, "arrives-wrong": 4}
+    assert report.findings[0].repair == "`ckptq permute CKPT OUT --to interleaved --only scales`"
