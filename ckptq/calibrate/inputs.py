@@ -33,6 +33,7 @@ class Inputs:
     def __init__(self, loader: Loader, wanted: Collection[str]) -> None:
         self._loader = loader
         self._wanted = wanted
+        self._experts = _by_experts(wanted)
 
     @contextmanager
     def watched(
@@ -57,19 +58,24 @@ class Inputs:
             if linear in self._wanted:
                 return partial(_see_linear, linear, lengths, fold)
         elif _is_fused_experts(module):
-            experts = self._experts(self._loader.stored_module(path))
-            if experts:
+            experts = self._experts.get(self._loader.stored_module(path))
+            if experts is not None:
                 return partial(_see_experts, experts, lengths, fold)
         return None
 
-    def _experts(self, prefix: str) -> dict[int, list[str]]:
-        """Expert -> its wanted Linears, all under one on-disk prefix."""
-        found: dict[int, list[str]] = {}
-        for name in sorted(self._wanted):
-            if name.startswith(prefix + "."):
-                number, _, _ = name.removeprefix(prefix + ".").partition(".")
-                found.setdefault(int(number), []).append(name)
-        return found
+
+def _by_experts(wanted: Collection[str]) -> dict[str, dict[int, list[str]]]:
+    """The module that holds the experts -> expert -> its wanted Linears.
+
+    Example: "model.layers.0.mlp.experts" -> 3 -> ["model.layers.0.mlp.experts.3.up_proj"].
+    """
+    found: dict[str, dict[int, list[str]]] = {}
+    for name in sorted(wanted):
+        expert, _, _ = name.rpartition(".")
+        prefix, _, number = expert.rpartition(".")
+        if number.isdigit():
+            found.setdefault(prefix, {}).setdefault(int(number), []).append(name)
+    return found
 
 
 def _see_linear(

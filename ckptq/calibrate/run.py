@@ -124,11 +124,11 @@ def _run(
 ) -> dict[str, str]:
     """All layers, or those that are left. Gives the attention modules with their classes."""
     stream = model.embed(samples.batches(batch_size))
-    layers = model.layer_names
+    layers, inputs = model.layer_names, Inputs(model.loader, statistics.wanted.inputs.keys())
     done = journal.restore(stream, statistics) if journal is not None else 0
     for index, name in enumerate(layers):
         if index >= done:
-            model.run_layer(index, stream, _watch(model, name, statistics))
+            model.run_layer(index, stream, _watch(model, name, statistics, inputs))
             statistics.settle()
             statistics.check_finite(model.loader.label)
             if journal is not None and index + 1 < len(layers):
@@ -138,11 +138,10 @@ def _run(
 
 
 def _watch(
-    model: LayerwiseModel, name: str, statistics: Statistics
+    model: LayerwiseModel, name: str, statistics: Statistics, inputs: Inputs
 ) -> Callable[[nn.Module, Batch], Any]:
     """Sets the taps on a layer for one batch."""
     stored, wanted = model.loader.stored_module, statistics.wanted
-    inputs = Inputs(model.loader, wanted.inputs.keys())
 
     def tap_for(batch: Batch) -> Tap:
         def see(module: str, q_BHSD: Tensor, k_BHSD: Tensor, v_BHSD: Tensor) -> None:

@@ -49,6 +49,7 @@ class Statistics:
 
     wanted: Wanted
     points: dict[str, Stats] = field(default_factory=dict)
+    _unchecked: set[str] = field(default_factory=set)
     _maxima: dict[str, tuple[Maxima, torch.dtype]] = field(default_factory=dict)
 
     def add_attention(
@@ -59,7 +60,7 @@ class Statistics:
         for which, x_BHSD in qkv_BHSD.items():
             point, x_BHSD = f"{module}.{which}", heads(x_BHSD, self.wanted.strategy)
             stats = self.points.get(point, {})
-            self.points[point] = self.wanted.attention.fold(stats, x_BHSD, lengths)
+            self._put([point], self.wanted.attention.fold(stats, x_BHSD, lengths))
 
     def add_input(self, linears: Sequence[str], x_TF: Tensor) -> None:
         """Add tokens that go into all these Linears, which always share their input."""
@@ -67,7 +68,7 @@ class Statistics:
             return
         stats = self.points.get(f"{linears[0]}.input", {})
         stats = self.wanted.linear.fold(stats, x_TF[None, None], [len(x_TF)])
-        self.points |= {f"{linear}.input": stats for linear in linears}
+        self._put([f"{linear}.input" for linear in linears], stats)
 
     def maxima(self, module: str, q_BHSD: Tensor, k_BKSD: Tensor) -> Maxima:
         """Buffers for the largest |q|, |k| and |v| of a module, which a kernel folds into."""
@@ -86,18 +87,25 @@ class Statistics:
                     amax_H = amax_H.amax().reshape(1)
                 amax_H, point = amax_H.cpu().to(dtype), f"{module}.{which}"
                 seen = {"amin": -amax_H, "amax": amax_H}
-                self.points[point] = self.wanted.attention.merge(self.points.get(point, {}), seen)
+                merged = self.wanted.attention.merge(self.points.get(point, {}), seen)
+                self._put([point], merged)
         self._maxima.clear()
 
+    def _put(self, points: Sequence[str], stats: Stats) -> None:
+        self.points |= dict.fromkeys(points, stats)
+        self._unchecked.update(points)
+
     def check_finite(self, where: str) -> None:
-        """Raise SourceError when NaN or Inf was seen at a point."""
-        for point, stats in self.points.items():
+        """Raise SourceError when NaN or Inf was seen at a point since the last check."""
+        for point in sorted(self._unchecked):
+            stats = self.points[point]
             worst = stats["amin"].abs().maximum(stats["amax"].abs()).max().item()
             if not worst < float("inf"):
                 raise SourceError(
                     f"{where}: {point} is {worst} during calibration: a weight before it is "
                     "not finite, or its dtype overflows"
                 )
+        self._unchecked.clear()
 
     def scale(self, point: str, dtype: torch.dtype) -> Tensor:
         """The scale of a point: [1] per tensor, [H, 1, 1] per head."""
