@@ -41,15 +41,17 @@ class Tile:
     stages: int
 
 
-def default_tile(head_dim: int, dtype: torch.dtype) -> Tile:
-    """Tiles that fit the shared memory of sm_80 and later; tuned on the H200."""
+def default_tile(head_dim: int, dtype: torch.dtype, device: torch.device) -> Tile:
+    """Tuned on the H200; smaller where a program has less than 120 KiB of shared memory."""
     if dtype == torch.float32:
-        return Tile(64, 32, 4, 1)
+        return Tile(64, 32, 4, 1) if head_dim <= 128 else Tile(32, 16, 4, 1)
+    if device.type == "cuda":
+        properties = triton.runtime.driver.active.utils.get_device_properties(device.index or 0)
+        if properties["max_shared_mem"] < 120 << 10:
+            return Tile(64, 32, 4, 2) if head_dim <= 128 else Tile(64, 16, 4, 2)
     if head_dim > 128:
         return Tile(128, 32, 8, 2)
-    if dtype == FP8:
-        return Tile(128, 128, 8, 3)
-    return Tile(64, 64, 4, 3)
+    return Tile(128, 128, 8, 3) if dtype == FP8 else Tile(64, 64, 4, 3)
 
 
 @triton.jit
@@ -336,7 +338,7 @@ def attention(
     out = torch.empty(
         B, queries, H, E, dtype=out_dtype if fp8 else query.dtype, device=query.device
     )
-    tile = tile or default_tile(max(D, E), query.dtype)
+    tile = tile or default_tile(max(D, E), query.dtype, query.device)
     starts, lengths = spans or (None, None)
     folded = (x.view(torch.int32) for x in (maxima.q_H, maxima.k_K, maxima.v_K)) if maxima else None
     scales = None
