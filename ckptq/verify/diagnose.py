@@ -8,8 +8,7 @@ from dataclasses import dataclass
 
 from ckptq.checkpoint.read import Files
 from ckptq.errors import PlanError
-from ckptq.models.family import family_of
-from ckptq.permute.order import Heads, RopeOrder
+from ckptq.permute.order import Heads
 from ckptq.permute.targets import head_geometry
 from ckptq.verify.compare import Tally
 from ckptq.verify.hypotheses import hypotheses, match_heads, rescaled_columns
@@ -24,7 +23,7 @@ from ckptq.verify.neighbours import (
     gather,
     template,
 )
-from ckptq.verify.order import Undo, well_typed
+from ckptq.verify.order import Undo, source_order, well_typed
 from ckptq.verify.report import Finding
 from ckptq.verify.sample import Sample, read_sample, rows_of_source, snr_db
 from ckptq.verify.stored_linear import StoredLinear
@@ -129,7 +128,7 @@ def _tried(case: Case, sample: Sample, scales_only: bool) -> Iterator[tuple[floa
     linear = sample.linear
     projection = linear.name.rpartition(".")[2]
     heads = _heads(case, projection)
-    order = _source_order(case)
+    order = source_order(case.subject)
     turned = heads if projection in ("q_proj", "k_proj") else None
     for one in hypotheses(sample, turned, order, scales_only):
         yield sample.snr(one.held), _named(linear, one.code, one.found, one.repair)
@@ -194,11 +193,6 @@ def _heads(case: Case, projection: str) -> Heads | None:
         return head_geometry(case.subject.ckpt.text_config)[SIDES[projection]]
     except PlanError:
         return None
-
-
-def _source_order(case: Case) -> RopeOrder:
-    assert case.subject.source is not None
-    return RopeOrder(family_of(case.subject.source.config).rope)
 
 
 def _stale_shards(case: Case, found: Mapping[str, Finding]) -> Iterator[Finding]:

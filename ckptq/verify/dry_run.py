@@ -26,7 +26,7 @@ from ckptq.verify.compare import floor_db
 from ckptq.verify.engines import Engine
 from ckptq.verify.judge import CHOSEN_DB
 from ckptq.verify.kinds import finding
-from ckptq.verify.order import well_typed
+from ckptq.verify.order import source_order, well_typed
 from ckptq.verify.report import Arrival, Finding
 from ckptq.verify.rope import turned_modules
 from ckptq.verify.sample import snr_db
@@ -73,30 +73,49 @@ def _turned(
     """q and k of a family that is stored in interleaved order."""
     if subject.family.rope != "interleaved" or not well_typed(subject):
         return
-    heads = head_geometry(subject.ckpt.text_config)
+    geometry = head_geometry(subject.ckpt.text_config)
+    came_in = source_order(subject)
     for module in turned_modules(subject):
-        side = heads[module.name.rpartition(".")[2][0]]
+        heads = geometry[module.name.rpartition(".")[2][0]]
+        turn = Turn(engine=engine, heads=heads, came_in=came_in)
         linear = linears.get(module.name)
-        if linear is not None and side.rows == linear.shape[0]:
-            yield _turned_codes(linear, engine, files, side)
+        if linear is not None and heads.rows == linear.shape[0]:
+            yield _turned_codes(linear, turn, files)
         elif not module.quantized and module.origin is not None:
-            yield _turned_plain(module, engine, files, side)
+            yield _turned_plain(module, turn, files)
 
 
-def _turned_codes(linear: StoredLinear, engine: Engine, files: Files, heads: Heads) -> Arrival:
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Turn:
+    """What an engine does to the rows of one projection, and what it should have in the end."""
+
+    engine: Engine
+    heads: Heads
+    came_in: RopeOrder
+    """The order of the source."""
+
+    def moved(self, rows: Tensor) -> Tensor:
+        """What the engine makes of rows, believing that they are interleaved."""
+        return permute_rows(rows, self.heads, RopeOrder.HALF_SPLIT)
+
+    def wanted(self, source: Tensor) -> Tensor:
+        """The source's rows in the order that the engine computes with."""
+        order = RopeOrder.HALF_SPLIT if self.engine.permutes else RopeOrder.INTERLEAVED
+        return source if order is self.came_in else permute_rows(source, self.heads, order)
+
+
+def _turned_codes(linear: StoredLinear, turn: Turn, files: Files) -> Arrival:
     held = linear.read(files, 0, linear.shape[0])
     arrived, moved = {}, []
     for local, tensor in held.items():
         arrived[local] = tensor
-        if not engine.moves(local, linear.tensors[local].spec):
+        if not turn.engine.moves(local, linear.tensors[local].spec):
             continue
-        if tensor.shape[0] != heads.rows:
-            return _moved_blocks(linear, local, tensor, heads)
-        arrived[local] = permute_rows(tensor, heads, RopeOrder.HALF_SPLIT)
+        if tensor.shape[0] != turn.heads.rows:
+            return _moved_blocks(linear, local, tensor, turn.heads)
+        arrived[local] = turn.moved(tensor)
         moved.append(local)
-    wanted = _wanted(linear, files, held)
-    if engine.permutes:
-        wanted = permute_rows(wanted, heads, RopeOrder.HALF_SPLIT)
+    wanted = turn.wanted(_wanted(linear, files, held))
     snr = snr_db(nearest.weights(arrived, linear.scheme, linear.shape[1]), wanted)
     left = [local for local in held if local not in moved and linear.per_quantum[local] is not None]
     done = f"permutes {', '.join(moved)}" if moved else "loads as it is"
@@ -115,15 +134,17 @@ def _moved_blocks(linear: StoredLinear, local: str, tensor: Tensor, heads: Heads
     return Arrival(tensor=linear.name, done=done, snr_db=None, ok=False)
 
 
-def _turned_plain(module: Module, engine: Engine, files: Files, heads: Heads) -> Arrival:
-    """An unquantized q or k: the engine's permutation of it is the one that is wanted."""
-    weight = module.tensors["weight"]
+def _turned_plain(module: Module, turn: Turn, files: Files) -> Arrival:
+    """An unquantized q or k."""
     assert module.origin is not None
-    view = module.origin.weight
-    found = read_tensor(weight, files).float()
-    wanted = source_rows(files, view)(0, view.spec.shape[0]).float()
-    snr = snr_db(found, wanted) if found.shape == wanted.shape else -inf
-    done = "permutes weight" if "weight" in engine.permutes else "loads as it is"
+    view, weight = module.origin.weight, module.tensors["weight"]
+    moves = turn.engine.moves("weight", weight.spec)
+    snr = -inf
+    if weight.spec.shape == view.spec.shape and weight.spec.shape[0] == turn.heads.rows:
+        found = read_tensor(weight, files).float()
+        wanted = turn.wanted(source_rows(files, view)(0, view.spec.shape[0]).float())
+        snr = snr_db(turn.moved(found) if moves else found, wanted)
+    done = "permutes weight" if moves else "loads as it is"
     return Arrival(tensor=module.name, done=done, snr_db=snr, ok=snr == inf)
 
 

@@ -49,11 +49,8 @@ def make_undo(subject: Subject) -> Undo:
     """From the marks of both checkpoints; nothing to do where they agree or contradict."""
     if subject.source is None:
         return Undo()
-    family = RopeOrder(family_of(subject.source.config).rope)
     try:
-        metadata = {h.file.name: h.metadata for h in subject.source.headers}
-        theirs = marks.read(subject.source.config, metadata)
-        wanted = {part: theirs.get(part, family) for part in Part}
+        wanted = {part: source_order(subject, part) for part in Part}
         ours = {part: order_of(subject, part) for part in Part}
         if ours == wanted or not well_typed(subject):
             return Undo()
@@ -67,6 +64,17 @@ def make_undo(subject: Subject) -> Undo:
             if effect.move is not Move.KEPT and ours[effect.part] is not wanted[effect.part]
         }
     )
+
+
+def source_order(subject: Subject, part: Part = Part.WEIGHTS) -> RopeOrder:
+    """The order that the source's rows are in, by its marks or its family; without a source, the
+    checkpoint's own."""
+    source = subject.source
+    if source is None:
+        return order_of(subject, part)
+    metadata = {header.file.name: header.metadata for header in source.headers}
+    marked = marks.read(source.config, metadata).get(part)
+    return marked or RopeOrder(family_of(source.config).rope)
 
 
 def well_typed(subject: Subject) -> bool:

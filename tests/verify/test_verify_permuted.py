@@ -29,8 +29,12 @@ def test_a_baked_order_is_compared_in_the_sources(good, tmp_path, weights):
 def test_a_permuted_source_and_what_is_made_from_it(sources, tmp_path):
     source = permuted(sources("llama4"), tmp_path / "source", RopeOrder.HALF_SPLIT)
     out = convert(source, tmp_path / "out", recipe("int8"))
-    report = verify(out, source)
-    assert {finding.code for finding in report.findings} <= {"rows-permuted"}
+    for original in (source, sources("llama4")):
+        report = verify(out, original)
+        assert report.findings == ()
+        assert [note.code for note in report.notes] == ["rope-order"]
+        for engine in ("vllm", "transformers"):
+            assert verify(out, original, engine=engine).counts == {"arrives-wrong": 4}
 
 
 REPAIRS = [
