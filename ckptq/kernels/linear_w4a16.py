@@ -38,23 +38,26 @@ def _linear_w4a16_kernel(
     m_B, n_L = tile_of_result(M, N, BLOCK_M, BLOCK_N)
     m_L = n_L < N
     stored: tl.constexpr = scale_ptr.dtype.element_ty
-    shift_K1 = (tl.arange(0, BLOCK_K) % 8 * 4)[:, None]
+    shift_8 = 4 * tl.arange(0, 8)
+    word_P = tl.arange(0, BLOCK_K // 8)
     acc_BL = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
     for k in range(0, K, BLOCK_K):
         k_K = k + tl.arange(0, BLOCK_K)
         a_ptrs = a_ptr + m_B[:, None] * a_stride + k_K[None, :]
         a_BK = tl.load(a_ptrs, mask=(m_B < M)[:, None] & (k_K < K)[None, :], other=0.0)
-        # eight rows of a tile read the same word; the cache answers seven of them
-        word_ptrs = packed_ptr + n_L[None, :] * P + (k_K // 8)[:, None]
-        word_KL = tl.load(word_ptrs, mask=m_L[None, :] & (k_K < K)[:, None], other=0)
+        word_ptrs = packed_ptr + n_L[:, None] * P + (k // 8 + word_P)[None, :]
+        m_LP = m_L[:, None] & (k // 8 + word_P < P)[None, :]
+        word_LP = tl.load(word_ptrs, mask=m_LP, other=0)
+        # columns past the end unpack to something, and meet zeros of `a`
+        code_LK = tl.reshape((word_LP[:, :, None] >> shift_8) & 15, (BLOCK_N, BLOCK_K))
         g = k // group  # a block lies in one group
         scale_L = tl.load(scale_ptr + n_L * G + g, mask=m_L, other=0.0)
         offset_L = tl.full([BLOCK_N], 8, tl.int32)
         if ASYMMETRIC:
             zero_L = tl.load(zero_ptr + n_L // 8 * G + g, mask=m_L, other=0)
             offset_L = (zero_L >> (n_L % 8 * 4).to(tl.int32)) & 15
-        code_KL = ((word_KL >> shift_K1) & 15) - offset_L[None, :]
-        w_KL = narrow(code_KL.to(tl.float32) * widen(scale_L)[None, :], stored)
+        value_LK = (code_LK - offset_L[:, None]).to(tl.float32) * widen(scale_L)[:, None]
+        w_KL = tl.trans(narrow(value_LK, stored))
         if INTERPRETED:
             acc_BL = tl.dot(widen(a_BK), widen(w_KL), acc_BL, input_precision="ieee")
         else:
@@ -83,9 +86,9 @@ def linear_w4a16(
         ASYMMETRIC=zero_ZG is not None,
         BLOCK_M=rows,
         BLOCK_N=columns,
-        BLOCK_K=32 if group % 64 and G > 1 else 64,
+        BLOCK_K=64 if G == 1 else min(64, group & -group),
         num_warps=4,
-        num_stages=3,
+        num_stages=2,
         enable_fp_fusion=False,
     )
     return out_MN
