@@ -78,7 +78,7 @@ class LayerwiseModel:
             for batch in given:
                 hidden_BSE, calls = self._record(batch)
                 stream.hidden_BSE.append(hidden_BSE.to(stream.place))
-                stream.arguments.append([memo.keep(call) for call in calls])
+                stream.arguments.append(memo.keep(calls))
         return stream
 
     def run_layer(

@@ -10,9 +10,11 @@ Shape letters: B batch, H query heads, K key/value heads, S positions, D head si
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor, nn
 
     from ckptq.calibrate.attention import Tap
@@ -37,8 +39,8 @@ def fused_attention(
     query, key, value = qkv_BHSD
     if tap.maxima is None or _unknown(kwargs) or query.shape[2] != key.shape[2]:
         return None
-    mask, spans = mask_in_words(module, kwargs), spans_of(tap, query)
-    if not says_the_same(mask, attention_mask, spans, query.shape[2]):
+    mask, lengths = mask_in_words(module, kwargs), tuple(tap.lengths)
+    if not says_the_same(mask, attention_mask, lengths, query.shape[2]):
         return None
     scaling = kwargs.get("scaling")
     return attention_with_maxima(
@@ -47,7 +49,7 @@ def fused_attention(
         sliding_window=mask.sliding_window,
         chunk=mask.chunk,
         softcap=kwargs.get("softcap"),
-        spans=spans if _padded(tap) else None,
+        spans=spans_of(lengths, query.device) if len(set(lengths)) > 1 else None,
         maxima=tap.maxima(name, query, key),
     )
 
@@ -75,33 +77,36 @@ def mask_in_words(module: Any, kwargs: Mapping[str, Any]) -> Mask:
     return Mask(sliding_window=window, chunk=chunk)
 
 
-def spans_of(tap: Tap, query: Tensor) -> tuple[Tensor, Tensor]:
+@lru_cache(maxsize=64)
+def spans_of(lengths: tuple[int, ...], device: torch.device) -> tuple[Tensor, Tensor]:
     """First real position and number of real positions of each row, int32 [B]: padding is right."""
     import torch
 
-    length_B = torch.tensor(list(tap.lengths), dtype=torch.int32, device=query.device)
+    length_B = torch.tensor(lengths, dtype=torch.int32, device=device)
     return torch.zeros_like(length_B), length_B
 
 
+@lru_cache(maxsize=8)
 def says_the_same(
-    mask: Mask, attention_mask: Tensor | None, spans: tuple[Tensor, Tensor], S: int
+    mask: Mask, attention_mask: Tensor | None, lengths: tuple[int, ...], S: int
 ) -> bool:
-    """Whether words and tensor let every real position see the same."""
+    """Whether words and tensor let every real position see the same.
+
+    Asked anew only for another mask: a layer gets one tensor for all batches of a shape, and an
+    answer from the device makes the host wait for all that was queued there.
+    """
     import torch
 
     from ckptq.kernels.mask import Mask
     from ckptq.kernels.reference.attention import seen
 
-    _, length_B = spans
     if attention_mask is None:
-        seen_B1SS, want_B1SS = seen(mask, S, S, spans), seen(Mask(), S, S, spans)
-        return bool((length_B == S).all()) and torch.equal(seen_B1SS, want_B1SS)
+        full = spans_of((S,), torch.device("cpu"))
+        plain_B1SS = seen(Mask(), S, S, full)
+        return set(lengths) == {S} and torch.equal(seen(mask, S, S, full), plain_B1SS)
     if attention_mask.dtype != torch.bool or attention_mask.shape[-2:] != (S, S):
         return False
-    padding_BS = torch.arange(S, device=length_B.device) >= length_B[:, None]
+    spans = spans_of(lengths, attention_mask.device)
+    padding_BS = torch.arange(S, device=attention_mask.device) >= spans[1][:, None]
     same_BHSS = seen(mask, S, S, spans) == attention_mask
     return bool((same_BHSS | padding_BS[:, None, :, None]).all())
-
-
-def _padded(tap: Tap) -> bool:
-    return len(set(tap.lengths)) > 1

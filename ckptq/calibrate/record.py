@@ -60,9 +60,16 @@ class Memo:
     def __init__(self) -> None:
         self._kept: dict[tuple[Any, ...], Tensor] = {}
 
-    def keep(self, call: LayerArguments) -> LayerArguments:
-        args, kwargs = _map_tensors(self._one, call)
-        return args, kwargs
+    def keep(self, calls: Sequence[LayerArguments]) -> list[LayerArguments]:
+        """What the layers get for one batch; many get the very same tensors."""
+        known: dict[int, Tensor] = {}
+
+        def one(tensor: Tensor) -> Tensor:
+            if id(tensor) not in known:
+                known[id(tensor)] = self._one(tensor)
+            return known[id(tensor)]
+
+        return [(args, kwargs) for args, kwargs in _map_tensors(one, list(calls))]
 
     def _one(self, tensor: Tensor) -> Tensor:
         import hashlib
