@@ -17,6 +17,7 @@ E of v; M queries of a tile, N keys of a tile, R rows recorded by a program.
 """
 
 from dataclasses import dataclass
+from functools import cache
 
 import torch
 import triton
@@ -41,16 +42,22 @@ class Tile:
     stages: int
 
 
+@cache
+def _shared_memory(index: int) -> int:
+    """Bytes that a program may have on a GPU; cached, as the driver takes a millisecond to say."""
+    properties = triton.runtime.driver.active.utils.get_device_properties(index)
+    return int(properties["max_shared_mem"])
+
+
 def default_tile(head_dim: int, dtype: torch.dtype, device: torch.device) -> Tile:
-    """Tuned on the H200; smaller where a program has less than 120 KiB of shared memory."""
+    """Tuned on the H200; smaller where a program has less shared memory than there."""
     if dtype == torch.float32:
         return Tile(64, 32, 4, 1) if head_dim <= 128 else Tile(32, 16, 4, 1)
-    if device.type == "cuda":
-        properties = triton.runtime.driver.active.utils.get_device_properties(device.index or 0)
-        if properties["max_shared_mem"] < 120 << 10:
-            return Tile(64, 32, 4, 2) if head_dim <= 128 else Tile(64, 16, 4, 2)
+    room = _shared_memory(device.index or 0) if device.type == "cuda" else 160 << 10
+    if room < 120 << 10:
+        return Tile(64, 32, 4, 2) if head_dim <= 128 else Tile(64, 16, 4, 2)
     if head_dim > 128:
-        return Tile(128, 32, 8, 2)
+        return Tile(128, 64 if room > 200 << 10 else 32, 8, 2)
     return Tile(128, 128, 8, 3) if dtype == FP8 else Tile(64, 64, 4, 3)
 
 

@@ -14,11 +14,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ckptq.kernels.kv_format import Rotation, rotation_block
+from ckptq.kernels.kv_format import Rotation, rotation_block, slice_size
 from ckptq.kernels.rounding import narrow, widen
-
-IN_REGISTERS = 128
-"""Values of a row that a thread can hold."""
 
 
 @triton.jit
@@ -31,13 +28,17 @@ def sign(o_L):
 
 
 @triton.jit
-def times_signs(slices, COUNT: tl.constexpr):
-    """Each column times its sign."""
+def weighted(slices, SIGNED: tl.constexpr, NORM: tl.constexpr, COUNT: tl.constexpr):
+    """Each column times NORM (N^-0.5, which makes the transform orthonormal), and its sign."""
     L: tl.constexpr = slices[0].shape[1]
-    signed = ()
+    scaled = ()
     for i in tl.static_range(COUNT):
-        signed = signed + (slices[i] * sign(tl.arange(0, L) + i * L)[None, :],)  # type: ignore[assignment]  # noqa: RUF005
-    return signed
+        if SIGNED:
+            weight_1L = sign(tl.arange(0, L) + i * L)[None, :] * NORM
+            scaled = scaled + (slices[i] * weight_1L,)  # type: ignore[assignment]  # noqa: RUF005
+        else:
+            scaled = scaled + (slices[i] * NORM,)  # type: ignore[assignment]  # noqa: RUF005
+    return scaled
 
 
 @triton.jit
@@ -64,22 +65,15 @@ def _across(slices, STEP: tl.constexpr, COUNT: tl.constexpr):
 
 @triton.jit
 def walsh_hadamard(
-    slices,
-    COUNT: tl.constexpr,
-    STEPS_WITHIN: tl.constexpr,
-    STEPS_ACROSS: tl.constexpr,
-    NORM: tl.constexpr,
+    slices, COUNT: tl.constexpr, STEPS_WITHIN: tl.constexpr, STEPS_ACROSS: tl.constexpr
 ):
-    """Every run of N columns of a row transformed, fp32; NORM is N^-0.5."""
+    """Every run of N columns of a row transformed, fp32, without the norm."""
     turned = ()
     for i in tl.static_range(COUNT):
         turned = turned + (_within(slices[i], STEPS_WITHIN),)  # type: ignore[assignment]  # noqa: RUF005
     for step in tl.static_range(STEPS_ACROSS):
         turned = _across(turned, 1 << step, COUNT)
-    scaled = ()
-    for i in tl.static_range(COUNT):
-        scaled = scaled + (turned[i] * NORM,)  # type: ignore[assignment]  # noqa: RUF005
-    return scaled
+    return turned
 
 
 @triton.jit
@@ -103,36 +97,33 @@ def _rotate_kernel(
     STEPS_WITHIN: tl.constexpr,
     STEPS_ACROSS: tl.constexpr,
     NORM: tl.constexpr,
-    SIGNS_BEFORE: tl.constexpr,
-    SIGNS_AFTER: tl.constexpr,
+    SIGNED: tl.constexpr,
+    INVERSE: tl.constexpr,
     ROWS: tl.constexpr,
 ):
     L: tl.constexpr = D // COUNT
     row_R = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     o_RL = row_R[:, None] * D + tl.arange(0, L)[None, :]
     slices = load_rows(x_ptr + o_RL, row_R < R, COUNT)
-    if SIGNS_BEFORE:
-        slices = times_signs(slices, COUNT)
-    slices = walsh_hadamard(slices, COUNT, STEPS_WITHIN, STEPS_ACROSS, NORM)
-    if SIGNS_AFTER:
-        slices = times_signs(slices, COUNT)
+    if not INVERSE:
+        slices = weighted(slices, SIGNED, NORM, COUNT)
+    slices = walsh_hadamard(slices, COUNT, STEPS_WITHIN, STEPS_ACROSS)
+    if INVERSE:
+        slices = weighted(slices, SIGNED, NORM, COUNT)
     for i in tl.static_range(COUNT):
         x_RL = narrow(slices[i], out_ptr.dtype.element_ty)
         tl.store(out_ptr + i * L + o_RL, x_RL, mask=(row_R < R)[:, None])
 
 
-def slicing(head_dim: int, rotation: Rotation) -> dict[str, int | float]:
-    """How a row is cut and turned: the compile-time arguments of `walsh_hadamard`.
+def slicing(head_dim: int, sliced: bool) -> dict[str, int | float]:
+    """How a row is cut and turned: compile-time arguments. Rows not `sliced` are cut little.
 
-    Rows that are not turned are cut as little as possible. Raises ValueError for a rotated head
-    size that is not a multiple of 8.
+    Raises ValueError for a head size to be sliced that is not a multiple of 8.
     """
     block = rotation_block(head_dim)
-    size = block
-    if rotation is not Rotation.NONE:
-        if block < 8:
-            raise ValueError(f"rotation wants a head size in eights, got {head_dim}")
-        size = min(block, 8 if head_dim <= IN_REGISTERS else 16)
+    if sliced and block < 8:
+        raise ValueError(f"want a head size in eights, got {head_dim}")
+    size = slice_size(head_dim) if sliced else block
     within = size.bit_length() - 1
     return {
         "COUNT": head_dim // size,
@@ -142,11 +133,9 @@ def slicing(head_dim: int, rotation: Rotation) -> dict[str, int | float]:
     }
 
 
-def rows_of_program(head_dim: int, rotation: Rotation) -> int:
-    """A row per thread of four warps where rows are turned, else some 4096 values."""
-    return (
-        128 if rotation is not Rotation.NONE else max(1, 4096 // triton.next_power_of_2(head_dim))
-    )
+def rows_of_program(head_dim: int, sliced: bool) -> int:
+    """A row per thread of four warps where rows are sliced, else some 4096 values."""
+    return 128 if sliced else max(1, 4096 // triton.next_power_of_2(head_dim))
 
 
 def rotate(
@@ -157,16 +146,16 @@ def rotate(
     if rotation is Rotation.NONE:
         return x.to(dtype)
     x = x.contiguous()
-    D, signed = x.shape[-1], rotation is Rotation.SIGNED
+    D = x.shape[-1]
     out = torch.empty(x.shape, dtype=dtype, device=x.device)
     R = x.numel() // D
-    rows = rows_of_program(D, rotation)
+    rows = rows_of_program(D, True)
     _rotate_kernel[(triton.cdiv(R, rows),)](
         *(x, out, R),
         D=D,
-        **slicing(D, rotation),
-        SIGNS_BEFORE=signed and not inverse,
-        SIGNS_AFTER=signed and inverse,
+        **slicing(D, True),
+        SIGNED=rotation is Rotation.SIGNED,
+        INVERSE=inverse,
         ROWS=rows,
         num_warps=4,
         enable_fp_fusion=False,

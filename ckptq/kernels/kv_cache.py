@@ -127,8 +127,8 @@ def write_cache(
         switches = code_constexprs(key_TKD, wide, torch.float8_e4m3fn)
         key_cache, value_cache = key_cache.view(torch.uint8), value_cache.view(torch.uint8)
     block_d = triton.next_power_of_2(D)
-    heads = min(triton.next_power_of_2(K), max(1, 4096 // block_d))
-    tokens = max(1, 4096 // (heads * block_d))
+    heads = min(triton.next_power_of_2(K), max(1, 1024 // block_d))
+    tokens = max(1, 1024 // (heads * block_d))
     _write_cache_kernel[(triton.cdiv(T, tokens), triton.cdiv(K, heads))](
         *(key_TKD, value_TKD, key_cache, value_cache, k_scale, v_scale, slot_T),
         *(key_TKD.stride(0), value_TKD.stride(0), *layout.strides(key_cache)),
@@ -140,6 +140,6 @@ def write_cache(
         TOKENS=tokens,
         HEADS=heads,
         BLOCK_D=block_d,
-        num_warps=4,
+        num_warps=2,
         enable_fp_fusion=False,
     )

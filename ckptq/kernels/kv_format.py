@@ -36,9 +36,9 @@ class KVFormat:
         return 8 // self.bits
 
     def width(self, head_dim: int) -> int:
-        """Bytes of a head. Raises ValueError where the head does not fill whole bytes."""
-        if head_dim % self.per_byte:
-            raise ValueError(f"{self.name} wants a head size in {self.per_byte}s, got {head_dim}")
+        """Bytes of a head. Raises ValueError where packed codes do not fill halfwords."""
+        if self.per_byte > 1 and head_dim % 8:
+            raise ValueError(f"{self.name} wants a head size in eights, got {head_dim}")
         return head_dim // self.per_byte
 
 
@@ -59,3 +59,11 @@ EPS = 1.1920928955078125e-07
 def rotation_block(head_dim: int) -> int:
     """The largest power of two that divides the head size: 128 -> 128, 96 -> 32, 80 -> 16."""
     return head_dim & -head_dim
+
+
+def slice_size(head_dim: int) -> int:
+    """Neighbouring values that are added up at a time: 8, or 16 of heads larger than 128.
+
+    Kernels hold a head as slices of this size; sums of squares go over slices first.
+    """
+    return min(rotation_block(head_dim), 8 if head_dim <= 128 else 16)

@@ -21,12 +21,12 @@ from ckptq.kernels.hadamard import (
     load_rows,
     rows_of_program,
     slicing,
-    times_signs,
     walsh_hadamard,
+    weighted,
 )
 from ckptq.kernels.kv_format import EPS, THRESHOLD, KVFormat, Rotation, rotation_block
 from ckptq.kernels.paging import Layout, slot_offset
-from ckptq.kernels.rounding import e4m3_code, has_native_e4m3, round_half_even
+from ckptq.kernels.rounding import INTERPRETED, e4m3_code, has_native_e4m3, round_half_even
 
 EDGE = tl.constexpr(THRESHOLD)
 
@@ -73,9 +73,18 @@ class TokenHeadCache:
 
 
 @triton.jit
-def whole_number(x):
-    """fp32 -> the nearest whole number, ties to even, still fp32. Asks |x| <= 2^22."""
-    return (x + 12582912.0) - 12582912.0
+def _nearest(x, factor, shift):
+    """Bits whose low half is the whole number nearest to x * factor + shift, ties to even.
+
+    One rounding: `shift` is whole, and so is the number 1.5 * 2^23 that leaves no bits below one.
+    The interpreter does not fuse, so it computes in float64, where the product is exact.
+    """
+    if INTERPRETED:
+        exact = x.to(tl.float64) * factor.to(tl.float64) + shift.to(tl.float64)
+        whole = (exact + 6755399441055744.0) - 6755399441055744.0
+        return (whole.to(tl.float32) + 12582912.0).to(tl.int32, bitcast=True)
+    else:
+        return tl.fma(x, factor, shift + 12582912.0).to(tl.int32, bitcast=True)
 
 
 @triton.jit
@@ -98,35 +107,43 @@ def _absolute(slices, SIGN: tl.constexpr, COUNT: tl.constexpr):
 
 
 @triton.jit
-def _root_mean_square(slices, amax_R, D: tl.constexpr, COUNT: tl.constexpr):
-    """[R], over whole 255ths of the maximum: sums of integers below 2^24 know no order."""
-    step_R = tl.maximum(tl.math.div_rn(amax_R, 255.0), 1.1754943508222875e-38)
-    inverse_R1 = tl.math.div_rn(1.0, step_R)[:, None]
-    total = tl.zeros(slices[0].shape, tl.float32)
-    for i in tl.static_range(COUNT):
-        whole = whole_number(slices[i] * inverse_R1)
-        total += whole * whole
-    return step_R * tl.math.sqrt_rn(tl.math.div_rn(tl.sum(total, 1), D * 1.0))
+def _root_mean_square(slices, D: tl.constexpr, COUNT: tl.constexpr, STEPS_WITHIN: tl.constexpr):
+    """[R], in an order that the layout in registers cannot change."""
+    ROWS: tl.constexpr = slices[0].shape[0]
+    L: tl.constexpr = slices[0].shape[1]
+    total = slices[0] * slices[0]
+    for i in tl.static_range(1, COUNT):
+        total = total + slices[i] * slices[i]
+    for step in tl.static_range(STEPS_WITHIN):
+        even, odd = tl.split(tl.reshape(total, (ROWS, L >> (step + 1), 2)))
+        total = even + odd
+    return tl.math.sqrt_rn(tl.math.div_rn(tl.reshape(total, (ROWS,)), D * 1.0))
 
 
 @triton.jit
 def _scale_and_zero(
-    slices, KIND: tl.constexpr, EPS: tl.constexpr, D: tl.constexpr, COUNT: tl.constexpr
+    slices,
+    KIND: tl.constexpr,
+    EPS: tl.constexpr,
+    D: tl.constexpr,
+    COUNT: tl.constexpr,
+    STEPS_WITHIN: tl.constexpr,
 ):
     """Scales and zero points, fp32 [R]; zero points are 0 but for INT4."""
     if KIND == "int4":
         low_R = -tl.maximum(_largest(_absolute(slices, -1, COUNT), COUNT), 0.0)
         span_R = tl.maximum(_largest(slices, COUNT), 0.0) - low_R
         scale_R = tl.maximum(tl.math.div_rn(span_R, 15.0), EPS)
-        return scale_R, whole_number(-low_R * _inverse(scale_R, KIND))
+        zero_R = round_half_even(-low_R * _inverse(scale_R, KIND)).to(tl.float32)
+    elif KIND == "int2":
+        scale_R = tl.maximum(_root_mean_square(slices, D, COUNT, STEPS_WITHIN), EPS)
+        zero_R = tl.zeros(scale_R.shape, tl.float32)
     else:
+        HALF_RANGE: tl.constexpr = 448.0 if KIND == "fp8" else 127.0
         amax_R = _largest(_absolute(slices, 0, COUNT), COUNT)
-        if KIND == "int2":
-            scale_R = tl.maximum(_root_mean_square(slices, amax_R, D, COUNT), EPS)
-        else:
-            HALF_RANGE: tl.constexpr = 448.0 if KIND == "fp8" else 127.0
-            scale_R = tl.maximum(tl.math.div_rn(amax_R, HALF_RANGE), EPS)
-        return scale_R, tl.zeros(amax_R.shape, tl.float32)
+        scale_R = tl.maximum(tl.math.div_rn(amax_R, HALF_RANGE), EPS)
+        zero_R = tl.zeros(scale_R.shape, tl.float32)
+    return scale_R, zero_R
 
 
 @triton.jit
@@ -143,31 +160,31 @@ def _inverse(scale_R, KIND: tl.constexpr):
 
 @triton.jit
 def _codes(x_RL, inverse_R1, zero_R1, KIND: tl.constexpr, NATIVE: tl.constexpr):
-    """Codes of one slice: bytes of FP8 and INT8, whole numbers in fp32 of INT4 and INT2."""
-    ratio_RL = x_RL * inverse_R1
+    """Codes of one slice: bytes of FP8 and INT8; of INT4 and INT2 the low bits of int32."""
     if KIND == "int4":
-        return whole_number(ratio_RL + zero_R1)
+        return _nearest(x_RL, inverse_R1, zero_R1)
     elif KIND == "int2":
-        # levels change at -1, 0 and 1
-        return tl.clamp(whole_number(ratio_RL + 1.5), 0.0, 3.0)
+        # levels change where x * inverse is -1, 0 and 1
+        code_RL = (x_RL * inverse_R1 + 1.5) + 12582912.0
+        return tl.clamp(code_RL, 12582912.0, 12582915.0).to(tl.int32, bitcast=True)
     elif KIND == "fp8":
-        return e4m3_code(ratio_RL, NATIVE)
+        return e4m3_code(x_RL * inverse_R1, NATIVE)
     else:
-        return round_half_even(ratio_RL).to(tl.uint8)
+        return round_half_even(x_RL * inverse_R1).to(tl.uint8)
 
 
 @triton.jit
 def _halfwords(code_RL, BITS: tl.constexpr):
-    """Codes [R, L] as whole numbers -> halfwords [R, L * BITS / 16], uint16 in int32.
+    """Codes [R, L] -> halfwords [R, L * BITS / 16], the first code in the lowest bits.
 
-    The sum is of exact fp32 numbers below 2^16: the units for those are idle, integers' are not.
+    What else lies in the codes' bits, 1.5 * 2^23 in fp32, has nothing in its low half.
     """
     PER: tl.constexpr = 16 // BITS
     ROWS: tl.constexpr = code_RL.shape[0]
     COUNT: tl.constexpr = code_RL.shape[1] // PER
-    weight_P = (1 << (BITS * tl.arange(0, PER))).to(tl.float32)
-    sum_RC = tl.sum(tl.reshape(code_RL, (ROWS, COUNT, PER)) * weight_P[None, None, :], 2)
-    return (sum_RC + 8388608.0).to(tl.int32, bitcast=True) - 0x4B000000
+    shift_P = BITS * tl.arange(0, PER)
+    code_RCP = tl.reshape(code_RL, (ROWS, COUNT, PER)) << shift_P[None, None, :]
+    return tl.sum(code_RCP, 2).to(tl.int16)
 
 
 @triton.jit
@@ -199,7 +216,7 @@ def _side_by_side(columns, FIRST: tl.constexpr, COUNT: tl.constexpr, STEPS: tl.c
 
 
 @triton.jit
-def _quantize_token_head_kernel(
+def _write_token_head_kernel(
     x_ptr,
     code_ptr,
     scale_ptr,
@@ -239,12 +256,11 @@ def _quantize_token_head_kernel(
     m_R1 = m_R[:, None]
     x_R1 = (token_R * x_stride_t + head_R * x_stride_h)[:, None]
     slices = load_rows(x_ptr + x_R1 + tl.arange(0, L)[None, :], m_R, COUNT)
-    if SIGNED:
-        slices = times_signs(slices, COUNT)
     if ROTATED:
-        slices = walsh_hadamard(slices, COUNT, STEPS_WITHIN, STEPS_ACROSS, NORM)
+        slices = weighted(slices, SIGNED, NORM, COUNT)
+        slices = walsh_hadamard(slices, COUNT, STEPS_WITHIN, STEPS_ACROSS)
 
-    scale_R, zero_R = _scale_and_zero(slices, KIND, EPS, D, COUNT)
+    scale_R, zero_R = _scale_and_zero(slices, KIND, EPS, D, COUNT, STEPS_WITHIN)
     o_R = slot_offset(slot_R, scale_stride_block, scale_stride_token, BLOCK)
     o_R += head_R * scale_stride_head
     tl.store(scale_ptr + o_R, scale_R, mask=m_R)
@@ -262,14 +278,14 @@ def _quantize_token_head_kernel(
         for i in tl.static_range(COUNT):
             code_RW = _halfwords(_codes(slices[i], inverse_R1, zero_R1, KIND, NATIVE), BITS)
             ptrs_RW = code_ptr + i * W + (c_R1 + tl.arange(0, W)[None, :])
-            tl.store(ptrs_RW, code_RW.to(tl.int16), mask=m_R1)
+            tl.store(ptrs_RW, code_RW, mask=m_R1)
     else:
         columns = ()
         for i in tl.static_range(COUNT):
             code_RW = _halfwords(_codes(slices[i], inverse_R1, zero_R1, KIND, NATIVE), BITS)
             columns = columns + _as_columns(code_RW)
         for i in tl.static_range(D * BITS // 16 // GROUP):
-            code_RG = _side_by_side(columns, i * GROUP, GROUP, GROUP_STEPS).to(tl.int16)
+            code_RG = _side_by_side(columns, i * GROUP, GROUP, GROUP_STEPS)
             ptrs_RG = code_ptr + i * GROUP + (c_R1 + tl.arange(0, GROUP)[None, :])
             tl.store(ptrs_RG, code_RG, mask=m_R1)
 
@@ -294,12 +310,12 @@ def write_token_head(x_TKD: Tensor, cache: TokenHeadCache, slot_T: Tensor) -> No
         raise ValueError(f"{K} heads of {D} into a cache of {heads} heads of {cache.head_dim}")
     if x_TKD.stride(2) != 1:
         x_TKD = x_TKD.contiguous()
-    rows = rows_of_program(D, cache.rotation)
     rotated, bits = cache.rotation is not Rotation.NONE, cache.fmt.bits
     # what packs several codes stores halfwords: pointers and strides count those
     code = cache.code if bits == 8 else cache.code.view(torch.int16)
-    cut = slicing(D, cache.rotation)
-    _quantize_token_head_kernel[(triton.cdiv(T * K, rows),)](
+    cut = slicing(D, rotated or bits < 8)
+    rows = rows_of_program(D, rotated or bits < 8)
+    _write_token_head_kernel[(triton.cdiv(T * K, rows),)](
         *(x_TKD, code, cache.scale, cache.zero, slot_T),
         *x_TKD.stride()[:2],
         *cache.layout.strides(code),

@@ -10,12 +10,15 @@ WGMMA = "wgmma.mma_async.sync.aligned"
 
 @pytest.mark.parametrize("capability", [80, 90, 100])
 def test_rotating_and_quantizing_is_exact(capability: int) -> None:
-    """No approximate division or root, no fused step, nothing flushed: bits equal torch's."""
-    for prefix in ("_quantize_token_head", "_rotate", "_write_cache"):
+    """No approximate division or root, nothing flushed, fused only where INT4 says so."""
+    for prefix in ("_write_token_head", "_rotate", "_write_cache"):
         ptx = ptx_of(capability, prefix)
         assert ptx
-        for inexact in (".approx", "div.full", ".ftz", "fma."):
+        for inexact in (".approx", "div.full", ".ftz"):
             assert inexact not in ptx, f"{prefix} on sm_{capability} uses {inexact}"
+    formats = ["fma." in ptx for ptx in built(capability)["_write_token_head_kernel"]["ptx"]]
+    assert formats == [False, False, True, True, False]  # as launched: INT8, FP8, INT4 twice, INT2
+    assert "fma." not in ptx_of(capability, "_rotate") + ptx_of(capability, "_write_cache")
 
 
 def test_attention_uses_the_tensor_cores_of_its_target() -> None:

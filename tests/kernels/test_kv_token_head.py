@@ -194,5 +194,5 @@ def test_modes_that_do_not_fit_are_refused() -> None:
     ):
         with pytest.raises(UsageError):
             fake_quantize_kv(x, mode, scale=scale)
-    with pytest.raises(ValueError, match="head size in 4s"):
+    with pytest.raises(ValueError, match="head size in eights"):
         fake_quantize_kv(x[..., :62], "int2_per_token_head")

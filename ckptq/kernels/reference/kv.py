@@ -1,9 +1,9 @@
 """What KV-cache formats mean, in plain torch: rotate, quantize, pack, and back.
 
-Everything is fp32 in a stated order, so that kernels can be equal to the bit: the Walsh-Hadamard
-butterflies go from neighbours to halves, sums of squares are of integers, and codes are
-x * (1 / scale) plus the zero point, rounded, ties to even. `hadamard_matrix` is the transform by
-its definition, in float64, against which the butterflies are held.
+Everything is in a stated order, fp32 where nothing else is said, so that kernels can be equal to
+the bit: the Walsh-Hadamard butterflies go from neighbours to halves, sums of squares from slice to
+slice, and codes are x * (1 / scale) plus the zero point, rounded, ties to even. `hadamard_matrix`
+is the transform by its definition, in float64, against which the butterflies are held.
 
 Shape letters: D head dimension, N block of the rotation, W bytes of a head (D / codes per byte).
 Leading dimensions are any (tokens, heads, ...), written as dots.
@@ -24,6 +24,7 @@ from ckptq.kernels.kv_format import (
     KVFormat,
     Rotation,
     rotation_block,
+    slice_size,
 )
 
 
@@ -59,7 +60,12 @@ def _butterflies(x: Tensor, block: int) -> Tensor:
         low, high = x.unflatten(-1, (-1, 2, half)).unbind(-2)
         x = torch.stack((low + high, low - high), -2).flatten(-3)
         half *= 2
-    return x * block**-0.5
+    return x
+
+
+def _weights(head_dim: int, rotation: Rotation, device: torch.device) -> Tensor:
+    norm = torch.full((head_dim,), rotation_block(head_dim) ** -0.5)
+    return (signs(head_dim) * norm if rotation is Rotation.SIGNED else norm).to(device)
 
 
 def rotate(x: Tensor, rotation: Rotation) -> Tensor:
@@ -67,9 +73,8 @@ def rotate(x: Tensor, rotation: Rotation) -> Tensor:
     x = x.float()
     if rotation is Rotation.NONE:
         return x
-    if rotation is Rotation.SIGNED:
-        x = x * signs(x.shape[-1]).to(x.device)
-    return _butterflies(x, rotation_block(x.shape[-1]))
+    weighted = x * _weights(x.shape[-1], rotation, x.device)
+    return _butterflies(weighted, rotation_block(x.shape[-1]))
 
 
 def unrotate(x: Tensor, rotation: Rotation) -> Tensor:
@@ -77,17 +82,20 @@ def unrotate(x: Tensor, rotation: Rotation) -> Tensor:
     x = x.float()
     if rotation is Rotation.NONE:
         return x
-    x = _butterflies(x, rotation_block(x.shape[-1]))
-    return x * signs(x.shape[-1]).to(x.device) if rotation is Rotation.SIGNED else x
+    turned = _butterflies(x, rotation_block(x.shape[-1]))
+    return turned * _weights(x.shape[-1], rotation, x.device)
 
 
 def _root_mean_square(y: Tensor) -> Tensor:
-    """[...], over whole 255ths of the maximum: integers have the same sum in any order."""
-    step = _divide(y.abs().amax(-1), 255.0).clamp_min(torch.finfo(torch.float32).tiny)
-    whole = (y * (1.0 / step)[..., None]).round().long()
-    mean = _divide(whole.square().sum(-1).float(), y.shape[-1])
+    """[...]: squares are added slice by slice, then neighbours."""
+    square = (y * y).unflatten(-1, (-1, slice_size(y.shape[-1])))
+    total = square[..., 0, :]
+    for i in range(1, square.shape[-2]):
+        total = total + square[..., i, :]
+    while total.shape[-1] > 1:
+        total = total[..., 0::2] + total[..., 1::2]
     # by way of float64: torch's fp32 root on CPUs is not the nearest
-    return step * mean.double().sqrt().float()
+    return _divide(total[..., 0], y.shape[-1]).double().sqrt().float()
 
 
 def pack(code: Tensor, per_byte: int) -> Tensor:
@@ -132,7 +140,8 @@ def _quantize_int4(y: Tensor) -> Packed:
     scale = _divide(high - low, 15.0).clamp_min(EPS)
     inverse = torch.full_like(scale, 0.999999) / scale  # so short that codes stay within 0 to 15
     zero = (-low * inverse).round()
-    code = (y * inverse[..., None] + zero[..., None]).round()
+    # in float64, as a fused multiply-add rounds once
+    code = (y.double() * inverse.double()[..., None] + zero.double()[..., None]).round()
     return Packed(pack(code, 2), scale, zero.to(torch.uint8))
 
 
