@@ -79,15 +79,15 @@ def test_bytes_scales_and_zero_points_are_equal(
 
 
 def test_golden_bytes() -> None:
-    x = torch.tensor([[-3.0, 0.0, 12.0, 4.6]])
+    x = torch.tensor([[-3.0, 0.0, 12.0, 4.6] * 2])
     four = kv.quantize(x, INT4, Rotation.NONE)
     assert (four.scale.item(), four.zero.tolist()) == (1.0, [3])
-    assert four.code.tolist() == [[0x30, 0x8F]]  # codes 0, 3, 15, 8
-    two = kv.quantize(torch.tensor([[-2.0, 0.0, 2.0, 0.5]]), INT2, Rotation.NONE)
+    assert four.code.tolist() == [[0x30, 0x8F] * 2]  # codes 0, 3, 15, 8
+    two = kv.quantize(torch.tensor([[-2.0, 0.0, 2.0, 0.5] * 2]), INT2, Rotation.NONE)
     assert two.scale.item() == pytest.approx(1.4361406, rel=1e-3)
-    assert two.code.tolist() == [[0 | 2 << 2 | 3 << 4 | 2 << 6]]
+    assert two.code.tolist() == [[0 | 2 << 2 | 3 << 4 | 2 << 6] * 2]
     eight = kv.quantize(x, INT8)
-    assert eight.code.view(torch.int8).tolist() == [[-32, 0, 127, 49]]
+    assert eight.code.view(torch.int8).tolist() == [[-32, 0, 127, 49] * 2]
     assert torch.equal(kv.unpack(kv.pack(torch.arange(16), 2), 2), torch.arange(16))
 
 
