@@ -101,6 +101,8 @@ def calibrate_plan(
         samples,
         strategy=plan.attention.strategy if plan.attention else None,
         observer=plan.attention.observer if plan.attention else "static_minmax",
+        observer_arguments=plan.attention.observer_arguments if plan.attention else None,
+        input_observer=plan.input_observer,
         inputs=plan.inputs,
         batch_size=wanted.batch_size,
         device=device,

@@ -143,6 +143,7 @@ def _plan_copies(made: Path, recipe: Recipe, shard_bytes: int) -> Plan:
         shards=fill_shards(units, shard_bytes),
         groups={"llm-compressor": tuple(read_encoded(result))},
         inputs={},
+        input_observer="static_minmax",
         ignore=(),
         attention=None,
         layout=read_layout(result),

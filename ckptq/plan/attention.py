@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 from ckptq.checkpoint.open import Checkpoint
 from ckptq.errors import PlanError
@@ -26,6 +26,7 @@ class AttentionPlan:
 
     strategy: Literal["tensor", "attn_head"]
     observer: str
+    observer_arguments: Mapping[str, Any]
     scales: Mapping[str, Mapping[str, TensorSpec]]
     """Attention module -> full tensor name -> spec."""
 
@@ -46,6 +47,7 @@ def plan_attention(ckpt: Checkpoint, layout: Layout, args: Args) -> AttentionPla
     return AttentionPlan(
         strategy="attn_head" if per_head else "tensor",
         observer=str(args.get("observer") or "static_minmax"),
+        observer_arguments=args.get("observer_kwargs") or {},
         scales={
             module: {
                 f"{module}.{which}_scale": TensorSpec(dtype, (count, 1, 1) if per_head else (1,))

@@ -87,6 +87,7 @@ def make_plan(
             if not group.is_attention
         },
         inputs={n: g.largest_input for n, g in chosen.items() if g.has_static_inputs},
+        input_observer=_input_observer(recipe),
         ignore=_ignore(layout, chosen) if chosen else (),
         attention=attention,
         layout=layout,
@@ -128,6 +129,15 @@ def _units(
     if errors:
         more = f"\nand {len(errors) - MAX_ERRORS} more" if len(errors) > MAX_ERRORS else ""
         raise PlanError("\n".join(errors[:MAX_ERRORS]) + more)
+
+
+def _input_observer(recipe: Recipe) -> str:
+    """The one observer of all static activations; PlanError where groups name several."""
+    static = [g.input_activations or {} for g in recipe.groups if g.has_static_inputs]
+    names = {str(args.get("observer") or "static_minmax") for args in static}
+    if len(names) > 1:
+        raise PlanError(f"static input_activations name several observers: {sorted(names)}")
+    return names.pop() if names else "static_minmax"
 
 
 def weight_scheme(group: Group) -> WeightScheme:

@@ -96,6 +96,7 @@ class Plan:
     """Group name -> the Linears that it quantizes."""
     inputs: Mapping[str, float]
     """Linears with a static activation scale -> what their largest input becomes (448, 127.5)."""
+    input_observer: str
     ignore: tuple[str, ...]
     """What was really left: the Linears that no group quantizes, by name."""
     attention: AttentionPlan | None
