@@ -132,7 +132,7 @@ class Example:
 FAMILIES = ("llama", "llama4", "qwen3")
 VARIANTS = ("maverick", "guard")
 EXAMPLES = {
-    "llama": Example(config=llama_config, steps=500),
+    "llama": Example(config=llama_config, steps=600),
     "qwen3": Example(config=qwen3_config, steps=500),
     "llama4": Example(config=llama4_config, steps=550),
     "llama4-maverick": Example(config=maverick_config, steps=550),

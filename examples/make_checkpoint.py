@@ -13,9 +13,14 @@ Shape letters: B samples, T tokens.
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
+
+# Read when torch is imported. Threads that spin while they wait make training several times
+# slower where other work shares the cores.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import torch
 
