@@ -11,7 +11,7 @@ FAMILY ?= llama
 export TOKENIZERS_PARALLELISM = false
 export HF_HUB_DISABLE_TELEMETRY = 1
 
-.PHONY: demo test lint test-gpu bench bench-kernels clean
+.PHONY: demo ci-example test lint test-gpu bench bench-kernels clean
 
 $(VENV)/installed: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
@@ -31,6 +31,12 @@ demo: $(VENV)/installed
 	$(BIN)/python examples/accuracy.py $(DEMO)/$(FAMILY) $(DEMO)/per-head $(DEMO)/per-tensor \
 	    $(DEMO)/swapped
 
+ci-example: $(VENV)/installed
+	test -d $(DEMO)/$(FAMILY) || \
+	    $(BIN)/python examples/make_checkpoint.py --family $(FAMILY) $(DEMO)/$(FAMILY)
+	rm -rf $(DEMO)/ci
+	PATH="$(abspath $(BIN)):$$PATH" SEQ_LEN=64 bash examples/ci/run.sh $(DEMO)/$(FAMILY) $(DEMO)/ci
+
 test: $(VENV)/installed
 	TRITON_INTERPRET=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadgroup
 
@@ -40,7 +46,7 @@ lint: $(VENV)/installed
 	$(BIN)/mypy
 
 test-gpu:
-	$(PYTHON) -m pytest tests/kernels tests/calibrate
+	$(PYTHON) -m pytest tests/kernels tests/calibrate/test_calibrate_gpu.py
 
 bench: $(VENV)/installed
 	$(BIN)/python benchmarks/bench_convert.py
@@ -48,6 +54,7 @@ bench: $(VENV)/installed
 bench-kernels:
 	$(PYTHON) benchmarks/bench_kernels.py
 	$(PYTHON) benchmarks/bench_attention.py
+	$(PYTHON) benchmarks/bench_calibrate.py
 
 clean:
 	rm -rf $(VENV) $(DEMO)
