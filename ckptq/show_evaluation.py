@@ -19,7 +19,7 @@ COLUMNS = (
 )
 
 ENGINE_COLUMNS = (
-    *("weights", "engine", "perplexity", "agreement"),
+    *("weights", "engine", "perplexity", "here", "agreement"),
     *("exact", "mean gap", "median gap"),
 )
 
@@ -78,7 +78,8 @@ def _cells(name: str, row: Row) -> tuple[object, ...]:
 
 def _engine_cells(row: EngineRow) -> tuple[object, ...]:
     return (
-        *(row.weights, row.engine, f"{row.perplexity:.4f}", f"{row.agreement:.2%}"),
+        *(row.weights, row.engine, f"{row.perplexity:.4f}", f"{row.perplexity_here:.4f}"),
+        f"{row.agreement:.2%}",
         "-" if row.accuracy is None else f"{row.accuracy:.1%}",
         *(f"{row.gap:.5f}", f"{row.gap_median:.5f}"),
     )

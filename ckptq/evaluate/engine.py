@@ -31,6 +31,8 @@ class EngineRow:
     engine: str
     tokens: int
     perplexity: float
+    perplexity_here: float
+    """In ckptq's own forward, with the cache as that engine holds it."""
     agreement: float
     """Share of tokens for which it and the source (in ckptq) have the same most likely token."""
     accuracy: float | None
@@ -93,6 +95,7 @@ def engine_row(
         engine=run.engine,
         tokens=len(losses),
         perplexity=math.exp(sum(losses) / len(losses)),
+        perplexity_here=ours.measures.perplexity,
         agreement=sum(agree) / len(agree),
         accuracy=share(questions),
         gap=sum(gaps) / len(gaps),
