@@ -30,7 +30,7 @@ class Tally:
 
     elements: int = 0
     unproved: int = 0
-    """Blocks of rows whose stored codes are not, byte for byte, what the converter would write."""
+    """Blocks of rows that are not, byte for byte, what the converter would write."""
     wrong: int = 0
     """Codes that are not the nearest for the stored scale."""
     twice: int = 0
@@ -110,7 +110,7 @@ def compare(w_RC: Tensor, held: Mapping[str, Tensor], scheme: WeightScheme) -> T
     low, high = statistic(w_RC).tolist() if needs_statistic(scheme) else (0.0, 0.0)
     return Tally(
         elements=w_RC.numel(),
-        unproved=0 if same else 1,
+        unproved=0 if same and not differ.any() else 1,
         wrong=wrong,
         twice=twice,
         foreign=foreign,

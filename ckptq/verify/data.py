@@ -13,6 +13,7 @@ from ckptq.verify.compare import Tally
 from ckptq.verify.copies import Copy, copy_tasks, finite_tasks, judge_copy, judge_finite
 from ckptq.verify.diagnose import Case, diagnose
 from ckptq.verify.dry_run import DryRun, dry_run
+from ckptq.verify.fused import check_fused_scales
 from ckptq.verify.judge import verdict, with_tensor_scales
 from ckptq.verify.options import Options, Progress
 from ckptq.verify.order import Undo, make_undo
@@ -52,6 +53,7 @@ def check_data(subject: Subject, structure: Iterable[Finding], options: Options)
         rows, found = cache_values(subject, files)
         for linear in linears.values():
             found += check_linear_values(linear, files)
+        found += check_fused_scales(linears, files)
         parts = _round_trip(linears, files, undo, fast, progress)
         copies = _copies(subject, files, undo, fast, progress)
         tallies = _tallies(linears, parts, files, fast)

@@ -33,7 +33,8 @@ class Group:
     named: Names
     scheme: WeightScheme | None
     """None where what is declared cannot be; a finding has said so."""
-    static_inputs: bool
+    input_scale: str | None
+    """Local name of the scale that its activations need; None where they are found at run time."""
 
     @property
     def every_linear(self) -> bool:
@@ -143,8 +144,15 @@ def _group(
         targets=tuple(targets),
         named=named,
         scheme=_scheme(where, entry, config, found),
-        static_inputs=inputs is not None and not inputs.get("dynamic", False),
+        input_scale=_input_scale(inputs),
     )
+
+
+def _input_scale(inputs: Mapping[str, Any] | None) -> str | None:
+    """NVFP4 activations are dynamic within their group, "local", under one static global scale."""
+    if inputs is None or inputs.get("dynamic") is True:
+        return None
+    return "input_global_scale" if inputs.get("dynamic") == "local" else "input_scale"
 
 
 def _scheme(

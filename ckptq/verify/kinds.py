@@ -187,7 +187,6 @@ ROUND_TRIP = _faults(
     ("codes-not-nearest", "codes that GPTQ or a like method chose", "none"),
     ("columns-rescaled", "columns are rescaled, as AWQ and SmoothQuant do", "none"),
     ("low-snr", "every code is right, but the format suits this weight badly", "finer groups"),
-    ("not-compared", "what is wrong here keeps it from being compared", "mend that first"),
 )
 
 ATTENTION = _faults(

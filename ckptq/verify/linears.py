@@ -21,6 +21,7 @@ def check_linears(subject: Subject) -> Iterator[Finding]:
         return
     for module in subject.modules.values():
         yield from _state(subject, module)
+    yield from _renamed_experts(subject)
     yield from _unmatched_groups(subject)
     yield from _fused_sets(subject)
     yield from _experts_alike(subject)
@@ -112,6 +113,17 @@ def _transformers_waits(subject: Subject, module: Module) -> bool:
     """transformers gives every nn.Linear that a group targets its scales; embeddings are none."""
     assert module.group is not None
     return module.group.every_linear and module.kept not in ("embedding", "norm", "router")
+
+
+def _renamed_experts(subject: Subject) -> Iterator[Finding]:
+    """llm-compressor's `oneshot` renames Mixtral's w1, w2, w3; one note for the checkpoint."""
+    for name, module in subject.modules.items():
+        if module.origin is not None and module.origin.name != name:
+            yield finding(
+                "expert-names", name, file=module.file, found=f"called {module.origin.name} there",
+                wanted="the source's name",
+            )  # fmt: skip
+            return
 
 
 def _unmatched_groups(subject: Subject) -> Iterator[Finding]:

@@ -76,8 +76,8 @@ def check_module(module: Module) -> Iterator[Finding]:
             found=str(error), wanted=f"a shape that {scheme} fits",
         )  # fmt: skip
         return
-    if module.group.static_inputs:
-        wanted["input_scale"] = TensorSpec("F32", (1,))
+    if module.group.input_scale is not None:
+        wanted[module.group.input_scale] = TensorSpec("F32", (1,))
     yield from _against(module, scheme, wanted)
 
 

@@ -28,6 +28,10 @@ CACHE_RANGE = (1e-9, 1e6)
 WEIGHT_MOST = 1e6
 """No weight is that large; uninitialised memory often is."""
 
+GLOBAL_SCALES = ("weight_global_scale", "input_global_scale")
+GLOBAL_MOST = 1e30
+"""NVFP4's global scales are divisors: 448 * 6 / amax."""
+
 OUTLIER = 1e4
 """Times the median of the same scale in the other layers."""
 
@@ -107,13 +111,22 @@ def check_linear_values(linear: StoredLinear, files: Files) -> Iterator[Finding]
     if linear.scheme.scale_dtype == "uint8":
         yield from _mx(scale, held)
     else:
-        yield from check_scale(scale, held.float())
+        wrong = list(check_scale(scale, held.float()))
+        yield from wrong or _all_ones(scale, held)
     for local, tensor in linear.module.tensors.items():
-        if local in ("input_scale", "weight_global_scale") and tensor.spec.dtype in FLOATS:
-            most = 1e30 if local == "weight_global_scale" else CACHE_RANGE[1]
+        if local in (*GLOBAL_SCALES, "input_scale") and tensor.spec.dtype in FLOATS:
+            most = GLOBAL_MOST if local in GLOBAL_SCALES else CACHE_RANGE[1]
             yield from check_scale(tensor, read_tensor(tensor, files), (0.0, most))
     if "weight_shape" in linear.tensors:
         yield from _shape_value(linear, files)
+
+
+def _all_ones(tensor: StoredTensor, scale: Tensor) -> Iterator[Finding]:
+    if scale.numel() > 1 and bool((scale.float() == 1).all()):
+        yield finding(
+            "scales-all-one", tensor.name, file=tensor.file, found=f"1.0, {scale.numel()} times",
+            wanted="the weight's scales",
+        )  # fmt: skip
 
 
 def _mx(tensor: StoredTensor, exponent: Tensor) -> Iterator[Finding]:

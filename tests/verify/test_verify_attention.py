@@ -105,12 +105,17 @@ def clip(e):
     e.tensors[name("k")] = e.tensors[name("k")] / torch.tensor([1, 16]).reshape(-1, 1, 1).bfloat16()
 
 
+def lose(e):
+    e.tensors[name("v")] = torch.tensor([3e5, 1e5]).reshape(-1, 1, 1).bfloat16()
+
+
 FAULTS = [
     (swap_heads, "heads-exchanged", {name("v")}),
     (exchange_k_and_v, "kv-exchanged", {name("k"), name("v")}),
     (invert, "cache-scale-inverted", {name("q")}),
     (exchange_layers, "cache-scale-of-another", {name("q"), name("q", 1)}),
     (clip, "head-saturates", {name("k")}),
+    (lose, "cache-scale-wrong", {name("v")}),
 ]
 
 

@@ -66,8 +66,9 @@ def test_its_checkpoints_have_no_fault(sources, tmp_path, args, inputs):
     report = verify(out, source)
     assert report.findings == ()
     assert report.checks["linears compared"] == report.checks["linears quantized"] == 14
-    about = {note.code for note in report.notes if note.file != "config.json"}
-    assert about <= {"rounded-twice", "side-file-differs"}
+    about = codes_of(report)
+    assert about <= {"rounded-twice", "side-file-differs", "fused-scales-differ"}
+    assert ("fused-scales-differ" in about) == (args["strategy"] == "tensor")
     assert sum(t.codes_rounded_twice for t in report.tensors) > 0
     assert all(t.codes_wrong == t.codes_rounded_twice for t in report.tensors)
 

@@ -1,11 +1,12 @@
 """Whole shards, whole sources and rescaled rows: what many tensors tell together."""
 
 import shutil
+from dataclasses import replace
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from verify_checkpoints import convert, copy_of, recipe, save_source
+from verify_checkpoints import Editor, convert, copy_of, recipe, save_source
 
 from ckptq.verify.run import verify
 
@@ -119,3 +120,87 @@ def test_many_alike_are_named_without_being_tried_one_by_one(good, tmp_path, mon
     monkeypatch.setattr(diagnose, "TRIED", 1)
     assert verify(editor.folder, source).counts == whole.counts
     assert len([name for name in tried if name.endswith("experts.3.up_proj")]) <= 2
+
+
+@pytest.fixture
+def uneven(sources, tmp_path):
+    """A source of which k_proj's upper right block is 16 times as large."""
+    folder = tmp_path / "uneven"
+    shutil.copytree(sources("llama"), folder)
+    tensors = load_file(folder / "model.safetensors")
+    tensors["model.layers.0.self_attn.k_proj.weight"][:64, 64:] *= 16
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    return folder
+
+
+def test_a_transposed_grid_of_scales(uneven, tmp_path):
+    out = convert(uneven, tmp_path / "out", recipe("fp8-block"))
+    editor = Editor(out)
+    name = "model.layers.0.self_attn.k_proj.weight_scale"
+    editor.tensors[name] = editor.tensors[name].t()
+    found = verify(editor.save(), uneven).findings
+    assert [(f.code, f.tensor) for f in found] == [("scale-transposed", name)]
+
+
+def test_a_format_that_suits_badly_is_noted(sources, tmp_path):
+    """One weight of a row far beyond the others: every INT4 code is right, and little is left."""
+    folder = tmp_path / "outliers"
+    shutil.copytree(sources("llama"), folder)
+    tensors = load_file(folder / "model.safetensors")
+    tensors["model.layers.0.self_attn.o_proj.weight"][:, 0] += 1e-2
+    tensors["model.layers.0.self_attn.o_proj.weight"][:, 0] *= 10
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    report = verify(convert(folder, tmp_path / "out", recipe("int4-channel")), folder)
+    assert report.findings == ()
+    assert [note.code for note in report.notes] == ["low-snr"]
+
+
+def test_what_is_not_finite_needs_no_source(good, tmp_path):
+    editor = copy_of(good("llama", "int8")[0], tmp_path / "nan")
+    editor.tensors["model.norm.weight"][3] = float("inf")
+    found = verify(editor.save()).findings
+    assert [(f.code, f.tensor) for f in found] == [("not-finite", "model.norm.weight")]
+
+
+def test_bits_behind_the_last_code(tmp_path, sources):
+    """12 columns of 4 bits leave half a word free."""
+    from ckptq.quantize.packing import pack_words
+    from ckptq.verify.values import _padding
+
+    word = pack_words(torch.zeros(3, 12, dtype=torch.int8), 4)
+    assert not _padding(word, 12, 4)
+    word[1, 1] |= 1 << 20
+    assert _padding(word, 12, 4)
+    assert not _padding(word, 16, 4)
+    assert _padding(torch.tensor([[0, 0, 1]], dtype=torch.int32), 12, 4)
+
+
+def test_latent_attention_is_noted(good, tmp_path):
+    editor = copy_of(good("llama", "kv", True)[0], tmp_path / "latent")
+    for name in list(editor.tensors):
+        if ".k_proj." in name:
+            latent = name.replace("k_proj", "kv_b_proj")
+            editor.tensors[latent] = editor.tensors.pop(name)
+    report = verify(editor.save())
+    assert {note.code for note in report.notes} == {"latent-cache"}
+    assert report.findings == ()
+
+
+def test_layers_that_share_a_cache_need_no_scales(good, tmp_path):
+    """As Gemma-3n's last layers; without the declaration they would be missed."""
+    editor = copy_of(good("llama", "kv", True)[0], tmp_path / "shared")
+    for which in "kv":
+        del editor.tensors[f"model.layers.1.self_attn.{which}_scale"]
+    assert verify(editor.save()).counts == {"kv-scale-missing": 2}
+    editor.config["num_kv_shared_layers"] = 1
+    assert verify(editor.save()).findings == ()
+
+
+def test_a_block_format_of_one_block_has_no_shared_scale(sources, tmp_path):
+    """A grid of one block is no scale per tensor: gate and up each have their own."""
+    wide = recipe("fp8-block")
+    group = wide.groups[0]
+    args = {**group.weights, "block_structure": [256, 128]}
+    wide = replace(wide, groups=(replace(group, weights=args),), ignore=("re:.*self_attn",))
+    report = verify(convert(sources("llama"), tmp_path / "out", wide), sources("llama"))
+    assert report.findings == report.notes == ()

@@ -87,9 +87,12 @@ INT4 = {"num_bits": 4, "type": "int", "symmetric": True, "dynamic": False}
 KV = FP8 | {"strategy": "attn_head", "observer": "static_minmax"}
 PER_TOKEN = {"num_bits": 8, "type": "float", "strategy": "token", "symmetric": True,
              "dynamic": True}  # fmt: skip
+INPUTS = {"fp8-channel": PER_TOKEN,
+          "fp8-static": FP8 | {"strategy": "tensor", "observer": "static_minmax"}}  # fmt: skip
 WEIGHTS: dict[str, tuple[str, dict[str, Any]]] = {
     "fp8-channel": ("float-quantized", FP8 | {"strategy": "channel"}),
     "fp8-tensor": ("float-quantized", FP8 | {"strategy": "tensor"}),
+    "fp8-static": ("float-quantized", FP8 | {"strategy": "tensor"}),
     "fp8-block": ("float-quantized", FP8 | {"strategy": "block", "block_structure": [64, 64]}),
     "int8": ("int-quantized", {**INT4, "num_bits": 8, "strategy": "channel"}),
     "int4": ("pack-quantized", INT4 | {"strategy": "group", "group_size": 32}),
@@ -110,13 +113,21 @@ WEIGHTS: dict[str, tuple[str, dict[str, Any]]] = {
 }  # fmt: skip
 """Format and weights of each kind of group."""
 
+RARE: dict[str, tuple[str, dict[str, Any]]] = {
+    "int4-bytes": ("int-quantized", INT4 | {"strategy": "channel", "symmetric": False}),
+}
+"""Kinds that one test needs; no engine reads them."""
+
 
 def recipe(weights: str, *, kv: bool = False, ignore: tuple[str, ...] = ()) -> Recipe:
     """Linears in one format; with `kv`, scales of attention and cache per head."""
-    format, args = WEIGHTS[weights]
-    inputs = PER_TOKEN if weights == "fp8-channel" else None
+    format, args = (WEIGHTS | RARE)[weights]
     linear = Group(
-        name="linear", targets=("Linear",), weights=args, input_activations=inputs, format=format
+        name="linear",
+        targets=("Linear",),
+        weights=args,
+        input_activations=INPUTS.get(weights),
+        format=format,
     )
     attention = Group(
         name="attention", targets=("re:.*self_attn$",), input_activations=KV, format="dense"
@@ -149,7 +160,8 @@ def convert(source: Path, out: Path, what: Recipe, shard_bytes: int = 1 << 40) -
     ckpt = open_checkpoint(source)
     plan = make_plan(ckpt, what, shard_bytes=shard_bytes)
 
-    scales = given(made_up_scales(plan)) if plan.attention is not None else None
+    needed = plan.attention is not None or plan.inputs
+    scales = given(made_up_scales(plan)) if needed else None
     write_quantized(ckpt, plan, out, arguments={}, workers=2, scales=scales)
     return out
 
@@ -167,11 +179,15 @@ def made_up_scales(plan: Any) -> Scales:
         name: (0.01 * torch.rand(spec.shape, generator=generator) + 0.001).bfloat16()
         for name, spec in specs.items()
     }
+    # what is fused shares its input, and so the scale of it
+    parents = {name: name.rsplit(".", 2)[0] for name in tensors if name.endswith("input_scale")}
+    first = {parent: name for name, parent in reversed(parents.items())}
+    tensors |= {name: tensors[first[parent]].clone() for name, parent in parents.items()}
     made = Record(
         model="tiny", source_fingerprint="", strategy="attn_head", observer="static_minmax",
         input_observer="static_minmax",
         text="", samples=1, tokens=1, seq_len=1, batch_size=1, seed=0, token_digest="",
-        attention=dict.fromkeys(plan.attention.scales, "TinyAttention"),
+        attention=dict.fromkeys(plan.attention.scales if plan.attention else (), "TinyAttention"),
     )  # fmt: skip
     return Scales(tensors=tensors, statistics={}, made=made)
 
