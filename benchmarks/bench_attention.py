@@ -14,6 +14,7 @@ times other tiles of the attention kernel.
 
 import argparse
 import json
+import statistics
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -88,6 +89,12 @@ def flash(q: Tensor, k: Tensor, v: Tensor, backend: SDPBackend) -> Callable[[], 
     return run
 
 
+def in_turns(variants: dict[str, Callable[[], Any]], runs: int) -> dict[str, float]:
+    """Milliseconds, measured in rounds over all variants: a GPU slows by a tenth as it warms."""
+    rounds = [{name: measure(run, runs) for name, run in variants.items()} for _ in range(5)]
+    return {name: statistics.median(found[name] for found in rounds) for name in variants}
+
+
 def attention_rows(length: int, tokens: int, runs: int) -> list[Row]:
     batch = max(1, tokens // length)
     q, k, v = (heads(batch, length, n, i, torch.bfloat16) for i, n in enumerate((H, K, K)))
@@ -124,7 +131,7 @@ def attention_rows(length: int, tokens: int, runs: int) -> list[Row]:
         variants["SDPA flash"] = (flash(q, k, v, SDPBackend.FLASH_ATTENTION), None)
         variants["SDPA cuDNN"] = (flash(q, k, v, SDPBackend.CUDNN_ATTENTION), None)
     flops = 2 * batch * H * length * length * D
-    ms = {name: measure(run, runs) for name, (run, _) in variants.items()}
+    ms = in_turns({name: run for name, (run, _) in variants.items()}, runs)
     base = ms.get("SDPA flash", ms["ckptq"])
     return [
         {
@@ -328,7 +335,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path)
     parser.add_argument("--shrink", type=int, default=1)
-    parser.add_argument("--runs", type=int, default=20)
+    parser.add_argument("--runs", type=int, default=10)
     parser.add_argument("--tune", action="store_true")
     args = parser.parse_args()
     small, runs = args.shrink, args.runs

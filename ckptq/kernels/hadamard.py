@@ -134,8 +134,8 @@ def slicing(head_dim: int, sliced: bool) -> dict[str, int | float]:
 
 
 def rows_of_program(head_dim: int, sliced: bool) -> int:
-    """A row per thread of four warps where rows are sliced, else some 4096 values."""
-    return 128 if sliced else max(1, 4096 // triton.next_power_of_2(head_dim))
+    """A row per thread of two warps where rows are sliced, else some 2048 values."""
+    return 64 if sliced else max(1, 2048 // triton.next_power_of_2(head_dim))
 
 
 def rotate(
@@ -157,7 +157,7 @@ def rotate(
         SIGNED=rotation is Rotation.SIGNED,
         INVERSE=inverse,
         ROWS=rows,
-        num_warps=4,
+        num_warps=2,
         enable_fp_fusion=False,
     )
     return out

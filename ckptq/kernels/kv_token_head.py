@@ -332,6 +332,6 @@ def write_token_head(x_TKD: Tensor, cache: TokenHeadCache, slot_T: Tensor) -> No
         **cut,
         **grouping(D * bits // 16, D // int(cut["COUNT"]) * bits // 16),
         ROWS=rows,
-        num_warps=4,
+        num_warps=2,
         enable_fp_fusion=False,
     )
