@@ -35,6 +35,7 @@ def sample_seed(seed: int, stream: int) -> int:
     return seed * 1_000_000 + stream + 2
 
 
+@torch.enable_grad()
 def train(model: PreTrainedModel, steps: int, seed: int) -> None:
     """AdamW on fresh samples; step i of seed s always sees the same batch.
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 
 import pytest
 import torch
@@ -24,7 +24,7 @@ def poison(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture(scope="session")
-def judge() -> Iterator[Judge]:
+def judge() -> Judge:
     """`judge({module name: weight}, format, args)` are the tensors that llm-compressor stores.
 
     Its own `model_free_ptq`, on a CPU, with one change: codes of 16-bit weights come from a
@@ -45,7 +45,9 @@ def judge() -> Iterator[Judge]:
         scheme = QuantizationScheme(targets=["Linear"], weights=dict(args), format=format)
         config = QuantizationConfig(config_groups={"group_0": scheme}, ignore=[])
         tensors = {f"{name}.weight": w_RC.clone() for name, w_RC in weights.items()}
-        stored = ModelFreePtqConverter(config).process(tensors)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(forward_helpers, "_quantize", divide_in_float32)
+            stored = ModelFreePtqConverter(config).process(tensors)
         return {
             name: {
                 key.removeprefix(f"{name}."): tensor.detach()
@@ -55,6 +57,4 @@ def judge() -> Iterator[Judge]:
             for name in weights
         }
 
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(forward_helpers, "_quantize", divide_in_float32)
-        yield ask
+    return ask
