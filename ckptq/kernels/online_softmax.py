@@ -11,8 +11,6 @@ import triton.language as tl
 
 from ckptq.kernels.rounding import INTERPRETED, widen
 
-LOG2E = 1.4426950408889634
-
 
 @triton.jit
 def dot(a, b, acc):
