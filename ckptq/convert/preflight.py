@@ -16,8 +16,8 @@ from ckptq.plan.unit import Plan
 BASE_BYTES = 700_000_000
 """The interpreter with torch, measured as 0.35 GB, and what the allocator keeps beside it."""
 
-WORKER_BYTES = 32_000_000
-"""What a thread needs for a block in the making: read, scratch, codes."""
+WORKER_BYTES = 60_000_000
+"""What a thread needs at most for a block in the making: read, scratch, codes."""
 
 SMALL_ROOMS = 256_000_000
 """As many rooms as fit here, where more than two do."""

@@ -31,6 +31,9 @@ if TYPE_CHECKING:
 
 METADATA = {"format": "pt"}
 
+MOST_WORKERS = 8
+"""More do not get past Python's lock any faster; see ckptq.convert.arithmetic."""
+
 COMMIT_BYTES = 1 << 28
 """As much work as a killed run may lose: a second or less."""
 
@@ -74,7 +77,7 @@ def write_quantized(
     is how much may be written between two entries of the journal. `device` is who quantizes: the
     cores unless it names a GPU; it changes no byte.
     """
-    workers = workers or len(os.sched_getaffinity(0))
+    workers = workers or min(len(os.sched_getaffinity(0)), MOST_WORKERS)
     check_disk(plan, out)
     rooms = slab_rooms(plan, max_ram, workers)
     if scales is not None and scales.runs_model:
@@ -130,7 +133,7 @@ def convert_plan(
     specs = {shard: _specs(units) for shard, units in plan.shards.items()}
     shard_of = {unit.key: shard for shard, units in plan.shards.items() for unit in units}
     tensors = scale_tensors(plan, scales)
-    arithmetic = arithmetic_on(device)
+    arithmetic = arithmetic_on(device, workers)
     shards = Shards(
         journal.scratch, specs, marked_metadata(METADATA, plan.marks) if plan.marks else METADATA
     )

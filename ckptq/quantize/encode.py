@@ -31,12 +31,14 @@ def encode(
     """
     quotients = _quotients(x, divisor, zero_point, scratch)
     if scheme.codes == "weight_packed":
-        for part, q in zip(out_RP.split(block_length(x)), quotients, strict=True):
+        for part, q in zip(
+            out_RP.split(block_length(x, scratch.block_elements)), quotients, strict=True
+        ):
             part.copy_(_packed(rounded(q, scheme, scratch), scheme, scratch))
         return
     filled_up = x.numel() != out_RP.numel()
     code = scratch.tensor("code", x.shape, out_RP.dtype) if filled_up else out_RP.view(x.shape)
-    for part, q in zip(code.split(block_length(x)), quotients, strict=True):
+    for part, q in zip(code.split(block_length(x, scratch.block_elements)), quotients, strict=True):
         part.copy_(rounded(q, scheme, scratch))
     if filled_up:
         out_RP.copy_(untiled(code, out_RP.shape))
@@ -51,7 +53,7 @@ def _quotients(
     if zero_point is not None:
         operands.append(over_tiles(zero_point, x))
     for part, scale, *shift in zip(
-        *(each.split(block_length(x)) for each in operands), strict=True
+        *(each.split(block_length(x, scratch.block_elements)) for each in operands), strict=True
     ):
         q = torch.div(part, scale, out=scratch.tensor("quotient", part.shape, wide))
         yield q.add_(shift[0]) if shift else q

@@ -16,25 +16,29 @@ BLOCK_ELEMENTS = 1 << 18
 """Elements of a block: with fewer the calls cost more, with more they no longer fit the cache."""
 
 
-def block_length(x: Tensor) -> int:
+def block_length(x: Tensor, elements: int | None = None) -> int:
     """How much of the first dimension of `x` makes a block; all of it on a GPU."""
     cached = x.device.type == "cpu"
-    return max(BLOCK_ELEMENTS * len(x) // x.numel(), 1) if cached else len(x)
+    return max((elements or BLOCK_ELEMENTS) * len(x) // x.numel(), 1) if cached else len(x)
 
 
-def blocks(x: Tensor) -> tuple[Tensor, ...]:
+def blocks(x: Tensor, elements: int | None = None) -> tuple[Tensor, ...]:
     """The blocks of `x` in order."""
-    return x.split(block_length(x))
+    return x.split(block_length(x, elements))
 
 
 class Scratch(threading.local):
     """Named pieces of memory, each as large as the largest tensor that was asked of it.
 
-    Every thread has pieces of its own. Belongs to one device.
+    Every thread has pieces of its own. Belongs to one device. `block_elements` is how much is
+    worked on at a time, where that is not BLOCK_ELEMENTS.
     """
 
-    def __init__(self, device: torch.device | str = "cpu") -> None:
+    def __init__(
+        self, device: torch.device | str = "cpu", block_elements: int | None = None
+    ) -> None:
         self.device = torch.device(device)
+        self.block_elements = block_elements
         self._pieces: dict[str, Tensor] = {}
 
     def tensor(self, name: str, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:

@@ -55,7 +55,7 @@ def magnitude(x: Tensor, scratch: Scratch) -> Tensor:
     bits = x.view(BITS[x.itemsize])
     unsigned = torch.iinfo(bits.dtype).max
     found = []
-    for part in blocks(bits):
+    for part in blocks(bits, scratch.block_elements):
         held = scratch.tensor("bits", part.shape, bits.dtype)
         found.append(_largest(torch.bitwise_and(part, unsigned, out=held)))
     return _finite(torch.cat(found), x.dtype)
@@ -66,7 +66,7 @@ def extremes(x: Tensor, scratch: Scratch) -> tuple[Tensor, Tensor]:
     bits = x.view(BITS[x.itemsize])
     sign = torch.iinfo(bits.dtype).min
     below, above = [], []
-    for part in blocks(bits):
+    for part in blocks(bits, scratch.block_elements):
         held = scratch.tensor("bits", part.shape, bits.dtype)
         # with the sign bit flipped, what was negative is on top, and orders by magnitude
         below.append(_largest(torch.bitwise_xor(part, sign, out=held)))
