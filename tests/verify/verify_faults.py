@@ -187,8 +187,8 @@ def quantize_the_router(e):
 @fault("head-untargeted", families=("llama",))
 def quantize_the_head_by_class(e):
     weight = e.tensors["lm_head.weight"]
-    e.tensors["lm_head.weight"] = weight.to(torch.float8_e4m3fn)
-    e.tensors["lm_head.weight_scale"] = torch.ones(len(weight), 1).bfloat16()
+    e.tensors["lm_head.weight"] = (2 * weight).to(torch.float8_e4m3fn)
+    e.tensors["lm_head.weight_scale"] = torch.full((len(weight), 1), 0.5).bfloat16()
     e.quantization["ignore"] = []
     return "lm_head"
 
