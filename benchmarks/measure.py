@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import platform
+import re
 import subprocess
 import time
 from collections.abc import Sequence
@@ -58,7 +59,8 @@ def machine() -> str:
         if line.startswith("model name"):
             found = line.partition(":")[2].strip()
             break
-    return f"{found.lower().replace(' ', '-')}-{len(os.sched_getaffinity(0))}-cores"
+    name = re.sub("[^a-z0-9]+", "-", found.lower().replace("(r)", "")).strip("-")
+    return f"{name}-{len(os.sched_getaffinity(0))}-cores"
 
 
 def load() -> float:
