@@ -151,7 +151,7 @@ def main() -> None:
         shutil.rmtree(work)
     print(text)
     given.results.mkdir(exist_ok=True)
-    (given.results / f"convert-{given.scheme}-{machine()}-{date.today()}.md").write_text(text)
+    (given.results / f"{date.today()}-convert-{given.scheme}-{machine()}.md").write_text(text)
 
 
 def _start_up(work: Path, given: argparse.Namespace) -> Took:

@@ -98,7 +98,7 @@ def main() -> None:
     text = "\n".join([*head, *lines]) + "\n"
     print(text)
     given.results.mkdir(exist_ok=True)
-    (given.results / f"memory-{machine()}-{date.today()}.md").write_text(text)
+    (given.results / f"{date.today()}-convert-memory-{machine()}.md").write_text(text)
 
 
 if __name__ == "__main__":

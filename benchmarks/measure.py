@@ -59,7 +59,9 @@ def machine() -> str:
         if line.startswith("model name"):
             found = line.partition(":")[2].strip()
             break
-    name = re.sub("[^a-z0-9]+", "-", found.lower().replace("(r)", "")).strip("-")
+    name = re.sub(
+        "[^a-z0-9]+", "-", found.lower().replace("(r)", "").replace("processor", "")
+    ).strip("-")
     return f"{name}-{len(os.sched_getaffinity(0))}-cores"
 
 
