@@ -35,7 +35,7 @@ ci-example: $(VENV)/installed
 	test -d $(DEMO)/$(FAMILY) || \
 	    $(BIN)/python examples/make_checkpoint.py --family $(FAMILY) $(DEMO)/$(FAMILY)
 	rm -rf $(DEMO)/ci
-	PATH="$(abspath $(BIN)):$$PATH" SEQ_LEN=64 bash examples/ci/run.sh $(DEMO)/$(FAMILY) $(DEMO)/ci
+	PATH="$(abspath $(BIN)):$$PATH" bash examples/ci/run.sh $(DEMO)/$(FAMILY) $(DEMO)/ci
 
 test: $(VENV)/installed
 	TRITON_INTERPRET=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadgroup
