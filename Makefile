@@ -1,6 +1,8 @@
 # Two commands do everything on a fresh machine; each makes its own virtual environment.
 #   make demo   train a small model, quantize it per head, verify it, compare its accuracy
 #   make test   all tests (no network, no GPU)
+# make ci-example runs examples/ci/run.sh, the steps of a CI job, on a trained model: one line of its
+# task has 19 tokens, and lines joined are nothing that it knows. VLLM_PYTHON runs it in vLLM too.
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -31,11 +33,15 @@ demo: $(VENV)/installed
 	$(BIN)/python examples/accuracy.py $(DEMO)/$(FAMILY) $(DEMO)/per-head $(DEMO)/per-tensor \
 	    $(DEMO)/swapped
 
+ci-example: export PATH := $(abspath $(BIN)):$(PATH)
+ci-example: export SEQ_LEN ?= 19
 ci-example: $(VENV)/installed
 	test -d $(DEMO)/$(FAMILY) || \
 	    $(BIN)/python examples/make_checkpoint.py --family $(FAMILY) $(DEMO)/$(FAMILY)
-	rm -rf $(DEMO)/ci
-	PATH="$(abspath $(BIN)):$$PATH" bash examples/ci/run.sh $(DEMO)/$(FAMILY) $(DEMO)/ci
+	rm -rf $(DEMO)/ci $(DEMO)/ci-refused
+	bash examples/ci/run.sh $(DEMO)/$(FAMILY) $(DEMO)/ci
+	@echo "and its twin, one scale for all heads, which has to be refused:"
+	bash examples/ci/run.sh $(DEMO)/$(FAMILY) $(DEMO)/ci-refused fp8-per-tensor; test $$? -eq 1
 
 test: $(VENV)/installed
 	TRITON_INTERPRET=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadgroup
