@@ -15,6 +15,7 @@ from contextlib import AbstractContextManager, ExitStack, contextmanager, nullco
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from ckptq.calibrate.decoded import weights_of
 from ckptq.calibrate.record import (
     AllLayersSeen,
     LayerArguments,
@@ -26,7 +27,7 @@ from ckptq.calibrate.record import (
 )
 from ckptq.calibrate.skeleton import Skeleton, build_skeleton
 from ckptq.calibrate.text import Batch
-from ckptq.calibrate.weights import CheckpointWeights, Loader, WeightSource
+from ckptq.calibrate.weights import Loader, WeightSource
 from ckptq.checkpoint.open import Checkpoint
 
 if TYPE_CHECKING:
@@ -183,7 +184,7 @@ def open_model(
     eager: bool = False,
     trust_remote_code: bool = False,
 ) -> LayerwiseModel:
-    """Open a checkpoint for running; reads config.json and the headers only.
+    """Open a checkpoint for running, dequantized if it is quantized; reads only the headers now.
 
     `weights` replaces the checkpoint's own tensors: same names and shapes, other values. `eager`
     takes the family's eager attention in place of SDPA: the same up to rounding, slower.
@@ -191,8 +192,7 @@ def open_model(
     import torch
 
     where = torch.device(device)
-    pinned = where.type == "cuda"
-    source = CheckpointWeights(ckpt, pinned=pinned) if weights is None else weights
+    source = weights_of(ckpt, pinned=where.type == "cuda") if weights is None else weights
     skeleton = build_skeleton(ckpt, where, eager, trust_remote_code)
     return LayerwiseModel(skeleton, Loader(skeleton, source, where), where)
 

@@ -56,12 +56,6 @@ class CheckpointWeights:
     """The tensors of a checkpoint as they are stored."""
 
     def __init__(self, ckpt: Checkpoint, pinned: bool = False) -> None:
-        if ckpt.quantization_config is not None:
-            method = ckpt.quantization_config.get("quant_method", "unknown")
-            raise SourceError(
-                f"{ckpt.path}: is already quantized (quant_method {method!r}); calibration runs "
-                "the unquantized model"
-            )
         self._ckpt = ckpt
         self._pinned = pinned
 

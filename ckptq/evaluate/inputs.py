@@ -17,7 +17,7 @@ from ckptq.calibrate.observers import FP8_MAX, INT8_MAX
 from ckptq.checkpoint.open import Checkpoint
 from ckptq.checkpoint.read import read_tensor
 from ckptq.errors import PlanError, SourceError
-from ckptq.evaluate.decoded import stored_scales
+from ckptq.models.encoded import stored_scales
 from ckptq.plan.match import matches
 
 if TYPE_CHECKING:

@@ -16,8 +16,8 @@ from ckptq.calibrate.observers import scale_of
 from ckptq.checkpoint.open import Checkpoint
 from ckptq.checkpoint.read import read_tensor
 from ckptq.errors import UsageError
-from ckptq.evaluate.decoded import stored_scales
 from ckptq.kernels.kv_format import FORMATS, Rotation
+from ckptq.models.encoded import stored_scales
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -7,12 +7,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
+from ckptq.calibrate.decoded import DecodedWeights, weights_of
 from ckptq.calibrate.forward import LayerwiseModel, open_model
-from ckptq.calibrate.weights import CheckpointWeights, WeightSource
+from ckptq.calibrate.weights import WeightSource
 from ckptq.checkpoint.open import Checkpoint
 from ckptq.errors import UsageError
 from ckptq.evaluate.compare import Comparison, Outcome
-from ckptq.evaluate.decoded import DecodedWeights
 from ckptq.evaluate.engine import EngineRow, EngineRun, engine_row, in_vllm
 from ckptq.evaluate.inputs import InputScheme, declared_inputs
 from ckptq.evaluate.kv_cache import KVCache, declared_cache, on_cpu, parse_cache
@@ -118,7 +118,7 @@ class _Bench:
         self.control = self._draft(Variant(name="control", spoiled=True), self.base)
         self._engines: list[tuple[_Draft, EngineRun]] = []
         self._tracks: list[tuple[LayerwiseModel, list[Variant]]] = []
-        self._track(_weights(self.base), [self.source.variant, self.zero.variant])
+        self._track(weights_of(self.base), [self.source.variant, self.zero.variant])
 
     def add_output(self, ckpt: Checkpoint, caches: Sequence[str]) -> None:
         """The quantized checkpoint: with its own cache, with others, and spoiled."""
@@ -186,12 +186,6 @@ class _Bench:
 
     def _variant(self, weights: str, cache: KVCache, inputs: Mapping[str, InputScheme]) -> Variant:
         return Variant(name=f"{weights} / {cache.name}", cache=cache, inputs=inputs)
-
-
-def _weights(base: Checkpoint) -> WeightSource:
-    if base.quantization_config is None:
-        return CheckpointWeights(base)
-    return DecodedWeights(base)
 
 
 def _distinct(variants: Sequence[Variant]) -> list[Variant]:

@@ -213,3 +213,12 @@ def unquantized_config(config: Mapping[str, Any]) -> dict[str, Any]:
         text = plain["text_config"]
         plain["text_config"] = {key: value for key, value in text.items() if key not in keys}
     return plain
+
+
+def stored_scales(ckpt: Checkpoint, suffix: str) -> dict[str, StoredTensor]:
+    """Module -> its tensor with this local name, e.g. "k_scale" of every attention."""
+    return {
+        name.rpartition(".")[0]: tensor
+        for name, tensor in ckpt.tensors.items()
+        if name.rpartition(".")[2] == suffix
+    }

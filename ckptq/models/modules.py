@@ -139,19 +139,23 @@ def _linears_in(
     name, shape = stored.name, stored.spec.shape
     fused = FUSED_WEIGHT.match(name)
     if fused and len(shape) == 3 and family.fused_experts and stored.spec.dtype in FLOATS:
-        yield from _experts(ckpt, family.fused_experts, stored, fused["experts"], fused["which"])
+        bias = ckpt.tensors.get(f"{name}_bias")
+        yield from cut_experts(family.fused_experts, stored, bias)
     elif name.endswith(".weight") and len(shape) == 2 and stored.spec.dtype in FLOATS:
         module = name.removesuffix(".weight")
         yield Linear(name=module, weight=View(stored), kept=why_kept(module, layers, num_layers))
 
 
-def _experts(
-    ckpt: Checkpoint, layout: FusedExperts, stored: StoredTensor, experts: str, which: str
+def cut_experts(
+    layout: FusedExperts, stored: StoredTensor, bias: StoredTensor | None
 ) -> Iterator[Linear]:
-    """Cut [E, in, out] or [E, out, in] into the Linears of each expert."""
+    """Cut [E, in, out] or [E, out, in], and a bias [E, out], into the Linears of each expert.
+
+    `stored` is named "<experts>.gate_up_proj" or "<experts>.down_proj".
+    """
+    experts, _, which = stored.name.rpartition(".")
     count, *matrix = stored.spec.shape
     outs = matrix[1] if layout.transposed else matrix[0]
-    bias = ckpt.tensors.get(f"{stored.name}_bias")
     for expert in range(count):
         for projection, part in _parts(layout, which, outs).items():
             yield Linear(

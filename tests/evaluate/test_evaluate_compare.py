@@ -2,9 +2,9 @@ import pytest
 import torch
 from evaluate_models import LAYERS, kl_by_torch, plain_logits, plain_model, token_rows
 
+from ckptq.calibrate.decoded import DecodedWeights
 from ckptq.errors import SourceError, UsageError
 from ckptq.evaluate import compare
-from ckptq.evaluate.decoded import DecodedWeights
 from ckptq.evaluate.run import evaluate
 from ckptq.evaluate.spoil import spoiled
 from ckptq.evaluate.text import Line, Text

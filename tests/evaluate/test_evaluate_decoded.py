@@ -5,10 +5,10 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
+from ckptq.calibrate.decoded import DecodedWeights
 from ckptq.calibrate.weights import CheckpointWeights
 from ckptq.checkpoint.open import open_checkpoint
 from ckptq.errors import SourceError
-from ckptq.evaluate.decoded import DecodedWeights
 from ckptq.evaluate.schemes import SchemeWeights
 from ckptq.plan.make import make_plan
 from ckptq.recipes.load import built_in, load_scheme

@@ -9,23 +9,24 @@ Shape letters: R rows, C columns.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from ckptq.checkpoint.header import StoredTensor
+from ckptq.calibrate.weights import CheckpointWeights, WeightSource
 from ckptq.checkpoint.open import Checkpoint
 from ckptq.checkpoint.read import Files, read_tensor
 from ckptq.checkpoint.view import View, window
 from ckptq.errors import SourceError
 from ckptq.models.encoded import BELONGS_TO_SCHEME, Encoded, decode_rows, read_encoded
 from ckptq.models.family import family_of
-from ckptq.models.modules import Layout, decoder_layers, read_layout
+from ckptq.models.modules import decoder_layers
+from ckptq.models.published import Windows, windows_for, windows_of
 from ckptq.permute.effect import Part
 from ckptq.permute.order import Heads, RopeOrder
 from ckptq.permute.targets import PROJECTIONS, head_geometry
 from ckptq.plan.rope import read_marks
-from ckptq.spec import torch_dtype
+from ckptq.spec import TensorSpec, torch_dtype
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -35,21 +36,22 @@ class DecodedWeights:
     """Weights of a quantized checkpoint under the names of the unquantized one.
 
     `like` is that unquantized checkpoint: its names and shapes are given. Without it the names are
-    the checkpoint's own with the quantization taken off ("q_proj.weight" for "q_proj.weight_packed"
-    and its scales), which is what transformers calls them where experts are stored one by one.
+    those that the family is published under: the checkpoint's own with the quantization taken off
+    ("q_proj.weight" for "q_proj.weight_packed" and its scales), experts fused where it fuses them.
     """
 
     def __init__(self, ckpt: Checkpoint, like: Checkpoint | None = None) -> None:
         self._ckpt = ckpt
         self._encoded = read_encoded(ckpt)
         self._parts = {t.name for e in self._encoded.values() for t in e.tensors.values()}
-        self._windows: Mapping[str, tuple[tuple[str, View], ...]] = {}
         self._turned = _turned(ckpt, like)
-        self._names: Collection[str] = self._own_names()
+        own = self._own_specs()
+        self._windows = windows_for(ckpt, own)
+        self._names: Collection[str] = _published(own, self._windows)
         if like is not None and like.quantization_config is not None:
             self._names = DecodedWeights(like).names()
         elif like is not None:
-            self._names, self._windows = like.tensors.keys(), _windows(like)
+            self._names, self._windows = like.tensors.keys(), windows_of(like)
 
     @property
     def label(self) -> str:
@@ -63,13 +65,14 @@ class DecodedWeights:
         with Files() as files:
             return {name: self._tensor(files, name) for name in names}
 
-    def _own_names(self) -> tuple[str, ...]:
-        plain = [
-            name
-            for name in self._ckpt.tensors
+    def _own_specs(self) -> dict[str, TensorSpec]:
+        """The checkpoint's tensors, quantized ones as what they stand for."""
+        plain = {
+            name: stored.spec
+            for name, stored in self._ckpt.tensors.items()
             if name not in self._parts and not BELONGS_TO_SCHEME.match(name)
-        ]
-        return (*plain, *(f"{module}.weight" for module in self._encoded))
+        }
+        return plain | {f"{module}.weight": e.spec for module, e in self._encoded.items()}
 
     def _tensor(self, files: Files, name: str) -> Tensor:
         whole = self._whole(files, name)
@@ -112,25 +115,24 @@ class DecodedWeights:
         return self._turned.back(module, tensor) if self._turned is not None else tensor
 
 
+def _published(own: Collection[str], windows: Windows) -> tuple[str, ...]:
+    """The names with the parts of fused tensors replaced by these."""
+    parts = {name for cut in windows.values() for name, _ in cut}
+    return (*(name for name in own if name not in parts), *windows)
+
+
+def weights_of(ckpt: Checkpoint, pinned: bool = False) -> WeightSource:
+    """The weights that a checkpoint stands for: as they are stored, or dequantized.
+
+    `pinned` reads them into memory that a GPU fetches from by itself, where they are not decoded.
+    """
+    if ckpt.quantization_config is None:
+        return CheckpointWeights(ckpt, pinned)
+    return DecodedWeights(ckpt)
+
+
 def _decoded(files: Files, encoded: Encoded) -> Tensor:
     return decode_rows(files, encoded, 0, encoded.spec.shape[0])
-
-
-def _windows(like: Checkpoint) -> dict[str, tuple[tuple[str, View], ...]]:
-    """Fused tensor of the source -> (name of the part in the output, its window)."""
-    found: dict[str, list[tuple[str, View]]] = {}
-    for name, view in _parts(read_layout(like)):
-        if view.index is not None or view.vector:
-            found.setdefault(view.stored.name, []).append((name, view))
-    return {name: tuple(parts) for name, parts in found.items()}
-
-
-def _parts(layout: Layout) -> Iterator[tuple[str, View]]:
-    for linear in layout.linears.values():
-        if isinstance(linear.weight, View):
-            yield f"{linear.name}.weight", linear.weight
-        if linear.bias is not None:
-            yield f"{linear.name}.bias", linear.bias
 
 
 def _place(made: Tensor, view: View) -> Tensor:
@@ -165,12 +167,3 @@ def _turned(ckpt: Checkpoint, like: Checkpoint | None) -> Turned | None:
     if read_marks(ckpt).get(Part.WEIGHTS, published) is wanted:
         return None
     return Turned(decoder_layers(ckpt)[0], head_geometry(ckpt.text_config), wanted)
-
-
-def stored_scales(ckpt: Checkpoint, suffix: str) -> dict[str, StoredTensor]:
-    """Module -> its tensor with this local name, e.g. "k_scale" of every attention."""
-    return {
-        name.rpartition(".")[0]: tensor
-        for name, tensor in ckpt.tensors.items()
-        if name.rpartition(".")[2] == suffix
-    }
