@@ -15,6 +15,7 @@ from typing import Any
 from ckptq.checkpoint.open import Checkpoint
 from ckptq.errors import MachineError
 from ckptq.evaluate.compare import Outcome, Tokens
+from ckptq.evaluate.kv_cache import PER_HEAD, KVCache, declared_cache, on_cpu
 from ckptq.evaluate.scores import share
 from ckptq.evaluate.text import Text
 
@@ -48,6 +49,14 @@ class EngineRun:
     engine: str
     device: str
     tokens: Tokens
+    ranks: int = 1
+    """Processes that share the heads."""
+
+    def holds(self, cache: KVCache) -> KVCache:
+        """What becomes of a cache there: on a CPU one scale a process, and q in 16 bits."""
+        if self.device != "cpu":
+            return cache
+        return on_cpu(cache, heads_apart=self.ranks == heads_with_scales(cache))
 
 
 def in_vllm(python: Path, ckpt: Checkpoint, text: Text, timeout: float = TIMEOUT) -> EngineRun:
@@ -59,7 +68,12 @@ def in_vllm(python: Path, ckpt: Checkpoint, text: Text, timeout: float = TIMEOUT
     with tempfile.TemporaryDirectory(prefix="ckptq-") as folder:
         job, result = Path(folder, "job.json"), Path(folder, "result.json")
         lines = [list(line.token_ids) for line in text.lines]
-        task = {"model": str(ckpt.path.resolve()), "lines": lines, "arguments": _arguments(ckpt)}
+        task = {
+            "model": str(ckpt.path.resolve()),
+            "lines": lines,
+            "kv_heads": heads_with_scales(declared_cache(ckpt)),
+            "arguments": _arguments(ckpt),
+        }
         job.write_text(json.dumps(task))
         _run([str(python), str(WORKER), str(job), str(result)], timeout)
         if not result.is_file():
@@ -70,8 +84,18 @@ def in_vllm(python: Path, ckpt: Checkpoint, text: Text, timeout: float = TIMEOUT
         for number, line in enumerate(found["lines"])
         for at, (logprob, best) in enumerate(line)
     }
-    engine, device = f"vLLM {found['vllm']}", found["device"]
-    return EngineRun(engine=f"{engine} on {device}", device=device, tokens=tokens)
+    device, ranks = found["device"], found["ranks"]
+    engine = f"vLLM {found['vllm']} on {device}"
+    engine += f", {ranks} ranks" if ranks > 1 else ""
+    return EngineRun(engine=engine, device=device, tokens=tokens, ranks=ranks)
+
+
+def heads_with_scales(cache: KVCache) -> int | None:
+    """KV heads, where each has a static scale of its own and every layer has as many."""
+    if cache.mode != PER_HEAD or cache.scales is None:
+        return None
+    counts = {scales["k"].numel() for scales in cache.scales.values() if "k" in scales}
+    return counts.pop() if len(counts) == 1 else None
 
 
 def engine_row(

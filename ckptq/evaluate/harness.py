@@ -36,7 +36,7 @@ class Benchmarks:
 
     names: Sequence[str]
     folder: Path | None = None
-    """Tasks of one's own, as lm-eval's YAML."""
+    """Tasks of one's own, as lm-eval's YAML; what they name by a relative path lies there."""
     limit: int | None = None
     """Questions of each task; None asks all."""
     batch_size: int = 1
@@ -52,7 +52,7 @@ def run_benchmarks(checkpoint: Path, asked: Benchmarks) -> tuple[TaskScore, ...]
     """
     check_installed(asked)
     with tempfile.TemporaryDirectory(prefix="ckptq-") as folder:
-        _run(command(checkpoint, asked, Path(folder)))
+        _run(command(checkpoint, asked, Path(folder)), asked.folder)
         files = sorted(Path(folder).rglob("results_*.json"))
         if not files:
             raise MachineError(f"lm-eval ended without results for {', '.join(asked.names)}")
@@ -82,12 +82,13 @@ def check_installed(asked: Benchmarks) -> None:
 def command(checkpoint: Path, asked: Benchmarks, out: Path) -> list[str]:
     """lm-eval's own command line; `out` is the folder for its results."""
     vllm = asked.vllm_python is not None
-    words = [str(asked.vllm_python or sys.executable), "-m", "lm_eval", "run"]
+    # absolute, but not resolved: an environment's interpreter is a link that knows where it lies
+    words = [str((asked.vllm_python or Path(sys.executable)).absolute()), "-m", "lm_eval", "run"]
     words += ["--model", "vllm" if vllm else "hf", "--tasks", ",".join(asked.names)]
-    words += ["--model_args", f"pretrained={checkpoint},dtype=auto"]
+    words += ["--model_args", f"pretrained={checkpoint.resolve()},dtype=auto"]
     words += ["--output_path", str(out), "--batch_size", str(asked.batch_size)]
     words += [] if vllm else ["--device", asked.device]
-    words += ["--include_path", str(asked.folder)] if asked.folder is not None else []
+    words += ["--include_path", str(asked.folder.resolve())] if asked.folder is not None else []
     words += ["--limit", str(asked.limit)] if asked.limit is not None else []
     return words
 
@@ -119,9 +120,11 @@ def _engine(asked: Benchmarks) -> str:
     return "vLLM" if asked.vllm_python is not None else "transformers"
 
 
-def _run(words: list[str]) -> None:
+def _run(words: list[str], folder: Path | None) -> None:
     environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
-    done = subprocess.run(words, env=environment, capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        words, env=environment, cwd=folder, capture_output=True, text=True, check=False
+    )
     if done.returncode:
         last = "\n".join(done.stderr.strip().splitlines()[-LAST_LINES:])
         raise MachineError(f"lm-eval ended with {done.returncode}:\n{last}")

@@ -129,11 +129,14 @@ def declared_cache(ckpt: Checkpoint) -> KVCache:
     return KVCache(mode=mode, scales=found, origin="checkpoint")
 
 
-def on_cpu(cache: KVCache) -> KVCache:
-    """A static FP8 cache as vLLM's CPU backend holds it: the largest head's scale, q in 16 bits."""
+def on_cpu(cache: KVCache, *, heads_apart: bool) -> KVCache:
+    """A static FP8 cache as vLLM's CPU backend holds it: the largest head's scale, q in 16 bits.
+
+    With `heads_apart` each process has one head, and so its scale.
+    """
     if cache.mode not in STATIC:
         return cache
-    mode = PER_TENSOR if cache.mode == PER_HEAD else cache.mode
+    mode = PER_TENSOR if cache.mode == PER_HEAD and not heads_apart else cache.mode
     return replace(cache, mode=mode, query=False)
 
 

@@ -15,7 +15,7 @@ from ckptq.errors import UsageError
 from ckptq.evaluate.compare import Comparison, Outcome
 from ckptq.evaluate.engine import EngineRow, EngineRun, engine_row, in_vllm
 from ckptq.evaluate.inputs import InputScheme, declared_inputs
-from ckptq.evaluate.kv_cache import KVCache, declared_cache, on_cpu, parse_cache
+from ckptq.evaluate.kv_cache import KVCache, declared_cache, parse_cache
 from ckptq.evaluate.result import Evaluation, Row, Thresholds
 from ckptq.evaluate.schemes import SchemeWeights, planned_cache, planned_inputs
 from ckptq.evaluate.text import Text
@@ -157,8 +157,8 @@ class _Bench:
             return
         first, run = self.drafts[0], in_vllm(python, ckpt, text)
         cache = first.variant.cache
-        if run.device == "cpu" and on_cpu(cache) != cache:
-            variant = replace(first.variant, name="as on a CPU", cache=on_cpu(cache))
+        if run.holds(cache) != cache:
+            variant = replace(first.variant, name="as in the engine", cache=run.holds(cache))
             self._tracks[1][1].append(variant)
             first = replace(first, variant=variant)
         self._engines.append((first, run))

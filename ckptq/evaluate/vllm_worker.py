@@ -2,9 +2,10 @@
 
     python vllm_worker.py JOB.json RESULT.json
 
-The job: {"model": folder, "lines": [[token, ...], ...], "arguments": {of vllm.LLM}}. The result:
-{"vllm": version, "device": "cpu" or "cuda", "lines": [[[log-probability of the token, the most
-likely token], ...], ...]}, from each line's second token on.
+The job: {"model": folder, "lines": [[token, ...], ...], "kv_heads": of a cache with a scale per
+head, "arguments": {of vllm.LLM}}. The result: {"vllm": version, "device": "cpu" or "cuda", "ranks":
+processes, "lines": [[[log-probability of the token, the most likely token], ...], ...]}, from each
+line's second token on.
 """
 
 import json
@@ -23,7 +24,10 @@ def main() -> None:
         job = json.load(file)
 
     import vllm
+    from vllm.platforms import current_platform
 
+    device = current_platform.device_type
+    ranks = ranks_for(job["kv_heads"], device)
     longest = max(map(len, job["lines"]))
     engine = vllm.LLM(
         model=job["model"],
@@ -31,6 +35,7 @@ def main() -> None:
         enable_prefix_caching=False,
         enforce_eager=True,
         max_model_len=longest + 1,
+        tensor_parallel_size=ranks,
         **job["arguments"],
     )
     wanted = vllm.SamplingParams(max_tokens=1, temperature=0, prompt_logprobs=1, detokenize=False)
@@ -41,8 +46,23 @@ def main() -> None:
         for line, output in zip(job["lines"], outputs, strict=True)
     ]
     with open(result_file, "w") as file:
-        device = vllm.platforms.current_platform.device_type
-        json.dump({"vllm": vllm.__version__, "device": device, "lines": lines}, file)
+        said = {"vllm": vllm.__version__, "device": device, "ranks": ranks, "lines": lines}
+        json.dump(said, file)
+    if ranks > 1:
+        # its processes outlive this one otherwise
+        engine.llm_engine.engine_core.shutdown()
+
+
+def ranks_for(kv_heads: int | None, device: str) -> int:
+    """As many processes as a cache has scales, where they can share the cores of a CPU.
+
+    vLLM's CPU backend knows one scale a layer and process: with a head for each it is exact.
+    """
+    if device != "cpu" or kv_heads is None or kv_heads > (os.cpu_count() or 1):
+        return 1
+    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "1"
+    os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
+    return kv_heads
 
 
 def scored(token: int, logprobs: dict) -> tuple[float, int]:

@@ -9,12 +9,13 @@ import pytest
 from test_evaluate_compare import TEXT
 
 from ckptq.errors import MachineError, UsageError
-from ckptq.evaluate.engine import EngineRun, engine_row, in_vllm
+from ckptq.evaluate.engine import EngineRun, engine_row, heads_with_scales, in_vllm
 from ckptq.evaluate.harness import Benchmarks, command, run_benchmarks, scores
-from ckptq.evaluate.kv_cache import declared_cache, on_cpu
+from ckptq.evaluate.kv_cache import declared_cache
 from ckptq.evaluate.result import Thresholds
 from ckptq.evaluate.run import evaluate
 from ckptq.evaluate.text import Line, Text
+from ckptq.evaluate.vllm_worker import ranks_for
 
 VLLM_PYTHON = os.environ.get("VLLM_PYTHON")
 
@@ -93,15 +94,30 @@ def test_an_interpreter_without_vllm_says_so(saved):
 
 def test_caches_on_a_cpu_have_one_scale_and_leave_q_alone(saved):
     per_head = declared_cache(saved("llama", "kv-fp8-per-head"))
-    held = on_cpu(per_head)
-    assert (held.mode, held.query, held.scales) == ("fp8-per-tensor", False, per_head.scales)
+    heads = heads_with_scales(per_head)
+    assert heads == saved("llama").text_config["num_key_value_heads"] > 1
+    shared = EngineRun(engine="vLLM", device="cpu", tokens={}).holds(per_head)
+    assert (shared.mode, shared.query, shared.scales) == ("fp8-per-tensor", False, per_head.scales)
+    apart = EngineRun(engine="vLLM", device="cpu", tokens={}, ranks=heads).holds(per_head)
+    assert (apart.mode, apart.query, apart.scales) == ("fp8-per-head", False, per_head.scales)
+    assert EngineRun(engine="vLLM", device="cuda", tokens={}).holds(per_head) is per_head
     plain = declared_cache(saved("llama", "w4a16"))
-    assert on_cpu(plain) is plain
+    assert heads_with_scales(plain) is None
+    assert EngineRun(engine="vLLM", device="cpu", tokens={}).holds(plain) is plain
+
+
+def test_a_cpu_gets_a_process_for_each_scale_as_far_as_cores_go(monkeypatch):
+    monkeypatch.setattr("os.cpu_count", lambda: 4)
+    for name in ("VLLM_ENABLE_V1_MULTIPROCESSING", "VLLM_CPU_OMP_THREADS_BIND"):
+        monkeypatch.setenv(name, "before")  # so that what is set is taken back
+    assert ranks_for(4, "cpu") == 4
+    assert os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] == "1"
+    assert [ranks_for(8, "cpu"), ranks_for(None, "cpu"), ranks_for(4, "cuda")] == [1, 1, 1]
 
 
 @pytest.mark.slow
 @pytest.mark.skipif(VLLM_PYTHON is None, reason="VLLM_PYTHON names no Python that has vLLM")
-@pytest.mark.parametrize("scheme", ["w4a16", "kv-fp8-per-tensor"])
+@pytest.mark.parametrize("scheme", ["w4a16", "kv-fp8-per-tensor", "kv-fp8-per-head"])
 def test_vllm_sees_what_ckptq_computes(saved, scheme):
     found = evaluate(
         saved("llama", scheme), TEXT, source=saved("llama"), vllm_python=Path(VLLM_PYTHON)
