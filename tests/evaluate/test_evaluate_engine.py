@@ -139,7 +139,7 @@ def test_lm_eval_is_asked_by_its_own_command():
         "--output_path": "/out",
         "--batch_size": "1",
         "--device": "cpu",
-        "--include_path": "tasks",
+        "--include_path": str(Path("tasks").resolve()),
         "--limit": "8",
     }
     words = command(Path("/ckpt"), replace(asked, vllm_python=Path("/vllm/python")), Path("/out"))
