@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
-import subprocess
 import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -15,13 +13,13 @@ from typing import Any
 from ckptq.checkpoint.open import Checkpoint
 from ckptq.errors import MachineError
 from ckptq.evaluate.compare import Outcome, Tokens
+from ckptq.evaluate.interpreter import run_python
 from ckptq.evaluate.kv_cache import PER_HEAD, KVCache, declared_cache, on_cpu
 from ckptq.evaluate.scores import share
 from ckptq.evaluate.text import Text
 
 WORKER = Path(__file__).with_name("vllm_worker.py")
 TIMEOUT = 3600.0
-LAST_LINES = 12
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -40,6 +38,8 @@ class EngineRow:
     gap: float
     """Mean of |log-probability in vLLM - in ckptq| of the tokens of the text, in nats."""
     gap_median: float
+    ranks: int = 1
+    """Processes that the engine ran in."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -62,7 +62,7 @@ class EngineRun:
 def in_vllm(python: Path, ckpt: Checkpoint, text: Text, timeout: float = TIMEOUT) -> EngineRun:
     """Log-probabilities of every token of the text but the first of a line.
 
-    Environment variables are handed on, PYTHONPATH is not. MachineError with vLLM's last words
+    Environment variables are handed on, PYTHONPATH is not. MachineError with vLLM's own error
     where it does not start or fails.
     """
     with tempfile.TemporaryDirectory(prefix="ckptq-") as folder:
@@ -75,7 +75,7 @@ def in_vllm(python: Path, ckpt: Checkpoint, text: Text, timeout: float = TIMEOUT
             "arguments": _arguments(ckpt),
         }
         job.write_text(json.dumps(task))
-        _run([str(python), str(WORKER), str(job), str(result)], timeout)
+        run_python([str(python), str(WORKER), str(job), str(result)], timeout=timeout)
         if not result.is_file():
             raise MachineError(f"{python}: vLLM ended without a result for {ckpt.path}")
         found = json.loads(result.read_text())
@@ -124,24 +124,10 @@ def engine_row(
         accuracy=share(questions),
         gap=sum(gaps) / len(gaps),
         gap_median=gaps[len(gaps) // 2],
+        ranks=run.ranks,
     )
 
 
 def _arguments(ckpt: Checkpoint) -> Mapping[str, Any]:
     """No images: a text is compared, and vLLM wants a processor for a tower that may be called."""
     return {"limit_mm_per_prompt": {"image": 0}} if "vision_config" in ckpt.config else {}
-
-
-def _run(command: list[str], timeout: float) -> None:
-    environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
-    try:
-        done = subprocess.run(
-            command, env=environment, capture_output=True, text=True, timeout=timeout, check=False
-        )
-    except OSError as error:
-        raise MachineError(f"{command[0]}: cannot be run: {error.strerror or error}") from error
-    except subprocess.TimeoutExpired as error:
-        raise MachineError(f"{command[0]}: no answer in {timeout:.0f} s") from error
-    if done.returncode:
-        last = "\n".join(done.stderr.strip().splitlines()[-LAST_LINES:])
-        raise MachineError(f"{' '.join(command[:2])} ended with {done.returncode}:\n{last}")

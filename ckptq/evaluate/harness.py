@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib.util
 import json
-import os
 import subprocess
 import sys
 import tempfile
@@ -14,8 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from ckptq.errors import MachineError, UsageError
-
-LAST_LINES = 12
+from ckptq.evaluate.interpreter import run_python
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -43,16 +41,18 @@ class Benchmarks:
     device: str = "cpu"
     vllm_python: Path | None = None
     """An interpreter with vLLM and lm-eval; None runs transformers in this one."""
+    ranks: int = 1
+    """Processes that vLLM runs in."""
 
 
 def run_benchmarks(checkpoint: Path, asked: Benchmarks) -> tuple[TaskScore, ...]:
     """Every metric of every task, from a process of lm-eval's own.
 
-    UsageError where lm-eval is not installed, MachineError with its last words where it fails.
+    UsageError where lm-eval is not installed, MachineError with its own error where it fails.
     """
     check_installed(asked)
     with tempfile.TemporaryDirectory(prefix="ckptq-") as folder:
-        _run(command(checkpoint, asked, Path(folder)), asked.folder)
+        run_python(command(checkpoint, asked, Path(folder)), folder=asked.folder)
         files = sorted(Path(folder).rglob("results_*.json"))
         if not files:
             raise MachineError(f"lm-eval ended without results for {', '.join(asked.names)}")
@@ -85,7 +85,8 @@ def command(checkpoint: Path, asked: Benchmarks, out: Path) -> list[str]:
     # absolute, but not resolved: an environment's interpreter is a link that knows where it lies
     words = [str((asked.vllm_python or Path(sys.executable)).absolute()), "-m", "lm_eval", "run"]
     words += ["--model", "vllm" if vllm else "hf", "--tasks", ",".join(asked.names)]
-    words += ["--model_args", f"pretrained={checkpoint.resolve()},dtype=auto"]
+    shared = f",tensor_parallel_size={asked.ranks}" if asked.ranks > 1 else ""
+    words += ["--model_args", f"pretrained={checkpoint.resolve()},dtype=auto{shared}"]
     words += ["--output_path", str(out), "--batch_size", str(asked.batch_size)]
     words += [] if vllm else ["--device", asked.device]
     words += ["--include_path", str(asked.folder.resolve())] if asked.folder is not None else []
@@ -118,13 +119,3 @@ def scores(results: Mapping[str, Any], engine: str) -> tuple[TaskScore, ...]:
 
 def _engine(asked: Benchmarks) -> str:
     return "vLLM" if asked.vllm_python is not None else "transformers"
-
-
-def _run(words: list[str], folder: Path | None) -> None:
-    environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
-    done = subprocess.run(
-        words, env=environment, cwd=folder, capture_output=True, text=True, check=False
-    )
-    if done.returncode:
-        last = "\n".join(done.stderr.strip().splitlines()[-LAST_LINES:])
-        raise MachineError(f"lm-eval ended with {done.returncode}:\n{last}")

@@ -123,4 +123,6 @@ def _evaluate(
     )
     if not asked.tasks:
         return found
-    return replace(found, benchmarks=run_benchmarks(ckpt.path, _benchmarks(asked)))
+    ranks = found.engines[-1].ranks if found.engines else 1
+    benchmarks = replace(_benchmarks(asked), ranks=ranks)
+    return replace(found, benchmarks=run_benchmarks(ckpt.path, benchmarks))

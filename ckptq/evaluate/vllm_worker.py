@@ -16,9 +16,6 @@ import sys
 def main() -> None:
     # one process, so that an error in the engine surfaces here
     os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
-    os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
-    os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
-    os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
     job_file, result_file = sys.argv[1:]
     with open(job_file) as file:
         job = json.load(file)
@@ -61,7 +58,6 @@ def ranks_for(kv_heads: int | None, device: str) -> int:
     if device != "cpu" or kv_heads is None or kv_heads > (os.cpu_count() or 1):
         return 1
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "1"
-    os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
     return kv_heads
 
 

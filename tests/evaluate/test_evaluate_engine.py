@@ -11,6 +11,7 @@ from test_evaluate_compare import TEXT
 from ckptq.errors import MachineError, UsageError
 from ckptq.evaluate.engine import EngineRun, engine_row, heads_with_scales, in_vllm
 from ckptq.evaluate.harness import Benchmarks, command, run_benchmarks, scores
+from ckptq.evaluate.interpreter import last_words
 from ckptq.evaluate.kv_cache import declared_cache
 from ckptq.evaluate.result import Thresholds
 from ckptq.evaluate.run import evaluate
@@ -92,6 +93,20 @@ def test_an_interpreter_without_vllm_says_so(saved):
         in_vllm(Path("/no/such/python"), saved("llama"), TEXT)
 
 
+def test_of_many_errors_the_first_is_the_cause():
+    log = """\
+(Worker_TP0 pid=1) ERROR 11-21 05:38:19 [multiproc_executor.py:953]     raise ValueError(f"x")
+(Worker_TP0 pid=1) ERROR 11-21 05:38:19 [multiproc_executor.py:953] ValueError: No backend: NONE
+(EngineCore pid=2) ERROR 11-21 05:38:20 [core.py:1] Exception: WorkerProc failed, see stack trace"""
+    last = "Traceback:\n  raise RuntimeError(\nRuntimeError: Engine core initialization failed"
+    assert last_words(log, last) == "ValueError: No backend: NONE"
+    assert last_words("", last) == "RuntimeError: Engine core initialization failed"
+    assert last_words("", "[rank0]: torch.cuda.OutOfMemoryError: 1 GB") == (
+        "torch.cuda.OutOfMemoryError: 1 GB"
+    )
+    assert last_words("", "killed\n") == "killed"
+
+
 def test_caches_on_a_cpu_have_one_scale_and_leave_q_alone(saved):
     per_head = declared_cache(saved("llama", "kv-fp8-per-head"))
     heads = heads_with_scales(per_head)
@@ -108,8 +123,7 @@ def test_caches_on_a_cpu_have_one_scale_and_leave_q_alone(saved):
 
 def test_a_cpu_gets_a_process_for_each_scale_as_far_as_cores_go(monkeypatch):
     monkeypatch.setattr("os.cpu_count", lambda: 4)
-    for name in ("VLLM_ENABLE_V1_MULTIPROCESSING", "VLLM_CPU_OMP_THREADS_BIND"):
-        monkeypatch.setenv(name, "before")  # so that what is set is taken back
+    monkeypatch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "0")  # taken back afterwards
     assert ranks_for(4, "cpu") == 4
     assert os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] == "1"
     assert [ranks_for(8, "cpu"), ranks_for(None, "cpu"), ranks_for(4, "cuda")] == [1, 1, 1]
@@ -146,6 +160,8 @@ def test_lm_eval_is_asked_by_its_own_command():
     assert words[0] == "/vllm/python"
     assert "--device" not in words
     assert words[words.index("--model") + 1] == "vllm"
+    words = command(Path("/ckpt"), replace(asked, ranks=2), Path("/out"))
+    assert words[words.index("--model_args") + 1].endswith(",tensor_parallel_size=2")
 
 
 def test_numbers_are_read_out_of_lm_eval_s_results():
