@@ -40,9 +40,12 @@ def quantization_config(plan: Plan, attention_class: str | None) -> dict[str, An
         for group in plan.recipe.groups
         if not group.is_attention or attention_class is not None
     }
+    kv = plan.recipe.attention
+    if plan.kept is not None:
+        groups = {**plan.kept["config_groups"], **groups}
+        return {**plan.kept, "config_groups": groups, "kv_cache_scheme": _args(kv or {})}
     formats = {g.format for g in plan.recipe.groups if not g.is_attention}
     overall = formats.pop() if len(formats) == 1 else "mixed-precision" if formats else "dense"
-    kv = plan.recipe.attention
     return {
         "quant_method": "compressed-tensors",
         "version": version("compressed-tensors"),

@@ -28,6 +28,8 @@ SCALE = "weight_scale"
 FOREIGN_NAMES = {"weight_scale_inv": SCALE}
 """Names that other tools give to compressed-tensors' tensors."""
 
+READABLE = ("compressed-tensors", "fp8")
+
 LOCAL = (
     *("weight", "weight_packed", SCALE, "weight_zero_point", "weight_shape"),
     *("weight_global_scale", *FOREIGN_NAMES),
@@ -85,6 +87,8 @@ def read_encoded(ckpt: Checkpoint) -> dict[str, Encoded]:
     config = ckpt.quantization_config
     if config is None:
         return {}
+    if config.get("quant_method") not in READABLE:
+        raise PlanError(_unreadable(ckpt, config))
     indexed = next((name for name in ckpt.tensors if name.endswith("weight_g_idx")), None)
     if indexed:
         raise PlanError(
@@ -152,9 +156,13 @@ def _scheme(ckpt: Checkpoint, config: Mapping[str, Any], module: str) -> WeightS
             strategy="block",
             block_structure=(int(block[0]), int(block[1])),
         )
-    raise PlanError(
-        f"{ckpt.path}: is quantized with {method!r}, which ckptq cannot read back; it reads "
-        "compressed-tensors and FP8 blocks (quant_method fp8 with weight_block_size)"
+    raise PlanError(_unreadable(ckpt, config))
+
+
+def _unreadable(ckpt: Checkpoint, config: Mapping[str, Any]) -> str:
+    return (
+        f"{ckpt.path}: is quantized with {config.get('quant_method')!r}, which ckptq cannot read "
+        "back; it reads compressed-tensors and FP8 blocks (quant_method fp8 with weight_block_size)"
     )
 
 

@@ -58,6 +58,17 @@ def plan_attention(ckpt: Checkpoint, layout: Layout, args: Args) -> AttentionPla
     )
 
 
+def last_tensors(ckpt: Checkpoint, attention: AttentionPlan) -> dict[str, str]:
+    """The last tensor of each attention module on disk -> the module: its scales follow there."""
+    last = {}
+    for name in ckpt.tensors:
+        parent = name.rpartition(".")[0]
+        for module in (parent, parent.rpartition(".")[0]):
+            if module in attention.scales:
+                last[module] = name
+    return {name: module for module, name in last.items()}
+
+
 def _key_projections(layout: Layout) -> dict[str, str]:
     """Attention module -> dtype of its weights, in the order of the layers."""
     found = {}

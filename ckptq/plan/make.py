@@ -12,14 +12,15 @@ from typing import Literal
 
 from ckptq.checkpoint.header import StoredTensor
 from ckptq.checkpoint.open import Checkpoint
-from ckptq.errors import PlanError
+from ckptq.errors import PlanError, UsageError
 from ckptq.models.modules import Layout, Linear, fused_set, read_layout
 from ckptq.models.weight import Encoded, Reordered, View, Weight
 from ckptq.permute.order import Sharing
-from ckptq.plan.attention import AttentionPlan, plan_attention
+from ckptq.plan.attention import AttentionPlan, last_tensors, plan_attention
 from ckptq.plan.match import choose, refuse_split_sets, refuse_unserved
 from ckptq.plan.permutable import keep_permutable
 from ckptq.plan.rope import half_split, prove_scales, read_marks
+from ckptq.plan.stored_as_is import copied_units, kept_config
 from ckptq.plan.unit import Part, Plan, Unit
 from ckptq.quantize.formats import needs_statistic
 from ckptq.quantize.scheme import WeightScheme
@@ -54,10 +55,12 @@ def make_plan(
     `rope_proof` makes q/k scales equal on the rows that the permutation exchanges.
     """
     if ckpt.quantization_config is not None and all(g.is_attention for g in recipe.groups):
-        raise PlanError(
-            f"{ckpt.path}: is already quantized, and recipe {recipe.name!r} quantizes no weights: "
-            "take its scales from the unquantized checkpoint, with a recipe for weights and cache"
-        )
+        if rope_order != "keep" or rope_proof is not None:
+            raise UsageError(
+                f"recipe {recipe.name!r} leaves quantized weights as they are stored; reorder them "
+                "with `ckptq permute` on its result"
+            )
+        return _cache_alone(ckpt, recipe, shard_bytes)
     layout = read_layout(ckpt)
     orders = read_marks(ckpt)
     if rope_order == "half-split":
@@ -95,6 +98,26 @@ def make_plan(
     )
 
 
+def _cache_alone(ckpt: Checkpoint, recipe: Recipe, shard_bytes: int) -> Plan:
+    """Calibrated scales for a quantized checkpoint whose weights stay as they are stored."""
+    layout, kept = read_layout(ckpt), kept_config(ckpt)
+    attention = plan_attention(ckpt, layout, recipe.attention or {})
+    units = tuple(copied_units(ckpt, layout, attention))
+    return Plan(
+        recipe=recipe,
+        units=units,
+        shards=fill_shards(units, shard_bytes),
+        groups={},
+        inputs={},
+        input_observer=_input_observer(recipe),
+        ignore=tuple(kept.get("ignore") or ()),
+        attention=attention,
+        layout=layout,
+        marks=read_marks(ckpt),
+        kept=kept,
+    )
+
+
 def _units(
     ckpt: Checkpoint,
     layout: Layout,
@@ -104,7 +127,7 @@ def _units(
 ) -> Iterator[Unit]:
     """Walk the source in the order of its bytes; each tensor is in exactly one unit."""
     schemes = {g.name: weight_scheme(g) for g in recipe.groups if g.weights is not None}
-    ends = _last_tensors(ckpt, attention) if attention else {}
+    ends = last_tensors(ckpt, attention) if attention else {}
     split = any(layout.linears[name].weight.index is not None for name in chosen)
     done: set[str] = set()
     errors: list[str] = []
@@ -146,17 +169,6 @@ def weight_scheme(group: Group) -> WeightScheme:
         return WeightScheme.from_args(group.weights or {}, group.format or "")
     except PlanError as error:
         raise PlanError(f"group {group.name!r}: {error}") from error
-
-
-def _last_tensors(ckpt: Checkpoint, attention: AttentionPlan) -> dict[str, str]:
-    """The last tensor of each attention module on disk -> the module: its scales follow there."""
-    last = {}
-    for name in ckpt.tensors:
-        parent = name.rpartition(".")[0]
-        for module in (parent, parent.rpartition(".")[0]):
-            if module in attention.scales:
-                last[module] = name
-    return {name: module for module, name in last.items()}
 
 
 def _linear_unit(

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from math import lcm
+from typing import Any
 
 from ckptq.checkpoint.header import StoredTensor
 from ckptq.models.modules import Layout, Linear
@@ -103,6 +104,8 @@ class Plan:
     layout: Layout
     marks: Marks = field(default_factory=dict)
     """RoPE orders that the output is marked with; empty where nothing was permuted."""
+    kept: Mapping[str, Any] | None = None
+    """Quantization config of a source whose weights are copied as they are stored, quantized."""
 
     @property
     def read_bytes(self) -> int:

@@ -182,8 +182,8 @@ def test_code_in_the_checkpoint_runs_only_when_trusted(saved, batches, tmp_path,
     assert torch.equal(stream.hidden_BSE[0], want.hidden_BSE[0])
 
 
-def test_already_quantized_source_is_refused(saved):
+def test_a_source_that_cannot_be_read_back_is_refused(saved):
     ckpt = saved("llama")
-    config = {**ckpt.config, "quantization_config": {"quant_method": "compressed-tensors"}}
-    with pytest.raises(SourceError, match="already quantized"):
+    config = {**ckpt.config, "quantization_config": {"quant_method": "gptq"}}
+    with pytest.raises(PlanError, match="quantized with 'gptq', which ckptq cannot read back"):
         open_model(replace(ckpt, config=config))
