@@ -125,11 +125,11 @@ def _missing(subject: Subject) -> Iterator[Finding]:
     """Each tensor of the source, itself or as codes."""
     assert subject.origin is not None
     assert subject.source is not None
-    for name in subject.origin.others:
+    told = {m.origin.name for m in subject.modules.values() if m.origin and m.codes is not None}
+    for name in (*subject.origin.others, *_no_matrices(subject, told)):
         yield from _copied(subject, subject.source.tensors[name])
     for module in subject.modules.values():
         yield from _left_alone(module)
-    told = {m.origin.name for m in subject.modules.values() if m.origin and m.codes is not None}
     gone = [
         linear
         for linear in subject.origin.linears.values()
@@ -145,6 +145,15 @@ def _missing(subject: Subject) -> Iterator[Finding]:
                 "tensor-missing", f"{linear.name}.weight", found="no such tensor",
                 wanted=str(linear.weight.spec),
             )  # fmt: skip
+
+
+def _no_matrices(subject: Subject, told: set[str]) -> dict[str, None]:
+    """Source tensors of Linears whose names are here too, on tensors that make no Linear: fused
+    experts left as they are, and whatever has another number of axes."""
+    assert subject.origin is not None
+    rest = (one for one in subject.origin.linears.values() if one.name not in told)
+    names = (linear.weight.stored.name for linear in rest)
+    return dict.fromkeys(name for name in names if name in subject.ckpt.tensors)
 
 
 def _left_alone(module: Module) -> Iterator[Finding]:

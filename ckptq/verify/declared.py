@@ -135,16 +135,16 @@ def _group(
         found.append(_wrong("group-invalid", f"{where}.targets", entry.get("targets"), "a list"))
     named = read_names(targets)
     found += [_bad_pattern(f"{where}.targets", entry) for entry in named.broken]
+    for field in ("input_activations", "output_activations"):
+        if entry.get(field) is not None and not isinstance(entry[field], dict):
+            found.append(_wrong("group-invalid", f"{where}.{field}", entry[field], "an object"))
     inputs = entry.get("input_activations")
-    if inputs is not None and not isinstance(inputs, dict):
-        found.append(_wrong("group-invalid", f"{where}.input_activations", inputs, "an object"))
-        inputs = None
     return Group(
         name=name,
         targets=tuple(targets),
         named=named,
         scheme=_scheme(where, entry, config, found),
-        input_scale=_input_scale(inputs),
+        input_scale=_input_scale(inputs if isinstance(inputs, dict) else None),
     )
 
 

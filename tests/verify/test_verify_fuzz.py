@@ -2,34 +2,78 @@
 
 import random
 import signal
+import time
 
+import fuzz
 import pytest
-from fuzz import alarmed, run_case
-from verify_checkpoints import copy_of
+import torch
+from verify_checkpoints import FAMILIES, copy_of
 
+from ckptq.verify import run, values
 from ckptq.verify.run import verify
 
 
 @pytest.fixture(autouse=True)
 def no_hang():
-    before = signal.signal(signal.SIGALRM, alarmed)
+    before = signal.signal(signal.SIGALRM, fuzz.alarmed)
     yield
     signal.signal(signal.SIGALRM, before)
 
 
-@pytest.mark.parametrize("family", ["llama", "llama4"])
+@pytest.fixture(scope="module")
+def split(tmp_path_factory):
+    """One format each time of every family, in several shards with an index."""
+    folder = tmp_path_factory.mktemp("split")
+    formats = ("fp8-channel", "int4-asym", "mxfp4", "nvfp4")
+    return [
+        pair
+        for family, weights in zip(FAMILIES, formats, strict=True)
+        for pair in fuzz.make_all(folder, (family,), (weights,))
+    ]
+
+
 @pytest.mark.parametrize("chunk", range(4))
-def test_damage_never_ends_in_a_traceback(good, tmp_path, family, chunk):
-    folder, source = good(family, "fp8-channel", True)
-    ended = {
-        run_case(folder, source, tmp_path / "case", seed)
-        for seed in range(30 * chunk, 30 * (chunk + 1))
-    }
-    assert {"found", "SourceError"} <= ended
+def test_damage_never_ends_in_a_traceback(split, tmp_path, chunk):
+    outcome = fuzz.run_cases(split, tmp_path / "case", range(80 * chunk, 80 * (chunk + 1)))
+    assert outcome.failed == []
+    assert outcome.ended.total() == 80
+    assert {"found", "SourceError"} <= outcome.ended.keys()
+    assert outcome.growth_mb < fuzz.GROWTH
+
+
+def test_a_reader_that_breaks_is_counted(split, tmp_path, monkeypatch):
+    """The twin: what the fuzz looks for, it sees."""
+
+    def careless(tensor, *rest):
+        raise KeyError(tensor.name)
+
+    monkeypatch.setattr(values, "check_scale", careless)
+    outcome = fuzz.run_cases(split[:1], tmp_path / "case", range(40))
+    assert outcome.failed
+    assert all("KeyError" in line for line in outcome.failed)
+
+
+def test_a_reader_that_hangs_is_counted(split, tmp_path, monkeypatch):
+    monkeypatch.setattr(fuzz, "SECONDS", 0.1)
+    monkeypatch.setattr(run, "check_structure", lambda *_: time.sleep(20))
+    outcome = fuzz.run_cases(split[:1], tmp_path / "case", range(8))
+    assert outcome.failed
+    assert all("TooSlow" in line for line in outcome.failed)
+
+
+def test_a_reader_that_swallows_memory_is_counted(split, tmp_path, monkeypatch):
+    def greedy(*_):
+        torch.ones((fuzz.GROWTH + 64) << 20, dtype=torch.uint8)
+        return []
+
+    monkeypatch.setattr(run, "check_structure", greedy)
+    outcome = fuzz.run_cases(split[:1], tmp_path / "case", range(8))
+    assert outcome.failed
+    assert all("TooLarge" in line for line in outcome.failed)
 
 
 def test_a_flipped_byte_of_a_weight_is_always_found(good, tmp_path):
-    """The twin of the test above: damage to data is not only survived, it is seen."""
+    """Damage to data is not only survived, it is seen."""
     folder, source = good("llama", "int8")
     for seed in range(12):
         rng = random.Random(seed)

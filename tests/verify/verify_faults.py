@@ -224,6 +224,12 @@ def add_a_field(e):
     e.group["weights"]["wobble"] = 1
 
 
+@fault("group-invalid")
+def declare_outputs_that_are_no_object(e):
+    e.group["output_activations"] = -1
+    return "output_activations"
+
+
 @fault("group-invalid", weights=("int4",))
 def declare_the_wrong_format(e):
     e.group["format"] = "float-quantized"
@@ -352,6 +358,13 @@ def change_a_norm(e):
 def change_a_dtype(e):
     e.tensors["model.norm.weight"] = e.tensors["model.norm.weight"].float()
     return "model.norm.weight"
+
+
+@fault("copy-spec", families=("llama", "llama4"))
+def add_an_axis(e):
+    name = module(e, "embed_tokens") + ".weight"
+    e.tensors[name] = e.tensors[name][None]
+    return name
 
 
 @fault("rope-zero-points", families=("llama4",), weights=ASYM)
