@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from ckptq.calibrate.observers import scale_of
 from ckptq.checkpoint.open import Checkpoint
@@ -56,6 +56,15 @@ class KVCache:
         """As `--kv-cache` takes it."""
         suffixes = {None: "", Rotation.NONE: UNROTATED, Rotation.SIGNED: ROTATED}
         return self.mode + suffixes[self.rotation]
+
+    def bits(self, head_dim: int) -> float:
+        """Of a cached value: its code, and its share of a scale and a zero point per head."""
+        if self.mode == PLAIN:
+            return 16.0
+        if self.mode in STATIC:
+            return 8.0
+        held = FORMATS[self.mode.replace("-", "_")]
+        return 8 * (held.width(head_dim) + 4 + held.asymmetric) / head_dim
 
     @property
     def measures(self) -> bool:
@@ -127,6 +136,12 @@ def declared_cache(ckpt: Checkpoint) -> KVCache:
         # engines start from 1.0 and say nothing where a checkpoint declares scales it lacks
         return KVCache(mode=SCALE_1, origin="1.0: the checkpoint lacks its scales")
     return KVCache(mode=mode, scales=found, origin="checkpoint")
+
+
+def head_dim(text_config: Mapping[str, Any]) -> int:
+    """Values of one key of one head, as transformers reads it from a language model's config."""
+    given = text_config.get("head_dim")
+    return int(given or text_config["hidden_size"] // text_config["num_attention_heads"])
 
 
 def on_cpu(cache: KVCache, *, heads_apart: bool) -> KVCache:

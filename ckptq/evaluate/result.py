@@ -26,6 +26,8 @@ class Row:
     scales: str
     """Where the cache's scales come from."""
     nbytes: int
+    cache_bits: float = 16.0
+    """Of a cached value, its share of the scales included."""
     snr_db: float | None = None
     """Of all quantized weights together, in dB; None where they were not quantized here."""
     outcome: Outcome
@@ -44,6 +46,7 @@ class Row:
             "kv_cache": self.kv_cache,
             "scales": self.scales,
             "bytes": self.nbytes,
+            "cache_bits": self.cache_bits,
             "snr_db": self.snr_db,
             **asdict(self.measures),
             "layers": list(self.outcome.layers),
@@ -134,9 +137,10 @@ class Evaluation:
 
     @property
     def recommended(self) -> Row | None:
-        """The smallest row within the thresholds; of equals, the one nearest to the source."""
+        """The smallest row within the thresholds, of equals the one with the smallest cache, of
+        those the one nearest to the source."""
         good = [r for r in self.rows if not any(self.thresholds.failures(r, self.source))]
-        return min(good, key=lambda row: (row.nbytes, row.measures.kl), default=None)
+        return min(good, key=lambda r: (r.nbytes, r.cache_bits, r.measures.kl), default=None)
 
     def _not_zero(self) -> Iterator[str]:
         found = self.zero.measures

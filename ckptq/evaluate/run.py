@@ -15,7 +15,7 @@ from ckptq.errors import UsageError
 from ckptq.evaluate.compare import Comparison, Outcome
 from ckptq.evaluate.engine import EngineRow, EngineRun, engine_row, in_vllm
 from ckptq.evaluate.inputs import InputScheme, declared_inputs
-from ckptq.evaluate.kv_cache import KVCache, declared_cache, parse_cache
+from ckptq.evaluate.kv_cache import KVCache, declared_cache, head_dim, parse_cache
 from ckptq.evaluate.result import Evaluation, Row, Thresholds
 from ckptq.evaluate.schemes import SchemeWeights, planned_cache, planned_inputs
 from ckptq.evaluate.text import Text
@@ -91,6 +91,7 @@ class _Draft:
     variant: Variant
     weights: str
     nbytes: int
+    cache_bits: float
     quantized: SchemeWeights | None = None
 
     def row(self, outcomes: Mapping[str, Outcome]) -> Row:
@@ -99,6 +100,7 @@ class _Draft:
             kv_cache=self.variant.cache.name,
             scales=self.variant.cache.origin,
             nbytes=self.nbytes,
+            cache_bits=self.cache_bits,
             snr_db=self.quantized.snr_db if self.quantized is not None else None,
             outcome=outcomes[self.variant.name],
         )
@@ -144,8 +146,11 @@ class _Bench:
         plan = make_plan(self.base, recipe)
         weights = SchemeWeights(self.base, plan)
         variant = self._variant(recipe.name, planned_cache(plan), planned_inputs(plan))
-        draft = _Draft(
-            variant=variant, weights=recipe.name, nbytes=plan.write_bytes, quantized=weights
+        draft = replace(
+            self._draft(variant, self.base),
+            weights=recipe.name,
+            nbytes=plan.write_bytes,
+            quantized=weights,
         )
         self.drafts.append(draft)
         self._track(weights, [variant])
@@ -182,7 +187,8 @@ class _Bench:
         self._tracks.append((open_model(self.base, self.device, weights), variants))
 
     def _draft(self, variant: Variant, ckpt: Checkpoint) -> _Draft:
-        return _Draft(variant=variant, weights=ckpt.name, nbytes=ckpt.nbytes)
+        bits = variant.cache.bits(head_dim(self.base.text_config))
+        return _Draft(variant=variant, weights=ckpt.name, nbytes=ckpt.nbytes, cache_bits=bits)
 
     def _variant(self, weights: str, cache: KVCache, inputs: Mapping[str, InputScheme]) -> Variant:
         return Variant(name=f"{weights} / {cache.name}", cache=cache, inputs=inputs)

@@ -1,4 +1,3 @@
-import math
 import re
 import xml.etree.ElementTree as ElementTree
 from dataclasses import replace
@@ -7,43 +6,10 @@ import pytest
 from test_evaluate_scores import evaluation, logits, row
 
 from ckptq.errors import UsageError
-from ckptq.evaluate.chart import Series, chart
 from ckptq.evaluate.report import check_report, html, write_report
 from ckptq.show_evaluation import evaluation_tables
 
 SVG = "{http://www.w3.org/2000/svg}"
-
-
-def drawn(series) -> ElementTree.Element:
-    return ElementTree.fromstring(chart(series, "size, MB", "KL"))
-
-
-def circles(root) -> list[tuple[float, float]]:
-    return [(float(c.get("cx")), float(c.get("cy"))) for c in root.iter(f"{SVG}circle")]
-
-
-def test_worse_is_higher_larger_is_further_right_and_a_decade_is_a_decade():
-    series = [Series(f"row <{i}>", [(10.0 + i, 10.0**-i)]) for i in range(4)]
-    root = drawn(series)
-    (x0, y0), (x1, y1), (x2, y2), (x3, y3) = circles(root)
-    assert x0 < x1 < x2 < x3
-    assert y1 - y0 == pytest.approx(y2 - y1, abs=0.11) == pytest.approx(y3 - y2, abs=0.11)
-    assert y1 > y0
-    texts = [each.text for each in root.iter(f"{SVG}text")]
-    assert {"row <0>", "row <3>", "1e-3", "1e0", "size, MB"} <= set(texts)
-
-
-def test_zero_is_drawn_and_what_is_not_finite_is_named():
-    root = drawn([Series("zero", [(1.0, 0.0)]), Series("lost", [(1.0, math.nan)])])
-    assert len(circles(root)) == 1
-    assert "lost (not finite)" in [each.text for each in root.iter(f"{SVG}text")]
-    assert chart([Series("lost", [(1.0, math.nan)])], "x", "y") == ""
-
-
-def test_a_line_has_a_point_for_each_layer():
-    root = drawn([Series("row", [(1.0, 0.1), (2.0, 0.2), (3.0, 0.4)])])
-    (line,) = root.iter(f"{SVG}polyline")
-    assert len(line.get("points").split()) == len(circles(root)) == 3
 
 
 def test_the_page_has_every_number_of_the_table_and_why_the_answer_is_no():
