@@ -22,7 +22,7 @@ HERE = Path(__file__).parent
 HOLES = """
 import os, sys
 import numpy
-from ckptq.cli import main
+from ckptq.__main__ import main
 
 pwrite, copy_file_range = os.pwrite, os.copy_file_range
 

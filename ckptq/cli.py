@@ -5,17 +5,14 @@ Imports stand inside the commands, so that `--help` loads neither torch nor tran
 
 from __future__ import annotations
 
-import os
-import signal
-import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, NoReturn
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from ckptq import console
-from ckptq.errors import CkptqError, UsageError
+from ckptq.errors import UsageError
 from ckptq.options import (
     BatchSize,
     Data,
@@ -36,6 +33,7 @@ from ckptq.options import (
     TrustRemoteCode,
     Workers,
     nbytes,
+    new_file,
     one_of,
 )
 
@@ -171,6 +169,7 @@ def calibrate(
         device=device,
         trust_remote_code=trust_remote_code,
     )
+    new_file("--output", output)
     if data is None:
         console.note(NO_DATA)
     with console.progress() as begin:
@@ -208,6 +207,8 @@ def verify(
     from ckptq.verify.html import html_report
     from ckptq.verify.run import verify as check
 
+    if html is not None:
+        new_file("--html", html)
     with console.progress() as begin:
         report = begin("verify", open_checkpoint(path, problems=[]).nbytes)
         found = check(
@@ -384,29 +385,3 @@ def _words(given: Sequence[str] | None) -> list[str]:
     """Options that are given several times, with commas, or both."""
     words = (word.strip() for text in given or () for word in text.split(","))
     return list(dict.fromkeys(word for word in words if word))
-
-
-class Interrupted(BaseException):
-    """SIGINT or SIGTERM. No KeyboardInterrupt: with that one typer ends the program by itself,
-    without a word."""
-
-
-def main() -> NoReturn:
-    """The entry point: every error a user can mend becomes one message and an exit code."""
-    signal.signal(signal.SIGTERM, _interrupt)
-    signal.signal(signal.SIGINT, _interrupt)
-    try:
-        app()
-    except CkptqError as error:
-        sys.exit(console.complain(error))
-    except Interrupted:
-        console.note("interrupted; the same command goes on where this one stopped")
-        sys.exit(130)
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(0)
-    sys.exit(0)
-
-
-def _interrupt(*_: object) -> NoReturn:
-    raise Interrupted

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -56,6 +57,16 @@ def one_of(option: str, given: str, choice: Sequence[Word]) -> Word:
         if word == given:
             return word
     raise UsageError(f"{option} {given!r}: wanted {' or '.join(choice)}")
+
+
+def new_file(option: str, file: Path) -> None:
+    """UsageError, before any work is done, for a file that could not be written after it."""
+    if file.is_dir():
+        raise UsageError(f"{option} {file}: is a folder, wanted a file")
+    if not file.parent.is_dir():
+        raise UsageError(f"{option} {file}: there is no folder {file.parent}")
+    if not os.access(file.parent, os.W_OK):
+        raise UsageError(f"{option} {file}: no permission to write in {file.parent}")
 
 
 def nbytes(text: str) -> int:

@@ -15,7 +15,10 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
+
+from ckptq.calibrate import fused
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -52,12 +55,13 @@ def attention(
     """transformers' `sdpa_attention_forward`, with the module's tap called first."""
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-    from ckptq.calibrate.fused import fused_attention
     from ckptq.kernels.dispatch import on_gpu
 
     name, tap = getattr(module, _TAP, ("", None))
-    if tap is not None and on_gpu(query):
-        out = fused_attention(module, name, tap, (query, key, value), attention_mask, kwargs)
+    if tap is not None and tap.maxima is not None and on_gpu(query):
+        buffers = partial(tap.maxima, name, query, key)
+        qkv = (query, key, value)
+        out = fused.fused_attention(module, buffers, tap.lengths, qkv, attention_mask, kwargs)
         if out is not None:
             return out, None
     _show(module, query, key, value)

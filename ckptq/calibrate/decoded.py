@@ -13,7 +13,7 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from ckptq.calibrate.weights import CheckpointWeights, WeightSource
+from ckptq.calibrate.source import CheckpointWeights, WeightSource
 from ckptq.checkpoint.open import Checkpoint
 from ckptq.checkpoint.read import Files, read_tensor
 from ckptq.checkpoint.view import View, window

@@ -26,8 +26,9 @@ from ckptq.calibrate.record import (
     layers_replaced,
 )
 from ckptq.calibrate.skeleton import Skeleton, build_skeleton
+from ckptq.calibrate.source import WeightSource
 from ckptq.calibrate.text import Batch
-from ckptq.calibrate.weights import Loader, WeightSource
+from ckptq.calibrate.weights import Loader
 from ckptq.checkpoint.open import Checkpoint
 
 if TYPE_CHECKING:

@@ -9,7 +9,7 @@ Shape letters: B batch, H query heads, K key/value heads, S positions, D head si
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
@@ -17,8 +17,8 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor, nn
 
-    from ckptq.calibrate.attention import Tap
     from ckptq.kernels.mask import Mask
+    from ckptq.kernels.maxima import Maxima
 
 UNDERSTOOD = ("scaling", "softcap", "sliding_window", "dropout", "is_causal")
 HARMLESS = ("position_ids", "cache_position", "position_embeddings")
@@ -27,20 +27,23 @@ HARMLESS = ("position_ids", "cache_position", "position_embeddings")
 
 def fused_attention(
     module: nn.Module,
-    name: str,
-    tap: Tap,
+    buffers: Callable[[], Maxima],
+    lengths: Sequence[int],
     qkv_BHSD: tuple[Tensor, Tensor, Tensor],
     attention_mask: Tensor | None,
     kwargs: Mapping[str, Any],
 ) -> Tensor | None:
-    """Attention [B, S, H, D], its maxima folded into the tap's buffers; None if it must be SDPA."""
+    """Attention [B, S, H, D], its maxima folded into `buffers`; None if it must be SDPA.
+
+    `lengths` says how many positions of each row are real.
+    """
     from ckptq.kernels.calibration_attention import attention_with_maxima
 
     query, key, value = qkv_BHSD
-    if tap.maxima is None or _unknown(kwargs) or query.shape[2] != key.shape[2]:
+    if _unknown(kwargs) or query.shape[2] != key.shape[2]:
         return None
-    mask, lengths = mask_in_words(module, kwargs), tuple(tap.lengths)
-    if not says_the_same(mask, attention_mask, lengths, query.shape[2]):
+    mask, real = mask_in_words(module, kwargs), tuple(lengths)
+    if not says_the_same(mask, attention_mask, real, query.shape[2]):
         return None
     scaling = kwargs.get("scaling")
     return attention_with_maxima(
@@ -49,8 +52,8 @@ def fused_attention(
         sliding_window=mask.sliding_window,
         chunk=mask.chunk,
         softcap=kwargs.get("softcap"),
-        spans=spans_of(lengths, query.device) if len(set(lengths)) > 1 else None,
-        maxima=tap.maxima(name, query, key),
+        spans=spans_of(real, query.device) if len(set(real)) > 1 else None,
+        maxima=buffers(),
     )
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from ckptq.calibrate.decoded import DecodedWeights, weights_of
 from ckptq.calibrate.forward import LayerwiseModel, open_model
-from ckptq.calibrate.weights import WeightSource
+from ckptq.calibrate.source import WeightSource
 from ckptq.checkpoint.open import Checkpoint
 from ckptq.errors import UsageError
 from ckptq.evaluate.compare import Comparison, Outcome

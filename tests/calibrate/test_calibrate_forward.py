@@ -13,8 +13,8 @@ from calibrate_models import FAMILIES, VOCAB, samples_of, token_rows
 
 from ckptq.calibrate.forward import open_model
 from ckptq.calibrate.skeleton import build_skeleton
+from ckptq.calibrate.source import CheckpointWeights
 from ckptq.calibrate.text import Batch
-from ckptq.calibrate.weights import CheckpointWeights
 from ckptq.checkpoint.open import open_checkpoint
 from ckptq.errors import PlanError, SourceError
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import json
 import shutil
@@ -16,7 +17,8 @@ import torch
 import typer
 from safetensors.torch import load_file, save_file
 
-from ckptq.cli import app, main
+from ckptq.__main__ import main
+from ckptq.cli import app
 
 SURFACE = {
     "quantize": {
@@ -217,3 +219,28 @@ def test_empty_calibration_text_is_named(llama: Path, tmp_path: Path) -> None:
     assert done.returncode in (2, 3)
     assert "empty.txt" in done.stderr
     assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize("place", ["folder", "absent/file"])
+def test_a_file_that_could_not_be_written_is_refused_before_the_work(
+    llama: Path, tmp_path: Path, place: str
+) -> None:
+    (tmp_path / "folder").mkdir()
+    scales = run("calibrate", llama, "-o", tmp_path / place)
+    assert scales.returncode == 2
+    assert f"--output {tmp_path / place}: " in scales.stderr
+    page = run("verify", llama, "--html", tmp_path / place)
+    assert page.returncode == 2
+    assert f"--html {tmp_path / place}: " in page.stderr
+
+
+def test_what_the_machine_refuses_is_one_message(
+    llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object, **__: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device", "report.html")
+
+    monkeypatch.setattr(Path, "write_text", full)
+    done = run("verify", llama, "--html", tmp_path / "report.html")
+    assert done.returncode == 4
+    assert done.stderr.endswith("error: [Errno 28] No space left on device: 'report.html'\n")

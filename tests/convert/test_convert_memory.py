@@ -13,7 +13,7 @@ from ckptq.spec import TensorSpec
 
 MEASURED = """
 import sys
-from ckptq.cli import main
+from ckptq.__main__ import main
 try:
     main()
 finally:

@@ -6,7 +6,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from ckptq.calibrate.decoded import DecodedWeights
-from ckptq.calibrate.weights import CheckpointWeights
+from ckptq.calibrate.source import CheckpointWeights
 from ckptq.checkpoint.open import open_checkpoint
 from ckptq.errors import SourceError
 from ckptq.evaluate.schemes import SchemeWeights
