@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import tempfile
 from collections.abc import Iterable, Sequence
 from html import escape
 from pathlib import Path
@@ -34,6 +35,12 @@ def check_report(file: Path) -> None:
         raise UsageError(f"--report {file}: wanted a name that ends in {', '.join(SUFFIXES)}")
     if not file.parent.is_dir():
         raise UsageError(f"--report {file}: {file.parent} is no folder")
+    if file.is_dir():
+        raise UsageError(f"--report {file}: is a folder")
+    try:
+        tempfile.TemporaryFile(dir=file.parent).close()
+    except OSError as error:
+        raise UsageError(f"--report {file}: cannot be written: {error.strerror}") from error
     if file.suffix == ".png" and importlib.util.find_spec("matplotlib") is None:
         raise UsageError(
             f"--report {file}: a PNG needs matplotlib: pip install 'ckptq[plot]'; "

@@ -64,10 +64,16 @@ def evaluate_request(
 def _check(asked: EvaluationRequest) -> None:
     for name in asked.caches:
         parse_cache(name, None)
+    asked.thresholds.check()
     if asked.thresholds.min_accuracy is not None and asked.task is None and not asked.tasks:
         raise UsageError(
             "--min-accuracy is a share of questions; give --task FILE or --tasks NAMES"
         )
+    if asked.tasks_path is not None:
+        if not asked.tasks:
+            raise UsageError(f"--tasks-path {asked.tasks_path}: name its tasks with --tasks NAMES")
+        if not asked.tasks_path.is_dir():
+            raise UsageError(f"--tasks-path {asked.tasks_path}: no such folder")
     if asked.tasks:
         check_installed(_benchmarks(asked))
 

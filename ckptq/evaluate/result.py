@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, astuple, dataclass, field
 from typing import Any
 
+from ckptq.errors import UsageError
 from ckptq.evaluate.compare import Outcome
 from ckptq.evaluate.engine import EngineRow
 from ckptq.evaluate.harness import TaskScore
@@ -66,6 +68,15 @@ class Thresholds:
     def any(self) -> bool:
         """Whether something is asked at all."""
         return any(limit is not None for limit in astuple(self))
+
+    def check(self) -> None:
+        """UsageError for a limit that is no number, or that no row could miss or meet."""
+        for name, limit in asdict(self).items():
+            option = f"--{name.replace('_', '-')}"
+            share = name.startswith("min_")
+            if limit is not None and not 0 <= limit <= (1 if share else sys.float_info.max):
+                wanted = "a share, from 0 to 1" if share else "a number from 0 on"
+                raise UsageError(f"{option} {limit:g}: wanted {wanted}")
 
     def failures(self, row: Row, source: Row) -> Iterator[str]:
         """A line for each number that is out of bounds, NaN among them."""

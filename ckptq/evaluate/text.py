@@ -74,16 +74,19 @@ def read_questions(
 
     Prompt and answer are joined by a blank unless one of them has one there; the answer begins
     where the tokens of the whole leave those of the prompt. `limit` draws that many by `seed`, in
-    their order. SourceError for a line that lacks a field or whose answer has no token of its own.
+    their order. SourceError for a file that is not there, a line that lacks a field or whose answer
+    has no token of its own.
     """
-    rows = list(read_rows(file, "test", MAX_QUESTIONS))
+    if not file.is_file():
+        raise SourceError(f"{file}: no such file; --task wants a .jsonl of prompt and answer")
+    rows = list(enumerate(read_rows(file, "test", MAX_QUESTIONS), start=1))
     if not rows:
         raise SourceError(f"{file}: no question in it")
     if limit is not None and limit < len(rows):
         chosen = sorted(random.Random(seed).sample(range(len(rows)), limit))
         rows = [rows[index] for index in chosen]
     tokenizer = Tokenizer(checkpoint, str(file))
-    return [_question(file, number, row, tokenizer) for number, row in enumerate(rows, start=1)]
+    return [_question(file, number, row, tokenizer) for number, row in rows]
 
 
 def _question(file: Path, number: int, row: object, tokenizer: Tokenizer) -> Line:

@@ -1,4 +1,5 @@
 import json
+import shutil
 
 import pytest
 from evaluate_models import WORDS, plain_logits, plain_model, token_rows, write_rows
@@ -140,3 +141,58 @@ def test_a_question_without_an_answer_is_refused(saved, tmp_path, row):
     file.write_text(json.dumps(row) + "\n")
     with pytest.raises(SourceError, match="question 1 wants a prompt and an answer"):
         read_questions(file, saved("llama").path)
+
+
+LIMITS = [
+    ("--max-kl", "nan", "a number from 0 on"),
+    ("--max-kl", "-1", "a number from 0 on"),
+    ("--max-ppl-ratio", "inf", "a number from 0 on"),
+    ("--min-agreement", "95", "a share, from 0 to 1"),
+]
+
+
+@pytest.mark.parametrize(("option", "limit", "wanted"), LIMITS)
+def test_a_limit_that_means_nothing_is_refused(saved, data, option, limit, wanted):
+    words = (saved("llama", "fp8-dynamic").path, "--source", saved("llama").path, "--data", data)
+    with pytest.raises(UsageError, match=f"{option} .*: wanted {wanted}"):
+        run(*words, option, limit)
+    code, _ = run(*words, option, "0" if option.startswith("--min") else "1e9")
+    assert code == 0
+
+
+BAD_TASKS = {
+    '{"prompt": "w1", "answer": "w2"}\n{"prompt": "w1", answer}\n': "line 2: not valid JSON",
+    '{"prompt": "w1", "answer": "w2"}\n{"prompt": "w1"}\n': "question 2 wants a prompt",
+    '{"prompt": "w1", "answer": "w2"}\n[1]\n': "line 2: not a JSON object",
+    "\n": "no question in it",
+}
+
+
+@pytest.mark.parametrize("text", BAD_TASKS)
+def test_a_bad_task_is_named_with_its_line(saved, tmp_path, text):
+    file = tmp_path / "task.jsonl"
+    file.write_text(text)
+    with pytest.raises(SourceError, match=f"task.jsonl.*{BAD_TASKS[text]}"):
+        read_questions(file, saved("llama").path)
+    with pytest.raises(SourceError, match=r"gone.jsonl: no such file"):
+        read_questions(tmp_path / "gone.jsonl", saved("llama").path)
+
+
+def test_questions_that_are_drawn_keep_their_numbers(saved, tmp_path):
+    good = '{"prompt": "w1", "answer": "w2"}\n'
+    file = tmp_path / "task.jsonl"
+    file.write_text(4 * good + '{"prompt": "w1"}\n')
+    assert len(read_questions(file, saved("llama").path, limit=2, seed=1)) == 2
+    with pytest.raises(SourceError, match="question 5"):
+        read_questions(file, saved("llama").path, limit=4)
+
+
+def test_a_source_with_another_vocabulary_is_refused(saved, data, tmp_path):
+    """Both have the same names; one tensor has other rows than the config of the other asks for."""
+    source = tmp_path / "source"
+    shutil.copytree(saved("llama").path, source)
+    config = json.loads((source / "config.json").read_text())
+    config["vocab_size"] += 8
+    (source / "config.json").write_text(json.dumps(config))
+    with pytest.raises(SourceError, match=r"embed_tokens.*on disk, config.json asks for"):
+        run(saved("llama", "w4a16").path, "--source", source, "--data", data)

@@ -1,6 +1,7 @@
 import re
 import xml.etree.ElementTree as ElementTree
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 from test_evaluate_scores import evaluation, logits, row
@@ -35,7 +36,10 @@ def test_reports_are_written_by_their_ending(tmp_path):
 
 def test_a_report_that_cannot_be_written_is_refused_before_the_work(tmp_path):
     check_report(tmp_path / "a.html")
-    for wrong in (tmp_path / "a.pdf", tmp_path / "no" / "a.html"):
+    assert list(tmp_path.iterdir()) == []
+    (tmp_path / "b.html").mkdir()
+    proc = Path("/proc/a.html")  # a folder in which not even root makes files
+    for wrong in (tmp_path / "a.pdf", tmp_path / "no" / "a.html", tmp_path / "b.html", proc):
         with pytest.raises(UsageError, match=re.escape(str(wrong))):
             check_report(wrong)
 
