@@ -36,6 +36,7 @@ from ckptq.options import (
     new_file,
     one_of,
 )
+from ckptq.progress import silent
 
 if TYPE_CHECKING:
     from ckptq.recipes.load import Recipe
@@ -150,7 +151,11 @@ def calibrate(
     trust_remote_code: TrustRemoteCode = False,
     json: Json = False,
 ) -> None:
-    """Run the model layer by layer over text and write its attention scales to a small file."""
+    """Run the model layer by layer over text and write its attention scales to a small file.
+
+    On several GPUs: torchrun --nproc-per-node 4 -m ckptq calibrate ...
+    """
+    from ckptq.calibrate.ranks import together
     from ckptq.calibrate.request import CalibrationRequest, calibrate_plan
     from ckptq.calibrate.scales import save_scales
     from ckptq.checkpoint.open import open_checkpoint
@@ -170,12 +175,15 @@ def calibrate(
         trust_remote_code=trust_remote_code,
     )
     new_file("--output", output)
-    if data is None:
-        console.note(NO_DATA)
-    with console.progress() as begin:
-        made = calibrate_plan(ckpt, plan, wanted, begin)
-    save_scales(output, made)
-    show_scales(output, made, json)
+    with together() as ranks:
+        if data is None and ranks.leads:
+            console.note(NO_DATA)
+        with console.progress() as begin:
+            begin = begin if ranks.leads else silent
+            made = calibrate_plan(ckpt, plan, wanted, begin, ranks=ranks)
+        if ranks.leads:
+            save_scales(output, made)
+            show_scales(output, made, json)
 
 
 @app.command()

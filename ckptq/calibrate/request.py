@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ckptq.calibrate.ranks import ALONE, Ranks, own_device
 from ckptq.checkpoint.open import Checkpoint
 from ckptq.errors import SourceError, UsageError
 from ckptq.plan.unit import Plan
@@ -77,6 +78,7 @@ def calibrate_plan(
     wanted: CalibrationRequest,
     begin: Begin,
     folder: Path | None = None,
+    ranks: Ranks = ALONE,
 ) -> Scales:
     """The scales that a plan needs, from the text that was asked for."""
     import torch
@@ -105,10 +107,11 @@ def calibrate_plan(
         input_observer=plan.input_observer,
         inputs=plan.inputs,
         batch_size=wanted.batch_size,
-        device=device,
+        device=own_device(device),
         trust_remote_code=wanted.trust_remote_code,
         progress=lambda done, total: report(f"layer {done}", 1),
         journal=folder,
+        ranks=ranks,
     )
 
 

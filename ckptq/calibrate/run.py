@@ -7,7 +7,7 @@ is observed: text never reaches a vision tower, so scales for it would be made u
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from importlib.metadata import version
 from pathlib import Path
@@ -19,6 +19,7 @@ from ckptq.calibrate.forward import LayerwiseModel, open_model
 from ckptq.calibrate.inputs import Inputs
 from ckptq.calibrate.journal import Journal
 from ckptq.calibrate.observers import Observer, Strategy, make_observer
+from ckptq.calibrate.ranks import ALONE, Ranks
 from ckptq.calibrate.result import scales_of
 from ckptq.calibrate.scales import Scales, source_fingerprint
 from ckptq.calibrate.statistics import Statistics, Wanted
@@ -52,6 +53,7 @@ def calibrate(
     trust_remote_code: bool = False,
     progress: Progress = lambda done, total: None,
     journal: Path | None = None,
+    ranks: Ranks = ALONE,
 ) -> Scales:
     """Scales for q, k and v of every attention layer: [H, 1, 1] for "attn_head", [1] for "tensor".
 
@@ -69,6 +71,8 @@ def calibrate(
 
     With a `journal` folder an interrupted run goes on where it stopped, and ends with equal bytes;
     UsageError when the folder is of a run with another source, samples or arguments.
+
+    With `ranks` every process runs its share of the batches, and all get the scales of all.
     """
     if batch_size < 1:
         raise UsageError(f"batch_size must be at least 1, got {batch_size}")
@@ -78,6 +82,7 @@ def calibrate(
         inputs=inputs,
         linear=_observer(input_observer, None),
     )
+    ranks.check([wanted.attention.name, wanted.linear.name])
     kept = None
     if journal is not None:
         kept = Journal(journal, _identity(ckpt, samples, wanted, batch_size, device, eager))
@@ -86,7 +91,9 @@ def calibrate(
     model = open_model(ckpt, device, eager=eager, trust_remote_code=trust_remote_code)
     statistics = Statistics(wanted)
     _check_vocabulary(model, samples)
-    classes = _run(model, samples, batch_size, statistics, progress, kept)
+    _run(model, ranks.share(samples.batches(batch_size)), statistics, progress, kept)
+    ranks.merge(statistics)
+    classes = _classes(model, statistics)
     _check_complete(ckpt, model, statistics)
     scales = scales_of(ckpt, statistics, classes, samples, batch_size)
     if kept is not None:
@@ -116,14 +123,13 @@ def _observer(name: str, arguments: Mapping[str, Any] | None) -> Observer:
 
 def _run(
     model: LayerwiseModel,
-    samples: Samples,
-    batch_size: int,
+    batches: Iterable[Batch],
     statistics: Statistics,
     progress: Progress,
     journal: Journal | None,
-) -> dict[str, str]:
-    """All layers, or those that are left. Gives the attention modules with their classes."""
-    stream = model.embed(samples.batches(batch_size))
+) -> None:
+    """All layers, or those that are left."""
+    stream = model.embed(batches)
     layers, inputs = model.layer_names, Inputs(model.loader, statistics.wanted.inputs.keys())
     done = journal.restore(stream, statistics) if journal is not None else 0
     for index, name in enumerate(layers):
@@ -134,7 +140,6 @@ def _run(
             if journal is not None and index + 1 < len(layers):
                 journal.keep(index + 1, stream, statistics)
         progress(index + 1, len(layers))
-    return _classes(model, statistics)
 
 
 def _watch(

@@ -91,6 +91,13 @@ class Statistics:
                 self._put([point], merged)
         self._maxima.clear()
 
+    def add(self, points: Mapping[str, Stats]) -> None:
+        """Merge what another half of the samples has shown."""
+        for point, seen in points.items():
+            which = point.rpartition(".")[2]
+            observer = self.wanted.linear if which == "input" else self.wanted.attention
+            self._put([point], observer.merge(self.points.get(point, {}), seen))
+
     def _put(self, points: Sequence[str], stats: Stats) -> None:
         self.points |= dict.fromkeys(points, stats)
         self._unchecked.update(points)

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from ckptq.calibrate.ranks import started
 from ckptq.calibrate.request import CalibrationRequest, scales_source
 from ckptq.checkpoint.open import Checkpoint, open_checkpoint
 from ckptq.convert.handover import write_handed_over
@@ -82,6 +83,11 @@ def quantize(
     note: Callable[[str], None] = lambda message: None,
 ) -> Result:
     """Quantize a model as the request says. `note` hears what a user should know on the way."""
+    if started().world > 1:
+        raise UsageError(
+            "conversion runs in one process, on all cores; under torchrun run `ckptq calibrate`, "
+            "and give its file to `ckptq quantize --scales`"
+        )
     if request.recipe.handed_over:
         return _handed_over(request, begin)
     ckpt, plan = plan_of(request)

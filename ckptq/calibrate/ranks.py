@@ -1,0 +1,98 @@
+"""Calibration in the processes that torchrun starts, one for each GPU.
+
+Every process reads all weights, and runs its share of the batches on its own device. At the end
+statistics are merged; those that are free of order give the bits that one process gives.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import TYPE_CHECKING
+
+from ckptq.errors import UsageError
+
+if TYPE_CHECKING:
+    import torch
+
+    from ckptq.calibrate.statistics import Statistics
+    from ckptq.calibrate.text import Batch
+
+IN_ORDER = ("minmax",)
+"""Observers whose result depends on the order of the batches."""
+
+PATIENCE = timedelta(days=1)
+"""How long a process may wait for the slowest."""
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """Which of how many processes this is; alone, everything here does nothing."""
+
+    rank: int = 0
+    world: int = 1
+
+    @property
+    def leads(self) -> bool:
+        """Whether this is the process that writes and speaks."""
+        return self.rank == 0
+
+    def check(self, observers: Iterable[str]) -> None:
+        """UsageError for an observer whose statistics cannot be divided and merged."""
+        for name in observers:
+            if self.world > 1 and name in IN_ORDER:
+                raise UsageError(
+                    f"observer {name!r} averages batches in their order, which {self.world} "
+                    "processes do not keep; use 'static_minmax', or one process"
+                )
+
+    def share(self, batches: Iterable[Batch]) -> Iterable[Batch]:
+        """The batches that this process runs."""
+        return list(batches)[self.rank :: self.world]
+
+    def merge(self, statistics: Statistics) -> None:
+        """Put what all processes have seen into the statistics of each."""
+        if self.world == 1:
+            return
+        import torch.distributed as dist
+
+        mine = {p: {k: t.cpu() for k, t in s.items()} for p, s in statistics.points.items()}
+        found: list[Mapping[str, dict[str, torch.Tensor]]] = [{}] * self.world
+        dist.all_gather_object(found, mine)
+        statistics.points.clear()
+        for points in found:
+            statistics.add(points)
+
+
+ALONE = Ranks()
+
+
+def started() -> Ranks:
+    """What torchrun says of this process in its environment."""
+    return Ranks(int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1")))
+
+
+@contextmanager
+def together() -> Iterator[Ranks]:
+    """Processes that torchrun has started can hear each other inside the block."""
+    ranks = started()
+    if ranks.world == 1:
+        yield ranks
+        return
+    import torch.distributed as dist
+
+    dist.init_process_group("gloo", timeout=PATIENCE)
+    try:
+        yield ranks
+    finally:
+        dist.destroy_process_group()
+
+
+def own_device(device: str) -> str:
+    """Of several processes on a machine each takes the GPU with its number: "cuda" -> "cuda:1"."""
+    return (
+        f"cuda:{os.environ['LOCAL_RANK']}" if device == "cuda" and started().world > 1 else device
+    )
