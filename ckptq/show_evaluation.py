@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from ckptq import console
@@ -14,7 +15,7 @@ if TYPE_CHECKING:
     from ckptq.evaluate.result import Evaluation, Row
 
 COLUMNS = (
-    *("weights", "KV cache", "its scales", "size", "dB", "KL", "KL reverse", "KL 99%"),
+    *("weights", "KV cache", "bits", "its scales", "size", "dB", "KL", "KL reverse", "KL 99%"),
     *("perplexity", "agreement", "exact", "last layer"),
 )
 
@@ -51,25 +52,35 @@ def evaluation_tables(found: Evaluation) -> list[Table]:
         f"{found.source.weights} on {found.text}: {found.samples} samples, "
         f"{found.source.measures.tokens} tokens"
     )
-    tables: list[Table] = [(title, COLUMNS, [_cells(name, row) for name, row in named])]
+    rows = [_cells(name, row) for name, row in named]
+    tables: list[Table] = [(title, *_without_empty(COLUMNS, rows))]
     if found.engines:
         title = (
             "the same tokens in the engine; the gap is to ckptq's own log-probabilities, in nats"
         )
         tables.append((title, ENGINE_COLUMNS, [_engine_cells(row) for row in found.engines]))
     if found.benchmarks:
-        rows = [_benchmark_cells(score) for score in found.benchmarks]
-        tables.append((f"{found.rows[0].weights} in lm-eval", BENCHMARK_COLUMNS, rows))
+        scores = [_benchmark_cells(score) for score in found.benchmarks]
+        tables.append((f"{found.rows[0].weights} in lm-eval", BENCHMARK_COLUMNS, scores))
     return tables
+
+
+def _without_empty(
+    columns: Sequence[str], rows: Sequence[Sequence[object]]
+) -> tuple[list[str], list[list[object]]]:
+    """Without the columns that hold a dash in every row."""
+    kept = [i for i in range(len(columns)) if any(row[i] != "-" for row in rows)]
+    return [columns[i] for i in kept], [[row[i] for i in kept] for row in rows]
 
 
 def _cells(name: str, row: Row) -> tuple[object, ...]:
     measures = row.measures
     return (
-        *(name, row.kv_cache, row.scales, size(row.nbytes)),
+        *(name, row.kv_cache, "-" if row.kv_cache == "bf16" else f"{row.cache_bits:.3g}"),
+        *(row.scales, size(row.nbytes)),
         "-" if row.snr_db is None else f"{row.snr_db:.1f}",
         *(f"{measures.kl:.5f}", f"{measures.kl_reverse:.5f}", f"{measures.kl_99:.4f}"),
-        f"{measures.perplexity:.4f}",
+        f"{measures.perplexity:.5g}",
         f"{measures.agreement:.2%}",
         "-" if measures.accuracy is None else f"{measures.accuracy:.1%}",
         f"{row.outcome.layers[-1]:.4f}" if row.outcome.layers else "-",

@@ -121,7 +121,7 @@ def parse_cache(name: str, ckpt: Checkpoint | None) -> KVCache:
     per_head = any(t.numel() > 1 for scales in found.values() for t in scales.values())
     if not found or (name == PER_HEAD and not per_head):
         return KVCache(mode=name, origin="this text")
-    origin = "checkpoint" if (name == PER_HEAD) == per_head else "checkpoint's largest head"
+    origin = "checkpoint" if (name == PER_HEAD) == per_head else "its largest head"
     return KVCache(mode=name, scales=found, origin=origin)
 
 

@@ -15,6 +15,7 @@ from ckptq.evaluate.kv_cache import (
     parse_cache,
     through_cache,
 )
+from ckptq.evaluate.result import Thresholds
 from ckptq.evaluate.run import evaluate
 from ckptq.recipes.load import load_scheme
 
@@ -146,9 +147,31 @@ def test_a_checkpoint_that_lacks_its_scales_runs_with_1(saved):
 
 def test_scales_of_the_other_strategy_are_not_made_up(saved):
     per_head, per_tensor = saved("llama", "kv-fp8-per-head"), saved("llama", "kv-fp8-per-tensor")
-    assert parse_cache("fp8-per-tensor", per_head).origin == "checkpoint's largest head"
+    assert parse_cache("fp8-per-tensor", per_head).origin == "its largest head"
     assert parse_cache("fp8-per-head", per_tensor).origin == "this text"
     assert parse_cache("fp8-per-tensor", per_tensor).origin == "checkpoint"
     for wrong in ("fp8", "int4_per_token_head", "fp8-per-head-unrotated"):
         with pytest.raises(UsageError, match="--kv-cache"):
             parse_cache(wrong, None)
+
+
+def test_bits_of_a_value_count_its_share_of_scales_and_zero_points():
+    found = {name: parse_cache(name, None).bits(64) for name in MODES}
+    assert found == {
+        "bf16": 16,
+        "fp8-per-tensor": 8,
+        "fp8-per-head": 8,
+        "fp8-scale-1": 8,
+        "int8-per-token-head": 8 + 32 / 64,
+        "fp8-per-token-head": 8 + 32 / 64,
+        "int4-per-token-head": 4 + (32 + 8) / 64,
+        "int2-per-token-head": 2 + 32 / 64,
+    }
+
+
+def test_the_smallest_cache_of_those_within_the_limits_is_named(saved):
+    words = ("bf16", "int8-per-token-head", "int4-per-token-head")
+    found = evaluate(saved("llama"), TEXT, caches=words, thresholds=Thresholds(max_kl=10))
+    assert found.recommended.kv_cache == "int4-per-token-head"
+    closest = evaluate(saved("llama"), TEXT, caches=words, thresholds=Thresholds(max_kl=1e-12))
+    assert closest.recommended.kv_cache == "bf16"

@@ -55,3 +55,14 @@ def test_png_needs_matplotlib(tmp_path):
     check_report(file)
     write_report(file, evaluation(row(logits(1), logits(2))), [])
     assert file.read_bytes().startswith(b"\x89PNG")
+
+
+def test_columns_without_a_number_are_left_out():
+    plain = evaluation(row(logits(1), logits(2)))
+    found = replace(plain, source=plain.rows[0], zero=plain.rows[0], control=plain.rows[0])
+    (_, columns, cells), *_ = evaluation_tables(found)
+    assert not {"dB", "bits", "exact"} & set(columns)
+    assert {len(each) for each in cells} == {len(columns)}
+    one = replace(found.rows[0], kv_cache="int4-per-token-head", cache_bits=4.625, snr_db=20.0)
+    (_, columns, cells), *_ = evaluation_tables(replace(found, rows=(one,)))
+    assert [cells[2][columns.index(name)] for name in ("bits", "dB")] == ["4.62", "20.0"]
