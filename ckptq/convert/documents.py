@@ -15,6 +15,7 @@ from typing import Any
 from ckptq import __version__
 from ckptq.checkpoint.open import CONFIG, Checkpoint
 from ckptq.checkpoint.write import write_bytes, write_text
+from ckptq.plan.merged import merged_names
 from ckptq.plan.unit import Plan
 from ckptq.recipes.load import Args, Group
 
@@ -36,7 +37,7 @@ def quantization_config(plan: Plan, attention_class: str | None) -> dict[str, An
     one class name as its target: vLLM knows such a group by a target that ends in "Attention".
     """
     groups = {
-        group.name: _group(group, attention_class)
+        group.name: _group(group, _targets(group, plan, attention_class))
         for group in plan.recipe.groups
         if not group.is_attention or attention_class is not None
     }
@@ -57,8 +58,15 @@ def quantization_config(plan: Plan, attention_class: str | None) -> dict[str, An
     }
 
 
-def _group(group: Group, attention_class: str | None) -> dict[str, Any]:
-    targets = [attention_class] if group.is_attention else list(group.targets)
+def _targets(group: Group, plan: Plan, attention_class: str | None) -> list[str]:
+    if group.is_attention:
+        return [str(attention_class)]
+    if "Linear" in group.targets or not any("Linear" in g.targets for g in plan.recipe.groups):
+        return list(group.targets)
+    return [*group.targets, *merged_names(group.targets, plan.groups[group.name])]
+
+
+def _group(group: Group, targets: list[str]) -> dict[str, Any]:
     return {
         "targets": targets,
         "format": group.format,

@@ -1,0 +1,29 @@
+"""vLLM merges q/k/v and gate/up into one Linear, and looks for the group of that.
+
+vLLM 0.32 tries its name, then the names of its parts, then its class. vLLM 0.25 tries the class
+before the parts: with one group for `Linear` and another for `q_proj`, the merged Linear silently
+gets the wrong one. With the merged name among the targets every version finds the right one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+
+from ckptq.plan.match import matches
+
+MERGED = {"q_proj": "qkv_proj", "gate_proj": "gate_up_proj", "q_a_proj": "fused_qkv_a_proj"}
+"""First of a fused set -> what vLLM calls the set. Experts are found by another rule."""
+
+
+def merged_names(targets: Collection[str], linears: Collection[str]) -> list[str]:
+    """The merged Linears among those of a group, as far as no target matches them yet.
+
+    Example: targets ["re:.*self_attn\\.(q|k|v)_proj$"] and the Linears of one layer's attention give
+    ["model.layers.0.self_attn.qkv_proj"].
+    """
+    names = []
+    for linear in linears:
+        parent, _, projection = linear.rpartition(".")
+        if projection in MERGED and ".experts." not in linear:
+            names.append(f"{parent}.{MERGED[projection]}")
+    return [name for name in names if not any(matches(target, name) for target in targets)]
