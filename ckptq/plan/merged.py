@@ -18,7 +18,7 @@ MERGED = {"q_proj": "qkv_proj", "gate_proj": "gate_up_proj", "q_a_proj": "fused_
 def merged_names(targets: Collection[str], linears: Collection[str]) -> list[str]:
     """The merged Linears among those of a group, as far as no target matches them yet.
 
-    Example: targets ["re:.*self_attn\\.(q|k|v)_proj$"] and the Linears of one layer's attention give
+    Example: targets ["re:.*self_attn.(q|k|v)_proj$"] and the Linears of a layer's attention give
     ["model.layers.0.self_attn.qkv_proj"].
     """
     names = []
