@@ -40,6 +40,8 @@ class Tally:
     scales: int = 0
     scales_wrong: int = 0
     """Scales, or zero points, that the plain minimum and maximum do not give."""
+    zeros_wrong: int = 0
+    """Of those, the ones of which only the zero point is another."""
     signal: float = 0.0
     noise: float = 0.0
     low: float = 0.0
@@ -58,6 +60,7 @@ class Tally:
             foreign=self.foreign + other.foreign,
             scales=self.scales + other.scales,
             scales_wrong=self.scales_wrong + other.scales_wrong,
+            zeros_wrong=self.zeros_wrong + other.zeros_wrong,
             signal=self.signal + other.signal,
             noise=self.noise + other.noise,
             low=min(self.low, other.low),
@@ -100,7 +103,8 @@ def compare(w_RC: Tensor, held: Mapping[str, Tensor], scheme: WeightScheme) -> T
     dequantized = nearest.weights(held, scheme, w_RC.shape[1])
     wide_RC = w_RC.float()
     noise, signal = _energy(dequantized.sub_(wide_RC)), _energy(wide_RC)
-    differ = _scales_differ(made, held, scheme, w_RC.shape[0])
+    other_scale = _scales_differ(made, held, scheme)
+    differ = other_scale | _zeros_differ(made, held, scheme, w_RC.shape[0])
     wrong = twice = foreign = 0
     same = scheme.codes in made and _same_bytes(made[scheme.codes], held[scheme.codes])
     if not same:
@@ -116,6 +120,7 @@ def compare(w_RC: Tensor, held: Mapping[str, Tensor], scheme: WeightScheme) -> T
         foreign=foreign,
         scales=differ.numel(),
         scales_wrong=int(differ.sum()),
+        zeros_wrong=int((differ & ~other_scale).sum()),
         signal=signal,
         noise=noise,
         low=low,
@@ -151,21 +156,27 @@ def digest(tensor: Tensor) -> str:
 
 
 def _scales_differ(
-    made: Mapping[str, Tensor], held: Mapping[str, Tensor], scheme: WeightScheme, rows: int
+    made: Mapping[str, Tensor], held: Mapping[str, Tensor], scheme: WeightScheme
 ) -> Tensor:
-    """Of each tile, whether its scale or zero point is another than observed."""
+    """Of each tile, whether its scale is another than observed."""
     if "weight_scale" not in made:
         return torch.zeros(0, dtype=torch.bool)
     wanted, found = made["weight_scale"], held["weight_scale"]
     if scheme.scale_dtype is None and found.dtype != wanted.dtype:
         wanted, found = _in_the_coarser(wanted, found)
-    differ = wanted.float() != found.float()
-    if scheme.scale_dtype == "uint8":
-        differ = wanted != found
+    return wanted != found if scheme.scale_dtype == "uint8" else wanted.float() != found.float()
+
+
+def _zeros_differ(
+    made: Mapping[str, Tensor], held: Mapping[str, Tensor], scheme: WeightScheme, rows: int
+) -> Tensor:
+    """Of each tile, whether its zero point is another than observed."""
+    if scheme.symmetric or "weight_scale" not in made:
+        return torch.zeros((), dtype=torch.bool)
     ours, theirs = (nearest.zero_points(t, scheme, rows) for t in (made, held))
-    if ours is not None and theirs is not None:
-        differ = differ | (ours != theirs)
-    return differ
+    assert ours is not None
+    assert theirs is not None
+    return ours != theirs
 
 
 def _in_the_coarser(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:

@@ -10,7 +10,7 @@ from collections.abc import Iterable, Iterator
 from ckptq.checkpoint.header import StoredTensor
 from ckptq.checkpoint.open import CONFIG
 from ckptq.models.family import FUSED_SETS, LAYER
-from ckptq.models.modules import FUSED_WEIGHT
+from ckptq.models.modules import FUSED_WEIGHT, decoder_layers
 from ckptq.verify.kinds import finding
 from ckptq.verify.report import Finding
 from ckptq.verify.subject import (
@@ -34,11 +34,24 @@ def check_completeness(subject: Subject) -> Iterator[Finding]:
     yield from _experts(subject)
     yield from _expert_layouts(subject)
     yield from _tied_head(subject)
-    if subject.origin is not None:
+    if subject.source is not None:
+        theirs = decoder_layers(subject.source)[0]
+        if theirs and theirs != subject.layers[0]:
+            yield _moved(subject, theirs)
+            return
         yield from _missing(subject)
         yield from _extra(subject)
     else:
         yield from _siblings(subject)
+
+
+def _moved(subject: Subject, wanted: str) -> Finding:
+    """One finding for a prefix, not one for each tensor under it."""
+    ours = subject.layers[0]
+    return finding(
+        "names-moved", ours or None, found=f"decoder layers are called {ours or 'otherwise'}.N",
+        wanted=f"{wanted}.N, as in the source",
+    )  # fmt: skip
 
 
 def _layers(subject: Subject) -> Iterator[Finding]:
@@ -119,6 +132,22 @@ def _tied_head(subject: Subject) -> Iterator[Finding]:
                 "tied-head", name, file=module.file,
                 found="quantized, with tie_word_embeddings true", wanted="the embedding's weight",
             )  # fmt: skip
+    names = {name.rpartition(".")[0].rpartition(".")[2] for name in subject.ckpt.tensors}
+    untied = not tied and any(config.get("tie_word_embeddings") is False for config in configs)
+    if untied and "embed_tokens" in names and "lm_head" not in names and _causal(subject):
+        yield finding(
+            "tensor-missing", "lm_head.weight", found="no such tensor, not tied to the embedding",
+            wanted="an output head", repair="set tie_word_embeddings to true, or store the head",
+        )  # fmt: skip
+
+
+def _causal(subject: Subject) -> bool:
+    """Whether the model has an output head, and its source does not lack it too."""
+    architectures = subject.ckpt.config.get("architectures")
+    name = architectures[0] if isinstance(architectures, list) and architectures else None
+    source = subject.source
+    same = source is not None and source.config.get("tie_word_embeddings") is False
+    return isinstance(name, str) and name.endswith("ForCausalLM") and not same
 
 
 def _missing(subject: Subject) -> Iterator[Finding]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from ckptq.checkpoint.read import Files, read_tensor
@@ -17,12 +16,13 @@ from ckptq.verify.fused import check_fused_scales
 from ckptq.verify.judge import verdict, with_tensor_scales
 from ckptq.verify.options import Options, Progress
 from ckptq.verify.order import Undo, make_undo
-from ckptq.verify.report import Arrival, Finding, ScaleRow, TensorResult
+from ckptq.verify.report import Checked, Finding
 from ckptq.verify.rescaled import settle
 from ckptq.verify.round_trip import Part, result_of, tasks
 from ckptq.verify.stored_linear import StoredLinear, stored_linear
 from ckptq.verify.subject import Subject
 from ckptq.verify.tensors import check_module, comparable
+from ckptq.verify.tied import check_tied_head
 from ckptq.verify.values import cache_values, check_linear_values
 from ckptq.verify.work import in_order
 
@@ -31,17 +31,6 @@ if TYPE_CHECKING:
 
 HARMLESS = ("shape-missing", "input-scale-missing", "input-scale-extra", "g-idx")
 """Structural findings that do not keep a weight from being compared."""
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Checked:
-    """What reading the data gave."""
-
-    findings: tuple[Finding, ...]
-    tensors: tuple[TensorResult, ...]
-    scales: tuple[ScaleRow, ...]
-    copied: int
-    arrivals: tuple[Arrival, ...] = ()
 
 
 def check_data(subject: Subject, structure: Iterable[Finding], options: Options) -> Checked:
@@ -54,6 +43,7 @@ def check_data(subject: Subject, structure: Iterable[Finding], options: Options)
         for linear in linears.values():
             found += check_linear_values(linear, files)
         found += check_fused_scales(linears, files)
+        found += check_tied_head(subject, files)
         parts = _round_trip(linears, files, undo, fast, progress)
         copies = _copies(subject, files, undo, fast, progress)
         tallies = _tallies(linears, parts, files, fast)

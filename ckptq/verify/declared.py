@@ -70,12 +70,15 @@ def read_declared(ckpt: Checkpoint) -> tuple[Declared, list[Finding]]:
     if config is None:
         return Declared(present=False, ignore=read_names(())), []
     method = config.get("quant_method")
-    if method != "compressed-tensors":
-        raise SourceError(
-            f"{ckpt.path / CONFIG}: quant_method is {str(method)[:80]!r}; verify reads "
-            "compressed-tensors checkpoints"
-        )
     found: list[Finding] = []
+    if method != "compressed-tensors":
+        said = "missing" if method is None else repr(str(method)[:80])
+        if "config_groups" not in config:
+            raise SourceError(
+                f"{ckpt.path / CONFIG}: quant_method is {said}; verify reads compressed-tensors "
+                "checkpoints"
+            )
+        found.append(_wrong("quant-method", "quant_method", method, '"compressed-tensors"'))
     ignore = _strings(config, "ignore", "quantization_config.ignore", found)
     names = read_names(ignore)
     found += [_bad_pattern("ignore", entry) for entry in names.broken]

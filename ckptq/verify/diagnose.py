@@ -6,14 +6,19 @@ import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
+from torch import Tensor
+
 from ckptq.checkpoint.read import Files
 from ckptq.errors import PlanError
+from ckptq.models.family import FUSED_SETS
 from ckptq.permute.order import Heads
 from ckptq.permute.targets import head_geometry
+from ckptq.verify import nearest
 from ckptq.verify.compare import Tally
 from ckptq.verify.hypotheses import hypotheses, match_heads, rescaled_columns
 from ckptq.verify.judge import CHOSEN_DB, DAMAGED, undiagnosed
 from ckptq.verify.kinds import finding
+from ckptq.verify.moved_rows import moved_rows
 from ckptq.verify.neighbours import (
     Directory,
     Explained,
@@ -151,10 +156,34 @@ def _reshaped(case: Case, sample: Sample) -> Iterator[tuple[float, Finding]]:
         code = "experts-transposed" if EXPERT.match(linear.name) else "codes-transposed"
         found = "the transpose of the source's weight"
         yield snr_db(sample.weights(), transposed), _named(linear, code, found, None)
+        yield from _codes_turned(sample, transposed)
+    moved = moved_rows(sample.weights(), linear.name, _sources(case, sample))
+    if moved is not None:
+        accept = sample.floor - CHOSEN_DB
+        yield accept, _named(linear, "rows-moved", moved.said(linear.name), None)
     rescaled, one_factor = rescaled_columns(sample)
     found = "every column is the source's, times a number of its own"
     if rescaled >= one_factor + BETTER_DB:
         yield rescaled, _named(linear, "columns-rescaled", found, None)
+
+
+def _sources(case: Case, sample: Sample) -> dict[str, Tensor]:
+    """The source of a Linear and of those that are fused with it, in the sample's columns."""
+    name = sample.linear.name
+    parent, _, projection = name.rpartition(".")
+    members = next((s for s in FUSED_SETS if projection in s), (projection,))
+    names = [n for m in members if (n := f"{parent}.{m}") in case.linears]
+    return {n: sample.w_RK if n == name else case.sample(n).w_RK for n in names}
+
+
+def _codes_turned(sample: Sample, transposed_RK: Tensor) -> Iterator[tuple[float, Finding]]:
+    """Codes transposed, and scales of rows left where they were."""
+    linear, scale = sample.linear, sample.held["weight_scale"]
+    if linear.scheme.codes == "weight" and scale.shape == (linear.shape[0], 1):
+        value_RK = nearest.values(sample.held, linear.scheme, sample.columns)
+        snr = snr_db(value_RK * scale[: sample.columns].float().t(), transposed_RK)
+        found = "the codes are transposed, the scales are not"
+        yield snr, _named(linear, "codes-transposed", found, None)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

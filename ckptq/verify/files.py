@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ckptq.checkpoint.open import CONFIG, INDEX, Checkpoint, Problems
-from ckptq.verify.kinds import finding
+from ckptq.verify.kinds import AGAIN, finding
 from ckptq.verify.report import Finding
 from ckptq.verify.subject import Subject
 
@@ -73,29 +73,55 @@ ABSENT = object()
 
 def check_files(subject: Subject, problems: Problems) -> Iterator[Finding]:
     """Everything that can be said without looking at a Linear."""
-    for problem in problems:
-        yield _index_mismatch(problem)
-    yield from _total_size(subject.ckpt)
+    yield from _twice(problems)
+    yield from _index(subject.ckpt)
     yield from _stray_shards(subject.ckpt)
     if subject.source is not None:
         yield from _side_files(subject.ckpt, subject.source)
         yield from _config(subject.ckpt.config, subject.source.config, "")
 
 
-def _index_mismatch(problem: str) -> Finding:
-    file, _, what = problem.partition(": ")
-    parts = what.split("'")
-    tensor = parts[1] if len(parts) > 2 else None
-    return finding(
-        "index-mismatch", tensor, file=Path(file), found=what, wanted="the same in index and file"
-    )
+def _twice(problems: Problems) -> Iterator[Finding]:
+    """Tensors that two files hold."""
+    for problem in problems:
+        file, _, what = problem.partition(": ")
+        if "is also in" in what:
+            yield finding(
+                "index-mismatch", what.split("'")[1], file=Path(file), found=what,
+                wanted="each tensor once", repair="delete the file that is not of this run",
+            )  # fmt: skip
 
 
-def _total_size(ckpt: Checkpoint) -> Iterator[Finding]:
+def _index(ckpt: Checkpoint) -> Iterator[Finding]:
     file = ckpt.path / INDEX
-    if not file.exists():
-        return
-    metadata = json.loads(file.read_bytes()).get("metadata")
+    if file.exists():
+        index = json.loads(file.read_bytes())
+        yield from _misplaced(ckpt, index["weight_map"])
+        yield from _total_size(ckpt, index.get("metadata"))
+
+
+def _misplaced(ckpt: Checkpoint, weight_map: Mapping[str, str]) -> Iterator[Finding]:
+    """One finding for all tensors that the index seeks in one file and another holds."""
+    held = {name: tensor.file.name for name, tensor in ckpt.tensors.items()}
+    moved: dict[tuple[str | None, str | None], list[str]] = {}
+    for name in held.keys() | weight_map.keys():
+        places = weight_map.get(name), held.get(name)
+        if places[0] != places[1]:
+            moved.setdefault(places, []).append(name)
+    for (said, real), names in moved.items():
+        if len(names) > 1 and (real, said) in moved:
+            repair = f"{said} and {real} may have been renamed: exchange their names"
+        else:
+            repair = "write the index anew" if real else "find the file that holds it, or " + AGAIN
+        said, real = said or "no file", f"it is in {real}" if real else "no file holds it"
+        more = f", and {len(names) - 1} more like it" if len(names) > 1 else ""
+        yield finding(
+            "index-mismatch", min(names), file=INDEX, found=f"index: {said}; {real}{more}",
+            wanted="the file that holds it", repair=repair,
+        )  # fmt: skip
+
+
+def _total_size(ckpt: Checkpoint, metadata: object) -> Iterator[Finding]:
     total = metadata.get("total_size") if isinstance(metadata, dict) else None
     if total is not None and total != ckpt.nbytes:
         yield finding(

@@ -6,6 +6,7 @@ Shape letters: R rows, C columns, G groups, W words.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import combinations
@@ -19,6 +20,10 @@ from ckptq.permute.order import Heads, RopeOrder
 from ckptq.spec import spec_of
 from ckptq.verify.sample import Sample, snr_db
 from ckptq.verify.stored_linear import Held
+
+AWQ = (0, 2, 4, 6, 1, 3, 5, 7)
+"""Column of the code that AutoAWQ packs at each place of a word."""
+AWQ_BACK = tuple(AWQ.index(place) for place in range(8))
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -58,6 +63,7 @@ def _scales(sample: Sample) -> Iterator[Hypothesis]:
             code="scale-inverted", found="the global scale is a reciprocal", repair=None,
             held=sample.with_tensors(weight_global_scale=1 / whole),
         )  # fmt: skip
+    yield from _one_factor(sample)
     if scale.ndim != 2 or scale.numel() == 1:
         return
     for dim, what in ((0, "row"), (1, "group")):
@@ -69,9 +75,43 @@ def _scales(sample: Sample) -> Iterator[Hypothesis]:
         yield _of_scale(sample, "scale-transposed", "the grid is transposed", scale.t())
 
 
-def _of_scale(sample: Sample, code: str, found: str, scale: Tensor) -> Hypothesis:
+def _one_factor(sample: Sample) -> Iterator[Hypothesis]:
+    """All scales too large or too small by one number, as by E4M3's other range or a shift of
+    exponents."""
+    found, wanted = sample.weights(), sample.w_RK
+    factor = float((found * wanted).sum() / found.square().sum())
+    scale, scheme = sample.held["weight_scale"], sample.linear.scheme
+    whole = sample.held.get("weight_global_scale")
+    lone = scale if whole is None else 1 / whole
+    if not 0 < factor < torch.inf or _is_reciprocal(lone, factor):
+        return
+    if scheme.scale_dtype == "uint8":
+        steps = round(math.log2(factor))
+        said = f"every exponent is {abs(steps)} too {'low' if steps > 0 else 'high'}"
+        moved = (scale.int() + steps).clamp(0, 254).to(scale.dtype)
+        yield _of_scale(sample, "scale-wrong", said, moved, f"add {steps} to it")
+        return
+    said = f"every scale is {1 / factor:.3g} times the codes'"
+    repair = f"divide the scales by {1 / factor:.3g}"
+    if whole is None:
+        yield _of_scale(sample, "scale-wrong", said, scale.float() * factor, repair)
+    else:
+        yield Hypothesis(
+            code="scale-wrong", found=said, repair=f"multiply the global scale by {1 / factor:.3g}",
+            held=sample.with_tensors(weight_global_scale=whole / factor),
+        )  # fmt: skip
+
+
+def _is_reciprocal(scale: Tensor, factor: float) -> bool:
+    """One number alone is explained either way; the reciprocal is what people write."""
+    return scale.numel() == 1 and abs(factor * float(scale) ** 2 - 1) < 0.05
+
+
+def _of_scale(
+    sample: Sample, code: str, found: str, scale: Tensor, repair: str | None = None
+) -> Hypothesis:
     return Hypothesis(
-        code=code, found=found, repair=None, held=sample.with_tensors(weight_scale=scale)
+        code=code, found=found, repair=repair, held=sample.with_tensors(weight_scale=scale)
     )
 
 
@@ -128,8 +168,18 @@ def _codes(sample: Sample) -> Iterator[Hypothesis]:
     turned = swapped.contiguous().view(torch.uint8).unflatten(1, (-1, 4)).flip(2).flatten(1)
     backwards = turned.contiguous().view(torch.int32)
     yield _of_codes(sample, "nibbles-swapped", "the last code in the lowest bits", backwards)
+    for found, order in (("AutoAWQ's order", AWQ), ("the inverse of AutoAWQ's order", AWQ_BACK)):
+        yield _of_codes(sample, "nibbles-swapped", found, _reordered(packed, order))
     signed = (as_bytes ^ 0x88).view(packed.dtype)
     yield _of_codes(sample, "codes-offset", "signed codes, without the offset of 8", signed)
+
+
+def _reordered(packed: Tensor, order: tuple[int, ...]) -> Tensor:
+    """Words whose code at place order[i] is the one that stood at i."""
+    made = torch.zeros_like(packed)
+    for place, goes in enumerate(order):
+        made |= (packed >> 4 * place & 15) << 4 * goes
+    return made
 
 
 def _of_codes(sample: Sample, code: str, found: str, packed: Tensor) -> Hypothesis:

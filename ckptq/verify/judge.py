@@ -77,6 +77,9 @@ def undiagnosed(linear: StoredLinear, tally: Tally) -> Finding:
     unexplained = tally.wrong - tally.twice
     share, snr = unexplained / max(tally.elements, 1), tally.snr_db
     if tally.scales_wrong and tally.foreign == 0:
+        if tally.zeros_wrong == tally.scales_wrong:
+            found = f"{tally.zeros_wrong} of {tally.scales} zero points are not those of the codes"
+            return _about(linear, "zero-points-wrong", found, "the codes' zero points")
         few = tally.scales_wrong / tally.scales < 0.25
         found = f"{tally.scales_wrong} of {tally.scales} scales are not those of the codes"
         return _about(linear, "scale-corrupt" if few else "scale-wrong", found, "the codes' scales")
@@ -91,6 +94,7 @@ def undiagnosed(linear: StoredLinear, tally: Tally) -> Finding:
 
 def _about(linear: StoredLinear, code: str, found: str, wanted: str) -> Finding:
     local = "weight_scale" if code.startswith("scale") else linear.scheme.codes
+    local = "weight_zero_point" if code.startswith("zero") else local
     tensor = linear.tensors[local]
     return finding(code, tensor.name, file=tensor.file, found=found, wanted=wanted)
 

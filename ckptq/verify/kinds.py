@@ -47,6 +47,7 @@ FILES = _faults(
 
 CONFIG = _faults(
     ("no-quantization-config", "quantized tensors, and a config that does not say so", AGAIN),
+    ("quant-method", "engines take it for another tool's", 'set it to "compressed-tensors"'),
     ("status", "transformers computes NaN without it", 'set quantization_status to "compressed"'),
     (
         "config-groups-missing",
@@ -102,9 +103,10 @@ LINEARS = _faults(
     ("zero-point-shape", "zero points of another shape or packing", AGAIN),
     ("zero-point-packing", "zero points are packed along the columns, not the rows", AGAIN),
     ("tensor-missing", "the source has it", AGAIN),
+    ("names-moved", "layers have other names than the source's", "rename the tensors"),
     ("tensor-extra", "the source does not have it", "remove the tensor"),
     ("copy-spec", "an unquantized tensor of another dtype or shape", AGAIN),
-    ("tied-head", "tied to the embedding, and stored quantized", "untie it, or leave it out"),
+    ("tied-head", "engines serve the embedding in its place", "untie it, or leave it out"),
     ("block-rows", "vLLM merges only whole blocks of rows", "quantize it per channel"),
     ("rope-block-scales", "engines that permute q/k cannot move them", "use per channel for q/k"),
     (
@@ -118,6 +120,7 @@ LINEARS = _faults(
     ("shape-missing", "transformers cannot unpack without weight_shape", AGAIN),
     ("not-ignored", "left alone here, but transformers waits for its scales", "add it to ignore"),
     ("expert-names", "transformers silently leaves these experts random", "use the source's names"),
+    ("target-class", "vLLM takes it for Linear, transformers for nothing", "write Linear"),
     ("rope-order", "for engines that do not permute; vLLM would permute again", "none"),
     ("fused-scales-differ", "vLLM requantizes the set to the largest", "share one scale"),
 )
@@ -146,11 +149,17 @@ VALUES = _faults(
     ),
     ("scales-all-one", "a placeholder: nothing was calibrated", "calibrate"),
     ("codes-nan", "an E4M3 code that is NaN", AGAIN),
+    (
+        "codes-empty",
+        "rows of zero bytes, as an interrupted download leaves",
+        "fetch the file again",
+    ),
     ("padding", "bits behind the last packed code are set", AGAIN),
     ("zero-point-range", "zero points that no code reaches", AGAIN),
     ("weight-shape-value", "weight_shape does not say the weight's shape", AGAIN),
     ("not-finite", "NaN or Inf in an unquantized tensor", AGAIN),
 ) + _notes(
+    ("heads-alike", "declared per head, and one number for all heads", "calibrate per head"),
     ("scale-outlier", "10,000 times the scales of the other layers", "look at the layer"),
 )
 
@@ -175,8 +184,11 @@ ROUND_TRIP = _faults(
     ("experts-transposed", "the expert was cut out without its transpose", AGAIN),
     ("scale-shifted", "scales are shifted by one row or group", AGAIN),
     ("scale-transposed", "the grid of scales is transposed", AGAIN),
-    ("nibbles-swapped", "4-bit codes are packed high nibble first", AGAIN),
+    ("nibbles-swapped", "4-bit codes are packed in another order", AGAIN),
     ("codes-offset", "codes lack the offset of the packed format", AGAIN),
+    ("zero-points-wrong", "scales and codes are right, the zero points are others", AGAIN),
+    ("zero-points-of-another", "zero points of another module", "exchange the zero points"),
+    ("rows-moved", "its rows are the source's, in other places", AGAIN),
     ("zero-points-offset", "zero points in another tool's convention", AGAIN),
     ("other-source", "not a quantization of this source", "give the source it was made from"),
     ("columns-unbalanced", "columns are rescaled, and nothing before them undoes it", AGAIN),

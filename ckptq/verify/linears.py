@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from ckptq.checkpoint.open import CONFIG
 from ckptq.models.family import FUSED_SETS
 from ckptq.verify.kinds import finding
+from ckptq.verify.names import means_every_linear
 from ckptq.verify.report import Finding
 from ckptq.verify.subject import EXPERT, SCALES, Module, Subject
 
@@ -130,6 +131,12 @@ def _unmatched_groups(subject: Subject) -> Iterator[Finding]:
     used = {m.group.name for m in subject.modules.values() if m.group and m.kept is None}
     used |= {m.group.name for m in subject.modules.values() if m.group and _by_name(m)}
     for group in subject.declared.groups:
+        for target in group.targets:
+            if means_every_linear(target) and target != "Linear":
+                yield finding(
+                    "target-class", f"config_groups.{group.name}", file=CONFIG,
+                    found=f"target {target!r}", wanted="'Linear'",
+                )  # fmt: skip
         if group.name not in used and group.targets:
             yield finding(
                 "target-unmatched", f"config_groups.{group.name}", file=CONFIG,

@@ -14,7 +14,7 @@ from ckptq.verify.judge import CHOSEN_DB
 from ckptq.verify.kinds import finding
 from ckptq.verify.report import Finding
 from ckptq.verify.sample import Sample
-from ckptq.verify.stored_linear import StoredLinear
+from ckptq.verify.stored_linear import Held, StoredLinear
 from ckptq.verify.subject import CODES, EXPERT
 
 MOST = 8
@@ -107,9 +107,20 @@ def explain(mine: Sample, other: Sample) -> Iterator[Explained]:
     with_theirs = mine.snr({**mine.held, **scales})
     if with_theirs >= accept:
         yield Explained(code="scale-of-another", other=name, snr_db=with_theirs)
+    if _same_zero_points(mine.held, other.held):
+        yield Explained(code="zero-points-of-another", other=name, snr_db=accept)
     as_theirs = mine.snr({**mine.held, **scales}, against=other.w_RK)
     if as_theirs >= accept:
         yield Explained(code="codes-of-another", other=name, snr_db=as_theirs)
+
+
+def _same_zero_points(mine: Held, theirs: Held) -> bool:
+    """Those of two weights are never the same by chance, unless all are one number."""
+    zeros = mine.get("weight_zero_point")
+    other = theirs.get("weight_zero_point")
+    if zeros is None or other is None or zeros.shape != other.shape:
+        return False
+    return bool((zeros == other).all() and (zeros != zeros.flatten()[0]).any())
 
 
 def gather(found: Mapping[str, Explained], linears: Mapping[str, StoredLinear]) -> list[Finding]:
@@ -145,12 +156,20 @@ def _expert_pair(name: str, explained: Explained) -> tuple[str, int, int] | None
 
 
 def _one(linear: StoredLinear, explained: Explained, found: Mapping[str, Explained]) -> Finding:
-    part_of = {"scale-of-another": "weight_scale", "codes-of-another": linear.scheme.codes}
+    part_of = {
+        "scale-of-another": "weight_scale",
+        "zero-points-of-another": "weight_zero_point",
+        "codes-of-another": linear.scheme.codes,
+    }
     local = part_of.get(explained.code)
     back = found.get(explained.other)
     mutual = back is not None and back.other == linear.name and back.code == explained.code
     code = "exchanged" if mutual and explained.code == "misplaced" else explained.code
-    what = {"scale-of-another": "the scales", "codes-of-another": "the codes"}
+    what = {
+        "scale-of-another": "the scales",
+        "zero-points-of-another": "the zero points",
+        "codes-of-another": "the codes",
+    }
     part = what.get(explained.code, "the weight")
     repair = f"exchange {part} of {linear.name} and {explained.other}" if mutual else None
     return finding(

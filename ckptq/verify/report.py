@@ -103,6 +103,17 @@ class ScaleRow:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class Checked:
+    """What reading the data gave; nothing where none was read."""
+
+    findings: tuple[Finding, ...] = ()
+    tensors: tuple[TensorResult, ...] = ()
+    scales: tuple[ScaleRow, ...] = ()
+    copied: int = 0
+    arrivals: tuple[Arrival, ...] = ()
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Report:
     """Everything `verify` has found."""
 
@@ -123,6 +134,7 @@ class Report:
     arrivals: tuple[Arrival, ...] = ()
     heads: tuple[HeadResult, ...] = ()
     layers: tuple[LayerResult, ...] = ()
+    headers_only: bool = False
     checks: Mapping[str, int] = field(default_factory=dict)
     """What was looked at, and how often: a check that saw nothing proves nothing."""
 

@@ -5,19 +5,15 @@ from __future__ import annotations
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from ckptq.checkpoint.open import Checkpoint, Problems, open_checkpoint
-from ckptq.errors import SourceError
+from ckptq.errors import SourceError, UsageError
 from ckptq.verify.declared import read_declared
 from ckptq.verify.engines import find_engine
 from ckptq.verify.options import Options, Progress
-from ckptq.verify.report import Finding, HeadResult, LayerResult, Report
+from ckptq.verify.report import Checked, Finding, HeadResult, LayerResult, Report
 from ckptq.verify.structure import check_structure
 from ckptq.verify.subject import Subject
-
-if TYPE_CHECKING:
-    from ckptq.verify.data import Checked
 
 
 def verify(
@@ -25,6 +21,7 @@ def verify(
     source: str | Path | None = None,
     *,
     fast: bool = False,
+    headers_only: bool = False,
     engine: str | None = None,
     attention: bool = False,
     text: str | None = None,
@@ -32,10 +29,11 @@ def verify(
 ) -> Report:
     """Check a finished compressed-tensors checkpoint, against its source where one is given.
 
-    `fast` compares a first, a middle and a last run of rows of each weight instead of all. With
-    `engine` (a key of `ckptq.verify.engines.ENGINES`) that engine's loader is played too.
-    `attention` runs the source on a little text (`text`: a file or data set, else what Python
-    carries) and shows what FP8 with the stored scales makes of its q, k and v.
+    `fast` compares a first, a middle and a last run of rows of each weight instead of all, and
+    `headers_only` reads no tensor at all: a second or two for any size. With `engine` (a key of
+    `ckptq.verify.engines.ENGINES`) that engine's loader is played too. `attention` runs the source
+    on a little text (`text`: a file or data set, else what Python carries) and shows what FP8 with
+    the stored scales makes of its q, k and v.
 
     The bytes that `progress` hears of add up to at most those of the checkpoint's tensors. Raises
     SourceError for what cannot be read at all; all else is a finding.
@@ -45,18 +43,21 @@ def verify(
     ckpt = open_checkpoint(path, problems=problems)
     subject, declared_wrong = _subject(ckpt, source)
     structure = [*declared_wrong, *check_structure(subject, problems)]
+    if headers_only and (engine is not None or attention):
+        raise UsageError("headers alone show neither an engine's loader nor attention")
     options = Options(
         fast=fast,
         engine=find_engine(engine) if engine is not None else None,
         progress=progress or (lambda what, done: None),
     )
-    checked = _data(subject, structure, options)
+    checked = Checked() if headers_only else _data(subject, structure, options)
     seen = _attention(subject, text) if attention else Attention()
     everything = [*structure, *checked.findings, *seen.findings]
     return Report(
         path=str(path),
         source=str(source) if source is not None else None,
         fast=fast,
+        headers_only=headers_only,
         seconds=time.monotonic() - began,
         tensors_on_disk=len(ckpt.tensors),
         nbytes=ckpt.nbytes,

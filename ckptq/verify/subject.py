@@ -48,7 +48,7 @@ LATENT = ("kv_a_proj_with_mqa", "kv_b_proj")
 MIXTRAL = {"w1": "gate_proj", "w3": "up_proj", "w2": "down_proj"}
 """What llm-compressor's `oneshot` calls the experts' projections that Mixtral calls w1, w2, w3."""
 
-QUANTIZED = ("F8_E4M3", "I8", "U8", "I32")
+QUANTIZED = ("F8_E4M3", "F8_E5M2", "I8", "U8", "I32")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -35,6 +35,14 @@ EXTRA = {
     "g_idx": "g-idx",
 }
 
+DTYPE_HINTS = {
+    "F8_E5M2": "convert again to E4M3: compressed-tensors has no E5M2 weights",
+    "U8": "store signed codes, 128 less",
+    "I8": 'declare format "int-quantized" and type "int"',
+    "F8_E4M3": 'declare format "float-quantized" and type "float"',
+}
+"""What codes of this dtype are, or how they become what they should be."""
+
 
 def check_tensors(subject: Subject) -> Iterator[Finding]:
     """Every Linear that is quantized and should be."""
@@ -130,7 +138,7 @@ def _check_codes(
     module: Module, local: str, found: TensorSpec, wanted: TensorSpec
 ) -> Iterator[Finding]:
     if found.dtype != wanted.dtype:
-        yield _shape("codes-dtype", module, local, found, wanted)
+        yield _shape("codes-dtype", module, local, found, wanted, DTYPE_HINTS.get(found.dtype))
     elif found.shape == wanted.shape:
         return
     elif local == "weight" and found.shape == wanted.shape[::-1]:

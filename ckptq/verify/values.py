@@ -28,6 +28,9 @@ CACHE_RANGE = (1e-9, 1e6)
 WEIGHT_MOST = 1e6
 """No weight is that large; uninitialised memory often is."""
 
+EMPTY = 1e-3
+"""Of the median of the scales beside it: rows of a weight that are as good as zero."""
+
 GLOBAL_SCALES = ("weight_global_scale", "input_global_scale")
 GLOBAL_MOST = 1e30
 """NVFP4's global scales are divisors: 448 * 6 / amax."""
@@ -78,6 +81,7 @@ def cache_values(subject: Subject, files: Files) -> tuple[list[ScaleRow], list[F
     for scales in known.values():
         found += _placeholders(subject, scales)
         found += _outliers(subject, scales)
+    found += _alike(subject, known)
     return rows, found
 
 
@@ -89,6 +93,19 @@ def _placeholders(subject: Subject, scales: Mapping[str, Tensor]) -> Iterator[Fi
         yield finding(
             "scales-all-one", name, file=subject.ckpt.tensors[name].file,
             found=f"1.0, in {len(ones)} of {len(scales)} layers", wanted="calibrated scales",
+        )  # fmt: skip
+
+
+def _alike(subject: Subject, known: Mapping[str, Mapping[str, Tensor]]) -> Iterator[Finding]:
+    """Scales per head that are one number in every layer: somebody spread a layer's scale."""
+    scales = {name: scale for layers in known.values() for name, scale in layers.items()}
+    several = {name: scale for name, scale in scales.items() if scale.numel() > 1}
+    if len(several) > 2 and all(bool((s == s[0]).all()) for s in several.values()):
+        name = next(iter(several))
+        yield finding(
+            "heads-alike", name, file=subject.ckpt.tensors[name].file,
+            found=f"the same scale for all heads, in all {len(several)} tensors",
+            wanted="scales of heads, or strategy tensor",
         )  # fmt: skip
 
 
@@ -151,6 +168,7 @@ def check_codes(linear: StoredLinear, held: Mapping[str, Tensor]) -> Iterator[Fi
     """NaN codes, and bits behind the last packed code, in some rows."""
     codes = linear.tensors[linear.scheme.codes]
     tensor = held[linear.scheme.codes]
+    yield from _empty_rows(linear, held)
     if tensor.dtype == torch.float8_e4m3fn:
         nan = (tensor.view(torch.uint8) & 0x7F) == 0x7F
         if nan.any():
@@ -165,6 +183,28 @@ def check_codes(linear: StoredLinear, held: Mapping[str, Tensor]) -> Iterator[Fi
         )  # fmt: skip
     if "weight_zero_point" in held:
         yield from _zero_points(linear, held["weight_zero_point"], len(tensor))
+
+
+def _empty_rows(linear: StoredLinear, held: Mapping[str, Tensor]) -> Iterator[Finding]:
+    """Rows of zero bytes under a scale that says that something was there: the largest weight of a
+    row or group has one of the largest codes."""
+    scheme, scale = linear.scheme, held["weight_scale"]
+    if scheme.strategy not in ("channel", "group") or scheme.scale_dtype is not None:
+        return
+    codes = held[scheme.codes].contiguous()
+    empty_R = ~codes.view(torch.uint8).flatten().view(len(codes), -1).any(1)
+    if not empty_R.any():
+        return
+    largest_R = scale.float().amax(1)
+    meant_R = (largest_R > EMPTY * largest_R.median()) & (largest_R != torch.finfo(scale.dtype).eps)
+    count = int((empty_R & meant_R).sum())
+    if count:
+        tensor = linear.tensors[scheme.codes]
+        yield finding(
+            "codes-empty", tensor.name, file=tensor.file,
+            found=f"{count} of {len(codes)} rows in one place are zero bytes, and have scales",
+            wanted="codes",
+        )  # fmt: skip
 
 
 def _zero_points(linear: StoredLinear, zero_point: Tensor, rows: int) -> Iterator[Finding]:

@@ -1,8 +1,9 @@
 """What arrives in an engine: right, or named where its loader does not move what it should."""
 
 import pytest
+from faults_structure import quantize_llama4_queries_asymmetrically
 from verify_checkpoints import copy_of
-from verify_faults import quantize_llama4_queries_asymmetrically, turn
+from verify_faults import turn
 
 from ckptq.errors import UsageError
 from ckptq.permute.effect import Part

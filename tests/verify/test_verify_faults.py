@@ -1,10 +1,18 @@
 """Every fault is caught and named: its code, and the tensor where there is one to name."""
 
+import faults_cache
+import faults_conventions
+import faults_rare
+import faults_round_trip
+import faults_structure
 import pytest
-from verify_faults import FAULTS, Fault
+from verify_faults import Fault
 
 from ckptq.verify.kinds import KINDS
 from ckptq.verify.run import verify
+
+SECTIONS = (faults_structure, faults_cache, faults_round_trip, faults_rare, faults_conventions)
+FAULTS = [fault for section in SECTIONS for fault in section.FAULTS]
 
 CASES = [
     pytest.param(fault, family, weights, id=f"{fault.name}-{family}-{weights}")
