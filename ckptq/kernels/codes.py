@@ -10,6 +10,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ckptq.kernels.rounding import (
+    INTERPRETED,
     divide_16bit,
     e4m3_code,
     has_native_e4m3,
@@ -54,20 +55,62 @@ def load_slices(ptrs, stride, mask, COUNT: tl.constexpr, EVICTION: tl.constexpr)
 
 
 @triton.jit
+def _absmax_bf16x2(a, b):
+    """The larger absolute value of two bf16 tensors, the first without signs, as bits."""
+    return tl.inline_asm_elementwise(
+        "{.reg .b32 q; and.b32 q, $2, 0x7FFF7FFF; max.bf16x2 $0, $1, q;}",
+        "=r,r,r",
+        [a, b.to(tl.int16, bitcast=True)],
+        dtype=tl.int16,
+        is_pure=True,
+        pack=2,
+    )
+
+
+@triton.jit
+def _extreme_bf16x2(a, b, OP: tl.constexpr):
+    """The smaller or the larger of bf16 tensors, as bits. OP is min or max."""
+    return tl.inline_asm_elementwise(
+        OP + ".bf16x2 $0, $1, $2;",
+        "=r,r,r",
+        [a, b.to(tl.int16, bitcast=True)],
+        dtype=tl.int16,
+        is_pure=True,
+        pack=2,
+    )
+
+
+@triton.jit
 def absmax_of(slices, COUNT: tl.constexpr):
     """Elementwise maximum of the absolute values of COUNT tensors, in fp32."""
-    amax = tl.abs(widen(slices[0]))
-    for i in tl.static_range(1, COUNT):
-        amax = tl.maximum(amax, tl.abs(widen(slices[i])))
-    return amax
+    if slices[0].dtype == tl.bfloat16 and not INTERPRETED:
+        # two values an instruction: maxima run at half the rate of additions
+        bits = tl.zeros(slices[0].shape, tl.int16)
+        for i in tl.static_range(COUNT):
+            bits = _absmax_bf16x2(bits, slices[i])
+        return bits.to(tl.bfloat16, bitcast=True).to(tl.float32)
+    else:
+        amax = tl.abs(widen(slices[0]))
+        for i in tl.static_range(1, COUNT):
+            amax = tl.maximum(amax, tl.abs(widen(slices[i])))
+        return amax
 
 
 @triton.jit
 def extrema_of(slices, COUNT: tl.constexpr):
     """Elementwise minimum and maximum of COUNT tensors, in fp32."""
-    low, high = widen(slices[0]), widen(slices[0])
-    for i in tl.static_range(1, COUNT):
-        low, high = tl.minimum(low, widen(slices[i])), tl.maximum(high, widen(slices[i]))
+    if slices[0].dtype == tl.bfloat16 and not INTERPRETED:
+        low = slices[0].to(tl.int16, bitcast=True)
+        high = low
+        for i in tl.static_range(1, COUNT):
+            low = _extreme_bf16x2(low, slices[i], "min")
+            high = _extreme_bf16x2(high, slices[i], "max")
+        low = low.to(tl.bfloat16, bitcast=True).to(tl.float32)
+        high = high.to(tl.bfloat16, bitcast=True).to(tl.float32)
+    else:
+        low, high = widen(slices[0]), widen(slices[0])
+        for i in tl.static_range(1, COUNT):
+            low, high = tl.minimum(low, widen(slices[i])), tl.maximum(high, widen(slices[i]))
     return low, high
 
 
@@ -113,6 +156,27 @@ def ratio(x, scale, NARROW: tl.constexpr):
 
 
 @triton.jit
+def integer_bits_narrow(
+    x,
+    lift,
+    reciprocal,
+    zero,
+    LOW: tl.constexpr,
+    HIGH: tl.constexpr,
+    OFFSET: tl.constexpr,
+):
+    """`integer_bits` where x and scale were bf16 or fp16, by `lift_and_reciprocal` of the scale.
+
+    Adding 768 to a product with the reciprocal rounds it to a multiple of 2^-14. It is within 2^-15
+    of the quotient, so a tie becomes one again; what is no tie is 2^-13 away from any and becomes
+    none.
+    """
+    shifted = tl.fma(x * lift, reciprocal, 768.0 + zero)
+    whole = tl.clamp(shifted, 768.0 + LOW, 768.0 + HIGH) + (12582144.0 + OFFSET)
+    return whole.to(tl.int32, bitcast=True)
+
+
+@triton.jit
 def integer_bits(
     x,
     scale,
@@ -126,19 +190,14 @@ def integer_bits(
 
     These are the bits of a float, from which a caller takes the low byte or a sum of shifted
     nibbles: integer instructions are what packing is short of, and this needs the clamp's two.
-
-    NARROW (x and scale were bf16 or fp16): adding 768 to a product with the reciprocal rounds it
-    to a multiple of 2^-14. It is within 2^-15 of the quotient, so a tie becomes one again; what is
-    no tie is 2^-13 away from any and becomes none.
     """
     if NARROW:
         lift, reciprocal = lift_and_reciprocal(scale)
-        shifted = tl.fma(x * lift, reciprocal, 768.0 + zero)
-        whole = tl.clamp(shifted, 768.0 + LOW, 768.0 + HIGH) + (12582144.0 + OFFSET)
+        return integer_bits_narrow(x, lift, reciprocal, zero, LOW, HIGH, OFFSET)
     else:
         quotient = tl.math.div_rn(x, scale) + zero
         whole = tl.clamp(quotient, 0.0 + LOW, 0.0 + HIGH) + (12582912.0 + OFFSET)
-    return whole.to(tl.int32, bitcast=True)
+        return whole.to(tl.int32, bitcast=True)
 
 
 @triton.jit

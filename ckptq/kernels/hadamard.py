@@ -53,7 +53,8 @@ def _within(x_RL, STEPS: tl.constexpr):
 
 
 @triton.jit
-def _across(slices, STEP: tl.constexpr, COUNT: tl.constexpr):
+def across(slices, STEP: tl.constexpr, COUNT: tl.constexpr):
+    """The step of the butterflies between slices that lie STEP apart."""
     crossed = ()
     for i in tl.static_range(COUNT):
         if i & STEP:
@@ -72,7 +73,7 @@ def walsh_hadamard(
     for i in tl.static_range(COUNT):
         turned = turned + (_within(slices[i], STEPS_WITHIN),)  # type: ignore[assignment]  # noqa: RUF005
     for step in tl.static_range(STEPS_ACROSS):
-        turned = _across(turned, 1 << step, COUNT)
+        turned = across(turned, 1 << step, COUNT)
     return turned
 
 

@@ -176,7 +176,7 @@ def _tiling(group: int, groups: int) -> dict[str, int]:
         "GROUPS": at_once,
         "SLICES": slices,
         "LANES": padded // slices,
-        "num_warps": min(16, max(4, rows * at_once * padded // 1024)),
+        "num_warps": min(16, max(4, rows * at_once * padded // 2048)),
     }
 
 

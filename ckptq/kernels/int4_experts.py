@@ -12,9 +12,16 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ckptq.kernels.codes import NARROW, absmax_of, extrema_of, load_slices, scale_of
+from ckptq.kernels.codes import (
+    NARROW,
+    absmax_of,
+    extrema_of,
+    integer_bits_narrow,
+    load_slices,
+    scale_of,
+)
 from ckptq.kernels.int4 import asymmetric_qparams, nibble_bits, word_of_nibbles
-from ckptq.kernels.rounding import narrow, widen
+from ckptq.kernels.rounding import lift_and_reciprocal, narrow, widen
 
 TILE_K, TILE_N = 256, 64
 """Rows and columns of a tile: 128 bytes of bf16 where it is read, 128 of words where written."""
@@ -75,11 +82,20 @@ def _quantize_int4_experts_kernel(
     o_GN = (e * N + n_N)[None, :] * G + g_G[:, None]
     tl.store(scale_ptr + o_GN, narrow(scale_GN, stored), mask=m_GN)
 
-    scale_PN = _per_word(scale_GN, GROUPS, WORDS, BLOCK)
     zero_PN = 0.0 if SYMMETRIC else _per_word(zero_GN, GROUPS, WORDS, BLOCK)
     total_PN = tl.zeros([GROUPS * WORDS, BLOCK], tl.int32)
-    for i in tl.static_range(8):
-        total_PN += nibble_bits(widen(x_8PN[i]), scale_PN, zero_PN, NARROW) << (4 * i)
+    if NARROW:
+        lift_GN, reciprocal_GN = lift_and_reciprocal(scale_GN)  # once a group, not once a word
+        lift_PN = _per_word(lift_GN, GROUPS, WORDS, BLOCK)
+        reciprocal_PN = _per_word(reciprocal_GN, GROUPS, WORDS, BLOCK)
+        for i in tl.static_range(8):
+            x_PN = widen(x_8PN[i])
+            bits_PN = integer_bits_narrow(x_PN, lift_PN, reciprocal_PN, zero_PN, -8, 7, 8)
+            total_PN += bits_PN << (4 * i)
+    else:
+        scale_PN = _per_word(scale_GN, GROUPS, WORDS, BLOCK)
+        for i in tl.static_range(8):
+            total_PN += nibble_bits(x_8PN[i], scale_PN, zero_PN, NARROW) << (4 * i)
     packed_PN = word_of_nibbles(total_PN)
     o_PN = (e * N + n_N)[None, :] * P + word_P[:, None]
     tl.store(packed_ptr + o_PN, packed_PN, mask=m_PN)

@@ -54,6 +54,8 @@ THRESHOLD = (CENTROIDS[0] + CENTROIDS[1]) / 2
 """Where the nearer level changes, in units of sigma."""
 EPS = 1.1920928955078125e-07
 """No scale is smaller: an all-zero head still divides and multiplies."""
+LEAST_STEP = 2.0**-40
+"""No step of a rotated head is smaller, before its power of two is undone."""
 
 
 def rotation_block(head_dim: int) -> int:
@@ -67,3 +69,11 @@ def slice_size(head_dim: int) -> int:
     Kernels hold a head as slices of this size; sums of squares go over slices first.
     """
     return min(rotation_block(head_dim), 8 if head_dim <= 128 else 16)
+
+
+def chunk_size(head_dim: int) -> int:
+    """Values of a head that are rotated by one matrix product: 16 to 128.
+
+    A head is padded with zeros to whole chunks; sums of squares go over chunks first.
+    """
+    return max(16, min(rotation_block(head_dim), 128))

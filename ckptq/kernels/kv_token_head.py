@@ -1,8 +1,9 @@
 """Quantize keys or values by token and head as they are written into a paged cache.
 
-Meaning: `reference.kv.quantize`, to the bit. A row is one head of one token: rotate it, find its
-scale (and zero point), round, pack two or four codes to a byte. One read of the input, one write.
-Rows are tuples of slices, as `hadamard` cuts them.
+Meaning: `reference.kv.quantize`, to the bit. A row is one head of one token: find its scale (and
+zero point), round, pack two or four codes to a byte. One read of the input, one write. Rows are
+tuples of slices, as `hadamard` cuts them; rotated formats have a kernel of their own,
+`kv_rotated`.
 
 Shape letters: T tokens, K key/value heads, D head dimension, R a program's rows, L columns of a
 slice, W bytes of a slice.
@@ -17,18 +18,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ckptq.kernels.hadamard import (
-    load_rows,
-    rows_of_program,
-    slicing,
-    walsh_hadamard,
-    weighted,
-)
-from ckptq.kernels.kv_format import EPS, THRESHOLD, KVFormat, Rotation, rotation_block
+from ckptq.kernels.hadamard import load_rows, rows_of_program, slicing
+from ckptq.kernels.kv_codes import codes, halfwords, step_inverse_zero
+from ckptq.kernels.kv_format import EPS, KVFormat, Rotation, rotation_block
+from ckptq.kernels.kv_rotated import write_rotated
 from ckptq.kernels.paging import Layout, slot_offset
-from ckptq.kernels.rounding import INTERPRETED, e4m3_code, has_native_e4m3, round_half_even
-
-EDGE = tl.constexpr(THRESHOLD)
+from ckptq.kernels.rounding import has_native_e4m3
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -70,121 +65,6 @@ class TokenHeadCache:
             scale=torch.zeros(shape, device=device),
             zero=torch.zeros(shape, dtype=torch.uint8, device=device) if fmt.asymmetric else None,
         )
-
-
-@triton.jit
-def _nearest(x, factor, shift):
-    """Bits whose low half is the whole number nearest to x * factor + shift, ties to even.
-
-    One rounding: `shift` is whole, and so is the number 1.5 * 2^23 that leaves no bits below one.
-    The interpreter does not fuse, so it computes in float64, where the product is exact.
-    """
-    if INTERPRETED:
-        exact = x.to(tl.float64) * factor.to(tl.float64) + shift.to(tl.float64)
-        whole = (exact + 6755399441055744.0) - 6755399441055744.0
-        return (whole.to(tl.float32) + 12582912.0).to(tl.int32, bitcast=True)
-    else:
-        return tl.fma(x, factor, shift + 12582912.0).to(tl.int32, bitcast=True)
-
-
-@triton.jit
-def _largest(slices, COUNT: tl.constexpr):
-    """[R]: the largest value of each row."""
-    best = slices[0]
-    for i in tl.static_range(1, COUNT):
-        best = tl.maximum(best, slices[i])
-    return tl.max(best, 1)
-
-
-@triton.jit
-def _absolute(slices, SIGN: tl.constexpr, COUNT: tl.constexpr):
-    """|x| where SIGN is 0, else x times it."""
-    changed = ()
-    for i in tl.static_range(COUNT):
-        x_RL = tl.abs(slices[i]) if SIGN == 0 else slices[i] * SIGN
-        changed = changed + (x_RL,)  # type: ignore[assignment]  # noqa: RUF005
-    return changed
-
-
-@triton.jit
-def _root_mean_square(slices, D: tl.constexpr, COUNT: tl.constexpr, STEPS_WITHIN: tl.constexpr):
-    """[R], in an order that the layout in registers cannot change."""
-    ROWS: tl.constexpr = slices[0].shape[0]
-    L: tl.constexpr = slices[0].shape[1]
-    total = slices[0] * slices[0]
-    for i in tl.static_range(1, COUNT):
-        total = total + slices[i] * slices[i]
-    for step in tl.static_range(STEPS_WITHIN):
-        even, odd = tl.split(tl.reshape(total, (ROWS, L >> (step + 1), 2)))
-        total = even + odd
-    return tl.math.sqrt_rn(tl.math.div_rn(tl.reshape(total, (ROWS,)), D * 1.0))
-
-
-@triton.jit
-def _scale_and_zero(
-    slices,
-    KIND: tl.constexpr,
-    EPS: tl.constexpr,
-    D: tl.constexpr,
-    COUNT: tl.constexpr,
-    STEPS_WITHIN: tl.constexpr,
-):
-    """Scales and zero points, fp32 [R]; zero points are 0 but for INT4."""
-    if KIND == "int4":
-        low_R = -tl.maximum(_largest(_absolute(slices, -1, COUNT), COUNT), 0.0)
-        span_R = tl.maximum(_largest(slices, COUNT), 0.0) - low_R
-        scale_R = tl.maximum(tl.math.div_rn(span_R, 15.0), EPS)
-        zero_R = round_half_even(-low_R * _inverse(scale_R, KIND)).to(tl.float32)
-    elif KIND == "int2":
-        scale_R = tl.maximum(_root_mean_square(slices, D, COUNT, STEPS_WITHIN), EPS)
-        zero_R = tl.zeros(scale_R.shape, tl.float32)
-    else:
-        HALF_RANGE: tl.constexpr = 448.0 if KIND == "fp8" else 127.0
-        amax_R = _largest(_absolute(slices, 0, COUNT), COUNT)
-        scale_R = tl.maximum(tl.math.div_rn(amax_R, HALF_RANGE), EPS)
-        zero_R = tl.zeros(scale_R.shape, tl.float32)
-    return scale_R, zero_R
-
-
-@triton.jit
-def _inverse(scale_R, KIND: tl.constexpr):
-    """What values are multiplied with to give codes, before the zero point is added."""
-    if KIND == "int4":
-        # a millionth short, so that no code leaves 0 to 15 and none has to be clamped
-        return tl.math.div_rn(0.999999, scale_R)
-    elif KIND == "int2":
-        return tl.math.div_rn(1.0, scale_R * EDGE)
-    else:
-        return tl.math.div_rn(1.0, scale_R)
-
-
-@triton.jit
-def _codes(x_RL, inverse_R1, zero_R1, KIND: tl.constexpr, NATIVE: tl.constexpr):
-    """Codes of one slice: bytes of FP8 and INT8; of INT4 and INT2 the low bits of int32."""
-    if KIND == "int4":
-        return _nearest(x_RL, inverse_R1, zero_R1)
-    elif KIND == "int2":
-        # levels change where x * inverse is -1, 0 and 1
-        code_RL = (x_RL * inverse_R1 + 1.5) + 12582912.0
-        return tl.clamp(code_RL, 12582912.0, 12582915.0).to(tl.int32, bitcast=True)
-    elif KIND == "fp8":
-        return e4m3_code(x_RL * inverse_R1, NATIVE)
-    else:
-        return round_half_even(x_RL * inverse_R1).to(tl.uint8)
-
-
-@triton.jit
-def _halfwords(code_RL, BITS: tl.constexpr):
-    """Codes [R, L] -> halfwords [R, L * BITS / 16], the first code in the lowest bits.
-
-    What else lies in the codes' bits, 1.5 * 2^23 in fp32, has nothing in its low half.
-    """
-    PER: tl.constexpr = 16 // BITS
-    ROWS: tl.constexpr = code_RL.shape[0]
-    COUNT: tl.constexpr = code_RL.shape[1] // PER
-    shift_P = BITS * tl.arange(0, PER)
-    code_RCP = tl.reshape(code_RL, (ROWS, COUNT, PER)) << shift_P[None, None, :]
-    return tl.sum(code_RCP, 2).to(tl.int16)
 
 
 @triton.jit
@@ -236,14 +116,10 @@ def _write_token_head_kernel(
     BLOCK: tl.constexpr,
     KIND: tl.constexpr,
     BITS: tl.constexpr,
-    ROTATED: tl.constexpr,
-    SIGNED: tl.constexpr,
     NATIVE: tl.constexpr,
     EPS: tl.constexpr,
     COUNT: tl.constexpr,
-    STEPS_WITHIN: tl.constexpr,
-    STEPS_ACROSS: tl.constexpr,
-    NORM: tl.constexpr,
+    STEPS: tl.constexpr,
     GROUP: tl.constexpr,
     GROUP_STEPS: tl.constexpr,
     ROWS: tl.constexpr,
@@ -256,11 +132,8 @@ def _write_token_head_kernel(
     m_R1 = m_R[:, None]
     x_R1 = (token_R * x_stride_t + head_R * x_stride_h)[:, None]
     slices = load_rows(x_ptr + x_R1 + tl.arange(0, L)[None, :], m_R, COUNT)
-    if ROTATED:
-        slices = weighted(slices, SIGNED, NORM, COUNT)
-        slices = walsh_hadamard(slices, COUNT, STEPS_WITHIN, STEPS_ACROSS)
-
-    scale_R, zero_R = _scale_and_zero(slices, KIND, EPS, D, COUNT, STEPS_WITHIN)
+    step_R, inverse_R, zero_R = step_inverse_zero(slices, KIND, EPS, D, COUNT, STEPS)
+    scale_R = tl.maximum(step_R, EPS)
     o_R = slot_offset(slot_R, scale_stride_block, scale_stride_token, BLOCK)
     o_R += head_R * scale_stride_head
     tl.store(scale_ptr + o_R, scale_R, mask=m_R)
@@ -268,21 +141,21 @@ def _write_token_head_kernel(
         tl.store(zero_ptr + o_R, zero_R.to(tl.uint8), mask=m_R)
     c_R = slot_offset(slot_R, code_stride_block, code_stride_token, BLOCK)
     c_R1 = (c_R + head_R * code_stride_head)[:, None]
-    inverse_R1, zero_R1 = _inverse(scale_R, KIND)[:, None], zero_R[:, None]
+    inverse_R1, zero_R1 = inverse_R[:, None], zero_R[:, None]
     if BITS == 8:
         for i in tl.static_range(COUNT):
-            code_RL = _codes(slices[i], inverse_R1, zero_R1, KIND, NATIVE)
+            code_RL = codes(slices[i], inverse_R1, zero_R1, KIND, NATIVE)
             tl.store(code_ptr + i * L + (c_R1 + tl.arange(0, L)[None, :]), code_RL, mask=m_R1)
     elif GROUP == 0:
         W: tl.constexpr = L * BITS // 16
         for i in tl.static_range(COUNT):
-            code_RW = _halfwords(_codes(slices[i], inverse_R1, zero_R1, KIND, NATIVE), BITS)
+            code_RW = halfwords(codes(slices[i], inverse_R1, zero_R1, KIND, NATIVE), BITS)
             ptrs_RW = code_ptr + i * W + (c_R1 + tl.arange(0, W)[None, :])
             tl.store(ptrs_RW, code_RW, mask=m_R1)
     else:
         columns = ()
         for i in tl.static_range(COUNT):
-            code_RW = _halfwords(_codes(slices[i], inverse_R1, zero_R1, KIND, NATIVE), BITS)
+            code_RW = halfwords(codes(slices[i], inverse_R1, zero_R1, KIND, NATIVE), BITS)
             columns = columns + _as_columns(code_RW)
         for i in tl.static_range(D * BITS // 16 // GROUP):
             code_RG = _side_by_side(columns, i * GROUP, GROUP, GROUP_STEPS)
@@ -310,11 +183,14 @@ def write_token_head(x_TKD: Tensor, cache: TokenHeadCache, slot_T: Tensor) -> No
         raise ValueError(f"{K} heads of {D} into a cache of {heads} heads of {cache.head_dim}")
     if x_TKD.stride(2) != 1:
         x_TKD = x_TKD.contiguous()
-    rotated, bits = cache.rotation is not Rotation.NONE, cache.fmt.bits
+    bits = cache.fmt.bits
+    if cache.rotation is not Rotation.NONE:
+        write_rotated(x_TKD, cache, slot_T)
+        return
     # what packs several codes stores halfwords: pointers and strides count those
     code = cache.code if bits == 8 else cache.code.view(torch.int16)
-    cut = slicing(D, rotated or bits < 8)
-    rows = rows_of_program(D, rotated or bits < 8)
+    cut = slicing(D, bits < 8)
+    rows = rows_of_program(D, bits < 8)
     _write_token_head_kernel[(triton.cdiv(T * K, rows),)](
         *(x_TKD, code, cache.scale, cache.zero, slot_T),
         *x_TKD.stride()[:2],
@@ -325,11 +201,10 @@ def write_token_head(x_TKD: Tensor, cache: TokenHeadCache, slot_T: Tensor) -> No
         BLOCK=block,
         KIND=cache.fmt.name.partition("_")[0],
         BITS=bits,
-        ROTATED=rotated,
-        SIGNED=cache.rotation is Rotation.SIGNED,
         NATIVE=has_native_e4m3(x_TKD.device),
         EPS=EPS,
-        **cut,
+        COUNT=cut["COUNT"],
+        STEPS=cut["STEPS_WITHIN"],
         **grouping(D * bits // 16, D // int(cut["COUNT"]) * bits // 16),
         ROWS=rows,
         num_warps=2,

@@ -45,24 +45,32 @@ def _scales_kernel(amax_ptr, scale_ptr, K, HALF_RANGE: tl.constexpr, BLOCK: tl.c
     tl.store(scale_ptr + k_B, narrow(scale_of(amax_B, HALF_RANGE, stored), stored), mask=k_B < K)
 
 
+def scales_of_maxima(amax: Tensor, stored: torch.dtype, dtype: torch.dtype) -> Tensor:
+    """Scales of `dtype` codes, in the dtype `stored`, from fp32 maxima given as int32 bits."""
+    scale = torch.empty(amax.shape, dtype=stored, device=amax.device)
+    _scales_kernel[(triton.cdiv(amax.numel(), 128),)](
+        *(amax, scale, amax.numel()),
+        HALF_RANGE=HALF_RANGE[dtype],
+        BLOCK=128,
+        enable_fp_fusion=False,
+    )
+    return scale
+
+
 def scale_columns(x_RC: Tensor, tile_cols: int, dtype: torch.dtype) -> Tensor:
     """A scale for every run of `tile_cols` columns over all rows: [1, K], x's dtype."""
     R, C = x_RC.shape
     if x_RC.stride(1) != 1:
         raise ValueError(f"want dense columns, got {tuple(x_RC.shape)} strided {x_RC.stride()}")
     K = triton.cdiv(C, tile_cols)
-    amax_K = torch.zeros(K, dtype=torch.int32, device=x_RC.device)
-    scale_1K = torch.empty(1, K, dtype=x_RC.dtype, device=x_RC.device)
+    amax_1K = torch.zeros(1, K, dtype=torch.int32, device=x_RC.device)
     (down, across), blocks = tile_grid(R, C, tile_cols)
     _absmax_kernel[(down * across,)](
-        *(x_RC, amax_K, x_RC.stride(0), R, C, tile_cols),
+        *(x_RC, amax_1K, x_RC.stride(0), R, C, tile_cols),
         **blocks,
         num_warps=8,
     )
-    _scales_kernel[(triton.cdiv(K, 128),)](
-        *(amax_K, scale_1K, K), HALF_RANGE=HALF_RANGE[dtype], BLOCK=128, enable_fp_fusion=False
-    )
-    return scale_1K
+    return scales_of_maxima(amax_1K, x_RC.dtype, dtype)
 
 
 def quantize_tensor(

@@ -67,3 +67,19 @@ def test_scales_are_those_of_the_cpu(saved, kernel_calls, family, strategy):
     for name, scale in want.items():
         step = 2**-6 if ".layers.0." in name else 0.06
         torch.testing.assert_close(got[name], scale, rtol=step, atol=0)
+
+
+@pytest.mark.parametrize("strategy", ["attn_head", "tensor"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_two_runs_give_the_same_bits(saved, family, strategy):
+    """And other samples give others, so that equality is not that of constants."""
+    ckpt = saved(family)
+
+    def scales(rows):
+        run = {"strategy": strategy, "batch_size": 2, "device": "cuda"}
+        return calibrate(ckpt, samples_of(rows), **run).tensors
+
+    first, second, other = scales(ROWS), scales(ROWS), scales(token_rows([31, 5]))
+    assert first.keys() == second.keys()
+    assert all(torch.equal(first[name], second[name]) for name in first)
+    assert any(not torch.equal(first[name], other[name]) for name in first)

@@ -62,5 +62,8 @@ def paged(device: torch.device) -> None:
         held = TokenHeadCache.empty(fmt, 4, 16, 2, D, device=device)
         write_token_head(x_TKD[..., :D], held, slot_T)
         token_head_attention(q_THD[..., :D], held, held, sequences, scaling=1.0)
+    for fmt in (INT4, INT2):
+        plain = TokenHeadCache.empty(fmt, 4, 16, 2, 128, device=device, rotation=Rotation.NONE)
+        write_token_head(x_TKD, plain, slot_T)
     rotate(x_TKD, Rotation.SIGNED)
     rotate(x_TKD.float(), Rotation.HADAMARD, torch.bfloat16, inverse=True)

@@ -58,3 +58,34 @@ def test_signs_spread_values_that_are_alike() -> None:
     assert kv.rotate(x, Rotation.HADAMARD).abs().amax() == pytest.approx(128**0.5)
     assert kv.rotate(x, Rotation.SIGNED).abs().amax() < 4
     assert 40 < (kv.signs(128) > 0).sum() < 88
+
+
+def wide_heads() -> torch.Tensor:
+    """Bf16 heads whose values differ by up to 2^30, one of zeros."""
+    x = heads(128, torch.bfloat16)
+    x *= 2.0 ** torch.randint(-30, 1, (9, 5, 128), generator=torch.Generator().manual_seed(1))
+    x[2, 1] = 0.0
+    return x
+
+
+def test_sums_on_the_grid_are_exact_in_any_order() -> None:
+    x, plain = wide_heads(), kv.hadamard_matrix(128) * 128**0.5
+    grid, _ = kv.on_grid(x)
+    turned, _ = kv.rotate_exactly(x, Rotation.HADAMARD)
+    assert torch.equal(turned.double(), grid.double() @ plain.round())
+    order = torch.randperm(128, generator=torch.Generator().manual_seed(2))
+    shuffled = grid[..., order] @ plain.round().float()[order]
+    assert torch.equal(turned, shuffled)
+    off_grid = x.float() @ plain.round().float()
+    assert not torch.equal(off_grid.double(), x.double() @ plain.round())
+
+
+def test_the_grid_moves_only_small_values_of_a_head() -> None:
+    x = wide_heads().float()
+    grid, unit = kv.on_grid(x)
+    back, amax = grid * unit[..., None], x.abs().amax(-1, keepdim=True)
+    assert ((back - x).abs() <= amax * 2.0**-16).all()
+    large = x.abs() >= amax * 2.0**-8
+    assert torch.equal(back[large], x[large])
+    assert not torch.equal(back, x)
+    assert ((back - x).abs() > amax * 2.0**-20).any()

@@ -49,6 +49,8 @@ def error(got: Tensor, want: Tensor) -> float:
         (96, Layout.NHD, torch.float16, Rotation.SIGNED),
         (128, Layout.HND, torch.bfloat16, Rotation.NONE),
         (128, Layout.NHD, torch.float32, Rotation.HADAMARD),
+        (72, Layout.NHD, torch.bfloat16, Rotation.SIGNED),
+        (256, Layout.HND, torch.bfloat16, Rotation.HADAMARD),
     ],
     ids=str,
 )
@@ -76,6 +78,20 @@ def test_bytes_scales_and_zero_points_are_equal(
         assert same(row[slot_T[kept]], wanted[kept])
         row[slot_T[kept]] = 0
         assert not row.any()  # nothing else was written
+
+
+@pytest.mark.parametrize("K", [1, 4, 6])
+def test_tiles_of_tokens_and_heads(device: torch.device, K: int) -> None:
+    """Heads that are a power of two, or twice an odd number; tokens that do not fill a tile."""
+    x, slot_T = heads(46, K, 64, torch.bfloat16), slots()
+    cache, want = written(x, INT4, slot_T, device), kv.quantize(x, INT4)
+    assert same(paged.slots(cache.code, Layout.NHD).cpu()[slot_T], want.code)
+    assert same(paged.slots(cache.scale, Layout.NHD).cpu()[slot_T], want.scale)
+
+
+def test_rotations_that_would_not_be_exact_are_refused(device: torch.device) -> None:
+    with pytest.raises(ValueError, match="at most 256"):
+        written(heads(46, 1, 512), INT4, slots(), device)
 
 
 def test_golden_bytes() -> None:

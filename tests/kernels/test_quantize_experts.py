@@ -18,16 +18,14 @@ SOURCES = pytest.mark.parametrize("source", [torch.bfloat16, torch.float32], ids
 @CODES
 @SOURCES
 @pytest.mark.parametrize("shape", [(1, 4, 1), (2, 152, 140), (2, 64, 260), (1, 320, 24)], ids=str)
-@pytest.mark.parametrize("strip_bytes", [1, 1 << 20], ids=["narrow", "wide"])
 def test_rows_of_the_transpose(
     device: torch.device,
     shape: tuple[int, int, int],
     source: torch.dtype,
     codes: torch.dtype,
-    strip_bytes: int,
 ) -> None:
     x = weights(shape, source)
-    got = quantize_experts(x.to(device), codes, strip_bytes)
+    got = quantize_experts(x.to(device), codes)
     assert both_same(got, meaning.quantize_experts(x, codes))
 
 

@@ -2,8 +2,12 @@
 
 Everything is in a stated order, fp32 where nothing else is said, so that kernels can be equal to
 the bit: the Walsh-Hadamard butterflies go from neighbours to halves, sums of squares from slice to
-slice, and codes are x * (1 / scale) plus the zero point, rounded, ties to even. `hadamard_matrix`
+slice, and codes are x * (1 / step) plus the zero point, rounded, ties to even. `hadamard_matrix`
 is the transform by its definition, in float64, against which the butterflies are held.
+
+Before it is quantized a head is rotated exactly (`on_grid`): on a grid of 2^-16 of its largest
+value or finer, sums of up to 256 values fit the 24 bits of fp32 and do not depend on their order,
+so that tensor cores give them too. Bf16 has 8 bits, so only values below 2^-8 of the largest move.
 
 Shape letters: D head dimension, N block of the rotation, W bytes of a head (D / codes per byte).
 Leading dimensions are any (tokens, heads, ...), written as dots.
@@ -20,9 +24,11 @@ from ckptq.kernels.kv_format import (
     FP8,
     INT2,
     INT8,
+    LEAST_STEP,
     THRESHOLD,
     KVFormat,
     Rotation,
+    chunk_size,
     rotation_block,
     slice_size,
 )
@@ -86,16 +92,39 @@ def unrotate(x: Tensor, rotation: Rotation) -> Tensor:
     return turned * _weights(x.shape[-1], rotation, x.device)
 
 
-def _root_mean_square(y: Tensor) -> Tensor:
-    """[...]: squares are added slice by slice, then neighbours."""
-    square = (y * y).unflatten(-1, (-1, slice_size(y.shape[-1])))
+def on_grid(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Heads [..., D] times a power of two, multiples of 2^-24 below 2^-8; its inverse [...].
+
+    The rounding is fp16's, whose subnormals are that grid: of bf16 values only the small ones
+    change, fp32 values keep 11 bits. Exact up to 2^118; a head below 2^-40 keeps fewer bits.
+    """
+    bits = x.float().abs().amax(-1).view(torch.int32)
+    exponent = (bits & 0x7F800000).clamp(87 << 23, 244 << 23)
+    lift = ((245 << 23) - exponent).view(torch.float32)
+    return (x.float() * lift[..., None]).half().float(), (exponent + (9 << 23)).view(torch.float32)
+
+
+def rotate_exactly(x: Tensor, rotation: Rotation) -> tuple[Tensor, Tensor]:
+    """fp32 [..., D] without the norm, every sum exact, and the factor [...] that is missing."""
+    head_dim = x.shape[-1]
+    grid, unit = on_grid(x)
+    if rotation is Rotation.SIGNED:
+        grid = grid * signs(head_dim).to(x.device)
+    block = rotation_block(head_dim)
+    # adding zero turns -0.0 into 0.0, as a matrix product does
+    return _butterflies(grid, block) + 0.0, _times(unit, block**-0.5)
+
+
+def _mean_square(y: Tensor, size: int) -> Tensor:
+    """[...]: squares are added slice by slice, of `size` values each, then neighbours."""
+    padded = torch.nn.functional.pad(y, (0, -y.shape[-1] % size))
+    square = (padded * padded).unflatten(-1, (-1, size))
     total = square[..., 0, :]
     for i in range(1, square.shape[-2]):
         total = total + square[..., i, :]
     while total.shape[-1] > 1:
         total = total[..., 0::2] + total[..., 1::2]
-    # by way of float64: torch's fp32 root on CPUs is not the nearest
-    return _divide(total[..., 0], y.shape[-1]).double().sqrt().float()
+    return _times(total[..., 0], 1.0 / y.shape[-1])
 
 
 def pack(code: Tensor, per_byte: int) -> Tensor:
@@ -114,16 +143,22 @@ def unpack(byte: Tensor, per_byte: int) -> Tensor:
 def quantize(x: Tensor, fmt: KVFormat, rotation: Rotation | None = None) -> Packed:
     """Quantize heads [..., D], each with a scale of its own. `rotation` replaces the format's."""
     fmt.width(x.shape[-1])
-    y = rotate(x, fmt.rotation if rotation is None else rotation)
+    rotation = fmt.rotation if rotation is None else rotation
+    if rotation is Rotation.NONE:
+        y, factor, least, size = x.float(), None, EPS, slice_size(x.shape[-1])
+    else:
+        y, factor = rotate_exactly(x, rotation)
+        least, size = LEAST_STEP, chunk_size(x.shape[-1])
     if fmt == INT2:
-        return _quantize_int2(y)
-    if fmt.asymmetric:
-        return _quantize_int4(y)
-    half_range = 127.0 if fmt == INT8 else 448.0
-    scale = _divide(y.abs().amax(-1), half_range).clamp_min(EPS)
-    ratio = y * (1.0 / scale)[..., None]
-    code = ratio.round().to(torch.int8) if fmt == INT8 else _e4m3(ratio)
-    return Packed(code.view(torch.uint8), scale, None)
+        step, code = _int2(y, least, size)
+        zero = None
+    elif fmt.asymmetric:
+        step, code, zero = _int4(y, least)
+    else:
+        step, code = _eight_bits(y, fmt, least)
+        zero = None
+    scale = step if factor is None else step * factor
+    return Packed(code, scale.clamp_min(EPS), zero)
 
 
 def _divide(x: Tensor, divisor: float) -> Tensor:
@@ -131,25 +166,40 @@ def _divide(x: Tensor, divisor: float) -> Tensor:
     return x / torch.full_like(x, divisor)
 
 
+def _times(x: Tensor, factor: float) -> Tensor:
+    """x times the fp32 number nearest to `factor`."""
+    return x * torch.tensor(factor, device=x.device)
+
+
 def _e4m3(x: Tensor) -> Tensor:
     return x.clamp(-448.0, 448.0).to(torch.float8_e4m3fn)
 
 
-def _quantize_int4(y: Tensor) -> Packed:
+def _eight_bits(y: Tensor, fmt: KVFormat, least: float) -> tuple[Tensor, Tensor]:
+    step = _divide(y.abs().amax(-1), 127.0 if fmt == INT8 else 448.0)
+    ratio = y * (1.0 / step.clamp_min(least))[..., None]
+    code = ratio.round().to(torch.int8) if fmt == INT8 else _e4m3(ratio)
+    return step, code.view(torch.uint8)
+
+
+def _int4(y: Tensor, least: float) -> tuple[Tensor, Tensor, Tensor]:
     low, high = y.amin(-1).clamp_max(0.0), y.amax(-1).clamp_min(0.0)
-    scale = _divide(high - low, 15.0).clamp_min(EPS)
-    inverse = torch.full_like(scale, 0.999999) / scale  # so short that codes stay within 0 to 15
+    step = _times(high - low, 1 / 15)
+    # so short that codes stay within 0 to 15
+    inverse = torch.full_like(step, 0.999999) / step.clamp_min(least)
     zero = (-low * inverse).round()
     # in float64, as a fused multiply-add rounds once
     code = (y.double() * inverse.double()[..., None] + zero.double()[..., None]).round()
-    return Packed(pack(code, 2), scale, zero.to(torch.uint8))
+    return step, pack(code, 2), zero.to(torch.uint8)
 
 
-def _quantize_int2(y: Tensor) -> Packed:
-    sigma = _root_mean_square(y).clamp_min(EPS)
-    inverse = 1.0 / (sigma * THRESHOLD)
-    code = (y * inverse[..., None] + 1.5).round().clamp(0.0, 3.0)  # levels change at -1, 0, 1
-    return Packed(pack(code, 4), sigma, None)
+def _int2(y: Tensor, least: float, size: int) -> tuple[Tensor, Tensor]:
+    # by way of float64: torch's fp32 root on CPUs is not the nearest
+    sigma = _mean_square(y, size).double().sqrt().float()
+    third = 1.0 / (sigma.clamp_min(least) * torch.tensor(3 * THRESHOLD, device=y.device))
+    # levels change at 1/6, 1/2 and 5/6; fused and rounded once, as above
+    place = (y.double() * third.double()[..., None] + 0.5).float().clamp(0.0, 1.0)
+    return sigma, pack((place.double() * 3).round(), 4)
 
 
 def dequantize_rotated(packed: Packed, fmt: KVFormat) -> Tensor:
