@@ -191,7 +191,7 @@ def _codes(
     """(not nearest, of them rounded twice, neither for the observed scale)."""
     wide = torch.promote_types(w_RC.dtype, torch.float32)
     code_RC = nearest.values(held, scheme, w_RC.shape[1])
-    wrong_RC = code_RC != nearest.recode(w_RC, held, scheme, wide)
+    wrong_RC = ~nearest.as_near(code_RC, w_RC, held, scheme)
     twice = 0
     if wrong_RC.any() and w_RC.dtype != wide:
         again_RC = nearest.recode(w_RC, held, scheme, w_RC.dtype)
@@ -199,7 +199,7 @@ def _codes(
     foreign = int(wrong_RC.sum()) - twice
     if made:
         theirs = {**held, **made}
-        foreign_RC = code_RC != nearest.recode(w_RC, theirs, scheme, wide)
+        foreign_RC = ~nearest.as_near(code_RC, w_RC, theirs, scheme)
         if foreign_RC.any() and w_RC.dtype != wide:
             foreign_RC &= code_RC != nearest.recode(w_RC, theirs, scheme, w_RC.dtype)
         foreign = int(foreign_RC.sum())

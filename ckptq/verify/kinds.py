@@ -159,6 +159,7 @@ VALUES = _faults(
     ("weight-shape-value", "weight_shape does not say the weight's shape", AGAIN),
     ("not-finite", "NaN or Inf in an unquantized tensor", AGAIN),
 ) + _notes(
+    ("scale-signed", "scales of both signs, as AutoRound writes them", "none"),
     ("heads-alike", "declared per head, and one number for all heads", "calibrate per head"),
     ("scale-outlier", "10,000 times the scales of the other layers", "look at the layer"),
 )

@@ -18,6 +18,9 @@ from torch.nn.functional import pad
 
 from ckptq.quantize.scheme import WeightScheme
 
+TIE = 2.0**-20
+"""Of the quotient: some eight units in the last place of float32."""
+
 E4M3_MAX = 448.0
 E2M1_GRID = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
 E2M1_MIDDLES = ((0.25, False), (0.75, True), (1.25, False), (1.75, True), (2.5, False),
@@ -116,12 +119,39 @@ def recode(
 
     In float32 these are the nearest; in bfloat16 they are what llm-compressor makes on a CPU.
     """
+    quotient = _quotients(w_RC, held, scheme, dtype)
+    return out_of_tiles(_rounded(quotient, scheme), tuple(w_RC.shape)).float()
+
+
+def _quotients(
+    w_RC: Tensor, held: Mapping[str, Tensor], scheme: WeightScheme, dtype: torch.dtype
+) -> Tensor:
+    """What is to be rounded, in tiles."""
     x = in_tiles(w_RC, scheme).to(dtype)
     quotient = x / per_tile(divisor(held, scheme), x).to(dtype)
     zero_point = zero_points(held, scheme, w_RC.shape[0])
     if zero_point is not None:
         quotient = quotient + per_tile(zero_point, x).to(dtype)
-    return out_of_tiles(_rounded(quotient, scheme), tuple(w_RC.shape)).float()
+    return quotient
+
+
+def as_near(
+    value_RC: Tensor, w_RC: Tensor, held: Mapping[str, Tensor], scheme: WeightScheme
+) -> Tensor:
+    """Whether each code's value is the nearest to the quotient; either one where it is a tie.
+
+    A tie is one up to what dividing in another order changes: multiplying with the reciprocal, or
+    with two scales one after the other.
+    """
+    wide = torch.promote_types(w_RC.dtype, torch.float32)
+    quotient_RC = _quotients(w_RC, held, scheme, wide)
+    best_RC = out_of_tiles(_rounded(quotient_RC, scheme), tuple(w_RC.shape)).float()
+    near_RC = value_RC == best_RC
+    if not near_RC.all():
+        exact_RC = out_of_tiles(quotient_RC, tuple(w_RC.shape))
+        slack_RC = exact_RC.abs() * TIE
+        near_RC |= (value_RC - exact_RC).abs() <= (best_RC - exact_RC).abs() + slack_RC
+    return near_RC
 
 
 def weights(held: Mapping[str, Tensor], scheme: WeightScheme, columns: int) -> Tensor:

@@ -28,6 +28,9 @@ CACHE_RANGE = (1e-9, 1e6)
 WEIGHT_MOST = 1e6
 """No weight is that large; uninitialised memory often is."""
 
+SIGNED = 0.05
+"""Share of negative scales that is a method; fewer are an accident."""
+
 EMPTY = 1e-3
 """Of the median of the scales beside it: rows of a weight that are as good as zero."""
 
@@ -128,7 +131,7 @@ def check_linear_values(linear: StoredLinear, files: Files) -> Iterator[Finding]
     if linear.scheme.scale_dtype == "uint8":
         yield from _mx(scale, held)
     else:
-        wrong = list(check_scale(scale, held.float()))
+        wrong = list(_signed(linear, scale, held) or check_scale(scale, held.float()))
         yield from wrong or _all_ones(scale, held)
     for local, tensor in linear.module.tensors.items():
         if local in (*GLOBAL_SCALES, "input_scale") and tensor.spec.dtype in FLOATS:
@@ -136,6 +139,18 @@ def check_linear_values(linear: StoredLinear, files: Files) -> Iterator[Finding]
             yield from check_scale(tensor, read_tensor(tensor, files), (0.0, most))
     if "weight_shape" in linear.tensors:
         yield from _shape_value(linear, files)
+
+
+def _signed(linear: StoredLinear, tensor: StoredTensor, scale: Tensor) -> list[Finding]:
+    """AutoRound turns the sign of a group so that its largest weight gets the code -8, which
+    reaches farther than 7. Engines multiply, so that this is right; a lone sign is damage."""
+    if linear.scheme.type != "int" or not linear.scheme.symmetric:
+        return []
+    share = float((scale < 0).float().mean())
+    if share < SIGNED or list(check_scale(tensor, scale.float().abs())):
+        return []
+    found = f"{share:.0%} of the scales are negative"
+    return [finding("scale-signed", tensor.name, file=tensor.file, found=found, wanted="any sign")]
 
 
 def _all_ones(tensor: StoredTensor, scale: Tensor) -> Iterator[Finding]:

@@ -6,8 +6,9 @@ import json
 import re
 
 import torch
+from safetensors.torch import save_file
 from verify_checkpoints import FAMILIES, Editor
-from verify_faults import ALL, ASYM, MOE, Fault, codes, collector, k_proj, mlp, module, q_proj
+from verify_faults import ALL, ASYM, Fault, codes, collector, k_proj, mlp, module, q_proj
 
 FAULTS: list[Fault] = []
 fault = collector(FAULTS)
@@ -199,12 +200,16 @@ def put_another_models_config_beside(e):
     e.config = {**e.config, **other, "quantization_config": e.quantization}
 
 
-@fault("index-mismatch", families=MOE)
+@fault("index-mismatch", families=ALL)
 def seek_a_tensor_in_another_shard(e):
-    index = {"weight_map": dict.fromkeys(e.tensors, "model.safetensors")}
-    index["weight_map"][mlp(e)] = "model.safetensors"
-    (e.folder / "model.safetensors.index.json").write_text(json.dumps(index))
-    return mlp(e)
+    """The file that holds it is there, and the index sends a loader to the other one."""
+    norm = module(e, "norm") + ".weight"
+    save_file({norm: e.tensors.pop(norm)}, e.folder / "model-2.safetensors")
+    weight_map = dict.fromkeys(e.tensors, "model.safetensors")
+    weight_map |= {norm: "model-2.safetensors", codes(e, mlp(e)): "model-2.safetensors"}
+    text = json.dumps({"weight_map": weight_map})
+    (e.folder / "model.safetensors.index.json").write_text(text)
+    return f"{mlp(e)}.weight"
 
 
 @fault("scale-not-positive", families=("llama", "qwen3-moe"))

@@ -1,0 +1,71 @@
+"""Checkpoints that AutoRound has made: no fault. Its integer scales have a sign of their own."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import transformers
+from verify_checkpoints import Editor
+
+from ckptq.verify.run import verify
+
+
+def with_a_tokenizer(source, folder):
+    """AutoRound wants to decode what it is calibrated on."""
+    from tokenizers import Tokenizer, models
+
+    words = Tokenizer(models.WordLevel({f"t{i}": i for i in range(128)}, unk_token="t0"))
+    editor = Editor(source)
+    editor.folder = folder
+    folder.mkdir()
+    editor.save()
+    transformers.PreTrainedTokenizerFast(tokenizer_object=words, pad_token="t0").save_pretrained(
+        folder
+    )
+    return folder
+
+
+@pytest.mark.parametrize("scheme", ["W4A16", "NVFP4"])
+def test_its_checkpoints_have_no_fault(sources, tmp_path, scheme):
+    auto_round = pytest.importorskip("auto_round")
+    source = with_a_tokenizer(sources("llama"), tmp_path / "source")
+    ids = torch.randint(3, 128, (8, 32), generator=torch.Generator().manual_seed(0))
+    rounder = auto_round.AutoRound(
+        str(source), scheme=scheme, iters=1, nsamples=8, seqlen=32, batch_size=4,
+        dataset=[ids[:4], ids[4:]], device_map="cpu", enable_torch_compile=False,
+    )  # fmt: skip
+    rounder.quantize_and_save(str(tmp_path / "out"), format="llm_compressor")
+    out = next((tmp_path / "out").rglob("config.json")).parent
+    report = verify(out, source)
+    assert report.findings == ()
+    assert report.checks["linears compared"] == report.checks["linears quantized"] == 14
+    assert all(t.snr_db > t.floor_db - 1 for t in report.tensors)
+
+
+@pytest.mark.parametrize("weights", ["int4", "int8"])
+def test_scales_of_either_sign_are_right(broken, weights):
+    """Half of the groups turned, codes and all; the twin turns the scales alone."""
+    editor, source = broken("llama", weights)
+    name = "model.layers.0.mlp.down_proj"
+    scale = editor.tensors[f"{name}.weight_scale"]
+    scale[::2] *= -1
+    alone = verify(editor.save(), source)
+    assert {f.code for f in alone.findings} == {"scale-wrong"}
+    if weights == "int8":
+        codes = editor.tensors[f"{name}.weight"]
+        codes[::2] = (-codes[::2].to(torch.int16)).clamp(max=127).to(torch.int8)
+    else:
+        words = editor.tensors[f"{name}.weight_packed"]
+        words[::2] = negated(words[::2])
+    report = verify(editor.save(), source)
+    assert report.findings == ()
+    assert {f.code for f in report.notes} >= {"scale-signed"}
+
+
+def negated(words: torch.Tensor) -> torch.Tensor:
+    """4-bit codes q, stored as q + 8, turned to min(-q, 7) + 8."""
+    made = torch.zeros_like(words)
+    for place in range(8):
+        code = (words >> 4 * place & 15) - 8
+        made |= ((-code).clamp(max=7) + 8) << 4 * place
+    return made
