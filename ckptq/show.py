@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from statistics import median
 from typing import TYPE_CHECKING, Any
 
 from ckptq import console
 from ckptq.console import size
+from ckptq.show_verify import show_report as show_report
 
 if TYPE_CHECKING:
     from ckptq.calibrate.scales import Scales
@@ -17,7 +17,6 @@ if TYPE_CHECKING:
     from ckptq.inspect import Inspection
     from ckptq.permute.run import Permuted
     from ckptq.plan.unit import Plan
-    from ckptq.verify.report import Report
 
 
 def show_quantized(result: Result, json: bool) -> None:
@@ -148,44 +147,4 @@ def show_permuted(done: Permuted, json: bool) -> None:
     moved = ", ".join(f"{count} {part}" for part, count in done.moved.items())
     console.show_lines(
         f"{done.out}: {moved} of q/k permuted, {done.copied} tensors copied; marked {done.mark!r}"
-    )
-
-
-def show_report(found: Report, json: bool) -> None:
-    """`verify`: each fault with its repair, then what was proved."""
-    if json:
-        console.show_json(found)
-        return
-    for finding in found.findings:
-        console.show_lines(f"FAULT {finding}")
-    for finding in found.notes:
-        console.show_lines(f"note  {finding}")
-    schemes: dict[str, list[float]] = {}
-    for tensor in found.tensors:
-        schemes.setdefault(tensor.scheme, []).append(tensor.snr_db)
-    if schemes:
-        console.show_table(
-            "signal to quantization noise against the source",
-            ("scheme", "Linears", "lowest dB", "median dB"),
-            [(name, len(dbs), min(dbs), median(dbs)) for name, dbs in schemes.items()],
-        )
-    if found.arrivals:
-        console.show_table(
-            f"what {found.engine} makes of it",
-            ("tensor", "loader", "dB", "right"),
-            [(a.tensor, a.done, a.snr_db or "", a.ok) for a in found.arrivals],
-        )
-    if found.layers:
-        console.show_table(
-            "error of the attention output in FP8, against the source's dtype",
-            ("layer", "these scales", "scale 1.0", "one per layer"),
-            [(x.module, x.error, x.error_unscaled, x.error_shared) for x in found.layers],
-        )
-    checks = ", ".join(f"{count} {name}" for name, count in found.checks.items())
-    verdict = "right" if found.ok else f"{len(found.findings)} fault(s)"
-    rate = size(found.nbytes / max(found.seconds, 1e-9))
-    console.show_lines(
-        f"{found.path}: {verdict}; {found.tensors_on_disk} tensors, {size(found.nbytes)} "
-        f"in {found.seconds:.1f} s ({rate}/s)",
-        f"checked: {checks}",
     )

@@ -91,13 +91,13 @@ def _one_factor(sample: Sample) -> Iterator[Hypothesis]:
         moved = (scale.int() + steps).clamp(0, 254).to(scale.dtype)
         yield _of_scale(sample, "scale-wrong", said, moved, f"add {steps} to it")
         return
-    said = f"every scale is {1 / factor:.3g} times the codes'"
-    repair = f"divide the scales by {1 / factor:.3g}"
+    times = f"{1 / factor:.{3 if scheme.num_bits == 8 else 2}g}"
+    said, repair = f"every scale is {times} times the codes'", f"divide the scales by {times}"
     if whole is None:
         yield _of_scale(sample, "scale-wrong", said, scale.float() * factor, repair)
     else:
         yield Hypothesis(
-            code="scale-wrong", found=said, repair=f"multiply the global scale by {1 / factor:.3g}",
+            code="scale-wrong", found=said, repair=f"multiply the global scale by {times}",
             held=sample.with_tensors(weight_global_scale=whole / factor),
         )  # fmt: skip
 
