@@ -11,6 +11,8 @@ from pathlib import Path
 from statistics import mean
 from typing import Any
 
+from reasons import reason
+
 HERE = Path(__file__).resolve().parent
 
 LIKELIEST = 20
@@ -40,12 +42,24 @@ class Questions:
 class Engines:
     """Answers to one set of questions, by engine: "vllm", "stand-ins" or "transformers"."""
 
-    def __init__(self, file: Path, questions: Questions, vllm: str | None, stand_ins: Path | None):
-        """`file` keeps the answers; `vllm` is an interpreter that has vLLM, None leaves it out."""
+    def __init__(
+        self,
+        file: Path,
+        questions: Questions,
+        vllm: str | None,
+        stand_ins: Path | None,
+        gpu_workers: int = 0,
+    ):
+        """`file` keeps the answers; `vllm` is an interpreter that has vLLM, None leaves it out.
+
+        `gpu_workers` processes share a GPU for vLLM; 0 is one on the CPU.
+        """
         self.file, self.questions = file, questions
+        self.workers = {"vllm": max(gpu_workers, 1)}
         self.commands = {"transformers": [sys.executable, str(HERE / "transformers_worker.py")]}
         if vllm:
             self.commands["vllm"] = [vllm, str(HERE / "vllm_worker.py")]
+            self.commands["vllm"] += ["--gpu"] if gpu_workers else []
             if stand_ins:
                 option = ["--stand-ins", str(stand_ins.resolve())]
                 self.commands["stand-ins"] = [*self.commands["vllm"], *option]
@@ -76,24 +90,29 @@ class Engines:
         return None, said(other or own)
 
     def _ask(self, engine: str, folders: list[Path]) -> None:
-        """One process for all folders that this engine has not answered for."""
+        """A few processes for all folders that this engine has not answered for."""
         todo = [f for f in folders if self.of(engine, f) is None]
         if not todo or engine not in self.commands:
             return
+        count = min(self.workers.get(engine, 1), len(todo))
+        started = [self._start(engine, todo[number::count]) for number in range(count)]
+        for process in started:
+            assert process.stdout is not None
+            for line in process.stdout:
+                if line.startswith("RESULT "):
+                    self._keep(engine, json.loads(line.removeprefix("RESULT ")))
+            if process.wait() != 0:
+                raise SystemExit(f"{engine}: its process ended with {process.returncode}")
+
+    def _start(self, engine: str, folders: list[Path]) -> subprocess.Popen[str]:
         process = subprocess.Popen(
             self.commands[engine], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
         )
         assert process.stdin is not None
-        assert process.stdout is not None
-        process.stdin.write(
-            "".join(json.dumps(self.questions.job(folder)) + "\n" for folder in todo)
-        )
+        jobs = (json.dumps(self.questions.job(folder)) + "\n" for folder in folders)
+        process.stdin.write("".join(jobs))
         process.stdin.close()
-        for line in process.stdout:
-            if line.startswith("RESULT "):
-                self._keep(engine, json.loads(line.removeprefix("RESULT ")))
-        if process.wait() != 0:
-            raise SystemExit(f"{engine}: its process ended with {process.returncode}")
+        return process
 
     def _keep(self, engine: str, answer: Answer) -> None:
         answer = {"engine": engine, **answer}
@@ -105,10 +124,12 @@ class Engines:
 
 
 def said(answer: Answer | None) -> str:
-    """ "yes", or the error as a table can hold it."""
+    """ "yes", or why not."""
     if answer is None:
         return "not asked"
-    return answer.get("error", "yes").replace("\n", " ").replace("|", "/")[:90]
+    if "error" not in answer:
+        return "yes"
+    return "no: " + reason(answer["error"], answer.get("where", ""))
 
 
 def distance(one: Answer | None, other: Answer | None) -> float | None:

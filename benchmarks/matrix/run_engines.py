@@ -5,7 +5,8 @@
 WORK keeps checkpoints and `answers.jsonl`; a second run asks only what is not answered yet. PYTHON
 is the interpreter of an environment with vLLM's CPU build; this one has ckptq and transformers.
 `--stand-ins` is tried where vLLM has no kernel for this machine (see `vllm_worker.py`). The table
-goes to stdout: mean |delta log probability| over the 20 likeliest first tokens of three prompts.
+goes to stdout: mean |delta log probability| over the 20 likeliest first tokens of three prompts,
+of ckptq's checkpoint and, where there is one, of llm-compressor's own ("by oneshot").
 """
 
 from __future__ import annotations
@@ -29,10 +30,16 @@ QUESTIONS = Questions(
     top=512,
 )
 AS_WRITTEN = "as written"
+THEIRS = "by oneshot"
+BOTH = (
+    ("llama", "qwen3-moe", "mixtral", "llama4 moe"),
+    ("fp8-dynamic", "fp8-block", "w8a8", "w4a16", "w4a16-g32", "w4a16-asym"),
+)
+"""Families and formats that llm-compressor converts too: its checkpoint stands beside ours."""
 SOURCE = "source"
 HEAD = (
-    "family", "format", "vLLM", "transformers", "vLLM to transformers", "vLLM to its source",
-    "transformers to its source",
+    "family", "format", "vLLM", "transformers", "vLLM to transformers", "the same, by oneshot",
+    "vLLM to its source", "transformers to its source",
 )  # fmt: skip
 
 
@@ -40,7 +47,8 @@ HEAD = (
 class Cell:
     family: str
     format: str
-    """A built-in recipe; "source"; with " as written" for Llama-4's q/k/v in it all the same."""
+    """A built-in recipe; "source"; with " as written" for Llama-4's q/k/v in it all the same; with
+    " by oneshot" as llm-compressor makes it on a CPU."""
 
     @property
     def folder(self) -> str:
@@ -53,7 +61,10 @@ def all_cells() -> list[Cell]:
 
     cells = [Cell(family, format) for family in FAMILIES for format in (SOURCE, *FORMATS)]
     llama4 = [family for family in FAMILIES if family.startswith("llama4")]
-    return [*cells, *(Cell(family, f"w4a16-asym {AS_WRITTEN}") for family in llama4)]
+    forced = [Cell(family, f"w4a16-asym {AS_WRITTEN}") for family in llama4]
+    families, formats = BOTH
+    theirs = [Cell(family, f"{format} {THEIRS}") for family in families for format in formats]
+    return [*cells, *forced, *theirs]
 
 
 def make(cell: Cell, work: Path) -> Path:
@@ -67,21 +78,41 @@ def make(cell: Cell, work: Path) -> Path:
     if cell.format == SOURCE:
         return save_source(cell.family, out)
     source = make(Cell(cell.family, SOURCE), work)
-    format, _, forced = cell.format.partition(" ")
-    return convert(source, out, format, permutable=not forced)
+    format, _, manner = cell.format.partition(" ")
+    if manner == THEIRS:
+        from matrix_oneshot import oneshot_folder
+
+        return oneshot_folder(source, format, out)
+    return convert(source, out, format, permutable=manner != AS_WRITTEN)
 
 
 def row(cell: Cell, work: Path, engines: Engines) -> list[str]:
     folder, source = work / cell.folder, work / Cell(cell.family, SOURCE).folder
     vllm, kernels = engines.in_vllm(folder)
     reference = engines.of("transformers", folder)
-    figures = [
-        distance(vllm, reference),
-        distance(vllm, engines.in_vllm(source)[0]),
-        distance(reference, engines.of("transformers", source)),
+    return [
+        *(cell.family, cell.format, kernels, said(reference)),
+        shown(distance(vllm, reference)),
+        theirs(cell, work, engines),
+        shown(distance(vllm, engines.in_vllm(source)[0])),
+        shown(distance(reference, engines.of("transformers", source))),
     ]
-    shown = ["" if figure is None else f"{figure:.3f}" for figure in figures]
-    return [cell.family, cell.format, kernels, said(reference), *shown]
+
+
+def theirs(cell: Cell, work: Path, engines: Engines) -> str:
+    """How far the engines are apart on what llm-compressor makes of the cell, or which fails."""
+    folder = work / Cell(cell.family, f"{cell.format} {THEIRS}").folder
+    vllm, kernels = engines.in_vllm(folder)
+    reference = engines.of("transformers", folder)
+    if vllm is None and reference is None:
+        return ""
+    failed = [f"vLLM {kernels}"] if vllm is None else []
+    failed += [f"transformers {said(reference)}"] if said(reference) != "yes" else []
+    return "; ".join(failed) or shown(distance(vllm, reference))
+
+
+def shown(figure: float | None) -> str:
+    return "" if figure is None else f"{figure:.3f}"
 
 
 def main() -> None:
@@ -89,6 +120,7 @@ def main() -> None:
     parser.add_argument("work", type=Path)
     parser.add_argument("--vllm", metavar="PYTHON", help="left out: only transformers is asked")
     parser.add_argument("--stand-ins", type=Path)
+    parser.add_argument("--gpu", type=int, default=0, metavar="N", help="N vLLMs share a GPU")
     parser.add_argument("--cells", help="FAMILY:FORMAT,...; default: all")
     chosen = parser.parse_args()
     cells = all_cells()
@@ -96,9 +128,11 @@ def main() -> None:
         cells = [Cell(*name.split(":")) for name in chosen.cells.split(",")]
     work = chosen.work.resolve()
     work.mkdir(parents=True, exist_ok=True)
-    engines = Engines(work / "answers.jsonl", QUESTIONS, chosen.vllm, chosen.stand_ins)
+    answers = work / "answers.jsonl"
+    engines = Engines(answers, QUESTIONS, chosen.vllm, chosen.stand_ins, chosen.gpu)
     engines.ask_all([make(cell, work) for cell in cells])
-    for line in (HEAD, ["---"] * len(HEAD), *(row(cell, work, engines) for cell in cells)):
+    ours = [cell for cell in cells if not cell.format.endswith(THEIRS)]
+    for line in (HEAD, ["---"] * len(HEAD), *(row(cell, work, engines) for cell in ours)):
         print("| " + " | ".join(line) + " |")
 
 
