@@ -6,6 +6,7 @@ import re
 from collections.abc import Iterable, Sequence
 from html import escape
 
+from ckptq.console import size
 from ckptq.verify.kinds import KINDS
 from ckptq.verify.report import Finding, HeadResult, Report
 from ckptq.verify.svg import Series, plot
@@ -22,16 +23,19 @@ body { font: 15px/1.5 system-ui, sans-serif; color: var(--ink); background: var(
 h1 { font-size: 1.4rem; } h2 { font-size: 1.1rem; margin-top: 2.2rem; }
 table { border-collapse: collapse; width: 100%; font-size: 13px; }
 th, td { text-align: left; padding: 3px 10px 3px 0; border-bottom: 1px solid var(--line);
-  vertical-align: top; overflow-wrap: anywhere; }
-td.n, th.n { text-align: right; font-variant-numeric: tabular-nums; }
+  vertical-align: top; white-space: nowrap; }
+.said td, td:first-child { white-space: normal; overflow-wrap: anywhere; }
+.said td:first-child, .said td:last-child { overflow-wrap: normal; }
+td.n, th.n { text-align: right; font-variant-numeric: tabular-nums; padding: 3px 0 3px 14px; }
 .soft { color: var(--soft); } .bad { color: #d92d20; } .good { color: #079455; }
 code { font: 12px ui-monospace, monospace; }
-svg { width: 100%; height: auto; } svg text { font-size: 11px; fill: var(--soft); }
+svg { width: 100%; height: auto; margin-top: 0.6rem; }
+svg text { font-size: 11px; fill: var(--soft); }
 svg .end { text-anchor: end; } svg .mid { text-anchor: middle; }
 svg .grid { stroke: var(--line); stroke-width: 0.6; }
-.legend { margin: 0; font-size: 12px; } .legend span { margin-right: 1.2em; }
-.legend i { display: inline-block; width: 9px; height: 9px; border-radius: 5px;
-  margin-right: 4px; }
+.legend { margin: 0 0 0.8rem; font-size: 12px; } .legend span { margin-right: 1.2em;
+  white-space: nowrap; display: inline-block; }
+.legend svg { width: 10px; height: 10px; margin: 0 4px 0 0; vertical-align: -1px; }
 """
 
 
@@ -70,7 +74,7 @@ def _head(report: Report) -> str:
     return (
         f"<h1><code>{escape(report.path)}</code>: {verdict}</h1>"
         f'<p class="soft">{source}{sampled}; {report.tensors_on_disk} tensors, '
-        f"{report.nbytes / 1e9:.3g} GB, {report.seconds:.1f} s</p>"
+        f"{size(report.nbytes)}, {report.seconds:.1f} s</p>"
     )
 
 
@@ -83,15 +87,15 @@ def _findings(title: str, findings: Sequence[Finding]) -> str:
         for one in findings[:MOST_ROWS]
     )  # fmt: skip
     body = "".join(
-        f'<tr><td><b title="{escape(why)}">{escape(code)}</b></td><td><code>{escape(where)}</code>'
-        f"</td><td>{escape(found)}</td><td>{escape(wanted)}</td><td>{escape(repair)}</td></tr>"
+        f'<tr><td><b title="{escape(why)}">{escape(code)}</b></td>'
+        f"<td><code>{_breakable(where)}</code></td><td>{escape(found)}</td><td>{escape(wanted)}</td><td>{escape(repair)}</td></tr>"
         for code, where, found, wanted, repair, why in rows
     )
     more = len(findings) - MOST_ROWS
     rest = f'<p class="soft">and {more} more: see --json</p>' if more > 0 else ""
     return (
-        f"<h2>{title}</h2><table><tr><th>kind</th><th>where</th><th>found</th><th>wanted</th>"
-        f"<th>repair</th></tr>{body}</table>{rest}"
+        f'<h2>{title}</h2><table class="said"><tr><th>kind</th><th>where</th><th>found</th>'
+        f"<th>wanted</th><th>repair</th></tr>{body}</table>{rest}"
     )
 
 
@@ -226,13 +230,18 @@ def _table(head: Sequence[str], rows: Iterable[Sequence[object]], numbers: int) 
     body = "".join(
         "<tr>"
         + "".join(
-            f'<td class="{c}">{escape(str(value))}</td>'
+            f'<td class="{c}">{_breakable(str(value))}</td>'
             for c, value in zip(classes, row, strict=True)
         )
         + "</tr>"
         for row in rows
     )
     return f"<table><tr>{top}</tr>{body}</table>"
+
+
+def _breakable(name: str) -> str:
+    """Escaped, and broken after a dot where it must be."""
+    return re.sub(r"\.(?=[a-z])", ".<wbr>", escape(name))
 
 
 def _layer(name: str) -> int:

@@ -13,7 +13,18 @@ from html import escape
 WIDTH, HEIGHT = 880, 240
 LEFT, RIGHT, TOP, BOTTOM = 64, 12, 14, 30
 COLOURS = ("#2563eb", "#d97706", "#059669", "#dc2626", "#7c3aed", "#0891b2", "#be185d", "#4d7c0f")
-"""Told apart in print and by most kinds of colour blindness; shapes of series differ besides."""
+"""Told apart in print and by most kinds of colour blindness; then the same with other marks."""
+
+MARKS = (
+    '<circle cx="{x:.1f}" cy="{y:.1f}" r="2.8"',
+    '<path d="M{x:.1f} {y:.1f}m-2.6 -2.6h5.2v5.2h-5.2z"',
+    '<path d="M{x:.1f} {y:.1f}m0 -3.6l3.6 3.6l-3.6 3.6l-3.6 -3.6z"',
+    '<path d="M{x:.1f} {y:.1f}m0 -3.4l3.4 6h-6.8z"',
+)
+"""Circle, square, diamond, triangle."""
+
+SPREAD = 0.5
+"""Of the distance between layers: series stand side by side, not on top of each other."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -70,8 +81,10 @@ def plot(series: Sequence[Series], *, y_label: str, x_label: str, log: bool = Fa
     y_axis = _padded(min(ys), max(ys), log)
     x_axis = Axis(low=min(xs) - 0.5, high=max(xs) + 0.5)
     parts = [_frame(y_axis, x_axis, y_label, x_label)]
+    places = [(index + 0.5) / len(series) - 0.5 for index in range(len(series))]
     for index, one in enumerate(series):
-        parts.append(_drawn(one, index, x_axis, y_axis, log))
+        aside = 0.0 if one.line else SPREAD * places[index]
+        parts.append(_drawn(one, index, x_axis, y_axis, log, aside))
     return (
         f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{escape(y_label)}">'
         f"{''.join(parts)}</svg>{_legend(series)}"
@@ -116,22 +129,34 @@ def _frame(y_axis: Axis, x_axis: Axis, y_label: str, x_label: str) -> str:
     return "".join(lines)
 
 
-def _drawn(one: Series, index: int, x_axis: Axis, y_axis: Axis, log: bool) -> str:
+def _drawn(one: Series, index: int, x_axis: Axis, y_axis: Axis, log: bool, aside: float) -> str:
     colour = COLOURS[index % len(COLOURS)]
-    places = [(_x(x_axis, x), _y(y_axis, y), said) for x, y, said in one.points if _shown(y, log)]
+    places = [
+        (_x(x_axis, x + aside), _y(y_axis, y), said) for x, y, said in one.points if _shown(y, log)
+    ]
     if one.line:
         path = " ".join(f"{x:.1f},{y:.1f}" for x, y, _ in places)
         return f'<polyline points="{path}" fill="none" stroke="{colour}" stroke-width="1.5"/>'
     return "".join(
-        f'<circle cx="{x:.1f}" cy="{y:.1f}" r="2.6" fill="{colour}" fill-opacity="0.75">'
-        f"<title>{escape(said)}</title></circle>"
-        for x, y, said in places
+        f"<g>{_mark(index, x, y)}<title>{escape(said)}</title></g>" for x, y, said in places
     )
+
+
+def _mark(index: int, x: float, y: float) -> str:
+    shape = MARKS[index // len(COLOURS) % len(MARKS)].format(x=x, y=y)
+    return f'{shape} fill="{COLOURS[index % len(COLOURS)]}" fill-opacity="0.8"/>'
 
 
 def _legend(series: Sequence[Series]) -> str:
     items = (
-        f'<span><i style="background:{COLOURS[i % len(COLOURS)]}"></i>{escape(one.name)}</span>'
-        for i, one in enumerate(series)
+        f'<span><svg viewBox="0 0 10 10">{_sample(one, index)}</svg>{escape(one.name)}</span>'
+        for index, one in enumerate(series)
     )
     return f'<p class="legend">{"".join(items)}</p>'
+
+
+def _sample(one: Series, index: int) -> str:
+    if not one.line:
+        return _mark(index, 5, 5)
+    colour = COLOURS[index % len(COLOURS)]
+    return f'<path d="M0 5h10" stroke="{colour}" stroke-width="2"/>'
