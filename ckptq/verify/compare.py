@@ -17,7 +17,11 @@ from ckptq.checkpoint.read import bytes_of
 from ckptq.quantize import scales
 from ckptq.quantize.formats import needs_statistic, quantize, statistic
 from ckptq.quantize.scheme import FORMATS, WeightScheme
+from ckptq.quantize.scratch import Scratch
 from ckptq.verify import nearest
+
+SCRATCH = Scratch()
+"""What quantizing a block needs, each thread its own; its codes are looked at before the next."""
 
 MARGIN_DB = 2.0
 FLOAT_DB = {"fp8": 31.5, "mxfp8": 31.5, "mxfp4": 19.0, "nvfp4": 20.4}
@@ -106,7 +110,7 @@ def compare(w_RC: Tensor, held: Mapping[str, Tensor], scheme: WeightScheme) -> T
     other_scale = _scales_differ(made, held, scheme)
     differ = other_scale | _zeros_differ(made, held, scheme, w_RC.shape[0])
     wrong = twice = foreign = 0
-    same = scheme.codes in made and _same_bytes(made[scheme.codes], held[scheme.codes])
+    same = scheme.codes in made and same_bytes(made[scheme.codes], held[scheme.codes])
     if not same:
         wrong, twice, foreign = _codes(w_RC, held, made, scheme)
     elif differ.any():
@@ -143,12 +147,20 @@ def observe(w_RC: Tensor, held: Mapping[str, Tensor], scheme: WeightScheme) -> d
     if scheme.strategy == "tensor_group":
         amax = nearest.in_tiles(w_RC, scheme).abs().amax(-1)
         return {"weight_scale": scales.nvfp4(amax, held["weight_global_scale"])}
-    return quantize(w_RC, scheme)
+    return quantize(w_RC, scheme, scratch=SCRATCH)
 
 
-def _same_bytes(a: Tensor, b: Tensor) -> bool:
-    """torch compares float8 one by one, bytes many at once."""
-    return torch.equal(a.view(torch.uint8), b.contiguous().view(torch.uint8))
+def same_bytes(a: Tensor, b: Tensor) -> bool:
+    """Whether two contiguous tensors of the same size hold the same; torch compares elements one by
+    one, and so as wide ones as there are."""
+    flat_a, flat_b = (x.contiguous().flatten().view(torch.uint8) for x in (a, b))
+    wide = torch.int64 if flat_a.numel() % 8 == 0 and _aligned(flat_a, flat_b) else torch.uint8
+    return torch.equal(flat_a.view(wide), flat_b.view(wide))
+
+
+def _aligned(*flat: Tensor) -> bool:
+    """Whether they may be viewed as 8-byte elements."""
+    return all(x.storage_offset() % 8 == 0 for x in flat)
 
 
 def digest(tensor: Tensor) -> str:

@@ -13,6 +13,7 @@ from ckptq.checkpoint.read import Files, bytes_of, read_into, read_tensor
 from ckptq.checkpoint.view import View
 from ckptq.models.weight import Weight
 from ckptq.spec import FLOATS, torch_dtype
+from ckptq.verify.compare import same_bytes
 from ckptq.verify.kinds import finding
 from ckptq.verify.order import Undo
 from ckptq.verify.report import Finding
@@ -85,7 +86,7 @@ def _chunk(
     ours, theirs = torch.empty(count, dtype=torch.uint8), torch.empty(count, dtype=torch.uint8)
     read_into(files, tensor, start, bytes_of(ours))
     read_into(files, original, start, bytes_of(theirs))
-    different = 0 if torch.equal(ours, theirs) else int((ours != theirs).sum())
+    different = 0 if same_bytes(ours, theirs) else int((ours != theirs).sum())
     return Copy(name=tensor.name, nbytes=count, different=different)
 
 
@@ -96,7 +97,8 @@ def _whole(tensor: StoredTensor, weight: Weight, files: Files, undo: Undo) -> Co
     else:
         theirs = source_rows(files, weight)(0, weight.spec.shape[0]).contiguous()
     a, b = (torch.frombuffer(bytes_of(t), dtype=torch.uint8) for t in (ours, theirs))
-    return Copy(name=tensor.name, nbytes=tensor.nbytes, different=int((a != b).sum()))
+    different = 0 if same_bytes(a, b) else int((a != b).sum())
+    return Copy(name=tensor.name, nbytes=tensor.nbytes, different=different)
 
 
 def judge_copy(subject: Subject, copy: Copy) -> Iterator[Finding]:

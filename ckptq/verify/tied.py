@@ -11,6 +11,7 @@ import torch
 
 from ckptq.checkpoint.header import StoredTensor
 from ckptq.checkpoint.read import Files, bytes_of, read_into
+from ckptq.verify.compare import same_bytes
 from ckptq.verify.kinds import finding
 from ckptq.verify.report import Finding
 from ckptq.verify.subject import Subject
@@ -52,6 +53,6 @@ def _equal(a: StoredTensor, b: StoredTensor, files: Files) -> bool:
         ours, theirs = torch.empty(count, dtype=torch.uint8), torch.empty(count, dtype=torch.uint8)
         read_into(files, a, start, bytes_of(ours))
         read_into(files, b, start, bytes_of(theirs))
-        if not torch.equal(ours, theirs):
+        if not same_bytes(ours, theirs):
             return False
     return True

@@ -207,7 +207,9 @@ def _empty_rows(linear: StoredLinear, held: Mapping[str, Tensor]) -> Iterator[Fi
     if scheme.strategy not in ("channel", "group") or scheme.scale_dtype is not None:
         return
     codes = held[scheme.codes].contiguous()
-    empty_R = ~codes.view(torch.uint8).flatten().view(len(codes), -1).any(1)
+    byte_RB = codes.flatten().view(torch.uint8).view(len(codes), -1)
+    wide = torch.int64 if byte_RB.shape[1] % 8 == 0 else torch.uint8
+    empty_R = (byte_RB.view(wide) == 0).all(1)
     if not empty_R.any():
         return
     largest_R = scale.float().amax(1)
