@@ -166,17 +166,20 @@ def _dequantize_int4_kernel(
 
 
 def _tiling(group: int, groups: int) -> dict[str, int]:
-    """What a program holds: eight rows of some groups, or one long group; cut into slices."""
+    """What a program holds: eight rows of some groups, or one long group; cut into slices.
+
+    64 values a thread share what a program costs, and of one warp nobody waits for another.
+    """
     padded = max(8, triton.next_power_of_2(group))
     rows = 8 if padded <= 1024 else 1
-    at_once = min(triton.next_power_of_2(groups), max(1, 1024 // padded))
+    at_once = min(triton.next_power_of_2(groups), max(1, 256 // padded))
     slices = min(4, max(1, padded // 32))
     return {
         "ROWS": rows,
         "GROUPS": at_once,
         "SLICES": slices,
         "LANES": padded // slices,
-        "num_warps": min(16, max(4, rows * at_once * padded // 2048)),
+        "num_warps": min(16, max(1, rows * at_once * padded // 2048)),
     }
 
 

@@ -23,8 +23,9 @@ from ckptq.kernels.codes import (
 from ckptq.kernels.int4 import asymmetric_qparams, nibble_bits, word_of_nibbles
 from ckptq.kernels.rounding import lift_and_reciprocal, narrow, widen
 
-TILE_K, TILE_N = 256, 64
-"""Rows and columns of a tile: 128 bytes of bf16 where it is read, 128 of words where written."""
+TILE_K, TILE_N, WARPS = 128, 64, 2
+"""Rows and columns of a tile, 128 bytes of bf16 and 64 of words; few warps, as they wait for each
+other when words are transposed."""
 
 
 @triton.jit
@@ -123,7 +124,7 @@ def quantize_int4_experts(
         GROUP=group,
         GROUPS=groups,
         BLOCK=block,
-        num_warps=8,
+        num_warps=WARPS,
         enable_fp_fusion=False,
     )
     return packed_ENP, scale_ENG, zero_EZG

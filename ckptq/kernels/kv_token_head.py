@@ -111,7 +111,7 @@ def _write_token_head_kernel(
     scale_stride_token,
     scale_stride_head,
     T,
-    K,
+    K: tl.constexpr,
     D: tl.constexpr,
     BLOCK: tl.constexpr,
     KIND: tl.constexpr,
@@ -125,8 +125,8 @@ def _write_token_head_kernel(
     ROWS: tl.constexpr,
 ):
     L: tl.constexpr = D // COUNT
-    row_R = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
-    token_R, head_R = row_R // K, row_R % K
+    row_R = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    token_R, head_R = (row_R // K).to(tl.int64), row_R % K
     slot_R = tl.load(slot_ptr + token_R, mask=token_R < T, other=-1).to(tl.int64)
     m_R = slot_R >= 0
     m_R1 = m_R[:, None]
@@ -196,7 +196,8 @@ def write_token_head(x_TKD: Tensor, cache: TokenHeadCache, slot_T: Tensor) -> No
         *x_TKD.stride()[:2],
         *cache.layout.strides(code),
         *cache.layout.strides(cache.scale),
-        *(T, K),
+        T,
+        K=K,
         D=D,
         BLOCK=block,
         KIND=cache.fmt.name.partition("_")[0],

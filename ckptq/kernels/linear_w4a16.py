@@ -79,7 +79,9 @@ def linear_w4a16(
     if scale_NG.dtype != a_MK.dtype:
         raise ValueError(f"want scales in {a_MK.dtype}, got {scale_NG.dtype}")
     out_MN = torch.empty(M, N, dtype=a_MK.dtype, device=a_MK.device)
-    rows, columns = min(64, block_m(M)), 64
+    # unpacking a tile costs as much as 50 rows of products, so a prompt takes as many as fit
+    rows = min(128 if a_MK.element_size() == 2 else 64, block_m(M))
+    columns = 128 if a_MK.element_size() == 2 else 64
     _linear_w4a16_kernel[(triton.cdiv(M, rows) * triton.cdiv(N, columns),)](
         *(a_MK, packed_NP.contiguous(), scale_NG.contiguous(), zero_ZG, out_MN),
         *(M, N, K, P, G, group, a_MK.stride(0)),
@@ -88,7 +90,7 @@ def linear_w4a16(
         BLOCK_N=columns,
         BLOCK_K=64 if G == 1 else min(64, group & -group),
         num_warps=4,
-        num_stages=2,
+        num_stages=3 if rows > 64 else 4,
         enable_fp_fusion=False,
     )
     return out_MN

@@ -27,8 +27,8 @@ from ckptq.kernels.codes import (
 from ckptq.kernels.quantize_tensor import scales_of_maxima
 from ckptq.kernels.rounding import widen
 
-TILE_K, TILE_N = 128, 128
-"""Rows and columns of a tile: 256 bytes of bf16 where it is read, 128 of codes where written."""
+TILE_K, TILE_N, WARPS = 256, 64, 4
+"""Rows and columns of a tile: 128 bytes of bf16 where it is read, 256 of codes where written."""
 
 
 @triton.jit
@@ -101,7 +101,7 @@ def quantize_experts(
     where = (x_EKN.stride(0), x_EKN.stride(1), K, N)
     tiles = (E * triton.cdiv(K, TILE_K) * triton.cdiv(N, TILE_N),)
     _column_maxima_kernel[tiles](
-        *(x_EKN, amax_EN, *where), TILE_K=TILE_K, TILE_N=TILE_N, num_warps=4
+        *(x_EKN, amax_EN, *where), TILE_K=TILE_K, TILE_N=TILE_N, num_warps=WARPS
     )
     scale_EN = scales_of_maxima(amax_EN, x_EKN.dtype, dtype)
     _quantize_experts_kernel[tiles](
@@ -109,7 +109,7 @@ def quantize_experts(
         **code_constexprs(x_EKN, x_EKN.dtype, dtype),
         TILE_K=TILE_K,
         TILE_N=TILE_N,
-        num_warps=8,
+        num_warps=WARPS,
         enable_fp_fusion=False,
     )
     return code_ENK.view(dtype), scale_EN[..., None]
