@@ -28,6 +28,9 @@ explanation."""
 BETTER = 1.0
 """An explanation must bring the worst head nearer by a factor of 2."""
 
+TOGETHER, FEWEST = 0.75, 8
+"""One factor for all: at least 1.7, and so many scales within 1.7 of one another."""
+
 LOST = 0.1
 """Relative error of a head that FP8 spoils; with a right scale it is 0.03."""
 
@@ -56,7 +59,7 @@ def diagnose_cache(watch: Watch) -> list[Finding]:
             found.append(finding(best.code, name, found=best.found, wanted="its own scales"))
         else:
             found += _unexplained(name, sums)
-    return found
+    return found or list(_one_factor(watch))
 
 
 def fit(sums: HeadSums) -> tuple[Tensor, Tensor]:
@@ -103,6 +106,23 @@ def _explanations(watch: Watch, module: str, which: str) -> Iterator[Explanation
                 code="cache-scale-of-another", found=f"the scales of {there}",
                 distance=distance(scale, theirs),
             )  # fmt: skip
+
+
+def _one_factor(watch: Watch) -> Iterator[Finding]:
+    """Every scale too large or too small by the same number, as amax / 240 would be: no head alone
+    says so, all together do."""
+    distances = [(E4M3_MAX * scale / amax).log2() for scale, amax in map(fit, watch.heads.values())]
+    all_N = torch.cat([d[d.isfinite()] for d in distances]) if distances else torch.zeros(0)
+    if len(all_N) < FEWEST:
+        return
+    low, middle, high = all_N.quantile(torch.tensor([0.1, 0.5, 0.9], dtype=all_N.dtype)).tolist()
+    if abs(middle) >= TOGETHER and high - low <= TOGETHER:
+        module, which = next(iter(watch.heads))
+        yield finding(
+            "cache-scale-factor", f"{module}.{which}_scale",
+            found=f"all {len(all_N)} scales are about {2**middle:.2g} times what this text needs",
+            wanted="the largest values over 448",
+        )  # fmt: skip
 
 
 def _best_order(scale_H: Tensor, amax_H: Tensor) -> list[int]:

@@ -209,6 +209,8 @@ ATTENTION = _faults(
     ("cache-scale-inverted", "scales are reciprocals", "store 1 / scale"),
     ("cache-scale-of-another", "scales of another layer", "exchange the scales"),
     ("cache-scale-wrong", "scales have nothing to do with what passes", "calibrate again"),
+) + _notes(
+    ("cache-scale-factor", "all scales are off by one number, or other text", "calibrate again"),
 )
 
 ENGINE = _faults(

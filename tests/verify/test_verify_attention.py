@@ -126,6 +126,16 @@ def test_wrong_scales_are_named(editor, source, text, fault, code, tensors):
     assert {(f.code, f.tensor) for f in report.findings} == {(code, t) for t in tensors}
 
 
+@pytest.mark.parametrize("factor", [0.5, 448 / 240, 2.0])
+def test_one_factor_for_all_is_noted(editor, source, text, factor):
+    for key in editor.tensors:
+        if key.endswith(("q_scale", "k_scale", "v_scale")):
+            editor.tensors[key] = editor.tensors[key] * factor
+    report = verify(editor.save(), source, attention=True, text=str(text))
+    assert {f.code for f in report.notes} == {"cache-scale-factor"}
+    assert f"about {factor:.2g} times" in report.notes[0].found
+
+
 def test_what_no_scale_would_give(calibrated, source, text):
     """1.0, which engines use for a missing scale, clips the large heads."""
     heads = verify(calibrated, source, attention=True, text=str(text)).heads
