@@ -37,6 +37,7 @@ FILES = _faults(
     ("total-size", "the index's total_size is not the sum of the tensors", "write the index anew"),
     ("side-file-missing", "a file that serving needs is only in the source", "copy it from there"),
     ("config-differs", "the architecture in config.json is not the source's", "restore the field"),
+    ("config-shapes", "config.json is of another model than the tensors", "restore the field"),
     ("marks-contradict", "shards say different things of their RoPE order", AGAIN),
 ) + _notes(
     ("stray-shard", "a safetensors file that the index does not name", "delete it"),
@@ -146,6 +147,11 @@ VALUES = _faults(
         "scale-uninitialised",
         "memory that nothing was written to, as llm-compressor 0.14 leaves in q_scale",
         "`ckptq calibrate`, then convert again",
+    ),
+    (
+        "scale-implausible",
+        "weights beyond any model's: reciprocals, or another unit",
+        "store dequantization multipliers",
     ),
     ("scales-all-one", "a placeholder: nothing was calibrated", "calibrate"),
     ("codes-nan", "an E4M3 code that is NaN", AGAIN),

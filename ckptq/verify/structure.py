@@ -9,6 +9,7 @@ from ckptq.verify.blocks import check_blocks
 from ckptq.verify.cache import check_cache
 from ckptq.verify.completeness import check_completeness
 from ckptq.verify.files import check_files
+from ckptq.verify.geometry import check_geometry
 from ckptq.verify.linears import check_linears
 from ckptq.verify.report import Finding
 from ckptq.verify.rope import check_rope
@@ -24,4 +25,5 @@ def check_structure(subject: Subject, problems: Problems) -> Iterator[Finding]:
     yield from check_completeness(subject)
     yield from check_blocks(subject)
     yield from check_cache(subject)
+    yield from check_geometry(subject)
     yield from check_rope(subject)

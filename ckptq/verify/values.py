@@ -14,6 +14,7 @@ import torch
 from ckptq.checkpoint.header import StoredTensor
 from ckptq.checkpoint.read import Files, read_tensor
 from ckptq.spec import FLOATS
+from ckptq.verify.heads import E4M3_MAX
 from ckptq.verify.kinds import finding
 from ckptq.verify.report import Finding, ScaleRow
 from ckptq.verify.stored_linear import StoredLinear
@@ -33,6 +34,9 @@ SIGNED = 0.05
 
 EMPTY = 1e-3
 """Of the median of the scales beside it: rows of a weight that are as good as zero."""
+
+LARGEST_WEIGHT = 100.0
+"""Of half of the rows: a single one may well be larger. Trained Linears stay below 10."""
 
 GLOBAL_SCALES = ("weight_global_scale", "input_global_scale")
 GLOBAL_MOST = 1e30
@@ -132,7 +136,7 @@ def check_linear_values(linear: StoredLinear, files: Files) -> Iterator[Finding]
         yield from _mx(scale, held)
     else:
         wrong = list(_signed(linear, scale, held) or check_scale(scale, held.float()))
-        yield from wrong or _all_ones(scale, held)
+        yield from wrong or list(_all_ones(scale, held)) or _implausible(linear, scale, held)
     for local, tensor in linear.module.tensors.items():
         if local in (*GLOBAL_SCALES, "input_scale") and tensor.spec.dtype in FLOATS:
             most = GLOBAL_MOST if local in GLOBAL_SCALES else CACHE_RANGE[1]
@@ -158,6 +162,20 @@ def _all_ones(tensor: StoredTensor, scale: Tensor) -> Iterator[Finding]:
         yield finding(
             "scales-all-one", tensor.name, file=tensor.file, found=f"1.0, {scale.numel()} times",
             wanted="the weight's scales",
+        )  # fmt: skip
+
+
+def _implausible(linear: StoredLinear, tensor: StoredTensor, scale: Tensor) -> Iterator[Finding]:
+    """The middle scale says what the largest weight of a row or group is."""
+    if linear.scheme.scale_dtype is not None or linear.module.origin is not None:
+        return
+    reach = E4M3_MAX if linear.scheme.type == "float" else 2.0 ** (linear.scheme.num_bits - 1)
+    largest = reach * float(scale.float().abs().median())
+    if largest > LARGEST_WEIGHT:
+        yield finding(
+            "scale-implausible", tensor.name, file=tensor.file,
+            found=f"the largest weights of half the rows or groups would be beyond {largest:.3g}",
+            wanted=f"at most {LARGEST_WEIGHT:g}",
         )  # fmt: skip
 
 

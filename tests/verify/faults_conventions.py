@@ -175,6 +175,16 @@ def target_the_class_in_small_letters(e):
     e.group["targets"] = ["linear"]
 
 
+@fault("config-shapes", families=ALL, also=("config-differs",))
+def declare_another_vocabulary(e):
+    e.config.get("text_config", e.config)["vocab_size"] = 512
+
+
+@fault("config-shapes", families=("llama", "mixtral"), also=("config-differs",))
+def declare_more_key_heads(e):
+    e.config["num_key_value_heads"] = 4
+
+
 @fault("names-moved", families=("llama", "mixtral"), also=("target-unmatched",))
 def lose_the_prefix(e):
     e.tensors = {re.sub(r"^model\.layers", "layers", name): t for name, t in e.tensors.items()}
@@ -194,7 +204,7 @@ def tie_a_head_that_is_not_the_embedding(e):
     return "lm_head"
 
 
-@fault("config-differs", families=("llama",), also=("layer-missing",))
+@fault("config-differs", families=("llama",), also=("layer-missing", "config-shapes"))
 def put_another_models_config_beside(e):
     other = FAMILIES["llama"]().config.to_dict() | {"num_hidden_layers": 3, "head_dim": 32}
     e.config = {**e.config, **other, "quantization_config": e.quantization}

@@ -36,6 +36,25 @@ def test_each_fault_is_named(broken, fault: Fault, family: str, weights: str):
     assert all(f.repair for f in mine)
 
 
+ALONE = {
+    "invert-scales": "scale-implausible",
+    "lose-the-prefix": "names-moved",
+    "declare-more-key-heads": "config-shapes",
+    "lose-the-end-of-a-download": "codes-empty",
+    "tie-a-head-that-is-not-the-embedding": "tied-head",
+    "forget-the-method": "quant-method",
+    "seek-a-tensor-in-another-shard": "index-mismatch",
+}
+
+
+@pytest.mark.parametrize("fault", [f for f in FAULTS if f.name in ALONE], ids=lambda f: f.name)
+def test_some_are_named_without_a_source(broken, fault: Fault):
+    editor, _ = broken("llama", "fp8-channel")
+    fault.inject(editor)
+    report = verify(editor.save())
+    assert {f.code for f in report.findings} == {ALONE[fault.name]}
+
+
 def test_there_are_enough_kinds():
     assert len({fault.code for fault in FAULTS if KINDS[fault.code].severity == "fault"}) >= 70
     assert {fault.code for fault in FAULTS} <= KINDS.keys()

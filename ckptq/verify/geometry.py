@@ -1,0 +1,69 @@
+"""Shapes of the tensors against the sizes in config.json: is this the model that it says it is?
+
+Headers only. Only what every decoder of Hugging Face shares: the embedding is [vocabulary, hidden],
+k_proj has head_dim rows for each key/value head, and embedding and layers have one parent.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from ckptq.checkpoint.open import CONFIG
+from ckptq.errors import PlanError
+from ckptq.permute.targets import head_geometry
+from ckptq.verify.kinds import finding
+from ckptq.verify.order import well_typed
+from ckptq.verify.report import Finding
+from ckptq.verify.subject import Subject
+
+
+def check_geometry(subject: Subject) -> Iterator[Finding]:
+    """One finding for each size that the tensors contradict."""
+    prefix, _ = subject.layers
+    parent = prefix.rpartition(".")[0]
+    embeddings = [name for name in subject.ckpt.tensors if name.endswith("embed_tokens.weight")]
+    own = f"{parent}.embed_tokens.weight" if parent else "embed_tokens.weight"
+    if len(embeddings) == 1 and prefix.rpartition(".")[2] == "layers" and embeddings[0] != own:
+        yield finding(
+            "names-moved", prefix, found=f"layers under {parent or 'nothing'!r}, the embedding is "
+            f"{embeddings[0]}", wanted="one parent",
+        )  # fmt: skip
+    if own in subject.ckpt.tensors:
+        yield from _embedding(subject, own)
+    if well_typed(subject):
+        yield from _heads(subject)
+
+
+def _embedding(subject: Subject, name: str) -> Iterator[Finding]:
+    shape = subject.ckpt.tensors[name].spec.shape
+    config = subject.ckpt.text_config
+    if len(shape) != 2:
+        return
+    for field, size in zip(("vocab_size", "hidden_size"), shape, strict=True):
+        said = config.get(field)
+        if type(said) is int and said != size:
+            yield _differs(field, said, f"{size} in {name}")
+
+
+def _heads(subject: Subject) -> Iterator[Finding]:
+    """Rows of k_proj; models whose layers differ in their heads say so in ways of their own."""
+    rows = {
+        subject.modules[f"{layer}.k_proj"].shape
+        for layer, kind in subject.attention.items()
+        if kind == "heads" and f"{layer}.k_proj" in subject.modules
+    }
+    shape = rows.pop() if len(rows) == 1 else None
+    try:
+        geometry = head_geometry(subject.ckpt.text_config)
+    except PlanError:
+        return
+    if shape is not None and geometry["k"].rows != shape[0]:
+        said = f"{geometry['k'].count} heads of {geometry['k'].head_dim}"
+        yield _differs("num_key_value_heads", said, f"{shape[0]} rows in every k_proj")
+
+
+def _differs(field: str, said: object, held: str) -> Finding:
+    return finding(
+        "config-shapes", field, file=CONFIG, found=str(said), wanted=held,
+        repair="restore the config.json of this model",
+    )  # fmt: skip
