@@ -32,6 +32,8 @@ Stats = Mapping[str, "Tensor"]
 FP8_MAX = 448.0
 INT8_MAX = 127.5
 """Half the range of codes, as compressed-tensors divides; not the largest code."""
+NVFP4_MAX = 448.0 * 6.0
+"""Largest E4M3 scale of a group by the largest E2M1 code: what a global scale aims at."""
 MAGNITUDES = 1 << 15
 
 
@@ -47,6 +49,10 @@ class Observer(Protocol):
 
     def merge(self, one: Stats, other: Stats) -> Stats:
         """The statistic of both halves together."""
+        ...
+
+    def magnitude(self, stats: Stats) -> Tensor:
+        """What counts as the largest magnitude per head, [H]."""
         ...
 
     def scale(self, stats: Stats, dtype: torch.dtype, top: float = FP8_MAX) -> Tensor:
@@ -73,8 +79,11 @@ class StaticMinMax:
             "amax": torch.maximum(one["amax"], other["amax"]),
         }
 
+    def magnitude(self, stats: Stats) -> Tensor:
+        return _magnitude(stats)
+
     def scale(self, stats: Stats, dtype: torch.dtype, top: float = FP8_MAX) -> Tensor:
-        return scale_of(_magnitude(stats), dtype, top)
+        return scale_of(self.magnitude(stats), dtype, top)
 
 
 @dataclass(frozen=True)
@@ -101,8 +110,11 @@ class MinMax:
             )
         return one or other
 
+    def magnitude(self, stats: Stats) -> Tensor:
+        return _magnitude(stats)
+
     def scale(self, stats: Stats, dtype: torch.dtype, top: float = FP8_MAX) -> Tensor:
-        return scale_of(_magnitude(stats), dtype, top)
+        return scale_of(self.magnitude(stats), dtype, top)
 
 
 @dataclass(frozen=True)
@@ -122,13 +134,16 @@ class Percentile:
     def merge(self, one: Stats, other: Stats) -> Stats:
         return _merge_counts(one, other)
 
-    def scale(self, stats: Stats, dtype: torch.dtype, top: float = FP8_MAX) -> Tensor:
+    def magnitude(self, stats: Stats) -> Tensor:
         import torch
 
         below_HN = stats["counts"].cumsum(-1)
         wanted_H1 = (below_HN[:, -1:].double() * (self.percentile / 100)).ceil()
         index_H = torch.searchsorted(below_HN.double(), wanted_H1).squeeze(-1)
-        return scale_of(_bf16_magnitudes()[index_H], dtype, top)
+        return _bf16_magnitudes()[index_H]
+
+    def scale(self, stats: Stats, dtype: torch.dtype, top: float = FP8_MAX) -> Tensor:
+        return scale_of(self.magnitude(stats), dtype, top)
 
 
 @dataclass(frozen=True)
@@ -150,6 +165,9 @@ class MSE:
 
     def merge(self, one: Stats, other: Stats) -> Stats:
         return _merge_counts(one, other)
+
+    def magnitude(self, stats: Stats) -> Tensor:
+        raise UsageError("observer 'mse' searches scales for FP8 only; use 'static_minmax'")
 
     def scale(self, stats: Stats, dtype: torch.dtype, top: float = FP8_MAX) -> Tensor:
         import torch

@@ -22,13 +22,18 @@ def scales_of(
     samples: Samples,
     batch_size: int,
 ) -> Scales:
-    """A scale for every point, in the dtype that its module's weights have on disk."""
+    """A scale for every point, in the dtype that its module's weights have on disk.
+
+    NVFP4's global scales of inputs are float32, which engines read.
+    """
     made = statistics.wanted.to_json()
     dtypes = stored_dtypes(ckpt)
     observer, input_observer = dict(made["observer"]), dict(made["input_observer"])
     return Scales(
         tensors={
-            f"{point}_scale": statistics.scale(point, dtype_of(dtypes, point.rpartition(".")[0]))
+            statistics.scale_name(point): statistics.scale(
+                point, dtype_of(dtypes, point.rpartition(".")[0])
+            )
             for point in statistics.points
         },
         statistics={

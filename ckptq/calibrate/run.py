@@ -58,7 +58,8 @@ def calibrate(
     """Scales for q, k and v of every attention layer: [H, 1, 1] for "attn_head", [1] for "tensor".
 
     `inputs` asks for scales of what goes into Linears too, [1] each: names on disk, with what the
-    largest input becomes (448 for FP8, 127.5 for INT8). A `strategy` of None leaves attention out.
+    largest input becomes (448 for FP8, 127.5 for INT8; 448 * 6 for NVFP4, whose global scale is
+    that by which inputs are multiplied). A `strategy` of None leaves attention out.
 
     `eager` runs attention as llm-compressor 0.14.0.1 does while it calibrates, for equal bits; its
     newer sources use SDPA, as is done here by default.

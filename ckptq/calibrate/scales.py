@@ -55,7 +55,8 @@ class Scales:
     """Scales by their name on disk, and what they were read from."""
 
     tensors: Mapping[str, Tensor]
-    """"...self_attn.{q,k,v}_scale": [1] or [heads, 1, 1]; "<linear>.input_scale": [1]."""
+    """"...self_attn.{q,k,v}_scale": [1] or [heads, 1, 1]; "<linear>.input_scale" or
+    "<linear>.input_global_scale": [1]."""
     statistics: Mapping[str, Tensor]
     """The same names with _amin and _amax: the lowest and highest value seen. A kernel gives the
     largest magnitude alone; then they are that, with either sign."""

@@ -1,7 +1,8 @@
 """What has been seen at each point of a model, and the scales that follow from it.
 
 A point is named as its scale is on disk, without the ending: "model.layers.0.self_attn.k" for
-"...self_attn.k_scale", "model.layers.0.mlp.up_proj.input" for "...up_proj.input_scale".
+"...self_attn.k_scale", "model.layers.0.mlp.up_proj.input" for "...up_proj.input_scale" or
+"...up_proj.input_global_scale".
 
 Shape letters: B batch, H heads, S positions, D head size, T tokens, F features.
 """
@@ -12,7 +13,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from ckptq.calibrate.observers import FP8_MAX, Observer, Stats, Strategy, heads
+from ckptq.calibrate.observers import FP8_MAX, NVFP4_MAX, Observer, Stats, Strategy, heads
 from ckptq.errors import SourceError
 
 if TYPE_CHECKING:
@@ -30,7 +31,8 @@ class Wanted:
     """None leaves attention out."""
     attention: Observer
     inputs: Mapping[str, float]
-    """Linear, as named on disk -> what its largest input becomes: 448 for FP8, 127.5 for INT8."""
+    """Linear, as named on disk -> what its largest input becomes: 448 for FP8, 127.5 for INT8,
+    448 * 6 for NVFP4, whose global scale is what inputs are multiplied by, not divided."""
     linear: Observer
 
     def to_json(self) -> dict[str, Any]:
@@ -114,8 +116,20 @@ class Statistics:
                 )
         self._unchecked.clear()
 
+    def scale_name(self, point: str) -> str:
+        """The tensor that holds the scale of a point."""
+        return f"{point}_global_scale" if self._is_global(point) else f"{point}_scale"
+
+    def _is_global(self, point: str) -> bool:
+        module, _, which = point.rpartition(".")
+        return which == "input" and self.wanted.inputs[module] == NVFP4_MAX
+
     def scale(self, point: str, dtype: torch.dtype) -> Tensor:
-        """The scale of a point: [1] per tensor, [H, 1, 1] per head."""
+        """The scale of a point: [1] per tensor, [H, 1, 1] per head; NVFP4's is float32."""
+        if self._is_global(point):
+            from ckptq.quantize.scales import nvfp4_global
+
+            return nvfp4_global(self.wanted.linear.magnitude(self.points[point]))
         stats, (module, _, which) = self.points[point], point.rpartition(".")
         computed = stats["amin"].dtype
         if which == "input":

@@ -1,7 +1,7 @@
 """What an engine does to activations: round what goes into a quantized Linear.
 
-Scales as vLLM computes them: amax / 448 for FP8, amax / 127 for INT8, per token, per group of
-columns of a token, or static.
+Scales as vLLM computes them: amax / 448 for FP8, amax / 127 for INT8, amax / 7 for INT4, per token,
+per group of columns of a token, or static; NVFP4, MXFP4 and MXFP8 in groups of their own.
 
 Shape letters: T tokens and whatever leads, C columns, E experts, G groups.
 """
@@ -9,14 +9,15 @@ Shape letters: T tokens and whatever leads, C columns, E experts, G groups.
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from ckptq.calibrate.inputs import real_tokens
-from ckptq.calibrate.observers import FP8_MAX, INT8_MAX
+from ckptq.calibrate.observers import FP8_MAX, INT8_MAX, NVFP4_MAX
 from ckptq.checkpoint.open import Checkpoint
 from ckptq.checkpoint.read import read_tensor
 from ckptq.errors import PlanError, SourceError
+from ckptq.evaluate.microscaling import mxfp4, mxfp8, nvfp4
 from ckptq.models.encoded import stored_scales
 from ckptq.plan.match import matches
 
@@ -25,7 +26,8 @@ if TYPE_CHECKING:
 
     from ckptq.recipes.load import Args
 
-LARGEST = {"float": 448.0, "int": 127.0}
+LARGEST = {"float": 448.0, "int": 127.0, "int4": 7.0}
+MICROSCALED = {"mxfp4": mxfp4, "mxfp8": mxfp8}
 SMALLEST_SCALE = 1 / (448.0 * 512.0)
 """vLLM's floor for dynamic FP8 scales."""
 
@@ -35,15 +37,21 @@ class InputScheme:
     """How the input of a Linear is rounded."""
 
     type: str
+    """ "float" (E4M3), "int" (INT8), "int4", or "nvfp4", "mxfp4", "mxfp8" with their own groups."""
     group: int | None = None
     """Columns that share a scale; None is the whole token."""
     scale: float | None = None
-    """Of a static scheme."""
+    """Of a static scheme: inputs are divided by it. NVFP4's is global, and multiplies."""
     static: bool = False
     """Whether the scale has to be found on the source, where none is given."""
 
     def round(self, x_TC: Tensor) -> Tensor:
         """x as the matrix product sees it, in its own dtype."""
+        if self.type in MICROSCALED:
+            return MICROSCALED[self.type](x_TC)
+        if self.type == "nvfp4":
+            assert self.scale is not None, "a static scheme waits for its scale"
+            return nvfp4(x_TC, self.scale)
         if self.scale is not None:
             return _rounded(x_TC, _like(x_TC, self.scale), self.type)
         if self.group is None:
@@ -57,19 +65,36 @@ def input_scheme(args: Args, name: str, scale: float | None = None) -> InputSche
 
     A static scheme without `scale` is `static` and waits for one.
     """
-    kind, bits, strategy = args.get("type", "int"), args.get("num_bits", 8), args.get("strategy")
-    if kind not in LARGEST or bits != 8 or args.get("symmetric", True) is not True:
+    kind = _kind(args)
+    if kind is None or args.get("symmetric", True) is not True:
         raise PlanError(f"{name}: input_activations {dict(args)} cannot be simulated")
-    if args.get("dynamic", False) is False:
+    if kind == "nvfp4" or args.get("dynamic", False) is False:
         return InputScheme(kind, scale=scale, static=scale is None)
-    group = int(args["group_size"]) if strategy == "group" else None
+    group = int(args["group_size"]) if args.get("strategy") == "group" else None
     return InputScheme(kind, group=group)
+
+
+def _kind(args: Args) -> str | None:
+    """The `type` of an InputScheme; None for what has none."""
+    bits, dynamic = args.get("num_bits", 8), args.get("dynamic", False)
+    grouped = args.get("strategy"), args.get("group_size")
+    if args.get("type", "int") == "int":
+        return {8: "int", 4: "int4" if dynamic is True else None}.get(bits)
+    if dynamic == "local":
+        return "nvfp4" if bits == 4 and grouped == ("tensor_group", 16) else None
+    if bits == 4:
+        return "mxfp4" if dynamic is True and grouped == ("group", 32) else None
+    exponents = str(args.get("scale_dtype")) == "torch.uint8"
+    if bits == 8 and exponents:
+        return "mxfp8" if dynamic is True and grouped == ("group", 32) else None
+    return "float" if bits == 8 else None
 
 
 def declared_inputs(ckpt: Checkpoint, linears: Collection[str]) -> dict[str, InputScheme]:
     """Of each quantized Linear, by name: what the group that quantizes it says of its input."""
     config = ckpt.quantization_config or {}
-    scales = {m: float(read_tensor(t)) for m, t in stored_scales(ckpt, "input_scale").items()}
+    stored = {**stored_scales(ckpt, "input_scale"), **stored_scales(ckpt, "input_global_scale")}
+    scales = {module: float(read_tensor(tensor)) for module, tensor in stored.items()}
     found = {}
     for name in linears:
         group = _group(config, name)
@@ -117,13 +142,14 @@ def rules_of(
 
 
 def _shared(rules: Collection[InputScheme], name: str) -> InputScheme:
-    """Of static scales, the largest: vLLM gives it to all experts that one call multiplies."""
+    """Of static scales, that of the largest input: vLLM gives it to all experts of one call."""
     if len(rules) == 1:
         return next(iter(rules))
     scales = [rule.scale for rule in rules if rule.scale is not None]
     if len(scales) != len(rules) or len({rule.type for rule in rules}) != 1:
         raise PlanError(f"{name}: its experts' input_activations differ")
-    return InputScheme(next(iter(rules)).type, scale=max(scales))
+    kind = next(iter(rules)).type
+    return InputScheme(kind, scale=min(scales) if kind == "nvfp4" else max(scales))
 
 
 class InputMaxima:
@@ -142,8 +168,15 @@ class InputMaxima:
         """A static rule without a scale gets the one that calibration on this text would find."""
         if not rule.static:
             return rule
+        if rule.type == "nvfp4":
+            return replace(rule, scale=_global_scale(self._amax[parameter]), static=False)
         top = FP8_MAX if rule.type == "float" else INT8_MAX
         return InputScheme(rule.type, scale=max(self._amax[parameter] / top, SMALLEST_SCALE))
+
+
+def _global_scale(amax: float) -> float:
+    """1 where nothing but zeros came in, as calibration has it."""
+    return NVFP4_MAX / amax if amax > 0 else 1.0
 
 
 def _like(x: Tensor, value: float) -> Tensor:
@@ -159,8 +192,9 @@ def _rounded(x: Tensor, scale: Tensor, kind: str) -> Tensor:
     import torch
 
     ratio = x.float() / scale
-    if kind == "int":
-        code = ratio.round().clamp(-128, 127)
+    if kind != "float":
+        top = LARGEST[kind]
+        code = ratio.round().clamp(-top - 1, top)
     else:
         code = ratio.clamp(-448.0, 448.0).to(torch.float8_e4m3fn).float()
     return (code * scale).to(x.dtype)

@@ -89,7 +89,7 @@ def make_plan(
             for group in recipe.groups
             if not group.is_attention
         },
-        inputs={n: g.largest_input for n, g in chosen.items() if g.has_static_inputs},
+        inputs={n: g.largest_input for n, g in chosen.items() if g.input_scale},
         input_observer=_input_observer(recipe),
         ignore=_ignore(layout, chosen) if chosen else (),
         attention=attention,
@@ -156,7 +156,7 @@ def _units(
 
 def _input_observer(recipe: Recipe) -> str:
     """The one observer of all static activations; PlanError where groups name several."""
-    static = [g.input_activations or {} for g in recipe.groups if g.has_static_inputs]
+    static = [g.input_activations or {} for g in recipe.groups if g.input_scale]
     names = {str(args.get("observer") or "static_minmax") for args in static}
     if len(names) > 1:
         raise PlanError(f"static input_activations name several observers: {sorted(names)}")
@@ -214,9 +214,10 @@ def _quantized(members: Iterable[Linear], scheme: WeightScheme, group: Group) ->
         parts.append(Part(linear=linear, scheme=scheme, writes=writes))
         if linear.bias is not None:
             biases[f"{linear.name}.bias"] = linear.bias
-        if group.has_static_inputs:
-            dtype = linear.weight.spec.dtype
-            inputs[f"{linear.name}.input_scale"] = TensorSpec(dtype, (1,))
+        if group.input_scale is not None:
+            own = linear.weight.spec.dtype
+            dtype = "F32" if group.input_scale == "input_global_scale" else own
+            inputs[f"{linear.name}.{group.input_scale}"] = TensorSpec(dtype, (1,))
     return Unit(
         key=parts[0].linear.name,
         rule=f"{group.name}: {scheme}",

@@ -9,6 +9,11 @@ from ckptq.errors import PlanError
 from ckptq.models.modules import Layout, fused_set
 from ckptq.recipes.load import Group, Recipe
 
+STATIC = (None, "tensor")
+"""Strategies of static activations that vLLM serves."""
+
+NVFP4 = {"num_bits": 4, "type": "float", "strategy": "tensor_group", "group_size": 16}
+
 
 def choose(layout: Layout, recipe: Recipe, ignore: Sequence[str]) -> dict[str, Group]:
     """Linear -> group, for every Linear that is quantized.
@@ -63,15 +68,25 @@ def refuse_unserved(groups: Sequence[Group]) -> None:
         if group.output_activations is not None:
             raise PlanError(f"group {group.name!r}: output_activations are not served by vLLM")
         inputs = group.input_activations if group.weights is not None else None
-        if inputs is None or inputs.get("dynamic", False) is True:
+        if inputs is None:
             continue
-        if inputs.get("dynamic") == "local":
-            raise PlanError(
-                f"group {group.name!r}: NVFP4 activations (dynamic: local) need a calibrated "
-                "input_global_scale, which ckptq does not make; NVFP4A16 quantizes weights alone"
-            )
-        if inputs.get("strategy", "tensor") != "tensor":
+        if "tensor_group" in (inputs.get("strategy"), (group.weights or {}).get("strategy")):
+            _refuse_half_nvfp4(group)
+        elif inputs.get("dynamic", False) is False and inputs.get("strategy") not in STATIC:
             raise PlanError(
                 f"group {group.name!r}: static input_activations have strategy "
                 f"{inputs.get('strategy')!r}; vLLM serves static activations per tensor"
+            )
+
+
+def _refuse_half_nvfp4(group: Group) -> None:
+    """vLLM multiplies NVFP4 by NVFP4, its inputs scaled per group under a static global scale."""
+    for part, args in (("weights", group.weights), ("input_activations", group.input_activations)):
+        wanted = NVFP4 | {"dynamic": "local" if part == "input_activations" else False}
+        given = {"symmetric": True, "dynamic": False} | dict(args or {})
+        found = {key: given.get(key) for key in wanted}
+        if found != wanted or not given["symmetric"]:
+            raise PlanError(
+                f"group {group.name!r}: vLLM serves NVFP4 activations with NVFP4 weights only: "
+                f"{part} are {found}, wanted {wanted}"
             )

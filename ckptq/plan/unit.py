@@ -96,7 +96,8 @@ class Plan:
     groups: Mapping[str, tuple[str, ...]]
     """Group name -> the Linears that it quantizes."""
     inputs: Mapping[str, float]
-    """Linears with a static activation scale -> what their largest input becomes (448, 127.5)."""
+    """Linears with a calibrated activation scale -> what their largest input becomes: 448, 127.5,
+    448 * 6 for the global scale of NVFP4."""
     input_observer: str
     ignore: tuple[str, ...]
     """What was really left: the Linears that no group quantizes, by name."""

@@ -14,6 +14,7 @@ from typing import Any
 import yaml
 
 from ckptq.errors import UsageError
+from ckptq.recipes.preset import EMPTY, preset_text
 
 FOLDER = Path(__file__).parent
 
@@ -38,17 +39,23 @@ class Group:
         return self.weights is None and self.input_activations is not None
 
     @property
-    def has_static_inputs(self) -> bool:
-        """Whether its Linears need an `input_scale`, which only calibration gives."""
+    def input_scale(self) -> str | None:
+        """Local name of the scale that its Linears need for inputs, which only calibration gives.
+
+        NVFP4's inputs have scales per group, found as they come ("local"), under one global scale.
+        """
         inputs = self.input_activations if self.weights is not None else None
-        return inputs is not None and inputs.get("dynamic", False) is False
+        if inputs is None or inputs.get("dynamic", False) is True:
+            return None
+        return "input_global_scale" if inputs.get("dynamic") == "local" else "input_scale"
 
     @property
     def largest_input(self) -> float:
-        """What the largest static input is scaled to: 448 for FP8, half the steps for integers."""
+        """What the largest static input is scaled to: 448 for FP8, half the steps for integers,
+        448 * 6 for NVFP4: the largest scale of a group by the largest code."""
         inputs = self.input_activations or {}
         if inputs.get("type", "int") == "float":
-            return 448.0
+            return 448.0 * 6.0 if inputs.get("dynamic") == "local" else 448.0
         return float(2 ** int(inputs.get("num_bits", 8)) - 1) / 2
 
 
@@ -86,7 +93,7 @@ def load_scheme(name: str) -> Recipe:
     from compressed_tensors.quantization import is_preset_scheme
 
     if is_preset_scheme(name):
-        return load_text(name.upper(), _preset_text(name.upper()))
+        return load_text(name.upper(), preset_text(name.upper()))
     raise UsageError(
         f"unknown scheme {name!r}; built in: {', '.join(files)}; compressed-tensors' presets "
         "(FP8_DYNAMIC, W4A16, ...) are accepted too; `ckptq recipes` lists all"
@@ -98,9 +105,7 @@ def describe() -> dict[str, str]:
     from compressed_tensors.quantization.quant_scheme import PRESET_SCHEMES
 
     ours = {name: _first_comment(path) for name, path in built_in().items()}
-    presets = {
-        name: "compressed-tensors preset" for name in PRESET_SCHEMES if name != "UNQUANTIZED"
-    }
+    presets = {name: "compressed-tensors preset" for name in PRESET_SCHEMES if name != EMPTY}
     return ours | presets
 
 
@@ -208,9 +213,3 @@ def _plain(name: str, text: str) -> Recipe:
         kv_cache_scheme=modifier.get("kv_cache_scheme"),
         text=text,
     )
-
-
-def _preset_text(preset: str) -> str:
-    modifier = {"targets": ["Linear"], "scheme": preset, "ignore": ["lm_head"]}
-    stages = {"quantization_stage": {"quantization_modifiers": {"QuantizationModifier": modifier}}}
-    return yaml.safe_dump(stages, sort_keys=False)
