@@ -88,16 +88,17 @@ def _see_experts(
     experts: dict[int, list[str]],
     lengths: Sequence[int],
     fold: Fold,
-    module: nn.Module,
+    module: Any,
     args: tuple[Any, ...],
 ) -> None:
     first = next(iter(experts.values()))[0]
     x_TF = real_tokens(args[0], lengths, first)
     # Llama-4 hands each expert all tokens, zeroed where they are not routed to it
     x_TF = x_TF[x_TF.any(-1)]
-    every = [name for names in experts.values() for name in names]
+    held = {n: names for n, names in experts.items() if n < len(module.gate_up_proj)}
+    every = [name for names in held.values() for name in names]
     fold([name for name in every if _reads_input(name)], x_TF)
-    for number, names in experts.items():
+    for number, names in held.items():
         inner = [name for name in names if not _reads_input(name)]
         if inner:
             fold(inner, _between(module, number, x_TF))
