@@ -42,6 +42,9 @@ FORMATS = (
     "nvfp4a16",
     "mxfp4a16",
     "mxfp8a16",
+    "nvfp4",
+    "mxfp4",
+    "mxfp8",
 )
 
 IGNORE = (
@@ -90,7 +93,8 @@ def tensors_in(folder: Path) -> Tensors:
 
 def weights_only(tensors: Mapping[str, Tensor]) -> Tensors:
     """Without the scales that calibration makes."""
-    return {name: t for name, t in tensors.items() if not name.endswith(".input_scale")}
+    made = (".input_scale", ".input_global_scale")
+    return {name: t for name, t in tensors.items() if not name.endswith(made)}
 
 
 def raw(tensor: Tensor) -> Tensor:

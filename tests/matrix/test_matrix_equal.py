@@ -60,7 +60,7 @@ DIFFERENCES = (
     ),
     Difference(
         families=("qwen3-moe", *LLAMA4),
-        formats=("nvfp4a16",),
+        formats=("nvfp4a16", "nvfp4"),
         tensors=r".*\.(gate_proj|up_proj)\.",
         why="model_free_ptq lets gate and up share a global scale under the names mlp.gate_proj "
         "and w1 only. ckptq is right: vLLM takes one for both",
