@@ -9,10 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from ckptq.checkpoint.open import CONFIG
-from ckptq.errors import PlanError
-from ckptq.permute.targets import head_geometry
 from ckptq.verify.kinds import finding
-from ckptq.verify.order import well_typed
 from ckptq.verify.report import Finding
 from ckptq.verify.subject import Subject
 
@@ -30,8 +27,7 @@ def check_geometry(subject: Subject) -> Iterator[Finding]:
         )  # fmt: skip
     if own in subject.ckpt.tensors:
         yield from _embedding(subject, own)
-    if well_typed(subject):
-        yield from _heads(subject)
+    yield from _heads(subject)
 
 
 def _embedding(subject: Subject, name: str) -> Iterator[Finding]:
@@ -53,12 +49,14 @@ def _heads(subject: Subject) -> Iterator[Finding]:
         if kind == "heads" and f"{layer}.k_proj" in subject.modules
     }
     shape = rows.pop() if len(rows) == 1 else None
-    try:
-        geometry = head_geometry(subject.ckpt.text_config)
-    except PlanError:
+    config, heads = subject.ckpt.text_config, subject.heads
+    head_dim, hidden = config.get("head_dim"), config.get("hidden_size")
+    if head_dim is None and heads is not None and type(hidden) is int:
+        head_dim = hidden // heads[0]
+    if shape is None or heads is None or type(head_dim) is not int:
         return
-    if shape is not None and geometry["k"].rows != shape[0]:
-        said = f"{geometry['k'].count} heads of {geometry['k'].head_dim}"
+    if heads[1] * head_dim != shape[0]:
+        said = f"{heads[1]} heads of {head_dim}"
         yield _differs("num_key_value_heads", said, f"{shape[0]} rows in every k_proj")
 
 

@@ -25,13 +25,12 @@ def with_a_tokenizer(source, folder):
     return folder
 
 
-@pytest.mark.parametrize("scheme", ["W4A16", "NVFP4"])
-def test_its_checkpoints_have_no_fault(sources, tmp_path, scheme):
+def test_its_checkpoints_have_no_fault(sources, tmp_path):
     auto_round = pytest.importorskip("auto_round")
     source = with_a_tokenizer(sources("llama"), tmp_path / "source")
     ids = torch.randint(3, 128, (8, 32), generator=torch.Generator().manual_seed(0))
     rounder = auto_round.AutoRound(
-        str(source), scheme=scheme, iters=1, nsamples=8, seqlen=32, batch_size=4,
+        str(source), scheme="W4A16", iters=1, nsamples=8, seqlen=32, batch_size=4,
         dataset=[ids[:4], ids[4:]], device_map="cpu", enable_torch_compile=False,
     )  # fmt: skip
     rounder.quantize_and_save(str(tmp_path / "out"), format="llm_compressor")

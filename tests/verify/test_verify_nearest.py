@@ -51,6 +51,18 @@ def test_no_code_is_nearer(name):
     assert torch.allclose((quotient - value).abs(), best, rtol=0, atol=1e-6)
 
 
+def test_both_sides_of_a_tie_are_the_nearest():
+    """Which one it is depends on the order of divisions; what lies beside a tie does not."""
+    scheme = SCHEMES["int8"]
+    held = {"weight_scale": torch.tensor([[0.5]])}
+    w_RC = torch.tensor([[1.25, 1.25, 1.25, 1.2500001, 1.3, 1.3]])
+    value_RC = torch.tensor([[2.0, 3.0, 1.0, 2.0, 3.0, 2.0]])
+    near = nearest.as_near(value_RC, w_RC, held, scheme)
+    assert near.tolist() == [[True, True, False, True, True, False]]
+    held["weight_scale"] *= 0
+    assert not nearest.as_near(value_RC, w_RC, held, scheme).any()
+
+
 @pytest.mark.parametrize("name", SCHEMES)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
 def test_the_converter_and_the_oracle_agree(name, dtype):

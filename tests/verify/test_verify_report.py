@@ -1,6 +1,8 @@
 """The report as text and as data."""
 
 import re
+import subprocess
+import sys
 from dataclasses import fields
 from pathlib import Path
 
@@ -79,3 +81,13 @@ def test_headers_alone_read_no_tensor(broken):
     assert found.counts == {"scale-missing": 1}
     with pytest.raises(UsageError, match="headers"):
         verify(editor.folder, source, headers_only=True, attention=True)
+
+
+def test_headers_alone_need_no_torch(good):
+    """Importing it takes longer than reading the headers of 100 GB."""
+    code = (
+        "import sys; from ckptq.verify.run import verify; "
+        "assert verify(sys.argv[1], headers_only=True).ok; assert 'torch' not in sys.modules"
+    )
+    folder, _ = good("llama4", "fp8-channel", True)
+    subprocess.run([sys.executable, "-c", code, str(folder)], check=True)
