@@ -19,8 +19,11 @@ PRESETS = {
     "w8a16": "W8A16",
     "w4a16": "W4A16",
     "w4a16-asym": "W4A16_ASYM",
+    "nvfp4": "NVFP4",
     "nvfp4a16": "NVFP4A16",
+    "mxfp4": "MXFP4",
     "mxfp4a16": "MXFP4A16",
+    "mxfp8": "MXFP8",
     "mxfp8a16": "MXFP8A16",
 }
 
