@@ -89,6 +89,18 @@ def test_tiles_of_tokens_and_heads(device: torch.device, K: int) -> None:
     assert same(paged.slots(cache.scale, Layout.NHD).cpu()[slot_T], want.scale)
 
 
+def test_a_cache_whose_heads_lie_apart(device: torch.device) -> None:
+    """Heads of 32 bytes, 38 from one to the next; what lies between stays as it was."""
+    x, slot_T = heads(46, 2, 64, torch.bfloat16), slots()
+    dense = TokenHeadCache.empty(INT4, BLOCKS, BLOCK, 2, 64, device=device)
+    wide = torch.full((BLOCKS, BLOCK, 2, 38), 7, dtype=torch.uint8, device=device)
+    apart = {f: getattr(dense, f) for f in dense.__slots__} | {"code": wide[..., :32]}
+    write_token_head(x.to(device), TokenHeadCache(**apart), slot_T.to(device))
+    got = paged.slots(wide, Layout.NHD).cpu()[slot_T]
+    assert same(got[..., :32], kv.quantize(x, INT4).code)
+    assert (got[..., 32:] == 7).all()
+
+
 def test_rotations_that_would_not_be_exact_are_refused(device: torch.device) -> None:
     with pytest.raises(ValueError, match="at most 256"):
         written(heads(46, 1, 512), INT4, slots(), device)
