@@ -28,7 +28,8 @@ def check_fused_scales(linears: Mapping[str, StoredLinear], files: Files) -> Ite
         members = [linears[m] for n in names if (m := f"{parent}.{n}") in linears]
         if len(members) > 1:
             lone = {"tensor": "weight_scale", "tensor_group": "weight_global_scale"}
-            for local in ("input_scale", lone.get(members[0].scheme.strategy)):
+            inputs = ("input_scale", "input_global_scale")
+            for local in (*inputs, lone.get(members[0].scheme.strategy)):
                 if local is not None:
                     yield from _one_scale(members, local, files)
 

@@ -12,9 +12,9 @@ from ckptq.errors import PlanError
 from ckptq.quantize.scheme import WeightScheme
 from ckptq.quantize.stored import scale_shape, stored
 from ckptq.spec import FLOATS, TensorSpec
-from ckptq.verify.kinds import finding
+from ckptq.verify.kinds import AGAIN, finding
 from ckptq.verify.report import Finding
-from ckptq.verify.subject import CODES, SCALES, Module, Subject
+from ckptq.verify.subject import CODES, EXPERT, SCALES, Module, Subject
 
 MISSING = {
     "weight": "weight-missing",
@@ -144,7 +144,15 @@ def _check_codes(
     elif local == "weight" and found.shape == wanted.shape[::-1]:
         yield _shape("codes-transposed", module, local, found, wanted)
     else:
-        yield _shape("codes-shape", module, local, found, wanted)
+        yield _shape("codes-shape", module, local, found, wanted, _cut(module, found))
+
+
+def _cut(module: Module, found: TensorSpec) -> str | None:
+    """Whether gate and up are halves of the rows of a fused [E, H, 2 I] instead of its columns."""
+    fused = module.origin.weight.stored.spec.shape if module.origin is not None else ()
+    if EXPERT.match(module.name) and len(fused) == 3 and 2 * found.shape[0] == fused[1]:
+        return "the fused experts were cut along the wrong axis: " + AGAIN
+    return None
 
 
 def _check_scale(

@@ -6,6 +6,7 @@ import faults_rare
 import faults_round_trip
 import faults_structure
 import pytest
+import torch
 from verify_faults import Fault
 
 from ckptq.verify.kinds import KINDS
@@ -53,6 +54,18 @@ def test_some_are_named_without_a_source(broken, fault: Fault):
     fault.inject(editor)
     report = verify(editor.save())
     assert {f.code for f in report.findings} == {ALONE[fault.name]}
+
+
+def test_experts_that_were_cut_along_the_wrong_axis(broken):
+    """As `model_free_ptq` of llm-compressor 0.14 cuts Llama-4's [E, H, 2 I]."""
+    editor, source = broken("llama4", "fp8-channel")
+    name = editor.named("experts.1.gate_proj.weight")
+    rows, columns = editor.tensors[name].shape
+    editor.tensors[name] = torch.zeros(columns // 2, 2 * rows).to(torch.float8_e4m3fn)
+    editor.tensors[f"{name}_scale"] = torch.ones(columns // 2, 1).bfloat16()
+    found = {f.code: f for f in verify(editor.save(), source).findings}
+    assert found.keys() == {"codes-shape", "scale-shape"}
+    assert "wrong axis" in found["codes-shape"].repair
 
 
 def test_there_are_enough_kinds():
