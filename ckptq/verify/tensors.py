@@ -31,6 +31,7 @@ EXTRA = {
     "weight_zero_point": "zero-point-extra",
     "input_zero_point": "zero-point-extra",
     "input_scale": "input-scale-extra",
+    "input_global_scale": "input-scale-extra",
     "weight_g_idx": "g-idx",
     "g_idx": "g-idx",
 }
