@@ -6,7 +6,7 @@ import re
 
 REASONS = (
     (r"Unsupported quant type uint8b128|WNA16 linear layer", "no CPU kernel for packed INT8"),
-    (r"MarlinNvFp4LinearKernel is not supported", "no CPU kernel for NVFP4"),
+    (r"NVFP4 linear layer", "no CPU kernel for NVFP4"),
     (r"MXFP4 linear layer", "no CPU kernel for MXFP4"),
     (r"MXFP8 linear layer", "no CPU kernel for MXFP8"),
     (r"symmetric quantization is supported for MoE", "its kernel for such experts is symmetric"),
