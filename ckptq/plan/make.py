@@ -17,7 +17,12 @@ from ckptq.models.modules import Layout, Linear, fused_set, read_layout
 from ckptq.models.weight import Encoded, Reordered, View, Weight
 from ckptq.permute.order import Sharing
 from ckptq.plan.attention import AttentionPlan, last_tensors, plan_attention
-from ckptq.plan.match import choose, refuse_split_sets, refuse_unserved
+from ckptq.plan.match import (
+    choose,
+    refuse_split_sets,
+    refuse_unserved,
+    refuse_unserved_experts,
+)
 from ckptq.plan.permutable import keep_permutable
 from ckptq.plan.rope import half_split, prove_scales, read_marks
 from ckptq.plan.stored_as_is import copied_units, kept_config
@@ -72,6 +77,7 @@ def make_plan(
         recipe = keep_permutable(recipe, layout, chosen)
         chosen = choose(layout, recipe, (*recipe.ignore, *ignore))
     refuse_split_sets(layout, chosen)
+    refuse_unserved_experts(chosen)
     units = tuple(_units(ckpt, layout, recipe, chosen, attention))
     if rope_proof is not None:
         units = tuple(prove_scales(ckpt, layout, units, rope_proof))

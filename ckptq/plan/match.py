@@ -9,6 +9,8 @@ from ckptq.errors import PlanError
 from ckptq.models.modules import Layout, fused_set
 from ckptq.recipes.load import Group, Recipe
 
+EXPERT = re.compile(r"\.experts\.\d+\.")
+
 STATIC = (None, "tensor")
 """Strategies of static activations that vLLM serves."""
 
@@ -76,6 +78,21 @@ def refuse_unserved(groups: Sequence[Group]) -> None:
             raise PlanError(
                 f"group {group.name!r}: static input_activations have strategy "
                 f"{inputs.get('strategy')!r}; vLLM serves static activations per tensor"
+            )
+
+
+def refuse_unserved_experts(chosen: Mapping[str, Group]) -> None:
+    """vLLM 0.32 has Linears with packed integers and integer activations, but no such experts."""
+    for name, group in chosen.items():
+        kind = (group.input_activations or {}).get("type")
+        if kind == "int" and group.format == "pack-quantized" and EXPERT.search(name):
+            bits = (
+                (group.weights or {}).get("num_bits"),
+                (group.input_activations or {}).get("num_bits"),
+            )
+            raise PlanError(
+                f"{name}: group {group.name!r} is W{bits[0]}A{bits[1]}, which vLLM has for no "
+                "experts; it has W8A8, W4A8, W4AFP8 and integers of 2 to 8 bits without activations"
             )
 
 
