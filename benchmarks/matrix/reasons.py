@@ -5,8 +5,9 @@ from __future__ import annotations
 import re
 
 REASONS = (
-    (r"Unsupported quant type uint8b128|WNA16 linear layer", "no CPU kernel for packed INT8"),
-    (r"NVFP4 linear layer", "no CPU kernel for NVFP4"),
+    (r"Unsupported quant type uint8b128", "no CPU kernel for packed INT8"),
+    (r"Humming is not installed", "only Humming, not installed, has a kernel for these bits"),
+    (r"Forced NVFP4 kernel|NVFP4 linear layer", "no CPU kernel for NVFP4"),
     (r"MXFP4 linear layer", "no CPU kernel for MXFP4"),
     (r"MXFP8 linear layer", "no CPU kernel for MXFP8"),
     (r"symmetric quantization is supported for MoE", "its kernel for such experts is symmetric"),
