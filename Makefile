@@ -64,6 +64,7 @@ bench-kernels:
 	$(PYTHON) benchmarks/bench_kernels.py
 	$(PYTHON) benchmarks/bench_attention.py
 	$(PYTHON) benchmarks/bench_calibrate.py
+	$(PYTHON) benchmarks/bench_calibrate.py --shape llama4 --samples 32
 
 clean:
 	rm -rf $(VENV) $(DEMO)

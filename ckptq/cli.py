@@ -195,6 +195,9 @@ def verify(
     fast: Annotated[
         bool, typer.Option("--fast", help="Compare samples of rows instead of all.")
     ] = False,
+    headers_only: Annotated[
+        bool, typer.Option("--headers-only", help="Structure alone: a second for 100 GB.")
+    ] = False,
     engine: Annotated[
         str | None,
         typer.Option(help="Play this engine's loader too: vllm, vllm-0.15, sglang, transformers."),
@@ -212,7 +215,6 @@ def verify(
     """Prove that a checkpoint is right, or name what is wrong and how to mend it (exit code 1)."""
     from ckptq.checkpoint.open import open_checkpoint
     from ckptq.show import show_report
-    from ckptq.verify.html import html_report
     from ckptq.verify.run import verify as check
 
     if html is not None:
@@ -223,12 +225,15 @@ def verify(
             path,
             source,
             fast=fast,
+            headers_only=headers_only,
             engine=engine,
             attention=attention,
             text=data,
             progress=report,
         )
     if html is not None:
+        from ckptq.verify.html import html_report
+
         html.write_text(html_report(found))
     show_report(found, json)
     if not found.ok:

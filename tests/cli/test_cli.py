@@ -31,7 +31,10 @@ SURFACE = {
         "--output", "--scheme", "--recipe", "--revision", "--data", "--samples", "--seq-len",
         "--batch-size", "--seed", "--device", "--trust-remote-code", "--json",
     },
-    "verify": {"--source", "--fast", "--engine", "--attention", "--data", "--html", "--json"},
+    "verify": {
+        "--source", "--fast", "--headers-only", "--engine", "--attention", "--data", "--html",
+        "--json",
+    },
     "evaluate": {
         "--source", "--schemes", "--kv-cache", "--revision", "--data", "--task", "--questions",
         "--tasks", "--tasks-path", "--samples", "--seq-len", "--batch-size", "--seed", "--device",
