@@ -10,6 +10,7 @@ from ckptq.evaluate.kv_cache import (
     MODES,
     KVCache,
     Maxima,
+    cut_toward_zero,
     declared_cache,
     effective,
     parse_cache,
@@ -175,3 +176,16 @@ def test_the_smallest_cache_of_those_within_the_limits_is_named(saved):
     assert found.recommended.kv_cache == "int4-per-token-head"
     closest = evaluate(saved("llama"), TEXT, caches=words, thresholds=Thresholds(max_kl=1e-12))
     assert closest.recommended.kv_cache == "bf16"
+
+
+def test_what_is_cut_toward_zero_is_the_largest_code_below():
+    """Against a search through all codes, for values of every size E4M3 has, and beyond."""
+    codes = torch.arange(127, dtype=torch.uint8).view(torch.float8_e4m3fn).float()
+    generator = torch.Generator().manual_seed(3)
+    spread = 2.0 ** torch.randint(-12, 11, (4000,), generator=generator)
+    x = torch.randn(4000, generator=generator).mul(spread).float()
+    below = codes[torch.searchsorted(codes, x.abs().clamp(max=448), right=True) - 1]
+    found = cut_toward_zero(x.view(1, 1, -1, 1), torch.ones(1)).flatten()
+    assert torch.equal(found, below.copysign(x))
+    scaled = cut_toward_zero(x.view(1, 1, -1, 1) * 0.25, torch.tensor([0.25])).flatten()
+    assert torch.equal(scaled, found * 0.25)
