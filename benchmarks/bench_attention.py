@@ -30,7 +30,7 @@ from ckptq.kernels.attention import Tile, attention
 from ckptq.kernels.kv_cache import write_cache
 from ckptq.kernels.kv_format import FORMATS, INT2, INT4, Rotation
 from ckptq.kernels.kv_simulate import fake_quantize_kv
-from ckptq.kernels.kv_token_head import TokenHeadCache, write_token_head
+from ckptq.kernels.kv_token_head import write_token_head
 from ckptq.kernels.mask import Mask
 from ckptq.kernels.maxima import Maxima
 from ckptq.kernels.paged_attention import paged_attention
@@ -38,6 +38,7 @@ from ckptq.kernels.paging import Layout, Sequences
 from ckptq.kernels.reference import attention as dense
 from ckptq.kernels.reference import kv, paged
 from ckptq.kernels.token_head_attention import token_head_attention
+from ckptq.kernels.token_head_cache import TokenHeadCache
 
 FP8 = torch.float8_e4m3fn
 H, K, D, BLOCK = 32, 8, 128, 16

@@ -32,7 +32,7 @@ from ckptq.kernels.reference import kv
 from ckptq.kernels.rounding import has_native_e4m3, widen
 
 if TYPE_CHECKING:
-    from ckptq.kernels.kv_token_head import TokenHeadCache
+    from ckptq.kernels.token_head_cache import TokenHeadCache
 
 WARPS = 4
 ROWS = 16 * WARPS

@@ -11,8 +11,6 @@ slice, W bytes of a slice.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 import triton
 import triton.language as tl
@@ -20,51 +18,11 @@ from torch import Tensor
 
 from ckptq.kernels.hadamard import load_rows, rows_of_program, slicing
 from ckptq.kernels.kv_codes import codes, halfwords, step_inverse_zero
-from ckptq.kernels.kv_format import EPS, KVFormat, Rotation, rotation_block
+from ckptq.kernels.kv_format import EPS, Rotation, rotation_block
 from ckptq.kernels.kv_rotated import write_rotated
-from ckptq.kernels.paging import Layout, slot_offset
+from ckptq.kernels.paging import slot_offset
 from ckptq.kernels.rounding import has_native_e4m3
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class TokenHeadCache:
-    """Keys or values of a paged cache, as one format holds them."""
-
-    fmt: KVFormat
-    rotation: Rotation
-    layout: Layout
-    head_dim: int
-    code: Tensor
-    """uint8, [blocks, tokens, heads, W] or [blocks, heads, tokens, W]."""
-    scale: Tensor
-    """fp32, the same without the last axis."""
-    zero: Tensor | None
-    """uint8, shaped as the scales; only of asymmetric formats."""
-
-    @classmethod
-    def empty(
-        cls,
-        fmt: KVFormat,
-        blocks: int,
-        block: int,
-        heads: int,
-        head_dim: int,
-        *,
-        device: torch.device,
-        layout: Layout = Layout.NHD,
-        rotation: Rotation | None = None,
-    ) -> TokenHeadCache:
-        """Room for blocks x block tokens. `rotation` replaces the format's own."""
-        width, shape = fmt.width(head_dim), layout.shape(blocks, block, heads)
-        return cls(
-            fmt=fmt,
-            rotation=fmt.rotation if rotation is None else rotation,
-            layout=layout,
-            head_dim=head_dim,
-            code=torch.zeros(*shape, width, dtype=torch.uint8, device=device),
-            scale=torch.zeros(shape, device=device),
-            zero=torch.zeros(shape, dtype=torch.uint8, device=device) if fmt.asymmetric else None,
-        )
+from ckptq.kernels.token_head_cache import TokenHeadCache
 
 
 @triton.jit

@@ -22,12 +22,12 @@ from torch import Tensor
 
 from ckptq.kernels.hadamard import rotate
 from ckptq.kernels.kv_format import CENTROIDS
-from ckptq.kernels.kv_token_head import TokenHeadCache
 from ckptq.kernels.mask import Mask
 from ckptq.kernels.online_softmax import cap, dot, finish, fold, key_bounds, visible
 from ckptq.kernels.paged_attention import paged_rows
 from ckptq.kernels.paging import Sequences, key_offset, query_rows
 from ckptq.kernels.rounding import e4m3_value, narrow, widen
+from ckptq.kernels.token_head_cache import TokenHeadCache
 
 
 @triton.jit

@@ -11,12 +11,13 @@ from torch import Tensor
 from ckptq.errors import UsageError
 from ckptq.kernels.kv_format import FORMATS, FP8, INT2, INT4, INT8, KVFormat, Rotation
 from ckptq.kernels.kv_simulate import fake_quantize_kv
-from ckptq.kernels.kv_token_head import TokenHeadCache, write_token_head
+from ckptq.kernels.kv_token_head import write_token_head
 from ckptq.kernels.mask import Mask
 from ckptq.kernels.paging import Layout
 from ckptq.kernels.reference import kv, paged
 from ckptq.kernels.reference.quantize import nearest_e4m3
 from ckptq.kernels.token_head_attention import token_head_attention
+from ckptq.kernels.token_head_cache import TokenHeadCache
 
 KINDS = pytest.mark.parametrize("fmt", list(FORMATS.values()), ids=lambda f: f.name)
 
