@@ -17,6 +17,9 @@ from torch import Tensor
 from ckptq.kernels.kv_format import Rotation, rotation_block, slice_size
 from ckptq.kernels.rounding import narrow, widen
 
+ROWS = 64
+"""Of a program: a row per thread of two warps."""
+
 
 @triton.jit
 def sign(o_L):
@@ -116,15 +119,15 @@ def _rotate_kernel(
         tl.store(out_ptr + i * L + o_RL, x_RL, mask=(row_R < R)[:, None])
 
 
-def slicing(head_dim: int, sliced: bool) -> dict[str, int | float]:
-    """How a row is cut and turned: compile-time arguments. Rows not `sliced` are cut little.
+def _slicing(head_dim: int) -> dict[str, int | float]:
+    """How a row is cut and turned: compile-time arguments.
 
-    Raises ValueError for a head size to be sliced that is not a multiple of 8.
+    Raises ValueError for a head size that is not a multiple of 8.
     """
     block = rotation_block(head_dim)
-    if sliced and block < 8:
+    if block < 8:
         raise ValueError(f"want a head size in eights, got {head_dim}")
-    size = slice_size(head_dim) if sliced else block
+    size = slice_size(head_dim)
     within = size.bit_length() - 1
     return {
         "COUNT": head_dim // size,
@@ -132,11 +135,6 @@ def slicing(head_dim: int, sliced: bool) -> dict[str, int | float]:
         "STEPS_ACROSS": block.bit_length() - 1 - within,
         "NORM": block**-0.5,
     }
-
-
-def rows_of_program(head_dim: int, sliced: bool) -> int:
-    """A row per thread of two warps where rows are sliced, else some 2048 values."""
-    return 64 if sliced else max(1, 2048 // triton.next_power_of_2(head_dim))
 
 
 def rotate(
@@ -150,14 +148,13 @@ def rotate(
     D = x.shape[-1]
     out = torch.empty(x.shape, dtype=dtype, device=x.device)
     R = x.numel() // D
-    rows = rows_of_program(D, True)
-    _rotate_kernel[(triton.cdiv(R, rows),)](
+    _rotate_kernel[(triton.cdiv(R, ROWS),)](
         *(x, out, R),
         D=D,
-        **slicing(D, True),
+        **_slicing(D),
         SIGNED=rotation is Rotation.SIGNED,
         INVERSE=inverse,
-        ROWS=rows,
+        ROWS=ROWS,
         num_warps=2,
         enable_fp_fusion=False,
     )

@@ -56,6 +56,8 @@ EPS = 1.1920928955078125e-07
 """No scale is smaller: an all-zero head still divides and multiplies."""
 LEAST_STEP = 2.0**-40
 """No step of a rotated head is smaller, before its power of two is undone."""
+LEAST_HALF = 2.0**-15
+"""The same where values are multiplied in fp16, which has no inverse of much less."""
 
 
 def rotation_block(head_dim: int) -> int:
@@ -64,16 +66,18 @@ def rotation_block(head_dim: int) -> int:
 
 
 def slice_size(head_dim: int) -> int:
-    """Neighbouring values that are added up at a time: 8, or 16 of heads larger than 128.
-
-    Kernels hold a head as slices of this size; sums of squares go over slices first.
-    """
+    """Neighbouring values that a thread holds at a time: 8, or 16 of heads larger than 128."""
     return min(rotation_block(head_dim), 8 if head_dim <= 128 else 16)
 
 
 def chunk_size(head_dim: int) -> int:
     """Values of a head that are rotated by one matrix product: 16 to 128.
 
-    A head is padded with zeros to whole chunks; sums of squares go over chunks first.
+    A head is padded with zeros to whole chunks.
     """
     return max(16, min(rotation_block(head_dim), 128))
+
+
+def load_size(head_dim: int) -> int:
+    """Values of a head that are loaded at a time: 16 or 32. Sums of squares go over these first."""
+    return min(chunk_size(head_dim), 32)

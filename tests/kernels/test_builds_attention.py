@@ -10,15 +10,18 @@ WGMMA = "wgmma.mma_async.sync.aligned"
 
 @pytest.mark.parametrize("capability", [80, 90, 100])
 def test_rotating_and_quantizing_is_exact(capability: int) -> None:
-    """No approximate division or root, nothing flushed, fused only where INT4 and INT2 say so."""
-    for prefix in ("_write_token_head", "_write_rotated", "_rotate", "_write_cache"):
-        ptx = ptx_of(capability, prefix)
+    """No approximate division or root but the first guesses of INT4 and INT2, nothing flushed, and
+    fused only where INT4 and INT2 say so."""
+    lifted = ptx_of(capability, "_write_lifted")
+    guess = r"\b(?:rcp|rsqrt)\.approx\.ftz\.f32"
+    assert re.search(guess, lifted)
+    plain = [ptx_of(capability, name) for name in ("_write_token_head", "_rotate", "_write_cache")]
+    for ptx in (re.sub(guess, "", lifted), *plain):
         assert ptx
         for inexact in (".approx", "div.full", ".ftz"):
-            assert inexact not in ptx, f"{prefix} on sm_{capability} uses {inexact}"
-    formats = ["fma." in ptx for ptx in built(capability)["_write_token_head_kernel"]["ptx"]]
-    assert formats == [False, False, True, True]  # as launched: INT8, FP8, INT4, INT2
-    assert "fma." not in ptx_of(capability, "_rotate") + ptx_of(capability, "_write_cache")
+            assert inexact not in ptx, f"{inexact} on sm_{capability}"
+    assert not any("fma." in ptx for ptx in plain)
+    assert "fma.rn.f16x2" in lifted
 
 
 def test_attention_uses_the_tensor_cores_of_its_target() -> None:
@@ -28,7 +31,7 @@ def test_attention_uses_the_tensor_cores_of_its_target() -> None:
     assert "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16" in ampere
     assert "e4m3" not in ampere
     assert "tcgen05.mma" in ptx_of(100, "_attention")
-    assert WGMMA + ".m64n128k16.f32.f16.f16" in ptx_of(90, "_write_rotated")
+    assert WGMMA + ".m64n128k16.f32.f16.f16" in ptx_of(90, "_write_lifted")
     for kernel in ("_paged_attention", "_token_head_attention"):
         assert "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16" in ptx_of(90, kernel)
 

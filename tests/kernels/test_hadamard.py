@@ -70,8 +70,9 @@ def wide_heads() -> torch.Tensor:
 
 def test_sums_on_the_grid_are_exact_in_any_order() -> None:
     x, plain = wide_heads(), kv.hadamard_matrix(128) * 128**0.5
-    grid, _ = kv.on_grid(x)
-    turned, _ = kv.rotate_exactly(x, Rotation.HADAMARD)
+    lifted, _ = kv.lift(x)
+    grid = lifted.half().float()
+    turned = kv.rotate_exactly(lifted, Rotation.HADAMARD)
     assert torch.equal(turned.double(), grid.double() @ plain.round())
     order = torch.randperm(128, generator=torch.Generator().manual_seed(2))
     shuffled = grid[..., order] @ plain.round().float()[order]
@@ -82,8 +83,10 @@ def test_sums_on_the_grid_are_exact_in_any_order() -> None:
 
 def test_the_grid_moves_only_small_values_of_a_head() -> None:
     x = wide_heads().float()
-    grid, unit = kv.on_grid(x)
-    back, amax = grid * unit[..., None], x.abs().amax(-1, keepdim=True)
+    lifted, unit = kv.lift(x)
+    assert torch.equal(lifted * unit[..., None], x)
+    assert (lifted.abs() < 2.0**-8).all()
+    back, amax = lifted.half().float() * unit[..., None], x.abs().amax(-1, keepdim=True)
     assert ((back - x).abs() <= amax * 2.0**-16).all()
     large = x.abs() >= amax * 2.0**-8
     assert torch.equal(back[large], x[large])

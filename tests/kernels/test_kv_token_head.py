@@ -9,6 +9,7 @@ from kv_cases import BLOCK, BLOCKS, heads, per_sequence, sequences, slots
 from torch import Tensor
 
 from ckptq.errors import UsageError
+from ckptq.kernels import kv_lifted
 from ckptq.kernels.kv_format import FORMATS, FP8, INT2, INT4, INT8, KVFormat, Rotation
 from ckptq.kernels.kv_simulate import fake_quantize_kv
 from ckptq.kernels.kv_token_head import write_token_head
@@ -100,6 +101,50 @@ def test_a_cache_whose_heads_lie_apart(device: torch.device) -> None:
     got = paged.slots(wide, Layout.NHD).cpu()[slot_T]
     assert same(got[..., :32], kv.quantize(x, INT4).code)
     assert (got[..., 32:] == 7).all()
+
+
+@pytest.mark.parametrize("fmt", [INT4, INT2], ids=lambda f: f.name)
+def test_addresses_of_64_bits(
+    device: torch.device, monkeypatch: pytest.MonkeyPatch, fmt: KVFormat
+) -> None:
+    """Of caches of 2^31 elements, of which a test has no room."""
+    monkeypatch.setattr(kv_lifted, "FAR", 1)
+    x, slot_T = heads(46, 3, 64, torch.bfloat16), slots()
+    cache, want = written(x, fmt, slot_T, device), kv.quantize(x, fmt)
+    assert same(paged.slots(cache.code, Layout.NHD).cpu()[slot_T], want.code)
+    assert same(paged.slots(cache.scale, Layout.NHD).cpu()[slot_T], want.scale)
+
+
+@KINDS
+def test_heads_whose_values_are_an_odd_step_apart(device: torch.device, fmt: KVFormat) -> None:
+    """Two bf16 values are not a word then; nor are four bytes of the cache."""
+    x, slot_T = heads(46, 3, 72, torch.bfloat16), slots()
+    apart = torch.zeros(46, 3, 73, dtype=x.dtype)
+    apart[..., 1:] = x
+    dense = TokenHeadCache.empty(fmt, BLOCKS, BLOCK, 3, 72, device=device)
+    width = fmt.width(72)
+    wide = torch.zeros(BLOCKS, BLOCK, 3, width + 2, dtype=torch.uint8, device=device)
+    cache = TokenHeadCache(
+        **{f: getattr(dense, f) for f in dense.__slots__} | {"code": wide[..., 2:]}
+    )
+    write_token_head(apart.to(device)[..., 1:], cache, slot_T.to(device))
+    got = paged.slots(wide, Layout.NHD).cpu()[slot_T]
+    assert same(got[..., 2:], kv.quantize(x, fmt).code)
+    assert not got[..., :2].any()
+
+
+@KINDS
+@pytest.mark.parametrize("rotation", [Rotation.NONE, Rotation.SIGNED])
+def test_heads_of_any_size(device: torch.device, fmt: KVFormat, rotation: Rotation) -> None:
+    """From 2^-133, where bf16 is subnormal, to 2^117; values of a head up to 2^30 apart."""
+    generator, slot_T = torch.Generator().manual_seed(5), slots()
+    x = heads(46, 3, 128) * 2.0 ** torch.randint(-30, 1, (46, 3, 128), generator=generator)
+    size = torch.ldexp(torch.ones(46), torch.linspace(-130, 113, 46).int())
+    x = (x * size[:, None, None]).bfloat16()
+    cache, want = written(x, fmt, slot_T, device, rotation=rotation), kv.quantize(x, fmt, rotation)
+    assert same(paged.slots(cache.code, Layout.NHD).cpu()[slot_T], want.code)
+    assert same(paged.slots(cache.scale, Layout.NHD).cpu()[slot_T], want.scale)
+    assert want.scale.isfinite().all()
 
 
 def test_rotations_that_would_not_be_exact_are_refused(device: torch.device) -> None:

@@ -24,13 +24,13 @@ from ckptq.kernels.kv_format import (
     FP8,
     INT2,
     INT8,
+    LEAST_HALF,
     LEAST_STEP,
     THRESHOLD,
     KVFormat,
     Rotation,
-    chunk_size,
+    load_size,
     rotation_block,
-    slice_size,
 )
 
 
@@ -92,39 +92,41 @@ def unrotate(x: Tensor, rotation: Rotation) -> Tensor:
     return turned * _weights(x.shape[-1], rotation, x.device)
 
 
-def on_grid(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Heads [..., D] times a power of two, multiples of 2^-24 below 2^-8; its inverse [...].
+def lift(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Heads [..., D] times a power of two, below 2^-8, fp32; its inverse [...].
 
-    The rounding is fp16's, whose subnormals are that grid: of bf16 values only the small ones
-    change, fp32 values keep 11 bits. Exact up to 2^118; a head below 2^-40 keeps fewer bits.
+    Exact up to 2^118; a head below 2^-40 stays smaller than others.
     """
     bits = x.float().abs().amax(-1).view(torch.int32)
     exponent = (bits & 0x7F800000).clamp(87 << 23, 244 << 23)
-    lift = ((245 << 23) - exponent).view(torch.float32)
-    return (x.float() * lift[..., None]).half().float(), (exponent + (9 << 23)).view(torch.float32)
+    factor = ((245 << 23) - exponent).view(torch.float32)
+    return x.float() * factor[..., None], (exponent + (9 << 23)).view(torch.float32)
 
 
-def rotate_exactly(x: Tensor, rotation: Rotation) -> tuple[Tensor, Tensor]:
-    """fp32 [..., D] without the norm, every sum exact, and the factor [...] that is missing."""
-    head_dim = x.shape[-1]
-    grid, unit = on_grid(x)
+def rotate_exactly(lifted: Tensor, rotation: Rotation) -> Tensor:
+    """Lifted heads [..., D], put on the grid and rotated without the norm: fp32, every sum exact.
+
+    The rounding is fp16's, whose subnormals are the grid: of bf16 values only the small ones
+    change, fp32 values keep 11 bits.
+    """
+    grid = lifted.half().float()
     if rotation is Rotation.SIGNED:
-        grid = grid * signs(head_dim).to(x.device)
-    block = rotation_block(head_dim)
+        grid = grid * signs(grid.shape[-1]).to(grid.device)
     # adding zero turns -0.0 into 0.0, as a matrix product does
-    return _butterflies(grid, block) + 0.0, _times(unit, block**-0.5)
+    return _butterflies(grid, rotation_block(grid.shape[-1])) + 0.0
 
 
-def _mean_square(y: Tensor, size: int) -> Tensor:
-    """[...]: squares are added slice by slice, of `size` values each, then neighbours."""
-    padded = torch.nn.functional.pad(y, (0, -y.shape[-1] % size))
+def _mean_square(x: Tensor) -> Tensor:
+    """[...]: squares are added slice by slice, then neighbours."""
+    size = load_size(x.shape[-1])
+    padded = torch.nn.functional.pad(x, (0, -x.shape[-1] % size))
     square = (padded * padded).unflatten(-1, (-1, size))
     total = square[..., 0, :]
     for i in range(1, square.shape[-2]):
         total = total + square[..., i, :]
     while total.shape[-1] > 1:
         total = total[..., 0::2] + total[..., 1::2]
-    return _times(total[..., 0], 1.0 / y.shape[-1])
+    return _times(total[..., 0], 1.0 / x.shape[-1]).clamp_min(2.0**-60)
 
 
 def pack(code: Tensor, per_byte: int) -> Tensor:
@@ -144,21 +146,17 @@ def quantize(x: Tensor, fmt: KVFormat, rotation: Rotation | None = None) -> Pack
     """Quantize heads [..., D], each with a scale of its own. `rotation` replaces the format's."""
     fmt.width(x.shape[-1])
     rotation = fmt.rotation if rotation is None else rotation
-    if rotation is Rotation.NONE:
-        y, factor, least, size = x.float(), None, EPS, slice_size(x.shape[-1])
-    else:
-        y, factor = rotate_exactly(x, rotation)
-        least, size = LEAST_STEP, chunk_size(x.shape[-1])
+    if fmt.bits == 8:
+        return _eight_bits(x, fmt, rotation)
+    lifted, unit = lift(x)
+    turned, gain = lifted, 1.0
+    if rotation is not Rotation.NONE:
+        turned, gain = rotate_exactly(lifted, rotation), rotation_block(x.shape[-1]) ** 0.5
     if fmt == INT2:
-        step, code = _int2(y, least, size)
-        zero = None
-    elif fmt.asymmetric:
-        step, code, zero = _int4(y, least)
-    else:
-        step, code = _eight_bits(y, fmt, least)
-        zero = None
-    scale = step if factor is None else step * factor
-    return Packed(code, scale.clamp_min(EPS), zero)
+        step, code = _int2(turned.half(), _mean_square(lifted), gain)
+        return Packed(code, (step * unit).clamp_min(EPS), None)
+    step, code, zero = _int4(turned.half())
+    return Packed(code, (step * _times(unit, 1 / gain)).clamp_min(EPS), zero)
 
 
 def _divide(x: Tensor, divisor: float) -> Tensor:
@@ -175,31 +173,51 @@ def _e4m3(x: Tensor) -> Tensor:
     return x.clamp(-448.0, 448.0).to(torch.float8_e4m3fn)
 
 
-def _eight_bits(y: Tensor, fmt: KVFormat, least: float) -> tuple[Tensor, Tensor]:
+def _eight_bits(x: Tensor, fmt: KVFormat, rotation: Rotation) -> Packed:
+    y, factor, least = x.float(), None, EPS
+    if rotation is not Rotation.NONE:
+        lifted, unit = lift(x)
+        y, least = rotate_exactly(lifted, rotation), LEAST_STEP
+        factor = _times(unit, rotation_block(x.shape[-1]) ** -0.5)
     step = _divide(y.abs().amax(-1), 127.0 if fmt == INT8 else 448.0)
     ratio = y * (1.0 / step.clamp_min(least))[..., None]
     code = ratio.round().to(torch.int8) if fmt == INT8 else _e4m3(ratio)
-    return step, code.view(torch.uint8)
+    scale = step if factor is None else step * factor
+    return Packed(code.view(torch.uint8), scale.clamp_min(EPS), None)
 
 
-def _int4(y: Tensor, least: float) -> tuple[Tensor, Tensor, Tensor]:
-    low, high = y.amin(-1).clamp_max(0.0), y.amax(-1).clamp_min(0.0)
+def _int4(y: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Of fp16 values."""
+    low, high = y.amin(-1).float().clamp_max(0.0), y.amax(-1).float().clamp_min(0.0)
     step = _times(high - low, 1 / 15)
     # so short that codes stay within 0 to 15
-    inverse = torch.full_like(step, 0.999999) / step.clamp_min(least)
-    zero = (-low * inverse).round()
-    # in float64, as a fused multiply-add rounds once
-    code = (y.double() * inverse.double()[..., None] + zero.double()[..., None]).round()
+    inverse = _half_below(torch.full_like(step, 0.999).double() / step.clamp_min(LEAST_HALF))
+    zero = (-low.double() * inverse).round()
+    code = (y.double() * inverse[..., None] + zero[..., None]).round()
     return step, pack(code, 2), zero.to(torch.uint8)
 
 
-def _int2(y: Tensor, least: float, size: int) -> tuple[Tensor, Tensor]:
+def _int2(y: Tensor, mean: Tensor, gain: float) -> tuple[Tensor, Tensor]:
+    """Of fp16 values whose mean square is `mean` times the square of the gain."""
+    third = gain * 3 * THRESHOLD
+    width = _times(_times(mean, third), third)
+    inverse = _half_below(width.double().rsqrt().clamp_max(1 / LEAST_HALF))
+    # levels change at 1/6, 1/2 and 5/6
+    place = _nearest_half((y.double() * inverse[..., None] + 0.5).clamp(0.0, 1.0))
     # by way of float64: torch's fp32 root on CPUs is not the nearest
-    sigma = _mean_square(y, size).double().sqrt().float()
-    third = 1.0 / (sigma.clamp_min(least) * torch.tensor(3 * THRESHOLD, device=y.device))
-    # levels change at 1/6, 1/2 and 5/6; fused and rounded once, as above
-    place = (y.double() * third.double()[..., None] + 0.5).float().clamp(0.0, 1.0)
-    return sigma, pack((place.double() * 3).round(), 4)
+    return mean.double().sqrt().float(), pack((place * 3).round(), 4)
+
+
+def _half_below(x: Tensor) -> Tensor:
+    """float64, positive and normal in fp16, rounded toward zero to what fp16 has."""
+    ulp = torch.ldexp(torch.ones_like(x), torch.frexp(x).exponent - 11)
+    return (x / ulp).floor() * ulp
+
+
+def _nearest_half(x: Tensor) -> Tensor:
+    """float64 in [0, 1], rounded once to what fp16 has: a cast goes by way of fp32."""
+    ulp = torch.ldexp(torch.ones_like(x), (torch.frexp(x).exponent - 11).clamp_min(-24))
+    return (x / ulp).round() * ulp
 
 
 def dequantize_rotated(packed: Packed, fmt: KVFormat) -> Tensor:
