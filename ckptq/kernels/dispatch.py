@@ -179,8 +179,8 @@ def linear_fp8_block(
 def linear_w4a16(
     a_MK: Tensor, packed_NP: Tensor, scale_NG: Tensor, zero_ZG: Tensor | None = None
 ) -> Tensor:
-    """a @ w.T of 16-bit activations and packed INT4 weights."""
-    if on_gpu(a_MK):
+    """a @ w.T of activations and packed INT4 weights; the kernel takes activations of 16 bits."""
+    if on_gpu(a_MK) and a_MK.element_size() == 2:
         from ckptq.kernels.linear_w4a16 import linear_w4a16 as fast
 
         return fast(a_MK, packed_NP, scale_NG, zero_ZG)

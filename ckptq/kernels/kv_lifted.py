@@ -37,16 +37,15 @@ from ckptq.kernels.kv_halves import (
 )
 from ckptq.kernels.kv_rotated import load_matrices, operands_of, rotated, rotation_matrix
 from ckptq.kernels.kv_tiles import (
-    among_lanes,
     exponents,
     lifted,
     load_tile,
     loads_stay_before,
     mean_square,
-    runs_of_lanes,
     tile_rows,
     whole,
 )
+from ckptq.kernels.product_rows import among_lanes, runs_of_lanes
 from ckptq.kernels.rounding import INTERPRETED, has_native_e4m3
 
 if TYPE_CHECKING:

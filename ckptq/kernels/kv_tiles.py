@@ -3,8 +3,7 @@
 A head is loaded as slices of S columns, bf16 as words of two. A lifted slice is a pair of fp32
 tensors, its even and its odd columns: halves of a word need no move between threads.
 
-The rows of a tile are those of a product of four warps: a thread has two, eight rows apart, and
-four neighbouring threads share them.
+The rows of a tile are those of a product (`product_rows`).
 
 Shape letters: T tokens, K key/value heads, D head dimension; R rows of a tile (heads of tokens),
 S columns (or words) of a slice.
@@ -14,35 +13,15 @@ import triton
 import triton.language as tl
 
 from ckptq.kernels.codes import absmax_of
+from ckptq.kernels.product_rows import in_order, product_rows
 from ckptq.kernels.rounding import INTERPRETED, widen
 
 
 @triton.jit
 def tile_rows(HEADS: tl.constexpr, WARPS: tl.constexpr):
-    """Token and head of each row of a tile, [8, WARPS, 2]: so threads hold a product's rows."""
-    row = tl.arange(0, 8)[:, None, None] + 16 * tl.arange(0, WARPS)[None, :, None]
-    row += 8 * tl.arange(0, 2)[None, None, :]
+    """Token and head of each row of a tile, [8, WARPS, 2]."""
+    row = product_rows(WARPS)
     return row // HEADS, row % HEADS
-
-
-@triton.jit
-def in_order(x_8W2, WARPS: tl.constexpr):
-    """[8, WARPS, 2, S] -> [R, S]."""
-    return tl.reshape(tl.trans(x_8W2, (1, 2, 0, 3)), (16 * WARPS, x_8W2.shape[3]))
-
-
-@triton.jit
-def among_lanes(x_R, LANES: tl.constexpr, WARPS: tl.constexpr):
-    """[R] -> [LANES, 8, WARPS, 2], the same for every lane that shares a row."""
-    x_8W2 = tl.trans(tl.reshape(x_R, (WARPS, 2, 8)), (2, 0, 1))
-    return tl.broadcast_to(x_8W2[None], (LANES, 8, WARPS, 2))
-
-
-@triton.jit
-def runs_of_lanes(x_RU, LANES: tl.constexpr, WARPS: tl.constexpr):
-    """[R, U] -> [LANES, 8, WARPS, 2, U / LANES]: the neighbours that a lane holds come last."""
-    x = tl.reshape(x_RU, (WARPS, 2, 8, LANES, x_RU.shape[1] // LANES))
-    return tl.trans(x, (3, 2, 0, 1, 4))
 
 
 @triton.jit

@@ -17,16 +17,22 @@ from ckptq.kernels.rounding import INTERPRETED, e4m3_value, has_native_e4m3, nar
 
 
 @triton.jit
-def tile_of_result(M, N, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
-    """Rows and columns of a program. Eight tiles down before one across, for the L2 cache."""
+def first_of_tile(M, N, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+    """First row and column of a program. Eight tiles down before one across, for the L2 cache."""
     tiles_m, tiles_n = tl.cdiv(M, BLOCK_M), tl.cdiv(N, BLOCK_N)
     pid = tl.program_id(0)
     first_m = pid // (8 * tiles_n) * 8
     height = tl.minimum(tiles_m - first_m, 8)
     tile_m = first_m + pid % (8 * tiles_n) % height
     tile_n = pid % (8 * tiles_n) // height
-    m_B = tile_m.to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
-    return m_B, tile_n.to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
+    return tile_m.to(tl.int64) * BLOCK_M, tile_n.to(tl.int64) * BLOCK_N
+
+
+@triton.jit
+def tile_of_result(M, N, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+    """Rows and columns of a program."""
+    first_m, first_n = first_of_tile(M, N, BLOCK_M, BLOCK_N)
+    return first_m + tl.arange(0, BLOCK_M), first_n + tl.arange(0, BLOCK_N)
 
 
 @triton.jit

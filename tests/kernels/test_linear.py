@@ -5,6 +5,7 @@ import torch
 from kernel_cases import weights
 from torch import Tensor
 
+from ckptq.kernels import linear_w4a16 as w4a16
 from ckptq.kernels.linear_fp8_block import linear_fp8_block
 from ckptq.kernels.linear_w4a16 import linear_w4a16
 from ckptq.kernels.linear_w8a8 import linear_w8a8
@@ -83,7 +84,13 @@ def test_fp8_blocks_and_token_groups(device: torch.device, shape: tuple[int, int
 @pytest.mark.parametrize("symmetric", [True, False], ids=["sym", "asym"])
 @pytest.mark.parametrize(
     ("shape", "group"),
-    [((1, 1, 32), 32), ((3, 70, 192), 64), ((70, 65, 384), 128), ((5, 9, 101), None)],
+    [
+        ((1, 1, 32), 32),
+        ((3, 70, 192), 64),
+        ((70, 65, 384), 128),
+        ((300, 140, 320), 160),
+        ((5, 9, 101), None),
+    ],
     ids=str,
 )
 @pytest.mark.parametrize("source", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
@@ -101,6 +108,27 @@ def test_w4a16(
     got = linear_w4a16(*on(device, a, packed, scale), None if zero is None else zero.to(device))
     assert got.dtype == source
     assert close(got, want)
+
+
+def test_w4a16_takes_features_in_the_order_of_threads() -> None:
+    order = w4a16.feature_order()
+    assert torch.equal(order.sort().values, torch.arange(128))
+    a = torch.arange(256)[None].repeat(3, 1)
+    got = w4a16._reordered(a, 16)
+    assert torch.equal(got[:3], torch.cat((order, order + 128)).repeat(3, 1))
+    assert not got[3:].any()
+    # thread 0 of the first 16 places: the first word's weights 0 and 4, then 1 and 5
+    assert order[[0, 1, 8, 9]].tolist() == [0, 4, 1, 5]
+    assert order[[2, 3, 10, 11]].tolist() == [32, 36, 33, 37]
+
+
+@pytest.mark.parametrize("kib", [99, 163, 227], ids=["sm_86", "sm_80", "sm_90"])
+def test_w4a16_tiles_fit_into_shared_memory(kib: int) -> None:
+    for tokens in (1, 16, 17, 33, 128, 5000):
+        rows, columns, stages = w4a16._tile(tokens, kib << 10)
+        assert stages * (256 * rows + 64 * columns) <= kib << 10
+        assert stages >= 3
+        assert rows >= min(tokens, 64)
 
 
 def test_broken_scales_are_noticed(device: torch.device) -> None:
@@ -132,5 +160,5 @@ def test_shapes_that_do_not_fit_are_refused(device: torch.device) -> None:
     packed, scale, _ = on(device, *quantize_int4(w, 32)[:2], w)
     with pytest.raises(ValueError, match="does not fit"):
         linear_w4a16(a.to(device)[:, :48], packed, scale)
-    with pytest.raises(ValueError, match="want scales in"):
+    with pytest.raises(ValueError, match="want activations and scales in"):
         linear_w4a16(a.to(device), packed, scale.float())
