@@ -99,6 +99,12 @@ def partial_of(out: Path) -> Path:
     return out.with_name(out.name + ".partial")
 
 
+def check_apart(source: Path, out: Path) -> None:
+    """UsageError for an output inside its source: it would be among the files that are copied."""
+    if out.resolve().is_relative_to(source.resolve()):
+        raise UsageError(f"{out}: lies inside the source {source}; give -o another folder")
+
+
 def _take_lock(partial: Path) -> int:
     descriptor = os.open(partial / "lock", os.O_RDWR | os.O_CREAT, 0o644)
     try:

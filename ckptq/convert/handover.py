@@ -13,7 +13,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ckptq.checkpoint.journal import Journal
+from ckptq.checkpoint.journal import Journal, check_apart
 from ckptq.checkpoint.open import Checkpoint, open_checkpoint
 from ckptq.checkpoint.write import write_text
 from ckptq.convert import documents
@@ -64,6 +64,7 @@ def write_handed_over(
     The whole model is in memory while it works. FoundWrong if the result is not right.
     """
     check_handed_over(recipe)
+    check_apart(ckpt.path, out)
     record = {
         "arguments": {**arguments, "handed_over": list(recipe.handed_over)},
         "recipe": recipe.text,

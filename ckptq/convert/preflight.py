@@ -27,12 +27,17 @@ SPARE_BYTES = 50_000_000
 
 
 def check_disk(plan: Plan, out: Path) -> None:
-    """Room for what is still to be written, and the right to write it; MachineError without."""
+    """Room for what is still to be written, and the right to write it; MachineError without.
+
+    UsageError where a file is in the way.
+    """
     if os.path.lexists(out):
         return  # nothing will be written: the journal decides what that means
     parent = out.absolute().parent
     while not parent.exists():
         parent = parent.parent
+    if not parent.is_dir():
+        raise UsageError(f"{parent}: is a file, wanted a folder to write {out.name} in")
     if not os.access(parent, os.W_OK | os.X_OK):
         raise MachineError(f"{parent}: no permission to write here")
     begun = partial_of(out) / "checkpoint"

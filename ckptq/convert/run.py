@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ckptq.checkpoint.journal import Journal
+from ckptq.checkpoint.journal import Journal, check_apart
 from ckptq.checkpoint.open import Checkpoint
 from ckptq.checkpoint.read import Files
 from ckptq.checkpoint.write import Shards, write_index
@@ -78,6 +78,7 @@ def write_quantized(
     cores unless it names a GPU; it changes no byte.
     """
     workers = workers or min(len(os.sched_getaffinity(0)), MOST_WORKERS)
+    check_apart(ckpt.path, out)
     check_disk(plan, out)
     rooms = slab_rooms(plan, max_ram, workers)
     if scales is not None and scales.runs_model:

@@ -227,6 +227,12 @@ def test_an_existing_output_is_never_touched(tmp_path):
         permute(source, tmp_path / "out")
 
 
+def test_an_output_inside_the_source_is_refused(tmp_path):
+    source = write_checkpoint(tmp_path / "source")
+    with pytest.raises(UsageError, match=r"out: lies inside the source"):
+        permute(source, source / "out")
+
+
 def test_a_disk_that_is_too_small_is_said_at_once(tmp_path):
     ckpt = open_checkpoint(write_checkpoint(tmp_path / "source"))
     ckptq.permute.run.check_space(ckpt, tmp_path / "out")
