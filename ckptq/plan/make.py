@@ -19,6 +19,7 @@ from ckptq.permute.order import Sharing
 from ckptq.plan.attention import AttentionPlan, last_tensors, plan_attention
 from ckptq.plan.match import (
     choose,
+    refuse_idle_ignores,
     refuse_split_sets,
     refuse_unserved,
     refuse_unserved_experts,
@@ -71,6 +72,7 @@ def make_plan(
     if rope_order == "half-split":
         layout, orders = half_split(ckpt, layout)
     refuse_unserved(recipe.groups)
+    refuse_idle_ignores(layout, ignore)
     attention = plan_attention(ckpt, layout, recipe.attention) if recipe.attention else None
     chosen = choose(layout, recipe, (*recipe.ignore, *ignore))
     if permutable:

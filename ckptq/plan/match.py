@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 
 from ckptq.errors import PlanError
 from ckptq.models.modules import Layout, fused_set
-from ckptq.recipes.load import Group, Recipe
+from ckptq.recipes.load import Group, Recipe, check_patterns
 
 EXPERT = re.compile(r"\.experts\.\d+\.")
 
@@ -50,6 +50,20 @@ def matches(pattern: str, name: str) -> bool:
     if pattern.startswith("re:"):
         return re.match(pattern.removeprefix("re:"), name) is not None
     return pattern == name
+
+
+def refuse_idle_ignores(layout: Layout, ignore: Sequence[str]) -> None:
+    """PlanError for `--ignore` of what is not there: a typo would quantize what was to be left.
+
+    An output head that is tied to the embedding is not stored, and may be named all the same.
+    """
+    check_patterns("--ignore", ignore)
+    for pattern in ignore:
+        if not any(matches(pattern, name) for name in (*layout.linears, "lm_head")):
+            raise PlanError(
+                f"--ignore {pattern!r}: matches no Linear of this checkpoint; wanted a full name "
+                "or re:PATTERN, which is matched from the start; `ckptq inspect` lists the names"
+            )
 
 
 def refuse_split_sets(layout: Layout, chosen: Mapping[str, Group]) -> None:

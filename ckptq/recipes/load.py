@@ -6,7 +6,8 @@ test, so that running one does not wait for its import (5 s). The rest goes thro
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import re
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -141,7 +142,9 @@ def load_text(name: str, text: str) -> Recipe:
         raise UsageError(f"not valid YAML: {error}") from error
     others = tuple(type(m).__name__ for m in modifiers if type(m) is not QuantizationModifier)
     if not modifiers:
-        raise UsageError("the recipe holds no modifier")
+        raise UsageError(
+            "the recipe holds no modifier; wanted a stage of modifiers, as `ckptq recipes NAME` shows"
+        )
     if len(configs) > 1:
         raise UsageError(
             f"{len(configs)} modifiers quantize; one with several config_groups is wanted"
@@ -158,9 +161,21 @@ def load_text(name: str, text: str) -> Recipe:
         )
         kv = _dump(config.kv_cache_scheme)
         ignore = tuple(config.ignore or ())
+    check_patterns("ignore", ignore)
+    for group in groups:
+        check_patterns(f"group {group.name!r}: target", group.targets)
     return Recipe(
         name=name, groups=groups, ignore=ignore, kv_cache_scheme=kv, handed_over=others, text=text
     )
+
+
+def check_patterns(what: str, patterns: Iterable[str]) -> None:
+    """UsageError for a `re:` pattern that is no regular expression."""
+    for pattern in patterns:
+        try:
+            re.compile(pattern.removeprefix("re:") if pattern.startswith("re:") else "")
+        except re.error as error:
+            raise UsageError(f"{what} {pattern!r}: not a regular expression: {error}") from error
 
 
 def _resolved_group(name: str, scheme: Any) -> Group | None:
