@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from ckptq.calibrate.ranks import ALONE, Ranks, own_device
 from ckptq.checkpoint.open import Checkpoint
+from ckptq.device import find_device
 from ckptq.errors import SourceError, UsageError
 from ckptq.plan.unit import Plan
 from ckptq.progress import Begin
@@ -81,14 +82,12 @@ def calibrate_plan(
     ranks: Ranks = ALONE,
 ) -> Scales:
     """The scales that a plan needs, from the text that was asked for."""
-    import torch
-
     from ckptq.calibrate.run import calibrate
     from ckptq.calibrate.text import read_samples
 
     if plan.attention is None and not plan.inputs:
         raise UsageError(f"recipe {plan.recipe.name!r} uses no calibrated scales")
-    device = wanted.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    device = str(find_device(wanted.device))
     samples = read_samples(
         wanted.data,
         ckpt.path,

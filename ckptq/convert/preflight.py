@@ -9,6 +9,7 @@ from pathlib import Path
 from ckptq.checkpoint.journal import partial_of
 from ckptq.checkpoint.open import Checkpoint
 from ckptq.convert.slabs import held_bytes
+from ckptq.device import find_device
 from ckptq.errors import MachineError, UsageError
 from ckptq.models.family import LAYER
 from ckptq.plan.unit import Plan
@@ -99,8 +100,8 @@ def _free_on(device: str | None) -> tuple[str, int | None]:
     """Name of the device that calibration takes, and its free bytes."""
     import torch
 
-    chosen = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    if chosen.type == "cuda" and torch.cuda.is_available():
+    chosen = find_device(device)
+    if chosen.type == "cuda":
         return str(chosen), torch.cuda.mem_get_info(chosen)[0]
     return str(chosen), available_ram()
 

@@ -15,6 +15,7 @@ from ckptq.checkpoint.write import Shards, write_index
 from ckptq.convert import documents
 from ckptq.convert.preflight import check_disk, check_layers, slab_rooms
 from ckptq.convert.proof_cost import ProofCost, proof_cost
+from ckptq.device import find_device
 from ckptq.errors import UsageError
 from ckptq.models.encoded import unquantized_config
 from ckptq.permute.marks import marked_config, marked_metadata
@@ -80,6 +81,7 @@ def write_quantized(
     workers = workers or min(len(os.sched_getaffinity(0)), MOST_WORKERS)
     check_apart(ckpt.path, out)
     check_disk(plan, out)
+    find_device(device)
     rooms = slab_rooms(plan, max_ram, workers)
     if scales is not None and scales.runs_model:
         check_layers(ckpt, plan, device)

@@ -143,7 +143,7 @@ def load_text(name: str, text: str) -> Recipe:
     others = tuple(type(m).__name__ for m in modifiers if type(m) is not QuantizationModifier)
     if not modifiers:
         raise UsageError(
-            "the recipe holds no modifier; wanted a stage of modifiers, as `ckptq recipes NAME` shows"
+            "the recipe holds no modifier; wanted a stage of modifiers, as `ckptq recipes NAME` has"
         )
     if len(configs) > 1:
         raise UsageError(

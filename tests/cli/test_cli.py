@@ -178,6 +178,26 @@ def test_bad_input_is_named(llama: Path, tmp_path: Path) -> None:
     refused(2, "exists already", "quantize", llama, "-s", "fp8-dynamic", "-o", out)
 
 
+@pytest.mark.parametrize(
+    ("device", "code", "words"),
+    [
+        ("gpu", 2, "--device gpu: wanted cpu, cuda or cuda:N"),
+        ("cuda:x", 2, "--device cuda:x: wanted cpu, cuda or cuda:N"),
+        ("meta", 2, "--device meta: wanted cpu, cuda or cuda:N"),
+        ("cuda:99", 4, "--device cuda:99: there "),
+    ],
+)
+def test_a_device_that_is_not_here_is_refused_before_the_work(
+    llama: Path, tmp_path: Path, device: str, code: int, words: str
+) -> None:
+    out = ("-o", tmp_path / "out", "--device", device)
+    refused(code, words, "quantize", llama, "-s", "fp8-dynamic", *out)
+    refused(code, words, "quantize", llama, "-s", "fp8-per-head", *out)
+    refused(code, words, "calibrate", llama, *out)
+    refused(code, words, "evaluate", llama, "--schemes", "w8a8", "--device", device)
+    assert not list(tmp_path.glob("out*")), "nothing was begun"
+
+
 def test_a_pickle_only_checkpoint_is_refused(llama: Path) -> None:
     (llama / "model.safetensors").rename(llama / "pytorch_model.bin")
     refused(3, "only pickled weights (pytorch_model.bin)", "inspect", llama)

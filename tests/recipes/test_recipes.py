@@ -77,7 +77,8 @@ def test_a_pattern_that_is_none_is_named(tmp_path: Path, where: str) -> None:
     file = tmp_path / "recipe.yaml"
     fields = {"ignore": ["lm_head"], "targets": ["Linear"]}
     modifier = {"scheme": "W8A8", **fields, where: [*fields[where], "re:.*(q_proj"]}
-    file.write_text(yaml.safe_dump({"a_stage": {"a_modifiers": {"QuantizationModifier": modifier}}}))
+    stage = {"a_modifiers": {"QuantizationModifier": modifier}}
+    file.write_text(yaml.safe_dump({"a_stage": stage}))
     with pytest.raises(UsageError, match=r"recipe\.yaml: .*'re:\.\*\(q_proj': not a regular expr"):
         load_recipe(file)
 
