@@ -21,6 +21,7 @@ from ckptq.plan.match import (
     choose,
     refuse_idle_ignores,
     refuse_split_sets,
+    refuse_unread_weights,
     refuse_unserved,
     refuse_unserved_experts,
 )
@@ -68,6 +69,7 @@ def make_plan(
             )
         return _cache_alone(ckpt, recipe, shard_bytes)
     layout = read_layout(ckpt)
+    refuse_unread_weights(ckpt, layout)
     orders = read_marks(ckpt)
     if rope_order == "half-split":
         layout, orders = half_split(ckpt, layout)

@@ -5,9 +5,11 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 
-from ckptq.errors import PlanError
-from ckptq.models.modules import Layout, fused_set
+from ckptq.checkpoint.open import Checkpoint
+from ckptq.errors import PlanError, SourceError
+from ckptq.models.modules import Layout, fused_set, why_kept
 from ckptq.recipes.load import Group, Recipe, check_patterns
+from ckptq.spec import FLOATS
 
 EXPERT = re.compile(r"\.experts\.\d+\.")
 
@@ -63,6 +65,23 @@ def refuse_idle_ignores(layout: Layout, ignore: Sequence[str]) -> None:
             raise PlanError(
                 f"--ignore {pattern!r}: matches no Linear of this checkpoint; wanted a full name "
                 "or re:PATTERN, which is matched from the start; `ckptq inspect` lists the names"
+            )
+
+
+def refuse_unread_weights(ckpt: Checkpoint, layout: Layout) -> None:
+    """SourceError for a Linear's weight that is neither a float nor declared as quantized.
+
+    It would be copied as if it were no weight, and no engine could tell what its codes mean.
+    """
+    for name in layout.others:
+        tensor = ckpt.tensors[name]
+        module, _, local = name.rpartition(".")
+        linear = local == "weight" and len(tensor.spec.shape) == 2
+        kept = why_kept(module, layout.layers, layout.num_layers)
+        if linear and kept is None and tensor.spec.dtype not in FLOATS:
+            raise SourceError(
+                f"{tensor.file}: tensor {name!r} is {tensor.spec}, and config.json has no scheme "
+                f"for it; wanted one of {', '.join(FLOATS)}, or codes with their scales"
             )
 
 

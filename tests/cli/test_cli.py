@@ -19,6 +19,7 @@ from safetensors.torch import load_file, save_file
 
 from ckptq.__main__ import main
 from ckptq.cli import app
+from ckptq.spec import dtype_name
 
 SURFACE = {
     "quantize": {
@@ -228,6 +229,17 @@ def test_nan_is_refused_with_the_tensor_named_and_nothing_published(
     out = tmp_path / "out"
     refused(3, "k_proj", "quantize", llama, "-s", "fp8-dynamic", "-o", out)
     assert not out.exists()
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.float8_e4m3fn, torch.float8_e5m2])
+def test_codes_that_nothing_explains_are_refused(llama: Path, tmp_path: Path, dtype) -> None:
+    """One Linear of them was copied, in silence, as if it were no weight."""
+    tensors = load_file(llama / "model.safetensors")
+    name = "model.layers.0.self_attn.o_proj.weight"
+    tensors[name] = tensors[name].to(dtype)
+    save_file(tensors, llama / "model.safetensors", metadata={"format": "pt"})
+    words = f"model.safetensors: tensor '{name}' is {dtype_name(dtype)} [32, 32], and config.json"
+    refused(3, words, "quantize", llama, "-s", "w8a8", "-o", tmp_path / "out")
 
 
 def test_a_model_without_attention_heads(llama: Path) -> None:
