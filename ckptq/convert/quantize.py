@@ -94,6 +94,8 @@ def quantize(
     source = scales_source(ckpt, plan, request.calibration, request.scales, begin)
     if source is not None and request.scales is None and request.calibration.data is None:
         note(NO_DATA)
+    if source is not None and source.doubt is not None:
+        note(source.doubt)
     return write_quantized(
         ckpt,
         plan,
