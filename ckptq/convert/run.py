@@ -104,7 +104,7 @@ def write_quantized(
         journal.close()
     return Result(
         out=out,
-        source=ckpt.name if ckpt.revision else str(ckpt.path),
+        source=str(ckpt.path),
         scheme=plan.recipe.name,
         source_bytes=ckpt.nbytes,
         output_bytes=plan.write_bytes,

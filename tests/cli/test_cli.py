@@ -9,6 +9,7 @@ import shutil
 import subprocess
 import sys
 from contextlib import redirect_stderr, redirect_stdout
+from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -18,7 +19,11 @@ import typer
 from safetensors.torch import load_file, save_file
 
 from ckptq.__main__ import main
+from ckptq.checkpoint.open import open_checkpoint
 from ckptq.cli import app
+from ckptq.convert.run import write_quantized
+from ckptq.plan.make import make_plan
+from ckptq.recipes.load import load_scheme
 from ckptq.spec import dtype_name
 
 SURFACE = {
@@ -153,6 +158,28 @@ def test_the_default_output_is_named_after_model_and_scheme(
     monkeypatch.chdir(tmp_path)
     assert run("quantize", llama, "-s", "w4a16-g32").returncode == 0
     assert (tmp_path / "llama-w4a16-g32" / "config.json").exists()
+
+
+def test_a_snapshot_in_the_hubs_cache_goes_by_its_hub_id(
+    llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its folder is called by a commit, and its files are links."""
+    snapshot = tmp_path / "hub" / "models--org--a-model" / "snapshots" / "0123abc"
+    snapshot.mkdir(parents=True)
+    for file in llama.iterdir():
+        (snapshot / file.name).symlink_to(file)
+    monkeypatch.chdir(tmp_path)
+    done = run("quantize", snapshot, "-s", "fp8-dynamic", "--json")
+    assert json.loads(done.stdout)["out"] == "a-model-fp8-dynamic"
+    assert "base_model: org/a-model\n" in Path("a-model-fp8-dynamic", "README.md").read_text()
+
+
+def test_what_verify_is_given_is_what_was_read(llama: Path, tmp_path: Path) -> None:
+    """A hub id alone would be another revision; `verify` takes none."""
+    ckpt = replace(open_checkpoint(llama), name="org/a-model", revision="v2")
+    plan = make_plan(ckpt, load_scheme("fp8-dynamic"))
+    result = write_quantized(ckpt, plan, tmp_path / "out", arguments={})
+    assert result.source == str(llama)
 
 
 def test_inspect_reads_headers(llama: Path) -> None:
