@@ -103,7 +103,7 @@ def partial_of(out: Path) -> Path:
 def check_apart(source: Path, out: Path) -> None:
     """UsageError for an output inside its source: it would be among the files that are copied."""
     if out.resolve().is_relative_to(source.resolve()):
-        raise UsageError(f"{out}: lies inside the source {source}; give -o another folder")
+        raise UsageError(f"{out}: lies inside the source {source}; choose an output outside it")
 
 
 def _take_lock(partial: Path) -> int:

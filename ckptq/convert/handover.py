@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import os
 import shutil
+import sys
 from collections.abc import Mapping
+from contextlib import redirect_stdout
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -76,7 +78,8 @@ def write_handed_over(
     try:
         made = journal.partial / "oneshot"
         if not journal.published and not (made / DONE).exists():
-            _oneshot(ckpt, recipe, made, wanted)
+            with redirect_stdout(sys.stderr):  # stdout is for results
+                _oneshot(ckpt, recipe, made, wanted)
         plan = _plan_copies(made if made.exists() else out, recipe, shard_bytes)
         if not journal.published:
             _rewrite(ckpt, plan, made, journal, record, begin)

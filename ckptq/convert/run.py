@@ -53,7 +53,8 @@ class Result:
     resumed_units: int
     rope_proof: ProofCost | None = None
     """What `--rope-proof` costs, where it was asked for."""
-    serve: str
+    serve: str | None
+    """The command for vLLM; None where the checkpoint is for engines that do not permute q/k."""
 
 
 def write_quantized(
@@ -216,8 +217,10 @@ def default_output(ckpt: Checkpoint, recipe: Recipe) -> Path:
     return Path(f"{ckpt.name.rpartition('/')[2]}-{recipe.name}")
 
 
-def serve_line(out: Path, plan: Plan) -> str:
-    """The command that serves the result."""
+def serve_line(out: Path, plan: Plan) -> str | None:
+    """The command that serves the result; None where vLLM would permute q/k a second time."""
+    if any(order != plan.layout.family.rope for order in plan.marks.values()):
+        return None
     line = f"vllm serve {out}"
     if plan.attention is None:
         return line

@@ -7,7 +7,9 @@ test, so that running one does not wait for its import (5 s). The rest goes thro
 from __future__ import annotations
 
 import re
+import sys
 from collections.abc import Iterable, Mapping
+from contextlib import redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -129,9 +131,11 @@ def load_recipe(file: Path) -> Recipe:
 
 def load_text(name: str, text: str) -> Recipe:
     """Parse with llm-compressor's own models, so that a typo fails with its field named."""
-    from llmcompressor.modifiers.quantization import QuantizationModifier
-    from llmcompressor.modifiers.quantization.quantization.mixin import QuantizationMixin
-    from llmcompressor.recipe import Recipe as LlmRecipe
+    # its log goes to what is stdout while it is imported, and that is for results
+    with redirect_stdout(sys.stderr):
+        from llmcompressor.modifiers.quantization import QuantizationModifier
+        from llmcompressor.modifiers.quantization.quantization.mixin import QuantizationMixin
+        from llmcompressor.recipe import Recipe as LlmRecipe
 
     try:
         modifiers = LlmRecipe.create_instance(text).modifiers

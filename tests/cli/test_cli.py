@@ -16,6 +16,7 @@ from typing import NamedTuple
 import pytest
 import torch
 import typer
+import yaml
 from safetensors.torch import load_file, save_file
 
 from ckptq.__main__ import main
@@ -180,6 +181,41 @@ def test_what_verify_is_given_is_what_was_read(llama: Path, tmp_path: Path) -> N
     plan = make_plan(ckpt, load_scheme("fp8-dynamic"))
     result = write_quantized(ckpt, plan, tmp_path / "out", arguments={})
     assert result.source == str(llama)
+
+
+def test_every_recipe_is_data_too(llama: Path) -> None:
+    """`--json` of a recipe printed YAML."""
+    for name in ("fp8-per-head", "FP8_DYNAMIC"):
+        done = run("recipes", name, "--json")
+        assert json.loads(done.stdout) == yaml.safe_load(run("recipes", name).stdout)
+
+
+def test_stdout_is_for_results_alone(llama: Path, tmp_path: Path) -> None:
+    """In a process of its own: llm-compressor's log goes to what stdout is when it is imported."""
+    command = ["quantize", str(llama), "-s", "FP8_DYNAMIC", "-o", str(tmp_path / "out"), "--json"]
+    done = subprocess.run(
+        [sys.executable, "-m", "ckptq", *command], capture_output=True, text=True, check=True
+    )
+    assert json.loads(done.stdout)["scheme"] == "FP8_DYNAMIC"
+
+
+def test_vllm_is_not_proposed_for_rows_that_it_would_permute_again(
+    llama: Path, tmp_path: Path
+) -> None:
+    config = json.loads((llama / "config.json").read_text())
+    config |= {"model_type": "llama4_text", "head_dim": 32}
+    (llama / "config.json").write_text(json.dumps(config))
+    for order, proposed in (("keep", True), ("half-split", False)):
+        out = tmp_path / order
+        arguments = ("quantize", llama, "-s", "fp8-dynamic", "--rope-order", order, "-o", out)
+        done = run(*arguments)
+        assert done.returncode == 0, done.stderr
+        assert (f"vllm serve {out}" in done.stdout) is proposed
+        assert ("vLLM would permute them again" in done.stdout) is not proposed
+
+
+def test_text_that_verify_would_not_run_is_refused(llama: Path) -> None:
+    refused(2, "--data t.txt: only --attention runs text", "verify", llama, "--data", "t.txt")
 
 
 def test_inspect_reads_headers(llama: Path) -> None:

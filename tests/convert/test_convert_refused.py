@@ -109,7 +109,7 @@ def test_an_output_inside_the_source_is_refused(source, place):
     """Its journal and shards would be side files of the source, and copied into it."""
     (source.parent / "link").symlink_to(source)
     before = digests(source)
-    with pytest.raises(UsageError, match=r"out: lies inside the source .*source; give -o"):
+    with pytest.raises(UsageError, match=r"out: lies inside the source .*source; choose"):
         convert(source, source / place, FP8)
     assert digests(source) == before
     convert(source, source.parent / "source-fp8", FP8)
