@@ -232,9 +232,10 @@ def verify(
             progress=report,
         )
     if html is not None:
+        from ckptq.checkpoint.write import write_text
         from ckptq.verify.html import html_report
 
-        html.write_text(html_report(found))
+        write_text(html, html_report(found))
     show_report(found, json)
     if not found.ok:
         raise typer.Exit(1)

@@ -46,6 +46,8 @@ class Journal:
         UsageError if the output exists, another run holds it, or the journal is of a different run
         that has done something: one that failed before that is in nobody's way.
         """
+        if not out.name:  # the current folder, or the root
+            raise UsageError(f"{out}: exists already; remove it or choose another -o")
         partial = partial_of(out)
         if os.path.lexists(out) and not (partial / "journal.jsonl").exists():
             raise UsageError(f"{out}: exists already; remove it or choose another -o")

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from ckptq.checkpoint.header import Header, StoredTensor, read_header
-from ckptq.errors import SourceError
+from ckptq.errors import SourceError, UsageError
 
 CONFIG = "config.json"
 INDEX = "model.safetensors.index.json"
@@ -109,6 +109,8 @@ def open_checkpoint(
 def _locate(source: str | Path, revision: str | None) -> tuple[Path, str]:
     path = Path(source)
     if path.is_dir():
+        if revision is not None:
+            raise UsageError(f"--revision {revision}: is of a hub id, {source} is a folder here")
         return path, _folder_name(path.resolve())
     if path.exists():
         raise SourceError(f"{source}: is a file; wanted a checkpoint folder or a hub id")

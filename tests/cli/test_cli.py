@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import io
 import json
 import shutil
@@ -19,7 +18,7 @@ import typer
 import yaml
 from safetensors.torch import load_file, save_file
 
-from ckptq.__main__ import main
+from ckptq.__main__ import Interrupted, main
 from ckptq.checkpoint.open import open_checkpoint
 from ckptq.cli import app
 from ckptq.convert.run import write_quantized
@@ -332,13 +331,31 @@ def test_a_file_that_could_not_be_written_is_refused_before_the_work(
     assert f"--html {tmp_path / place}: " in page.stderr
 
 
-def test_what_the_machine_refuses_is_one_message(
-    llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def full(*_: object, **__: object) -> None:
-        raise OSError(errno.ENOSPC, "No space left on device", "report.html")
+@pytest.mark.parametrize("out", ["", ".", "/", ".."])
+def test_an_output_without_a_name_is_refused(llama: Path, out: str) -> None:
+    refused(2, "exists already", "quantize", llama, "-s", "fp8-dynamic", "-o", out)
 
-    monkeypatch.setattr(Path, "write_text", full)
-    done = run("verify", llama, "--html", tmp_path / "report.html")
-    assert done.returncode == 4
-    assert done.stderr.endswith("error: [Errno 28] No space left on device: 'report.html'\n")
+
+def test_a_revision_of_a_folder_is_refused(llama: Path) -> None:
+    """It was ignored, and written into the model card."""
+    words = f"--revision v2: is of a hub id, {llama} is a folder here"
+    refused(2, words, "quantize", llama, "-s", "fp8-dynamic", "--revision", "v2", "--dry-run")
+    refused(2, words, "inspect", llama, "--revision", "v2")
+
+
+def test_only_what_is_resumed_says_so(llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def stop(*_: object, **__: object) -> None:
+        raise Interrupted
+
+    monkeypatch.setattr("ckptq.checkpoint.open.open_checkpoint", stop)
+    monkeypatch.setattr("ckptq.convert.quantize.open_checkpoint", stop)
+    for command, words in (
+        (("quantize", llama, "-s", "w8a8"), "the same command goes on"),
+        (("verify", llama), "interrupted; nothing is kept"),
+    ):
+        refused(130, words, *command)
+
+
+def test_what_the_machine_refuses_is_one_message(llama: Path) -> None:
+    refused(4, "error: /dev/full: No space left on device; free", "verify", llama, "--html",
+            "/dev/full")  # fmt: skip
