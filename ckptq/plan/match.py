@@ -22,12 +22,18 @@ NVFP4 = {"num_bits": 4, "type": "float", "strategy": "tensor_group", "group_size
 def choose(layout: Layout, recipe: Recipe, ignore: Sequence[str]) -> dict[str, Group]:
     """Linear -> group, for every Linear that is quantized.
 
+    PlanError for a group without any, and for a family whose layers hold no Linears.
     An exact name or `re:` pattern is stronger than a class name; of several, the first one counts.
     """
     groups = [g for g in recipe.groups if not g.is_attention]
     for group in groups:
         if group.weights is None:
             raise PlanError(f"group {group.name!r} has neither weights nor input_activations")
+    if groups and layout.family.transposed_layers:
+        raise PlanError(
+            f"recipe {recipe.name!r}: layers of {layout.family.name} are stored as [in, out] "
+            "(Conv1D); wanted Linears, [out, in]"
+        )
     chosen = {}
     for linear in layout.linears.values():
         if any(matches(pattern, linear.name) for pattern in ignore):

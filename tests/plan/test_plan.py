@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
 
@@ -71,6 +72,15 @@ def test_experts_left_as_a_whole_stay_fused_and_are_ignored_by_a_pattern(llama4:
     pattern = next(name for name in plan.ignore if name.startswith("re:"))
     assert re.match(pattern.removeprefix("re:"), f"{experts}.0.gate_proj")
     assert not re.match(pattern.removeprefix("re:"), experts.replace("experts", "shared_expert"))
+
+
+def test_layers_that_are_stored_transposed_are_refused(llama: Path) -> None:
+    """GPT-2's weights have the shapes of Linears, and would be scaled along the wrong axis."""
+    config = json.loads((llama / "config.json").read_text())
+    (llama / "config.json").write_text(json.dumps(config | {"model_type": "gpt2"}))
+    with pytest.raises(PlanError, match=r"layers of gpt2 are stored as \[in, out\]"):
+        plan_of(llama, "fp8-dynamic")
+    plan_of(llama, "kv-fp8-per-head")
 
 
 @pytest.mark.parametrize("pattern", ["re:.*self_atn", "*.q_proj", "Linear", "", "self_attn.q_proj"])
