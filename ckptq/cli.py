@@ -232,10 +232,9 @@ def verify(
             progress=report,
         )
     if html is not None:
-        from ckptq.checkpoint.write import write_text
-        from ckptq.verify.html import html_report
+        from ckptq.verify.html import write_html_report
 
-        write_text(html, html_report(found))
+        write_html_report(html, found)
     show_report(found, json)
     if not found.ok:
         raise typer.Exit(1)
