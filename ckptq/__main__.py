@@ -11,6 +11,9 @@ from ckptq import console
 from ckptq.cli import app
 from ckptq.errors import CkptqError, MachineError
 
+RESUMED = ("quantize", "permute")
+"""The commands whose output has a journal."""
+
 
 class Interrupted(BaseException):
     """SIGINT or SIGTERM. No KeyboardInterrupt: with that one typer ends the program by itself,
@@ -26,7 +29,9 @@ def main() -> NoReturn:
     except CkptqError as error:
         sys.exit(console.complain(error))
     except Interrupted:
-        console.note("interrupted; the same command goes on where this one stopped")
+        resumed = len(sys.argv) > 1 and sys.argv[1] in RESUMED
+        kept = "the same command goes on where this one stopped" if resumed else "nothing is kept"
+        console.note(f"interrupted; {kept}")
         sys.exit(130)
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -232,9 +232,9 @@ def verify(
             progress=report,
         )
     if html is not None:
-        from ckptq.verify.html import html_report
+        from ckptq.verify.html import write_html_report
 
-        html.write_text(html_report(found))
+        write_html_report(html, found)
     show_report(found, json)
     if not found.ok:
         raise typer.Exit(1)
@@ -378,12 +378,12 @@ def recipes(
 ) -> None:
     """List the built-in recipes and compressed-tensors' presets, or show one."""
     from ckptq.recipes.load import describe, load_scheme
-    from ckptq.show import show_recipes
+    from ckptq.show import show_recipe, show_recipes
 
     if name is None:
         show_recipes(describe(), json)
     else:
-        console.show_lines(load_scheme(name).text.rstrip())
+        show_recipe(load_scheme(name), json)
 
 
 def _recipe(scheme: str | None, recipe: Path | None) -> Recipe:

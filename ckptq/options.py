@@ -28,7 +28,7 @@ Output = Annotated[
 Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit of a hub id.")]
 Ignore = Annotated[
     list[str] | None,
-    typer.Option("--ignore", help="Leave these Linears alone: a full name, or re:PATTERN."),
+    typer.Option("--ignore", help="Leave a Linear alone: full name or re:PATTERN; repeatable."),
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
 ShardSize = Annotated[str, typer.Option(help="Size of an output shard, e.g. 5GB, 500MB.")]

@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import yaml
+
 from ckptq import console
 from ckptq.console import size
 from ckptq.show_verify import show_report as show_report
@@ -17,6 +19,10 @@ if TYPE_CHECKING:
     from ckptq.inspect import Inspection
     from ckptq.permute.run import Permuted
     from ckptq.plan.unit import Plan
+    from ckptq.recipes.load import Recipe
+
+
+NOT_IN_VLLM = "with an engine that leaves the rows of q/k alone; vLLM would permute them again"
 
 
 def show_quantized(result: Result, json: bool) -> None:
@@ -34,7 +40,7 @@ def show_quantized(result: Result, json: bool) -> None:
         f"{size(result.source_bytes)} -> {size(result.output_bytes)} ({ratio:.0%})",
         *([_proof_line(result.rope_proof)] if result.rope_proof else []),
         f"verify it:  ckptq verify {result.out} --source {result.source}",
-        f"serve it:   {result.serve}",
+        f"serve it:   {result.serve or NOT_IN_VLLM}",
     )
 
 
@@ -137,6 +143,14 @@ def show_recipes(found: Mapping[str, str], json: bool) -> None:
         console.show_json(dict(found))
     else:
         console.show_table("", ("scheme", "what it does"), list(found.items()))
+
+
+def show_recipe(recipe: Recipe, json: bool) -> None:
+    """`recipes NAME`: the YAML that a recipe file would hold, or what it says as data."""
+    if json:
+        console.show_json(yaml.safe_load(recipe.text))
+    else:
+        console.show_lines(recipe.text.rstrip())
 
 
 def show_permuted(done: Permuted, json: bool) -> None:

@@ -6,16 +6,15 @@ import hashlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from ckptq.calibrate.ranks import ALONE, Ranks, own_device
+from ckptq.calibrate.scales import Record, Scales, load_scales, source_fingerprint
 from ckptq.checkpoint.open import Checkpoint
+from ckptq.device import find_device
 from ckptq.errors import SourceError, UsageError
 from ckptq.plan.unit import Plan
 from ckptq.progress import Begin
-
-if TYPE_CHECKING:
-    from ckptq.calibrate.scales import Scales
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -50,6 +49,8 @@ class ScalesSource:
     """Takes the folder in which it may keep what it needs to go on after an interruption."""
     runs_model: bool = False
     """Whether it runs the model, layer by layer, rather than reading a file."""
+    doubt: str | None = None
+    """What a user should know of it: that the file was calibrated on something else."""
 
 
 def scales_source(
@@ -60,8 +61,11 @@ def scales_source(
     if file is not None:
         if not needed:
             raise UsageError(f"{file}: recipe {plan.recipe.name!r} uses no calibrated scales")
+        held = load_scales(file)
         return ScalesSource(
-            arguments={"scales_sha256": _digest(file)}, load=lambda folder: _from_file(file)
+            arguments={"scales_sha256": _digest(file)},
+            load=lambda folder: held,
+            doubt=_doubt(ckpt, file, held.made),
         )
     if not needed:
         return None
@@ -81,14 +85,12 @@ def calibrate_plan(
     ranks: Ranks = ALONE,
 ) -> Scales:
     """The scales that a plan needs, from the text that was asked for."""
-    import torch
-
     from ckptq.calibrate.run import calibrate
     from ckptq.calibrate.text import read_samples
 
     if plan.attention is None and not plan.inputs:
         raise UsageError(f"recipe {plan.recipe.name!r} uses no calibrated scales")
-    device = wanted.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    device = str(find_device(wanted.device))
     samples = read_samples(
         wanted.data,
         ckpt.path,
@@ -115,10 +117,13 @@ def calibrate_plan(
     )
 
 
-def _from_file(file: Path) -> Scales:
-    from ckptq.calibrate.scales import load_scales
-
-    return load_scales(file)
+def _doubt(ckpt: Checkpoint, file: Path, made: Record) -> str | None:
+    if made.source_fingerprint == source_fingerprint(ckpt):
+        return None
+    return (
+        f"{file}: was calibrated on {made.model}, whose config.json or headers differ from "
+        f"those of {ckpt.name}; right only where the weights are the same"
+    )
 
 
 def _digest(file: Path) -> str:

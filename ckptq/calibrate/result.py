@@ -9,7 +9,9 @@ from ckptq.calibrate.scales import Record, Scales, source_fingerprint
 from ckptq.calibrate.statistics import Statistics
 from ckptq.calibrate.text import Samples
 from ckptq.checkpoint.open import Checkpoint
-from ckptq.spec import FLOATS, torch_dtype
+from ckptq.models.modules import read_layout
+from ckptq.plan.attention import KEY_PROJECTIONS
+from ckptq.spec import torch_dtype
 
 if TYPE_CHECKING:
     import torch
@@ -22,12 +24,12 @@ def scales_of(
     samples: Samples,
     batch_size: int,
 ) -> Scales:
-    """A scale for every point, in the dtype that its module's weights have on disk.
+    """A scale for every point, in the dtype of its module's weights.
 
     NVFP4's global scales of inputs are float32, which engines read.
     """
     made = statistics.wanted.to_json()
-    dtypes = stored_dtypes(ckpt)
+    dtypes = weight_dtypes(ckpt)
     observer, input_observer = dict(made["observer"]), dict(made["input_observer"])
     return Scales(
         tensors={
@@ -60,15 +62,19 @@ def scales_of(
     )
 
 
-def stored_dtypes(ckpt: Checkpoint) -> dict[str, torch.dtype]:
-    """Module -> the dtype of its first weight on disk, which llm-compressor gives its scales."""
+def weight_dtypes(ckpt: Checkpoint) -> dict[str, torch.dtype]:
+    """Module -> the dtype of its weights, dequantized if they are quantized, as the plan has it.
+
+    Of an attention module that of its keys' projection. Norms, RoPE's frequencies and stored scales
+    may well have another.
+    """
     found: dict[str, torch.dtype] = {}
-    for name, tensor in ckpt.tensors.items():
-        if tensor.spec.dtype in FLOATS:
-            module = name.rpartition(".")[0]
-            while module and module not in found:
-                found[module] = torch_dtype(tensor.spec.dtype)
-                module = module.rpartition(".")[0]
+    linears = read_layout(ckpt).linears.values()
+    for linear in sorted(linears, key=lambda linear: linear.projection not in KEY_PROJECTIONS):
+        module = linear.name
+        while module and module not in found:
+            found[module] = torch_dtype(linear.weight.spec.dtype)
+            module = module.rpartition(".")[0]
     return found
 
 

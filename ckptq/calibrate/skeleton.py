@@ -42,10 +42,10 @@ def build_skeleton(
     Raises SourceError for an architecture that the installed transformers does not have, PlanError
     for one without decoder layers or attention heads.
     """
-    config = _config(ckpt, trust_remote_code)
+    config = read_config(ckpt, trust_remote_code)
     _check_has_heads(ckpt, config)
     dtype = _dtype(ckpt, config)
-    model_class = _model_class(ckpt, config, trust_remote_code)
+    model_class = model_class_of(ckpt, config, trust_remote_code)
     config._attn_implementation = attention.register(eager or not model_class._supports_sdpa)
     model = _on_meta(model_class, config, dtype)
     _make_buffers(model, device)
@@ -62,14 +62,15 @@ def _check_has_heads(ckpt: Checkpoint, config: PreTrainedConfig) -> None:
         )
 
 
-def _config(ckpt: Checkpoint, trust_remote_code: bool) -> PreTrainedConfig:
+def read_config(ckpt: Checkpoint, trust_remote_code: bool) -> PreTrainedConfig:
+    """config.json as transformers reads it; SourceError where it cannot."""
     from transformers import AutoConfig
 
     try:
         config: PreTrainedConfig = AutoConfig.from_pretrained(
             ckpt.path, local_files_only=True, trust_remote_code=trust_remote_code
         )
-    except (ValueError, KeyError, TypeError, OSError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, OSError) as error:
         reason = str(error).strip().splitlines()
         raise SourceError(
             f"{ckpt.path / 'config.json'}: transformers cannot read it: "
@@ -94,7 +95,7 @@ def _dtype(ckpt: Checkpoint, config: PreTrainedConfig) -> torch.dtype:
     return dtype
 
 
-def _model_class(
+def model_class_of(
     ckpt: Checkpoint, config: PreTrainedConfig, trust_remote_code: bool
 ) -> type[PreTrainedModel]:
     """The class in transformers, or the checkpoint's own from its folder where that is trusted."""
@@ -102,7 +103,7 @@ def _model_class(
     from transformers.dynamic_module_utils import get_class_from_dynamic_module
 
     model_class: type[PreTrainedModel]
-    own = ckpt.config.get("auto_map", {}).get("AutoModelForCausalLM")
+    own = (ckpt.config.get("auto_map") or {}).get("AutoModelForCausalLM")
     if own is not None and trust_remote_code:
         model_class = get_class_from_dynamic_module(own, ckpt.path, local_files_only=True)
         return model_class

@@ -39,6 +39,10 @@ ROWS_PER_SAMPLE = 64
 """A data set is read no further than this many rows per sample that is wanted."""
 
 
+OTHER_FIELDS = {"input_ids", "messages", "conversations"}
+"""What a row is read by before its text."""
+
+
 @dataclass(frozen=True)
 class Batch:
     """Samples side by side; `lengths[b]` positions of row b are real, the rest is padding."""
@@ -128,8 +132,8 @@ class Draw:
         return self._take(pieces)
 
     def from_rows(self, rows: Iterator[Row], tokenizer: Tokenizer) -> Samples:
-        """Take some of the rows; each is one sample."""
-        chosen = self._choose(list(rows))
+        """Take some of the rows; each is one sample. Blank ones, as wikitext has, are none."""
+        chosen = self._choose([row for row in rows if not _is_blank(row)])
         ids = [tokenizer.row(row, number) for number, row in enumerate(chosen, start=1)]
         return self._samples([piece[: self.seq_len] for piece in ids if piece])
 
@@ -144,3 +148,8 @@ class Draw:
 
     def _samples(self, pieces: Sequence[Sequence[int]]) -> Samples:
         return Samples(tuple(map(tuple, pieces)), self.label, self.seq_len, self.seed)
+
+
+def _is_blank(row: Row) -> bool:
+    text = row.get("text")
+    return isinstance(text, str) and not text.strip() and not row.keys() & OTHER_FIELDS

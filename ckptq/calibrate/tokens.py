@@ -34,6 +34,9 @@ class Tokenizer:
             return self._conversation(row.get("messages") or row.get("conversations"), number)
         if isinstance(row.get("text"), str):
             return list(self._tokenizer(row["text"])["input_ids"])
+        if "text" in row:
+            found = type(row["text"]).__name__
+            raise SourceError(f"{self._label}: sample {number}: text is {found}, wanted a string")
         raise SourceError(
             f"{self._label}: sample {number} has the fields {', '.join(sorted(row)) or 'none'}; "
             "wanted text, messages, conversations or input_ids"
@@ -72,7 +75,15 @@ class Tokenizer:
                 f"{self._label}: sample {number} is a conversation, and the tokenizer in "
                 f"{self._checkpoint} has no chat template"
             )
-        ids: Any = self._tokenizer.apply_chat_template(messages, return_dict=False)
+        from jinja2 import TemplateError
+
+        try:
+            ids: Any = self._tokenizer.apply_chat_template(messages, return_dict=False)
+        except (TemplateError, TypeError, ValueError, KeyError, AttributeError) as error:
+            raise SourceError(
+                f"{self._label}: sample {number}: the chat template in {self._checkpoint} does not "
+                f"take this conversation: {error}"
+            ) from error
         return list(ids)
 
     @property

@@ -43,8 +43,11 @@ class Journal:
     def open(cls, out: Path, fingerprint: Fingerprint, *, restart: bool = False) -> Journal:
         """Begin a run on `out`, or go on with the one that an identical command left behind.
 
-        UsageError if the output exists, another run holds it, or the journal is of a different run.
+        UsageError if the output exists, another run holds it, or the journal is of a different run
+        that has done something: one that failed before that is in nobody's way.
         """
+        if not out.name:  # the current folder, or the root
+            raise UsageError(f"{out}: exists already; remove it or choose another -o")
         partial = partial_of(out)
         if os.path.lexists(out) and not (partial / "journal.jsonl").exists():
             raise UsageError(f"{out}: exists already; remove it or choose another -o")
@@ -58,7 +61,7 @@ class Journal:
             if os.path.lexists(out) and not publishing:
                 raise UsageError(f"{out}: exists already; remove it or choose another -o")
             fingerprint = json.loads(json.dumps(fingerprint))
-            if found is None:
+            if found is None or (found != fingerprint and not (done or _holds_work(partial))):
                 _empty(partial)
                 (partial / "checkpoint").mkdir()
                 _append(partial / "journal.jsonl", {"run": fingerprint})
@@ -99,6 +102,12 @@ def partial_of(out: Path) -> Path:
     return out.with_name(out.name + ".partial")
 
 
+def check_apart(source: Path, out: Path) -> None:
+    """UsageError for an output inside its source: it would be among the files that are copied."""
+    if out.resolve().is_relative_to(source.resolve()):
+        raise UsageError(f"{out}: lies inside the source {source}; choose an output outside it")
+
+
 def _take_lock(partial: Path) -> int:
     descriptor = os.open(partial / "lock", os.O_RDWR | os.O_CREAT, 0o644)
     try:
@@ -107,6 +116,14 @@ def _take_lock(partial: Path) -> int:
         os.close(descriptor)
         raise UsageError(f"{partial}: another run is writing this output right now") from error
     return descriptor
+
+
+def _holds_work(partial: Path) -> bool:
+    """Whether there is more than a run leaves that has just begun: layers that are calibrated, or
+    the result of another tool."""
+    files = (path for path in partial.rglob("*") if path.is_file())
+    begun = {partial / "lock", partial / "journal.jsonl", partial / "calibration" / "run.json"}
+    return any(p not in begun and not p.is_relative_to(partial / "checkpoint") for p in files)
 
 
 def _empty(partial: Path) -> None:

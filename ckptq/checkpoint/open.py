@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from ckptq.checkpoint.header import Header, StoredTensor, read_header
-from ckptq.errors import SourceError
+from ckptq.errors import SourceError, UsageError
 
 CONFIG = "config.json"
 INDEX = "model.safetensors.index.json"
@@ -109,13 +109,23 @@ def open_checkpoint(
 def _locate(source: str | Path, revision: str | None) -> tuple[Path, str]:
     path = Path(source)
     if path.is_dir():
-        return path, path.resolve().name
+        if revision is not None:
+            raise UsageError(f"--revision {revision}: is of a hub id, {source} is a folder here")
+        return path, _folder_name(path.resolve())
     if path.exists():
         raise SourceError(f"{source}: is a file; wanted a checkpoint folder or a hub id")
     text = str(source)
     if text.count("/") > 1 or text.startswith((".", "/", "~")) or "\\" in text:
         raise SourceError(f"{source}: no such folder")
     return _download(text, revision), text
+
+
+def _folder_name(path: Path) -> str:
+    """The folder's name; in the hub's cache (models--ORG--NAME/snapshots/COMMIT) the hub id."""
+    cached = path.parent.parent.name
+    if path.parent.name == "snapshots" and cached.startswith("models--"):
+        return cached.removeprefix("models--").replace("--", "/")
+    return path.name
 
 
 def _download(hub_id: str, revision: str | None) -> Path:

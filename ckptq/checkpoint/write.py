@@ -137,7 +137,7 @@ class machine_errors:
     def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
         if isinstance(error, OSError):
             full = error.errno in (errno.ENOSPC, errno.EDQUOT)
-            advice = "; free some space and run the same command again: it goes on" if full else ""
+            advice = "; free some space and run the same command again" if full else ""
             raise MachineError(f"{self.file}: {error.strerror or error}{advice}") from error
 
 

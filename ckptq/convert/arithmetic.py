@@ -13,6 +13,7 @@ from torch import Tensor
 
 from ckptq.checkpoint.read import Memory
 from ckptq.convert.blocks import CALL_ELEMENTS, RUN_ELEMENTS
+from ckptq.device import find_device
 from ckptq.errors import MachineError
 from ckptq.quantize.formats import Share, WeightScheme, constants, quantize, statistic
 from ckptq.quantize.scratch import BLOCK_ELEMENTS, Scratch
@@ -107,14 +108,8 @@ class _Lane(threading.local):
 
 def arithmetic_on(device: str | None, workers: int = 1) -> OnCores:
     """For "cpu" or None, and for "cuda" or "cuda:1"; MachineError where there is no such GPU."""
-    if device is None or torch.device(device).type == "cpu":
-        return OnCores(workers)
-    if not torch.cuda.is_available() or torch.device(device).type != "cuda":
-        raise MachineError(f"--device {device}: there is no such GPU here")
-    found = torch.device(device)
-    if found.index is not None and found.index >= torch.cuda.device_count():
-        raise MachineError(f"--device {device}: there are {torch.cuda.device_count()} GPUs here")
-    return OnGpu(found, workers)
+    found = find_device(device or "cpu")
+    return OnCores(workers) if found.type == "cpu" else OnGpu(found, workers)
 
 
 def kernel_of(scheme: WeightScheme) -> Kernel | None:

@@ -26,9 +26,6 @@ OURS = {PROVENANCE, RECIPE, CARD}
 
 PACKAGES = ("torch", "transformers", "compressed-tensors", "llmcompressor", "safetensors")
 
-WEIGHTS_ONLY = ("observer", "observer_kwargs")
-"""Fields of QuantizationArgs that say how scales were found; engines do not read them."""
-
 
 def quantization_config(plan: Plan, attention_class: str | None) -> dict[str, Any]:
     """The `quantization_config` of config.json, as vLLM and transformers read it.

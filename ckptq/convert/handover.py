@@ -8,17 +8,19 @@ from __future__ import annotations
 
 import os
 import shutil
+import sys
 from collections.abc import Mapping
+from contextlib import redirect_stdout
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ckptq.checkpoint.journal import Journal
+from ckptq.checkpoint.journal import Journal, check_apart
 from ckptq.checkpoint.open import Checkpoint, open_checkpoint
 from ckptq.checkpoint.write import write_text
 from ckptq.convert import documents
 from ckptq.convert.run import Result, convert_plan, modified, serve_line
-from ckptq.errors import FoundWrong, UsageError
+from ckptq.errors import FoundWrong, SourceError, UsageError
 from ckptq.models.encoded import read_encoded, unquantized_config
 from ckptq.models.modules import read_layout
 from ckptq.plan.make import SHARD_BYTES, fill_shards
@@ -64,6 +66,7 @@ def write_handed_over(
     The whole model is in memory while it works. FoundWrong if the result is not right.
     """
     check_handed_over(recipe)
+    check_apart(ckpt.path, out)
     record = {
         "arguments": {**arguments, "handed_over": list(recipe.handed_over)},
         "recipe": recipe.text,
@@ -75,7 +78,8 @@ def write_handed_over(
     try:
         made = journal.partial / "oneshot"
         if not journal.published and not (made / DONE).exists():
-            _oneshot(ckpt, recipe, made, wanted)
+            with redirect_stdout(sys.stderr):  # stdout is for results
+                _oneshot(ckpt, recipe, made, wanted)
         plan = _plan_copies(made if made.exists() else out, recipe, shard_bytes)
         if not journal.published:
             _rewrite(ckpt, plan, made, journal, record, begin)
@@ -103,6 +107,7 @@ def _oneshot(ckpt: Checkpoint, recipe: Recipe, made: Path, wanted: CalibrationRe
     from datasets import Dataset
     from llmcompressor import oneshot
 
+    from ckptq.calibrate.skeleton import model_class_of, read_config
     from ckptq.calibrate.text import read_samples
 
     shutil.rmtree(made, ignore_errors=True)
@@ -110,9 +115,12 @@ def _oneshot(ckpt: Checkpoint, recipe: Recipe, made: Path, wanted: CalibrationRe
         wanted.data, ckpt.path, samples=wanted.samples, seq_len=wanted.seq_len, seed=wanted.seed
     )
     ids = [list(row) for row in samples.token_ids]
-    config = transformers.AutoConfig.from_pretrained(ckpt.path)
-    model_class = getattr(transformers, config.architectures[0])
-    model = model_class.from_pretrained(ckpt.path, dtype="auto")
+    config = read_config(ckpt, wanted.trust_remote_code)
+    model_class: Any = model_class_of(ckpt, config, wanted.trust_remote_code)
+    try:
+        model = model_class.from_pretrained(ckpt.path, dtype="auto")
+    except (RuntimeError, ValueError, OSError) as error:
+        raise SourceError(f"{ckpt.path}: transformers cannot load the model: {error}") from error
     tokenizer: Any = transformers.AutoTokenizer.from_pretrained(ckpt.path)
     torch.manual_seed(wanted.seed)
     oneshot(

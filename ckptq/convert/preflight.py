@@ -9,6 +9,7 @@ from pathlib import Path
 from ckptq.checkpoint.journal import partial_of
 from ckptq.checkpoint.open import Checkpoint
 from ckptq.convert.slabs import held_bytes
+from ckptq.device import find_device
 from ckptq.errors import MachineError, UsageError
 from ckptq.models.family import LAYER
 from ckptq.plan.unit import Plan
@@ -27,12 +28,17 @@ SPARE_BYTES = 50_000_000
 
 
 def check_disk(plan: Plan, out: Path) -> None:
-    """Room for what is still to be written, and the right to write it; MachineError without."""
+    """Room for what is still to be written, and the right to write it; MachineError without.
+
+    UsageError where a file is in the way.
+    """
     if os.path.lexists(out):
         return  # nothing will be written: the journal decides what that means
     parent = out.absolute().parent
     while not parent.exists():
         parent = parent.parent
+    if not parent.is_dir():
+        raise UsageError(f"{parent}: is a file, wanted a folder to write {out.name} in")
     if not os.access(parent, os.W_OK | os.X_OK):
         raise MachineError(f"{parent}: no permission to write here")
     begun = partial_of(out) / "checkpoint"
@@ -94,8 +100,8 @@ def _free_on(device: str | None) -> tuple[str, int | None]:
     """Name of the device that calibration takes, and its free bytes."""
     import torch
 
-    chosen = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    if chosen.type == "cuda" and torch.cuda.is_available():
+    chosen = find_device(device)
+    if chosen.type == "cuda":
         return str(chosen), torch.cuda.mem_get_info(chosen)[0]
     return str(chosen), available_ram()
 

@@ -94,6 +94,8 @@ def quantize(
     source = scales_source(ckpt, plan, request.calibration, request.scales, begin)
     if source is not None and request.scales is None and request.calibration.data is None:
         note(NO_DATA)
+    if source is not None and source.doubt is not None:
+        note(source.doubt)
     return write_quantized(
         ckpt,
         plan,
@@ -114,6 +116,18 @@ def _handed_over(request: QuantizeRequest, begin: Begin) -> Result:
             f"recipe {request.recipe.name!r} runs in llm-compressor, in the source's RoPE order; "
             "run `ckptq permute` on its result"
         )
+    unheard = {
+        "--ignore": request.ignore,
+        "--scales": request.scales,
+        "--as-written": request.as_written,
+        "--max-ram": request.max_ram,
+    }
+    for option, given in unheard.items():
+        if given:
+            raise UsageError(
+                f"recipe {request.recipe.name!r} runs in llm-compressor, as it is written and with "
+                f"the whole model in memory; {option} does nothing there"
+            )
     ckpt = open_checkpoint(request.model, request.revision)
     return write_handed_over(
         ckpt,

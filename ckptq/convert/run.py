@@ -8,13 +8,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ckptq.checkpoint.journal import Journal
+from ckptq.checkpoint.journal import Journal, check_apart
 from ckptq.checkpoint.open import Checkpoint
 from ckptq.checkpoint.read import Files
 from ckptq.checkpoint.write import Shards, write_index
 from ckptq.convert import documents
 from ckptq.convert.preflight import check_disk, check_layers, slab_rooms
 from ckptq.convert.proof_cost import ProofCost, proof_cost
+from ckptq.device import find_device
 from ckptq.errors import UsageError
 from ckptq.models.encoded import unquantized_config
 from ckptq.permute.marks import marked_config, marked_metadata
@@ -52,7 +53,8 @@ class Result:
     resumed_units: int
     rope_proof: ProofCost | None = None
     """What `--rope-proof` costs, where it was asked for."""
-    serve: str
+    serve: str | None
+    """The command for vLLM; None where the checkpoint is for engines that do not permute q/k."""
 
 
 def write_quantized(
@@ -78,7 +80,9 @@ def write_quantized(
     cores unless it names a GPU; it changes no byte.
     """
     workers = workers or min(len(os.sched_getaffinity(0)), MOST_WORKERS)
+    check_apart(ckpt.path, out)
     check_disk(plan, out)
+    find_device(device)
     rooms = slab_rooms(plan, max_ram, workers)
     if scales is not None and scales.runs_model:
         check_layers(ckpt, plan, device)
@@ -101,7 +105,7 @@ def write_quantized(
         journal.close()
     return Result(
         out=out,
-        source=ckpt.name if ckpt.revision else str(ckpt.path),
+        source=str(ckpt.path),
         scheme=plan.recipe.name,
         source_bytes=ckpt.nbytes,
         output_bytes=plan.write_bytes,
@@ -213,8 +217,10 @@ def default_output(ckpt: Checkpoint, recipe: Recipe) -> Path:
     return Path(f"{ckpt.name.rpartition('/')[2]}-{recipe.name}")
 
 
-def serve_line(out: Path, plan: Plan) -> str:
-    """The command that serves the result."""
+def serve_line(out: Path, plan: Plan) -> str | None:
+    """The command that serves the result; None where vLLM would permute q/k a second time."""
+    if any(order != plan.layout.family.rope for order in plan.marks.values()):
+        return None
     line = f"vllm serve {out}"
     if plan.attention is None:
         return line

@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from ckptq.checkpoint.open import Checkpoint, open_checkpoint
+from ckptq.device import find_device
 from ckptq.errors import UsageError
 from ckptq.evaluate.harness import Benchmarks, check_installed, run_benchmarks
 from ckptq.evaluate.kv_cache import parse_cache
@@ -65,6 +66,7 @@ def _check(asked: EvaluationRequest) -> None:
     for name in asked.caches:
         parse_cache(name, None)
     asked.thresholds.check()
+    find_device(asked.device)
     if asked.thresholds.min_accuracy is not None and asked.task is None and not asked.tasks:
         raise UsageError(
             "--min-accuracy is a share of questions; give --task FILE or --tasks NAMES"
@@ -84,15 +86,9 @@ def _benchmarks(asked: EvaluationRequest) -> Benchmarks:
         folder=asked.tasks_path,
         limit=asked.questions,
         batch_size=asked.batch_size,
-        device=_device(asked),
+        device=str(find_device(asked.device)),
         vllm_python=asked.vllm_python,
     )
-
-
-def _device(asked: EvaluationRequest) -> str:
-    import torch
-
-    return asked.device or ("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def _evaluate(
@@ -123,7 +119,7 @@ def _evaluate(
         schemes=recipes,
         thresholds=asked.thresholds,
         batch_size=asked.batch_size,
-        device=_device(asked),
+        device=str(find_device(asked.device)),
         vllm_python=asked.vllm_python,
         begin=begin,
     )

@@ -35,6 +35,8 @@ class Family:
     rope: RopeOrder = "half-split"
     """Row order of q/k on disk. vLLM permutes an interleaved one itself while it loads."""
     fused_experts: FusedExperts | None = None
+    transposed_layers: bool = False
+    """Layers store [in, out] (transformers' Conv1D), where a Linear is [out, in]."""
 
 
 FAMILIES = (
@@ -54,6 +56,7 @@ FAMILIES = (
         model_types=("qwen3_vl_moe",),
         fused_experts=FusedExperts(transposed=True),
     ),
+    Family(name="gpt2", model_types=("gpt2", "openai-gpt"), transposed_layers=True),
     Family(
         name="qwen3.5-moe",
         model_types=("qwen3_5_moe",),

@@ -18,7 +18,7 @@ from pathlib import Path
 
 from ckptq import __version__
 from ckptq.checkpoint.header import StoredTensor
-from ckptq.checkpoint.journal import Journal, partial_of
+from ckptq.checkpoint.journal import Journal, check_apart, partial_of
 from ckptq.checkpoint.open import CONFIG, SINGLE, Checkpoint
 from ckptq.checkpoint.read import Files, bytes_of, read_tensor
 from ckptq.checkpoint.write import Shards, write_bytes, write_index, write_text
@@ -110,6 +110,7 @@ def permute_checkpoint(
     An interrupted run goes on when it is called again with the same plan. Memory: two copies of
     the largest q/k tensor for each of `workers` threads (as many as cores, if not given).
     """
+    check_apart(plan.ckpt.path, out)
     check_space(plan.ckpt, out)
     journal = Journal.open(out, fingerprint(plan), restart=restart)
     try:

@@ -19,7 +19,9 @@ from ckptq.permute.order import Sharing
 from ckptq.plan.attention import AttentionPlan, last_tensors, plan_attention
 from ckptq.plan.match import (
     choose,
+    refuse_idle_ignores,
     refuse_split_sets,
+    refuse_unread_weights,
     refuse_unserved,
     refuse_unserved_experts,
 )
@@ -67,10 +69,12 @@ def make_plan(
             )
         return _cache_alone(ckpt, recipe, shard_bytes)
     layout = read_layout(ckpt)
+    refuse_unread_weights(ckpt, layout)
     orders = read_marks(ckpt)
     if rope_order == "half-split":
         layout, orders = half_split(ckpt, layout)
     refuse_unserved(recipe.groups)
+    refuse_idle_ignores(layout, ignore)
     attention = plan_attention(ckpt, layout, recipe.attention) if recipe.attention else None
     chosen = choose(layout, recipe, (*recipe.ignore, *ignore))
     if permutable:

@@ -5,9 +5,11 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 
-from ckptq.errors import PlanError
-from ckptq.models.modules import Layout, fused_set
-from ckptq.recipes.load import Group, Recipe
+from ckptq.checkpoint.open import Checkpoint
+from ckptq.errors import PlanError, SourceError
+from ckptq.models.modules import Layout, fused_set, why_kept
+from ckptq.recipes.load import Group, Recipe, check_patterns
+from ckptq.spec import FLOATS
 
 EXPERT = re.compile(r"\.experts\.\d+\.")
 
@@ -20,12 +22,18 @@ NVFP4 = {"num_bits": 4, "type": "float", "strategy": "tensor_group", "group_size
 def choose(layout: Layout, recipe: Recipe, ignore: Sequence[str]) -> dict[str, Group]:
     """Linear -> group, for every Linear that is quantized.
 
+    PlanError for a group without any, and for a family whose layers hold no Linears.
     An exact name or `re:` pattern is stronger than a class name; of several, the first one counts.
     """
     groups = [g for g in recipe.groups if not g.is_attention]
     for group in groups:
         if group.weights is None:
             raise PlanError(f"group {group.name!r} has neither weights nor input_activations")
+    if groups and layout.family.transposed_layers:
+        raise PlanError(
+            f"recipe {recipe.name!r}: layers of {layout.family.name} are stored as [in, out] "
+            "(Conv1D); wanted Linears, [out, in]"
+        )
     chosen = {}
     for linear in layout.linears.values():
         if any(matches(pattern, linear.name) for pattern in ignore):
@@ -50,6 +58,37 @@ def matches(pattern: str, name: str) -> bool:
     if pattern.startswith("re:"):
         return re.match(pattern.removeprefix("re:"), name) is not None
     return pattern == name
+
+
+def refuse_idle_ignores(layout: Layout, ignore: Sequence[str]) -> None:
+    """PlanError for `--ignore` of what is not there: a typo would quantize what was to be left.
+
+    An output head that is tied to the embedding is not stored, and may be named all the same.
+    """
+    check_patterns("--ignore", ignore)
+    for pattern in ignore:
+        if not any(matches(pattern, name) for name in (*layout.linears, "lm_head")):
+            raise PlanError(
+                f"--ignore {pattern!r}: matches no Linear of this checkpoint; wanted a full name "
+                "or re:PATTERN, which is matched from the start; `ckptq inspect` lists the names"
+            )
+
+
+def refuse_unread_weights(ckpt: Checkpoint, layout: Layout) -> None:
+    """SourceError for a Linear's weight that is neither a float nor declared as quantized.
+
+    It would be copied as if it were no weight, and no engine could tell what its codes mean.
+    """
+    for name in layout.others:
+        tensor = ckpt.tensors[name]
+        module, _, local = name.rpartition(".")
+        linear = local == "weight" and len(tensor.spec.shape) == 2
+        kept = why_kept(module, layout.layers, layout.num_layers)
+        if linear and kept is None and tensor.spec.dtype not in FLOATS:
+            raise SourceError(
+                f"{tensor.file}: tensor {name!r} is {tensor.spec}, and config.json has no scheme "
+                f"for it; wanted one of {', '.join(FLOATS)}, or codes with their scales"
+            )
 
 
 def refuse_split_sets(layout: Layout, chosen: Mapping[str, Group]) -> None:

@@ -6,7 +6,10 @@ test, so that running one does not wait for its import (5 s). The rest goes thro
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import re
+import sys
+from collections.abc import Iterable, Mapping
+from contextlib import redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -128,9 +131,11 @@ def load_recipe(file: Path) -> Recipe:
 
 def load_text(name: str, text: str) -> Recipe:
     """Parse with llm-compressor's own models, so that a typo fails with its field named."""
-    from llmcompressor.modifiers.quantization import QuantizationModifier
-    from llmcompressor.modifiers.quantization.quantization.mixin import QuantizationMixin
-    from llmcompressor.recipe import Recipe as LlmRecipe
+    # its log goes to what is stdout while it is imported, and that is for results
+    with redirect_stdout(sys.stderr):
+        from llmcompressor.modifiers.quantization import QuantizationModifier
+        from llmcompressor.modifiers.quantization.quantization.mixin import QuantizationMixin
+        from llmcompressor.recipe import Recipe as LlmRecipe
 
     try:
         modifiers = LlmRecipe.create_instance(text).modifiers
@@ -141,7 +146,9 @@ def load_text(name: str, text: str) -> Recipe:
         raise UsageError(f"not valid YAML: {error}") from error
     others = tuple(type(m).__name__ for m in modifiers if type(m) is not QuantizationModifier)
     if not modifiers:
-        raise UsageError("the recipe holds no modifier")
+        raise UsageError(
+            "the recipe holds no modifier; wanted a stage of modifiers, as `ckptq recipes NAME` has"
+        )
     if len(configs) > 1:
         raise UsageError(
             f"{len(configs)} modifiers quantize; one with several config_groups is wanted"
@@ -158,9 +165,21 @@ def load_text(name: str, text: str) -> Recipe:
         )
         kv = _dump(config.kv_cache_scheme)
         ignore = tuple(config.ignore or ())
+    check_patterns("ignore", ignore)
+    for group in groups:
+        check_patterns(f"group {group.name!r}: target", group.targets)
     return Recipe(
         name=name, groups=groups, ignore=ignore, kv_cache_scheme=kv, handed_over=others, text=text
     )
+
+
+def check_patterns(what: str, patterns: Iterable[str]) -> None:
+    """UsageError for a `re:` pattern that is no regular expression."""
+    for pattern in patterns:
+        try:
+            re.compile(pattern.removeprefix("re:") if pattern.startswith("re:") else "")
+        except re.error as error:
+            raise UsageError(f"{what} {pattern!r}: not a regular expression: {error}") from error
 
 
 def _resolved_group(name: str, scheme: Any) -> Group | None:

@@ -18,7 +18,7 @@ from ckptq.verify.kinds import finding
 from ckptq.verify.order import Undo
 from ckptq.verify.report import Finding
 from ckptq.verify.stored_linear import source_rows
-from ckptq.verify.subject import CODES, Subject
+from ckptq.verify.subject import CODES, SCALES, Subject
 
 CHUNK = 1 << 22
 FAST_BYTES = 1 << 16
@@ -42,8 +42,8 @@ def pairs(subject: Subject) -> Iterator[tuple[StoredTensor, StoredTensor | Weigh
     for name, tensor in subject.ckpt.tensors.items():
         module, _, local = name.rpartition(".")
         known = subject.modules.get(module)
-        if known is not None and known.quantized and local in CODES:
-            continue
+        if known is not None and known.quantized and local in (*CODES, *SCALES):
+            continue  # judged together, also where the source has scales of its own
         original = subject.source.tensors.get(name)
         if original is not None and original.spec == tensor.spec:
             yield tensor, original

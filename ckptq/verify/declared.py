@@ -48,7 +48,6 @@ class Declared:
     present: bool
     groups: tuple[Group, ...] = ()
     ignore: Names
-    ignore_entries: tuple[str, ...] = ()
     kv_strategy: str | None = None
     """"tensor" or "attn_head"; None where no KV-cache scheme is declared."""
     attention_group: bool = False
@@ -95,7 +94,6 @@ def read_declared(ckpt: Checkpoint) -> tuple[Declared, list[Finding]]:
         present=True,
         groups=groups,
         ignore=names,
-        ignore_entries=tuple(ignore),
         kv_strategy=_kv_strategy(config, found),
         attention_group=bool(attention),
     )

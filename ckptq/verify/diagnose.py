@@ -168,11 +168,12 @@ def _reshaped(case: Case, sample: Sample) -> Iterator[tuple[float, Finding]]:
 
 
 def _sources(case: Case, sample: Sample) -> dict[str, Tensor]:
-    """The source of a Linear and of those that are fused with it, in the sample's columns."""
+    """The source of a Linear and of those that are fused with it, in the sample's columns,
+    as far as the source has them."""
     name = sample.linear.name
     parent, _, projection = name.rpartition(".")
     members = next((s for s in FUSED_SETS if projection in s), (projection,))
-    names = [n for m in members if (n := f"{parent}.{m}") in case.linears]
+    names = [n for m in members if (n := f"{parent}.{m}") in case.tallies]
     return {n: sample.w_RK if n == name else case.sample(n).w_RK for n in names}
 
 

@@ -5,7 +5,9 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Sequence
 from html import escape
+from pathlib import Path
 
+from ckptq.checkpoint.write import write_text
 from ckptq.console import size
 from ckptq.verify.kinds import KINDS
 from ckptq.verify.report import Finding, HeadResult, Report
@@ -37,6 +39,11 @@ svg .grid { stroke: var(--line); stroke-width: 0.6; }
   white-space: nowrap; display: inline-block; }
 .legend svg { width: 10px; height: 10px; margin: 0 4px 0 0; vertical-align: -1px; }
 """
+
+
+def write_html_report(file: Path, report: Report) -> None:
+    """Write the page; MachineError names the file that the machine would not take."""
+    write_text(file, html_report(report))
 
 
 def html_report(report: Report) -> str:

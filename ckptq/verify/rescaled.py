@@ -107,7 +107,7 @@ def _factors(case: Case, tensor: str, reader: Columns) -> Iterator[Tensor]:
     module = tensor.rpartition(".")[0]
     if module in case.linears:
         beside = module.rpartition(".")[0] == reader.name.rpartition(".")[0]
-        if beside and case.linears[module].shape[0] == reader.channels:
+        if beside and module in case.tallies and case.linears[module].shape[0] == reader.channels:
             sample = case.sample(module)
             dot_R = (sample.weights() * sample.w_RK).sum(1)
             yield dot_R / sample.w_RK.square().sum(1).clamp(min=1e-30)

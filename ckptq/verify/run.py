@@ -45,6 +45,8 @@ def verify(
     structure = [*declared_wrong, *check_structure(subject, problems)]
     if headers_only and (engine is not None or attention):
         raise UsageError("headers alone show neither an engine's loader nor attention")
+    if text is not None and not attention:
+        raise UsageError(f"--data {text}: only --attention runs text")
     options = Options(
         fast=fast,
         engine=find_engine(engine) if engine is not None else None,

@@ -7,7 +7,9 @@ from safetensors.torch import save_file
 
 from ckptq.calibrate.run import calibrate
 from ckptq.calibrate.scales import load_scales, save_scales, source_fingerprint
+from ckptq.convert.quantize import QuantizeRequest, quantize
 from ckptq.errors import SourceError
+from ckptq.recipes.load import load_scheme
 
 ROWS = token_rows([16] * 4)
 
@@ -46,6 +48,21 @@ def test_statistics_explain_the_scales(scales):
 
 def test_fingerprint_tells_checkpoints_apart(saved):
     assert source_fingerprint(saved("llama")) != source_fingerprint(saved("llama-tied"))
+
+
+def test_scales_of_another_checkpoint_are_told(saved, scales, tmp_path):
+    """The same names and shapes, so that nothing else would show it."""
+    file, recipe = tmp_path / "scales", load_scheme("kv-fp8-per-head")
+    save_scales(file, scales)
+    told: dict[str, list[str]] = {"llama": [], "qwen3": []}
+    for family, notes in told.items():
+        request = QuantizeRequest(
+            model=saved(family).path, recipe=recipe, scales=file, out=tmp_path / family
+        )
+        quantize(request, note=notes.append)
+    assert told["llama"] == []
+    assert len(told["qwen3"]) == 1
+    assert f"scales: was calibrated on {saved('llama').name}, whose config" in told["qwen3"][0]
 
 
 def test_missing_file_is_named(tmp_path):

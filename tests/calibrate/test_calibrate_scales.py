@@ -1,19 +1,26 @@
 """Scales are the true maxima over 448, and llm-compressor's, to the last bit."""
 
+import json
+import shutil
 from contextlib import nullcontext
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
 import transformers
 from calibrate_models import HEADS, KV_HEADS, make, samples_of, token_rows
 from calibrate_oneshot import oneshot_attention
+from safetensors.torch import load_file, save_file
 
 from ckptq.calibrate import attention
 from ckptq.calibrate.run import calibrate
 from ckptq.calibrate.text import Samples
-from ckptq.checkpoint.open import open_checkpoint
+from ckptq.checkpoint.open import Checkpoint, open_checkpoint
 from ckptq.errors import SourceError, UsageError
+from ckptq.plan.make import make_plan
+from ckptq.recipes.load import load_scheme
+from ckptq.spec import spec_of
 
 ROWS = token_rows([24] * 8)
 
@@ -69,6 +76,55 @@ def test_names_and_shapes_are_those_of_the_checkpoint(saved):
         assert scale.shape == (heads, 1, 1)
         assert scale.dtype == torch.bfloat16
     assert scales.attention_class == "Gemma3Attention"
+
+
+def changed(ckpt: Checkpoint, folder: Path, change, **config) -> Checkpoint:
+    """The same checkpoint with other tensors, in one file."""
+    shutil.copytree(ckpt.path, folder, ignore=shutil.ignore_patterns("*.safetensors*"))
+    tensors = {n: t for f in ckpt.path.glob("*.safetensors") for n, t in load_file(f).items()}
+    save_file(change(tensors), folder / "model.safetensors")
+    (folder / "config.json").write_text(json.dumps({**ckpt.config, **config}))
+    return open_checkpoint(folder)
+
+
+def with_frequencies(tensors):
+    """As old Llama checkpoints have them: float32, and before the weights of their layer."""
+    made = {f"model.layers.{i}.self_attn.a.inv_freq": torch.ones(8) for i in range(4)}
+    return {**made, **tensors}
+
+
+def in_fp8_blocks(tensors):
+    """As DeepSeek and Qwen ship FP8: float32 scales of blocks."""
+    made = dict(tensors)
+    for name in [n for n in tensors if n.endswith("_proj.weight")]:
+        w_RC = tensors[name].float()
+        scale = w_RC.abs().amax() / 448
+        made[name] = (w_RC / scale).to(torch.float8_e4m3fn)
+        blocks = [-(-size // 128) for size in w_RC.shape]
+        made[f"{name}_scale_inv"] = torch.full(blocks, float(scale))
+    return made
+
+
+BLOCKS = {"quant_method": "fp8", "weight_block_size": [128, 128]}
+
+
+@pytest.mark.parametrize(
+    ("change", "config"),
+    [(with_frequencies, {}), (in_fp8_blocks, {"quantization_config": BLOCKS})],
+)
+def test_tensors_of_another_dtype_beside_the_weights_change_no_scale(
+    saved, tmp_path, change, config
+):
+    """The scales are those that the plan promises, in the dtype of the weights."""
+    ckpt = changed(saved("llama"), tmp_path / "changed", change, **config)
+    plan = make_plan(ckpt, load_scheme("fp8-per-head"))
+    assert plan.attention is not None
+    promised = {n: s for scales in plan.attention.scales.values() for n, s in scales.items()}
+    scales = calibrate(ckpt, samples_of(ROWS[:2])).tensors
+    assert {name: spec_of(scale) for name, scale in scales.items()} == promised
+    if change is with_frequencies:
+        wanted = calibrate(saved("llama"), samples_of(ROWS[:2])).tensors
+        assert all(torch.equal(scales[name], wanted[name]) for name in wanted)
 
 
 def test_vision_attention_gets_no_scales(saved):

@@ -1,6 +1,7 @@
 """Every kind of calibration text becomes the token ids that it should."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -60,6 +61,28 @@ def test_jsonl_rows_are_samples_cut_to_length(checkpoint, tmp_path):
     assert found.token_ids == ((1, 3, 4, 5), (9, 8), (1, 60, 5), (1, 60, 5, 1))
 
 
+def test_blank_rows_are_no_samples(checkpoint, tmp_path):
+    """They would be taken as samples of the beginning alone."""
+    file = write(
+        tmp_path / "wiki.jsonl", {"text": ""}, {"text": "w3"}, {"text": " \n"}, {"text": "w4"}
+    )
+    assert read_samples(file, checkpoint, samples=2).token_ids == ((1, 3), (1, 4))
+    with pytest.raises(SourceError, match=r"blank\.jsonl: no calibration text in it"):
+        read_samples(write(tmp_path / "blank.jsonl", {"text": ""}), checkpoint)
+
+
+def test_a_conversation_that_the_template_does_not_take_is_named(checkpoint, tmp_path):
+    broken = tmp_path / "broken"
+    shutil.copytree(checkpoint, broken)
+    (broken / "chat_template.jinja").write_text("{{ messages[0]['content'] + ' w5' }}")
+    file = write(tmp_path / "a.jsonl", {"messages": [{"role": "user", "content": 5}]})
+    with pytest.raises(SourceError, match=r"a\.jsonl: sample 1: the chat template in .*broken"):
+        read_samples(file, broken)
+    (broken / "chat_template.jinja").write_text("{{ raise_exception('no tools here') }}")
+    with pytest.raises(SourceError, match=r"a\.jsonl: sample 1: .*no tools here"):
+        read_samples(file, broken)
+
+
 def test_parquet_rows_are_samples(checkpoint, tmp_path):
     import pyarrow
     import pyarrow.parquet
@@ -115,6 +138,7 @@ def test_empty_text_names_the_file(checkpoint, tmp_path, name, content):
         ('{"text": "w3"}\n{"text": ', "line 2: not valid JSON"),
         ("[1, 2]", "line 1: not a JSON object"),
         ('{"prompt": "w3"}', "sample 1 has the fields prompt; wanted text"),
+        ('{"text": 3}', "sample 1: text is int, wanted a string"),
         ('{"input_ids": [3, "x"]}', "sample 1: input_ids must be a list of integers"),
         ('{"messages": [{"content_": "w3"}]}', "a turn needs role and content"),
     ],

@@ -111,6 +111,27 @@ def test_a_different_run_is_refused_with_the_difference_named(out, changed, name
     assert begin(out).done == {"a"}
 
 
+def test_a_run_that_failed_before_any_work_is_in_nobodys_way(out):
+    interrupted(out)
+    (partial_of(out) / "checkpoint" / "model.safetensors").write_text("room for tensors")
+    (partial_of(out) / "calibration").mkdir()
+    (partial_of(out) / "calibration" / "run.json").write_text("{}")
+    journal = begin(out, run=RUN | {"recipe": "int4"})
+    assert list(journal.scratch.iterdir()) == []
+    assert not journal.calibration.exists()
+    assert '"int4"' in (partial_of(out) / "journal.jsonl").read_text()
+
+
+@pytest.mark.parametrize("work", ["calibration/layer-00001/batch", "calibration/s", "oneshot/done"])
+def test_a_different_run_is_refused_where_the_first_has_worked(out, work):
+    interrupted(out)
+    file = partial_of(out) / work
+    file.parent.mkdir(parents=True)
+    file.write_text("")
+    assert 'recipe was "fp8", is "int4"' in refusal(out, run=RUN | {"recipe": "int4"})
+    assert file.exists()
+
+
 def test_restart_begins_anew(out):
     interrupted(out, "a")
     (partial_of(out) / "checkpoint" / "old").write_text("")

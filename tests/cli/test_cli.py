@@ -2,23 +2,29 @@
 
 from __future__ import annotations
 
-import errno
 import io
 import json
 import shutil
 import subprocess
 import sys
 from contextlib import redirect_stderr, redirect_stdout
+from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
 import pytest
 import torch
 import typer
+import yaml
 from safetensors.torch import load_file, save_file
 
-from ckptq.__main__ import main
+from ckptq.__main__ import Interrupted, main
+from ckptq.checkpoint.open import open_checkpoint
 from ckptq.cli import app
+from ckptq.convert.run import write_quantized
+from ckptq.plan.make import make_plan
+from ckptq.recipes.load import load_scheme
+from ckptq.spec import dtype_name
 
 SURFACE = {
     "quantize": {
@@ -154,6 +160,63 @@ def test_the_default_output_is_named_after_model_and_scheme(
     assert (tmp_path / "llama-w4a16-g32" / "config.json").exists()
 
 
+def test_a_snapshot_in_the_hubs_cache_goes_by_its_hub_id(
+    llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its folder is called by a commit, and its files are links."""
+    snapshot = tmp_path / "hub" / "models--org--a-model" / "snapshots" / "0123abc"
+    snapshot.mkdir(parents=True)
+    for file in llama.iterdir():
+        (snapshot / file.name).symlink_to(file)
+    monkeypatch.chdir(tmp_path)
+    done = run("quantize", snapshot, "-s", "fp8-dynamic", "--json")
+    assert json.loads(done.stdout)["out"] == "a-model-fp8-dynamic"
+    assert "base_model: org/a-model\n" in Path("a-model-fp8-dynamic", "README.md").read_text()
+
+
+def test_what_verify_is_given_is_what_was_read(llama: Path, tmp_path: Path) -> None:
+    """A hub id alone would be another revision; `verify` takes none."""
+    ckpt = replace(open_checkpoint(llama), name="org/a-model", revision="v2")
+    plan = make_plan(ckpt, load_scheme("fp8-dynamic"))
+    result = write_quantized(ckpt, plan, tmp_path / "out", arguments={})
+    assert result.source == str(llama)
+
+
+def test_every_recipe_is_data_too(llama: Path) -> None:
+    """`--json` of a recipe printed YAML."""
+    for name in ("fp8-per-head", "FP8_DYNAMIC"):
+        done = run("recipes", name, "--json")
+        assert json.loads(done.stdout) == yaml.safe_load(run("recipes", name).stdout)
+
+
+def test_stdout_is_for_results_alone(llama: Path, tmp_path: Path) -> None:
+    """In a process of its own: llm-compressor's log goes to what stdout is when it is imported."""
+    command = ["quantize", str(llama), "-s", "FP8_DYNAMIC", "-o", str(tmp_path / "out"), "--json"]
+    done = subprocess.run(
+        [sys.executable, "-m", "ckptq", *command], capture_output=True, text=True, check=True
+    )
+    assert json.loads(done.stdout)["scheme"] == "FP8_DYNAMIC"
+
+
+def test_vllm_is_not_proposed_for_rows_that_it_would_permute_again(
+    llama: Path, tmp_path: Path
+) -> None:
+    config = json.loads((llama / "config.json").read_text())
+    config |= {"model_type": "llama4_text", "head_dim": 32}
+    (llama / "config.json").write_text(json.dumps(config))
+    for order, proposed in (("keep", True), ("half-split", False)):
+        out = tmp_path / order
+        arguments = ("quantize", llama, "-s", "fp8-dynamic", "--rope-order", order, "-o", out)
+        done = run(*arguments)
+        assert done.returncode == 0, done.stderr
+        assert (f"vllm serve {out}" in done.stdout) is proposed
+        assert ("vLLM would permute them again" in done.stdout) is not proposed
+
+
+def test_text_that_verify_would_not_run_is_refused(llama: Path) -> None:
+    refused(2, "--data t.txt: only --attention runs text", "verify", llama, "--data", "t.txt")
+
+
 def test_inspect_reads_headers(llama: Path) -> None:
     found = json.loads(run("inspect", llama, "--json").stdout)
     assert found["scheme"] == "unquantized"
@@ -176,6 +239,26 @@ def test_bad_input_is_named(llama: Path, tmp_path: Path) -> None:
     out = tmp_path / "taken"
     out.mkdir()
     refused(2, "exists already", "quantize", llama, "-s", "fp8-dynamic", "-o", out)
+
+
+@pytest.mark.parametrize(
+    ("device", "code", "words"),
+    [
+        ("gpu", 2, "--device gpu: wanted cpu, cuda or cuda:N"),
+        ("cuda:x", 2, "--device cuda:x: wanted cpu, cuda or cuda:N"),
+        ("meta", 2, "--device meta: wanted cpu, cuda or cuda:N"),
+        ("cuda:99", 4, "--device cuda:99: there "),
+    ],
+)
+def test_a_device_that_is_not_here_is_refused_before_the_work(
+    llama: Path, tmp_path: Path, device: str, code: int, words: str
+) -> None:
+    out = ("-o", tmp_path / "out", "--device", device)
+    refused(code, words, "quantize", llama, "-s", "fp8-dynamic", *out)
+    refused(code, words, "quantize", llama, "-s", "fp8-per-head", *out)
+    refused(code, words, "calibrate", llama, *out)
+    refused(code, words, "evaluate", llama, "--schemes", "w8a8", "--device", device)
+    assert not list(tmp_path.glob("out*")), "nothing was begun"
 
 
 def test_a_pickle_only_checkpoint_is_refused(llama: Path) -> None:
@@ -210,6 +293,17 @@ def test_nan_is_refused_with_the_tensor_named_and_nothing_published(
     assert not out.exists()
 
 
+@pytest.mark.parametrize("dtype", [torch.int8, torch.float8_e4m3fn, torch.float8_e5m2])
+def test_codes_that_nothing_explains_are_refused(llama: Path, tmp_path: Path, dtype) -> None:
+    """One Linear of them was copied, in silence, as if it were no weight."""
+    tensors = load_file(llama / "model.safetensors")
+    name = "model.layers.0.self_attn.o_proj.weight"
+    tensors[name] = tensors[name].to(dtype)
+    save_file(tensors, llama / "model.safetensors", metadata={"format": "pt"})
+    words = f"model.safetensors: tensor '{name}' is {dtype_name(dtype)} [32, 32], and config.json"
+    refused(3, words, "quantize", llama, "-s", "w8a8", "-o", tmp_path / "out")
+
+
 def test_a_model_without_attention_heads(llama: Path) -> None:
     (llama / "config.json").write_text(json.dumps({"model_type": "mamba"}))
     refused(2, "no attention heads", "quantize", llama, "-s", "kv-fp8-per-head")
@@ -237,13 +331,31 @@ def test_a_file_that_could_not_be_written_is_refused_before_the_work(
     assert f"--html {tmp_path / place}: " in page.stderr
 
 
-def test_what_the_machine_refuses_is_one_message(
-    llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def full(*_: object, **__: object) -> None:
-        raise OSError(errno.ENOSPC, "No space left on device", "report.html")
+@pytest.mark.parametrize("out", ["", ".", "/", ".."])
+def test_an_output_without_a_name_is_refused(llama: Path, out: str) -> None:
+    refused(2, "exists already", "quantize", llama, "-s", "fp8-dynamic", "-o", out)
 
-    monkeypatch.setattr(Path, "write_text", full)
-    done = run("verify", llama, "--html", tmp_path / "report.html")
-    assert done.returncode == 4
-    assert done.stderr.endswith("error: [Errno 28] No space left on device: 'report.html'\n")
+
+def test_a_revision_of_a_folder_is_refused(llama: Path) -> None:
+    """It was ignored, and written into the model card."""
+    words = f"--revision v2: is of a hub id, {llama} is a folder here"
+    refused(2, words, "quantize", llama, "-s", "fp8-dynamic", "--revision", "v2", "--dry-run")
+    refused(2, words, "inspect", llama, "--revision", "v2")
+
+
+def test_only_what_is_resumed_says_so(llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def stop(*_: object, **__: object) -> None:
+        raise Interrupted
+
+    monkeypatch.setattr("ckptq.checkpoint.open.open_checkpoint", stop)
+    monkeypatch.setattr("ckptq.convert.quantize.open_checkpoint", stop)
+    for command, words in (
+        (("quantize", llama, "-s", "w8a8"), "the same command goes on"),
+        (("verify", llama), "interrupted; nothing is kept"),
+    ):
+        refused(130, words, *command)
+
+
+def test_what_the_machine_refuses_is_one_message(llama: Path) -> None:
+    refused(4, "error: /dev/full: No space left on device; free", "verify", llama, "--html",
+            "/dev/full")  # fmt: skip

@@ -98,6 +98,23 @@ def test_a_folder_that_cannot_be_written_is_named(source, monkeypatch):
         convert(source, source.parent / "out", FP8)
 
 
+def test_an_output_behind_a_file_is_refused(source, tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UsageError, match=r"file: is a file, wanted a folder to write x in"):
+        convert(source, tmp_path / "file" / "x", FP8)
+
+
+@pytest.mark.parametrize("place", ["out", "deeper/out", "../link/out"])
+def test_an_output_inside_the_source_is_refused(source, place):
+    """Its journal and shards would be side files of the source, and copied into it."""
+    (source.parent / "link").symlink_to(source)
+    before = digests(source)
+    with pytest.raises(UsageError, match=r"out: lies inside the source .*source; choose"):
+        convert(source, source / place, FP8)
+    assert digests(source) == before
+    convert(source, source.parent / "source-fp8", FP8)
+
+
 def test_an_output_that_exists_is_refused_whatever_the_disk(source, tmp_path, monkeypatch):
     convert(source, tmp_path / "out", FP8)
     before = digests(tmp_path / "out")

@@ -12,7 +12,8 @@ from safetensors.torch import load_file
 from ckptq.calibrate.request import CalibrationRequest
 from ckptq.checkpoint.open import open_checkpoint
 from ckptq.convert.handover import check_handed_over, write_handed_over
-from ckptq.errors import UsageError
+from ckptq.convert.quantize import QuantizeRequest, quantize
+from ckptq.errors import SourceError, UsageError
 from ckptq.recipes.load import load_text
 from ckptq.verify.run import verify
 
@@ -66,6 +67,35 @@ def test_gptq_runs_in_llm_compressor_and_is_written_by_us(llama: Path, tmp_path:
     assert not (tmp_path / "out.partial").exists()
     codes = load_file(out / "model.safetensors")["model.layers.0.mlp.up_proj.weight_packed"]
     assert codes.dtype == torch.int32
+
+
+@pytest.mark.parametrize(
+    ("changed", "words"),
+    [
+        ({"architectures": None}, r"config.json: architectures \[\] are not in transformers"),
+        ({"model_type": "new"}, "config.json: transformers cannot read it"),
+        ({"intermediate_size": 64}, "llama: transformers cannot load the model"),
+    ],
+)
+def test_a_model_that_transformers_cannot_load_is_named(
+    llama: Path, tmp_path: Path, changed: dict, words: str
+) -> None:
+    config = json.loads((llama / "config.json").read_text())
+    (llama / "config.json").write_text(json.dumps(config | changed))
+    wanted = CalibrationRequest(data=str(tmp_path / "text.txt"), samples=2, seq_len=8)
+    recipe = load_text("gptq", GPTQ)
+    with pytest.raises(SourceError, match=words):
+        write_handed_over(open_checkpoint(llama), recipe, tmp_path / "out", wanted, arguments={})
+
+
+@pytest.mark.parametrize(
+    ("option", "value"),
+    [("ignore", ("re:.*up",)), ("scales", Path("s")), ("as_written", True), ("max_ram", 10**9)],
+)
+def test_options_that_would_not_be_heard_are_refused(llama: Path, option: str, value) -> None:
+    request = QuantizeRequest(model=llama, recipe=load_text("gptq", GPTQ), **{option: value})
+    with pytest.raises(UsageError, match=f"--{option.replace('_', '-')} does nothing there"):
+        quantize(request)
 
 
 def test_modifiers_that_nobody_does_are_refused_by_name() -> None:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
 
 import pytest
 
 from ckptq.checkpoint.open import open_checkpoint
-from ckptq.errors import PlanError
+from ckptq.errors import PlanError, UsageError
 from ckptq.plan.make import fill_shards, make_plan
 from ckptq.plan.unit import Plan, Unit
 from ckptq.recipes.load import load_scheme, load_text
@@ -71,6 +72,32 @@ def test_experts_left_as_a_whole_stay_fused_and_are_ignored_by_a_pattern(llama4:
     pattern = next(name for name in plan.ignore if name.startswith("re:"))
     assert re.match(pattern.removeprefix("re:"), f"{experts}.0.gate_proj")
     assert not re.match(pattern.removeprefix("re:"), experts.replace("experts", "shared_expert"))
+
+
+def test_layers_that_are_stored_transposed_are_refused(llama: Path) -> None:
+    """GPT-2's weights have the shapes of Linears, and would be scaled along the wrong axis."""
+    config = json.loads((llama / "config.json").read_text())
+    (llama / "config.json").write_text(json.dumps(config | {"model_type": "gpt2"}))
+    with pytest.raises(PlanError, match=r"layers of gpt2 are stored as \[in, out\]"):
+        plan_of(llama, "fp8-dynamic")
+    plan_of(llama, "kv-fp8-per-head")
+
+
+@pytest.mark.parametrize("pattern", ["re:.*self_atn", "*.q_proj", "Linear", "", "self_attn.q_proj"])
+def test_an_ignore_that_matches_nothing_is_refused(llama: Path, pattern: str) -> None:
+    """A typo must not quantize what was to be left alone."""
+    with pytest.raises(PlanError, match=re.escape(f"--ignore {pattern!r}: matches no Linear")):
+        plan_of(llama, "fp8-dynamic", ignore=["re:.*self_attn", pattern])
+
+
+def test_an_ignore_that_is_no_pattern_is_refused(llama: Path) -> None:
+    with pytest.raises(UsageError, match=r"--ignore 're:\.\*\(': not a regular expression"):
+        plan_of(llama, "fp8-dynamic", ignore=["re:.*("])
+
+
+def test_a_head_that_is_not_stored_may_be_ignored(llama4: Path) -> None:
+    for ignore in ("lm_head", "re:.*lm_head", "language_model.lm_head"):
+        plan_of(llama4, "fp8-dynamic", ignore=[ignore])
 
 
 def test_one_quantized_expert_splits_all_fused_layers(llama4: Path) -> None:

@@ -6,6 +6,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 import pytest
+import yaml
 
 from ckptq.errors import UsageError
 from ckptq.quantize.scheme import WeightScheme
@@ -68,6 +69,17 @@ def test_a_typo_is_named(tmp_path: Path) -> None:
     file = tmp_path / "recipe.yaml"
     file.write_text(load_scheme("fp8-dynamic").text.replace("ignore:", "ignroe:"))
     with pytest.raises(UsageError, match=r"(?s)recipe\.yaml.*ignroe"):
+        load_recipe(file)
+
+
+@pytest.mark.parametrize("where", ["ignore", "targets"])
+def test_a_pattern_that_is_none_is_named(tmp_path: Path, where: str) -> None:
+    file = tmp_path / "recipe.yaml"
+    fields = {"ignore": ["lm_head"], "targets": ["Linear"]}
+    modifier = {"scheme": "W8A8", **fields, where: [*fields[where], "re:.*(q_proj"]}
+    stage = {"a_modifiers": {"QuantizationModifier": modifier}}
+    file.write_text(yaml.safe_dump({"a_stage": stage}))
+    with pytest.raises(UsageError, match=r"recipe\.yaml: .*'re:\.\*\(q_proj': not a regular expr"):
         load_recipe(file)
 
 

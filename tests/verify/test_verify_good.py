@@ -1,7 +1,7 @@
 """A good checkpoint has no finding: every format, every family, with its source and without."""
 
 import pytest
-from verify_checkpoints import FAMILIES, WEIGHTS
+from verify_checkpoints import FAMILIES, WEIGHTS, Editor, convert, kv_recipe, recipe
 
 from ckptq.verify.run import verify
 
@@ -16,6 +16,24 @@ def test_our_own_have_no_finding(good, family, weights):
     assert report.checks["linears compared"] == report.checks["linears quantized"] > 0
     assert all(t.codes_wrong == t.scales_wrong == 0 for t in report.tensors)
     assert all(t.snr_db > t.floor_db for t in report.tensors)
+
+
+@pytest.mark.parametrize("before", ["int4-asym", "fp8-block", "fp8-channel", "int8"])
+def test_a_source_that_is_quantized(good, before, tmp_path):
+    """Both have scales of the same names, and maybe of the same shapes; they are no copies."""
+    source, _ = good("llama", before)
+    report = verify(convert(source, tmp_path / "again", recipe("fp8-channel")), source)
+    assert report.findings == ()
+    assert report.checks["linears compared"] == report.checks["linears quantized"] > 0
+
+
+def test_a_scale_of_weights_that_were_kept_is_not_lost(good, tmp_path):
+    source, _ = good("llama", "fp8-channel")
+    kept = Editor(convert(source, tmp_path / "kept", kv_recipe()))
+    assert verify(kept.folder, source).findings == ()
+    name = kept.named("up_proj.weight_scale")
+    kept.tensors[name][5] *= 1.5
+    assert {f.tensor for f in verify(kept.save(), source).findings} == {name}
 
 
 @pytest.mark.parametrize("family", FAMILIES)

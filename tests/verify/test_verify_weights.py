@@ -155,6 +155,31 @@ def test_a_format_that_suits_badly_is_noted(sources, tmp_path):
     assert [note.code for note in report.notes] == ["low-snr"]
 
 
+@pytest.mark.parametrize("weights", ["fp8-channel", "int8", "int4-asym"])
+def test_large_weights_need_no_source(sources, tmp_path, weights):
+    """As the examples' projections have, which make up for small values: 2350 at most."""
+    source = copy_of(sources("llama"), tmp_path / "source")
+    name = source.named("layers.1.self_attn.o_proj.weight")
+    source.tensors[name] *= 2400 / source.tensors[name].abs().amax(1, keepdim=True)
+    folder = convert(source.save(), tmp_path / "out", recipe(weights))
+    assert verify(folder).findings == ()
+
+
+def test_a_suspect_whose_sibling_the_source_lacks(good, tmp_path):
+    """What is beside a wrong weight is tried in its place; an extra Linear has no source to try."""
+    folder, source = good("llama", "fp8-channel")
+    shutil.copytree(source, tmp_path / "source")
+    tensors = load_file(tmp_path / "source" / "model.safetensors")
+    del tensors["model.layers.1.mlp.up_proj.weight"]
+    save_file(tensors, tmp_path / "source" / "model.safetensors", metadata={"format": "pt"})
+    edit = copy_of(folder, tmp_path / "out")
+    gate = edit.tensors["model.layers.1.mlp.gate_proj.weight"]
+    edit.tensors["model.layers.1.mlp.gate_proj.weight"] = gate[torch.randperm(len(gate))]
+    report = verify(edit.save(), tmp_path / "source")
+    assert "model.layers.1.mlp.gate_proj.weight" in {f.tensor for f in report.findings}
+    assert "model.layers.1.mlp.up_proj.weight" in {f.tensor for f in report.findings}
+
+
 def test_what_is_not_finite_needs_no_source(good, tmp_path):
     editor = copy_of(good("llama", "int8")[0], tmp_path / "nan")
     editor.tensors["model.norm.weight"][3] = float("inf")
