@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from ckptq.recipes.load import Recipe
 
 
-NOT_IN_VLLM = "with an engine that leaves the rows of q/k alone; vLLM would permute them again"
+NOT_IN_VLLM = "with an engine that takes rows and blocks as they are written; vLLM does not"
 
 
 def show_quantized(result: Result, json: bool) -> None:

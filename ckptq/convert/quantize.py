@@ -13,6 +13,7 @@ from ckptq.convert.handover import write_handed_over
 from ckptq.convert.run import Result, default_output, write_quantized
 from ckptq.errors import UsageError
 from ckptq.permute.order import Sharing
+from ckptq.plan.doubts import vllm_doubts
 from ckptq.plan.make import SHARD_BYTES, RopeChoice, make_plan
 from ckptq.plan.unit import Plan
 from ckptq.progress import Begin, silent
@@ -96,6 +97,8 @@ def quantize(
         note(NO_DATA)
     if source is not None and source.doubt is not None:
         note(source.doubt)
+    for doubt in vllm_doubts(plan):
+        note(f"{request.recipe.name}: {doubt}")
     return write_quantized(
         ckpt,
         plan,

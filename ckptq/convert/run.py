@@ -19,6 +19,7 @@ from ckptq.device import find_device
 from ckptq.errors import UsageError
 from ckptq.models.encoded import unquantized_config
 from ckptq.permute.marks import marked_config, marked_metadata
+from ckptq.plan.doubts import vllm_doubts
 from ckptq.plan.unit import Plan, Unit
 from ckptq.progress import Begin, Report, silent
 from ckptq.recipes.load import Recipe
@@ -218,8 +219,10 @@ def default_output(ckpt: Checkpoint, recipe: Recipe) -> Path:
 
 
 def serve_line(out: Path, plan: Plan) -> str | None:
-    """The command that serves the result; None where vLLM would permute q/k a second time."""
-    if any(order != plan.layout.family.rope for order in plan.marks.values()):
+    """The command that serves the result; None where vLLM would permute q/k a second time, or
+    there are other doubts."""
+    moved = any(order != plan.layout.family.rope for order in plan.marks.values())
+    if moved or any(vllm_doubts(plan)):
         return None
     line = f"vllm serve {out}"
     if plan.attention is None:

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from ckptq.checkpoint.header import StoredTensor
-from ckptq.checkpoint.open import Checkpoint
+from ckptq.checkpoint.open import CONFIG, Checkpoint
 from ckptq.checkpoint.read import Files, read_range, read_tensor
 from ckptq.errors import PlanError, SourceError
 from ckptq.quantize.scheme import WeightScheme
@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 
 CODES = ("weight_packed", "weight")
 SCALE = "weight_scale"
+CONFIG_KEYS = ("quantization_config", "compression_config")
 FOREIGN_NAMES = {"weight_scale_inv": SCALE}
 """Names that other tools give to compressed-tensors' tensors."""
 
@@ -86,6 +87,7 @@ def read_encoded(ckpt: Checkpoint) -> dict[str, Encoded]:
     """
     config = ckpt.quantization_config
     if config is None:
+        _refuse_odd_config(ckpt)
         return {}
     if config.get("quant_method") not in READABLE:
         raise PlanError(_unreadable(ckpt, config))
@@ -213,13 +215,23 @@ def _weight_dtype(ckpt: Checkpoint) -> str:
     return "BF16"
 
 
+def _refuse_odd_config(ckpt: Checkpoint) -> None:
+    """SourceError for a quantization config that is something, and no object."""
+    for holder in (ckpt.config, ckpt.text_config):
+        for key in CONFIG_KEYS:
+            if holder.get(key):
+                raise SourceError(
+                    f"{ckpt.path / CONFIG}: {key} is a {type(holder[key]).__name__}, "
+                    "wanted an object"
+                )
+
+
 def unquantized_config(config: Mapping[str, Any]) -> dict[str, Any]:
     """config.json of the same model without its quantization, wherever that stands."""
-    keys = ("quantization_config", "compression_config")
-    plain = {key: value for key, value in config.items() if key not in keys}
+    plain = {key: value for key, value in config.items() if key not in CONFIG_KEYS}
     if isinstance(plain.get("text_config"), dict):
         text = plain["text_config"]
-        plain["text_config"] = {key: value for key, value in text.items() if key not in keys}
+        plain["text_config"] = {k: value for k, value in text.items() if k not in CONFIG_KEYS}
     return plain
 
 

@@ -41,8 +41,7 @@ def check_completeness(subject: Subject) -> Iterator[Finding]:
             return
         yield from _missing(subject)
         yield from _extra(subject)
-    else:
-        yield from _siblings(subject)
+    yield from _siblings(subject)
 
 
 def _moved(subject: Subject, wanted: str) -> Finding:
@@ -248,7 +247,9 @@ def _extra(subject: Subject) -> Iterator[Finding]:
 
 
 def _siblings(subject: Subject) -> Iterator[Finding]:
-    """Without a source: members of a fused set that this layer lacks and another layer has."""
+    """Members of a fused set that this layer lacks and another has, and the source, if there is
+    one, lacks too: `_missing` tells of the others."""
+    theirs = subject.source.tensors if subject.source is not None else {}
     templates = {_template(name) for name in subject.modules}
     for name in subject.modules:
         parent, _, projection = name.rpartition(".")
@@ -260,7 +261,8 @@ def _siblings(subject: Subject) -> Iterator[Finding]:
                 continue
             for member in members:
                 sibling = f"{parent}.{member}"
-                if member not in there and _template(sibling) in templates:
+                lacking = member not in there and f"{sibling}.weight" not in theirs
+                if lacking and _template(sibling) in templates:
                     yield finding(
                         "tensor-missing", f"{sibling}.weight", found="no such tensor",
                         wanted=f"a weight, as beside {name} in other layers",

@@ -210,7 +210,14 @@ def test_vllm_is_not_proposed_for_rows_that_it_would_permute_again(
         done = run(*arguments)
         assert done.returncode == 0, done.stderr
         assert (f"vllm serve {out}" in done.stdout) is proposed
-        assert ("vLLM would permute them again" in done.stdout) is not proposed
+        assert ("as they are written; vLLM does not" in done.stdout) is not proposed
+
+
+def test_vllm_is_not_proposed_for_blocks_that_it_would_split(llama: Path, tmp_path: Path) -> None:
+    done = run("quantize", llama, "-s", "fp8-block", "-o", tmp_path / "out")
+    assert done.returncode == 0, done.stderr
+    assert "2 Linears have rows that fill no whole blocks" in " ".join(done.stderr.split())
+    assert f"vllm serve {tmp_path / 'out'}" not in done.stdout
 
 
 def test_text_that_verify_would_not_run_is_refused(llama: Path) -> None:

@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 
 from ckptq.checkpoint.open import open_checkpoint
-from ckptq.errors import PlanError, UsageError
+from ckptq.errors import PlanError, SourceError, UsageError
+from ckptq.plan.doubts import vllm_doubts
 from ckptq.plan.make import fill_shards, make_plan
 from ckptq.plan.unit import Plan, Unit
 from ckptq.recipes.load import load_scheme, load_text
@@ -242,3 +243,30 @@ def test_shards_are_filled_in_order() -> None:
 
 def test_a_single_shard_has_the_plain_name() -> None:
     assert list(fill_shards([Unit(key="a", rule="")], 10)) == ["model.safetensors"]
+
+
+def test_blocks_that_vllm_would_split_are_told(llama: Path) -> None:
+    """k has 64 rows beside q's 128: half a block, between two members of a merged layer."""
+    doubt, *others = vllm_doubts(plan_of(llama, "fp8-block"))
+    assert not others
+    assert "self_attn.k_proj 64 of them" in doubt
+    assert not list(vllm_doubts(plan_of(llama, "fp8-dynamic")))
+    alone = plan_of(llama, "fp8-block", ignore=(r"re:.*\.(q|k|v)_proj$",))
+    assert not list(vllm_doubts(alone))
+
+
+def test_what_vllm_cannot_permute_is_told(llama4: Path) -> None:
+    for scheme in ("w4a16-asym", "fp8-block"):
+        assert not [d for d in vllm_doubts(plan_of(llama4, scheme)) if "permute" in d]
+        told = vllm_doubts(plan_of(llama4, scheme, permutable=False))
+        assert any("does not permute" in d for d in told)
+    assert not list(vllm_doubts(plan_of(llama4, "w4a16", permutable=False)))
+
+
+@pytest.mark.parametrize("key", ["quantization_config", "compression_config"])
+def test_a_quantization_config_that_is_no_object_is_refused(llama: Path, key: str) -> None:
+    file = llama / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {key: "fp8"}))
+    for scheme in ("fp8-dynamic", "fp8-per-head"):
+        with pytest.raises(SourceError, match=f"config.json: {key} is a str, wanted an object"):
+            plan_of(llama, scheme)

@@ -200,6 +200,21 @@ def test_bits_behind_the_last_code(tmp_path, sources):
     assert _padding(torch.tensor([[0, 0, 1]], dtype=torch.int32), 12, 4)
 
 
+def test_what_the_source_lacks_too_is_told(good, tmp_path):
+    """An output that is all of its source, and a source of which a half download is all."""
+    made, source = good("llama", "fp8-channel")
+    lacking = "model.layers.1.mlp.up_proj"
+    folders = []
+    for folder in (made, source):
+        editor = copy_of(folder, tmp_path / f"lacking-{len(folders)}")
+        for name in [n for n in editor.tensors if n.startswith(lacking + ".")]:
+            del editor.tensors[name]
+        folders.append(editor.save())
+    report = verify(*folders)
+    told = [(f.code, f.tensor) for f in report.findings]
+    assert told == [("tensor-missing", f"{lacking}.weight")]
+
+
 def test_latent_attention_is_noted(good, tmp_path):
     editor = copy_of(good("llama", "kv", True)[0], tmp_path / "latent")
     for name in list(editor.tensors):
