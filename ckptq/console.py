@@ -134,7 +134,7 @@ class Meter:
         return f"{size(self.done)} of {size(self.total)}, {size(self.done / self.elapsed)}/s"
 
     def seconds_left(self) -> float:
-        return (self.total - self.done) * self.elapsed / max(self.done, 1)
+        return max(self.total - self.done, 0) * self.elapsed / max(self.done, 1)
 
 
 class _Lines:

@@ -173,7 +173,7 @@ def _quantize_run(part: Part, rows: Rows, run: Span, shared: Tensor | None, ends
     made_rows = stored_rows(weight, part.scheme)
     for start, stop in blocks(run, weight, part.quantum, ends.arithmetic.elements):
         with naming(part):
-            share = share_of(part, stop - start)
+            share = share_of(part)
             made = ends.arithmetic.quantize(rows(start, stop), part.scheme, shared, share)
         for local, tensor in made.items():
             spec = part.writes[local]
@@ -182,12 +182,11 @@ def _quantize_run(part: Part, rows: Rows, run: Span, shared: Tensor | None, ends
             ends.shards.write(f"{part.linear.name}.{local}", at, bytes_of(tensor.contiguous()))
 
 
-def share_of(part: Part, rows: int) -> Share | None:
-    """How the magnitudes of this many rows, which are whole heads, are shared."""
+def share_of(part: Part) -> Share | None:
+    """How the magnitudes of rows, which are those of whole heads, are shared."""
     if part.proof is None:
         return None
-    heads = replace(part.proof.heads, count=rows // part.proof.heads.head_dim)
-    return partial(share_amax, heads=heads, sharing=part.proof.sharing)
+    return partial(share_amax, heads=part.proof.heads, sharing=part.proof.sharing)
 
 
 class naming:

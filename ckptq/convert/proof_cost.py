@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
 from ckptq.checkpoint.read import Files
@@ -44,13 +43,14 @@ def proof_cost(plan: Plan) -> ProofCost | None:
                 w_RC = read_rows(files, view, start, stop)
                 signal += float(w_RC.double().square().sum())
                 own += _noise(w_RC, part, None)
-                shared += _noise(w_RC, part, share_of(part, stop - start))
+                shared += _noise(w_RC, part, share_of(part))
     return ProofCost(own_db=_db(signal, own), shared_db=_db(signal, shared))
 
 
 def _noise(w_RC: Tensor, part: Part, share: Share | None) -> float:
     made = quantize(w_RC, part.scheme, share=share)
-    back_RC = dequantize(made, part.scheme, tuple(w_RC.shape), torch.float64)
+    made["weight_scale"] = made["weight_scale"].double()
+    back_RC = dequantize(made, part.scheme, tuple(w_RC.shape))
     return float((back_RC - w_RC.double()).square().sum())
 
 

@@ -19,6 +19,7 @@ from ckptq.verify.order import Undo, make_undo
 from ckptq.verify.report import Checked, Finding
 from ckptq.verify.rescaled import settle
 from ckptq.verify.round_trip import Part, result_of, tasks
+from ckptq.verify.shared_scales import heads_of, sharing_heads
 from ckptq.verify.stored_linear import StoredLinear, stored_linear
 from ckptq.verify.subject import Subject
 from ckptq.verify.tensors import check_module, comparable
@@ -56,7 +57,7 @@ def check_data(subject: Subject, structure: Iterable[Finding], options: Options)
         found = settle(case, _told_once(found))
         played = DryRun(arrivals=(), findings=())
         if options.engine is not None:
-            played = dry_run(subject, linears, options.engine, files)
+            played = dry_run(subject, linears, tallies, options.engine, files)
     different = {copy.name for copy in copies if copy.different}
     return Checked(
         findings=tuple(_once([*found, *played.findings])),
@@ -84,8 +85,9 @@ def _judged(case: Case, values: list[Finding]) -> list[Finding]:
 
 def _sound(subject: Subject) -> list[StoredLinear]:
     """Quantized Linears whose tensors are as their scheme wants them."""
+    heads = sharing_heads(subject)
     return [
-        stored_linear(module)
+        stored_linear(module, heads_of(module, heads))
         for module in subject.modules.values()
         if comparable(module)
         and not any(f.code not in HARMLESS for f in check_module(module))

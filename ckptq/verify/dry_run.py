@@ -22,9 +22,9 @@ from ckptq.permute.targets import head_geometry
 from ckptq.spec import FLOATS
 from ckptq.verify import nearest
 from ckptq.verify.cache import shared_layers
-from ckptq.verify.compare import floor_db
+from ckptq.verify.compare import Tally
 from ckptq.verify.engines import Engine
-from ckptq.verify.judge import CHOSEN_DB
+from ckptq.verify.judge import arrival_floor_db
 from ckptq.verify.kinds import finding
 from ckptq.verify.order import source_order, well_typed
 from ckptq.verify.report import Arrival, Finding
@@ -43,15 +43,28 @@ class DryRun:
 
 
 def dry_run(
-    subject: Subject, linears: Mapping[str, StoredLinear], engine: Engine, files: Files
+    subject: Subject,
+    linears: Mapping[str, StoredLinear],
+    tallies: Mapping[str, Tally],
+    engine: Engine,
+    files: Files,
 ) -> DryRun:
     """Play the engine's loader on q/k projections, on fused sets and on cache scales."""
+    asked = {n: Asked(one, arrival_floor_db(one, tallies.get(n))) for n, one in linears.items()}
     arrivals = [
-        *_turned(subject, linears, engine, files),
-        *_merged(linears, engine, files),
+        *_turned(subject, asked, engine, files),
+        *_merged(asked, engine, files),
         *_cache(subject, engine, files),
     ]
     return DryRun(arrivals=tuple(arrivals), findings=tuple(_wrong(engine, arrivals)))
+
+
+@dataclass(frozen=True, slots=True)
+class Asked:
+    """A Linear, and the decibels that it must arrive with."""
+
+    linear: StoredLinear
+    floor_db: float
 
 
 def _wrong(engine: Engine, arrivals: list[Arrival]) -> Iterator[Finding]:
@@ -68,7 +81,7 @@ def _wrong(engine: Engine, arrivals: list[Arrival]) -> Iterator[Finding]:
 
 
 def _turned(
-    subject: Subject, linears: Mapping[str, StoredLinear], engine: Engine, files: Files
+    subject: Subject, linears: Mapping[str, Asked], engine: Engine, files: Files
 ) -> Iterator[Arrival]:
     """q and k of a family that is stored in interleaved order."""
     if subject.family.rope != "interleaved" or not well_typed(subject):
@@ -78,9 +91,9 @@ def _turned(
     for module in turned_modules(subject):
         heads = geometry[module.name.rpartition(".")[2][0]]
         turn = Turn(engine=engine, heads=heads, came_in=came_in)
-        linear = linears.get(module.name)
-        if linear is not None and heads.rows == linear.shape[0]:
-            yield _turned_codes(linear, turn, files)
+        asked = linears.get(module.name)
+        if asked is not None and heads.rows == asked.linear.shape[0]:
+            yield _turned_codes(asked, turn, files)
         elif not module.quantized and module.origin is not None:
             yield _turned_plain(module, turn, files)
 
@@ -104,7 +117,8 @@ class Turn:
         return source if order is self.came_in else permute_rows(source, self.heads, order)
 
 
-def _turned_codes(linear: StoredLinear, turn: Turn, files: Files) -> Arrival:
+def _turned_codes(asked: Asked, turn: Turn, files: Files) -> Arrival:
+    linear = asked.linear
     held = linear.read(files, 0, linear.shape[0])
     arrived, moved = {}, []
     for local, tensor in held.items():
@@ -121,8 +135,7 @@ def _turned_codes(linear: StoredLinear, turn: Turn, files: Files) -> Arrival:
     done = f"permutes {', '.join(moved)}" if moved else "loads as it is"
     if moved and left and any(held[local].numel() > 1 for local in left):
         done += f"; not {', '.join(left)}"
-    floor = floor_db(linear.scheme, linear.shape)
-    return Arrival(tensor=linear.name, done=done, snr_db=snr, ok=snr >= floor - CHOSEN_DB)
+    return Arrival(tensor=linear.name, done=done, snr_db=snr, ok=snr >= asked.floor_db)
 
 
 def _moved_blocks(linear: StoredLinear, local: str, tensor: Tensor, heads: Heads) -> Arrival:
@@ -156,31 +169,32 @@ def _wanted(linear: StoredLinear, files: Files, held: Mapping[str, Tensor]) -> T
     return source_rows(files, origin.weight)(0, linear.shape[0]).float()
 
 
-def _merged(linears: Mapping[str, StoredLinear], engine: Engine, files: Files) -> Iterator[Arrival]:
+def _merged(linears: Mapping[str, Asked], engine: Engine, files: Files) -> Iterator[Arrival]:
     """Sets whose members have one scale each: codes are made again for the largest."""
     if not engine.merges_tensor_scales:
         return
-    for name, linear in linears.items():
+    for name, asked in linears.items():
+        linear = asked.linear
         if linear.scheme.strategy != "tensor" or linear.scheme.type != "float":
             continue
         parent, _, projection = name.rpartition(".")
         names = next((s for s in FUSED_SETS if projection in s), ())
-        members = [linears[m] for n in names if (m := f"{parent}.{n}") in linears]
+        members = [linears[m].linear for n in names if (m := f"{parent}.{n}") in linears]
         scales = [read_tensor(m.tensors["weight_scale"], files).float().max() for m in members]
         if not scales or len({float(scale) for scale in scales}) == 1:
             continue
-        yield _requantized(linear, torch.stack(scales).max(), files)
+        yield _requantized(asked, torch.stack(scales).max(), files)
 
 
-def _requantized(linear: StoredLinear, scale: Tensor, files: Files) -> Arrival:
+def _requantized(asked: Asked, scale: Tensor, files: Files) -> Arrival:
+    linear = asked.linear
     held = linear.read(files, 0, linear.shape[0])
     once = nearest.weights(held, linear.scheme, linear.shape[1])
     theirs = {**held, "weight_scale": scale.reshape(1)}
     twice = nearest.recode(once, theirs, linear.scheme, torch.float32) * scale
     snr = snr_db(twice, _wanted(linear, files, held))
-    floor = floor_db(linear.scheme, linear.shape)
     done = f"requantizes to {float(scale):.3g}, the largest scale of its fused set"
-    return Arrival(tensor=linear.name, done=done, snr_db=snr, ok=snr >= floor - CHOSEN_DB)
+    return Arrival(tensor=linear.name, done=done, snr_db=snr, ok=snr >= asked.floor_db)
 
 
 def _cache(subject: Subject, engine: Engine, files: Files) -> Iterator[Arrival]:

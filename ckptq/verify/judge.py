@@ -23,6 +23,10 @@ CLIPPED_DB = 3.0
 CHOSEN_DB = 6.0
 """GPTQ's codes cost less than this against the floor."""
 
+ARRIVED_DB = 1.0
+"""A weight that arrives as it is stored is no further than this from its tally, which `fast` takes
+of a few rows."""
+
 DAMAGED = 0.005
 """GPTQ changes more of the codes than this share; damage to a file less."""
 
@@ -36,6 +40,15 @@ def expected_scales(dtype: str, tally: Tally, linear: StoredLinear) -> torch.Ten
         return scales.symmetric(amax, linear.scheme.half_range)
     low, high = torch.tensor([[tally.low], [tally.high]], dtype=torch_dtype(dtype))
     return scales.asymmetric(low, high, linear.scheme.num_bits)[0]
+
+
+def arrival_floor_db(linear: StoredLinear, tally: Tally | None) -> float:
+    """What a weight in an engine must reach: the format's own, or what a right weight reaches as it
+    is stored, where the format suits it badly."""
+    floor = floor_db(linear.scheme, linear.shape) - CHOSEN_DB
+    if tally is None or tally.wrong > tally.twice:
+        return floor
+    return min(floor, tally.snr_db - ARRIVED_DB)
 
 
 def verdict(linear: StoredLinear, tally: Tally) -> list[Finding] | None:
@@ -53,7 +66,9 @@ def verdict(linear: StoredLinear, tally: Tally) -> list[Finding] | None:
                 "the nearest codes",
             )
         )  # fmt: skip
-    if tally.snr_db < floor:
+    if tally.scales_shared:
+        notes.append(_shared(linear, tally))
+    elif tally.snr_db < floor:
         notes.append(_low(linear, tally, floor))
     return notes
 
@@ -62,6 +77,13 @@ def _other_scales(linear: StoredLinear, tally: Tally, floor: float) -> Finding:
     code = "scale-differs" if tally.snr_db >= floor - CLIPPED_DB else "scale-clips"
     found = f"{tally.scales_wrong} of {tally.scales} scales, {tally.snr_db:.1f} dB"
     return _about(linear, code, found, f"scales of the plain extremes, {floor:.1f} dB or more")
+
+
+def _shared(linear: StoredLinear, tally: Tally) -> Finding:
+    found = f"{tally.scales_shared} of {tally.scales} scales are a larger row's"
+    return _about(
+        linear, "scale-shared", f"{found}, {tally.snr_db:.1f} dB", "shared scales, or rows' own"
+    )
 
 
 def _low(linear: StoredLinear, tally: Tally, floor: float) -> Finding:

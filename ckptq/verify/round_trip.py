@@ -101,8 +101,9 @@ def _compare(linear: StoredLinear, held: Held, rows: Rows | None, start: int, st
         cut = linear.cut(held, start, first, last)
         one = None
         if source is not None:
+            w_RC = source[first - start : last - start]
             with naming(linear):
-                one = compare(source[first - start : last - start], cut, linear.scheme)
+                one = compare(w_RC, cut, linear.scheme, linear.heads)
             tally += one
         if one is None or one.unproved:
             found += check_codes(linear, cut)

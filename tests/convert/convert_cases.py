@@ -21,6 +21,7 @@ from torch import Tensor
 
 from ckptq.checkpoint.open import open_checkpoint
 from ckptq.convert.run import Result, write_quantized
+from ckptq.permute.order import Sharing
 from ckptq.plan.make import make_plan
 from ckptq.quantize.formats import (
     WeightScheme,
@@ -48,6 +49,7 @@ FORMATS: dict[str, tuple[str, dict[str, Any]]] = {
         {**E4M3, "strategy": "block", "block_structure": [64, 64]},
     ),
     "int8 channel": ("int-quantized", {"num_bits": 8, "strategy": "channel"}),
+    "int4 channel": ("pack-quantized", {"num_bits": 4, "strategy": "channel"}),
     "int8 tensor asym": (
         "int-quantized",
         {"num_bits": 8, "strategy": "tensor", "symmetric": False},
@@ -245,10 +247,16 @@ def save(folder: Path, layout: Layout, shards: int = 2) -> Path:
 
 
 def convert(
-    source: Path, out: Path, recipe: Recipe, ignore: tuple[str, ...] = (), **kwargs: Any
+    source: Path,
+    out: Path,
+    recipe: Recipe,
+    ignore: tuple[str, ...] = (),
+    shard_bytes: int = 100_000,
+    rope_proof: Sharing | None = None,
+    **kwargs: Any,
 ) -> Result:
     ckpt = open_checkpoint(source)
-    plan = make_plan(ckpt, recipe, ignore=ignore, shard_bytes=kwargs.pop("shard_bytes", 100_000))
+    plan = make_plan(ckpt, recipe, ignore=ignore, shard_bytes=shard_bytes, rope_proof=rope_proof)
     return write_quantized(ckpt, plan, out, arguments={"ignore": list(ignore)}, **kwargs)
 
 

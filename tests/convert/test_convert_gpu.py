@@ -13,6 +13,7 @@ from ckptq.quantize.formats import needs_statistic, quantize, statistic
 
 WITH_A_KERNEL = (
     *("fp8 channel", "fp8 tensor", "fp8 block", "int8 channel", "int4 group", "int4 group asym"),
+    "int4 channel",
 )
 
 

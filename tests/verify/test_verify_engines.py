@@ -1,8 +1,9 @@
 """What arrives in an engine: right, or named where its loader does not move what it should."""
 
 import pytest
+import torch
 from faults_structure import quantize_llama4_queries_asymmetrically
-from verify_checkpoints import copy_of
+from verify_checkpoints import convert, copy_of, recipe
 from verify_faults import turn
 
 from ckptq.errors import UsageError
@@ -49,6 +50,18 @@ def test_llama4_that_an_older_loader_spoils(good, engine, weights):
     report = verify(*good("llama4", weights), engine=engine)
     assert report.counts == {"arrives-wrong": 4}
     assert all(arrival.snr_db < 25 for arrival in of_queries(report))
+
+
+def test_a_weight_that_the_format_suits_badly_arrives_as_it_is_stored(sources, tmp_path):
+    """A column far beyond the others costs 20 dB; scales that stay behind still show."""
+    source = copy_of(sources("llama4"), tmp_path / "source")
+    for name in (n for n in source.tensors if n.endswith("_proj.weight")):
+        source.tensors[name][..., 0] += 2 * torch.rand(source.tensors[name].shape[:-1])
+    out = convert(source.save(), tmp_path / "out", recipe("int8"))
+    right = verify(out, source.folder, engine="vllm")
+    assert right.findings == ()
+    assert "low-snr" in {note.code for note in right.notes}
+    assert verify(out, source.folder, engine="vllm-0.15").counts == {"arrives-wrong": 4}
 
 
 @pytest.mark.parametrize("engine", ENGINES)

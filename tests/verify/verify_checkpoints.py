@@ -17,6 +17,7 @@ from ckptq.calibrate.request import ScalesSource
 from ckptq.calibrate.scales import Record, Scales
 from ckptq.checkpoint.open import open_checkpoint
 from ckptq.convert.run import write_quantized
+from ckptq.permute.order import Sharing
 from ckptq.plan.make import make_plan
 from ckptq.recipes.load import Group, Recipe
 
@@ -155,10 +156,16 @@ def save_source(family: str, folder: Path, dtype: torch.dtype = torch.bfloat16) 
     return folder
 
 
-def convert(source: Path, out: Path, what: Recipe, shard_bytes: int = 1 << 40) -> Path:
+def convert(
+    source: Path,
+    out: Path,
+    what: Recipe,
+    shard_bytes: int = 1 << 40,
+    rope_proof: Sharing | None = None,
+) -> Path:
     """As `ckptq quantize` does, with made-up scales in the place of calibrated ones."""
     ckpt = open_checkpoint(source)
-    plan = make_plan(ckpt, what, shard_bytes=shard_bytes)
+    plan = make_plan(ckpt, what, shard_bytes=shard_bytes, rope_proof=rope_proof)
 
     needed = plan.attention is not None or plan.inputs
     scales = given(made_up_scales(plan)) if needed else None
