@@ -130,8 +130,8 @@ def little_text(made: Scales, wanted: CalibrationRequest) -> str | None:
     if wanted.data is None or made.made.samples >= wanted.samples:
         return None
     return (
-        f"{wanted.data}: holds {made.made.samples} samples of at most {wanted.seq_len} tokens, "
-        f"{made.made.tokens:,} tokens in all; --samples {wanted.samples} asked for more"
+        f"{wanted.data}: gives {made.made.samples} of the {wanted.samples} samples that were asked "
+        f"for, {made.made.tokens:,} tokens in all"
     )
 
 

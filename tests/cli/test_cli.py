@@ -350,8 +350,8 @@ def test_an_error_comes_before_what_is_said_on_the_way(llama: Path) -> None:
 
 def test_memory_that_is_too_little_for_the_program_alone(llama: Path, tmp_path: Path) -> None:
     arguments = ("quantize", llama, "-s", "fp8-dynamic", "-o", tmp_path / "out", "--workers", "1")
-    words = "--max-ram 100,000,000: too small: the program and 1 workers need 760,000,000 bytes\n"
-    refused(2, words, *arguments, "--max-ram", "100MB")
+    words = "too small: the program needs 760,000,000 bytes with --workers 1\n"
+    refused(2, f"--max-ram 100,000,000: {words}", *arguments, "--max-ram", "100MB")
     assert run(*arguments, "--max-ram", "760MB").returncode == 0
 
 
