@@ -251,7 +251,7 @@ def permute(
     output: Annotated[Path, typer.Argument(help="The folder to write.")],
     to: Annotated[str, typer.Option(help="half-split or interleaved.")],
     only: Annotated[
-        list[str] | None, typer.Option(help="weights, scales or zero-points; default: all.")
+        list[str] | None, typer.Option(help="Only these: weights, scales, zero-points; A,B.")
     ] = None,
     revision: Revision = None,
     workers: Workers = None,
@@ -266,7 +266,7 @@ def permute(
     from ckptq.show import show_permuted
 
     order = RopeOrder(one_of("--to", to, tuple(RopeOrder)))
-    parts = [Part(one_of("--only", part, tuple(Part))) for part in only or Part]
+    parts = [Part(one_of("--only", part, tuple(Part))) for part in words(only) or Part]
     ckpt = open_checkpoint(path, revision)
     plan = plan_permute(ckpt, order, parts)
     with console.progress() as begin:

@@ -94,8 +94,6 @@ def quantize(
         return _handed_over(request, begin, note)
     ckpt, plan = plan_of(request)
     source = scales_source(ckpt, plan, request.calibration, request.scales, begin)
-    if source is not None and request.scales is None and request.calibration.data is None:
-        note(NO_DATA)
     if source is not None and source.runs_model:
         source = _telling(source, request.calibration, note)
     if source is not None and source.doubt is not None:
@@ -138,9 +136,11 @@ def little_text(made: Scales, wanted: CalibrationRequest) -> str | None:
 def _telling(
     source: ScalesSource, wanted: CalibrationRequest, note: Callable[[str], None]
 ) -> ScalesSource:
-    """The same source, which says so where the text was short."""
+    """The same source, which says when it begins on a text that nobody chose, or that was short."""
 
     def load(folder: Path) -> Scales:
+        if wanted.data is None:
+            note(NO_DATA)
         made = source.load(folder)
         if said := little_text(made, wanted):
             note(said)

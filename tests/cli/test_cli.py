@@ -346,6 +346,22 @@ def test_an_error_comes_before_what_is_said_on_the_way(llama: Path) -> None:
         done = run("evaluate", llama, *words)
         assert done.returncode == 2
         assert done.stderr.startswith("error: ")
+    done = run("quantize", llama, "-s", "kv-fp8-per-head", "--max-ram", "100MB")
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: --max-ram")
+
+
+def test_parts_to_permute_are_listed_with_commas_or_one_by_one(llama: Path, tmp_path: Path) -> None:
+    config = json.loads((llama / "config.json").read_text()) | {"model_type": "llama4_text"}
+    (llama / "config.json").write_text(json.dumps(config | {"head_dim": 32}))
+    source = tmp_path / "fp8"
+    assert run("quantize", llama, "-s", "fp8-dynamic", "-o", source).returncode == 0
+    for number, only in enumerate((("weights,scales",), ("weights", "scales"))):
+        parts = [word for part in only for word in ("--only", part)]
+        done = run(
+            "permute", source, tmp_path / str(number), "--to", "half-split", *parts, "--json"
+        )
+        assert json.loads(done.stdout)["moved"] == {"weights": 2, "scales": 2}
 
 
 def test_memory_that_is_too_little_for_the_program_alone(llama: Path, tmp_path: Path) -> None:
