@@ -8,10 +8,10 @@ from pathlib import Path
 
 from ckptq.calibrate.ranks import started
 from ckptq.calibrate.request import CalibrationRequest, ScalesSource, scales_source
-from ckptq.calibrate.scales import Scales
+from ckptq.calibrate.scales import Scales, load_scales
 from ckptq.checkpoint.open import Checkpoint, open_checkpoint
 from ckptq.convert.handover import check_handed_over, write_handed_over
-from ckptq.convert.run import Result, default_output, write_quantized
+from ckptq.convert.run import Result, default_output, scale_tensors, write_quantized
 from ckptq.errors import UsageError
 from ckptq.permute.order import Sharing
 from ckptq.plan.doubts import vllm_doubts
@@ -96,6 +96,8 @@ def quantize(
     source = scales_source(ckpt, plan, request.calibration, request.scales, begin)
     if source is not None and source.runs_model:
         source = _telling(source, request.calibration, note)
+    if request.scales is not None:
+        _check_fit(plan, request.scales)
     if source is not None and source.doubt is not None:
         note(source.doubt)
     for doubt in vllm_doubts(plan):
@@ -112,6 +114,14 @@ def quantize(
         device=request.calibration.device,
         begin=begin,
     )
+
+
+def _check_fit(plan: Plan, file: Path) -> None:
+    """UsageError, before a run begins, for a file of other scales than the plan's."""
+    try:
+        scale_tensors(plan, load_scales(file))
+    except UsageError as error:
+        raise UsageError(f"{file}: {error}") from error
 
 
 def check_calibrated(plan: Plan) -> None:

@@ -64,3 +64,22 @@ def test_a_text_that_is_too_short_is_told(
     whole = run("quantize", llama, "-o", tmp_path / "out", "-s", "kv-fp8-per-head", *rest)
     assert (scales.returncode, whole.returncode) == (0, 0), (scales.stderr, whole.stderr)
     assert (words in scales.stderr, words in whole.stderr) == (said, said)
+
+
+def test_scales_of_another_scheme_are_refused_before_a_run_begins(
+    llama: Path, text: Path, tmp_path: Path
+) -> None:
+    file, out = tmp_path / "scales.safetensors", tmp_path / "out"
+    assert run("calibrate", llama, "-o", file, "--data", text).returncode == 0
+    arguments = ("quantize", llama, "-o", out, "--scales", file)
+    done = run(*arguments, "-s", "fp8-per-tensor")
+    assert done.returncode == 2
+    assert done.stderr == (
+        f"error: {file}: the scales of llama, a scale per head: model.layers.0.self_attn."
+        "q_scale is BF16 [2, 1, 1], wanted BF16 [1] for fp8-per-tensor\n"
+    )
+    done = run(*arguments, "-s", "fp8-static")
+    assert done.returncode == 2
+    assert "down_proj.input_scale is missing; they are of another model or scheme" in done.stderr
+    assert not out.with_name("out.partial").exists()
+    assert run(*arguments, "-s", "fp8-per-head").returncode == 0
