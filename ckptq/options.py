@@ -41,7 +41,9 @@ Ignore = Annotated[
 Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
 ShardSize = Annotated[str, typer.Option(help="Size of an output shard, e.g. 5GB, 500MB.")]
 MaxRam = Annotated[str | None, typer.Option(help="Refuse to need more memory than this.")]
-Workers = Annotated[int | None, typer.Option(min=1, help="Threads; default: all cores.")]
+Workers = Annotated[
+    int | None, typer.Option(min=1, help="Threads; default: one a core, at most 8 to quantize.")
+]
 Data = Annotated[
     str | None,
     typer.Option(help="Calibration text: .txt, .jsonl, .parquet, or a `datasets` id."),

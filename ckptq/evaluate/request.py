@@ -57,6 +57,8 @@ def evaluate_request(
 
     `note` hears what a user should know on the way.
     """
+    from ckptq.evaluate.run import check_compared
+
     _check(asked)
     named = {recipe.name: recipe for recipe in map(load_scheme, asked.schemes)}
     recipes = list(named.values())
@@ -66,11 +68,7 @@ def evaluate_request(
         raise UsageError(f"{path}: is quantized; --source names the checkpoint it was made from")
     if source is not None and ckpt.quantization_config is None:
         raise UsageError(f"{path}: is not quantized; evaluate the quantized checkpoint instead")
-    if source is None and not asked.caches and not recipes:
-        raise UsageError(
-            f"{path}: nothing to compare with: give --source for a quantized checkpoint, "
-            "--kv-cache or --schemes for one that is not"
-        )
+    check_compared(ckpt, source, asked.caches, recipes)
     if asked.data is None and asked.task is None:
         note(NO_TEXT)
     return _evaluate(ckpt, source, recipes, asked, begin)
