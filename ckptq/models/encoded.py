@@ -210,7 +210,7 @@ def _weight_dtype(ckpt: Checkpoint) -> str:
     names = {"bfloat16": "BF16", "float16": "F16", "float32": "F32"}
     for config in (ckpt.config, ckpt.text_config):
         declared = config.get("dtype", config.get("torch_dtype"))
-        if declared in names:
+        if isinstance(declared, str) and declared in names:
             return names[declared]
     return "BF16"
 

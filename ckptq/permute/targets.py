@@ -58,26 +58,47 @@ def head_geometry(text_config: Mapping[str, Any]) -> dict[str, Heads]:
     counts = num_attention_heads(text_config)
     if counts is None:
         raise PlanError("config.json: num_attention_heads is missing, so heads are unknown")
-    head_dim = text_config.get("head_dim") or text_config.get("hidden_size", 0) // counts[0]
+    head_dim = _head_dim(text_config, counts[0])
     rotary_dim = _rotary_dim(text_config, head_dim)
     q_count, k_count = counts
     return {"q": Heads(q_count, head_dim, rotary_dim), "k": Heads(k_count, head_dim, rotary_dim)}
+
+
+def _head_dim(text_config: Mapping[str, Any], heads: int) -> int:
+    for key, share in (("head_dim", 1), ("hidden_size", heads)):
+        found = text_config.get(key)
+        if found is None:
+            continue
+        if type(found) is not int or found < share:
+            raise PlanError(
+                f"config.json: {key} is {found!r}, wanted a whole number from {share} on"
+            )
+        return found // share
+    raise PlanError("config.json: head_dim and hidden_size are missing, so heads are unknown")
 
 
 def _rotary_dim(text_config: Mapping[str, Any], head_dim: int) -> int:
     if isinstance(text_config.get("rotary_dim"), int):
         return int(text_config["rotary_dim"])
     ropes = text_config.get("rope_parameters") or {}
+    if not isinstance(ropes, Mapping):
+        raise PlanError(f"config.json: rope_parameters is {ropes!r}, wanted an object")
     # one set of parameters, or one for each kind of layer
     sets = [text_config, ropes, *(r for r in ropes.values() if isinstance(r, Mapping))]
     names = ("partial_rotary_factor", "rotary_pct")
-    shares = {s[name] for s in sets for name in names if s.get(name) is not None}
+    shares = {_share(name, s[name]) for s in sets for name in names if s.get(name) is not None}
     if len(shares) > 1:
         raise PlanError(
             f"config.json: layers rotate different shares of a head ({sorted(shares)}); ckptq "
             "permutes only models that rotate the same rows in all layers"
         )
     return int(head_dim * shares.pop()) if shares else head_dim
+
+
+def _share(key: str, found: object) -> float:
+    if isinstance(found, int | float) and not isinstance(found, bool) and 0 < found <= 1:
+        return float(found)
+    raise PlanError(f"config.json: {key} is {found!r}, wanted a number from 0 to 1")
 
 
 def _attention_modules(ckpt: Checkpoint, layers: str) -> set[str]:

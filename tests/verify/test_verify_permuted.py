@@ -37,6 +37,14 @@ def test_a_permuted_source_and_what_is_made_from_it(sources, tmp_path):
             assert verify(out, original, engine=engine).counts == {"arrives-wrong": 4}
 
 
+def test_a_source_of_another_family_is_no_source(good, sources):
+    """Rows in another order than that family's, and no row of the source to compare them with."""
+    folder, _ = good("llama4", "int8")
+    report = verify(folder, sources("llama"))
+    assert {"config-differs", "names-moved"} <= report.counts.keys()
+    assert report.checks["linears compared"] == 0
+
+
 REPAIRS = [
     ("fp8-channel", (Part.SCALES,), "scale-permuted"),
     ("int4", (Part.SCALES,), "scale-permuted"),
