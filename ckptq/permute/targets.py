@@ -11,10 +11,11 @@ from typing import Any
 
 from ckptq.checkpoint.open import Checkpoint
 from ckptq.errors import PlanError
+from ckptq.models.config_groups import block_structure, config_groups, group_of
 from ckptq.models.modules import decoder_layers, num_attention_heads
 from ckptq.permute.effect import Effect, Projection, effect_on, effect_on_attention
 from ckptq.permute.order import Heads
-from ckptq.plan.match import matches
+from ckptq.quantize.scheme import pair, whole
 
 PROJECTIONS = {"q_proj": "q", "k_proj": "k"}
 _UNTURNED = ("v_proj", "o_proj")
@@ -124,17 +125,11 @@ def _split(name: str, modules: set[str]) -> tuple[str | None, str]:
 
 def _projection(ckpt: Checkpoint, name: str, heads: Heads) -> Projection:
     """A projection with what the quantization config says of its weights' layout."""
-    config = ckpt.quantization_config or {}
-    weights = _weights_args(config, name)
-    block = weights.get("block_structure") or config.get("weight_block_size")
-    bits = weights.get("num_bits")
-    return Projection(name, heads, block=(block[0], block[1]) if block else None, bits=bits)
-
-
-def _weights_args(config: Mapping[str, Any], name: str) -> Mapping[str, Any]:
-    """`weights` of the group that quantizes this Linear: by name first, then by class."""
-    groups = [g for g in (config.get("config_groups") or {}).values() if g.get("weights")]
-    named = [g for g in groups if any(matches(t, name) for t in g.get("targets", ()))]
-    by_class = [g for g in groups if "Linear" in g.get("targets", ())]
-    found = [*named, *by_class]
-    return found[0]["weights"] if found else {}
+    group = group_of(config_groups(ckpt), name)
+    weights = group.weights if group else {}
+    return Projection(
+        name,
+        heads,
+        block=pair(weights.get("block_structure")) or block_structure(ckpt),
+        bits=whole("num_bits", weights.get("num_bits")),
+    )
