@@ -122,7 +122,15 @@ def _on_meta(
 
     contexts = model_class.get_init_context(dtype, False, False, None)
     with ContextManagers(contexts):
-        return model_class(config)
+        try:
+            return model_class(config)
+        except KeyError as error:
+            if error.args != (config._attn_implementation,):
+                raise
+            raise PlanError(
+                f"{model_class.__name__} has attention classes of its own instead of transformers' "
+                "attention interface, so its q, k and v cannot be observed"
+            ) from error
 
 
 def _make_buffers(model: PreTrainedModel, device: torch.device) -> None:

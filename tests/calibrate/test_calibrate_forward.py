@@ -156,6 +156,15 @@ def test_a_config_that_transformers_refuses_is_named(saved, tmp_path, odd, said)
         build_skeleton(open_checkpoint(tmp_path / "model"), torch.device("cpu"))
 
 
+def test_attention_classes_of_a_models_own_are_refused(tmp_path):
+    config = transformers.FalconConfig(
+        hidden_size=64, num_hidden_layers=1, num_attention_heads=4, vocab_size=VOCAB
+    )
+    transformers.FalconForCausalLM(config).save_pretrained(tmp_path)
+    with pytest.raises(PlanError, match="FalconForCausalLM has attention classes of its own"):
+        open_model(open_checkpoint(tmp_path))
+
+
 def test_unknown_architecture_is_named(saved):
     ckpt = saved("llama")
     config = {**ckpt.config, "architectures": ["NoSuchForCausalLM"]}

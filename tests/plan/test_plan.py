@@ -142,6 +142,35 @@ def test_a_model_without_attention_heads_is_refused(mamba: Path) -> None:
         plan_of(mamba, "kv-fp8-per-head")
 
 
+@pytest.mark.parametrize(
+    "declared",
+    [
+        {"layer_types": ["linear_attention", "full_attention"]},
+        {"layer_types": ["conv", "sliding_attention"]},
+        {"linear_attn_config": {"kda_layers": [1], "full_attn_layers": [2]}},
+    ],
+)
+def test_layers_that_keep_a_state_have_no_cache(llama: Path, declared: dict[str, object]) -> None:
+    """MiniMax and Kimi-Linear call the projections of linear attention as those of attention."""
+    file = llama / "config.json"
+    config = json.loads(file.read_text())
+    plan = plan_of(llama, "fp8-per-head").attention
+    assert plan is not None
+    assert len(plan.scales) == 2
+    file.write_text(json.dumps(config | declared))
+    plan = plan_of(llama, "fp8-per-head").attention
+    assert plan is not None
+    assert list(plan.scales) == ["model.layers.1.self_attn"]
+
+
+def test_longcat_counts_its_layers_elsewhere(llama: Path) -> None:
+    """Two attentions a layer, and num_hidden_layers counts those."""
+    file = llama / "config.json"
+    config = json.loads(file.read_text()) | {"model_type": "longcat_flash", "num_layers": 2}
+    file.write_text(json.dumps(config | {"num_hidden_layers": 4}))
+    assert plan_of(llama, "fp8-dynamic").layout.num_layers == 2
+
+
 def test_scales_get_their_shapes_from_the_heads(llama: Path) -> None:
     per_head = plan_of(llama, "fp8-per-head").attention
     per_tensor = plan_of(llama, "kv-fp8-per-tensor").attention
