@@ -18,7 +18,15 @@ from torch import Tensor
 
 from ckptq.kernels.attention import head_scales
 from ckptq.kernels.mask import Mask
-from ckptq.kernels.online_softmax import cap, dot, finish, fold, key_bounds, visible
+from ckptq.kernels.online_softmax import (
+    cap,
+    dot,
+    finish,
+    fold,
+    key_bounds,
+    oldest_key,
+    visible,
+)
 from ckptq.kernels.paging import Layout, Sequences, key_offset, query_rows
 from ckptq.kernels.rounding import e4m3_value, narrow
 
@@ -69,27 +77,30 @@ def _paged_attention_kernel(
     K = H // GROUP
     sequence, kv = tl.program_id(1) // K, tl.program_id(1) % K
     length = tl.load(length_ptr + sequence)
-    token_M, member_M, q_pos_M, first, last = query_rows(
+    token_M, member_M, real_M, q_pos_M, first, last = query_rows(
         starts_ptr, sequence, tl.program_id(0) * (ROWS // GROUP), length, GROUP, ROWS
     )
     head_M = kv * GROUP + member_M
     o_D = tl.arange(0, BLOCK_D)
     o_N = tl.arange(0, COLUMNS)
-    m_MD = (q_pos_M >= 0)[:, None] & (o_D < D)[None, :]
+    m_MD = real_M[:, None] & (o_D < D)[None, :]
     q_ptrs = q_ptr + (token_M * q_stride_t + head_M * q_stride_h)[:, None] + o_D[None, :]
     q_MD = _decoded(tl.load(q_ptrs, mask=m_MD, other=0.0), DTYPE)
 
-    m_M = q_pos_M >= 0
-    descale_M = tl.load(q_descale_ptr + head_M, mask=m_M, other=1.0) * tl.load(k_descale_ptr + kv)
+    descale_M = tl.load(q_descale_ptr + head_M, mask=real_M, other=1.0)
+    descale_M *= tl.load(k_descale_ptr + kv)
     slope = scaling / softcap if CAPPED else 0.0
     factor = (softcap if CAPPED else scaling) * 1.4426950408889634  # log2 e
     begin, _, _, end = key_bounds(first, last, length, CAUSAL, WINDOW, CHUNK, COLUMNS)
+    oldest = oldest_key(first, WINDOW, CHUNK)
     acc_MD = tl.zeros([ROWS, BLOCK_D], tl.float32)
     max_M = tl.full([ROWS], float("-inf"), tl.float32)
     sum_M = tl.zeros([ROWS], tl.float32)
     for k_first in tl.range(begin, end, COLUMNS):
         k_pos_N = k_first + o_N
         seen_N = k_pos_N < length
+        if WINDOW or CHUNK:
+            seen_N = seen_N & (k_pos_N >= oldest)
         m_ND = seen_N[:, None] & (o_D < D)[None, :]
         o_row_N = key_offset(
             table_ptr + sequence * table_stride, k_pos_N, seen_N, stride_block, stride_token, BLOCK
@@ -132,7 +143,9 @@ def paged_attention(
     """Attention of the queries [T, H, D] of all sequences over their cached keys: [T, H, D].
 
     Caches are as `Layout.shape` says, with K heads of D; the queries stand at the end of their
-    sequence. Caches in E4M3 need `descales` of q [1 or H], k and v [1 or K]; the query may be E4M3
+    sequence. Only keys that a query sees are read, and only their blocks need an entry in the
+    table. A query without keys gives zeros; what is beyond the last sequence's queries is not
+    written. Caches in E4M3 need `descales` of q [1 or H], k and v [1 or K]; the query may be E4M3
     as well, and then comes out in `dtype`; a query that is not has a descale of 1.
 
     Raises ValueError for shapes, dtypes or descales that do not fit.

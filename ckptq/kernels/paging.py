@@ -82,8 +82,9 @@ def key_offset(table_ptr, k_N, seen_N, stride_block, stride_token, BLOCK: tl.con
 def query_rows(starts_ptr, sequence, first, length, GROUP: tl.constexpr, ROWS: tl.constexpr):
     """A tile of queries: ROWS // GROUP tokens from `first` on, each with the heads of a group.
 
-    Gives, per row: the token among all queries, its head within the group, its position (-1 past
-    the sequence's queries); then the first and last position of the tile (last < first if none).
+    Gives, per row: the token among all queries, its head within the group, whether there is one,
+    its position (negative where a sequence has more queries than keys: such a query sees nothing);
+    then the first and last position of the tile (last < first if none).
     """
     TOKENS: tl.constexpr = ROWS // GROUP
     begin = tl.load(starts_ptr + sequence)
@@ -91,7 +92,8 @@ def query_rows(starts_ptr, sequence, first, length, GROUP: tl.constexpr, ROWS: t
     row_M = tl.arange(0, ROWS)
     token_M = first + row_M // GROUP
     real_M = (row_M < TOKENS * GROUP) & (token_M < queries)
-    position_M = tl.where(real_M, token_M + (length - queries), -1)
-    last = tl.minimum(first + TOKENS, queries) - 1
     shift = length - queries
-    return (begin + token_M).to(tl.int64), row_M % GROUP, position_M, first + shift, last + shift
+    position_M = tl.where(real_M, token_M + shift, -1)
+    last = tl.minimum(first + TOKENS, queries) - 1
+    token_M = (begin + token_M).to(tl.int64)
+    return token_M, row_M % GROUP, real_M, position_M, first + shift, last + shift
