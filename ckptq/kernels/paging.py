@@ -39,6 +39,15 @@ class Layout(StrEnum):
         return cache.shape[token], cache.shape[head]
 
 
+def check_slots(slot_T: Tensor, tokens: int, cache: Tensor) -> None:
+    """Raise ValueError unless the slots are whole numbers beside the cache, of `tokens` at most."""
+    if slot_T.dtype not in (torch.int32, torch.int64) or slot_T.device != cache.device:
+        found = f"{slot_T.dtype} on {slot_T.device}"
+        raise ValueError(f"slots are {found}, want int32 or int64 on {cache.device}")
+    if slot_T.ndim != 1 or len(slot_T) > tokens:
+        raise ValueError(f"slots {list(slot_T.shape)} for {tokens} tokens")
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Sequences:
     """Which queries belong to which sequence, and where its keys are. All int32, on the device."""
