@@ -156,7 +156,9 @@ def linear_w8a8(
         return fast(a_MK, a_scale, w_NK, w_scale, dtype)
     (M, K), N = a_MK.shape, len(w_NK)
     args = a_MK, a_scale.view(-1, 1), w_NK, w_scale.view(-1, 1)
-    a_tile, w_tile = (-(-M // a_scale.numel()), K), (-(-N // w_scale.numel()), K)
+    a_tile, w_tile = (
+        (rows if s.numel() == 1 else 1, K) for s, rows in ((a_scale, M), (w_scale, N))
+    )
     return linear_reference.linear_w8a8(*args, a_tile, w_tile, dtype)
 
 

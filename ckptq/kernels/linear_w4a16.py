@@ -17,6 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ckptq.kernels.int4 import dense_zero_points
 from ckptq.kernels.linear_w8a8 import first_of_tile
 from ckptq.kernels.product_rows import in_order, lanes_in_order, product_rows
 from ckptq.kernels.rounding import INTERPRETED, narrow, widen
@@ -189,8 +190,9 @@ def _reordered(a_MK: Tensor, rows: int) -> Tensor:
     """Activations with features in `feature_order`, padded to whole tiles of `rows` x 128."""
     M, K = a_MK.shape
     padded = torch.nn.functional.pad(a_MK, (0, -K % FEATURES, 0, -M % rows))
-    blocks = padded.view(len(padded), -1, 4, 4, 2, 4)  # thread, word, half, weight of half
-    return blocks.permute(0, 1, 3, 5, 2, 4).reshape(len(padded), -1)
+    # thread, word, half, weight of half
+    blocks = padded.view(len(padded), padded.shape[1] // FEATURES, 4, 4, 2, 4)
+    return blocks.permute(0, 1, 3, 5, 2, 4).reshape(padded.shape)
 
 
 def _tile(tokens: int, shared_memory: int) -> tuple[int, int, int]:
@@ -220,6 +222,7 @@ def linear_w4a16(
     group = K // G
     if K % G or triton.cdiv(K, 8) != P or (group % 32 and G > 1):
         raise ValueError(f"{tuple(a_MK.shape)} does not fit {P} words and {G} groups a row")
+    zero_ZG = dense_zero_points(zero_ZG, N, G)
     if scale_NG.dtype != a_MK.dtype or a_MK.element_size() != 2:
         found = f"{a_MK.dtype} and {scale_NG.dtype}"
         raise ValueError(f"want activations and scales in bf16 or in fp16, got {found}")
