@@ -282,6 +282,12 @@ def _attention_kernel(
     tl.store(out_ptrs, narrow(out_ME, out_ptr.dtype.element_ty), mask=m_ME)
 
 
+def _within_reach(x_BHSD: Tensor) -> Tensor:
+    """Heads dense, and tokens of a tile so near each other that 32 bits address them."""
+    near = x_BHSD.stride(3) == 1 and x_BHSD.stride(2) < 1 << 23
+    return x_BHSD if near else x_BHSD.contiguous()
+
+
 def head_scales(descale: Tensor | float, heads: int, device: torch.device) -> Tensor:
     """fp32 [heads] of a number, one scale per tensor ([1]) or one per head ([heads, ...])."""
     flat = torch.as_tensor(descale, dtype=torch.float32, device=device).reshape(-1)
@@ -327,7 +333,7 @@ def attention(
     """
     _check(query, key, value)
     (B, H, queries, D), (_, K, keys, E) = query.shape, value.shape
-    query, key, value = (x if x.stride(3) == 1 else x.contiguous() for x in (query, key, value))
+    query, key, value = (_within_reach(x) for x in (query, key, value))
     fp8, group = query.dtype == FP8, H // K
     if fp8 != (descales is not None) or (fp8 and maxima is not None):
         raise ValueError("descales are for E4M3 inputs, maxima for others")

@@ -9,7 +9,6 @@ from kv_cases import BLOCK, BLOCKS, heads, per_sequence, sequences, slots
 from torch import Tensor
 
 from ckptq.errors import UsageError
-from ckptq.kernels import kv_lifted
 from ckptq.kernels.kv_format import FORMATS, FP8, INT2, INT4, INT8, KVFormat, Rotation
 from ckptq.kernels.kv_simulate import fake_quantize_kv
 from ckptq.kernels.kv_token_head import write_token_head
@@ -101,18 +100,6 @@ def test_a_cache_whose_heads_lie_apart(device: torch.device) -> None:
     got = paged.slots(wide, Layout.NHD).cpu()[slot_T]
     assert same(got[..., :32], kv.quantize(x, INT4).code)
     assert (got[..., 32:] == 7).all()
-
-
-@pytest.mark.parametrize("fmt", [INT4, INT2], ids=lambda f: f.name)
-def test_addresses_of_64_bits(
-    device: torch.device, monkeypatch: pytest.MonkeyPatch, fmt: KVFormat
-) -> None:
-    """Of caches of 2^31 elements, of which a test has no room."""
-    monkeypatch.setattr(kv_lifted, "FAR", 1)
-    x, slot_T = heads(46, 3, 64, torch.bfloat16), slots()
-    cache, want = written(x, fmt, slot_T, device), kv.quantize(x, fmt)
-    assert same(paged.slots(cache.code, Layout.NHD).cpu()[slot_T], want.code)
-    assert same(paged.slots(cache.scale, Layout.NHD).cpu()[slot_T], want.scale)
 
 
 @KINDS
