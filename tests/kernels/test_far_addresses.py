@@ -41,8 +41,8 @@ from ckptq.kernels.token_head_cache import TokenHeadCache
 from ckptq.permute.order import Heads
 
 FP8 = torch.float8_e4m3fn
-LARGE = 8 * (1 << 30) + (1 << 20)
-"""Bytes: 2^32 values of 16 bits, and some."""
+LARGE = 12 << 30
+"""Bytes: 3 x 2^30 words of 32 bits."""
 FAR = 1 << 31
 
 
@@ -151,10 +151,11 @@ def test_static_caches(memory: Tensor, layout: Layout) -> None:
 
 @pytest.mark.parametrize("fmt", list(FORMATS.values()), ids=lambda f: f.name)
 def test_caches_with_a_scale_per_token_and_head(memory: Tensor, fmt: KVFormat) -> None:
+    """More than 2^31 even in words of four bytes, as which packed codes are stored."""
     device, x = memory.device, heads(46, 2, 64, torch.bfloat16)
     near = TokenHeadCache.empty(fmt, 11, BLOCK, 2, 64, device=device)
     parts = {f: getattr(near, f) for f in near.__slots__}
-    code = placed(memory, parts["code"], (1 << 28, *near.code.stride()[1:]))
+    code = placed(memory, parts["code"], (1 << 30, *near.code.stride()[1:]))
     far = TokenHeadCache(**parts | {"code": code})
     write_token_head(x.to(device), far, slots().to(device))
     want = kv.quantize(x, fmt)
