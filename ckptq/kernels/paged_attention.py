@@ -17,7 +17,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ckptq.kernels.attention import head_scales
-from ckptq.kernels.mask import Mask
+from ckptq.kernels.mask import Mask, cap_height
 from ckptq.kernels.online_softmax import (
     cap,
     dot,
@@ -127,6 +127,18 @@ def paged_rows(group: int) -> int:
     return max(16, triton.next_power_of_2(4 * group))
 
 
+def _check(query_THD: Tensor, key_cache: Tensor, value_cache: Tensor, layout: Layout) -> None:
+    _, H, D = query_THD.shape
+    shapes = f"{list(key_cache.shape)} and {list(value_cache.shape)}"
+    if key_cache.shape != value_cache.shape or key_cache.dtype != value_cache.dtype:
+        raise ValueError(f"caches {shapes}, {key_cache.dtype} and {value_cache.dtype}: no pair")
+    if H % layout.sizes(key_cache)[1] or key_cache.shape[3] != D:
+        raise ValueError(f"{layout} caches {shapes} do not fit queries {list(query_THD.shape)}")
+    if key_cache.stride() != value_cache.stride() or key_cache.stride(3) != 1:
+        strides = f"{key_cache.stride()} and {value_cache.stride()}"
+        raise ValueError(f"caches must be laid out alike, their heads dense: strides {strides}")
+
+
 def paged_attention(
     query_THD: Tensor,
     key_cache: Tensor,
@@ -153,14 +165,12 @@ def paged_attention(
     T, H, D = query_THD.shape
     block, K = layout.sizes(key_cache)
     fp8, fp8_query = key_cache.dtype == FP8, query_THD.dtype == FP8
-    if H % K or key_cache.shape[3] != D or key_cache.stride() != value_cache.stride():
-        found = f"{list(key_cache.shape)} and {list(value_cache.shape)}"
-        raise ValueError(f"{layout} caches {found} do not fit queries {list(query_THD.shape)}")
+    _check(query_THD, key_cache, value_cache, layout)
     if fp8 != (descales is not None) or (fp8_query and not fp8):
         raise ValueError("descales are for E4M3 caches, and E4M3 queries for those")
-    if not fp8 and not query_THD.dtype == key_cache.dtype == value_cache.dtype:
+    if not fp8 and query_THD.dtype != key_cache.dtype:
         raise ValueError(f"queries of {query_THD.dtype} over a cache of {key_cache.dtype}")
-    sequences.check(key_cache)
+    sequences.check(key_cache, K)
     heads = zip(descales or (1.0, 1.0, 1.0), (H, K, K), strict=True)
     scales = [head_scales(descale, n, query_THD.device) for descale, n in heads]
     dtype = dtype if fp8_query else query_THD.dtype
@@ -173,7 +183,7 @@ def paged_attention(
         query_THD.view(torch.uint8) if fp8_query else query_THD,
         *(x.view(torch.uint8) if fp8 else x for x in (key_cache, value_cache)),
         *(out, sequences.query_starts, sequences.lengths, sequences.block_table, *scales),
-        *(float(scaling), float(softcap or 0.0)),
+        *(float(scaling), cap_height(softcap)),
         *(*query_THD.stride()[:2], *layout.strides(key_cache), sequences.block_table.stride(0)),
         H,
         D=D,

@@ -16,6 +16,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ckptq.kernels.online_softmax import MOST_HEADS
+
 
 class Layout(StrEnum):
     """Order of the axes within a block."""
@@ -61,14 +63,16 @@ class Sequences:
     longest: int
     """The most queries that a sequence has."""
 
-    def check(self, cache: Tensor) -> None:
-        """Raise ValueError unless all are int32, fit each other and lie beside the cache."""
+    def check(self, cache: Tensor, kv_heads: int) -> None:
+        """Raise ValueError unless all are int32, fit each other and a launch, beside the cache."""
         for name in ("query_starts", "lengths", "block_table"):
             x = getattr(self, name)
             if x.dtype != torch.int32 or x.device != cache.device or x.stride(-1) != 1:
                 found = f"{x.dtype} on {x.device}"
                 raise ValueError(f"{name} is {found}, want dense int32 on {cache.device}")
         N = len(self.lengths)
+        if N * kv_heads > MOST_HEADS:
+            raise ValueError(f"{N} sequences of {kv_heads} key/value heads: at most {MOST_HEADS}")
         if self.query_starts.shape != (N + 1,) or self.block_table.shape[0] != N:
             shapes = [list(x.shape) for x in (self.query_starts, self.lengths, self.block_table)]
             raise ValueError(f"query starts, lengths, block table do not fit each other: {shapes}")

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from ckptq.kernels.hadamard import rotate
 from ckptq.kernels.kv_format import CENTROIDS
-from ckptq.kernels.mask import Mask
+from ckptq.kernels.mask import Mask, cap_height
 from ckptq.kernels.online_softmax import (
     cap,
     dot,
@@ -253,9 +253,9 @@ def token_head_attention(
     heads, head sizes or caches do not fit each other.
     """
     _check(query_THD, key, value)
-    sequences.check(key.code)
     T, H, D = query_THD.shape
     block, K = key.layout.sizes(key.code)
+    sequences.check(key.code, K)
     group, streams = H // K, key.fmt.per_byte
     rows = paged_rows(group)
     query = rotate(query_THD, key.rotation).contiguous()
@@ -264,7 +264,7 @@ def token_head_attention(
     _token_head_attention_kernel[(tiles, len(sequences.lengths) * K)](
         *(query, key.code, value.code, key.scale, value.scale, key.zero, value.zero, out),
         *(sequences.query_starts, sequences.lengths, sequences.block_table),
-        *(float(scaling), float(softcap or 0.0)),
+        *(float(scaling), cap_height(softcap)),
         *key.layout.strides(key.code),
         *key.layout.strides(key.scale),
         *(sequences.block_table.stride(0), H),
