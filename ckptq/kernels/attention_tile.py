@@ -1,10 +1,10 @@
 """How a launch of `attention` is cut, by head size, dtype and the shared memory of a GPU."""
 
 from dataclasses import dataclass
-from functools import cache
 
 import torch
-import triton
+
+from ckptq.kernels.shared_memory import shared_memory
 
 FP8 = torch.float8_e4m3fn
 
@@ -19,18 +19,11 @@ class Tile:
     stages: int
 
 
-@cache
-def _shared_memory(index: int) -> int:
-    """Bytes that a program may have on a GPU; cached, as the driver takes a millisecond to say."""
-    properties = triton.runtime.driver.active.utils.get_device_properties(index)
-    return int(properties["max_shared_mem"])
-
-
 def default_tile(head_dim: int, dtype: torch.dtype, device: torch.device) -> Tile:
     """Tuned on the H200; smaller where a program has less shared memory than there."""
     if dtype == torch.float32:
         return Tile(64, 32, 4, 1) if head_dim <= 128 else Tile(32, 16, 4, 1)
-    room = _shared_memory(device.index or 0) if device.type == "cuda" else 160 << 10
+    room = shared_memory(device)
     if room < 120 << 10:
         return Tile(64, 32, 4, 2) if head_dim <= 128 else Tile(64, 16, 4, 2)
     if head_dim > 128:

@@ -21,6 +21,7 @@ from ckptq.kernels.int4 import dense_zero_points
 from ckptq.kernels.linear_w8a8 import first_of_tile
 from ckptq.kernels.product_rows import in_order, lanes_in_order, product_rows
 from ckptq.kernels.rounding import INTERPRETED, narrow, widen
+from ckptq.kernels.shared_memory import shared_memory
 
 FEATURES = 128
 """Input features of a step."""
@@ -206,14 +207,6 @@ def _tile(tokens: int, shared_memory: int) -> tuple[int, int, int]:
         rows //= 2
 
 
-def _shared_memory(device: torch.device) -> int:
-    """Bytes that a program may have."""
-    if device.type != "cuda":
-        return 227 << 10
-    properties = torch.cuda.get_device_properties(device)
-    return properties.shared_memory_per_block_optin  # type: ignore[attr-defined]
-
-
 def linear_w4a16(
     a_MK: Tensor, packed_NP: Tensor, scale_NG: Tensor, zero_ZG: Tensor | None = None
 ) -> Tensor:
@@ -227,7 +220,7 @@ def linear_w4a16(
         found = f"{a_MK.dtype} and {scale_NG.dtype}"
         raise ValueError(f"want activations and scales in bf16 or in fp16, got {found}")
     out_MN = torch.empty(M, N, dtype=a_MK.dtype, device=a_MK.device)
-    rows, columns, stages = _tile(M, _shared_memory(a_MK.device))
+    rows, columns, stages = _tile(M, shared_memory(a_MK.device))
     a = _reordered(a_MK, rows)
     _linear_w4a16_kernel[(triton.cdiv(M, rows) * triton.cdiv(N, columns),)](
         *(a, packed_NP.contiguous(), scale_NG.contiguous(), zero_ZG, out_MN),

@@ -122,9 +122,15 @@ def _paged_attention_kernel(
     tl.store(out_ptrs, narrow(out_MD, out_ptr.dtype.element_ty), mask=m_MD)
 
 
-def paged_rows(group: int) -> int:
-    """Rows of a tile: at least a few queries with the heads of a group, and what products need."""
-    return max(16, triton.next_power_of_2(4 * group))
+def paged_tile(group: int) -> dict[str, int]:
+    """Launch arguments by the query heads that share a key/value head: rows, keys, warps, stages.
+
+    A few queries with the heads of a group fill a tile, as many as products need; of a large group
+    one, or its rows would leave the registers and, of 128 heads, shared memory.
+    """
+    whole = triton.next_power_of_2(group)
+    rows = max(16, whole, min(64, triton.next_power_of_2(4 * group)))
+    return {"ROWS": rows, "COLUMNS": 32, "num_warps": 4 if rows <= 64 else 8, "num_stages": 2}
 
 
 def _check(query_THD: Tensor, key_cache: Tensor, value_cache: Tensor, layout: Layout) -> None:
@@ -177,8 +183,8 @@ def paged_attention(
     out = torch.empty(T, H, D, dtype=dtype, device=query_THD.device)
     if query_THD.stride(2) != 1:
         query_THD = query_THD.contiguous()
-    group, rows = H // K, paged_rows(H // K)
-    tiles = triton.cdiv(sequences.longest, rows // group)
+    group, tile = H // K, paged_tile(H // K)
+    tiles = triton.cdiv(sequences.longest, tile["ROWS"] // group)
     _paged_attention_kernel[(tiles, len(sequences.lengths) * K)](
         query_THD.view(torch.uint8) if fp8_query else query_THD,
         *(x.view(torch.uint8) if fp8 else x for x in (key_cache, value_cache)),
@@ -192,9 +198,6 @@ def paged_attention(
         **mask.constexprs(),
         CAPPED=softcap is not None,
         BLOCK_D=max(16, triton.next_power_of_2(D)),
-        ROWS=rows,
-        COLUMNS=32,
-        num_warps=4,
-        num_stages=2,
+        **tile,
     )
     return out

@@ -32,7 +32,7 @@ from ckptq.kernels.online_softmax import (
     oldest_key,
     visible,
 )
-from ckptq.kernels.paged_attention import paged_rows
+from ckptq.kernels.paged_attention import paged_tile
 from ckptq.kernels.paging import Sequences, key_offset, query_rows
 from ckptq.kernels.rounding import e4m3_value, narrow, widen
 from ckptq.kernels.token_head_cache import TokenHeadCache
@@ -257,10 +257,10 @@ def token_head_attention(
     block, K = key.layout.sizes(key.code)
     sequences.check(key.code, K)
     group, streams = H // K, key.fmt.per_byte
-    rows = paged_rows(group)
+    tile = paged_tile(group)
     query = rotate(query_THD, key.rotation).contiguous()
     out = torch.empty(T, H, D, dtype=torch.float32, device=query.device)
-    tiles = triton.cdiv(sequences.longest, rows // group)
+    tiles = triton.cdiv(sequences.longest, tile["ROWS"] // group)
     _token_head_attention_kernel[(tiles, len(sequences.lengths) * K)](
         *(query, key.code, value.code, key.scale, value.scale, key.zero, value.zero, out),
         *(sequences.query_starts, sequences.lengths, sequences.block_table),
@@ -279,9 +279,6 @@ def token_head_attention(
         NEAR=CENTROIDS[0],
         FAR=CENTROIDS[1],
         BLOCK_W=max(16, triton.next_power_of_2(D // streams)),
-        ROWS=rows,
-        COLUMNS=32,
-        num_warps=4,
-        num_stages=2,
+        **tile,
     )
     return rotate(out, value.rotation, query_THD.dtype, inverse=True)
