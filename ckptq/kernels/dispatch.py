@@ -61,8 +61,12 @@ def quantize_heads(x_THD: Tensor, dtype: torch.dtype = FP8) -> Scaled:
 def quantize_blocks(
     x_RC: Tensor, dtype: torch.dtype = FP8, block: tuple[int, int] = (128, 128)
 ) -> Scaled:
-    """Per block: codes [R, C], scales [ceil(R / 128), ceil(C / 128)]."""
-    if on_gpu(x_RC):
+    """Per block: codes [R, C], scales [ceil(R / 128), ceil(C / 128)].
+
+    The kernel takes blocks that a program holds: sides of powers of two, 32768 values at most.
+    """
+    held = block[0] * block[1] <= 1 << 15 and not any(side & (side - 1) for side in block)
+    if on_gpu(x_RC) and held:
         from ckptq.kernels.quantize_blocks import quantize_blocks as fast
 
         return fast(x_RC, dtype, block)
