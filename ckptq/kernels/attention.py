@@ -25,7 +25,6 @@ from ckptq.kernels.attention_tile import Tile, default_tile
 from ckptq.kernels.mask import Mask, cap_height
 from ckptq.kernels.maxima import Maxima
 from ckptq.kernels.online_softmax import (
-    MOST_HEADS,
     cap,
     dot,
     finish,
@@ -33,6 +32,7 @@ from ckptq.kernels.online_softmax import (
     key_bounds,
     visible,
 )
+from ckptq.kernels.paging import MOST_HEADS
 from ckptq.kernels.rounding import e4m3_round, e4m3_value, has_native_e4m3, narrow, widen
 
 FP8 = torch.float8_e4m3fn

@@ -3,7 +3,8 @@
 The one rule is `on_gpu`. CKPTQ_EAGER=1 takes the meaning on a GPU as well, to find out whether a
 wrong result is a kernel's fault. Both give the same bits, but for the order in which the linear
 products sum. Arguments are those of the functions of the same name in this package, which have the
-documentation; input is finite. Triton is imported by the first call that needs it.
+documentation; input is finite. Triton is imported by the first call that needs it. The doors of KV
+caches are in `dispatch_cache`, that of calibration's attention is `calibration_attention`.
 """
 
 import os

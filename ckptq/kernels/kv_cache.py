@@ -13,7 +13,8 @@ import triton.language as tl
 from torch import Tensor
 
 from ckptq.kernels.codes import code, code_constexprs
-from ckptq.kernels.paging import Layout, check_slots, slot_offset
+from ckptq.kernels.paged_addresses import slot_offset
+from ckptq.kernels.paging import Layout, check_slots
 from ckptq.kernels.rounding import widen
 
 

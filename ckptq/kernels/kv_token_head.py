@@ -18,7 +18,8 @@ from ckptq.kernels.hadamard import load_rows
 from ckptq.kernels.kv_codes import codes, step_and_inverse
 from ckptq.kernels.kv_format import EPS, Rotation, rotation_block
 from ckptq.kernels.kv_lifted import write_lifted
-from ckptq.kernels.paging import check_slots, slot_offset
+from ckptq.kernels.paged_addresses import slot_offset
+from ckptq.kernels.paging import check_slots
 from ckptq.kernels.rounding import has_native_e4m3
 from ckptq.kernels.token_head_cache import TokenHeadCache
 

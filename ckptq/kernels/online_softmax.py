@@ -11,9 +11,6 @@ import triton.language as tl
 
 from ckptq.kernels.rounding import INTERPRETED, widen
 
-MOST_HEADS = 65535
-"""Of all sequences of a launch together: CUDA takes no more programs along that axis."""
-
 
 @triton.jit
 def dot(a, b, acc):

@@ -27,7 +27,8 @@ from ckptq.kernels.online_softmax import (
     oldest_key,
     visible,
 )
-from ckptq.kernels.paging import Layout, Sequences, key_offset, query_rows
+from ckptq.kernels.paged_addresses import key_offset, query_rows
+from ckptq.kernels.paging import Layout, Sequences
 from ckptq.kernels.rounding import e4m3_value, narrow
 
 FP8 = torch.float8_e4m3fn

@@ -32,8 +32,9 @@ from ckptq.kernels.online_softmax import (
     oldest_key,
     visible,
 )
+from ckptq.kernels.paged_addresses import key_offset, query_rows
 from ckptq.kernels.paged_attention import paged_tile
-from ckptq.kernels.paging import Sequences, key_offset, query_rows
+from ckptq.kernels.paging import Sequences
 from ckptq.kernels.rounding import e4m3_value, narrow, widen
 from ckptq.kernels.token_head_cache import TokenHeadCache
 
