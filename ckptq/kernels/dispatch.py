@@ -60,7 +60,11 @@ def quantize_heads(x_THD: Tensor, dtype: torch.dtype = FP8) -> Scaled:
 
 
 def quantize_blocks(
-    x_RC: Tensor, dtype: torch.dtype = FP8, block: tuple[int, int] = (128, 128)
+    x_RC: Tensor,
+    dtype: torch.dtype = FP8,
+    block: tuple[int, int] = (128, 128),
+    heads: Heads | None = None,
+    to: RopeOrder = RopeOrder.HALF_SPLIT,
 ) -> Scaled:
     """Per block: codes [R, C], scales [ceil(R / 128), ceil(C / 128)].
 
@@ -70,19 +74,24 @@ def quantize_blocks(
     if on_gpu(x_RC) and held:
         from ckptq.kernels.quantize_blocks import quantize_blocks as fast
 
-        return fast(x_RC, dtype, block)
-    return reference.quantize_blocks(x_RC, dtype, block)
+        return fast(x_RC, dtype, block, heads, to)
+    return reference.quantize_blocks(x_RC, dtype, block, heads, to)
 
 
 def quantize_static(
-    x_RC: Tensor, scale_GK: Tensor, tile: tuple[int, int], dtype: torch.dtype = FP8
+    x_RC: Tensor,
+    scale_GK: Tensor,
+    tile: tuple[int, int],
+    dtype: torch.dtype = FP8,
+    heads: Heads | None = None,
+    to: RopeOrder = RopeOrder.HALF_SPLIT,
 ) -> Tensor:
     """Codes [R, C] under scales that each cover a tile of rows x columns."""
     if on_gpu(x_RC):
         from ckptq.kernels.quantize_static import quantize_static as fast
 
-        return fast(x_RC, scale_GK, tile, dtype)
-    return reference.quantize_static(x_RC, scale_GK, tile, dtype)
+        return fast(x_RC, scale_GK, tile, dtype, heads, to)
+    return reference.quantize_static(x_RC, scale_GK, tile, dtype, heads, to)
 
 
 def dequantize(code_RC: Tensor, scale_GK: Tensor, tile: tuple[int, int]) -> Tensor:
@@ -103,13 +112,13 @@ def quantize_experts(x_EKN: Tensor, dtype: torch.dtype = FP8) -> Scaled:
     return reference.quantize_experts(x_EKN, dtype)
 
 
-def quantize_expert_blocks(x_EKN: Tensor, dtype: torch.dtype = FP8) -> Scaled:
-    """Fused experts turned, per block of 128 x 128."""
+def quantize_expert_blocks(x_EKN: Tensor, dtype: torch.dtype = FP8, block: int = 128) -> Scaled:
+    """Fused experts turned, per block: codes [E, N, K], scales [E, ceil(N / 128), ceil(K / 128)]."""
     if on_gpu(x_EKN):
         from ckptq.kernels.quantize_expert_blocks import quantize_expert_blocks as fast
 
-        return fast(x_EKN, dtype)
-    return reference.quantize_expert_blocks(x_EKN, dtype)
+        return fast(x_EKN, dtype, block)
+    return reference.quantize_expert_blocks(x_EKN, dtype, block)
 
 
 def quantize_int4(

@@ -64,9 +64,19 @@ def spread(scale_GK: Tensor, tile: tuple[int, int], rows: int, columns: int) -> 
 
 
 def quantize_static(
-    x_RC: Tensor, scale_GK: Tensor, tile: tuple[int, int], dtype: torch.dtype
+    x_RC: Tensor,
+    scale_GK: Tensor,
+    tile: tuple[int, int],
+    dtype: torch.dtype = torch.float8_e4m3fn,
+    heads: Heads | None = None,
+    to: RopeOrder = RopeOrder.HALF_SPLIT,
 ) -> Tensor:
-    """Codes [R, C] of x under given scales, each covering a tile of rows x columns."""
+    """Codes [R, C] under given scales, each covering a tile of rows x columns of the result.
+
+    Rows are first put into the RoPE order `to`.
+    """
+    if heads is not None:
+        x_RC = x_RC[gather_indices(heads, to)]
     ratio_RC = x_RC.float() / spread(scale_GK, tile, *x_RC.shape).float()
     if dtype == torch.int8:
         return nearest_int(ratio_RC, -128, 127)
@@ -80,9 +90,7 @@ def quantize_rows(
     to: RopeOrder = RopeOrder.HALF_SPLIT,
 ) -> tuple[Tensor, Tensor]:
     """Codes [R, C] and scales [R, 1], rows first put into the RoPE order `to`."""
-    if heads is not None:
-        x_RC = x_RC[gather_indices(heads, to)]
-    return quantize_blocks(x_RC, dtype, (1, x_RC.shape[1]))
+    return quantize_blocks(x_RC, dtype, (1, x_RC.shape[1]), heads, to)
 
 
 def quantize_tensor(
@@ -106,9 +114,15 @@ def quantize_heads(
 
 
 def quantize_blocks(
-    x_RC: Tensor, dtype: torch.dtype = torch.float8_e4m3fn, block: tuple[int, int] = (128, 128)
+    x_RC: Tensor,
+    dtype: torch.dtype = torch.float8_e4m3fn,
+    block: tuple[int, int] = (128, 128),
+    heads: Heads | None = None,
+    to: RopeOrder = RopeOrder.HALF_SPLIT,
 ) -> tuple[Tensor, Tensor]:
-    """Codes [R, C] and scales [ceil(R / 128), ceil(C / 128)]."""
+    """Codes [R, C] and scales [ceil(R / 128), ceil(C / 128)]; rows are first put in order `to`."""
+    if heads is not None:
+        x_RC = x_RC[gather_indices(heads, to)]
     grid = [-(-n // side) for n, side in zip(x_RC.shape, block, strict=True)]
     amax_GK = x_RC.new_zeros(grid)
     for g, k in product(*map(range, grid)):
