@@ -113,7 +113,7 @@ def quantize_experts(x_EKN: Tensor, dtype: torch.dtype = FP8) -> Scaled:
 
 
 def quantize_expert_blocks(x_EKN: Tensor, dtype: torch.dtype = FP8, block: int = 128) -> Scaled:
-    """Fused experts turned, per block: codes [E, N, K], scales [E, ceil(N / 128), ceil(K / 128)]."""
+    """Fused experts turned, per block: codes [E, N, K], scales [E, ceil(N / 128), same of K]."""
     if on_gpu(x_EKN):
         from ckptq.kernels.quantize_expert_blocks import quantize_expert_blocks as fast
 

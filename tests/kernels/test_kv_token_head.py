@@ -181,7 +181,7 @@ def test_the_rotation_saves_heads_with_an_outlier() -> None:
     assert left(INT2.name, Rotation.NONE) > 0.8
 
 
-@pytest.mark.parametrize("D", [64, 80, 96, 128])
+@pytest.mark.parametrize("D", [64, 72, 80, 96, 128, 256])
 @KINDS
 def test_attention(device: torch.device, fmt: KVFormat, D: int) -> None:
     q, k, v = heads(6, 4, D, seed=2), heads(46, 2, D), heads(46, 2, D, seed=1)
@@ -257,3 +257,20 @@ def test_modes_that_do_not_fit_are_refused() -> None:
             fake_quantize_kv(x, mode, scale=scale)
     with pytest.raises(ValueError, match="head size in eights"):
         fake_quantize_kv(x[..., :62], "int2_per_token_head")
+
+
+@pytest.mark.parametrize("fmt", [INT8, FP8], ids=lambda f: f.name)
+def test_heads_of_an_odd_size(device: torch.device, fmt: KVFormat) -> None:
+    """Whole bytes and no rotation ask nothing of a head's size; packed formats refuse it."""
+    q, x = heads(6, 4, 81, seed=2), heads(46, 2, 81)
+    cache = written(x, fmt, slots(), device)
+    want = kv.quantize(x, fmt)
+    assert same(paged.slots(cache.code, Layout.NHD).cpu()[slots()], want.code)
+    got = token_head_attention(q.to(device), cache, cache, sequences(device), scaling=0.1)
+    held = per_sequence(kv.dequantize(want, fmt))
+    assert (
+        error(got, paged.attention(q, held, held, sequences(torch.device("cpu")), scaling=0.1))
+        < 2e-6
+    )
+    with pytest.raises(ValueError, match="head size in eights"):
+        TokenHeadCache.empty(INT4, BLOCKS, BLOCK, 2, 81, device=device)
