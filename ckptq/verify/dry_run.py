@@ -25,9 +25,10 @@ from ckptq.verify import nearest
 from ckptq.verify.cache import shared_layers
 from ckptq.verify.compare import Tally
 from ckptq.verify.engines import Engine
+from ckptq.verify.geometry import well_typed
 from ckptq.verify.judge import arrival_floor_db
 from ckptq.verify.kinds import finding
-from ckptq.verify.order import source_order, well_typed
+from ckptq.verify.order import source_order
 from ckptq.verify.report import Arrival, Finding
 from ckptq.verify.rope import order_of, turned_modules
 from ckptq.verify.sample import snr_db
