@@ -188,6 +188,16 @@ def test_a_row_of_one_negative_number_is_no_row_without_codes(sources, tmp_path)
     assert [f.code for f in verify(editor.save()).findings] == ["codes-empty"]
 
 
+@pytest.mark.parametrize(("family", "layers"), [("llama4", 1), ("mixtral", 2), ("qwen3-moe", 2)])
+def test_experts_with_a_projection_that_was_left(sources, tmp_path, family, layers):
+    """Right by the letter, and vLLM refuses it; nothing else is wrong."""
+    ignore = (r"re:.*experts.*\.(down_proj|w2)$",)
+    out = convert(sources(family), tmp_path / "out", recipe("int4", ignore=ignore))
+    report = verify(out, sources(family))
+    assert report.counts == {"experts-differ": layers}
+    assert "unquantized" in report.findings[0].found
+
+
 def test_a_suspect_whose_sibling_the_source_lacks(good, tmp_path):
     """What is beside a wrong weight is tried in its place; an extra Linear has no source to try."""
     folder, source = good("llama", "fp8-channel")
