@@ -16,16 +16,18 @@ from ckptq.models.modules import decoder_layers, num_attention_heads
 from ckptq.permute.effect import Effect, Projection, effect_on, effect_on_attention
 from ckptq.permute.order import Heads
 from ckptq.quantize.scheme import pair, whole
+from ckptq.spec import TensorSpec
 
 PROJECTIONS = {"q_proj": "q", "k_proj": "k"}
 _UNTURNED = ("v_proj", "o_proj")
 
 
-def plan_permutation(ckpt: Checkpoint) -> dict[str, Effect]:
+def plan_permutation(ckpt: Checkpoint, *, unfit: list[str] | None = None) -> dict[str, Effect]:
     """Tensor name -> what happens to it, for every tensor of q/k and of their attention modules.
 
     Raises PlanError, naming the tensor, for one that is unknown or cannot be permuted, and for a
-    model without q_proj and k_proj (fused qkv, latent attention).
+    model without q_proj and k_proj (fused qkv, latent attention). With `unfit`, such tensors are
+    left out, and their names added to it.
     """
     layers, _ = decoder_layers(ckpt)
     modules = _attention_modules(ckpt, layers)
@@ -40,14 +42,25 @@ def plan_permutation(ckpt: Checkpoint) -> dict[str, Effect]:
         module, local = _split(name, modules)
         if module is None or local.startswith(tuple(f"{p}." for p in _UNTURNED)):
             continue
-        child, _, rest = local.partition(".")
-        if child in PROJECTIONS:
-            projection = _projection(ckpt, f"{module}.{child}", heads[PROJECTIONS[child]])
-            effects[name] = effect_on(rest, stored.spec, projection)
-        else:
-            sides = {side: Projection(module, heads[side]) for side in heads}
-            effects[name] = effect_on_attention(local, stored.spec, sides)
+        try:
+            effects[name] = _effect(ckpt, module, local, stored.spec, heads)
+        except PlanError:
+            if unfit is None:
+                raise
+            unfit.append(name)
     return effects
+
+
+def _effect(
+    ckpt: Checkpoint, module: str, local: str, spec: TensorSpec, heads: Mapping[str, Heads]
+) -> Effect:
+    """What happens to one tensor of an attention module: "q_proj.weight", "k_scale", ..."""
+    child, _, rest = local.partition(".")
+    if child in PROJECTIONS:
+        projection = _projection(ckpt, f"{module}.{child}", heads[PROJECTIONS[child]])
+        return effect_on(rest, spec, projection)
+    sides = {side: Projection(module, heads[side]) for side in heads}
+    return effect_on_attention(local, spec, sides)
 
 
 def head_geometry(text_config: Mapping[str, Any]) -> dict[str, Heads]:

@@ -12,6 +12,7 @@ from ckptq.checkpoint.open import open_checkpoint
 from ckptq.errors import PlanError, SourceError, UsageError
 from ckptq.plan.doubts import vllm_doubts
 from ckptq.plan.make import fill_shards, make_plan
+from ckptq.plan.match import matches
 from ckptq.plan.unit import Plan, Unit
 from ckptq.recipes.load import load_scheme, load_text
 from ckptq.spec import TensorSpec
@@ -110,6 +111,27 @@ def test_one_quantized_expert_splits_all_fused_layers(llama4: Path) -> None:
     assert units[f"{experts}.1.gate_proj"].views
     assert f"{experts}.1.gate_proj" in plan.ignore
     assert f"{experts}.0.gate_proj" not in plan.ignore
+
+
+@pytest.mark.parametrize("left", ["down_proj", "gate_proj|up_proj"])
+@pytest.mark.parametrize("family", ["llama4", "gpt_oss"])
+def test_a_projection_of_fused_experts_that_is_left_is_ignored_alone(
+    request: pytest.FixtureRequest, family: str, left: str
+) -> None:
+    """A pattern for all of them would tell engines that the quantized ones are not."""
+    plan = plan_of(request.getfixturevalue(family), "fp8-dynamic", ignore=[rf"re:.*({left})$"])
+    quantized = {name for names in plan.groups.values() for name in names}
+    assert any(".experts." in name for name in quantized)
+    assert not [n for n in quantized if any(matches(entry, n) for entry in plan.ignore)]
+    left_alone = [n for n in plan.layout.linears if ".experts." in n and n not in quantized]
+    assert left_alone
+    assert set(left_alone) <= set(plan.ignore)
+    assert [doubt for doubt in vllm_doubts(plan) if "experts are not all quantized alike" in doubt]
+
+
+def test_experts_that_are_quantized_alike_or_not_at_all_are_no_doubt(llama4: Path) -> None:
+    assert not list(vllm_doubts(plan_of(llama4, "fp8-dynamic")))
+    assert not list(vllm_doubts(plan_of(llama4, "fp8-dynamic", ignore=["re:.*experts.*"])))
 
 
 def test_gpt_oss_interleaves_gate_and_up_and_cuts_biases(gpt_oss: Path) -> None:
