@@ -25,7 +25,7 @@ def main() -> NoReturn:
     signal.signal(signal.SIGTERM, _interrupt)
     signal.signal(signal.SIGINT, _interrupt)
     try:
-        app()
+        app(prog_name="ckptq")
     except CkptqError as error:
         sys.exit(console.complain(error))
     except Interrupted:

@@ -5,14 +5,12 @@ Imports stand inside the commands, so that `--help` loads neither torch nor tran
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
 from ckptq import console
-from ckptq.errors import UsageError
 from ckptq.options import (
     BatchSize,
     Data,
@@ -30,26 +28,27 @@ from ckptq.options import (
     Seed,
     SeqLen,
     ShardSize,
+    Text,
     TrustRemoteCode,
+    Version,
     Workers,
     nbytes,
     new_file,
     one_of,
+    words,
 )
 from ckptq.progress import silent
 
-if TYPE_CHECKING:
-    from ckptq.recipes.load import Recipe
-
 app = typer.Typer(
     name="ckptq",
-    help="Quantize Hugging Face checkpoints for vLLM, offline, and prove that the result is right.",
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
 )
 
-NO_TEXT = "evaluating on the built-in corpus; give --data or --task with text of your own domain"
+
+@app.callback()
+def program(version: Version = False) -> None:
+    """Quantize Hugging Face checkpoints for vLLM, offline, and prove that the result is right."""
 
 
 @app.command()
@@ -99,11 +98,12 @@ def quantize(
     from ckptq.convert.quantize import QuantizeRequest, plan_of
     from ckptq.convert.quantize import quantize as convert
     from ckptq.permute.order import Sharing
+    from ckptq.recipes.load import load_either
     from ckptq.show import show_plan, show_quantized
 
     request = QuantizeRequest(
         model=model,
-        recipe=_recipe(scheme, recipe),
+        recipe=load_either(scheme, recipe),
         revision=revision,
         out=output,
         ignore=tuple(ignore or ()),
@@ -138,8 +138,9 @@ def calibrate(
     model: Model,
     output: Annotated[Path, typer.Option("--output", "-o", help="The scales file to write.")],
     scheme: Annotated[
-        str, typer.Option("--scheme", "-s", help="Whose scales: a recipe with a KV cache.")
-    ] = "fp8-per-head",
+        str | None,
+        typer.Option("--scheme", "-s", help="Whose scales; without --recipe: fp8-per-head."),
+    ] = None,
     recipe: RecipeFile = None,
     revision: Revision = None,
     data: Data = None,
@@ -160,12 +161,14 @@ def calibrate(
     from ckptq.calibrate.request import CalibrationRequest
     from ckptq.calibrate.to_file import calibrate_to_file
     from ckptq.checkpoint.open import open_checkpoint
-    from ckptq.convert.quantize import NO_DATA
+    from ckptq.convert.quantize import NO_DATA, check_calibrated, little_text
     from ckptq.plan.make import make_plan
+    from ckptq.recipes.load import load_either
     from ckptq.show import show_scales
 
     ckpt = open_checkpoint(model, revision)
-    plan = make_plan(ckpt, _recipe(None if recipe else scheme, recipe))
+    plan = make_plan(ckpt, load_either(scheme or (None if recipe else "fp8-per-head"), recipe))
+    check_calibrated(plan)
     wanted = CalibrationRequest(
         data=data,
         samples=samples,
@@ -185,6 +188,8 @@ def calibrate(
                 ckpt, plan, wanted, output, begin, restart=restart, ranks=ranks
             )
         if ranks.leads:
+            if said := little_text(made, wanted):
+                console.note(said)
             show_scales(output, made, json)
 
 
@@ -208,7 +213,7 @@ def verify(
         bool,
         typer.Option("--attention", help="Run text and see what FP8 makes of q, k and v."),
     ] = False,
-    data: Data = None,
+    data: Text = None,
     html: Annotated[
         Path | None, typer.Option(help="Write the report as one page that needs no network.")
     ] = None,
@@ -248,7 +253,7 @@ def permute(
     output: Annotated[Path, typer.Argument(help="The folder to write.")],
     to: Annotated[str, typer.Option(help="half-split or interleaved.")],
     only: Annotated[
-        list[str] | None, typer.Option(help="weights, scales or zero-points; default: all.")
+        list[str] | None, typer.Option(help="Only these: weights, scales, zero-points; A,B.")
     ] = None,
     revision: Revision = None,
     workers: Workers = None,
@@ -263,7 +268,7 @@ def permute(
     from ckptq.show import show_permuted
 
     order = RopeOrder(one_of("--to", to, tuple(RopeOrder)))
-    parts = [Part(one_of("--only", part, tuple(Part))) for part in only or Part]
+    parts = [Part(one_of("--only", part, tuple(Part))) for part in words(only) or Part]
     ckpt = open_checkpoint(path, revision)
     plan = plan_permute(ckpt, order, parts)
     with console.progress() as begin:
@@ -287,7 +292,7 @@ def evaluate(
         typer.Option(help="Try these caches: bf16, fp8-per-head, int4-per-token-head, ..."),
     ] = None,
     revision: Revision = None,
-    data: Data = None,
+    data: Text = None,
     task: Annotated[
         Path | None, typer.Option(help="Questions: a .jsonl of prompt and answer.")
     ] = None,
@@ -333,12 +338,12 @@ def evaluate(
         check_report(report)
     asked = EvaluationRequest(
         source=source,
-        caches=_words(kv_cache),
-        schemes=_words(schemes),
+        caches=words(kv_cache),
+        schemes=words(schemes),
         data=data,
         task=task,
         questions=questions,
-        tasks=_words(tasks),
+        tasks=words(tasks),
         tasks_path=tasks_path,
         samples=samples,
         seq_len=seq_len,
@@ -353,10 +358,8 @@ def evaluate(
             min_accuracy=min_accuracy,
         ),
     )
-    if data is None and task is None:
-        console.note(NO_TEXT)
     with console.progress() as begin:
-        found = evaluate_request(path, asked, revision=revision, begin=begin)
+        found = evaluate_request(path, asked, revision=revision, begin=begin, note=console.note)
     if report is not None:
         write_report(report, found, evaluation_tables(found))
     show_evaluation(found, json)
@@ -386,17 +389,3 @@ def recipes(
         show_recipes(describe(), json)
     else:
         show_recipe(load_scheme(name), json)
-
-
-def _recipe(scheme: str | None, recipe: Path | None) -> Recipe:
-    from ckptq.recipes.load import load_recipe, load_scheme
-
-    if (scheme is None) == (recipe is None):
-        raise UsageError("give either --scheme NAME or --recipe FILE; `ckptq recipes` lists names")
-    return load_recipe(recipe) if recipe is not None else load_scheme(str(scheme))
-
-
-def _words(given: Sequence[str] | None) -> list[str]:
-    """Options that are given several times, with commas, or both."""
-    words = (word.strip() for text in given or () for word in text.split(","))
-    return list(dict.fromkeys(word for word in words if word))

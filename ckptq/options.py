@@ -10,9 +10,17 @@ from typing import Annotated, TypeVar
 
 import typer
 
-from ckptq.errors import UsageError
+from ckptq import __version__, console
+from ckptq.errors import MachineError, UsageError
 
 Word = TypeVar("Word", bound=str)
+
+
+def _say_version(wanted: bool) -> None:
+    if wanted:
+        console.show_lines(f"ckptq {__version__}")
+        raise typer.Exit
+
 
 Model = Annotated[str, typer.Argument(help="Checkpoint folder, or a hub id.")]
 Scheme = Annotated[
@@ -38,7 +46,11 @@ Data = Annotated[
     str | None,
     typer.Option(help="Calibration text: .txt, .jsonl, .parquet, or a `datasets` id."),
 ]
-Samples = Annotated[int, typer.Option(min=1, help="Calibration samples.")]
+Text = Annotated[
+    str | None,
+    typer.Option("--data", help="Text to run: .txt, .jsonl, .parquet, or a `datasets` id."),
+]
+Samples = Annotated[int, typer.Option(min=1, help="How many samples of the text are taken.")]
 SeqLen = Annotated[int, typer.Option(min=1, help="Tokens a sample is cut to.")]
 BatchSize = Annotated[int, typer.Option(min=1, help="Samples in one forward pass.")]
 Seed = Annotated[int, typer.Option(help="Which samples are taken, and in which order.")]
@@ -48,6 +60,10 @@ Restart = Annotated[
 ]
 TrustRemoteCode = Annotated[
     bool, typer.Option("--trust-remote-code", help="Run model code that the checkpoint carries.")
+]
+Version = Annotated[
+    bool,
+    typer.Option("--version", help="Print the version.", is_eager=True, callback=_say_version),
 ]
 
 
@@ -59,14 +75,21 @@ def one_of(option: str, given: str, choice: Sequence[Word]) -> Word:
     raise UsageError(f"{option} {given!r}: wanted {' or '.join(choice)}")
 
 
+def words(given: Sequence[str] | None) -> list[str]:
+    """Options that are given several times, with commas, or both; each once."""
+    found = (word.strip() for text in given or () for word in text.split(","))
+    return list(dict.fromkeys(word for word in found if word))
+
+
 def new_file(option: str, file: Path) -> None:
-    """UsageError, before any work is done, for a file that could not be written after it."""
+    """Before any work is done, for a file that could not be written after it: UsageError for a
+    place that is none, MachineError without the right to write there."""
     if file.is_dir():
         raise UsageError(f"{option} {file}: is a folder, wanted a file")
     if not file.parent.is_dir():
         raise UsageError(f"{option} {file}: there is no folder {file.parent}")
     if not os.access(file.parent, os.W_OK):
-        raise UsageError(f"{option} {file}: no permission to write in {file.parent}")
+        raise MachineError(f"{option} {file}: no permission to write in {file.parent}")
 
 
 def nbytes(text: str) -> int:

@@ -128,13 +128,15 @@ def show_scales(file: Path, scales: Scales, json: bool) -> None:
         console.show_json({"file": file, **scales.record(), "scales": len(scales.tensors)})
         return
     rows = []
-    for which in ("q", "k", "v"):
-        found = [t for name, t in scales.tensors.items() if name.endswith(f"{which}_scale")]
+    for which in ("q_scale", "k_scale", "v_scale", "input_scale", "input_global_scale"):
+        found = [t for name, t in scales.tensors.items() if name.endswith(f".{which}")]
         if found:
             low = min(float(t.min()) for t in found)
             high = max(float(t.max()) for t in found)
-            rows.append((f"{which}_scale", len(found), tuple(found[0].shape), low, high))
-    console.show_table(f"{file}", ("scale", "layers", "shape", "smallest", "largest"), rows)
+            rows.append((which, len(found), tuple(found[0].shape), low, high))
+    made = scales.made
+    title = f"{file}: {made.model} on {made.text}, samples: {made.samples}, tokens: {made.tokens:,}"
+    console.show_table(title, ("scale", "count", "shape", "smallest", "largest"), rows)
 
 
 def show_recipes(found: Mapping[str, str], json: bool) -> None:

@@ -47,10 +47,10 @@ class Journal:
         that has done something: one that failed before that is in nobody's way.
         """
         if not out.name:  # the current folder, or the root
-            raise UsageError(f"{out}: exists already; remove it or choose another -o")
+            raise _taken(out)
         partial = partial_of(out)
         if os.path.lexists(out) and not (partial / "journal.jsonl").exists():
-            raise UsageError(f"{out}: exists already; remove it or choose another -o")
+            raise _taken(out)
         with machine_errors(partial):
             partial.mkdir(parents=True, exist_ok=True)
             lock = take_lock(partial)
@@ -59,7 +59,7 @@ class Journal:
                 _empty(partial)
             found, done, publishing = _read(partial / "journal.jsonl")
             if os.path.lexists(out) and not publishing:
-                raise UsageError(f"{out}: exists already; remove it or choose another -o")
+                raise _taken(out)
             fingerprint = json.loads(json.dumps(fingerprint))
             if found is None or (found != fingerprint and not (done or _holds_work(partial))):
                 _empty(partial)
@@ -100,6 +100,10 @@ class Journal:
 
 def partial_of(out: Path) -> Path:
     return out.with_name(out.name + ".partial")
+
+
+def _taken(out: Path) -> UsageError:
+    return UsageError(f"{out}: exists already; remove it, or choose another output")
 
 
 def check_apart(source: Path, out: Path) -> None:

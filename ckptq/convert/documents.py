@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sized
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -135,11 +135,15 @@ def model_card(ckpt: Checkpoint, plan: Plan) -> str:
     ]
     for name, linears in plan.groups.items():
         rules = (u.rule for u in plan.units if u.parts and u.rule.startswith(f"{name}: "))
-        lines.append(f"- {next(rules, name)}: {len(linears)} Linears")
+        lines.append(f"- {next(rules, name)}: {_linears(linears)}")
     if plan.attention is not None:
         layers = len(plan.attention.scales)
         kind = "per attention head" if plan.attention.strategy == "attn_head" else "per tensor"
         lines.append(f"- KV cache and attention in FP8, static scales {kind}: {layers} layers")
     if plan.ignore:
-        lines.append(f"- left as it was: {len(plan.ignore)} Linears (`ignore` in `{CONFIG}`)")
+        lines.append(f"- left as it was: {_linears(plan.ignore)} (`ignore` in `{CONFIG}`)")
     return "\n".join([*lines, ""])
+
+
+def _linears(names: Sized) -> str:
+    return f"{len(names)} Linear{'' if len(names) == 1 else 's'}"

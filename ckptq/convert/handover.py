@@ -59,6 +59,7 @@ def write_handed_over(
     arguments: Mapping[str, Any],
     shard_bytes: int = SHARD_BYTES,
     restart: bool = False,
+    workers: int | None = None,
     begin: Begin = silent,
 ) -> Result:
     """Let llm-compressor's `oneshot` quantize the model, then write, publish and verify its result.
@@ -82,7 +83,7 @@ def write_handed_over(
                 _oneshot(ckpt, recipe, made, wanted)
         plan = _plan_copies(made if made.exists() else out, recipe, shard_bytes)
         if not journal.published:
-            _rewrite(ckpt, plan, made, journal, record, begin)
+            _rewrite(ckpt, plan, made, journal, record, workers, begin)
         journal.publish()
     finally:
         journal.close()
@@ -164,9 +165,10 @@ def _rewrite(
     made: Path,
     journal: Journal,
     record: Mapping[str, Any],
+    workers: int | None,
     begin: Begin,
 ) -> None:
-    workers = len(os.sched_getaffinity(0))
+    workers = workers or len(os.sched_getaffinity(0))
     report = begin("write", plan.read_bytes)
     convert_plan(plan, journal, None, workers, (0, 0), 1 << 28, report)
     quantization = open_checkpoint(made).quantization_config

@@ -60,17 +60,14 @@ def slab_rooms(plan: Plan, max_ram: int | None, workers: int) -> tuple[int, int]
     largest = max(plan.units, key=held_bytes)
     room = held_bytes(largest)
     program = BASE_BYTES + workers * WORKER_BYTES
+    needed = f"the program needs {program:,} bytes with --workers {workers}"
+    if room:
+        needed += f", and {largest.key} {room:,} beside them"
     free = available_ram()
     if free is not None and free < program + room:
-        raise MachineError(
-            f"too little memory: {largest.key} needs {room:,} bytes beside {program:,} for the "
-            f"program, {free:,} are available"
-        )
+        raise MachineError(f"too little memory: {needed}; {free:,} are available")
     if max_ram is not None and max_ram < program + room:
-        raise UsageError(
-            f"--max-ram {max_ram:,}: too small: {largest.key} needs {room:,} bytes beside "
-            f"{program:,} for the program and {workers} workers"
-        )
+        raise UsageError(f"--max-ram {max_ram:,}: too small: {needed}")
     if not room:
         return 0, 0
     limits = [limit - program for limit in (free, max_ram) if limit is not None]

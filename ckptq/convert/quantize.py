@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from ckptq.calibrate.ranks import started
-from ckptq.calibrate.request import CalibrationRequest, scales_source
+from ckptq.calibrate.request import CalibrationRequest, ScalesSource, scales_source
+from ckptq.calibrate.scales import Scales, load_scales
 from ckptq.checkpoint.open import Checkpoint, open_checkpoint
-from ckptq.convert.handover import write_handed_over
-from ckptq.convert.run import Result, default_output, write_quantized
+from ckptq.convert.handover import check_handed_over, write_handed_over
+from ckptq.convert.run import Result, default_output, scale_tensors, write_quantized
 from ckptq.errors import UsageError
 from ckptq.permute.order import Sharing
 from ckptq.plan.doubts import vllm_doubts
@@ -90,11 +91,13 @@ def quantize(
             "and give its file to `ckptq quantize --scales`"
         )
     if request.recipe.handed_over:
-        return _handed_over(request, begin)
+        return _handed_over(request, begin, note)
     ckpt, plan = plan_of(request)
     source = scales_source(ckpt, plan, request.calibration, request.scales, begin)
-    if source is not None and request.scales is None and request.calibration.data is None:
-        note(NO_DATA)
+    if source is not None and source.runs_model:
+        source = _telling(source, request.calibration, note)
+    if request.scales is not None:
+        _check_fit(plan, request.scales)
     if source is not None and source.doubt is not None:
         note(source.doubt)
     for doubt in vllm_doubts(plan):
@@ -113,7 +116,50 @@ def quantize(
     )
 
 
-def _handed_over(request: QuantizeRequest, begin: Begin) -> Result:
+def _check_fit(plan: Plan, file: Path) -> None:
+    """UsageError, before a run begins, for a file of other scales than the plan's."""
+    try:
+        scale_tensors(plan, load_scales(file))
+    except UsageError as error:
+        raise UsageError(f"{file}: {error}") from error
+
+
+def check_calibrated(plan: Plan) -> None:
+    """UsageError for a recipe that `ckptq calibrate` can do nothing for."""
+    if plan.attention is None and not plan.inputs:
+        raise UsageError(
+            f"recipe {plan.recipe.name!r} uses no calibrated scales; fp8-per-head, fp8-per-tensor, "
+            "fp8-static and nvfp4 do"
+        )
+
+
+def little_text(made: Scales, wanted: CalibrationRequest) -> str | None:
+    """What to tell a user whose text holds fewer samples than were asked for."""
+    if wanted.data is None or made.made.samples >= wanted.samples:
+        return None
+    return (
+        f"{wanted.data}: gives {made.made.samples} of the {wanted.samples} samples that were asked "
+        f"for, {made.made.tokens:,} tokens in all"
+    )
+
+
+def _telling(
+    source: ScalesSource, wanted: CalibrationRequest, note: Callable[[str], None]
+) -> ScalesSource:
+    """The same source, which says when it begins on a text that nobody chose, or that was short."""
+
+    def load(folder: Path) -> Scales:
+        if wanted.data is None:
+            note(NO_DATA)
+        made = source.load(folder)
+        if said := little_text(made, wanted):
+            note(said)
+        return made
+
+    return replace(source, load=load)
+
+
+def _handed_over(request: QuantizeRequest, begin: Begin, note: Callable[[str], None]) -> Result:
     if request.rope_order != "keep" or request.rope_proof is not None:
         raise UsageError(
             f"recipe {request.recipe.name!r} runs in llm-compressor, in the source's RoPE order; "
@@ -124,14 +170,20 @@ def _handed_over(request: QuantizeRequest, begin: Begin) -> Result:
         "--scales": request.scales,
         "--as-written": request.as_written,
         "--max-ram": request.max_ram,
+        "--batch-size": request.calibration.batch_size != 1,
+        "--device": request.calibration.device,
     }
     for option, given in unheard.items():
         if given:
             raise UsageError(
-                f"recipe {request.recipe.name!r} runs in llm-compressor, as it is written and with "
-                f"the whole model in memory; {option} does nothing there"
+                f"recipe {request.recipe.name!r} runs in llm-compressor, as it is written, with "
+                "the whole model in memory, sample by sample, on a GPU where there is one; "
+                f"{option} does nothing there"
             )
     ckpt = open_checkpoint(request.model, request.revision)
+    check_handed_over(request.recipe)
+    if request.calibration.data is None:
+        note(NO_DATA)
     return write_handed_over(
         ckpt,
         request.recipe,
@@ -140,5 +192,6 @@ def _handed_over(request: QuantizeRequest, begin: Begin) -> Result:
         arguments={**request.arguments(), **request.calibration.arguments()},
         shard_bytes=request.shard_bytes,
         restart=request.restart,
+        workers=request.workers,
         begin=begin,
     )

@@ -186,12 +186,21 @@ def scale_tensors(plan: Plan, scales: Scales | None) -> dict[str, Tensor]:
     for name, spec in wanted.items():
         if name not in found:
             raise UsageError(
-                f"scales: {name} is missing; the scales are of another model or scheme"
+                f"{_origin(scales)}: {name} is missing; they are of another model or scheme"
             )
         got = spec_of(found[name])
         if got != spec:
-            raise UsageError(f"scales: {name} is {got}, wanted {spec}")
+            raise UsageError(
+                f"{_origin(scales)}: {name} is {got}, wanted {spec} for {plan.recipe.name}"
+            )
     return {name: found[name] for name in wanted}
+
+
+def _origin(scales: Scales | None) -> str:
+    if scales is None:
+        return "scales"
+    shared = {"attn_head": ", a scale per head", "tensor": ", a scale per layer"}
+    return f"the scales of {scales.made.model}{shared.get(scales.made.strategy or '', '')}"
 
 
 def _write_documents(

@@ -9,7 +9,7 @@ from html import escape
 from pathlib import Path
 
 from ckptq.checkpoint.write import write_text
-from ckptq.errors import UsageError
+from ckptq.errors import MachineError, UsageError
 from ckptq.evaluate.chart import layer_chart, quality_chart
 from ckptq.evaluate.result import Evaluation
 
@@ -30,7 +30,8 @@ Table = tuple[str, Sequence[str], Sequence[Sequence[object]]]
 
 
 def check_report(file: Path) -> None:
-    """UsageError, before anything is computed, for a file that could not be written at the end."""
+    """Before anything is computed, for a file that could not be written at the end: UsageError for
+    a name or place that is none, MachineError where the machine does not let it be written."""
     if file.suffix not in SUFFIXES:
         raise UsageError(f"--report {file}: wanted a name that ends in {', '.join(SUFFIXES)}")
     if not file.parent.is_dir():
@@ -40,7 +41,7 @@ def check_report(file: Path) -> None:
     try:
         tempfile.TemporaryFile(dir=file.parent).close()
     except OSError as error:
-        raise UsageError(f"--report {file}: cannot be written: {error.strerror}") from error
+        raise MachineError(f"--report {file}: cannot be written: {error.strerror}") from error
     if file.suffix == ".png" and importlib.util.find_spec("matplotlib") is None:
         raise UsageError(
             f"--report {file}: a PNG needs matplotlib: pip install 'ckptq[plot]'; "

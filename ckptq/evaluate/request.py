@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -16,6 +16,8 @@ from ckptq.progress import Begin, silent
 from ckptq.recipes.load import Recipe, load_scheme
 
 NOTHING = Thresholds()
+
+NO_TEXT = "evaluating on the built-in corpus; give --data or --task with text of your own domain"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -49,16 +51,28 @@ def evaluate_request(
     *,
     revision: str | None = None,
     begin: Begin = silent,
+    note: Callable[[str], None] = lambda message: None,
 ) -> Evaluation:
-    """Open, read, compare. UsageError for what does not go together, before a model is built."""
+    """Open, read, compare. UsageError for what does not go together, before a model is built.
+
+    `note` hears what a user should know on the way.
+    """
     _check(asked)
-    recipes = [load_scheme(name) for name in asked.schemes]
+    named = {recipe.name: recipe for recipe in map(load_scheme, asked.schemes)}
+    recipes = list(named.values())
     ckpt = open_checkpoint(path, revision)
     source = open_checkpoint(asked.source) if asked.source is not None else None
     if source is None and ckpt.quantization_config is not None and not asked.caches:
         raise UsageError(f"{path}: is quantized; --source names the checkpoint it was made from")
     if source is not None and ckpt.quantization_config is None:
         raise UsageError(f"{path}: is not quantized; evaluate the quantized checkpoint instead")
+    if source is None and not asked.caches and not recipes:
+        raise UsageError(
+            f"{path}: nothing to compare with: give --source for a quantized checkpoint, "
+            "--kv-cache or --schemes for one that is not"
+        )
+    if asked.data is None and asked.task is None:
+        note(NO_TEXT)
     return _evaluate(ckpt, source, recipes, asked, begin)
 
 

@@ -11,7 +11,6 @@ from ckptq.calibrate.decoded import DecodedWeights, weights_of
 from ckptq.calibrate.forward import LayerwiseModel, open_model
 from ckptq.calibrate.source import WeightSource
 from ckptq.checkpoint.open import Checkpoint
-from ckptq.errors import UsageError
 from ckptq.evaluate.compare import Comparison, Outcome
 from ckptq.evaluate.engine import EngineRow, EngineRun, engine_row, in_vllm
 from ckptq.evaluate.inputs import InputScheme, declared_inputs
@@ -53,11 +52,7 @@ def evaluate(
     Memory: one layer of one model at a time, its logits in chunks, and the hidden states of all
     text for every row: rows * tokens * hidden_size * 2 bytes in bf16.
     """
-    if source is None and not caches and not schemes:
-        raise UsageError(
-            f"{ckpt.path}: nothing to compare with: give --source for a quantized checkpoint, "
-            "--kv-cache or --schemes for one that is not"
-        )
+    assert source is not None or caches or schemes, "nothing to compare with"
     began = time.monotonic()
     base = ckpt if source is None else source
     bench = _Bench(base, device)

@@ -133,9 +133,13 @@ def permute_checkpoint(
 def check_space(ckpt: Checkpoint, out: Path) -> None:
     """Refuse at once what would fail after an hour."""
     parent = next(p for p in out.absolute().parents if p.exists())
+    if not os.access(parent, os.W_OK | os.X_OK):
+        raise MachineError(f"{parent}: no permission to write here")
     free = shutil.disk_usage(parent).free
     if free < ckpt.nbytes and not partial_of(out).exists():
-        raise MachineError(f"{out}: needs {ckpt.nbytes} bytes, the disk has {free} free")
+        raise MachineError(
+            f"{parent}: too little disk: {out.name} needs {ckpt.nbytes:,} bytes, {free:,} are free"
+        )
 
 
 def fingerprint(plan: PermutePlan) -> dict[str, object]:

@@ -7,9 +7,7 @@ test, so that running one does not wait for its import (5 s). The rest goes thro
 from __future__ import annotations
 
 import re
-import sys
 from collections.abc import Iterable, Mapping
-from contextlib import redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,6 +15,7 @@ from typing import Any
 import yaml
 
 from ckptq.errors import UsageError
+from ckptq.recipes.dialect import QUANTIZES, read_modifiers
 from ckptq.recipes.preset import EMPTY, preset_text
 
 FOLDER = Path(__file__).parent
@@ -103,6 +102,13 @@ def load_scheme(name: str) -> Recipe:
     )
 
 
+def load_either(scheme: str | None, file: Path | None) -> Recipe:
+    """What `--scheme` or `--recipe` names. UsageError for both, or neither."""
+    if (scheme is None) == (file is None):
+        raise UsageError("give either --scheme NAME or --recipe FILE; `ckptq recipes` lists names")
+    return load_recipe(file) if file is not None else load_scheme(str(scheme))
+
+
 def describe() -> dict[str, str]:
     """Every name that `--scheme` takes, with a line on what it does."""
     from compressed_tensors.quantization.quant_scheme import PRESET_SCHEMES
@@ -131,20 +137,9 @@ def load_recipe(file: Path) -> Recipe:
 
 def load_text(name: str, text: str) -> Recipe:
     """Parse with llm-compressor's own models, so that a typo fails with its field named."""
-    # its log goes to what is stdout while it is imported, and that is for results
-    with redirect_stdout(sys.stderr):
-        from llmcompressor.modifiers.quantization import QuantizationModifier
-        from llmcompressor.modifiers.quantization.quantization.mixin import QuantizationMixin
-        from llmcompressor.recipe import Recipe as LlmRecipe
-
-    try:
-        modifiers = LlmRecipe.create_instance(text).modifiers
-        configs = [m.resolved_config for m in modifiers if isinstance(m, QuantizationMixin)]
-    except (ValueError, TypeError, KeyError, AttributeError, NotImplementedError) as error:
-        raise UsageError(f"not a recipe that llm-compressor reads: {error}") from error
-    except yaml.YAMLError as error:
-        raise UsageError(f"not valid YAML: {error}") from error
-    others = tuple(type(m).__name__ for m in modifiers if type(m) is not QuantizationModifier)
+    modifiers, configs = read_modifiers(text)
+    kinds = [type(modifier).__name__ for modifier in modifiers]
+    others = tuple(kind for kind in kinds if kind != QUANTIZES)
     if not modifiers:
         raise UsageError(
             "the recipe holds no modifier; wanted a stage of modifiers, as `ckptq recipes NAME` has"

@@ -18,6 +18,7 @@ import typer
 import yaml
 from safetensors.torch import load_file, save_file
 
+import ckptq
 from ckptq.__main__ import Interrupted, main
 from ckptq.checkpoint.open import open_checkpoint
 from ckptq.cli import app
@@ -109,6 +110,18 @@ def test_help_imports_neither_torch_nor_transformers() -> None:
         "sys.exit(bool({'torch', 'transformers'} & set(sys.modules)))"
     )
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_the_version_is_the_packages() -> None:
+    assert run("--version") == Done(0, f"ckptq {ckptq.__version__}\n", "")
+
+
+def test_the_shell_completes_commands_and_options(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("_CKPTQ_COMPLETE", "complete_bash")
+    for words, wanted in (("ckptq qu", "quantize"), ("ckptq quantize --sche", "--scheme")):
+        monkeypatch.setenv("COMP_WORDS", words)
+        monkeypatch.setenv("COMP_CWORD", str(words.count(" ")))
+        assert run().stdout.split() == [wanted]
 
 
 def test_quantize_writes_everything_and_verify_agrees(llama: Path, tmp_path: Path) -> None:
@@ -314,6 +327,77 @@ def test_codes_that_nothing_explains_are_refused(llama: Path, tmp_path: Path, dt
 def test_a_model_without_attention_heads(llama: Path) -> None:
     (llama / "config.json").write_text(json.dumps({"model_type": "mamba"}))
     refused(2, "no attention heads", "quantize", llama, "-s", "kv-fp8-per-head")
+
+
+def test_calibrate_takes_one_recipe_that_has_scales(llama: Path, tmp_path: Path) -> None:
+    """`--scheme` beside `--recipe` was not heard; that text is run was said before the error."""
+    recipe = tmp_path / "mine.yaml"
+    recipe.write_text(load_scheme("fp8-per-tensor").text)
+    out = ("-o", tmp_path / "scales.safetensors")
+    refused(2, "either --scheme NAME or --recipe", "calibrate", llama, *out, "-s", "fp8-per-head",
+            "--recipe", recipe)  # fmt: skip
+    done = run("calibrate", llama, *out, "-s", "w8a8")
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: recipe 'w8a8' uses no calibrated scales; fp8-per-head")
+
+
+def test_an_error_comes_before_what_is_said_on_the_way(llama: Path) -> None:
+    for words in ((), ("--schemes", "fp9"), ("--schemes", "w8a8", "--max-kl", "nan")):
+        done = run("evaluate", llama, *words)
+        assert done.returncode == 2
+        assert done.stderr.startswith("error: ")
+    done = run("quantize", llama, "-s", "kv-fp8-per-head", "--max-ram", "100MB")
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: --max-ram")
+
+
+def test_parts_to_permute_are_listed_with_commas_or_one_by_one(llama: Path, tmp_path: Path) -> None:
+    config = json.loads((llama / "config.json").read_text()) | {"model_type": "llama4_text"}
+    (llama / "config.json").write_text(json.dumps(config | {"head_dim": 32}))
+    source = tmp_path / "fp8"
+    assert run("quantize", llama, "-s", "fp8-dynamic", "-o", source).returncode == 0
+    for number, only in enumerate((("weights,scales",), ("weights", "scales"))):
+        parts = [word for part in only for word in ("--only", part)]
+        done = run(
+            "permute", source, tmp_path / str(number), "--to", "half-split", *parts, "--json"
+        )
+        assert json.loads(done.stdout)["moved"] == {"weights": 2, "scales": 2}
+
+
+def test_memory_that_is_too_little_for_the_program_alone(llama: Path, tmp_path: Path) -> None:
+    arguments = ("quantize", llama, "-s", "fp8-dynamic", "-o", tmp_path / "out", "--workers", "1")
+    words = "too small: the program needs 760,000,000 bytes with --workers 1\n"
+    refused(2, f"--max-ram 100,000,000: {words}", *arguments, "--max-ram", "100MB")
+    assert run(*arguments, "--max-ram", "760MB").returncode == 0
+
+
+@pytest.mark.parametrize("command", ["quantize", "permute"])
+def test_a_taken_output_is_said_in_every_commands_words(
+    llama: Path, tmp_path: Path, command: str
+) -> None:
+    """`permute` has no -o."""
+    config = json.loads((llama / "config.json").read_text()) | {"model_type": "llama4_text"}
+    (llama / "config.json").write_text(json.dumps(config | {"head_dim": 32}))
+    out = tmp_path / "taken"
+    out.mkdir()
+    rest = {"quantize": ("-s", "w8a8", "-o", out), "permute": (out, "--to", "half-split")}
+    words = f"error: {out}: exists already; remove it, or choose another output\n"
+    refused(2, words, command, llama, *rest[command])
+
+
+def test_no_right_to_write_is_the_machines_no(
+    llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Root may write anywhere: what the system would say is put in its place."""
+    config = json.loads((llama / "config.json").read_text()) | {"model_type": "llama4_text"}
+    (llama / "config.json").write_text(json.dumps(config | {"head_dim": 32}))
+    monkeypatch.setattr("os.access", lambda *_: False)
+    words = f"no permission to write in {tmp_path}"
+    refused(4, words, "calibrate", llama, "-o", tmp_path / "scales.safetensors")
+    refused(4, words, "verify", llama, "--html", tmp_path / "page.html")
+    words = f"{tmp_path}: no permission to write here"
+    refused(4, words, "quantize", llama, "-s", "w8a8", "-o", tmp_path / "out")
+    refused(4, words, "permute", llama, tmp_path / "out", "--to", "half-split")
 
 
 def test_empty_calibration_text_is_named(llama: Path, tmp_path: Path) -> None:

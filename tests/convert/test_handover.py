@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from ckptq.calibrate.request import CalibrationRequest
 from ckptq.checkpoint.open import open_checkpoint
 from ckptq.convert.handover import check_handed_over, write_handed_over
-from ckptq.convert.quantize import QuantizeRequest, quantize
+from ckptq.convert.quantize import NO_DATA, QuantizeRequest, quantize
 from ckptq.errors import SourceError, UsageError
 from ckptq.recipes.load import load_text
 from ckptq.verify.run import verify
@@ -96,6 +96,28 @@ def test_options_that_would_not_be_heard_are_refused(llama: Path, option: str, v
     request = QuantizeRequest(model=llama, recipe=load_text("gptq", GPTQ), **{option: value})
     with pytest.raises(UsageError, match=f"--{option.replace('_', '-')} does nothing there"):
         quantize(request)
+
+
+@pytest.mark.parametrize(("option", "value"), [("batch_size", 4), ("device", "cpu")])
+def test_options_of_a_calibration_that_is_not_ours_are_refused(
+    llama: Path, option: str, value
+) -> None:
+    wanted = CalibrationRequest(**{option: value})
+    request = QuantizeRequest(model=llama, recipe=load_text("gptq", GPTQ), calibration=wanted)
+    with pytest.raises(UsageError, match=f"--{option.replace('_', '-')} does nothing there"):
+        quantize(request)
+
+
+def test_the_built_in_corpus_is_said_for_llm_compressor_too(llama: Path, tmp_path: Path) -> None:
+    heard: list[str] = []
+    wanted = CalibrationRequest(samples=2, seq_len=8)
+    recipe = load_text("gptq", GPTQ)
+    out = tmp_path / "out"
+    quantize(
+        QuantizeRequest(model=llama, recipe=recipe, out=out, calibration=wanted, workers=1),
+        note=heard.append,
+    )
+    assert heard == [NO_DATA]
 
 
 def test_modifiers_that_nobody_does_are_refused_by_name() -> None:

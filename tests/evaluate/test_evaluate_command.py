@@ -70,6 +70,11 @@ def test_json_is_data_with_zero_and_control(saved, data):
     assert found["rows"][0]["bytes"] < found["source"]["bytes"]
 
 
+def test_a_scheme_that_is_named_twice_is_measured_once(saved, data):
+    _, text = run(saved("llama").path, "--data", data, "--schemes", "W4A16,w4a16", "--json")
+    assert [row["weights"] for row in json.loads(text)["rows"]] == ["w4a16"]
+
+
 def test_schemes_are_compared_and_the_smallest_good_one_is_named(saved, data):
     code, text = run(
         *(saved("llama").path, "--data", data, "--schemes", "w4a16,fp8-dynamic"),

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 from test_evaluate_scores import evaluation, logits, row
 
-from ckptq.errors import UsageError
+from ckptq.errors import MachineError, UsageError
 from ckptq.evaluate.report import check_report, html, write_report
 from ckptq.show_evaluation import evaluation_tables
 
@@ -39,9 +39,11 @@ def test_a_report_that_cannot_be_written_is_refused_before_the_work(tmp_path):
     assert list(tmp_path.iterdir()) == []
     (tmp_path / "b.html").mkdir()
     proc = Path("/proc/a.html")  # a folder in which not even root makes files
-    for wrong in (tmp_path / "a.pdf", tmp_path / "no" / "a.html", tmp_path / "b.html", proc):
+    for wrong in (tmp_path / "a.pdf", tmp_path / "no" / "a.html", tmp_path / "b.html"):
         with pytest.raises(UsageError, match=re.escape(str(wrong))):
             check_report(wrong)
+    with pytest.raises(MachineError, match=re.escape(str(proc))):
+        check_report(proc)
 
 
 def test_png_needs_matplotlib(tmp_path):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import asdict
 from pathlib import Path
 
@@ -105,3 +106,40 @@ def test_what_is_no_recipe_is_refused(tmp_path: Path, text: str) -> None:
     file.write_text(text)
     with pytest.raises(UsageError, match=r"bad\.yaml"):
         load_recipe(file)
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("", "holds nothing; wanted a mapping of stages to modifiers"),
+        ("- a\n- b\n", "holds a list; wanted a mapping"),
+        ("fp8", "holds a str; wanted a mapping"),
+        ("a:\n  b: [1,\n", "not valid YAML: .*line 3"),
+    ],
+)
+def test_what_is_no_mapping_is_said_in_our_words(text: str, words: str) -> None:
+    """llm-compressor takes it for the name of a file, and prints the whole text."""
+    with pytest.raises(UsageError, match=f"(?s)^{words}") as found:
+        load_text("bad", text)
+    assert "path exists" not in str(found.value)
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "words"),
+    [
+        ("num_bits", "four", "Input should be a valid integer, .*, found 'four'"),
+        ("num_bits", 4.5, "Input should be a valid integer, .*, found 4.5"),
+        ("strategy", "groop", "'groop' is not a valid QuantizationStrategy, found 'groop'"),
+        ("symmetrc", True, "Extra inputs are not permitted, found True"),
+        ("group_size", "128", "weights.group_size is '128': '<' not supported"),
+    ],
+)
+def test_a_wrong_type_is_named_with_its_place(field: str, value: object, words: str) -> None:
+    weights = {"num_bits": 4, "type": "int", "strategy": "group", "group_size": 128, field: value}
+    groups = {"mlp": {"targets": ["re:.*mlp.*"], "weights": weights}}
+    modifier = {"QuantizationModifier": {"config_groups": groups}}
+    text = yaml.safe_dump({"a_stage": {"a_modifiers": modifier}})
+    with pytest.raises(UsageError, match=rf"config_groups\.mlp\.weights\.{field}") as found:
+        load_text("bad", text)
+    assert re.search(words, str(found.value))
+    assert len(str(found.value).splitlines()) == 1
