@@ -11,7 +11,7 @@ from ckptq import console
 from ckptq.cli import app
 from ckptq.errors import CkptqError, MachineError
 
-RESUMED = ("quantize", "permute")
+RESUMED = ("quantize", "permute", "calibrate")
 """The commands whose output has a journal."""
 
 

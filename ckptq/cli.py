@@ -149,6 +149,7 @@ def calibrate(
     batch_size: BatchSize = 1,
     seed: Seed = 0,
     device: Device = None,
+    restart: Restart = False,
     trust_remote_code: TrustRemoteCode = False,
     json: Json = False,
 ) -> None:
@@ -157,8 +158,8 @@ def calibrate(
     On several GPUs: torchrun --nproc-per-node 4 -m ckptq calibrate ...
     """
     from ckptq.calibrate.ranks import together
-    from ckptq.calibrate.request import CalibrationRequest, calibrate_plan
-    from ckptq.calibrate.scales import save_scales
+    from ckptq.calibrate.request import CalibrationRequest
+    from ckptq.calibrate.to_file import calibrate_to_file
     from ckptq.checkpoint.open import open_checkpoint
     from ckptq.convert.quantize import NO_DATA, check_calibrated, little_text
     from ckptq.plan.make import make_plan
@@ -183,11 +184,12 @@ def calibrate(
             console.note(NO_DATA)
         with console.progress() as begin:
             begin = begin if ranks.leads else silent
-            made = calibrate_plan(ckpt, plan, wanted, begin, ranks=ranks)
+            made = calibrate_to_file(
+                ckpt, plan, wanted, output, begin, restart=restart, ranks=ranks
+            )
         if ranks.leads:
             if said := little_text(made, wanted):
                 console.note(said)
-            save_scales(output, made)
             show_scales(output, made, json)
 
 

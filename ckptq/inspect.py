@@ -9,6 +9,7 @@ from pathlib import Path
 
 from ckptq.checkpoint.header import StoredTensor
 from ckptq.checkpoint.open import open_checkpoint
+from ckptq.models.config_groups import stored_groups
 from ckptq.models.modules import decoder_layers, num_attention_heads
 from ckptq.permute import marks
 
@@ -55,7 +56,6 @@ def inspect(source: str | Path, revision: str | None = None) -> Inspection:
     ckpt = open_checkpoint(source, revision)
     config = ckpt.quantization_config or {}
     kv = config.get("kv_cache_scheme")
-    groups = config.get("config_groups") or {}
     found = marks.read(ckpt.config, {h.file.name: h.metadata for h in ckpt.headers})
     by_dtype: Counter[str] = Counter()
     for tensor in ckpt.tensors.values():
@@ -63,7 +63,7 @@ def inspect(source: str | Path, revision: str | None = None) -> Inspection:
     return Inspection(
         path=ckpt.path,
         model_type=str(ckpt.config.get("model_type", "?")),
-        architecture=", ".join(ckpt.config.get("architectures") or ["?"]),
+        architecture=", ".join(map(str, _list(ckpt.config.get("architectures") or "?"))),
         layers=decoder_layers(ckpt)[1],
         heads=num_attention_heads(ckpt.text_config),
         files=len(ckpt.headers),
@@ -71,7 +71,7 @@ def inspect(source: str | Path, revision: str | None = None) -> Inspection:
         nbytes=ckpt.nbytes,
         bytes_by_dtype=dict(by_dtype.most_common()),
         scheme=str(config.get("format") or config.get("quant_method") or "unquantized"),
-        groups={name: _describe(group) for name, group in groups.items()},
+        groups={name: _describe(group) for name, group in stored_groups(ckpt).items()},
         kv_cache=f"{_args(kv)}" if kv else None,
         rope_order=marks.dump(found) if found else None,
         scales=sum(name.endswith(SCALES) for name in ckpt.tensors),

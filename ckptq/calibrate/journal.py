@@ -6,7 +6,7 @@
 
 A state is written beside the last one, synced, renamed, and only then that one is removed: there
 is always a whole one. Hidden states can be large, so a state is written only when the writing takes
-no more than a tenth of the time since the one before.
+no more than a tenth of the time since the one before, and where the disk has room for it.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from time import monotonic
@@ -36,16 +37,20 @@ RUN = "run.json"
 RESULT = "scales.safetensors"
 STATISTICS = "statistics.safetensors"
 SHARE_OF_TIME = 0.1
+GUESSED_SPEED = 1e9
+"""Bytes a second, for the first state; the others are expected to take as long as the last one."""
 
 
 class Journal:
     """The folder in which one calibration keeps its state."""
 
     def __init__(self, folder: Path, run: Mapping[str, Any]) -> None:
-        """Begin, or go on with the same run. UsageError when the folder is of a different one."""
+        """Begin, or go on with the same run. UsageError when the folder is of a different one, and
+        that one has done something."""
         self._folder = folder
         self._wrote = monotonic()
-        self._cost = 0.0
+        self._cost: float | None = None
+        self._told = False
         with machine_errors(folder):
             folder.mkdir(parents=True, exist_ok=True)
             _claim(folder, json.loads(json.dumps(run)))
@@ -59,7 +64,7 @@ class Journal:
 
     def restore(self, stream: Stream, statistics: Statistics) -> int:
         """Put the last state into stream and statistics; how many layers it has behind it."""
-        states = sorted(self._folder.glob("layer-*"))
+        states = sorted(self._folder.glob("layer-?????"))
         if not states or not stream.resumable:
             return 0
         for number in range(len(stream.batches)):
@@ -76,7 +81,11 @@ class Journal:
     def keep(self, done: int, stream: Stream, statistics: Statistics) -> None:
         """Write the state after `done` layers, unless the last one is too recent to be worth it."""
         began = monotonic()
-        if not stream.resumable or SHARE_OF_TIME * (began - self._wrote) < self._cost:
+        size = sum(hidden_BSE.nbytes for hidden_BSE in stream.hidden_BSE)
+        cost = size / GUESSED_SPEED if self._cost is None else self._cost
+        if not stream.resumable or SHARE_OF_TIME * (began - self._wrote) < cost:
+            return
+        if not self._has_room(size):
             return
         with machine_errors(self._folder):
             self._write(done, stream, statistics.points)
@@ -89,6 +98,18 @@ class Journal:
             save_scales(self._folder / RESULT, scales)
             for state in self._folder.glob("layer-*"):
                 shutil.rmtree(state)
+
+    def _has_room(self, size: int) -> bool:
+        """A full disk costs the chance to go on, not the calibration; it is said once."""
+        free = shutil.disk_usage(self._folder).free
+        if free < size and not self._told:
+            self._told = True
+            warnings.warn(
+                f"{self._folder}: {free / 1e9:.1f} GB are free and the state of the calibration "
+                f"takes {size / 1e9:.1f} GB, so a killed run will not go on from here",
+                stacklevel=3,
+            )
+        return free >= size
 
     def _write(self, done: int, stream: Stream, points: Mapping[str, Stats]) -> None:
         former = list(self._folder.glob("layer-*"))
@@ -107,9 +128,14 @@ class Journal:
             shutil.rmtree(old)
 
 
+def holds_work(folder: Path) -> bool:
+    """Whether a run has left anything there from which to go on."""
+    return (folder / RESULT).exists() or any(folder.glob("layer-?????"))
+
+
 def _claim(folder: Path, run: Mapping[str, Any]) -> None:
     file = folder / RUN
-    if not file.exists():
+    if not file.exists() or not holds_work(folder):
         scratch = file.with_name(RUN + ".partial")
         scratch.write_text(json.dumps(run, sort_keys=True))
         _sync(scratch)
@@ -121,7 +147,7 @@ def _claim(folder: Path, run: Mapping[str, Any]) -> None:
         if found.get(key) != run.get(key):
             raise UsageError(
                 f"{folder}: was begun by a different calibration: {key} was {found.get(key)!r}, is "
-                f"{run.get(key)!r}; remove the folder to begin anew"
+                f"{run.get(key)!r}; give the same command to go on, or --restart to begin anew"
             )
 
 

@@ -66,6 +66,13 @@ class Ranks:
         for points in found:
             statistics.add(points)
 
+    def wait(self) -> None:
+        """Until all processes have come here."""
+        if self.world > 1:
+            import torch.distributed as dist
+
+            dist.barrier()
+
 
 ALONE = Ranks()
 

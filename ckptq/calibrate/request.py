@@ -12,7 +12,7 @@ from ckptq.calibrate.ranks import ALONE, Ranks, own_device
 from ckptq.calibrate.scales import Record, Scales, load_scales, source_fingerprint
 from ckptq.checkpoint.open import Checkpoint
 from ckptq.device import find_device
-from ckptq.errors import SourceError, UsageError
+from ckptq.errors import PlanError, SourceError, UsageError
 from ckptq.plan.unit import Plan
 from ckptq.progress import Begin
 
@@ -100,7 +100,7 @@ def calibrate_plan(
         trust_remote_code=wanted.trust_remote_code,
     )
     report = begin("calibrate", plan.layout.num_layers, "layers")
-    return calibrate(
+    made = calibrate(
         ckpt,
         samples,
         strategy=plan.attention.strategy if plan.attention else None,
@@ -115,6 +115,18 @@ def calibrate_plan(
         journal=folder,
         ranks=ranks,
     )
+    _check_all_seen(ckpt, plan, made)
+    return made
+
+
+def _check_all_seen(ckpt: Checkpoint, plan: Plan, made: Scales) -> None:
+    """PlanError for attention that the model has on disk and did not run."""
+    for module in plan.attention.scales if plan.attention else ():
+        if f"{module}.k_scale" not in made.tensors:
+            raise PlanError(
+                f"{ckpt.path}: {module} did not run as attention of transformers' interface, so "
+                "its q, k and v were not observed; use a scheme for weights alone"
+            )
 
 
 def _doubt(ckpt: Checkpoint, file: Path, made: Record) -> str | None:

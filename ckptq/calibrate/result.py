@@ -9,8 +9,8 @@ from ckptq.calibrate.scales import Record, Scales, source_fingerprint
 from ckptq.calibrate.statistics import Statistics
 from ckptq.calibrate.text import Samples
 from ckptq.checkpoint.open import Checkpoint
+from ckptq.models.attention import KEY_PROJECTIONS
 from ckptq.models.modules import read_layout
-from ckptq.plan.attention import KEY_PROJECTIONS
 from ckptq.spec import torch_dtype
 
 if TYPE_CHECKING:

@@ -73,7 +73,8 @@ def calibrate(
     With a `journal` folder an interrupted run goes on where it stopped, and ends with equal bytes;
     UsageError when the folder is of a run with another source, samples or arguments.
 
-    With `ranks` every process runs its share of the batches, and all get the scales of all.
+    With `ranks` every process runs its share of the batches, with a journal of its own, and all get
+    the scales of all.
     """
     if batch_size < 1:
         raise UsageError(f"batch_size must be at least 1, got {batch_size}")
@@ -87,7 +88,8 @@ def calibrate(
     kept = None
     if journal is not None:
         kept = Journal(journal, _identity(ckpt, samples, wanted, batch_size, device, eager))
-        if (finished := kept.finished()) is not None:
+        # of several processes none may be missing when the others merge
+        if ranks.world == 1 and (finished := kept.finished()) is not None:
             return finished
     model = open_model(ckpt, device, eager=eager, trust_remote_code=trust_remote_code)
     statistics = Statistics(wanted)
@@ -97,7 +99,7 @@ def calibrate(
     classes = _classes(model, statistics)
     _check_complete(ckpt, model, statistics)
     scales = scales_of(ckpt, statistics, classes, samples, batch_size)
-    if kept is not None:
+    if kept is not None and ranks.world == 1:
         kept.finish(scales)
     return scales
 

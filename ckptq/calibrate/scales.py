@@ -84,14 +84,15 @@ class Scales:
 
 def save_scales(path: Path, scales: Scales) -> None:
     """Write the file whole or not at all."""
-    from safetensors.torch import save_file
+    from safetensors.torch import save
 
     record = json.dumps(scales.record(), sort_keys=True)
     tensors = {**scales.statistics, **scales.tensors}
-    scratch = path.with_name(path.name + ".partial")
+    scratch = path.with_name(path.name + ".writing")
     # one key only: safetensors writes several in an order that changes from call to call
     metadata = {RECORD_KEY: record}
-    save_file({name: tensors[name].contiguous() for name in sorted(tensors)}, scratch, metadata)
+    # not save_file, which from safetensors 0.8 on makes files that only their owner may read
+    scratch.write_bytes(save({n: tensors[n].contiguous() for n in sorted(tensors)}, metadata))
     scratch.replace(path)
 
 

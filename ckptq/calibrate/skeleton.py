@@ -12,7 +12,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from ckptq.calibrate import attention
-from ckptq.checkpoint.open import Checkpoint
+from ckptq.calibrate.refusals import refusals
+from ckptq.checkpoint.open import CONFIG, Checkpoint
 from ckptq.errors import PlanError, SourceError
 from ckptq.spec import FLOATS, torch_dtype
 
@@ -47,7 +48,8 @@ def build_skeleton(
     dtype = _dtype(ckpt, config)
     model_class = model_class_of(ckpt, config, trust_remote_code)
     config._attn_implementation = attention.register(eager or not model_class._supports_sdpa)
-    model = _on_meta(model_class, config, dtype)
+    with refusals(f"{ckpt.path / CONFIG}: transformers makes no {model_class.__name__} of it"):
+        model = _on_meta(model_class, config, dtype)
     _make_buffers(model, device)
     model.eval()
     return Skeleton(model=model, layers=_decoder_layers(ckpt, model), dtype=dtype)
@@ -66,16 +68,10 @@ def read_config(ckpt: Checkpoint, trust_remote_code: bool) -> PreTrainedConfig:
     """config.json as transformers reads it; SourceError where it cannot."""
     from transformers import AutoConfig
 
-    try:
+    with refusals(f"{ckpt.path / CONFIG}: transformers cannot read it"):
         config: PreTrainedConfig = AutoConfig.from_pretrained(
             ckpt.path, local_files_only=True, trust_remote_code=trust_remote_code
         )
-    except (ValueError, KeyError, TypeError, AttributeError, OSError) as error:
-        reason = str(error).strip().splitlines()
-        raise SourceError(
-            f"{ckpt.path / 'config.json'}: transformers cannot read it: "
-            f"{reason[0] if reason else type(error).__name__}"
-        ) from error
     return config
 
 
@@ -91,7 +87,8 @@ def _dtype(ckpt: Checkpoint, config: PreTrainedConfig) -> torch.dtype:
     for key in config.sub_configs:
         if (sub := getattr(config, key, None)) is not None:
             sub.dtype = dtype
-    assert isinstance(dtype, torch.dtype)
+    if not isinstance(dtype, torch.dtype):
+        raise SourceError(f"{ckpt.path / CONFIG}: dtype is {dtype!r}, wanted one of torch's")
     return dtype
 
 
@@ -111,7 +108,7 @@ def model_class_of(
     found = [getattr(transformers, name) for name in wanted if hasattr(transformers, name)]
     if not found:
         raise SourceError(
-            f"{ckpt.path / 'config.json'}: architectures {wanted} are not in transformers "
+            f"{ckpt.path / CONFIG}: architectures {wanted} are not in transformers "
             f"{transformers.__version__}"
         )
     model_class = found[0]
@@ -125,7 +122,15 @@ def _on_meta(
 
     contexts = model_class.get_init_context(dtype, False, False, None)
     with ContextManagers(contexts):
-        return model_class(config)
+        try:
+            return model_class(config)
+        except KeyError as error:
+            if error.args != (config._attn_implementation,):
+                raise
+            raise PlanError(
+                f"{model_class.__name__} has attention classes of its own instead of transformers' "
+                "attention interface, so its q, k and v cannot be observed"
+            ) from error
 
 
 def _make_buffers(model: PreTrainedModel, device: torch.device) -> None:

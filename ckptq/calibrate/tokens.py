@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ckptq.calibrate.refusals import refusals
 from ckptq.errors import SourceError
 
 if TYPE_CHECKING:
@@ -33,7 +34,7 @@ class Tokenizer:
         if "messages" in row or "conversations" in row:
             return self._conversation(row.get("messages") or row.get("conversations"), number)
         if isinstance(row.get("text"), str):
-            return list(self._tokenizer(row["text"])["input_ids"])
+            return self._ids(row["text"])
         if "text" in row:
             found = type(row["text"]).__name__
             raise SourceError(f"{self._label}: sample {number}: text is {found}, wanted a string")
@@ -44,12 +45,17 @@ class Tokenizer:
 
     def plain(self, text: str) -> list[int]:
         """Token ids without special tokens."""
-        return list(self._tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
+        return self._ids(text, add_special_tokens=False, verbose=False)
 
     def prefix(self) -> list[int]:
         """The special tokens that the tokenizer puts before a text."""
-        plain, full = self.plain("a"), list(self._tokenizer("a")["input_ids"])
+        plain, full = self.plain("a"), self._ids("a")
         return full[: full.index(plain[0])] if plain and plain[0] in full else []
+
+    def _ids(self, text: str, **options: bool) -> list[int]:
+        tokenizer = self._tokenizer
+        with refusals(f"{self._checkpoint}: its tokenizer does not take text"):
+            return list(tokenizer(text, **options)["input_ids"])
 
     def _given(self, value: object, number: int) -> list[int]:
         if not isinstance(value, list) or not all(type(x) is int and x >= 0 for x in value):
@@ -91,16 +97,10 @@ class Tokenizer:
         if self._loaded is None:
             from transformers import AutoTokenizer
 
-            try:
+            with refusals(f"{self._checkpoint}: no tokenizer that transformers can load"):
                 self._loaded = AutoTokenizer.from_pretrained(
                     self._checkpoint,
                     local_files_only=True,
                     trust_remote_code=self._trust_remote_code,
                 )
-            except (OSError, ValueError, KeyError) as error:
-                reason = str(error).strip().splitlines()
-                raise SourceError(
-                    f"{self._checkpoint}: no tokenizer that transformers can load: "
-                    f"{reason[0] if reason else type(error).__name__}"
-                ) from error
         return self._loaded

@@ -53,7 +53,7 @@ class Journal:
             raise _taken(out)
         with machine_errors(partial):
             partial.mkdir(parents=True, exist_ok=True)
-            lock = _take_lock(partial)
+            lock = take_lock(partial)
         try:
             if restart:
                 _empty(partial)
@@ -112,7 +112,8 @@ def check_apart(source: Path, out: Path) -> None:
         raise UsageError(f"{out}: lies inside the source {source}; choose an output outside it")
 
 
-def _take_lock(partial: Path) -> int:
+def take_lock(partial: Path) -> int:
+    """A descriptor that holds the folder until it is closed; UsageError where another run does."""
     descriptor = os.open(partial / "lock", os.O_RDWR | os.O_CREAT, 0o644)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)

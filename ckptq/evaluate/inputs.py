@@ -18,8 +18,8 @@ from ckptq.checkpoint.open import Checkpoint
 from ckptq.checkpoint.read import read_tensor
 from ckptq.errors import PlanError, SourceError
 from ckptq.evaluate.microscaling import mxfp4, mxfp8, nvfp4
+from ckptq.models.config_groups import ConfigGroup, block_structure, config_groups, group_of
 from ckptq.models.encoded import stored_scales
-from ckptq.plan.match import matches
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -92,13 +92,12 @@ def _kind(args: Args) -> str | None:
 
 def declared_inputs(ckpt: Checkpoint, linears: Collection[str]) -> dict[str, InputScheme]:
     """Of each quantized Linear, by name: what the group that quantizes it says of its input."""
-    config = ckpt.quantization_config or {}
+    groups = config_groups(ckpt)
     stored = {**stored_scales(ckpt, "input_scale"), **stored_scales(ckpt, "input_global_scale")}
     scales = {module: float(read_tensor(tensor)) for module, tensor in stored.items()}
     found = {}
     for name in linears:
-        group = _group(config, name)
-        args = (group or {}).get("input_activations")
+        args = _input_args(ckpt, groups, name)
         if args:
             plain = {key: value for key, value in args.items() if value is not None}
             found[name] = input_scheme(plain, name, scales.get(name))
@@ -107,16 +106,16 @@ def declared_inputs(ckpt: Checkpoint, linears: Collection[str]) -> dict[str, Inp
     return found
 
 
-def _group(config: Mapping[str, Any], name: str) -> Mapping[str, Any] | None:
-    """As vLLM finds it: an exact name or pattern first, then the class."""
+def _input_args(
+    ckpt: Checkpoint, groups: Sequence[ConfigGroup], name: str
+) -> Mapping[str, Any] | None:
+    config = ckpt.quantization_config or {}
     if config.get("quant_method") == "fp8" and config.get("activation_scheme") == "dynamic":
-        block = (config.get("weight_block_size") or [None, None])[1]
-        args = {"type": "float", "dynamic": True, "strategy": "group", "group_size": block}
-        return {"input_activations": args} if block else None
-    groups = [g for g in (config.get("config_groups") or {}).values() if g.get("weights")]
-    named = [g for g in groups if any(matches(t, name) for t in g["targets"])]
-    by_class = [g for g in groups if "Linear" in g["targets"]]
-    return next(iter((*named, *by_class)), None)
+        block = block_structure(ckpt)
+        args = {"type": "float", "dynamic": True, "strategy": "group"}
+        return {**args, "group_size": block[1]} if block else None
+    group = group_of(groups, name)
+    return group.input_activations if group else None
 
 
 def rules_of(

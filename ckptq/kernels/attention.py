@@ -16,49 +16,26 @@ Shape letters: B batch, H query heads, K key/value heads, S positions, D head di
 E of v; M queries of a tile, N keys of a tile, R rows recorded by a program.
 """
 
-from dataclasses import dataclass
-from functools import cache
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from ckptq.kernels.mask import Mask
+from ckptq.kernels.attention_tile import Tile, default_tile
+from ckptq.kernels.mask import Mask, cap_height
 from ckptq.kernels.maxima import Maxima
-from ckptq.kernels.online_softmax import cap, dot, finish, fold, key_bounds, visible
+from ckptq.kernels.online_softmax import (
+    cap,
+    dot,
+    finish,
+    fold,
+    key_bounds,
+    visible,
+)
+from ckptq.kernels.paging import MOST_HEADS
 from ckptq.kernels.rounding import e4m3_round, e4m3_value, has_native_e4m3, narrow, widen
 
 FP8 = torch.float8_e4m3fn
-
-
-@dataclass(frozen=True, slots=True)
-class Tile:
-    """How a launch is cut: queries and keys of a tile, warps of a program, pipeline depth."""
-
-    rows: int
-    columns: int
-    warps: int
-    stages: int
-
-
-@cache
-def _shared_memory(index: int) -> int:
-    """Bytes that a program may have on a GPU; cached, as the driver takes a millisecond to say."""
-    properties = triton.runtime.driver.active.utils.get_device_properties(index)
-    return int(properties["max_shared_mem"])
-
-
-def default_tile(head_dim: int, dtype: torch.dtype, device: torch.device) -> Tile:
-    """Tuned on the H200; smaller where a program has less shared memory than there."""
-    if dtype == torch.float32:
-        return Tile(64, 32, 4, 1) if head_dim <= 128 else Tile(32, 16, 4, 1)
-    room = _shared_memory(device.index or 0) if device.type == "cuda" else 160 << 10
-    if room < 120 << 10:
-        return Tile(64, 32, 4, 2) if head_dim <= 128 else Tile(64, 16, 4, 2)
-    if head_dim > 128:
-        return Tile(128, 64 if room > 200 << 10 else 32, 8, 2)
-    return Tile(64, 128 if dtype == FP8 else 64, 4, 3)
 
 
 @triton.jit
@@ -282,6 +259,12 @@ def _attention_kernel(
     tl.store(out_ptrs, narrow(out_ME, out_ptr.dtype.element_ty), mask=m_ME)
 
 
+def _within_reach(x_BHSD: Tensor) -> Tensor:
+    """Heads dense, and tokens of a tile so near each other that 32 bits address them."""
+    near = x_BHSD.stride(3) == 1 and x_BHSD.stride(2) < 1 << 23
+    return x_BHSD if near else x_BHSD.contiguous()
+
+
 def head_scales(descale: Tensor | float, heads: int, device: torch.device) -> Tensor:
     """fp32 [heads] of a number, one scale per tensor ([1]) or one per head ([heads, ...])."""
     flat = torch.as_tensor(descale, dtype=torch.float32, device=device).reshape(-1)
@@ -300,6 +283,38 @@ def _check(query: Tensor, key: Tensor, value: Tensor) -> None:
         raise ValueError(f"q, k, v differ in dtype: {query.dtype}, {key.dtype}, {value.dtype}")
     if max(D, value.shape[3]) > 256:
         raise ValueError(f"head dimensions {D}, {value.shape[3]} are above 256")
+    if B * H > MOST_HEADS:
+        raise ValueError(f"{B} sequences of {H} heads are more than {MOST_HEADS} heads at a time")
+
+
+def _check_spans(spans: tuple[Tensor, Tensor], batch: int, device: torch.device) -> None:
+    for name, x in zip(("starts", "lengths"), spans, strict=True):
+        if x.shape != (batch,) or x.dtype != torch.int32 or x.device != device or x.stride(0) != 1:
+            found = f"{x.dtype} {list(x.shape)} on {x.device}"
+            raise ValueError(f"{name} of spans: {found}, want dense int32 [{batch}] on {device}")
+
+
+def _operands(
+    query: Tensor, key: Tensor, value: Tensor, codes: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """q, k, v as the kernel reads them; `codes` are E4M3 that the device does not multiply."""
+    query, key, value = (_within_reach(x) for x in (query, key, value))
+    if codes:
+        return query.view(torch.uint8), key.view(torch.uint8), value.view(torch.uint8)
+    if value.dtype == FP8:
+        # FP8 products read both operands along the summed axis, which is the keys' for v; rows of
+        # a multiple of 16 stay aligned
+        keys = value.shape[2]
+        turned = torch.nn.functional.pad(value.view(torch.uint8).mT, (0, -keys % 16))
+        value = turned.contiguous().view(FP8)[..., :keys].mT
+    return query, key, value
+
+
+def _as_bits(maxima: Maxima | None) -> tuple[Tensor | None, ...]:
+    """Buffers as what the atomics work on."""
+    if maxima is None:
+        return None, None, None
+    return tuple(x.view(torch.int32) for x in (maxima.q_H, maxima.k_K, maxima.v_K))
 
 
 def attention(
@@ -327,18 +342,13 @@ def attention(
     """
     _check(query, key, value)
     (B, H, queries, D), (_, K, keys, E) = query.shape, value.shape
-    query, key, value = (x if x.stride(3) == 1 else x.contiguous() for x in (query, key, value))
     fp8, group = query.dtype == FP8, H // K
     if fp8 != (descales is not None) or (fp8 and maxima is not None):
         raise ValueError("descales are for E4M3 inputs, maxima for others")
+    if spans is not None:
+        _check_spans(spans, B, query.device)
     codes = fp8 and not has_native_e4m3(query.device)
-    if codes:
-        query, key, value = (x.view(torch.uint8) for x in (query, key, value))
-    elif fp8:
-        # FP8 products read both operands along the summed axis, which is the keys' for v; rows of
-        # a multiple of 16 stay aligned
-        turned = torch.nn.functional.pad(value.view(torch.uint8).mT, (0, -keys % 16))
-        value = turned.contiguous().view(FP8)[..., :keys].mT
+    query, key, value = _operands(query, key, value, codes)
     if maxima is not None:
         maxima.check(H, K, query.device)
         if queries != keys:
@@ -348,16 +358,15 @@ def attention(
     )
     tile = tile or default_tile(max(D, E), query.dtype, query.device)
     starts, lengths = spans or (None, None)
-    folded = (x.view(torch.int32) for x in (maxima.q_H, maxima.k_K, maxima.v_K)) if maxima else None
     scales = None
     if descales is not None:
         heads = zip(descales, (H, K, K), strict=True)
         scales = [head_scales(descale, n, query.device) for descale, n in heads]
     _attention_kernel[(triton.cdiv(queries, tile.rows), B * H)](
         *(query, key, value, out, starts, lengths),
-        *(folded or (None, None, None)),
+        *_as_bits(maxima),
         *(scales or (None, None, None)),
-        *(float(scaling), float(softcap or 0.0)),
+        *(float(scaling), cap_height(softcap)),
         *(*query.stride()[:3], *key.stride()[:3], *value.stride()),
         *(H, queries, keys),
         D=D,

@@ -1,7 +1,7 @@
 """Attention that also takes the per-head maxima of q, k and v: what calibration runs.
 
-On a GPU the Triton kernel takes them while it computes; on a CPU it is torch's SDPA and a pass over
-q, k and v.
+Where `dispatch.on_gpu` says so the Triton kernel takes them while it computes; else it is torch's
+SDPA and a pass over q, k and v.
 
 Shape letters: B batch, H query heads, K key/value heads, S positions, D head dimension of q and k,
 E of v.
@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
-from ckptq.kernels.mask import Mask
+from ckptq.kernels.dispatch import on_gpu
+from ckptq.kernels.mask import Mask, cap_height
 from ckptq.kernels.maxima import Maxima
 from ckptq.kernels.reference import attention as reference
 
@@ -40,7 +41,7 @@ def attention_with_maxima(
     Raises ValueError for shapes, dtypes or masks that do not fit.
     """
     mask = Mask(causal=causal, sliding_window=sliding_window, chunk=chunk)
-    if query.is_cuda:
+    if on_gpu(query):
         from ckptq.kernels.attention import attention as fast
 
         return fast(
@@ -56,10 +57,10 @@ def attention_with_maxima(
         if query.shape[2] != key.shape[2]:
             raise ValueError(f"maxima: {key.shape[2]} keys under {query.shape[2]} queries")
         reference.fold_maxima(maxima, query, key, value, spans)
-    return _on_cpu(query, key, value, scaling, mask, softcap, spans)
+    return _by_torch(query, key, value, scaling, mask, softcap, spans)
 
 
-def _on_cpu(
+def _by_torch(
     query: Tensor,
     key: Tensor,
     value: Tensor,
@@ -73,8 +74,8 @@ def _on_cpu(
         return scaled_dot_product_attention(
             query, key, value, is_causal=True, scale=scaling, enable_gqa=True
         ).transpose(1, 2)
-    seen_B1SS = reference.seen(mask, queries, keys, spans)
-    if softcap is not None:
+    seen_B1SS = reference.seen(mask, queries, keys, spans, query.device)
+    if cap_height(softcap):
         return reference.attention(
             query, key, value, seen_B1SS, scaling=scaling, softcap=softcap, dtype=torch.float32
         ).to(query.dtype)

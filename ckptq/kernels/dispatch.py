@@ -3,7 +3,8 @@
 The one rule is `on_gpu`. CKPTQ_EAGER=1 takes the meaning on a GPU as well, to find out whether a
 wrong result is a kernel's fault. Both give the same bits, but for the order in which the linear
 products sum. Arguments are those of the functions of the same name in this package, which have the
-documentation; input is finite. Triton is imported by the first call that needs it.
+documentation; input is finite. Triton is imported by the first call that needs it. The doors of KV
+caches are in `dispatch_cache`, that of calibration's attention is `calibration_attention`.
 """
 
 import os
@@ -59,25 +60,38 @@ def quantize_heads(x_THD: Tensor, dtype: torch.dtype = FP8) -> Scaled:
 
 
 def quantize_blocks(
-    x_RC: Tensor, dtype: torch.dtype = FP8, block: tuple[int, int] = (128, 128)
+    x_RC: Tensor,
+    dtype: torch.dtype = FP8,
+    block: tuple[int, int] = (128, 128),
+    heads: Heads | None = None,
+    to: RopeOrder = RopeOrder.HALF_SPLIT,
 ) -> Scaled:
-    """Per block: codes [R, C], scales [ceil(R / 128), ceil(C / 128)]."""
-    if on_gpu(x_RC):
+    """Per block: codes [R, C], scales [ceil(R / 128), ceil(C / 128)].
+
+    The kernel takes blocks that a program holds: sides of powers of two, 32768 values at most.
+    """
+    held = block[0] * block[1] <= 1 << 15 and not any(side & (side - 1) for side in block)
+    if on_gpu(x_RC) and held:
         from ckptq.kernels.quantize_blocks import quantize_blocks as fast
 
-        return fast(x_RC, dtype, block)
-    return reference.quantize_blocks(x_RC, dtype, block)
+        return fast(x_RC, dtype, block, heads, to)
+    return reference.quantize_blocks(x_RC, dtype, block, heads, to)
 
 
 def quantize_static(
-    x_RC: Tensor, scale_GK: Tensor, tile: tuple[int, int], dtype: torch.dtype = FP8
+    x_RC: Tensor,
+    scale_GK: Tensor,
+    tile: tuple[int, int],
+    dtype: torch.dtype = FP8,
+    heads: Heads | None = None,
+    to: RopeOrder = RopeOrder.HALF_SPLIT,
 ) -> Tensor:
     """Codes [R, C] under scales that each cover a tile of rows x columns."""
     if on_gpu(x_RC):
         from ckptq.kernels.quantize_static import quantize_static as fast
 
-        return fast(x_RC, scale_GK, tile, dtype)
-    return reference.quantize_static(x_RC, scale_GK, tile, dtype)
+        return fast(x_RC, scale_GK, tile, dtype, heads, to)
+    return reference.quantize_static(x_RC, scale_GK, tile, dtype, heads, to)
 
 
 def dequantize(code_RC: Tensor, scale_GK: Tensor, tile: tuple[int, int]) -> Tensor:
@@ -98,13 +112,13 @@ def quantize_experts(x_EKN: Tensor, dtype: torch.dtype = FP8) -> Scaled:
     return reference.quantize_experts(x_EKN, dtype)
 
 
-def quantize_expert_blocks(x_EKN: Tensor, dtype: torch.dtype = FP8) -> Scaled:
-    """Fused experts turned, per block of 128 x 128."""
+def quantize_expert_blocks(x_EKN: Tensor, dtype: torch.dtype = FP8, block: int = 128) -> Scaled:
+    """Fused experts turned, per block: codes [E, N, K], scales [E, ceil(N / 128), same of K]."""
     if on_gpu(x_EKN):
         from ckptq.kernels.quantize_expert_blocks import quantize_expert_blocks as fast
 
-        return fast(x_EKN, dtype)
-    return reference.quantize_expert_blocks(x_EKN, dtype)
+        return fast(x_EKN, dtype, block)
+    return reference.quantize_expert_blocks(x_EKN, dtype, block)
 
 
 def quantize_int4(
@@ -156,7 +170,9 @@ def linear_w8a8(
         return fast(a_MK, a_scale, w_NK, w_scale, dtype)
     (M, K), N = a_MK.shape, len(w_NK)
     args = a_MK, a_scale.view(-1, 1), w_NK, w_scale.view(-1, 1)
-    a_tile, w_tile = (-(-M // a_scale.numel()), K), (-(-N // w_scale.numel()), K)
+    a_tile, w_tile = (
+        (rows if s.numel() == 1 else 1, K) for s, rows in ((a_scale, M), (w_scale, N))
+    )
     return linear_reference.linear_w8a8(*args, a_tile, w_tile, dtype)
 
 

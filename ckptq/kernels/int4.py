@@ -217,16 +217,30 @@ def quantize_int4(
     return packed_RP, scale_RG, zero_ZG
 
 
+def dense_zero_points(zero_ZG: Tensor | None, rows: int, groups: int) -> Tensor | None:
+    """Packed zero points as kernels read them. Raises ValueError where they are of other rows."""
+    if zero_ZG is None:
+        return None
+    wanted = (triton.cdiv(rows, 8), groups)
+    if tuple(zero_ZG.shape) != wanted:
+        raise ValueError(f"packed zero points {tuple(zero_ZG.shape)}, want {wanted}")
+    return zero_ZG.contiguous()
+
+
 def dequantize_int4(
     packed_RP: Tensor, scale_RG: Tensor, columns: int, zero_ZG: Tensor | None = None
 ) -> Tensor:
-    """(code - zero point) * scale in the scale's dtype, [R, C] with C = `columns`."""
+    """(code - zero point) * scale in the scale's dtype, [R, C] with C = `columns`.
+
+    Raises ValueError for shapes that do not fit, or words and scales that are not dense.
+    """
     (R, P), G = packed_RP.shape, scale_RG.shape[1]
     group = columns // G
     if triton.cdiv(columns, 8) != P or columns % G or (group % 8 and G > 1):
         raise ValueError(f"{columns} columns do not fit {P} words and {G} groups a row")
     if not (packed_RP.is_contiguous() and scale_RG.is_contiguous()):
         raise ValueError(f"want dense tensors: {packed_RP.stride()} {scale_RG.stride()}")
+    zero_ZG = dense_zero_points(zero_ZG, R, G)
     x_RC = torch.empty(R, columns, dtype=scale_RG.dtype, device=packed_RP.device)
     block = min(triton.next_power_of_2(P), 128)
     rows = 1024 // block

@@ -13,7 +13,8 @@ import triton.language as tl
 from torch import Tensor
 
 from ckptq.kernels.codes import code, code_constexprs
-from ckptq.kernels.paging import Layout, slot_offset
+from ckptq.kernels.paged_addresses import slot_offset
+from ckptq.kernels.paging import Layout, check_slots
 from ckptq.kernels.rounding import widen
 
 
@@ -110,6 +111,7 @@ def write_cache(
 ) -> None:
     """Write tokens to their slots; a slot of -1 is skipped. Caches as `Layout.shape` says.
 
+    There may be fewer slots than tokens: the tokens after them pad a batch and are not written.
     E4M3 caches take k_scale and v_scale, 1 or K entries of any shape ([1], [K, 1, 1]): codes are
     the nearest to x / scale, saturating. Caches of the input's dtype take the values as they are.
 
@@ -117,9 +119,13 @@ def write_cache(
     """
     key_TKD = _check(key_TKD, key_cache, k_scale, layout)
     value_TKD = _check(value_TKD, value_cache, v_scale, layout)
-    T, K, D = key_TKD.shape
-    if value_TKD.shape != key_TKD.shape or value_cache.stride() != key_cache.stride():
-        raise ValueError("keys and values, and their caches, must be shaped alike")
+    for key, value in ((key_TKD, value_TKD), (key_cache, value_cache)):
+        if key.shape != value.shape or key.dtype != value.dtype:
+            raise ValueError("keys and values, and their caches, must be shaped and typed alike")
+    if value_cache.stride() != key_cache.stride():
+        raise ValueError("the caches of keys and values must be laid out alike")
+    check_slots(slot_T, len(key_TKD), key_cache)
+    (_, K, D), T = key_TKD.shape, len(slot_T)
     k_scale, v_scale = (None if s is None else s.reshape(-1) for s in (k_scale, v_scale))
     switches = {"FP8": False, "NARROW": False, "NATIVE": False}
     if k_scale is not None and v_scale is not None:
@@ -130,8 +136,8 @@ def write_cache(
     heads = min(triton.next_power_of_2(K), max(1, 1024 // block_d))
     tokens = max(1, 1024 // (heads * block_d))
     _write_cache_kernel[(triton.cdiv(T, tokens), triton.cdiv(K, heads))](
-        *(key_TKD, value_TKD, key_cache, value_cache, k_scale, v_scale, slot_T),
-        *(key_TKD.stride(0), value_TKD.stride(0), *layout.strides(key_cache)),
+        *(key_TKD, value_TKD, key_cache, value_cache, k_scale, v_scale),
+        *(slot_T.contiguous(), key_TKD.stride(0), value_TKD.stride(0), *layout.strides(key_cache)),
         *((int(s is not None and s.numel() > 1)) for s in (k_scale, v_scale)),
         *(T, K),
         D=D,

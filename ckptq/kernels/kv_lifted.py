@@ -243,6 +243,8 @@ def write_lifted(x_TKD: Tensor, cache: TokenHeadCache, slot_T: Tensor) -> None:
     Raises ValueError for heads that `rotation_matrix` refuses.
     """
     T, K, D = x_TKD.shape
+    if x_TKD.stride(0) >= 1 << 24:  # 32 bits address the tokens of a tile
+        x_TKD = x_TKD.contiguous()
     bits, is_rotated = cache.fmt.bits, cache.rotation is not Rotation.NONE
     size, block = load_size(D), rotation_block(D)
     slices = triton.cdiv(D, chunk_size(D)) * (chunk_size(D) // size)

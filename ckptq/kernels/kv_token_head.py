@@ -18,7 +18,8 @@ from ckptq.kernels.hadamard import load_rows
 from ckptq.kernels.kv_codes import codes, step_and_inverse
 from ckptq.kernels.kv_format import EPS, Rotation, rotation_block
 from ckptq.kernels.kv_lifted import write_lifted
-from ckptq.kernels.paging import slot_offset
+from ckptq.kernels.paged_addresses import slot_offset
+from ckptq.kernels.paging import check_slots
 from ckptq.kernels.rounding import has_native_e4m3
 from ckptq.kernels.token_head_cache import TokenHeadCache
 
@@ -68,9 +69,12 @@ def _write_token_head_kernel(
 def write_token_head(x_TKD: Tensor, cache: TokenHeadCache, slot_T: Tensor) -> None:
     """Quantize keys or values [T, K, D] into their slots; a slot of -1 is skipped.
 
-    Raises ValueError where heads or head sizes are not the cache's, or where `kv_lifted` cannot
-    rotate them.
+    There may be fewer slots than tokens: the tokens after them pad a batch and are not written.
+    Raises ValueError where heads or head sizes are not the cache's, slots do not fit the tokens,
+    or `kv_lifted` cannot rotate.
     """
+    check_slots(slot_T, len(x_TKD), cache.code)
+    x_TKD, slot_T = x_TKD[: len(slot_T)], slot_T.contiguous()
     T, K, D = x_TKD.shape
     block, heads = cache.layout.sizes(cache.code)
     if (heads, cache.head_dim) != (K, D):

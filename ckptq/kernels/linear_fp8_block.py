@@ -65,9 +65,12 @@ def linear_fp8_block(
     w_scale_HG: Tensor,
     dtype: torch.dtype = torch.bfloat16,
 ) -> Tensor:
-    """a @ w.T, [M, N] in `dtype`, of E4M3 codes; scales [M, ceil(K/128)], [ceil(N/128), same]."""
+    """a @ w.T, [M, N] in `dtype`, of E4M3 codes; scales [M, ceil(K/128)], [ceil(N/128), same].
+
+    Raises ValueError for shapes that do not fit.
+    """
     (M, K), N = a_MK.shape, w_NK.shape[0]
-    if w_NK.shape[1] != K or a_MK.stride(1) + w_NK.stride(1) != 2:
+    if w_NK.shape[1] != K or not a_MK.stride(1) == w_NK.stride(1) == 1:
         raise ValueError(f"want two dense matrices: {tuple(a_MK.shape)} {tuple(w_NK.shape)}")
     G, H = triton.cdiv(K, SIDE), triton.cdiv(N, SIDE)
     if tuple(a_scale_MG.shape) != (M, G) or tuple(w_scale_HG.shape) != (H, G):

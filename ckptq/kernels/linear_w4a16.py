@@ -17,9 +17,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ckptq.kernels.int4 import dense_zero_points
 from ckptq.kernels.linear_w8a8 import first_of_tile
 from ckptq.kernels.product_rows import in_order, lanes_in_order, product_rows
 from ckptq.kernels.rounding import INTERPRETED, narrow, widen
+from ckptq.kernels.shared_memory import shared_memory
 
 FEATURES = 128
 """Input features of a step."""
@@ -189,8 +191,9 @@ def _reordered(a_MK: Tensor, rows: int) -> Tensor:
     """Activations with features in `feature_order`, padded to whole tiles of `rows` x 128."""
     M, K = a_MK.shape
     padded = torch.nn.functional.pad(a_MK, (0, -K % FEATURES, 0, -M % rows))
-    blocks = padded.view(len(padded), -1, 4, 4, 2, 4)  # thread, word, half, weight of half
-    return blocks.permute(0, 1, 3, 5, 2, 4).reshape(len(padded), -1)
+    # thread, word, half, weight of half
+    blocks = padded.view(len(padded), padded.shape[1] // FEATURES, 4, 4, 2, 4)
+    return blocks.permute(0, 1, 3, 5, 2, 4).reshape(padded.shape)
 
 
 def _tile(tokens: int, shared_memory: int) -> tuple[int, int, int]:
@@ -204,14 +207,6 @@ def _tile(tokens: int, shared_memory: int) -> tuple[int, int, int]:
         rows //= 2
 
 
-def _shared_memory(device: torch.device) -> int:
-    """Bytes that a program may have."""
-    if device.type != "cuda":
-        return 227 << 10
-    properties = torch.cuda.get_device_properties(device)
-    return properties.shared_memory_per_block_optin  # type: ignore[attr-defined]
-
-
 def linear_w4a16(
     a_MK: Tensor, packed_NP: Tensor, scale_NG: Tensor, zero_ZG: Tensor | None = None
 ) -> Tensor:
@@ -220,11 +215,12 @@ def linear_w4a16(
     group = K // G
     if K % G or triton.cdiv(K, 8) != P or (group % 32 and G > 1):
         raise ValueError(f"{tuple(a_MK.shape)} does not fit {P} words and {G} groups a row")
+    zero_ZG = dense_zero_points(zero_ZG, N, G)
     if scale_NG.dtype != a_MK.dtype or a_MK.element_size() != 2:
         found = f"{a_MK.dtype} and {scale_NG.dtype}"
         raise ValueError(f"want activations and scales in bf16 or in fp16, got {found}")
     out_MN = torch.empty(M, N, dtype=a_MK.dtype, device=a_MK.device)
-    rows, columns, stages = _tile(M, _shared_memory(a_MK.device))
+    rows, columns, stages = _tile(M, shared_memory(a_MK.device))
     a = _reordered(a_MK, rows)
     _linear_w4a16_kernel[(triton.cdiv(M, rows) * triton.cdiv(N, columns),)](
         *(a, packed_NP.contiguous(), scale_NG.contiguous(), zero_ZG, out_MN),

@@ -112,10 +112,12 @@ def linear_w8a8(
 ) -> Tensor:
     """a @ w.T, [M, N] in `dtype`; both FP8 or both INT8.
 
-    a_scale is [M, 1] (per token) or [1]; w_scale [N, 1] (per output channel) or [1].
+    a_scale is [M, 1] (per token) or [1]; w_scale [N, 1] (per output channel) or [1]. Raises
+    ValueError for shapes or dtypes that do not fit.
     """
     (M, K), N = a_MK.shape, w_NK.shape[0]
-    if a_MK.dtype != w_NK.dtype or w_NK.shape[1] != K or a_MK.stride(1) + w_NK.stride(1) != 2:
+    dense = a_MK.stride(1) == w_NK.stride(1) == 1
+    if a_MK.dtype != w_NK.dtype or w_NK.shape[1] != K or not dense:
         raise ValueError(f"want two dense matrices of one dtype: {a_MK.shape} {w_NK.shape}")
     if a_scale.numel() not in (1, M) or w_scale.numel() not in (1, N):
         raise ValueError(f"scales {tuple(a_scale.shape)} {tuple(w_scale.shape)} for {M} x {N}")

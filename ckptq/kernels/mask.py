@@ -1,4 +1,4 @@
-"""Who attends to whom, in the few forms that models use, and which tokens are padding.
+"""Who attends to whom, in the few forms that models use, which tokens are padding, soft caps.
 
 Positions count from a sequence's first real token, as transformers counts chunks.
 
@@ -37,6 +37,15 @@ class Mask:
             "WINDOW": self.sliding_window or 0,
             "CHUNK": self.chunk or 0,
         }
+
+
+def cap_height(softcap: float | None) -> float:
+    """A soft cap of scores as kernels take it: 0.0 is none. Raises ValueError for 0 and below."""
+    if softcap is None:
+        return 0.0
+    if not softcap > 0:
+        raise ValueError(f"a soft cap is positive, or None for no cap: {softcap}")
+    return float(softcap)
 
 
 def spans_of(real_BS: Tensor) -> tuple[Tensor, Tensor]:

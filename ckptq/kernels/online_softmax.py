@@ -21,6 +21,21 @@ def dot(a, b, acc):
 
 
 @triton.jit
+def oldest_key(first, WINDOW: tl.constexpr, CHUNK: tl.constexpr):
+    """The first position that a window or a chunk leaves to queries from position `first` on.
+
+    What lies before may be gone: engines give the blocks of a paged cache back that no window
+    reaches any more, and whatever they hold then, no weight of zero would make a zero of a NaN.
+    """
+    oldest = 0
+    if WINDOW:
+        oldest = tl.maximum(first - WINDOW + 1, 0)
+    if CHUNK:
+        oldest = tl.maximum(oldest, first // CHUNK * CHUNK)
+    return oldest
+
+
+@triton.jit
 def key_bounds(
     first,
     last,
@@ -36,7 +51,7 @@ def key_bounds(
     `begin` to `full` and from `partial` to `end` need the mask; the others are seen by none. All
     but `end` are multiples of COLUMNS. Without queries (last < first) there are no keys.
     """
-    begin = 0
+    begin = oldest_key(first, WINDOW, CHUNK)
     end = length
     begin_all = 0
     end_all = length
@@ -44,10 +59,8 @@ def key_bounds(
         end = tl.minimum(end, last + 1)
         end_all = tl.minimum(end_all, first + 1)
     if WINDOW:
-        begin = tl.maximum(first - WINDOW + 1, 0)
         begin_all = tl.maximum(last - WINDOW + 1, 0)
     if CHUNK:
-        begin = tl.maximum(begin, first // CHUNK * CHUNK)
         begin_all = tl.maximum(begin_all, last // CHUNK * CHUNK)
         end = tl.minimum(end, (last // CHUNK + 1) * CHUNK)
         end_all = tl.minimum(end_all, (first // CHUNK + 1) * CHUNK)

@@ -4,17 +4,17 @@
 the three strides, so both are read and written in place. A slot is a block times the tokens of a
 block, plus the token in it.
 
-Shape letters: N sequences of a batch (a tile's keys in kernels), L columns of the block table,
-M rows of a tile.
+Shape letters: N sequences of a batch, L columns of the block table, T tokens.
 """
 
 from dataclasses import dataclass
 from enum import StrEnum
 
 import torch
-import triton
-import triton.language as tl
 from torch import Tensor
+
+MOST_HEADS = 65535
+"""Of all sequences of a launch together: CUDA takes no more programs along that axis."""
 
 
 class Layout(StrEnum):
@@ -39,6 +39,15 @@ class Layout(StrEnum):
         return cache.shape[token], cache.shape[head]
 
 
+def check_slots(slot_T: Tensor, tokens: int, cache: Tensor) -> None:
+    """Raise ValueError unless the slots are whole numbers beside the cache, of `tokens` at most."""
+    if slot_T.dtype not in (torch.int32, torch.int64) or slot_T.device != cache.device:
+        found = f"{slot_T.dtype} on {slot_T.device}"
+        raise ValueError(f"slots are {found}, want int32 or int64 on {cache.device}")
+    if slot_T.ndim != 1 or len(slot_T) > tokens:
+        raise ValueError(f"slots {list(slot_T.shape)} for {tokens} tokens")
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Sequences:
     """Which queries belong to which sequence, and where its keys are. All int32, on the device."""
@@ -52,46 +61,16 @@ class Sequences:
     longest: int
     """The most queries that a sequence has."""
 
-    def check(self, cache: Tensor) -> None:
-        """Raise ValueError unless all are int32, fit each other and lie beside the cache."""
+    def check(self, cache: Tensor, kv_heads: int) -> None:
+        """Raise ValueError unless all are int32, fit each other and a launch, beside the cache."""
         for name in ("query_starts", "lengths", "block_table"):
             x = getattr(self, name)
             if x.dtype != torch.int32 or x.device != cache.device or x.stride(-1) != 1:
                 found = f"{x.dtype} on {x.device}"
                 raise ValueError(f"{name} is {found}, want dense int32 on {cache.device}")
         N = len(self.lengths)
+        if N * kv_heads > MOST_HEADS:
+            raise ValueError(f"{N} sequences of {kv_heads} key/value heads: at most {MOST_HEADS}")
         if self.query_starts.shape != (N + 1,) or self.block_table.shape[0] != N:
             shapes = [list(x.shape) for x in (self.query_starts, self.lengths, self.block_table)]
             raise ValueError(f"query starts, lengths, block table do not fit each other: {shapes}")
-
-
-@triton.jit
-def slot_offset(slot, stride_block, stride_token, BLOCK: tl.constexpr):
-    """Elements from the cache's start to a slot (int64), for head 0."""
-    return (slot // BLOCK) * stride_block + (slot % BLOCK) * stride_token
-
-
-@triton.jit
-def key_offset(table_ptr, k_N, seen_N, stride_block, stride_token, BLOCK: tl.constexpr):
-    """Elements from the cache's start to the keys at positions k, through a sequence's table."""
-    block_N = tl.load(table_ptr + k_N // BLOCK, mask=seen_N, other=0).to(tl.int64)
-    return block_N * stride_block + (k_N % BLOCK) * stride_token
-
-
-@triton.jit
-def query_rows(starts_ptr, sequence, first, length, GROUP: tl.constexpr, ROWS: tl.constexpr):
-    """A tile of queries: ROWS // GROUP tokens from `first` on, each with the heads of a group.
-
-    Gives, per row: the token among all queries, its head within the group, its position (-1 past
-    the sequence's queries); then the first and last position of the tile (last < first if none).
-    """
-    TOKENS: tl.constexpr = ROWS // GROUP
-    begin = tl.load(starts_ptr + sequence)
-    queries = tl.load(starts_ptr + sequence + 1) - begin
-    row_M = tl.arange(0, ROWS)
-    token_M = first + row_M // GROUP
-    real_M = (row_M < TOKENS * GROUP) & (token_M < queries)
-    position_M = tl.where(real_M, token_M + (length - queries), -1)
-    last = tl.minimum(first + TOKENS, queries) - 1
-    shift = length - queries
-    return (begin + token_M).to(tl.int64), row_M % GROUP, position_M, first + shift, last + shift

@@ -61,8 +61,13 @@ def _quantize_expert_blocks_kernel(
 def quantize_expert_blocks(
     x_EKN: Tensor, dtype: torch.dtype = torch.float8_e4m3fn, block: int = 128
 ) -> tuple[Tensor, Tensor]:
-    """Codes [E, N, K] and scales [E, ceil(N / 128), ceil(K / 128)] of every x[e].T; 4 divides K."""
+    """Codes [E, N, K] and scales [E, ceil(N / 128), ceil(K / 128)] of every x[e].T; 4 divides K.
+
+    Raises ValueError for other K, columns that lie apart, blocks that are no power of two.
+    """
     E, K, N = x_EKN.shape
+    if block < 4 or block & (block - 1):
+        raise ValueError(f"want blocks of a power of two, at least 4: {block}")
     if x_EKN.stride(2) != 1 or K % 4:
         raise ValueError(f"want dense columns, rows in fours: {x_EKN.shape} {x_EKN.stride()}")
     blocks_k, blocks_n = triton.cdiv(K, block), triton.cdiv(N, block)

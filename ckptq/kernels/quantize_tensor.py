@@ -76,10 +76,11 @@ def scale_columns(x_RC: Tensor, tile_cols: int, dtype: torch.dtype) -> Tensor:
 def quantize_tensor(
     x_RC: Tensor, dtype: torch.dtype = torch.float8_e4m3fn
 ) -> tuple[Tensor, Tensor]:
-    """Codes [R, C] and one scale [1] in x's dtype."""
+    """Codes [R, C] and one scale [1] in x's dtype; without rows that of a maximum of zero."""
     R, C = x_RC.shape
     scale_11 = scale_columns(x_RC, C, dtype)
-    return quantize_static(x_RC, scale_11, (R, C), dtype), scale_11[0]
+    # no rows, no tile
+    return quantize_static(x_RC, scale_11[:R], (max(R, 1), C), dtype), scale_11[0]
 
 
 def quantize_heads(
@@ -89,4 +90,5 @@ def quantize_heads(
     T, _, D = x_THD.shape
     x_TC = x_THD.flatten(1)
     scale_1H = scale_columns(x_TC, D, dtype)
-    return quantize_static(x_TC, scale_1H, (T, D), dtype).view(x_THD.shape), scale_1H[0]
+    code_TC = quantize_static(x_TC, scale_1H[:T], (max(T, 1), D), dtype)
+    return code_TC.view(x_THD.shape), scale_1H[0]

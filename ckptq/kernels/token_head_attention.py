@@ -22,10 +22,19 @@ from torch import Tensor
 
 from ckptq.kernels.hadamard import rotate
 from ckptq.kernels.kv_format import CENTROIDS
-from ckptq.kernels.mask import Mask
-from ckptq.kernels.online_softmax import cap, dot, finish, fold, key_bounds, visible
-from ckptq.kernels.paged_attention import paged_rows
-from ckptq.kernels.paging import Sequences, key_offset, query_rows
+from ckptq.kernels.mask import Mask, cap_height
+from ckptq.kernels.online_softmax import (
+    cap,
+    dot,
+    finish,
+    fold,
+    key_bounds,
+    oldest_key,
+    visible,
+)
+from ckptq.kernels.paged_addresses import key_offset, query_rows
+from ckptq.kernels.paged_attention import paged_tile
+from ckptq.kernels.paging import Sequences
 from ckptq.kernels.rounding import e4m3_value, narrow, widen
 from ckptq.kernels.token_head_cache import TokenHeadCache
 
@@ -143,12 +152,12 @@ def _token_head_attention_kernel(
     K = H // GROUP
     sequence, kv = tl.program_id(1) // K, tl.program_id(1) % K
     length = tl.load(length_ptr + sequence)
-    token_M, member_M, q_pos_M, first, last = query_rows(
+    token_M, member_M, real_M, q_pos_M, first, last = query_rows(
         starts_ptr, sequence, tl.program_id(0) * (ROWS // GROUP), length, GROUP, ROWS
     )
     o_W = tl.arange(0, BLOCK_W)
     o_N = tl.arange(0, COLUMNS)
-    m_MW = (q_pos_M >= 0)[:, None] & (o_W < D // STREAMS)[None, :]
+    m_MW = real_M[:, None] & (o_W < D // STREAMS)[None, :]
     o_MW = ((token_M * H + kv * GROUP + member_M) * D)[:, None] + (o_W * STREAMS)[None, :]
     q0_MW = _load_query(q_ptr + o_MW, m_MW, 0, STREAMS)
     q1_MW = _load_query(q_ptr + o_MW, m_MW, 1, STREAMS)
@@ -160,6 +169,7 @@ def _token_head_attention_kernel(
     slope = scaling / softcap if CAPPED else 0.0
     factor = (softcap if CAPPED else scaling) * 1.4426950408889634  # log2 e
     begin, _, _, end = key_bounds(first, last, length, CAUSAL, WINDOW, CHUNK, COLUMNS)
+    oldest = oldest_key(first, WINDOW, CHUNK)
     acc0_MW = tl.zeros([ROWS, BLOCK_W], tl.float32)
     acc1_MW = tl.zeros([ROWS, BLOCK_W], tl.float32)
     acc2_MW = tl.zeros([ROWS, BLOCK_W], tl.float32)
@@ -173,6 +183,8 @@ def _token_head_attention_kernel(
     for k_first in tl.range(begin, end, COLUMNS):
         k_pos_N = k_first + o_N
         m_N = k_pos_N < length
+        if WINDOW or CHUNK:
+            m_N = m_N & (k_pos_N >= oldest)
         m_NW = m_N[:, None] & (o_W < D // STREAMS)[None, :]
         row_N = key_offset(table_ptr, k_pos_N, m_N, code_stride_block, code_stride_token, BLOCK)
         o_NW = row_N[:, None] + o_W[None, :]
@@ -237,22 +249,23 @@ def token_head_attention(
 ) -> Tensor:
     """Attention of the queries [T, H, D] of all sequences over their cached keys: [T, H, D].
 
-    The queries stand at the end of their sequence and are not rotated yet. Raises ValueError where
+    The queries stand at the end of their sequence and are not rotated yet. What is read and written
+    is as `paged_attention` says. Raises ValueError where
     heads, head sizes or caches do not fit each other.
     """
     _check(query_THD, key, value)
-    sequences.check(key.code)
     T, H, D = query_THD.shape
     block, K = key.layout.sizes(key.code)
+    sequences.check(key.code, K)
     group, streams = H // K, key.fmt.per_byte
-    rows = paged_rows(group)
+    tile = paged_tile(group)
     query = rotate(query_THD, key.rotation).contiguous()
     out = torch.empty(T, H, D, dtype=torch.float32, device=query.device)
-    tiles = triton.cdiv(sequences.longest, rows // group)
+    tiles = triton.cdiv(sequences.longest, tile["ROWS"] // group)
     _token_head_attention_kernel[(tiles, len(sequences.lengths) * K)](
         *(query, key.code, value.code, key.scale, value.scale, key.zero, value.zero, out),
         *(sequences.query_starts, sequences.lengths, sequences.block_table),
-        *(float(scaling), float(softcap or 0.0)),
+        *(float(scaling), cap_height(softcap)),
         *key.layout.strides(key.code),
         *key.layout.strides(key.scale),
         *(sequences.block_table.stride(0), H),
@@ -267,9 +280,6 @@ def token_head_attention(
         NEAR=CENTROIDS[0],
         FAR=CENTROIDS[1],
         BLOCK_W=max(16, triton.next_power_of_2(D // streams)),
-        ROWS=rows,
-        COLUMNS=32,
-        num_warps=4,
-        num_stages=2,
+        **tile,
     )
     return rotate(out, value.rotation, query_THD.dtype, inverse=True)

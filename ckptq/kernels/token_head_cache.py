@@ -29,6 +29,19 @@ class TokenHeadCache:
     zero: Tensor | None
     """uint8, shaped as the scales; only of asymmetric formats."""
 
+    def __post_init__(self) -> None:
+        """Raise ValueError unless the three tensors are those of one cache."""
+        shape = self.code.shape[:-1]
+        wanted = (shape, None if not self.fmt.asymmetric else shape)
+        found = (self.scale.shape, None if self.zero is None else self.zero.shape)
+        if found != wanted or self.code.shape[-1] != self.fmt.width(self.head_dim):
+            shapes = [list(self.code.shape), *(None if s is None else list(s) for s in found)]
+            raise ValueError(f"codes, scales, zero points of {self.fmt.name}: {shapes}")
+        if self.code.stride(-1) != 1:
+            raise ValueError(f"the bytes of a head lie apart: strides {self.code.stride()}")
+        if self.zero is not None and self.zero.stride() != self.scale.stride():
+            raise ValueError("zero points and scales must be laid out alike")
+
     @classmethod
     def empty(
         cls,

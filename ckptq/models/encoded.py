@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -16,6 +16,7 @@ from ckptq.checkpoint.header import StoredTensor
 from ckptq.checkpoint.open import CONFIG, Checkpoint
 from ckptq.checkpoint.read import Files, read_range, read_tensor
 from ckptq.errors import PlanError, SourceError
+from ckptq.models.config_groups import ConfigGroup, block_structure, config_groups, group_of
 from ckptq.quantize.scheme import WeightScheme
 from ckptq.quantize.stored import row_quantum, stored
 from ckptq.spec import TensorSpec, torch_dtype
@@ -96,10 +97,10 @@ def read_encoded(ckpt: Checkpoint) -> dict[str, Encoded]:
         raise PlanError(
             f"{ckpt.path}: {indexed}: groups in activation order (g_idx) cannot be read back"
         )
-    dtype = _weight_dtype(ckpt)
+    dtype, groups = _weight_dtype(ckpt), config_groups(ckpt)
     found = {}
     for module, tensors in _modules(ckpt):
-        scheme = _scheme(ckpt, config, module)
+        scheme = _scheme(ckpt, groups, module)
         found[module] = Encoded(
             module=module,
             tensors=tensors,
@@ -145,18 +146,19 @@ def _modules(ckpt: Checkpoint) -> Iterator[tuple[str, dict[str, StoredTensor]]]:
         yield module, tensors
 
 
-def _scheme(ckpt: Checkpoint, config: Mapping[str, Any], module: str) -> WeightScheme:
+def _scheme(ckpt: Checkpoint, groups: Sequence[ConfigGroup], module: str) -> WeightScheme:
+    config = ckpt.quantization_config or {}
     method = config.get("quant_method")
     if method == "compressed-tensors":
-        return _declared(ckpt, config, module)
-    block = config.get("weight_block_size")
+        return _declared(ckpt, groups, module)
+    block = block_structure(ckpt)
     if method == "fp8" and block:
         return WeightScheme(
             format="float-quantized",
             num_bits=8,
             type="float",
             strategy="block",
-            block_structure=(int(block[0]), int(block[1])),
+            block_structure=block,
         )
     raise PlanError(_unreadable(ckpt, config))
 
@@ -168,22 +170,15 @@ def _unreadable(ckpt: Checkpoint, config: Mapping[str, Any]) -> str:
     )
 
 
-def _declared(ckpt: Checkpoint, config: Mapping[str, Any], module: str) -> WeightScheme:
-    """The scheme of the first group that matches by name or pattern, else by class."""
-    groups = [g for g in (config.get("config_groups") or {}).values() if g.get("weights")]
-    named = [g for g in groups if any(_names(target, module) for target in g["targets"])]
-    by_class = [g for g in groups if "Linear" in g["targets"]]
-    for group in (*named, *by_class):
-        args = {k: v for k, v in group["weights"].items() if v not in (None, {})}
-        form = group.get("format") or config.get("format")
-        return WeightScheme.from_args(args, str(form), stored=True)
-    raise SourceError(f"{ckpt.path}: {module} has a weight_scale, but no config group targets it")
-
-
-def _names(target: str, module: str) -> bool:
-    if target.startswith("re:"):
-        return re.match(target.removeprefix("re:"), module) is not None
-    return target == module
+def _declared(ckpt: Checkpoint, groups: Sequence[ConfigGroup], module: str) -> WeightScheme:
+    group = group_of(groups, module)
+    if group is None:
+        raise SourceError(
+            f"{ckpt.path}: {module} has a weight_scale, but no config group targets it"
+        )
+    args = {k: v for k, v in group.weights.items() if v not in (None, {})}
+    form = group.format or (ckpt.quantization_config or {}).get("format")
+    return WeightScheme.from_args(args, str(form), stored=True)
 
 
 def _shape(
@@ -210,7 +205,7 @@ def _weight_dtype(ckpt: Checkpoint) -> str:
     names = {"bfloat16": "BF16", "float16": "F16", "float32": "F32"}
     for config in (ckpt.config, ckpt.text_config):
         declared = config.get("dtype", config.get("torch_dtype"))
-        if declared in names:
+        if isinstance(declared, str) and declared in names:
             return names[declared]
     return "BF16"
 

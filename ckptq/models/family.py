@@ -37,6 +37,8 @@ class Family:
     fused_experts: FusedExperts | None = None
     transposed_layers: bool = False
     """Layers store [in, out] (transformers' Conv1D), where a Linear is [out, in]."""
+    layers_key: str = "num_hidden_layers"
+    """Where the config says how many decoder layers there are."""
 
 
 FAMILIES = (
@@ -57,6 +59,8 @@ FAMILIES = (
         fused_experts=FusedExperts(transposed=True),
     ),
     Family(name="gpt2", model_types=("gpt2", "openai-gpt"), transposed_layers=True),
+    # two attentions a layer, each of which counts as a hidden layer
+    Family(name="longcat", model_types=("longcat_flash",), layers_key="num_layers"),
     Family(
         name="qwen3.5-moe",
         model_types=("qwen3_5_moe",),

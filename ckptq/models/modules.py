@@ -114,7 +114,7 @@ def decoder_layers(ckpt: Checkpoint) -> tuple[str, int]:
     if not counts:
         return "", 0
     prefix = max(counts, key=lambda p: counts[p])
-    declared = ckpt.text_config.get("num_hidden_layers")
+    declared = ckpt.text_config.get(family_of(ckpt.config).layers_key)
     if isinstance(declared, int):
         return prefix, declared
     indices = (LAYER.match(n) for n in ckpt.tensors if n.startswith(prefix + "."))

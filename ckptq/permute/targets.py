@@ -11,20 +11,23 @@ from typing import Any
 
 from ckptq.checkpoint.open import Checkpoint
 from ckptq.errors import PlanError
+from ckptq.models.config_groups import block_structure, config_groups, group_of
 from ckptq.models.modules import decoder_layers, num_attention_heads
 from ckptq.permute.effect import Effect, Projection, effect_on, effect_on_attention
 from ckptq.permute.order import Heads
-from ckptq.plan.match import matches
+from ckptq.quantize.scheme import pair, whole
+from ckptq.spec import TensorSpec
 
 PROJECTIONS = {"q_proj": "q", "k_proj": "k"}
 _UNTURNED = ("v_proj", "o_proj")
 
 
-def plan_permutation(ckpt: Checkpoint) -> dict[str, Effect]:
+def plan_permutation(ckpt: Checkpoint, *, unfit: list[str] | None = None) -> dict[str, Effect]:
     """Tensor name -> what happens to it, for every tensor of q/k and of their attention modules.
 
     Raises PlanError, naming the tensor, for one that is unknown or cannot be permuted, and for a
-    model without q_proj and k_proj (fused qkv, latent attention).
+    model without q_proj and k_proj (fused qkv, latent attention). With `unfit`, such tensors are
+    left out, and their names added to it.
     """
     layers, _ = decoder_layers(ckpt)
     modules = _attention_modules(ckpt, layers)
@@ -39,14 +42,25 @@ def plan_permutation(ckpt: Checkpoint) -> dict[str, Effect]:
         module, local = _split(name, modules)
         if module is None or local.startswith(tuple(f"{p}." for p in _UNTURNED)):
             continue
-        child, _, rest = local.partition(".")
-        if child in PROJECTIONS:
-            projection = _projection(ckpt, f"{module}.{child}", heads[PROJECTIONS[child]])
-            effects[name] = effect_on(rest, stored.spec, projection)
-        else:
-            sides = {side: Projection(module, heads[side]) for side in heads}
-            effects[name] = effect_on_attention(local, stored.spec, sides)
+        try:
+            effects[name] = _effect(ckpt, module, local, stored.spec, heads)
+        except PlanError:
+            if unfit is None:
+                raise
+            unfit.append(name)
     return effects
+
+
+def _effect(
+    ckpt: Checkpoint, module: str, local: str, spec: TensorSpec, heads: Mapping[str, Heads]
+) -> Effect:
+    """What happens to one tensor of an attention module: "q_proj.weight", "k_scale", ..."""
+    child, _, rest = local.partition(".")
+    if child in PROJECTIONS:
+        projection = _projection(ckpt, f"{module}.{child}", heads[PROJECTIONS[child]])
+        return effect_on(rest, spec, projection)
+    sides = {side: Projection(module, heads[side]) for side in heads}
+    return effect_on_attention(local, spec, sides)
 
 
 def head_geometry(text_config: Mapping[str, Any]) -> dict[str, Heads]:
@@ -58,26 +72,47 @@ def head_geometry(text_config: Mapping[str, Any]) -> dict[str, Heads]:
     counts = num_attention_heads(text_config)
     if counts is None:
         raise PlanError("config.json: num_attention_heads is missing, so heads are unknown")
-    head_dim = text_config.get("head_dim") or text_config.get("hidden_size", 0) // counts[0]
+    head_dim = _head_dim(text_config, counts[0])
     rotary_dim = _rotary_dim(text_config, head_dim)
     q_count, k_count = counts
     return {"q": Heads(q_count, head_dim, rotary_dim), "k": Heads(k_count, head_dim, rotary_dim)}
+
+
+def _head_dim(text_config: Mapping[str, Any], heads: int) -> int:
+    for key, share in (("head_dim", 1), ("hidden_size", heads)):
+        found = text_config.get(key)
+        if found is None:
+            continue
+        if type(found) is not int or found < share:
+            raise PlanError(
+                f"config.json: {key} is {found!r}, wanted a whole number from {share} on"
+            )
+        return found // share
+    raise PlanError("config.json: head_dim and hidden_size are missing, so heads are unknown")
 
 
 def _rotary_dim(text_config: Mapping[str, Any], head_dim: int) -> int:
     if isinstance(text_config.get("rotary_dim"), int):
         return int(text_config["rotary_dim"])
     ropes = text_config.get("rope_parameters") or {}
+    if not isinstance(ropes, Mapping):
+        raise PlanError(f"config.json: rope_parameters is {ropes!r}, wanted an object")
     # one set of parameters, or one for each kind of layer
     sets = [text_config, ropes, *(r for r in ropes.values() if isinstance(r, Mapping))]
     names = ("partial_rotary_factor", "rotary_pct")
-    shares = {s[name] for s in sets for name in names if s.get(name) is not None}
+    shares = {_share(name, s[name]) for s in sets for name in names if s.get(name) is not None}
     if len(shares) > 1:
         raise PlanError(
             f"config.json: layers rotate different shares of a head ({sorted(shares)}); ckptq "
             "permutes only models that rotate the same rows in all layers"
         )
     return int(head_dim * shares.pop()) if shares else head_dim
+
+
+def _share(key: str, found: object) -> float:
+    if isinstance(found, int | float) and not isinstance(found, bool) and 0 < found <= 1:
+        return float(found)
+    raise PlanError(f"config.json: {key} is {found!r}, wanted a number from 0 to 1")
 
 
 def _attention_modules(ckpt: Checkpoint, layers: str) -> set[str]:
@@ -103,17 +138,11 @@ def _split(name: str, modules: set[str]) -> tuple[str | None, str]:
 
 def _projection(ckpt: Checkpoint, name: str, heads: Heads) -> Projection:
     """A projection with what the quantization config says of its weights' layout."""
-    config = ckpt.quantization_config or {}
-    weights = _weights_args(config, name)
-    block = weights.get("block_structure") or config.get("weight_block_size")
-    bits = weights.get("num_bits")
-    return Projection(name, heads, block=(block[0], block[1]) if block else None, bits=bits)
-
-
-def _weights_args(config: Mapping[str, Any], name: str) -> Mapping[str, Any]:
-    """`weights` of the group that quantizes this Linear: by name first, then by class."""
-    groups = [g for g in (config.get("config_groups") or {}).values() if g.get("weights")]
-    named = [g for g in groups if any(matches(t, name) for t in g.get("targets", ()))]
-    by_class = [g for g in groups if "Linear" in g.get("targets", ())]
-    found = [*named, *by_class]
-    return found[0]["weights"] if found else {}
+    group = group_of(config_groups(ckpt), name)
+    weights = group.weights if group else {}
+    return Projection(
+        name,
+        heads,
+        block=pair(weights.get("block_structure")) or block_structure(ckpt),
+        bits=whole("num_bits", weights.get("num_bits")),
+    )

@@ -12,12 +12,10 @@ from typing import Any, Literal
 
 from ckptq.checkpoint.open import Checkpoint
 from ckptq.errors import PlanError
+from ckptq.models.attention import attention_kind
 from ckptq.models.modules import Layout, num_attention_heads
 from ckptq.recipes.load import Args
 from ckptq.spec import TensorSpec
-
-KEY_PROJECTIONS = ("k_proj", "qkv_proj", "query_key_value", "c_attn", "W_pack")
-LATENT = ("kv_a_proj_with_mqa", "kv_b_proj")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -35,7 +33,7 @@ def plan_attention(ckpt: Checkpoint, layout: Layout, args: Args) -> AttentionPla
     """Decide the scales for every decoder layer that has attention heads; PlanError if none has."""
     _check_args(args)
     heads = num_attention_heads(ckpt.text_config)
-    projections = _key_projections(layout)
+    projections = _key_projections(layout, ckpt.text_config)
     if heads is None or not projections:
         raise PlanError(
             f"{ckpt.path}: KV-cache scales are asked for, but this model has no attention heads: "
@@ -69,18 +67,19 @@ def last_tensors(ckpt: Checkpoint, attention: AttentionPlan) -> dict[str, str]:
     return {name: module for module, name in last.items()}
 
 
-def _key_projections(layout: Layout) -> dict[str, str]:
+def _key_projections(layout: Layout, text_config: Mapping[str, Any]) -> dict[str, str]:
     """Attention module -> dtype of its weights, in the order of the layers."""
     found = {}
     for linear in layout.linears.values():
-        if linear.kept is not None or not linear.name.startswith(layout.layers + "."):
+        if linear.kept is not None:
             continue
-        if linear.projection in LATENT:
+        kind = attention_kind(linear.name, layout.layers, layout.num_layers, text_config)
+        if kind == "latent":
             raise PlanError(
                 f"{linear.name}: multi-head latent attention caches no heads of k and v; "
                 "KV-cache scales of this model cannot be calibrated per tensor or per head"
             )
-        if linear.projection in KEY_PROJECTIONS:
+        if kind == "heads":
             found[linear.parent] = linear.weight.spec.dtype
     return found
 

@@ -6,6 +6,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 
 from ckptq.models.family import FUSED_SETS
+from ckptq.plan.match import EXPERT
 from ckptq.plan.permutable import keep_permutable
 from ckptq.plan.unit import Plan
 from ckptq.recipes.load import Group
@@ -23,11 +24,32 @@ def vllm_doubts(plan: Plan) -> Iterator[str]:
             f"{len(split)} Linears have rows that fill no whole blocks, {split[0]} {rows} of them; "
             "vLLM merges whole blocks only, and will not load this (fp8-dynamic it does)"
         )
+    uneven = _uneven_experts(plan, chosen)
+    if uneven is not None:
+        yield (
+            f"{uneven}: its experts are not all quantized alike, in every projection; vLLM has one "
+            "scheme for all of a layer, and will not load this"
+        )
     if keep_permutable(plan.recipe, plan.layout, chosen) != plan.recipe:
         yield (
             "q/k in a format whose blocks or zero points vLLM does not permute with the rows: "
             "it will compute something else (without --as-written they get another)"
         )
+
+
+def _uneven_experts(plan: Plan, chosen: Mapping[str, Group]) -> str | None:
+    """The first layer of experts with several schemes, or with some Linears left alone."""
+    found: dict[str, object] = {}
+    for name in plan.layout.linears:
+        match = EXPERT.search(name)
+        if match is None:
+            continue
+        experts = name[: match.start()] + ".experts"
+        group = chosen.get(name)
+        scheme = (group.weights, group.input_activations, group.format) if group else None
+        if found.setdefault(experts, scheme) != scheme:
+            return experts
+    return None
 
 
 def _splits_a_block(plan: Plan, name: str, group: Group, chosen: Mapping[str, Group]) -> bool:

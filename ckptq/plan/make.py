@@ -264,14 +264,15 @@ def _refuse_twins(units: Iterable[Unit]) -> None:
 
 
 def _ignore(layout: Layout, chosen: Mapping[str, Group]) -> tuple[str, ...]:
-    """Names for the config: each Linear that was left; experts left as a whole as one pattern."""
+    """Names for the config: each Linear that was left; experts of a layer that were left with all
+    their projections as one pattern."""
     found: dict[str, None] = {}
-    touched = {layout.linears[n].weight.stored.name for n in chosen}
+    touched = {layout.linears[n].parent.rpartition(".")[0] for n in chosen}
     for linear in layout.linears.values():
         if linear.name in chosen or linear.kept == "embedding" or linear.kept == "norm":
             continue
-        if linear.weight.index is not None and linear.weight.stored.name not in touched:
-            experts = linear.parent.rpartition(".")[0]
+        experts = linear.parent.rpartition(".")[0]
+        if linear.weight.index is not None and experts not in touched:
             found[f"re:{re.escape(experts)}\\..*"] = None
         else:
             found[linear.name] = None

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 
 from ckptq.checkpoint.open import Checkpoint
 from ckptq.errors import PlanError, SourceError
+from ckptq.models.config_groups import matches
 from ckptq.models.modules import Layout, fused_set, why_kept
 from ckptq.recipes.load import Group, Recipe, check_patterns
 from ckptq.spec import FLOATS
@@ -51,13 +52,6 @@ def choose(layout: Layout, recipe: Recipe, ignore: Sequence[str]) -> dict[str, G
                 f"{list(group.targets)} matched no Linear; `ckptq inspect` lists their names"
             )
     return chosen
-
-
-def matches(pattern: str, name: str) -> bool:
-    """compressed-tensors' rule: the whole name, or `re:` and a pattern anchored at the start."""
-    if pattern.startswith("re:"):
-        return re.match(pattern.removeprefix("re:"), name) is not None
-    return pattern == name
 
 
 def refuse_idle_ignores(layout: Layout, ignore: Sequence[str]) -> None:

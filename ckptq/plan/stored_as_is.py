@@ -12,6 +12,7 @@ from typing import Any
 
 from ckptq.checkpoint.open import Checkpoint
 from ckptq.errors import PlanError
+from ckptq.models.config_groups import stored_groups
 from ckptq.models.modules import Layout
 from ckptq.plan.attention import AttentionPlan, last_tensors
 from ckptq.plan.unit import Unit
@@ -32,7 +33,7 @@ def kept_config(ckpt: Checkpoint) -> Mapping[str, Any]:
             f"{ckpt.path}: is quantized with {method!r}, whose config has no place for calibrated "
             "cache scales; choose a scheme for weights and cache, which writes compressed-tensors"
         )
-    groups = config.get("config_groups") or {}
+    groups = stored_groups(ckpt)
     return {
         **config,
         "config_groups": {name: g for name, g in groups.items() if g.get("weights") is not None},

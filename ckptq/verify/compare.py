@@ -171,14 +171,27 @@ def observe(
 def _sharing(
     w_RC: Tensor, held: Mapping[str, Tensor], scheme: WeightScheme, heads: Heads
 ) -> Share | None:
-    """How rows share the stored scales, if most are so; a few are by chance."""
+    """How rows share their scales, where that explains most rows, and better than scales of their
+    own do; a few are explained by chance.
+
+    A row is explained by its scale, or by its codes where the scale is the one that is wrong.
+    """
 
     def unexplained(share: Share | None) -> int:
-        return int(_scales_differ(observe(w_RC, held, scheme, share), held, scheme).sum())
+        made = observe(w_RC, held, scheme, share)
+        scale_R = _scales_differ(made, held, scheme).reshape(len(w_RC), -1).any(1)
+        codes = scheme.codes
+        code_R = (_as_bytes(made[codes]) != _as_bytes(held[codes])).any(1)
+        return min(int(scale_R.sum()), int(code_R.sum()))
 
-    ways = [partial(share_amax, heads=heads, sharing=sharing) for sharing in Sharing]
+    ways: list[Share | None] = [None]
+    ways += [partial(share_amax, heads=heads, sharing=sharing) for sharing in Sharing]
     best = min(ways, key=unexplained)
     return best if unexplained(best) < len(w_RC) / 2 else None
+
+
+def _as_bytes(code_RN: Tensor) -> Tensor:
+    return code_RN.contiguous().flatten().view(torch.uint8).view(len(code_RN), -1)
 
 
 def same_bytes(a: Tensor, b: Tensor) -> bool:

@@ -64,7 +64,7 @@ def _layers(subject: Subject) -> Iterator[Finding]:
     yield finding(
         "layer-missing", f"{prefix}.{first}", file=CONFIG,
         found=f"{len(present)} of {declared} layers, the first that is missing is {first}",
-        wanted=f"num_hidden_layers = {declared} layers",
+        wanted=f"{subject.family.layers_key} = {declared} layers",
     )  # fmt: skip
 
 

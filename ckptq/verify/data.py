@@ -14,6 +14,7 @@ from ckptq.verify.diagnose import Case, diagnose
 from ckptq.verify.dry_run import DryRun, dry_run
 from ckptq.verify.fused import check_fused_scales
 from ckptq.verify.judge import verdict, with_tensor_scales
+from ckptq.verify.kept import with_kept_scales
 from ckptq.verify.options import Options, Progress
 from ckptq.verify.order import Undo, make_undo
 from ckptq.verify.report import Checked, Finding
@@ -48,6 +49,7 @@ def check_data(subject: Subject, structure: Iterable[Finding], options: Options)
         parts = _round_trip(linears, files, undo, fast, progress)
         copies = _copies(subject, files, undo, fast, progress)
         tallies = _tallies(linears, parts, files, fast)
+        tallies = with_kept_scales(subject, linears, tallies, files, undo)
         for part in parts:
             found += part.findings
         case = Case(subject=subject, linears=linears, tallies=tallies, files=files, undo=undo)

@@ -15,6 +15,7 @@ from ckptq.permute.order import Heads
 from ckptq.permute.targets import head_geometry
 from ckptq.verify import nearest
 from ckptq.verify.compare import Tally
+from ckptq.verify.geometry import well_typed
 from ckptq.verify.hypotheses import hypotheses, match_heads, rescaled_columns
 from ckptq.verify.judge import CHOSEN_DB, DAMAGED, undiagnosed
 from ckptq.verify.kinds import finding
@@ -28,7 +29,7 @@ from ckptq.verify.neighbours import (
     gather,
     template,
 )
-from ckptq.verify.order import Undo, source_order, well_typed
+from ckptq.verify.order import Undo, source_order
 from ckptq.verify.report import Finding
 from ckptq.verify.sample import Sample, read_sample, rows_of_source, snr_db
 from ckptq.verify.stored_linear import StoredLinear
@@ -39,6 +40,9 @@ BETTER_DB = 3.0
 
 TRIED = 8
 """Samples are read of so many Linears of one name; more would take hours where all are wrong."""
+
+FEW_SCALES = 0.01
+"""Share of the scales that is damage; what exchanges or moves scales leaves fewer in place."""
 
 SIDES = {"q_proj": "q", "k_proj": "k", "v_proj": "k"}
 
@@ -112,7 +116,9 @@ def _like_others(linear: StoredLinear, tried: list[Finding | None]) -> Finding |
 
 
 def _damaged(tally: Tally) -> bool:
-    """A few codes only: nothing was exchanged, something was hit."""
+    """A few codes or scales only: nothing was exchanged, something was hit."""
+    if tally.foreign == 0 and 0 < tally.scales_wrong <= FEW_SCALES * tally.scales:
+        return True
     return (tally.wrong - tally.twice) / max(tally.elements, 1) < DAMAGED and (
         not tally.scales_wrong or tally.foreign > 0
     )
@@ -135,7 +141,8 @@ def _tried(case: Case, sample: Sample, scales_only: bool) -> Iterator[tuple[floa
     heads = _heads(case, projection)
     order = source_order(case.subject)
     turned = heads if projection in ("q_proj", "k_proj") else None
-    for one in hypotheses(sample, turned, order, scales_only):
+    undone = case.undo.module(linear.name, linear.tensors)
+    for one in hypotheses(sample, turned, order, scales_only, undone):
         yield sample.snr(one.held), _named(linear, one.code, one.found, one.repair)
     if heads is not None:
         for match in match_heads(sample, heads, scales_only):

@@ -17,6 +17,7 @@ from ckptq.checkpoint.header import StoredTensor
 from ckptq.checkpoint.read import Files, read_tensor
 from ckptq.models.family import FUSED_SETS
 from ckptq.permute.apply import permute_rows
+from ckptq.permute.effect import Part
 from ckptq.permute.order import Heads, RopeOrder
 from ckptq.permute.targets import head_geometry
 from ckptq.spec import FLOATS
@@ -24,14 +25,24 @@ from ckptq.verify import nearest
 from ckptq.verify.cache import shared_layers
 from ckptq.verify.compare import Tally
 from ckptq.verify.engines import Engine
+from ckptq.verify.geometry import well_typed
 from ckptq.verify.judge import arrival_floor_db
 from ckptq.verify.kinds import finding
-from ckptq.verify.order import source_order, well_typed
+from ckptq.verify.order import source_order
 from ckptq.verify.report import Arrival, Finding
-from ckptq.verify.rope import turned_modules
+from ckptq.verify.rope import order_of, turned_modules
 from ckptq.verify.sample import snr_db
 from ckptq.verify.stored_linear import StoredLinear, source_rows
 from ckptq.verify.subject import Module, Subject
+
+MISSING, REFUSED, AS_IT_IS, LEFT_BEHIND = "missing", "refused", "loads as it is", "; not "
+"""How `done` tells of a placeholder, of a refusal, and of tensors that stay as they are."""
+
+WANTED = {
+    "arrives-wrong": "the source's weight",
+    "engine-default": "the stored scale",
+    "engine-refuses": "tensors that it loads",
+}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -56,7 +67,7 @@ def dry_run(
         *_merged(asked, engine, files),
         *_cache(subject, engine, files),
     ]
-    return DryRun(arrivals=tuple(arrivals), findings=tuple(_wrong(engine, arrivals)))
+    return DryRun(arrivals=tuple(arrivals), findings=tuple(_wrong(subject, engine, arrivals)))
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,17 +78,30 @@ class Asked:
     floor_db: float
 
 
-def _wrong(engine: Engine, arrivals: list[Arrival]) -> Iterator[Finding]:
+def _wrong(subject: Subject, engine: Engine, arrivals: list[Arrival]) -> Iterator[Finding]:
     for one in arrivals:
         if one.ok:
             continue
-        code = "engine-default" if "1.0" in one.done else "arrives-wrong"
-        code = "engine-refuses" if one.done.startswith("refused") else code
+        code = "engine-default" if one.done.startswith(MISSING) else "arrives-wrong"
+        code = "engine-refuses" if one.done.startswith(REFUSED) else code
         snr = "" if one.snr_db is None else f", {one.snr_db:.1f} dB"
         yield finding(
-            code, one.tensor, found=f"{engine.name}: {one.done}{snr}",
-            wanted="the source's weight" if one.snr_db is not None else "the stored scale",
+            code, one.tensor, found=f"{engine.name}: {one.done}{snr}", wanted=WANTED[code],
+            repair=_repair(subject, engine, one) if code == "arrives-wrong" else None,
         )  # fmt: skip
+
+
+def _repair(subject: Subject, engine: Engine, one: Arrival) -> str | None:
+    """What makes this weight arrive; None for the general advice."""
+    if subject.family.rope != "interleaved":
+        return None
+    if order_of(subject, Part.WEIGHTS) is RopeOrder.HALF_SPLIT:
+        return f"{engine.name} wants the source's order: `ckptq permute CKPT OUT --to interleaved`"
+    if engine.permutes and one.done == AS_IT_IS:
+        return "serve with vLLM 0.16 or newer, or `ckptq permute CKPT OUT --to half-split`"
+    if LEFT_BEHIND in one.done and "weight_zero_point" not in one.done:
+        return "serve with vLLM 0.16 or newer, or convert per channel with --rope-proof"
+    return None
 
 
 def _turned(
@@ -132,9 +156,9 @@ def _turned_codes(asked: Asked, turn: Turn, files: Files) -> Arrival:
     wanted = turn.wanted(_wanted(linear, files, held))
     snr = snr_db(nearest.weights(arrived, linear.scheme, linear.shape[1]), wanted)
     left = [local for local in held if local not in moved and linear.per_quantum[local] is not None]
-    done = f"permutes {', '.join(moved)}" if moved else "loads as it is"
+    done = f"permutes {', '.join(moved)}" if moved else AS_IT_IS
     if moved and left and any(held[local].numel() > 1 for local in left):
-        done += f"; not {', '.join(left)}"
+        done += f"{LEFT_BEHIND}{', '.join(left)}"
     return Arrival(tensor=linear.name, done=done, snr_db=snr, ok=snr >= asked.floor_db)
 
 
@@ -143,7 +167,7 @@ def _moved_blocks(linear: StoredLinear, local: str, tensor: Tensor, heads: Heads
     fits = tensor.shape[0] % (2 * heads.count) == 0
     done = f"takes the {tensor.shape[0]} rows of blocks in {local} for rows of the weight"
     if not fits:
-        done = f"refused: {done}, of {heads.count} heads"
+        done = f"{REFUSED}: {done}, of {heads.count} heads"
     return Arrival(tensor=linear.name, done=done, snr_db=None, ok=False)
 
 
@@ -157,7 +181,7 @@ def _turned_plain(module: Module, turn: Turn, files: Files) -> Arrival:
         found = read_tensor(weight, files).float()
         wanted = turn.wanted(source_rows(files, view)(0, view.spec.shape[0]).float())
         snr = snr_db(turn.moved(found) if moves else found, wanted)
-    done = "permutes weight" if moves else "loads as it is"
+    done = "permutes weight" if moves else AS_IT_IS
     return Arrival(tensor=module.name, done=done, snr_db=snr, ok=snr == inf)
 
 
@@ -220,7 +244,7 @@ def _scale(subject: Subject, engine: Engine, files: Files, module: str, which: s
         done = "not played: how this engine reads cache scales is not established"
         return Arrival(tensor=name, done=done, snr_db=None, ok=True)
     if tensor is None:
-        return Arrival(tensor=name, done="missing: 1.0 is used", snr_db=None, ok=False)
+        return Arrival(tensor=name, done=f"{MISSING}: 1.0 is used", snr_db=None, ok=False)
     if which == "q" and engine.needs_attention_group and not subject.declared.attention_group:
         done = "ignored: no config group quantizes attention"
         return Arrival(tensor=name, done=done, snr_db=None, ok=True)
@@ -234,10 +258,10 @@ def _reduced(subject: Subject, files: Files, tensor: StoredTensor) -> Arrival:
     """One q scale a key/value head: the largest of its group."""
     heads = subject.heads
     if heads is None or tensor.spec.numel != heads[0] or heads[0] % heads[1]:
-        done = f"refused: {tensor.spec} is not one scale for each query head"
+        done = f"{REFUSED}: {tensor.spec} is not one scale for each query head"
         return Arrival(tensor=tensor.name, done=done, snr_db=None, ok=False)
     if tensor.spec.dtype not in FLOATS:
-        done = f"refused: {tensor.spec} is no float"
+        done = f"{REFUSED}: {tensor.spec} is no float"
         return Arrival(tensor=tensor.name, done=done, snr_db=None, ok=False)
     scale_HK = read_tensor(tensor, files).reshape(heads[1], -1).float()
     spread = float((scale_HK.amax(1) / scale_HK.amin(1)).max())

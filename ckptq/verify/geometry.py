@@ -65,3 +65,17 @@ def _differs(field: str, said: object, held: str) -> Finding:
         "config-shapes", field, file=CONFIG, found=str(said), wanted=held,
         repair="restore the config.json of this model",
     )  # fmt: skip
+
+
+def well_typed(subject: Subject) -> bool:
+    """Whether config.json's geometry is of numbers, so that heads can be computed from it."""
+    config = subject.ckpt.text_config
+    keys = ("hidden_size", "num_attention_heads", "num_key_value_heads", "head_dim")
+    shares = ("partial_rotary_factor", "rotary_pct", "rotary_dim")
+    ropes = config.get("rope_parameters")
+    sets = [config, *([ropes] if isinstance(ropes, dict) else [])]
+    return (
+        all(config.get(key) is None or type(config[key]) is int for key in keys)
+        and (ropes is None or isinstance(ropes, dict))
+        and all(type(s.get(k, 0.0)) in (int, float) for s in sets for k in shares)
+    )

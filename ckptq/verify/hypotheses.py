@@ -37,15 +37,16 @@ class Hypothesis:
 
 
 def hypotheses(
-    sample: Sample, heads: Heads | None, order: RopeOrder, scales_only: bool
+    sample: Sample, heads: Heads | None, order: RopeOrder, scales_only: bool, undone: bool
 ) -> Iterator[Hypothesis]:
     """Everything that can be tried on one weight alone; with `scales_only`, its codes are right.
 
-    `heads` is given for q_proj and k_proj; `order` is the one that their source is in.
+    `heads` is given for q_proj and k_proj; `order` is the one that their source is in. `undone`
+    says that they are marked with the other, and have been moved back in the sample.
     """
     yield from _scales(sample)
     if heads is not None:
-        yield from _rope(sample, heads, order, scales_only)
+        yield from _rope(sample, heads, order, scales_only, undone)
     yield from _zero_points(sample)
     if not scales_only:
         yield from _codes(sample)
@@ -116,9 +117,9 @@ def _of_scale(
 
 
 def _rope(
-    sample: Sample, heads: Heads, order: RopeOrder, scales_only: bool
+    sample: Sample, heads: Heads, order: RopeOrder, scales_only: bool, undone: bool
 ) -> Iterator[Hypothesis]:
-    """Some parts are in the other order: any parts, moved back."""
+    """Some parts are in the other order: any parts, moved back; or none is, against the mark."""
     if heads.rows != sample.linear.shape[0] or sample.linear.scheme.block_structure:
         return
     projection = Projection(sample.linear.name, heads, bits=sample.linear.scheme.num_bits)
@@ -129,6 +130,21 @@ def _rope(
     for count in range(1, len(allowed) + 1):
         for chosen in combinations(allowed, count):
             yield _moved_back(sample, moved, chosen, order, whole=len(chosen) == len(parts))
+    if undone and not scales_only:
+        yield _never_moved(sample, moved, order)
+
+
+def _never_moved(sample: Sample, moved: dict[str, Effect], order: RopeOrder) -> Hypothesis:
+    stored = {
+        local: permute_tensor(sample.held[local].contiguous(), effect, order.other)
+        for local, effect in moved.items()
+    }
+    return Hypothesis(
+        code="rows-permuted",
+        found=f"marked as {order.other}, and in {order} order",
+        repair="remove the mark ckptq.rope_order from config.json and from every shard's metadata",
+        held={**sample.held, **stored},
+    )
 
 
 def _moved_back(

@@ -221,7 +221,7 @@ ATTENTION = _faults(
 )
 
 ENGINE = _faults(
-    ("arrives-wrong", "what the engine's loader makes of it is not the source's", "see `done`"),
+    ("arrives-wrong", "what the engine makes of it is not the source's", "mend what else is found"),
     ("engine-refuses", "the engine does not load it", "use another scheme or engine"),
     ("engine-default", "the engine uses its placeholder", "store the scale"),
 )

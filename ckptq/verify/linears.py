@@ -26,6 +26,7 @@ def check_linears(subject: Subject) -> Iterator[Finding]:
     yield from _unmatched_groups(subject)
     yield from _fused_sets(subject)
     yield from _experts_alike(subject)
+    yield from _projections_alike(subject)
 
 
 def _undeclared(subject: Subject) -> Iterator[Finding]:
@@ -181,3 +182,27 @@ def _experts_alike(subject: Subject) -> Iterator[Finding]:
                 "experts-differ", name, file=module.file,
                 found=f"{_codes(module)}, expert 0 has {_codes(first)}", wanted="the same for all",
             )  # fmt: skip
+
+
+def _projections_alike(subject: Subject) -> Iterator[Finding]:
+    """vLLM refuses experts whose projections have several schemes; it looks at expert 0's."""
+    for name, module in subject.modules.items():
+        parent, _, projection = name.rpartition(".")
+        down = {"gate_proj": "down_proj", "w1": "w2"}.get(projection)
+        match = EXPERT.match(name)
+        if down is None or match is None or match["index"] != "0":
+            continue
+        other = subject.modules.get(f"{parent}.{down}")
+        if other is None or _said(module) == _said(other):
+            continue
+        yield finding(
+            "experts-differ", other.name, file=other.file,
+            found=f"{down} is {_said(other)}, {projection} {_said(module)}",
+            wanted="one scheme for all projections, which is all that vLLM loads",
+        )  # fmt: skip
+
+
+def _said(module: Module) -> str:
+    """The scheme that engines find for it."""
+    group = module.group
+    return "unquantized" if group is None else str(group.scheme or group.name)

@@ -17,6 +17,7 @@ from ckptq.permute.apply import permute_tensor
 from ckptq.permute.effect import Effect, Move, Part
 from ckptq.permute.order import RopeOrder
 from ckptq.permute.targets import plan_permutation
+from ckptq.verify.geometry import well_typed
 from ckptq.verify.rope import order_of
 from ckptq.verify.subject import Subject
 
@@ -54,7 +55,8 @@ def make_undo(subject: Subject) -> Undo:
         ours = {part: order_of(subject, part) for part in Part}
         if ours == wanted or not well_typed(subject):
             return Undo()
-        effects = plan_permutation(subject.ckpt)
+        # what fits no heads is a finding of its own, and no reason to take all else for turned
+        effects = plan_permutation(subject.ckpt, unfit=[])
     except (PlanError, SourceError):
         return Undo()
     return Undo(
@@ -75,17 +77,3 @@ def source_order(subject: Subject, part: Part = Part.WEIGHTS) -> RopeOrder:
     metadata = {header.file.name: header.metadata for header in source.headers}
     marked = marks.read(source.config, metadata).get(part)
     return marked or RopeOrder(family_of(source.config).rope)
-
-
-def well_typed(subject: Subject) -> bool:
-    """Whether config.json's geometry is of numbers, so that heads can be computed from it."""
-    config = subject.ckpt.text_config
-    keys = ("hidden_size", "num_attention_heads", "num_key_value_heads", "head_dim")
-    shares = ("partial_rotary_factor", "rotary_pct", "rotary_dim")
-    ropes = config.get("rope_parameters")
-    sets = [config, *([ropes] if isinstance(ropes, dict) else [])]
-    return (
-        all(config.get(key) is None or type(config[key]) is int for key in keys)
-        and (ropes is None or isinstance(ropes, dict))
-        and all(type(s.get(k, 0.0)) in (int, float) for s in sets for k in shares)
-    )

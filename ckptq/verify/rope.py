@@ -9,11 +9,13 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from ckptq.checkpoint.open import CONFIG
-from ckptq.errors import SourceError
+from ckptq.errors import PlanError, SourceError
 from ckptq.models.family import LAYER
 from ckptq.permute import marks
-from ckptq.permute.effect import Part
+from ckptq.permute.effect import Move, Part
 from ckptq.permute.order import RopeOrder
+from ckptq.permute.targets import plan_permutation
+from ckptq.verify.geometry import well_typed
 from ckptq.verify.kinds import finding
 from ckptq.verify.report import Finding
 from ckptq.verify.subject import Module, Subject
@@ -44,7 +46,7 @@ def check_rope(subject: Subject) -> Iterator[Finding]:
         yield finding("marks-contradict", found=str(error)[:300], wanted="one mark in all files")
         return
     orders = {part: order_of(subject, part) for part in Part}
-    if orders[Part.WEIGHTS] is not orders[Part.SCALES]:
+    if orders[Part.WEIGHTS] is not orders[Part.SCALES] and _scales_move(subject):
         yield finding(
             "rope-order-mixed", file=CONFIG, found=repr(marks.dump(found)),
             wanted="weights and scales in one order",
@@ -57,6 +59,16 @@ def check_rope(subject: Subject) -> Iterator[Finding]:
         )  # fmt: skip
     if subject.family.rope == "interleaved":
         yield from _formats(subject, orders)
+
+
+def _scales_move(subject: Subject) -> bool:
+    """Whether any scale of q/k is indexed by row: one for the whole tensor is in every order."""
+    try:
+        effects = plan_permutation(subject.ckpt, unfit=[]) if well_typed(subject) else {}
+    except PlanError:
+        return True
+    scales = [e for e in effects.values() if e.part is Part.SCALES]
+    return not effects or any(e.move is not Move.KEPT for e in scales)
 
 
 def turned_modules(subject: Subject) -> list[Module]:

@@ -40,7 +40,7 @@ def tasks(
     slabs: dict[object, list[StoredLinear]] = {}
     for linear in linears:
         origin = linear.module.origin
-        if undo.module(linear.name, linear.tensors):
+        if origin is not None and undo.module(linear.name, linear.tensors):
             yield partial(_permuted, linear, files, undo)
         elif origin is None or origin.weight.streams:
             for start, stop in spans(linear, fast):

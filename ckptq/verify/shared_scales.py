@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from ckptq.errors import PlanError
 from ckptq.permute.order import Heads
 from ckptq.permute.targets import PROJECTIONS, head_geometry
-from ckptq.verify.order import well_typed
+from ckptq.verify.geometry import well_typed
 from ckptq.verify.subject import Module, Subject
 
 

@@ -12,7 +12,8 @@ from functools import cached_property
 
 from ckptq.checkpoint.header import StoredTensor
 from ckptq.checkpoint.open import Checkpoint
-from ckptq.models.family import LAYER, Family, family_of
+from ckptq.models.attention import AttentionKind, attention_kind
+from ckptq.models.family import Family, family_of
 from ckptq.models.modules import (
     Layout,
     Linear,
@@ -41,9 +42,6 @@ SCALES = (
 CACHE_SCALE = re.compile(r"^(?P<module>.+)\.(?P<which>[qkv])_scale$")
 CACHE_ZERO_POINT = re.compile(r"^(?P<module>.+)\.(?P<which>[qkv])_zero_point$")
 EXPERT = re.compile(r"^(?P<experts>.*\.experts)\.(?P<index>\d+)\.(?P<projection>[^.]+)$")
-
-KEY_PROJECTIONS = ("k_proj", "qkv_proj", "query_key_value", "c_attn", "W_pack")
-LATENT = ("kv_a_proj_with_mqa", "kv_b_proj")
 
 MIXTRAL = {"w1": "gate_proj", "w3": "up_proj", "w2": "down_proj"}
 """What llm-compressor's `oneshot` calls the experts' projections that Mixtral calls w1, w2, w3."""
@@ -162,19 +160,14 @@ class Subject:
         return self.origin.linears.get(name) or self.origin.linears.get(mixtral_name(name))
 
     @cached_property
-    def attention(self) -> dict[str, str]:
-        """Attention modules of the decoder layers -> "heads" or "latent"."""
-        prefix, count = self.layers
-        found: dict[str, str] = {}
+    def attention(self) -> dict[str, AttentionKind]:
+        """Attention modules of the decoder layers, and what they cache."""
+        found: dict[str, AttentionKind] = {}
         for name in self.modules:
-            match = LAYER.match(name)
-            parent, _, projection = name.rpartition(".")
-            if not match or match["prefix"] != prefix or int(match["index"]) >= count:
-                continue
-            if projection in LATENT:
-                found[parent] = "latent"
-            elif projection in KEY_PROJECTIONS:
-                found.setdefault(parent, "heads")
+            kind = attention_kind(name, *self.layers, self.ckpt.text_config)
+            parent = name.rpartition(".")[0]
+            if kind is not None and found.get(parent) != "latent":
+                found[parent] = kind
         return found
 
     @cached_property

@@ -6,6 +6,7 @@ Reads every scale whole, and of the codes as much as the formats can hold a NaN 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from math import inf
 from statistics import median
 from typing import TYPE_CHECKING
 
@@ -14,6 +15,7 @@ import torch
 from ckptq.checkpoint.header import StoredTensor
 from ckptq.checkpoint.read import Files, read_tensor
 from ckptq.spec import FLOATS
+from ckptq.verify import nearest
 from ckptq.verify.heads import E4M3_MAX
 from ckptq.verify.kinds import finding
 from ckptq.verify.report import Finding, ScaleRow
@@ -28,6 +30,8 @@ CACHE_RANGE = (1e-9, 1e6)
 
 WEIGHT_MOST = 1e6
 """No weight is that large; uninitialised memory often is."""
+
+UNPROVED = "store dequantization multipliers; --source proves weights that really are so large"
 
 SIGNED = 0.05
 """Share of negative scales that is a method; fewer are an accident."""
@@ -48,9 +52,15 @@ OUTLIER = 1e4
 
 
 def check_scale(
-    tensor: StoredTensor, scale: Tensor, allowed: tuple[float, float] = (0.0, WEIGHT_MOST)
+    tensor: StoredTensor,
+    scale: Tensor,
+    allowed: tuple[float, float] = (0.0, WEIGHT_MOST),
+    too_large: str | None = None,
 ) -> Iterator[Finding]:
-    """Finite, positive and within what such a number can be; the first element that is not."""
+    """Finite, positive and within what such a number can be; the first element that is not.
+
+    `too_large` is what mends one that is not within `allowed`, if calibration is not.
+    """
     x = scale.reshape(-1).double()
     checks = (
         ("scale-not-finite", ~x.isfinite(), "finite scales"),
@@ -68,6 +78,7 @@ def check_scale(
                 code, tensor.name, file=tensor.file, wanted=wanted,
                 found=f"{x[index].item():.4g} at element {index}, {int(bad.sum())} of "
                 f"{x.numel()} are bad",
+                repair=too_large if code == "scale-uninitialised" else None,
             )  # fmt: skip
             return
 
@@ -133,14 +144,19 @@ def check_linear_values(linear: StoredLinear, files: Files) -> Iterator[Finding]
     """Scales, zero points and shape of one Linear."""
     scale = linear.tensors["weight_scale"]
     held = read_tensor(scale, files)
+    # where the round trip sees the weight itself, it may be as large as it is
+    known = linear.module.origin is not None
+    allowed = (0.0, inf if known else WEIGHT_MOST)
     if linear.scheme.scale_dtype == "uint8":
         yield from _mx(scale, held)
     else:
-        wrong = list(_signed(linear, scale, held) or check_scale(scale, held.float()))
+        wrong = _signed(linear, scale, held)
+        wrong = wrong or list(check_scale(scale, held.float(), allowed, UNPROVED))
         yield from wrong or list(_all_ones(scale, held)) or _implausible(linear, scale, held)
     for local, tensor in linear.module.tensors.items():
         if local in (*GLOBAL_SCALES, "input_scale") and tensor.spec.dtype in FLOATS:
             most = GLOBAL_MOST if local in GLOBAL_SCALES else CACHE_RANGE[1]
+            most = inf if known and local == "weight_global_scale" else most
             yield from check_scale(tensor, read_tensor(tensor, files), (0.0, most))
     if "weight_shape" in linear.tensors:
         yield from _shape_value(linear, files)
@@ -176,7 +192,7 @@ def _implausible(linear: StoredLinear, tensor: StoredTensor, scale: Tensor) -> I
         yield finding(
             "scale-implausible", tensor.name, file=tensor.file,
             found=f"the largest weights of half the rows or groups would be beyond {largest:.3g}",
-            wanted=f"at most {LARGEST_WEIGHT:g}",
+            wanted=f"at most {LARGEST_WEIGHT:g}", repair=UNPROVED,
         )  # fmt: skip
 
 
@@ -233,6 +249,8 @@ def _empty_rows(linear: StoredLinear, held: Mapping[str, Tensor]) -> Iterator[Fi
         return
     largest_R = scale.float().amax(1)
     meant_R = (largest_R > EMPTY * largest_R.median()) & (largest_R != torch.finfo(scale.dtype).eps)
+    if not scheme.symmetric:
+        meant_R &= ~_all_least(linear, held)
     count = int((empty_R & meant_R).sum())
     if count:
         tensor = linear.tensors[scheme.codes]
@@ -241,6 +259,14 @@ def _empty_rows(linear: StoredLinear, held: Mapping[str, Tensor]) -> Iterator[Fi
             found=f"{count} of {len(codes)} rows in one place are zero bytes, and have scales",
             wanted="codes",
         )  # fmt: skip
+
+
+def _all_least(linear: StoredLinear, held: Mapping[str, Tensor]) -> Tensor:
+    """Rows [R] whose groups all have the largest zero point: they hold no positive weight, and if
+    the weights of each group are equal, all have the least code, which is stored as zeros."""
+    zero_point = nearest.zero_points(held, linear.scheme, len(held[linear.scheme.codes]))
+    assert zero_point is not None
+    return (zero_point == 2 ** (linear.scheme.num_bits - 1) - 1).all(1)
 
 
 def _zero_points(linear: StoredLinear, zero_point: Tensor, rows: int) -> Iterator[Finding]:

@@ -140,6 +140,17 @@ def gemma3n() -> PreTrainedModel:
     return transformers.Gemma3nForCausalLM(config)
 
 
+def minimax() -> PreTrainedModel:
+    """Every other layer is linear attention, which caches no keys."""
+    config = transformers.MiniMaxConfig(
+        **TEXT,
+        num_local_experts=4,
+        num_experts_per_tok=2,
+        layer_types=["linear_attention", "full_attention"] * 2,
+    )
+    return transformers.MiniMaxForCausalLM(config)
+
+
 FAMILIES: dict[str, Callable[[], PreTrainedModel]] = {
     "llama": llama,
     "llama-tied": llama_tied,
@@ -151,6 +162,7 @@ FAMILIES: dict[str, Callable[[], PreTrainedModel]] = {
     "qwen3-moe": qwen3_moe,
     "gpt-oss": gpt_oss,
     "gemma3n": gemma3n,
+    "minimax": minimax,
 }
 
 

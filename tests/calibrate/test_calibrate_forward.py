@@ -138,6 +138,33 @@ def test_model_without_attention_heads_is_refused(tmp_path):
         open_model(open_checkpoint(tmp_path))
 
 
+@pytest.mark.parametrize(
+    ("odd", "said"),
+    [
+        ({"architectures": "x"}, r"config\.json: transformers cannot read it"),
+        ({"dtype": {"a": 1}}, r"config\.json: "),
+        ({"num_key_value_heads": 0}, r"config\.json: transformers makes no LlamaForCausalLM of it"),
+        ({"hidden_act": "none"}, r"config\.json: transformers makes no LlamaForCausalLM of it"),
+    ],
+)
+def test_a_config_that_transformers_refuses_is_named(saved, tmp_path, odd, said):
+    """Its own errors are of many classes."""
+    shutil.copytree(saved("llama").path, tmp_path / "model")
+    file = tmp_path / "model" / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | odd))
+    with pytest.raises(SourceError, match=said):
+        build_skeleton(open_checkpoint(tmp_path / "model"), torch.device("cpu"))
+
+
+def test_attention_classes_of_a_models_own_are_refused(tmp_path):
+    config = transformers.FalconConfig(
+        hidden_size=64, num_hidden_layers=1, num_attention_heads=4, vocab_size=VOCAB
+    )
+    transformers.FalconForCausalLM(config).save_pretrained(tmp_path)
+    with pytest.raises(PlanError, match="FalconForCausalLM has attention classes of its own"):
+        open_model(open_checkpoint(tmp_path))
+
+
 def test_unknown_architecture_is_named(saved):
     ckpt = saved("llama")
     config = {**ckpt.config, "architectures": ["NoSuchForCausalLM"]}

@@ -1,6 +1,7 @@
 """A killed calibration goes on where it stopped and ends with the bytes of one that was not."""
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -165,6 +166,7 @@ def test_writing_takes_a_tenth_of_the_time_at_most(saved, tmp_path, monkeypatch)
 
     class AlwaysResumable:
         resumable = True
+        hidden_BSE = ()
 
     for done in range(1, 9):
         clock[0] += 4
@@ -197,3 +199,38 @@ def test_sigkill(saved, tmp_path, run_layers):
     run_layers.clear()
     assert written(run(ckpt, folder), tmp_path / "got") == want
     assert run_layers == [2, 3]
+
+
+def test_a_run_that_has_kept_nothing_is_in_nobodys_way(saved, tmp_path, monkeypatch):
+    """A corrected command begins where the first one ended before its first state."""
+    ckpt = saved("llama")
+    with monkeypatch.context() as context:
+        context.setattr(journal_module, "SHARE_OF_TIME", 0.0)
+        with pytest.raises(Killed):
+            run(ckpt, tmp_path / "journal", 1, observer="mse")
+    want = written(run(ckpt, tmp_path / "whole"), tmp_path / "want")
+    assert written(run(ckpt, tmp_path / "journal"), tmp_path / "got") == want
+
+
+def test_a_full_disk_costs_the_state_and_not_the_run(saved, tmp_path, monkeypatch, run_layers):
+    ckpt = saved("llama")
+    want = written(run(ckpt, tmp_path / "whole"), tmp_path / "want")
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=100))
+    said = pytest.warns(UserWarning, match="journal: 0.0 GB are free and the state")
+    with said as told, pytest.raises(Killed):
+        run(ckpt, tmp_path / "journal", 3)
+    assert len(told) == 1
+    run_layers.clear()
+    with pytest.warns(UserWarning, match="will not go on"):
+        assert written(run(ckpt, tmp_path / "journal"), tmp_path / "got") == want
+    assert run_layers == [0, 1, 2, 3]
+
+
+def test_a_short_run_writes_no_state(saved, tmp_path, monkeypatch):
+    """The first state is expected to take a second for a gigabyte."""
+    monkeypatch.setattr(journal_module, "SHARE_OF_TIME", 0.1)
+    monkeypatch.setattr(journal_module, "GUESSED_SPEED", 1.0)
+    with pytest.raises(Killed):
+        run(saved("llama"), tmp_path, 3)
+    assert [file.name for file in tmp_path.iterdir()] == ["run.json"]

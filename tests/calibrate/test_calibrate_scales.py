@@ -14,11 +14,13 @@ from calibrate_oneshot import oneshot_attention
 from safetensors.torch import load_file, save_file
 
 from ckptq.calibrate import attention
+from ckptq.calibrate.request import CalibrationRequest, calibrate_plan
 from ckptq.calibrate.run import calibrate
 from ckptq.calibrate.text import Samples
 from ckptq.checkpoint.open import Checkpoint, open_checkpoint
-from ckptq.errors import SourceError, UsageError
+from ckptq.errors import PlanError, SourceError, UsageError
 from ckptq.plan.make import make_plan
+from ckptq.progress import silent
 from ckptq.recipes.load import load_scheme
 from ckptq.spec import spec_of
 
@@ -257,3 +259,20 @@ def test_record_says_how_they_were_made(saved):
     assert (made.samples, made.tokens, made.seq_len, made.seed) == (8, 8 * 24, 24, 5)
     assert made.token_digest == Samples(tuple(map(tuple, ROWS)), "other", 9, 1).digest
     assert made.attention["model.layers.0.self_attn"] == "LlamaAttention"
+
+
+def test_attention_that_is_on_disk_and_does_not_run_is_named(saved, tmp_path):
+    """A layer that the config hides from the plan's rule: linear attention, said by nobody."""
+    shutil.copytree(saved("minimax").path, tmp_path / "model")
+    file = tmp_path / "model" / "config.json"
+    config = json.loads(file.read_text())
+    (tmp_path / "rows.jsonl").write_text(json.dumps({"input_ids": [3, 4, 5, 6]}) + "\n")
+    ckpt = open_checkpoint(tmp_path / "model")
+    plan = make_plan(ckpt, load_scheme("kv-fp8-per-head"))
+    blind = make_plan(replace(ckpt, config=config | {"layer_types": None}), plan.recipe)
+    wanted = CalibrationRequest(data=str(tmp_path / "rows.jsonl"), device="cpu")
+    assert set(calibrate_plan(ckpt, plan, wanted, silent).tensors) == {
+        name for scales in plan.attention.scales.values() for name in scales
+    }
+    with pytest.raises(PlanError, match=r"layers\.0\.self_attn did not run as attention"):
+        calibrate_plan(ckpt, blind, wanted, silent)

@@ -171,6 +171,25 @@ def test_checkpoint_without_tokenizer_is_named(tmp_path):
         read_samples(file, tmp_path / "model")
 
 
+@pytest.mark.parametrize(
+    ("file", "text", "said"),
+    [
+        ("tokenizer.json", "{", "no tokenizer that transformers can load: "),
+        ("tokenizer.json", '{"version": 3}', "no tokenizer that transformers can load: "),
+        ("tokenizer_config.json", '{"bos_token": 1.5}', "no tokenizer that transformers can load"),
+        ("tokenizer_config.json", '{"model_max_length": "x"}', "its tokenizer does not take text"),
+    ],
+)
+def test_a_broken_tokenizer_is_named(checkpoint, tmp_path, file, text, said):
+    """Whatever the libraries raise: tokenizers' errors are bare exceptions."""
+    rows = write(tmp_path / "rows.jsonl", {"text": "w3"})
+    shutil.copytree(checkpoint, tmp_path / "model")
+    assert read_samples(rows, tmp_path / "model").token_ids
+    (tmp_path / "model" / file).write_text(text)
+    with pytest.raises(SourceError, match=f"model: {said}"):
+        read_samples(rows, tmp_path / "model")
+
+
 def test_token_ids_need_no_tokenizer(tmp_path):
     file = write(tmp_path / "rows.jsonl", {"input_ids": [3, 4]})
     assert read_samples(file, tmp_path).token_ids == ((3, 4),)

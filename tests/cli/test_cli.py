@@ -36,7 +36,7 @@ SURFACE = {
     },
     "calibrate": {
         "--output", "--scheme", "--recipe", "--revision", "--data", "--samples", "--seq-len",
-        "--batch-size", "--seed", "--device", "--trust-remote-code", "--json",
+        "--batch-size", "--seed", "--device", "--restart", "--trust-remote-code", "--json",
     },
     "verify": {
         "--source", "--fast", "--headers-only", "--engine", "--attention", "--data", "--html",

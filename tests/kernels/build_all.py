@@ -4,7 +4,8 @@
 compiles for that target, to machine code, and stops there. The launchers run on CPU tensors; their
 results are poison. Every module `launches_*.py` in this folder lists launches.
 
-Output: {kernel: {"ptx": [PTX of each variant], "cubin": [bytes of each]}}
+Output: {kernel: {"ptx": [PTX of each variant], "cubin": [bytes of each], "shared": [bytes of shared
+memory that each asks for]}}
 """
 
 import importlib
@@ -20,7 +21,11 @@ from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
 import ckptq.kernels
-from ckptq.kernels import rounding
+from ckptq.kernels import rounding, shared_memory
+
+SHARED_MEMORY = {80: 163 << 10, 90: 227 << 10, 100: 227 << 10}
+"""Bytes that a program may have, by capability: CUDA C++ Programming Guide, technical
+specifications."""
 
 
 class NoDevice:
@@ -43,14 +48,16 @@ def compiled_kernels(capability: int) -> dict[str, dict[str, list[Any]]]:
     driver.set_active(NoDevice(capability))
     # before any launcher's module takes it by name
     rounding.has_native_e4m3 = lambda _device: capability >= 89
+    shared_memory.shared_memory = lambda _device: SHARED_MEMORY[capability]
     built: dict[str, dict[str, list[Any]]] = {}
     run = JITFunction.run
 
     def build(kernel: JITFunction, *args: Any, **kwargs: Any) -> None:
         compiled = run(kernel, *args, **kwargs | {"warmup": True})
-        found = built.setdefault(kernel.fn.__name__, {"ptx": [], "cubin": []})
+        found = built.setdefault(kernel.fn.__name__, {"ptx": [], "cubin": [], "shared": []})
         found["ptx"].append(compiled.asm["ptx"])
         found["cubin"].append(len(compiled.asm["cubin"]))
+        found["shared"].append(compiled.metadata.shared)
 
     JITFunction.run = build
     for path in sorted(Path(__file__).parent.glob("launches_*.py")):

@@ -59,6 +59,13 @@ def paged(device: torch.device) -> None:
     codes = cache.transpose(1, 2).contiguous().to(FP8)
     write_cache(x_TKD, x_TKD, codes, codes, slot_T, layout=HND, k_scale=scale, v_scale=scale)
     paged_attention(q_THD, codes, codes, sequences, scaling=1.0, layout=HND, descales=ONE)
+    local = {"scaling": 1.0, "mask": Mask(sliding_window=64, chunk=128), "softcap": 9.0}
+    # one key/value head of the largest size for 128 query heads
+    many = torch.zeros(3, 128, 256, dtype=torch.bfloat16, device=device)
+    wide = torch.zeros(4, 16, 1, 256, dtype=torch.bfloat16, device=device)
+    paged_attention(many, wide, wide, sequences, **local)
+    held = TokenHeadCache.empty(KV8, 4, 16, 1, 256, device=device, layout=HND)
+    token_head_attention(many, held, held, sequences, **local)
     for fmt, D in ((KV8, 128), (KVFP8, 128), (INT4, 128), (INT4, 96), (INT2, 128)):
         held = TokenHeadCache.empty(fmt, 4, 16, 2, D, device=device)
         write_token_head(x_TKD[..., :D], held, slot_T)

@@ -161,10 +161,10 @@ def test_recording_does_not_change_the_result_and_nan_stays(device: torch.device
     assert not maxima.q_H.isnan().any()
 
 
-def fp8_qkv(S: int, D: int) -> tuple[QKV, QKV]:
+def fp8_qkv(S: int, D: int, H: int = 2, K: int = 2, B: int = 1) -> tuple[QKV, QKV]:
     """Codes, and the descale of each head that they need."""
     codes, descales = [], []
-    for x in qkv(S, D, H=2, K=2):
+    for x in qkv(S, D, H=H, K=K, B=B):
         scale_H = x.abs().amax((0, 2, 3)) / 448
         codes.append((x / scale_H[:, None, None]).to(FP8))
         descales.append(scale_H)

@@ -11,6 +11,7 @@ from functools import cache
 from pathlib import Path
 
 import pytest
+from build_all import SHARED_MEMORY
 
 HERE = Path(__file__).parent
 
@@ -37,6 +38,15 @@ def test_every_kernel_builds(capability: int) -> None:
     assert len(kernels) >= 14
     assert not [name for name, kernel in kernels.items() if not kernel.get("cubin")]
     assert all(min(kernel["cubin"]) > 1000 for kernel in kernels.values())
+
+
+@pytest.mark.parametrize("capability", [80, 90, 100])
+def test_no_kernel_asks_for_more_shared_memory_than_there_is(capability: int) -> None:
+    """It would compile, and fail when it is launched. The most that any asks for is not little."""
+    asked = {name: max(kernel["shared"]) for name, kernel in built(capability).items()}
+    room = SHARED_MEMORY[capability]
+    assert {name: most for name, most in asked.items() if most > room} == {}
+    assert max(asked.values()) > room // 2
 
 
 @pytest.mark.parametrize("capability", [80, 90, 100])

@@ -9,7 +9,6 @@ from kv_cases import BLOCK, BLOCKS, heads, per_sequence, sequences, slots
 from torch import Tensor
 
 from ckptq.errors import UsageError
-from ckptq.kernels import kv_lifted
 from ckptq.kernels.kv_format import FORMATS, FP8, INT2, INT4, INT8, KVFormat, Rotation
 from ckptq.kernels.kv_simulate import fake_quantize_kv
 from ckptq.kernels.kv_token_head import write_token_head
@@ -103,18 +102,6 @@ def test_a_cache_whose_heads_lie_apart(device: torch.device) -> None:
     assert (got[..., 32:] == 7).all()
 
 
-@pytest.mark.parametrize("fmt", [INT4, INT2], ids=lambda f: f.name)
-def test_addresses_of_64_bits(
-    device: torch.device, monkeypatch: pytest.MonkeyPatch, fmt: KVFormat
-) -> None:
-    """Of caches of 2^31 elements, of which a test has no room."""
-    monkeypatch.setattr(kv_lifted, "FAR", 1)
-    x, slot_T = heads(46, 3, 64, torch.bfloat16), slots()
-    cache, want = written(x, fmt, slot_T, device), kv.quantize(x, fmt)
-    assert same(paged.slots(cache.code, Layout.NHD).cpu()[slot_T], want.code)
-    assert same(paged.slots(cache.scale, Layout.NHD).cpu()[slot_T], want.scale)
-
-
 @KINDS
 def test_heads_whose_values_are_an_odd_step_apart(device: torch.device, fmt: KVFormat) -> None:
     """Two bf16 values are not a word then; nor are four bytes of the cache."""
@@ -194,7 +181,7 @@ def test_the_rotation_saves_heads_with_an_outlier() -> None:
     assert left(INT2.name, Rotation.NONE) > 0.8
 
 
-@pytest.mark.parametrize("D", [64, 80, 96, 128])
+@pytest.mark.parametrize("D", [64, 72, 80, 96, 128, 256])
 @KINDS
 def test_attention(device: torch.device, fmt: KVFormat, D: int) -> None:
     q, k, v = heads(6, 4, D, seed=2), heads(46, 2, D), heads(46, 2, D, seed=1)
@@ -270,3 +257,20 @@ def test_modes_that_do_not_fit_are_refused() -> None:
             fake_quantize_kv(x, mode, scale=scale)
     with pytest.raises(ValueError, match="head size in eights"):
         fake_quantize_kv(x[..., :62], "int2_per_token_head")
+
+
+@pytest.mark.parametrize("fmt", [INT8, FP8], ids=lambda f: f.name)
+def test_heads_of_an_odd_size(device: torch.device, fmt: KVFormat) -> None:
+    """Whole bytes and no rotation ask nothing of a head's size; packed formats refuse it."""
+    q, x = heads(6, 4, 81, seed=2), heads(46, 2, 81)
+    cache = written(x, fmt, slots(), device)
+    want = kv.quantize(x, fmt)
+    assert same(paged.slots(cache.code, Layout.NHD).cpu()[slots()], want.code)
+    got = token_head_attention(q.to(device), cache, cache, sequences(device), scaling=0.1)
+    held = per_sequence(kv.dequantize(want, fmt))
+    assert (
+        error(got, paged.attention(q, held, held, sequences(torch.device("cpu")), scaling=0.1))
+        < 2e-6
+    )
+    with pytest.raises(ValueError, match="head size in eights"):
+        TokenHeadCache.empty(INT4, BLOCKS, BLOCK, 2, 81, device=device)

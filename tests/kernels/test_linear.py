@@ -162,3 +162,25 @@ def test_shapes_that_do_not_fit_are_refused(device: torch.device) -> None:
         linear_w4a16(a.to(device)[:, :48], packed, scale)
     with pytest.raises(ValueError, match="want activations and scales in"):
         linear_w4a16(a.to(device), packed, scale.float())
+
+
+def test_zero_points_and_activations_are_read_by_their_own_strides(device: torch.device) -> None:
+    a, w = operands((5, 24, 64))
+    packed, scale, zero = quantize_int4(w, 32, False)
+    want = meaning.linear_w4a16(a.double(), packed, scale, zero)
+    wide, packed, scale, zero = on(device, torch.cat([a, a * 9], 1), packed, scale, zero)
+    turned = zero.t().contiguous().t()
+    assert close(linear_w4a16(wide[:, :64], packed, scale, turned), want)
+    with pytest.raises(ValueError, match="packed zero points"):
+        linear_w4a16(wide[:, :64], packed, scale, zero[:2])
+
+
+def test_columns_that_lie_apart_are_refused(device: torch.device) -> None:
+    """Strides of 0 and 2 are not two strides of 1."""
+    a, w = operands((4, 8, 128))
+    (a8, a_scale), (w8, w_scale) = (on(device, *quantize_rows(x)) for x in (a, w))
+    one, apart = a8.view(torch.uint8)[:, :1].expand(4, 64).view(FP8), w8[:, ::2]
+    with pytest.raises(ValueError, match="dense"):
+        linear_w8a8(one, a_scale, apart, w_scale)
+    with pytest.raises(ValueError, match="dense"):
+        linear_fp8_block(one, a_scale, apart, w_scale[:1])

@@ -127,8 +127,10 @@ def test_long_rows_and_blocks_in_rope_order(device: torch.device) -> None:
     assert both_same(quantize_rows(x.to(device), INT8, heads), want)
     x = x[:, :100].contiguous()
     ordered = x[torch.tensor([0, 2, 4, 1, 3, 5])]
-    got = quantize_blocks(x.to(device), FP8, (4, 32), heads)
-    assert both_same(got, meaning.quantize_blocks(ordered, FP8, (4, 32)))
+    want = meaning.quantize_blocks(ordered, FP8, (4, 32))
+    assert both_same(quantize_blocks(x.to(device), FP8, (4, 32), heads), want)
+    assert both_same(meaning.quantize_blocks(x, FP8, (4, 32), heads), want)
+    assert not both_same(meaning.quantize_blocks(x, FP8, (4, 32)), want)
 
 
 def test_a_strided_input_is_read_by_its_strides(device: torch.device) -> None:

@@ -1,16 +1,25 @@
 """The doors of `dispatch`: one per kernel, and both sides of each give the same."""
 
+import importlib
 import inspect
 from collections.abc import Callable
 
 import pytest
 import torch
-from kernel_cases import same, weights
+from kernel_cases import both_same, same, weights
 from torch import Tensor
 
 from ckptq.kernels import dispatch
+from ckptq.kernels.reference import int4 as int4_meaning
 from ckptq.kernels.reference import quantize as meaning
+from ckptq.permute.order import Heads, RopeOrder, gather_indices
 
+FP8 = torch.float8_e4m3fn
+MODULES = (
+    *("quantize_rows", "quantize_tensor", "quantize_blocks", "quantize_static", "dequantize"),
+    *("quantize_experts", "quantize_expert_blocks", "int4", "int4_experts"),
+    *("linear_w8a8", "linear_fp8_block", "linear_w4a16"),
+)
 A, W = weights((5, 256), seed=1), weights((9, 256), seed=2)
 EXPERTS = weights((2, 128, 24))
 (A8, A_SCALE), (W8, W_SCALE) = meaning.quantize_rows(A), meaning.quantize_rows(W)
@@ -61,6 +70,34 @@ def test_both_sides_of_a_door(
     else:
         pairs = [(got, want)] if isinstance(want, Tensor) else zip(got, want, strict=True)
         assert all(same(g, w) for g, w in pairs if w is not None)
+
+
+def test_doors_take_the_arguments_of_their_kernels() -> None:
+    """Names, order and defaults; a door may not leave out what a kernel can do."""
+    for name in CALLS:
+        kernels = (importlib.import_module(f"ckptq.kernels.{m}") for m in MODULES)
+        kernel = next(vars(module)[name] for module in kernels if name in vars(module))
+        want = inspect.signature(kernel).parameters.values()
+        got = inspect.signature(getattr(dispatch, name)).parameters.values()
+        assert [(p.name, p.default) for p in got] == [(p.name, p.default) for p in want], name
+
+
+@pytest.mark.parametrize("gpu", [False, True])
+def test_doors_pass_the_row_order_on(
+    device: torch.device, monkeypatch: pytest.MonkeyPatch, gpu: bool
+) -> None:
+    monkeypatch.setattr(dispatch, "on_gpu", lambda _x: gpu)
+    x, heads, to = weights((24, 64)), Heads(2, 12), RopeOrder.INTERLEAVED
+    scale = torch.full((24, 1), 0.01, dtype=x.dtype)
+    scale[::2] = 0.02
+    ordered, on = x[gather_indices(heads, to)], x.to(device) if gpu else x
+    got = dispatch.quantize_blocks(on, FP8, (8, 32), heads, to)
+    assert both_same(got, meaning.quantize_blocks(ordered, FP8, (8, 32)))
+    got = dispatch.quantize_static(on, scale.to(on.device), (1, 64), FP8, heads, to)
+    assert same(got, meaning.quantize_static(ordered, scale, (1, 64)))
+    assert both_same(dispatch.quantize_rows(on, FP8, heads, to), meaning.quantize_rows(ordered))
+    got = dispatch.quantize_int4(on, 32, True, heads, to)[:2]
+    assert both_same(got, int4_meaning.quantize_int4(ordered, 32)[:2])
 
 
 def test_the_rule(monkeypatch: pytest.MonkeyPatch) -> None:

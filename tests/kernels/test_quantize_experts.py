@@ -64,6 +64,13 @@ def test_blocks_of_the_transpose(
     assert both_same(got, meaning.quantize_expert_blocks(x, codes))
 
 
+def test_blocks_of_another_size(device: torch.device) -> None:
+    x = weights((2, 100, 70))
+    got = quantize_expert_blocks(x.to(device), FP8, 32)
+    assert both_same(got, meaning.quantize_expert_blocks(x, FP8, 32))
+    assert got[1].shape == (2, 3, 4)
+
+
 @SOURCES
 @pytest.mark.parametrize("symmetric", [True, False], ids=["sym", "asym"])
 @pytest.mark.parametrize(
@@ -92,3 +99,5 @@ def test_shapes_that_do_not_fit_are_refused(device: torch.device) -> None:
             quantize(x.transpose(1, 2))
         with pytest.raises(ValueError, match="rows in fours"):
             quantize(x[:, :95])
+    with pytest.raises(ValueError, match="power of two"):
+        quantize_expert_blocks(x, FP8, 96)

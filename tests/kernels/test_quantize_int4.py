@@ -128,3 +128,15 @@ def test_groups_that_do_not_fit_are_refused(device: torch.device) -> None:
     packed, scale, _ = quantize_int4(x, 32)
     with pytest.raises(ValueError, match="do not fit"):
         dequantize_int4(packed, scale, 128)
+
+
+def test_zero_points_are_read_by_their_own_strides(device: torch.device) -> None:
+    """Of a checkpoint's tensor turned, and never of fewer rows than there are."""
+    x = weights((24, 64))
+    packed, scale, zero = quantize_int4(x.to(device), 32, False)
+    turned = zero.t().contiguous().t()
+    want = meaning.dequantize_int4(packed.cpu(), scale.cpu(), 64, zero.cpu())
+    assert same(dequantize_int4(packed, scale, 64, turned), want)
+    for wrong in (zero[:2], zero[:, :1], zero.t()):
+        with pytest.raises(ValueError, match="packed zero points"):
+            dequantize_int4(packed, scale, 64, wrong)

@@ -261,6 +261,23 @@ def test_geometry_from_the_config(extra, rotary_dim):
     assert heads == {"q": Heads(4, 64, rotary_dim), "k": Heads(4, 64, rotary_dim)}
 
 
+@pytest.mark.parametrize(
+    ("odd", "said"),
+    [
+        ({"head_dim": [1]}, r"head_dim is \[1\], wanted a whole number from 1 on"),
+        ({"head_dim": 0}, "head_dim is 0"),
+        ({"hidden_size": 3}, "hidden_size is 3, wanted a whole number from 4 on"),
+        ({"hidden_size": None}, "head_dim and hidden_size are missing"),
+        ({"rope_parameters": [1]}, r"rope_parameters is \[1\], wanted an object"),
+        ({"partial_rotary_factor": "half"}, "partial_rotary_factor is 'half', wanted a number"),
+        ({"partial_rotary_factor": 2}, "partial_rotary_factor is 2, wanted a number from 0 to 1"),
+    ],
+)
+def test_a_config_of_no_geometry_is_refused_by_name(odd, said):
+    with pytest.raises(PlanError, match=said):
+        head_geometry({"num_attention_heads": 4, "hidden_size": 256} | odd)
+
+
 def test_layers_that_rotate_different_shares_are_refused():
     ropes = {"full": {"partial_rotary_factor": 0.5}, "sliding": {"partial_rotary_factor": 1.0}}
     with pytest.raises(PlanError, match=r"\[0\.5, 1\.0\]"):

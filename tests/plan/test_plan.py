@@ -12,6 +12,7 @@ from ckptq.checkpoint.open import open_checkpoint
 from ckptq.errors import PlanError, SourceError, UsageError
 from ckptq.plan.doubts import vllm_doubts
 from ckptq.plan.make import fill_shards, make_plan
+from ckptq.plan.match import matches
 from ckptq.plan.unit import Plan, Unit
 from ckptq.recipes.load import load_scheme, load_text
 from ckptq.spec import TensorSpec
@@ -112,6 +113,27 @@ def test_one_quantized_expert_splits_all_fused_layers(llama4: Path) -> None:
     assert f"{experts}.0.gate_proj" not in plan.ignore
 
 
+@pytest.mark.parametrize("left", ["down_proj", "gate_proj|up_proj"])
+@pytest.mark.parametrize("family", ["llama4", "gpt_oss"])
+def test_a_projection_of_fused_experts_that_is_left_is_ignored_alone(
+    request: pytest.FixtureRequest, family: str, left: str
+) -> None:
+    """A pattern for all of them would tell engines that the quantized ones are not."""
+    plan = plan_of(request.getfixturevalue(family), "fp8-dynamic", ignore=[rf"re:.*({left})$"])
+    quantized = {name for names in plan.groups.values() for name in names}
+    assert any(".experts." in name for name in quantized)
+    assert not [n for n in quantized if any(matches(entry, n) for entry in plan.ignore)]
+    left_alone = [n for n in plan.layout.linears if ".experts." in n and n not in quantized]
+    assert left_alone
+    assert set(left_alone) <= set(plan.ignore)
+    assert [doubt for doubt in vllm_doubts(plan) if "experts are not all quantized alike" in doubt]
+
+
+def test_experts_that_are_quantized_alike_or_not_at_all_are_no_doubt(llama4: Path) -> None:
+    assert not list(vllm_doubts(plan_of(llama4, "fp8-dynamic")))
+    assert not list(vllm_doubts(plan_of(llama4, "fp8-dynamic", ignore=["re:.*experts.*"])))
+
+
 def test_gpt_oss_interleaves_gate_and_up_and_cuts_biases(gpt_oss: Path) -> None:
     plan = plan_of(gpt_oss, "fp8-dynamic")
     writes = {n: s for u in plan.units for n, s in u.writes.items()}
@@ -140,6 +162,35 @@ def test_latent_attention_is_refused_by_name(deepseek: Path) -> None:
 def test_a_model_without_attention_heads_is_refused(mamba: Path) -> None:
     with pytest.raises(PlanError, match="no attention heads"):
         plan_of(mamba, "kv-fp8-per-head")
+
+
+@pytest.mark.parametrize(
+    "declared",
+    [
+        {"layer_types": ["linear_attention", "full_attention"]},
+        {"layer_types": ["conv", "sliding_attention"]},
+        {"linear_attn_config": {"kda_layers": [1], "full_attn_layers": [2]}},
+    ],
+)
+def test_layers_that_keep_a_state_have_no_cache(llama: Path, declared: dict[str, object]) -> None:
+    """MiniMax and Kimi-Linear call the projections of linear attention as those of attention."""
+    file = llama / "config.json"
+    config = json.loads(file.read_text())
+    plan = plan_of(llama, "fp8-per-head").attention
+    assert plan is not None
+    assert len(plan.scales) == 2
+    file.write_text(json.dumps(config | declared))
+    plan = plan_of(llama, "fp8-per-head").attention
+    assert plan is not None
+    assert list(plan.scales) == ["model.layers.1.self_attn"]
+
+
+def test_longcat_counts_its_layers_elsewhere(llama: Path) -> None:
+    """Two attentions a layer, and num_hidden_layers counts those."""
+    file = llama / "config.json"
+    config = json.loads(file.read_text()) | {"model_type": "longcat_flash", "num_layers": 2}
+    file.write_text(json.dumps(config | {"num_hidden_layers": 4}))
+    assert plan_of(llama, "fp8-dynamic").layout.num_layers == 2
 
 
 def test_scales_get_their_shapes_from_the_heads(llama: Path) -> None:

@@ -6,8 +6,11 @@ from faults_structure import quantize_llama4_queries_asymmetrically
 from verify_checkpoints import convert, copy_of, recipe
 from verify_faults import turn
 
+from ckptq.checkpoint.open import open_checkpoint
 from ckptq.errors import UsageError
 from ckptq.permute.effect import Part
+from ckptq.permute.order import RopeOrder
+from ckptq.permute.run import permute_checkpoint, plan_permute
 from ckptq.verify.engines import ENGINES
 from ckptq.verify.run import verify
 
@@ -49,6 +52,8 @@ def test_llama4_arrives(good, engine, weights):
 def test_llama4_that_an_older_loader_spoils(good, engine, weights):
     report = verify(*good("llama4", weights), engine=engine)
     assert report.counts == {"arrives-wrong": 4}
+    mended = "--to half-split" if weights == "int4" else "--rope-proof"
+    assert all("0.16" in f.repair and mended in f.repair for f in report.findings)
     assert all(arrival.snr_db < 25 for arrival in of_queries(report))
 
 
@@ -62,6 +67,15 @@ def test_a_weight_that_the_format_suits_badly_arrives_as_it_is_stored(sources, t
     assert right.findings == ()
     assert "low-snr" in {note.code for note in right.notes}
     assert verify(out, source.folder, engine="vllm-0.15").counts == {"arrives-wrong": 4}
+
+
+def test_a_loader_that_moves_no_packed_weights_is_right_with_baked_ones(good, tmp_path):
+    """As the repair for vLLM before PR 34243 says."""
+    folder, source = good("llama4", "int4")
+    permute_checkpoint(
+        plan_permute(open_checkpoint(folder), RopeOrder.HALF_SPLIT), tmp_path / "baked"
+    )
+    assert verify(tmp_path / "baked", source, engine="vllm-0.15").findings == ()
 
 
 @pytest.mark.parametrize("engine", ENGINES)
@@ -96,7 +110,9 @@ def test_a_baked_order_is_permuted_twice_by_vllm(good, tmp_path):
     report = verify(editor.save(), source)
     assert report.findings == ()
     assert [note.code for note in report.notes] == ["rope-order"]
-    assert verify(editor.save(), source, engine="vllm").counts == {"arrives-wrong": 4}
+    report = verify(editor.save(), source, engine="vllm")
+    assert report.counts == {"arrives-wrong": 4}
+    assert all("permute CKPT OUT --to interleaved" in f.repair for f in report.findings)
 
 
 def test_blocks_are_refused(good, tmp_path):
@@ -125,6 +141,17 @@ def test_a_missing_scale_is_the_engines_default(good, tmp_path):
     del editor.tensors["model.layers.1.self_attn.v_scale"]
     report = verify(editor.save(), source, engine="vllm")
     assert report.counts == {"kv-scale-missing": 1, "engine-default": 1}
+
+
+def test_a_merged_scale_near_one_is_no_default(good, tmp_path):
+    """`done` says 1.02 then, which is not the 1.0 of a placeholder."""
+    folder, source = good("llama", "fp8-tensor")
+    editor = copy_of(folder, tmp_path / "apart")
+    name = "model.layers.0.self_attn.k_proj.weight_scale"
+    editor.tensors[name] = torch.full_like(editor.tensors[name], 1.02)
+    counts = verify(editor.save(), source, engine="vllm").counts
+    assert counts["arrives-wrong"] == 1
+    assert "engine-default" not in counts
 
 
 def test_an_unknown_engine_is_refused(good):

@@ -27,6 +27,16 @@ def test_a_source_that_is_quantized(good, before, tmp_path):
     assert report.checks["linears compared"] == report.checks["linears quantized"] > 0
 
 
+@pytest.mark.parametrize("before", ["int4-asym", "int4-channel", "int8", "mxfp8", "nvfp4"])
+@pytest.mark.parametrize("fast", [False, True])
+def test_weights_that_were_kept_are_right(good, before, fast, tmp_path):
+    """Decoded, they seldom reach the extremes that their scales were made of."""
+    source, _ = good("llama", before)
+    report = verify(convert(source, tmp_path / "kept", kv_recipe()), source, fast=fast)
+    assert report.findings == report.notes == ()
+    assert all(t.codes_wrong == t.scales_wrong == 0 for t in report.tensors)
+
+
 def test_a_scale_of_weights_that_were_kept_is_not_lost(good, tmp_path):
     source, _ = good("llama", "fp8-channel")
     kept = Editor(convert(source, tmp_path / "kept", kv_recipe()))

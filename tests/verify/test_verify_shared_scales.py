@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from verify_checkpoints import HEAD_DIM, convert, copy_of, recipe
+from verify_checkpoints import HEAD_DIM, Editor, convert, copy_of, recipe
 
 from ckptq.permute.order import Sharing
 from ckptq.verify.run import verify
@@ -13,17 +13,22 @@ PROJECTIONS = 4
 """q and k of two layers."""
 
 
-@pytest.fixture(scope="module", params=Sharing)
-def proof(request, sources, tmp_path_factory):
-    """INT8 with shared scales, and the source. Its rows differ in size, so that sharing costs."""
+@pytest.fixture(scope="module")
+def uneven(sources, tmp_path_factory):
+    """A source whose rows differ in size, so that sharing costs; its heads hardly do."""
     source = copy_of(sources("llama4"), tmp_path_factory.mktemp("proof") / "source")
     generator = torch.Generator().manual_seed(3)
     for name, weight in source.tensors.items():
         if name.endswith(("q_proj.weight", "k_proj.weight")):
             weight *= torch.randn(len(weight), 1, generator=generator).mul(0.25).exp()
-    source.save()
+    return source.save()
+
+
+@pytest.fixture(scope="module", params=Sharing)
+def proof(request, uneven, tmp_path_factory):
+    """INT8 with shared scales, and the source."""
     out = tmp_path_factory.mktemp("proof") / request.param
-    return convert(source.folder, out, recipe("int8"), rope_proof=request.param), source.folder
+    return convert(uneven, out, recipe("int8"), rope_proof=request.param), uneven
 
 
 def test_shared_scales_are_right(proof):
@@ -71,3 +76,39 @@ def test_rows_of_other_projections_share_nothing(proof, tmp_path):
         scale.unflatten(0, (-1, HEAD_DIM)).amax(1, True).expand(-1, HEAD_DIM, 1).flatten(0, 1)
     )
     assert len(verify(broken.save(), source).findings) == 1
+
+
+@pytest.mark.parametrize("weights", ["fp8-channel", "int8", "int4-channel"])
+@pytest.mark.parametrize("fast", [False, True])
+def test_heads_of_like_size_that_exchange_their_scales_are_a_fault(uneven, tmp_path, weights, fast):
+    """Every head still has one scale for all of its rows."""
+    out = convert(uneven, tmp_path / "out", recipe(weights), rope_proof=Sharing.HEAD)
+    broken = Editor(out)
+    name = broken.named("layers.0.self_attn.k_proj.weight_scale")
+    first, second = broken.tensors[name].float().unflatten(0, (-1, HEAD_DIM))[:, 0, 0].tolist()
+    assert 1.05 < max(first / second, second / first) < 1.3
+    broken.tensors[name] = broken.tensors[name].roll(HEAD_DIM, 0)
+    (found,) = verify(broken.save(), uneven, fast=fast).findings
+    assert (found.code, found.tensor) in {("scale-wrong", name), ("heads-swapped", name)}
+
+
+@pytest.mark.parametrize("weights", ["fp8-channel", "int8"])
+@pytest.mark.parametrize("fast", [False, True])
+def test_shared_scales_that_are_off_by_a_little_are_a_fault(uneven, tmp_path, weights, fast):
+    """The codes say which scales they were made with, though the weights come out well enough."""
+    out = convert(uneven, tmp_path / "out", recipe(weights), rope_proof=Sharing.HEAD)
+    broken = Editor(out)
+    name = broken.named("layers.0.self_attn.k_proj.weight_scale")
+    broken.tensors[name] *= 1.02
+    (found,) = verify(broken.save(), uneven, fast=fast).findings
+    assert (found.code, found.tensor) == ("scale-wrong", name)
+
+
+def test_one_wrong_scale_of_shared_ones_is_damage(uneven, tmp_path):
+    """Nothing was exchanged, though moving it to a smaller row would cost less."""
+    for sharing in Sharing:
+        broken = Editor(convert(uneven, tmp_path / sharing, recipe("int8"), rope_proof=sharing))
+        name = broken.named("layers.0.self_attn.k_proj.weight_scale")
+        broken.tensors[name][5] *= 1.5
+        found = verify(broken.save(), uneven).findings
+        assert [(f.code, f.tensor) for f in found] == [("scale-corrupt", name)]

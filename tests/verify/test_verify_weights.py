@@ -165,6 +165,39 @@ def test_large_weights_need_no_source(sources, tmp_path, weights):
     assert verify(folder).findings == ()
 
 
+@pytest.mark.parametrize("weights", ["fp8-channel", "fp8-block", "int8", "int4", "int4-asym"])
+def test_weights_of_any_size_are_proved_by_their_source(sources, tmp_path, weights):
+    """Without it their scales look like memory that nobody wrote to; no calibration mends them."""
+    source = copy_of(sources("llama"), tmp_path / "source")
+    source.tensors[source.named("o_proj.weight")] *= 1e12
+    out = convert(source.save(), tmp_path / "out", recipe(weights))
+    assert verify(out, source.folder).findings == ()
+    (found,) = verify(out).findings
+    assert found.code == "scale-uninitialised"
+    assert "--source" in found.repair
+    assert "calibrate" not in found.repair
+
+
+def test_a_row_of_one_negative_number_is_no_row_without_codes(sources, tmp_path):
+    """Its asymmetric codes are all the least, stored as zero bytes; its zero points say so."""
+    source = copy_of(sources("llama"), tmp_path / "source")
+    source.tensors[source.named("o_proj.weight")][3] = -0.02
+    editor = Editor(convert(source.save(), tmp_path / "out", recipe("int4-asym")))
+    assert verify(editor.folder).findings == ()
+    editor.tensors[editor.named("o_proj.weight_packed")][4] = 0
+    assert [f.code for f in verify(editor.save()).findings] == ["codes-empty"]
+
+
+@pytest.mark.parametrize(("family", "layers"), [("llama4", 1), ("mixtral", 2), ("qwen3-moe", 2)])
+def test_experts_with_a_projection_that_was_left(sources, tmp_path, family, layers):
+    """Right by the letter, and vLLM refuses it; nothing else is wrong."""
+    ignore = (r"re:.*experts.*\.(down_proj|w2)$",)
+    out = convert(sources(family), tmp_path / "out", recipe("int4", ignore=ignore))
+    report = verify(out, sources(family))
+    assert report.counts == {"experts-differ": layers}
+    assert "unquantized" in report.findings[0].found
+
+
 def test_a_suspect_whose_sibling_the_source_lacks(good, tmp_path):
     """What is beside a wrong weight is tried in its place; an extra Linear has no source to try."""
     folder, source = good("llama", "fp8-channel")

@@ -11,9 +11,19 @@ from ckptq.kernels.mask import Mask
 from ckptq.kernels.maxima import Maxima
 
 
-def seen(mask: Mask, queries: int, keys: int, spans: tuple[Tensor, Tensor] | None = None) -> Tensor:
-    """[B or 1, 1, Sq, S] bool: who attends to whom. The last query stands at the last key."""
-    start_B11, length_B11 = (x.view(-1, 1, 1) for x in spans or _whole(keys))
+def seen(
+    mask: Mask,
+    queries: int,
+    keys: int,
+    spans: tuple[Tensor, Tensor] | None = None,
+    device: torch.device | str = "cpu",
+) -> Tensor:
+    """[B or 1, 1, Sq, S] bool: who attends to whom. The last query stands at the last key.
+
+    On the device of `spans`, or on `device` without them.
+    """
+    spans = spans or (torch.tensor([0], device=device), torch.tensor([keys], device=device))
+    start_B11, length_B11 = (x.view(-1, 1, 1) for x in spans)
     k_pos = torch.arange(keys, device=start_B11.device).view(1, 1, keys) - start_B11
     q_pos = (torch.arange(queries, device=start_B11.device) + keys - queries).view(1, queries, 1)
     q_pos = q_pos - start_B11
@@ -28,10 +38,6 @@ def seen(mask: Mask, queries: int, keys: int, spans: tuple[Tensor, Tensor] | Non
         )
         ok = ok & same
     return ok[:, None]
-
-
-def _whole(keys: int) -> tuple[Tensor, Tensor]:
-    return torch.tensor([0]), torch.tensor([keys])
 
 
 def attention(

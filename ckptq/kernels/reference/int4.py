@@ -23,12 +23,14 @@ def pack_columns(code_RC: Tensor) -> Tensor:
         runs = [row[i : i + 8] for i in range(0, len(row), 8)]
         words.append([sum((code + 8) << 4 * i for i, code in enumerate(run)) for run in runs])
     packed = torch.tensor(words, dtype=torch.int64, device=code_RC.device)
+    packed = packed.view(len(code_RC), -(-code_RC.shape[1] // 8))
     return packed.to(torch.uint32).view(torch.int32)
 
 
 def unpack_columns(packed_RP: Tensor, columns: int) -> Tensor:
     """The inverse of `pack_columns`: int8 codes [R, C]."""
-    bytes_RB = packed_RP.contiguous().view(torch.uint8)  # little-endian, two codes a byte
+    dense_RP = packed_RP.clone(memory_format=torch.contiguous_format)
+    bytes_RB = dense_RP.view(torch.uint8)  # little-endian, two codes a byte
     pairs_RB2 = torch.stack([bytes_RB % 16, bytes_RB // 16], -1)
     return (pairs_RB2.flatten(1).to(torch.int8) - 8)[:, :columns]
 

@@ -55,7 +55,7 @@ def attention(
     bounds, outs = sequences.query_starts.tolist(), []
     for n, (k_SKD, v_SKD) in enumerate(zip(keys, values, strict=True)):
         q_HTD = query_THD[bounds[n] : bounds[n + 1]].transpose(0, 1)
-        seen = dense.seen(mask, q_HTD.shape[1], len(k_SKD)).to(query_THD.device)
+        seen = dense.seen(mask, q_HTD.shape[1], len(k_SKD), device=query_THD.device)
         k_KSD, v_KSD = k_SKD.transpose(0, 1), v_SKD.transpose(0, 1)
         outs.append(
             dense.attention(

@@ -8,6 +8,8 @@ Shape letters: R rows (output channels, tokens), C columns, G x K the grid of sc
 T tokens, H heads, D head dimension.
 """
 
+from itertools import product
+
 import torch
 from torch import Tensor
 
@@ -62,9 +64,19 @@ def spread(scale_GK: Tensor, tile: tuple[int, int], rows: int, columns: int) -> 
 
 
 def quantize_static(
-    x_RC: Tensor, scale_GK: Tensor, tile: tuple[int, int], dtype: torch.dtype
+    x_RC: Tensor,
+    scale_GK: Tensor,
+    tile: tuple[int, int],
+    dtype: torch.dtype = torch.float8_e4m3fn,
+    heads: Heads | None = None,
+    to: RopeOrder = RopeOrder.HALF_SPLIT,
 ) -> Tensor:
-    """Codes [R, C] of x under given scales, each covering a tile of rows x columns."""
+    """Codes [R, C] under given scales, each covering a tile of rows x columns of the result.
+
+    Rows are first put into the RoPE order `to`.
+    """
+    if heads is not None:
+        x_RC = x_RC[gather_indices(heads, to)]
     ratio_RC = x_RC.float() / spread(scale_GK, tile, *x_RC.shape).float()
     if dtype == torch.int8:
         return nearest_int(ratio_RC, -128, 127)
@@ -78,38 +90,44 @@ def quantize_rows(
     to: RopeOrder = RopeOrder.HALF_SPLIT,
 ) -> tuple[Tensor, Tensor]:
     """Codes [R, C] and scales [R, 1], rows first put into the RoPE order `to`."""
-    if heads is not None:
-        x_RC = x_RC[gather_indices(heads, to)]
-    return quantize_blocks(x_RC, dtype, (1, x_RC.shape[1]))
+    return quantize_blocks(x_RC, dtype, (1, x_RC.shape[1]), heads, to)
 
 
 def quantize_tensor(
     x_RC: Tensor, dtype: torch.dtype = torch.float8_e4m3fn
 ) -> tuple[Tensor, Tensor]:
     """Codes [R, C] and one scale [1]."""
-    code_RC, scale_11 = quantize_blocks(x_RC, dtype, (x_RC.shape[0], x_RC.shape[1]))
-    return code_RC, scale_11[0]
+    code_R1C, scale_1 = quantize_heads(x_RC[:, None], dtype)
+    return code_R1C[:, 0], scale_1
 
 
 def quantize_heads(
     x_THD: Tensor, dtype: torch.dtype = torch.float8_e4m3fn
 ) -> tuple[Tensor, Tensor]:
     """Codes [T, H, D] and scales [H]."""
-    T, _, D = x_THD.shape
-    code_TC, scale_1H = quantize_blocks(x_THD.flatten(1), dtype, (T, D))
+    T, H, D = x_THD.shape
+    x_TC = x_THD.reshape(T, H * D)
+    begun_TC = torch.cat([x_TC.new_zeros(1, H * D), x_TC])  # the maximum of nothing is zero
+    _, scale_1H = quantize_blocks(begun_TC, dtype, (T + 1, D))
+    code_TC = quantize_static(x_TC, scale_1H[:T], (max(T, 1), D), dtype)
     return code_TC.view(x_THD.shape), scale_1H[0]
 
 
 def quantize_blocks(
-    x_RC: Tensor, dtype: torch.dtype = torch.float8_e4m3fn, block: tuple[int, int] = (128, 128)
+    x_RC: Tensor,
+    dtype: torch.dtype = torch.float8_e4m3fn,
+    block: tuple[int, int] = (128, 128),
+    heads: Heads | None = None,
+    to: RopeOrder = RopeOrder.HALF_SPLIT,
 ) -> tuple[Tensor, Tensor]:
-    """Codes [R, C] and scales [ceil(R / 128), ceil(C / 128)]."""
-    amax_GK = torch.stack(
-        [
-            torch.stack([x_BC.abs().amax() for x_BC in x_BC.split(block[1], 1)])
-            for x_BC in x_RC.split(block[0])
-        ]
-    )
+    """Codes [R, C] and scales [ceil(R / 128), ceil(C / 128)]; rows are first put in order `to`."""
+    if heads is not None:
+        x_RC = x_RC[gather_indices(heads, to)]
+    grid = [-(-n // side) for n, side in zip(x_RC.shape, block, strict=True)]
+    amax_GK = x_RC.new_zeros(grid)
+    for g, k in product(*map(range, grid)):
+        x_BL = x_RC[g * block[0] :, k * block[1] :][: block[0], : block[1]]
+        amax_GK[g, k] = x_BL.abs().amax()
     scale_GK = scale_of(amax_GK, HALF_RANGE[dtype])
     return quantize_static(x_RC, scale_GK, block, dtype), scale_GK
 

@@ -1,0 +1,137 @@
+"""`ckptq calibrate`: killed, it goes on and ends with the same file; it leaves no litter."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from calibrate_models import LAYERS, token_rows
+from typer.testing import CliRunner
+
+from ckptq.calibrate import journal
+from ckptq.calibrate.forward import LayerwiseModel
+from ckptq.checkpoint.journal import take_lock
+from ckptq.cli import app
+
+SELF_KILLING = """
+import os, signal, sys
+from ckptq.calibrate import journal
+from ckptq.calibrate.forward import LayerwiseModel
+from ckptq.cli import app
+journal.SHARE_OF_TIME = float("inf")
+run_layer, rank = LayerwiseModel.run_layer, int(os.environ.get("RANK", "0"))
+def dying(self, index, *args):
+    if index == 2 + rank:
+        os.kill(os.getpid(), signal.SIGKILL)
+    run_layer(self, index, *args)
+LayerwiseModel.run_layer = dying
+app(sys.argv[1:])
+"""
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+
+
+@pytest.fixture
+def command(saved, tmp_path) -> list[str]:
+    """All but the output."""
+    text = tmp_path / "rows.jsonl"
+    rows = token_rows([24, 17, 9, 24, 24])
+    text.write_text("".join(json.dumps({"input_ids": row}) + "\n" for row in rows))
+    command = ["calibrate", str(saved("llama").path), "--data", str(text), "--batch-size", "2"]
+    return [*command, "--device", "cpu", "-o"]
+
+
+@pytest.fixture
+def layers_run(monkeypatch) -> list[int]:
+    monkeypatch.setattr(journal, "SHARE_OF_TIME", float("inf"))
+    ran: list[int] = []
+    run_layer = LayerwiseModel.run_layer
+
+    def counted(self, index, *args):
+        run_layer(self, index, *args)
+        ran.append(index)
+
+    monkeypatch.setattr(LayerwiseModel, "run_layer", counted)
+    return ran
+
+
+def run(command: list[str], output: Path, *options: str):
+    return CliRunner().invoke(app, [*command, str(output), *options])
+
+
+def killed(command: list[str], output: Path, launcher: list[str]) -> int:
+    script = output.with_name("dying.py")
+    script.write_text(SELF_KILLING)
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    whole = [*launcher, str(script), *command, str(output)]
+    return subprocess.run(whole, capture_output=True, env=environment, check=False).returncode
+
+
+def test_killed_it_goes_on(command, tmp_path, layers_run):
+    assert run(command, tmp_path / "whole").exit_code == 0
+    out = tmp_path / "scales"
+    assert killed(command, out, [sys.executable]) == -signal.SIGKILL
+    assert not out.exists()
+    layers_run.clear()
+    done = run(command, out)
+    assert done.exit_code == 0, done.output
+    assert layers_run == list(range(2, LAYERS))
+    assert out.read_bytes() == (tmp_path / "whole").read_bytes()
+    assert not (tmp_path / "scales.partial").exists()
+
+
+def test_killed_processes_of_torchrun_go_on(command, tmp_path):
+    """One dies a layer after the other, so they go on from different layers."""
+    assert run(command, tmp_path / "whole").exit_code == 0
+    out = tmp_path / "scales"
+    assert killed(command, out, TORCHRUN) != 0
+    kept = sorted(p.name for p in (tmp_path / "scales.partial").rglob("layer-?????"))
+    assert kept
+    done = subprocess.run(
+        [*TORCHRUN, "-m", "ckptq", *command, str(out)],
+        env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert out.read_bytes() == (tmp_path / "whole").read_bytes()
+    assert not (tmp_path / "scales.partial").exists()
+
+
+def test_another_command_is_refused_and_restart_begins_anew(command, tmp_path, layers_run):
+    assert run(command, tmp_path / "whole").exit_code == 0
+    out = tmp_path / "scales"
+    assert killed([*command[:-1], "--batch-size", "1", "-o"], out, [sys.executable]) < 0
+    refused = run(command, out)
+    assert refused.exit_code != 0
+    assert "batch_size was 1, is 2" in str(refused.exception)
+    layers_run.clear()
+    assert run(command, out, "--restart").exit_code == 0
+    assert layers_run == list(range(LAYERS))
+    assert out.read_bytes() == (tmp_path / "whole").read_bytes()
+
+
+def test_two_runs_on_one_file(command, tmp_path):
+    partial = tmp_path / "scales.partial"
+    partial.mkdir()
+    held = take_lock(partial)
+    refused = run(command, tmp_path / "scales")
+    os.close(held)
+    assert refused.exit_code != 0
+    assert "another run is writing" in str(refused.exception)
+
+
+def test_a_command_that_could_not_begin_leaves_nothing(command, tmp_path):
+    before = sorted(tmp_path.iterdir())
+    command[command.index("--data") + 1] = str(tmp_path / "none.jsonl")
+    assert run(command, tmp_path / "scales").exit_code != 0
+    assert sorted(tmp_path.iterdir()) == before
+
+
+def test_anybody_may_read_the_file(command, tmp_path):
+    """As the process's umask lets them."""
+    (tmp_path / "like").touch()
+    assert run(command, tmp_path / "scales").exit_code == 0
+    assert (tmp_path / "scales").stat().st_mode == (tmp_path / "like").stat().st_mode

@@ -1,0 +1,63 @@
+"""No rows and no tokens: an expert that nothing was routed to. Both sides of each door agree."""
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from kernel_cases import same, weights
+from torch import Tensor
+
+from ckptq.kernels import dispatch
+from ckptq.kernels.attention import attention
+from ckptq.kernels.hadamard import rotate
+from ckptq.kernels.kv_format import Rotation
+from ckptq.kernels.reference import quantize as meaning
+
+EMPTY, W = weights((1, 256))[:0], weights((16, 256))
+W8, W_SCALE = meaning.quantize_rows(W)
+WB, WB_SCALE = meaning.quantize_blocks(W)
+W4, W4_SCALE, W4_ZERO = dispatch.quantize_int4(W, 32, False)
+NO_CODES, NO_SCALE = EMPTY.to(torch.float8_e4m3fn), W_SCALE[:0]
+CALLS: dict[str, tuple] = {
+    "quantize_rows": (EMPTY,),
+    "quantize_tensor": (EMPTY,),
+    "quantize_heads": (EMPTY.view(0, 2, 128),),
+    "quantize_blocks": (EMPTY,),
+    "quantize_static": (EMPTY, NO_SCALE, (1, 256)),
+    "dequantize": (NO_CODES, NO_SCALE, (1, 256)),
+    "quantize_int4": (EMPTY, 32, False),
+    "dequantize_int4": (W4[:0], W4_SCALE[:0], 256, W4_ZERO[:0]),
+    "linear_w8a8": (NO_CODES, NO_SCALE, W8, W_SCALE),
+    "linear_fp8_block": (NO_CODES, NO_SCALE.expand(0, 2), WB, WB_SCALE),
+    "linear_w4a16": (EMPTY, W4, W4_SCALE, W4_ZERO),
+}
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_no_rows(device: torch.device, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    door: Callable[..., Tensor | tuple] = getattr(dispatch, name)
+    results = []
+    for gpu in (False, True):
+        monkeypatch.setattr(dispatch, "on_gpu", lambda _x, gpu=gpu: gpu)
+        args = (x.to(device) if gpu and isinstance(x, Tensor) else x for x in CALLS[name])
+        made = door(*args)
+        results.append((made,) if isinstance(made, Tensor) else made)
+    want, got = results
+    assert want[0].shape[0] == 0
+    assert all(same(g, w) for g, w in zip(got, want, strict=True))
+
+
+def test_the_scale_of_nothing_is_that_of_zeros(device: torch.device) -> None:
+    """And not what happened to lie in memory, which the fixture makes NaN."""
+    for shape in ((0, 64), (3, 64)):
+        scale = dispatch.quantize_tensor(torch.zeros(shape, dtype=torch.bfloat16, device=device))[1]
+        assert scale.tolist() == [torch.finfo(torch.bfloat16).eps]
+
+
+def test_no_queries_no_keys_no_batch(device: torch.device) -> None:
+    q, k = torch.ones(2, 4, 3, 64, device=device), torch.ones(2, 2, 5, 64, device=device)
+    assert attention(q[:0], k[:0], k[:0], scaling=0.1).shape == (0, 3, 4, 64)
+    assert attention(q[:, :, :0], k, k, scaling=0.1).shape == (2, 0, 4, 64)
+    nothing = attention(q, k[:, :, :0], k[:, :, :0], scaling=0.1)
+    assert not nothing.any()
+    assert rotate(q[:0], Rotation.SIGNED).shape == (0, 4, 3, 64)
