@@ -114,10 +114,22 @@ def _locate(source: str | Path, revision: str | None) -> tuple[Path, str]:
         return path, _folder_name(path.resolve())
     if path.exists():
         raise SourceError(f"{source}: is a file; wanted a checkpoint folder or a hub id")
+    _refuse_unfinished(path)
     text = str(source)
     if text.count("/") > 1 or text.startswith((".", "/", "~")) or "\\" in text:
         raise SourceError(f"{source}: no such folder")
     return _download(text, revision), text
+
+
+def _refuse_unfinished(path: Path) -> None:
+    """Say so where a run that was to write this folder has not ended."""
+    from ckptq.checkpoint.journal import partial_of
+
+    if path.name and (unfinished := partial_of(path)).is_dir():
+        raise SourceError(
+            f"{path}: no such folder; {unfinished} is of a run that has not finished, and the same "
+            "command goes on with it"
+        )
 
 
 def _folder_name(path: Path) -> str:

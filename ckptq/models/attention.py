@@ -15,6 +15,11 @@ UNCACHED = ("linear_attention", "conv")
 """Types of layers that keep a state instead of keys and values; their projections may be called
 like those of attention."""
 
+VALUES = ("v_proj", "k_proj")
+"""What makes the values: Gemma-4 has layers whose keys are their values."""
+
+OUTPUTS = ("o_proj", "out_proj", "dense")
+
 AttentionKind = Literal["heads", "latent"]
 
 
@@ -33,6 +38,29 @@ def attention_kind(
         return "latent"
     cached = not _keeps_a_state(text_config, int(match["index"]))
     return "heads" if projection in KEY_PROJECTIONS and cached else None
+
+
+def heads_in(
+    module: str, heads: tuple[int, int], shapes: Mapping[str, tuple[int, ...]]
+) -> tuple[int, int]:
+    """(query heads, key/value heads) of one attention module; `heads` are those of the config.
+
+    Gemma-4's global layers and MiMo's sliding ones have key/value heads of their own number, each
+    config with names of its own. `shapes` of the Linears [out, in] tell: the output projection has
+    columns for all query heads and v_proj rows for all key/value heads, of one size.
+    """
+    output = _first(module, OUTPUTS, shapes)
+    values = _first(module, VALUES, shapes)
+    if output is None or values is None or output[1] % heads[0]:
+        return heads
+    count, rest = divmod(values[0], output[1] // heads[0])
+    return heads if rest or not count or heads[0] % count else (heads[0], count)
+
+
+def _first(
+    module: str, names: tuple[str, ...], shapes: Mapping[str, tuple[int, ...]]
+) -> tuple[int, ...] | None:
+    return next((shapes[n] for name in names if (n := f"{module}.{name}") in shapes), None)
 
 
 def _keeps_a_state(text_config: Mapping[str, Any], index: int) -> bool:

@@ -116,12 +116,11 @@ def _install(model: LayerwiseModel, choices: Mapping[str, dict[str, Choices]]) -
 
 def _choices(subject: Subject) -> dict[str, dict[str, Choices]]:
     """Scales for each head, also where one is stored for all; 1.0 where there is none."""
-    if subject.heads is None:
-        return {}
-    counts = {"q": subject.heads[0], "k": subject.heads[1], "v": subject.heads[1]}
     found: dict[str, dict[str, Choices]] = {}
     with Files() as files:
         for module in subject.attention:
+            heads = subject.heads_in(module)
+            counts = {"q": heads[0], "k": heads[1], "v": heads[1]} if heads else {}
             for which, count in counts.items():
                 tensor = subject.cache_scales.get((module, which))
                 scale = torch.ones(1)

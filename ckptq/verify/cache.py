@@ -60,12 +60,12 @@ def _layer(subject: Subject, module: str) -> Iterator[Finding]:
     for which in "kv":
         tensor = subject.cache_scales.get((module, which))
         if tensor is not None:
-            yield from _shape(subject, which, tensor)
+            yield from _shape(subject, module, which, tensor)
         elif module in own_cache:
             yield finding(
                 "kv-scale-missing", f"{module}.{which}_scale",
                 found="no such tensor: vLLM uses 1.0 without a word",
-                wanted=_wanted(subject, which),
+                wanted=_wanted(subject, module, which),
             )  # fmt: skip
 
 
@@ -76,42 +76,43 @@ def _queries(subject: Subject) -> Iterator[Finding]:
     if missing == layers and layers and not subject.declared.attention_group:
         yield finding(
             "q-scale-absent", f"{layers[0]}.q_scale", found=f"none of {len(layers)} layers has one",
-            wanted=_wanted(subject, "q"),
+            wanted=_wanted(subject, layers[0], "q"),
         )  # fmt: skip
         missing = []
     for module in missing:
         yield finding(
             "q-scale-missing", f"{module}.q_scale", found="no such tensor",
-            wanted=_wanted(subject, "q"),
+            wanted=_wanted(subject, module, "q"),
         )  # fmt: skip
     for module in layers:
         if module not in missing and (module, "q") in subject.cache_scales:
-            yield from _shape(subject, "q", subject.cache_scales[module, "q"])
+            yield from _shape(subject, module, "q", subject.cache_scales[module, "q"])
 
 
-def wanted_count(subject: Subject, which: str) -> int | None:
+def wanted_count(subject: Subject, module: str, which: str) -> int | None:
     """How many scales q, k or v has; None where the config does not tell the heads."""
     if subject.declared.kv_strategy == "tensor":
         return 1
-    if subject.heads is None:
+    heads = subject.heads_in(module)
+    if heads is None:
         return None
-    return subject.heads[0] if which == "q" else subject.heads[1]
+    return heads[0] if which == "q" else heads[1]
 
 
-def _wanted(subject: Subject, which: str) -> str:
-    count = wanted_count(subject, which)
+def _wanted(subject: Subject, module: str, which: str) -> str:
+    count = wanted_count(subject, module, which)
     if subject.declared.kv_strategy == "tensor":
         return "one scale [1]"
     return f"one scale a head [{count}, 1, 1]"
 
 
-def _shape(subject: Subject, which: str, tensor: StoredTensor) -> Iterator[Finding]:
-    count = wanted_count(subject, which)
+def _shape(subject: Subject, module: str, which: str, tensor: StoredTensor) -> Iterator[Finding]:
+    count = wanted_count(subject, module, which)
     long = [size for size in tensor.spec.shape if size != 1]
     if count is not None and long != ([count] if count != 1 else []):
         yield finding(
             "kv-scale-shape", tensor.name, file=tensor.file, found=str(tensor.spec),
-            wanted=_wanted(subject, which),
+            wanted=_wanted(subject, module, which),
         )  # fmt: skip
     if tensor.spec.dtype not in FLOATS:
         yield finding(

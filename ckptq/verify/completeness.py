@@ -262,6 +262,7 @@ def _siblings(subject: Subject) -> Iterator[Finding]:
             for member in members:
                 sibling = f"{parent}.{member}"
                 lacking = member not in there and f"{sibling}.weight" not in theirs
+                lacking &= not (member == "v_proj" and _keys_are_values(subject, parent))
                 if lacking and _template(sibling) in templates:
                     yield finding(
                         "tensor-missing", f"{sibling}.weight", found="no such tensor",
@@ -271,3 +272,12 @@ def _siblings(subject: Subject) -> Iterator[Finding]:
 
 def _template(name: str) -> str:
     return ".".join("*" if part.isdigit() else part for part in name.split("."))
+
+
+def _keys_are_values(subject: Subject, attention: str) -> bool:
+    """Gemma-4's global layers, where the config says so, have no v_proj."""
+    config, match = subject.ckpt.text_config, LAYER.match(f"{attention}.")
+    types = config.get("layer_types")
+    if config.get("attention_k_eq_v") is not True or not match or not isinstance(types, list):
+        return False
+    return types[int(match["index"]) :][:1] == ["full_attention"]

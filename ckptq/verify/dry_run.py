@@ -256,7 +256,7 @@ def _scale(subject: Subject, engine: Engine, files: Files, module: str, which: s
 
 def _reduced(subject: Subject, files: Files, tensor: StoredTensor) -> Arrival:
     """One q scale a key/value head: the largest of its group."""
-    heads = subject.heads
+    heads = subject.heads_in(tensor.name.rpartition(".")[0])
     if heads is None or tensor.spec.numel != heads[0] or heads[0] % heads[1]:
         done = f"{REFUSED}: {tensor.spec} is not one scale for each query head"
         return Arrival(tensor=tensor.name, done=done, snr_db=None, ok=False)

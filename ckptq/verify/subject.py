@@ -12,7 +12,7 @@ from functools import cached_property
 
 from ckptq.checkpoint.header import StoredTensor
 from ckptq.checkpoint.open import Checkpoint
-from ckptq.models.attention import AttentionKind, attention_kind
+from ckptq.models.attention import AttentionKind, attention_kind, heads_in
 from ckptq.models.family import Family, family_of
 from ckptq.models.modules import (
     Layout,
@@ -129,8 +129,16 @@ class Subject:
 
     @cached_property
     def heads(self) -> tuple[int, int] | None:
-        """(query heads, key/value heads)."""
+        """(query heads, key/value heads), as the config says."""
         return num_attention_heads(self.ckpt.text_config)
+
+    def heads_in(self, module: str) -> tuple[int, int] | None:
+        """Those of one attention module."""
+        return heads_in(module, self.heads, self._shapes) if self.heads is not None else None
+
+    @cached_property
+    def _shapes(self) -> dict[str, tuple[int, int]]:
+        return {name: m.shape for name, m in self.modules.items() if m.shape is not None}
 
     @cached_property
     def modules(self) -> dict[str, Module]:

@@ -11,9 +11,11 @@ from statistics import median
 from typing import TYPE_CHECKING
 
 import torch
+from torch.nn.functional import pad
 
 from ckptq.checkpoint.header import StoredTensor
 from ckptq.checkpoint.read import Files, read_tensor
+from ckptq.quantize.scheme import WeightScheme
 from ckptq.spec import FLOATS
 from ckptq.verify import nearest
 from ckptq.verify.heads import E4M3_MAX
@@ -38,6 +40,9 @@ SIGNED = 0.05
 
 EMPTY = 1e-3
 """Of the median of the scales beside it: rows of a weight that are as good as zero."""
+
+ZEROS = {"uint8": 0.0, "float8_e4m3fn": 0.125}
+"""The scale that zeros are given, where it is not the eps of a float."""
 
 LARGEST_WEIGHT = 3000.0
 """Of half of the rows: a single one may well be larger. Trained Linears stay below 10; those of the
@@ -237,9 +242,9 @@ def check_codes(linear: StoredLinear, held: Mapping[str, Tensor]) -> Iterator[Fi
 
 def _empty_rows(linear: StoredLinear, held: Mapping[str, Tensor]) -> Iterator[Finding]:
     """Rows of zero bytes under a scale that says that something was there: the largest weight of a
-    row or group has one of the largest codes."""
+    row, group or block has one of the largest codes."""
     scheme, scale = linear.scheme, held["weight_scale"]
-    if scheme.strategy not in ("channel", "group") or scheme.scale_dtype is not None:
+    if scheme.strategy == "tensor" or scale.ndim != 2:
         return
     codes = held[scheme.codes].contiguous()
     byte_RB = codes.flatten().view(torch.uint8).view(len(codes), -1)
@@ -247,18 +252,32 @@ def _empty_rows(linear: StoredLinear, held: Mapping[str, Tensor]) -> Iterator[Fi
     empty_R = (byte_RB.view(wide) == 0).all(1)
     if not empty_R.any():
         return
-    largest_R = scale.float().amax(1)
-    meant_R = (largest_R > EMPTY * largest_R.median()) & (largest_R != torch.finfo(scale.dtype).eps)
+    meant_R = _meant(scale, scheme, nearest.divisor(held, scheme))
+    if scheme.block_structure is not None:
+        height = scheme.block_structure[0]
+        blocks_MH = pad(empty_R, (0, -len(codes) % height), value=True).view(-1, height)
+        whole_M = blocks_MH.all(1) & meant_R
+        empty_R &= whole_M.repeat_interleave(height)[: len(codes)]
+    else:
+        empty_R &= meant_R
     if not scheme.symmetric:
-        meant_R &= ~_all_least(linear, held)
-    count = int((empty_R & meant_R).sum())
-    if count:
+        empty_R &= ~_all_least(linear, held)
+    if count := int(empty_R.sum()):
         tensor = linear.tensors[scheme.codes]
         yield finding(
             "codes-empty", tensor.name, file=tensor.file,
             found=f"{count} of {len(codes)} rows in one place are zero bytes, and have scales",
             wanted="codes",
         )  # fmt: skip
+
+
+def _meant(scale: Tensor, scheme: WeightScheme, size: Tensor) -> Tensor:
+    """Of each row of scales, whether its largest is neither that of zeros nor next to nothing."""
+    of_zeros = ZEROS.get(scheme.scale_dtype or "")
+    if of_zeros is None:
+        of_zeros = torch.finfo(scale.dtype).eps
+    largest = size.float().amax(1)
+    return (largest > EMPTY * largest.median()) & (scale.float().amax(1) != of_zeros)
 
 
 def _all_least(linear: StoredLinear, held: Mapping[str, Tensor]) -> Tensor:

@@ -151,6 +151,22 @@ def minimax() -> PreTrainedModel:
     return transformers.MiniMaxForCausalLM(config)
 
 
+def gemma4() -> PreTrainedModel:
+    """Global layers have one key/value head, of another size, and their keys are their values."""
+    config = transformers.Gemma4TextConfig(
+        **TEXT,
+        sliding_window=8,
+        layer_types=["sliding_attention", "full_attention"] * 2,
+        global_head_dim=2 * HEAD_DIM,
+        num_global_key_value_heads=1,
+        attention_k_eq_v=True,
+        num_kv_shared_layers=0,
+        vocab_size_per_layer_input=VOCAB,
+        hidden_size_per_layer_input=0,
+    )
+    return transformers.Gemma4ForCausalLM(config)
+
+
 FAMILIES: dict[str, Callable[[], PreTrainedModel]] = {
     "llama": llama,
     "llama-tied": llama_tied,
@@ -163,6 +179,7 @@ FAMILIES: dict[str, Callable[[], PreTrainedModel]] = {
     "gpt-oss": gpt_oss,
     "gemma3n": gemma3n,
     "minimax": minimax,
+    "gemma4": gemma4,
 }
 
 

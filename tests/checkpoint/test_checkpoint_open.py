@@ -150,6 +150,16 @@ def test_folders_that_hold_no_checkpoint(tmp_path):
     assert "no tensor" in refusal(tmp_path)
 
 
+@pytest.mark.parametrize("spelling", ["absolute", "relative"])
+def test_what_an_interrupted_run_was_to_write_is_not_sought_in_the_hub(
+    tmp_path, monkeypatch, spelling
+):
+    (tmp_path / "out.partial").mkdir()
+    monkeypatch.chdir(tmp_path)
+    message = refusal(tmp_path / "out" if spelling == "absolute" else "out")
+    assert "out.partial is of a run that has not finished" in message
+
+
 @pytest.mark.parametrize("name", ["a b", "-x", "a..b", "a/b c"])
 def test_what_is_neither_a_folder_nor_a_hub_id(name):
     """Refused by the spelling alone, without asking the hub."""

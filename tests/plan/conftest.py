@@ -75,6 +75,20 @@ def llama(save: Save) -> Path:
 
 
 @pytest.fixture
+def mimo(save: Save) -> Path:
+    """Layer 1 has more key/value heads than the config says, and values smaller than its keys."""
+    layer = "model.layers.1.self_attn"
+    shapes = [
+        *attention("model.layers.0"),
+        (f"{layer}.q_proj.weight", (HEADS * HEAD_DIM, HIDDEN)),
+        (f"{layer}.k_proj.weight", (HEADS * HEAD_DIM, HIDDEN)),
+        (f"{layer}.v_proj.weight", (HEADS * HEAD_DIM // 2, HIDDEN)),
+        (f"{layer}.o_proj.weight", (HIDDEN, HEADS * HEAD_DIM // 2)),
+    ]
+    return save(weights(*shapes), {**CONFIG, "model_type": "mimo_v2_flash"})
+
+
+@pytest.fixture
 def llama4(save: Save) -> Path:
     """Dense layer 0, experts in layer 1, a vision tower, a projector, a router."""
     prefix = "language_model.model.layers"

@@ -10,6 +10,7 @@ import pytest
 
 from ckptq.checkpoint.open import open_checkpoint
 from ckptq.errors import PlanError, SourceError, UsageError
+from ckptq.models.attention import heads_in
 from ckptq.plan.doubts import vllm_doubts
 from ckptq.plan.make import fill_shards, make_plan
 from ckptq.plan.match import matches
@@ -183,6 +184,38 @@ def test_layers_that_keep_a_state_have_no_cache(llama: Path, declared: dict[str,
     plan = plan_of(llama, "fp8-per-head").attention
     assert plan is not None
     assert list(plan.scales) == ["model.layers.1.self_attn"]
+
+
+def test_heads_of_a_layer_are_those_of_its_shapes(mimo: Path) -> None:
+    plan = plan_of(mimo, "fp8-per-head").attention
+    assert plan is not None
+    found = {
+        name: spec.shape[0] for scales in plan.scales.values() for name, spec in scales.items()
+    }
+    assert found == {
+        f"model.layers.{index}.self_attn.{which}_scale": count
+        for index, counts in enumerate([(4, 2, 2), (4, 4, 4)])
+        for which, count in zip("qkv", counts, strict=True)
+    }
+
+
+@pytest.mark.parametrize(
+    ("shapes", "heads"),
+    [
+        ({"o_proj": (128, 128), "v_proj": (32, 128)}, (4, 1)),
+        ({"o_proj": (128, 128), "k_proj": (32, 128)}, (4, 1)),
+        ({"o_proj": (128, 128), "k_proj": (64, 128), "v_proj": (128, 128)}, (4, 4)),
+        ({"o_proj": (128, 130), "v_proj": (32, 128)}, (4, 2)),
+        ({"o_proj": (128, 128), "v_proj": (33, 128)}, (4, 2)),
+        ({"o_proj": (128, 128), "v_proj": (96, 128)}, (4, 2)),
+        ({"o_proj": (128, 128), "qkv_proj": (256, 128)}, (4, 2)),
+        ({"v_proj": (32, 128)}, (4, 2)),
+    ],
+)
+def test_shapes_that_tell_no_heads_leave_it_to_the_config(
+    shapes: dict[str, tuple[int, int]], heads: tuple[int, int]
+) -> None:
+    assert heads_in("a", (4, 2), {f"a.{name}": shape for name, shape in shapes.items()}) == heads
 
 
 def test_longcat_counts_its_layers_elsewhere(llama: Path) -> None:

@@ -1,5 +1,6 @@
 """Whole shards, whole sources and rescaled rows: what many tensors tell together."""
 
+import re
 import shutil
 from dataclasses import replace
 
@@ -176,6 +177,18 @@ def test_weights_of_any_size_are_proved_by_their_source(sources, tmp_path, weigh
     assert found.code == "scale-uninitialised"
     assert "--source" in found.repair
     assert "calibrate" not in found.repair
+
+
+@pytest.mark.parametrize("weights", ["fp8-channel", "fp8-block", "mxfp8", "mxfp4", "nvfp4", "int4"])
+def test_rows_of_zeros_are_right_and_rows_without_codes_are_not(sources, tmp_path, weights):
+    """Without a source; the scales of zeros are known."""
+    source = copy_of(sources("llama"), tmp_path / "source")
+    source.tensors[source.named("o_proj.weight")][:70] = 0
+    editor = Editor(convert(source.save(), tmp_path / "out", recipe(weights)))
+    assert verify(editor.folder).findings == ()
+    name = next(n for n in editor.tensors if re.search(r"0.*o_proj\.weight(_packed)?$", n))
+    editor.tensors[name].view(torch.uint8)[-70:] = 0
+    assert [(f.code, f.tensor) for f in verify(editor.save()).findings] == [("codes-empty", name)]
 
 
 def test_a_row_of_one_negative_number_is_no_row_without_codes(sources, tmp_path):
