@@ -24,7 +24,7 @@ def no_hang():
 def split(tmp_path_factory):
     """One format each time of every family, in several shards with an index."""
     folder = tmp_path_factory.mktemp("split")
-    formats = ("fp8-channel", "int4-asym", "mxfp4", "nvfp4")
+    formats = ("fp8-channel", "int4-asym", "mxfp4", "nvfp4", "int8")
     return [
         pair
         for family, weights in zip(FAMILIES, formats, strict=True)

@@ -67,3 +67,22 @@ def test_fast_compares_less(good):
     whole, fast = verify(folder, source), verify(folder, source, fast=True)
     assert fast.ok
     assert fast.checks["linears compared"] == whole.checks["linears compared"]
+
+
+def test_heads_are_counted_in_each_layer(broken):
+    """The config's count is wrong for Gemma-4's global layer, and its v_proj is not missing."""
+    editor, source = broken("gemma4", "fp8-channel", True)
+    assert verify(editor.save(), source, engine="vllm").findings == ()
+    name = editor.named("layers.1.self_attn.k_scale")
+    assert editor.tensors[name].shape == (1, 1, 1)
+    editor.tensors[name] = editor.tensors[name].expand(2, 1, 1)
+    report = verify(editor.save(), source)
+    assert [(f.code, f.tensor) for f in report.findings] == [("kv-scale-shape", name)]
+
+
+def test_only_global_layers_may_lack_a_v_proj(broken):
+    editor, _ = broken("gemma4", "fp8-channel")
+    assert verify(editor.folder).findings == ()
+    editor.config["layer_types"] = ["full_attention", "sliding_attention"]
+    found = [(f.code, f.tensor) for f in verify(editor.save()).findings]
+    assert found == [("tensor-missing", "model.layers.1.self_attn.v_proj.weight")]

@@ -81,7 +81,28 @@ def qwen3_moe() -> transformers.PreTrainedModel:
     return transformers.Qwen3MoeForCausalLM(config)
 
 
-FAMILIES = {"llama": llama, "llama4": llama4, "mixtral": mixtral, "qwen3-moe": qwen3_moe}
+def gemma4() -> transformers.PreTrainedModel:
+    """The last layer is global: one key/value head of twice the size, whose keys are its values."""
+    config = transformers.Gemma4TextConfig(
+        **TEXT,
+        layer_types=["sliding_attention", "full_attention"],
+        global_head_dim=2 * HEAD_DIM,
+        num_global_key_value_heads=1,
+        attention_k_eq_v=True,
+        num_kv_shared_layers=0,
+        vocab_size_per_layer_input=TEXT["vocab_size"],
+        hidden_size_per_layer_input=0,
+    )
+    return transformers.Gemma4ForCausalLM(config)
+
+
+FAMILIES = {
+    "llama": llama,
+    "llama4": llama4,
+    "mixtral": mixtral,
+    "qwen3-moe": qwen3_moe,
+    "gemma4": gemma4,
+}
 
 FP8 = {"num_bits": 8, "type": "float", "symmetric": True, "dynamic": False}
 INT4 = {"num_bits": 4, "type": "int", "symmetric": True, "dynamic": False}
