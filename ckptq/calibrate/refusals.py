@@ -4,14 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from textwrap import shorten
 
 from ckptq.errors import CkptqError, SourceError
+
+LONGEST = 300
+"""Characters of a reason that are told; some go on about every version of a library."""
 
 
 @contextmanager
 def refusals(what: str) -> Iterator[None]:
-    """Around one call that only reads a checkpoint's files: SourceError, "WHAT: the first line of
-    the library's reason".
+    """Around one call that only reads a checkpoint's files: SourceError, "WHAT: the library's
+    reason", on one line.
 
     Every exception is meant. tokenizers raises bare `Exception`, validators of configs classes of
     their own, and code of families whatever an odd value leads to; the files are the cause of all.
@@ -21,6 +25,5 @@ def refusals(what: str) -> Iterator[None]:
     except (CkptqError, MemoryError):
         raise
     except Exception as error:
-        reason = str(error).strip().splitlines()
-        said = reason[0] if reason else ""
-        raise SourceError(f"{what}: {said or type(error).__name__}") from error
+        reason = shorten(str(error), LONGEST, placeholder=" ...") or type(error).__name__
+        raise SourceError(f"{what}: {reason}") from error

@@ -10,6 +10,9 @@ from pathlib import Path
 from ckptq.calibrate.tokens import Row
 from ckptq.errors import SourceError, UsageError
 
+FILES = (".txt", ".jsonl", ".json", ".csv", ".tsv", ".parquet", ".arrow", ".gz", ".zst", ".zip")
+"""Suffixes that no data set's name ends in."""
+
 
 def builtin_corpus() -> str:
     """English about Python, 0.7 MB. A stopgap: text like the traffic to be served is better."""
@@ -35,7 +38,14 @@ def read_rows(path: Path, split: str, limit: int) -> Iterator[Row]:
         return islice(_parquet(path), limit)
     if path.is_file():
         raise SourceError(f"{path}: unknown kind of text; known: .txt, .jsonl, .parquet")
+    if not path.exists() and not _may_be_an_id(path):
+        raise SourceError(f"{path}: no such file or folder")
     return islice(_dataset(str(path), split), limit)
+
+
+def _may_be_an_id(path: Path) -> bool:
+    """A data set on the hub is NAME or OWNER/NAME; asking for a path there takes half a minute."""
+    return len(path.parts) <= 2 and path.suffix not in FILES and path.parts[0] not in ("..", "/")
 
 
 def _jsonl(path: Path) -> Iterator[Row]:

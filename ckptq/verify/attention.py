@@ -17,7 +17,6 @@ import torch
 from torch import Tensor
 
 from ckptq.checkpoint.read import Files, read_tensor
-from ckptq.errors import UsageError
 from ckptq.spec import FLOATS
 from ckptq.verify.heads import Choices, HeadSums, OutputSums, in_fp8
 from ckptq.verify.report import HeadResult, LayerResult
@@ -75,12 +74,11 @@ def _rounded(qkv: Mapping[str, Tensor], choices: Mapping[str, Choices], index: i
 
 
 def check_attention(subject: Subject, text: str | None = None, device: str = "cpu") -> Watch:
-    """Run the source on a little text, built in if none is given. UsageError without a source."""
+    """Run the source on a little text, built in if none is given."""
     from ckptq.calibrate.forward import open_model
     from ckptq.calibrate.text import read_samples
 
-    if subject.source is None:
-        raise UsageError("the attention check runs the source: give --source")
+    assert subject.source is not None
     samples = read_samples(text, subject.source.path, samples=SAMPLES, seq_len=SEQ_LEN)
     model = open_model(subject.source, device)
     stream = model.embed(samples.batches(1))

@@ -64,5 +64,5 @@ ENGINES = {
 def find_engine(name: str) -> Engine:
     """UsageError for an engine that is not known."""
     if name not in ENGINES:
-        raise UsageError(f"unknown engine {name!r}; known: {', '.join(ENGINES)}")
+        raise UsageError(f"--engine {name!r}: wanted {', '.join(ENGINES)}")
     return ENGINES[name]

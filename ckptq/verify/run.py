@@ -38,11 +38,8 @@ def verify(
     The bytes that `progress` hears of add up to at most those of the checkpoint's tensors. Raises
     SourceError for what cannot be read at all; all else is a finding.
     """
-    began = time.monotonic()
-    problems: Problems = []
-    ckpt = open_checkpoint(path, problems=problems)
-    subject, declared_wrong = _subject(ckpt, source)
-    structure = [*declared_wrong, *check_structure(subject, problems)]
+    if attention and source is None:
+        raise UsageError("--attention runs the unquantized model: give --source")
     if headers_only and (engine is not None or attention):
         raise UsageError("headers alone show neither an engine's loader nor attention")
     if text is not None and not attention:
@@ -52,6 +49,11 @@ def verify(
         engine=find_engine(engine) if engine is not None else None,
         progress=progress or (lambda what, done: None),
     )
+    began = time.monotonic()
+    problems: Problems = []
+    ckpt = open_checkpoint(path, problems=problems)
+    subject, declared_wrong = _subject(ckpt, source)
+    structure = [*declared_wrong, *check_structure(subject, problems)]
     checked = Checked() if headers_only else _data(subject, structure, options)
     seen = _attention(subject, text) if attention else Attention()
     everything = [*structure, *checked.findings, *seen.findings]

@@ -199,3 +199,16 @@ def test_token_ids_need_no_tokenizer(tmp_path):
 def test_numbers_that_make_no_sense_are_refused(checkpoint, wrong):
     with pytest.raises(UsageError, match="at least 1"):
         read_samples(None, checkpoint, **wrong)
+
+
+@pytest.mark.parametrize("name", ["nosuch.txt", "nosuch.csv", "../nosuch", "a/b/nosuch", "/nosuch"])
+def test_a_path_that_is_not_there_is_not_looked_for_on_the_hub(checkpoint, monkeypatch, name):
+    def reached(*args: object, **options: object) -> None:
+        raise AssertionError("the hub was asked")
+
+    datasets = pytest.importorskip("datasets")
+    monkeypatch.setattr(datasets, "load_dataset", reached)
+    with pytest.raises(SourceError, match=r"nosuch.*[Nn]o such file"):
+        read_samples(name, checkpoint)
+    with pytest.raises(AssertionError, match="the hub was asked"):
+        read_samples("owner/name.v2", checkpoint)
