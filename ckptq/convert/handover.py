@@ -20,7 +20,7 @@ from ckptq.checkpoint.open import Checkpoint, open_checkpoint
 from ckptq.checkpoint.write import write_text
 from ckptq.convert import documents
 from ckptq.convert.run import Result, convert_plan, modified, serve_line
-from ckptq.errors import FoundWrong, SourceError, UsageError
+from ckptq.errors import FoundWrong, UsageError
 from ckptq.models.encoded import read_encoded, unquantized_config
 from ckptq.models.modules import read_layout
 from ckptq.plan.make import SHARD_BYTES, fill_shards
@@ -108,6 +108,7 @@ def _oneshot(ckpt: Checkpoint, recipe: Recipe, made: Path, wanted: CalibrationRe
     from datasets import Dataset
     from llmcompressor import oneshot
 
+    from ckptq.calibrate.refusals import refusals
     from ckptq.calibrate.skeleton import model_class_of, read_config
     from ckptq.calibrate.text import read_samples
 
@@ -118,10 +119,8 @@ def _oneshot(ckpt: Checkpoint, recipe: Recipe, made: Path, wanted: CalibrationRe
     ids = [list(row) for row in samples.token_ids]
     config = read_config(ckpt, wanted.trust_remote_code)
     model_class: Any = model_class_of(ckpt, config, wanted.trust_remote_code)
-    try:
+    with refusals(f"{ckpt.path}: transformers cannot load the model"):
         model = model_class.from_pretrained(ckpt.path, dtype="auto")
-    except (RuntimeError, ValueError, OSError) as error:
-        raise SourceError(f"{ckpt.path}: transformers cannot load the model: {error}") from error
     tokenizer: Any = transformers.AutoTokenizer.from_pretrained(ckpt.path)
     torch.manual_seed(wanted.seed)
     oneshot(

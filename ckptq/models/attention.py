@@ -57,6 +57,11 @@ def heads_in(
     return heads if rest or not count or heads[0] % count else (heads[0], count)
 
 
+def by_side(heads: tuple[int, int]) -> dict[str, int]:
+    """How many heads q, k and v have, and so scales of their own."""
+    return {"q": heads[0], "k": heads[1], "v": heads[1]}
+
+
 def _first(
     module: str, names: tuple[str, ...], shapes: Mapping[str, tuple[int, ...]]
 ) -> tuple[int, ...] | None:

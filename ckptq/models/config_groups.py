@@ -86,10 +86,9 @@ def _patterns(ckpt: Checkpoint, field: str, found: object) -> tuple[str, ...]:
         raise _odd(ckpt, field, found, "a list of names")
     for pattern in found:
         try:
-            re.compile(pattern.removeprefix("re:"))
+            re.compile(pattern.removeprefix("re:") if pattern.startswith("re:") else "")
         except re.error as error:
-            if pattern.startswith("re:"):
-                raise _odd(ckpt, field, pattern, f"a pattern that compiles ({error})") from error
+            raise _odd(ckpt, field, pattern, f"a pattern that compiles ({error})") from error
     return tuple(found)
 
 

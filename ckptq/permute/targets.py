@@ -7,11 +7,12 @@ and the attention modules that hold them; vision towers have a RoPE of their own
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 from ckptq.checkpoint.open import Checkpoint
 from ckptq.errors import PlanError
-from ckptq.models.config_groups import block_structure, config_groups, group_of
+from ckptq.models.config_groups import ConfigGroup, block_structure, config_groups, group_of
 from ckptq.models.modules import decoder_layers, num_attention_heads
 from ckptq.permute.effect import Effect, Projection, effect_on, effect_on_attention
 from ckptq.permute.order import Heads
@@ -22,12 +23,12 @@ PROJECTIONS = {"q_proj": "q", "k_proj": "k"}
 _UNTURNED = ("v_proj", "o_proj")
 
 
-def plan_permutation(ckpt: Checkpoint, *, unfit: list[str] | None = None) -> dict[str, Effect]:
+def plan_permutation(ckpt: Checkpoint, *, skip_unfit: bool = False) -> dict[str, Effect]:
     """Tensor name -> what happens to it, for every tensor of q/k and of their attention modules.
 
     Raises PlanError, naming the tensor, for one that is unknown or cannot be permuted, and for a
-    model without q_proj and k_proj (fused qkv, latent attention). With `unfit`, such tensors are
-    left out, and their names added to it.
+    model without q_proj and k_proj (fused qkv, latent attention). With `skip_unfit`, such tensors
+    are left out.
     """
     layers, _ = decoder_layers(ckpt)
     modules = _attention_modules(ckpt, layers)
@@ -37,27 +38,36 @@ def plan_permutation(ckpt: Checkpoint, *, unfit: list[str] | None = None) -> dic
             "other layout of attention"
         )
     heads = head_geometry(ckpt.text_config)
+    declared = Declared(config_groups(ckpt), block_structure(ckpt))
     effects = {}
     for name, stored in ckpt.tensors.items():
         module, local = _split(name, modules)
         if module is None or local.startswith(tuple(f"{p}." for p in _UNTURNED)):
             continue
         try:
-            effects[name] = _effect(ckpt, module, local, stored.spec, heads)
+            effects[name] = _effect(declared, module, local, stored.spec, heads)
         except PlanError:
-            if unfit is None:
+            if not skip_unfit:
                 raise
-            unfit.append(name)
     return effects
 
 
+@dataclass(frozen=True, slots=True)
+class Declared:
+    """What the quantization config says of the weights' layout; empty where there is none."""
+
+    groups: tuple[ConfigGroup, ...]
+    block: tuple[int, int] | None
+    """Of all weights, in FP8 as DeepSeek ships it."""
+
+
 def _effect(
-    ckpt: Checkpoint, module: str, local: str, spec: TensorSpec, heads: Mapping[str, Heads]
+    declared: Declared, module: str, local: str, spec: TensorSpec, heads: Mapping[str, Heads]
 ) -> Effect:
     """What happens to one tensor of an attention module: "q_proj.weight", "k_scale", ..."""
     child, _, rest = local.partition(".")
     if child in PROJECTIONS:
-        projection = _projection(ckpt, f"{module}.{child}", heads[PROJECTIONS[child]])
+        projection = _projection(declared, f"{module}.{child}", heads[PROJECTIONS[child]])
         return effect_on(rest, spec, projection)
     sides = {side: Projection(module, heads[side]) for side in heads}
     return effect_on_attention(local, spec, sides)
@@ -136,13 +146,12 @@ def _split(name: str, modules: set[str]) -> tuple[str | None, str]:
     return None, name
 
 
-def _projection(ckpt: Checkpoint, name: str, heads: Heads) -> Projection:
-    """A projection with what the quantization config says of its weights' layout."""
-    group = group_of(config_groups(ckpt), name)
+def _projection(declared: Declared, name: str, heads: Heads) -> Projection:
+    group = group_of(declared.groups, name)
     weights = group.weights if group else {}
     return Projection(
         name,
         heads,
-        block=pair(weights.get("block_structure")) or block_structure(ckpt),
+        block=pair(weights.get("block_structure")) or declared.block,
         bits=whole("num_bits", weights.get("num_bits")),
     )

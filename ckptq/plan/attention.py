@@ -12,7 +12,7 @@ from typing import Any, Literal
 
 from ckptq.checkpoint.open import Checkpoint
 from ckptq.errors import PlanError
-from ckptq.models.attention import attention_kind, heads_in
+from ckptq.models.attention import attention_kind, by_side, heads_in
 from ckptq.models.modules import Layout, num_attention_heads
 from ckptq.recipes.load import Args
 from ckptq.spec import TensorSpec
@@ -49,15 +49,11 @@ def plan_attention(ckpt: Checkpoint, layout: Layout, args: Args) -> AttentionPla
         scales={
             module: {
                 f"{module}.{which}_scale": TensorSpec(dtype, (count, 1, 1) if per_head else (1,))
-                for which, count in _counts(heads_in(module, heads, shapes)).items()
+                for which, count in by_side(heads_in(module, heads, shapes)).items()
             }
             for module, dtype in projections.items()
         },
     )
-
-
-def _counts(heads: tuple[int, int]) -> dict[str, int]:
-    return {"q": heads[0], "k": heads[1], "v": heads[1]}
 
 
 def last_tensors(ckpt: Checkpoint, attention: AttentionPlan) -> dict[str, str]:

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from ckptq.checkpoint.read import Files, read_tensor
+from ckptq.models.attention import by_side
 from ckptq.spec import FLOATS
 from ckptq.verify.heads import Choices, HeadSums, OutputSums, in_fp8
 from ckptq.verify.report import HeadResult, LayerResult
@@ -118,8 +119,7 @@ def _choices(subject: Subject) -> dict[str, dict[str, Choices]]:
     with Files() as files:
         for module in subject.attention:
             heads = subject.heads_in(module)
-            counts = {"q": heads[0], "k": heads[1], "v": heads[1]} if heads else {}
-            for which, count in counts.items():
+            for which, count in by_side(heads).items() if heads else ():
                 tensor = subject.cache_scales.get((module, which))
                 scale = torch.ones(1)
                 if tensor is not None and tensor.spec.dtype in FLOATS:

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 
 from ckptq.checkpoint.header import StoredTensor
 from ckptq.checkpoint.open import CONFIG
+from ckptq.models.attention import by_side
 from ckptq.spec import FLOATS
 from ckptq.verify.kinds import finding
 from ckptq.verify.report import Finding
@@ -94,9 +95,7 @@ def wanted_count(subject: Subject, module: str, which: str) -> int | None:
     if subject.declared.kv_strategy == "tensor":
         return 1
     heads = subject.heads_in(module)
-    if heads is None:
-        return None
-    return heads[0] if which == "q" else heads[1]
+    return by_side(heads)[which] if heads is not None else None
 
 
 def _wanted(subject: Subject, module: str, which: str) -> str:

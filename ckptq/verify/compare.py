@@ -186,8 +186,8 @@ def _sharing(
 
     ways: list[Share | None] = [None]
     ways += [partial(share_amax, heads=heads, sharing=sharing) for sharing in Sharing]
-    best = min(ways, key=unexplained)
-    return best if unexplained(best) < len(w_RC) / 2 else None
+    rows, best = min(((unexplained(way), way) for way in ways), key=lambda pair: pair[0])
+    return best if rows < len(w_RC) / 2 else None
 
 
 def _as_bytes(code_RN: Tensor) -> Tensor:

@@ -56,7 +56,7 @@ def make_undo(subject: Subject) -> Undo:
         if ours == wanted or not well_typed(subject):
             return Undo()
         # what fits no heads is a finding of its own, and no reason to take all else for turned
-        effects = plan_permutation(subject.ckpt, unfit=[])
+        effects = plan_permutation(subject.ckpt, skip_unfit=True)
     except (PlanError, SourceError):
         return Undo()
     return Undo(

@@ -64,7 +64,7 @@ def check_rope(subject: Subject) -> Iterator[Finding]:
 def _scales_move(subject: Subject) -> bool:
     """Whether any scale of q/k is indexed by row: one for the whole tensor is in every order."""
     try:
-        effects = plan_permutation(subject.ckpt, unfit=[]) if well_typed(subject) else {}
+        effects = plan_permutation(subject.ckpt, skip_unfit=True) if well_typed(subject) else {}
     except PlanError:
         return True
     scales = [e for e in effects.values() if e.part is Part.SCALES]
