@@ -37,7 +37,7 @@ from ckptq.options import (
     one_of,
     words,
 )
-from ckptq.progress import silent
+from ckptq.progress import silent, untold
 
 app = typer.Typer(
     name="ckptq",
@@ -161,14 +161,12 @@ def calibrate(
     from ckptq.calibrate.request import CalibrationRequest
     from ckptq.calibrate.to_file import calibrate_to_file
     from ckptq.checkpoint.open import open_checkpoint
-    from ckptq.convert.quantize import NO_DATA, check_calibrated, little_text
     from ckptq.plan.make import make_plan
     from ckptq.recipes.load import load_either
     from ckptq.show import show_scales
 
     ckpt = open_checkpoint(model, revision)
     plan = make_plan(ckpt, load_either(scheme or (None if recipe else "fp8-per-head"), recipe))
-    check_calibrated(plan)
     wanted = CalibrationRequest(
         data=data,
         samples=samples,
@@ -180,16 +178,12 @@ def calibrate(
     )
     new_file("--output", output)
     with together() as ranks:
-        if data is None and ranks.leads:
-            console.note(NO_DATA)
         with console.progress() as begin:
-            begin = begin if ranks.leads else silent
+            begin, note = (begin, console.note) if ranks.leads else (silent, untold)
             made = calibrate_to_file(
-                ckpt, plan, wanted, output, begin, restart=restart, ranks=ranks
+                ckpt, plan, wanted, output, begin, restart=restart, ranks=ranks, note=note
             )
         if ranks.leads:
-            if said := little_text(made, wanted):
-                console.note(said)
             show_scales(output, made, json)
 
 

@@ -18,3 +18,11 @@ class Begin(Protocol):
 def silent(task: str, total: int, unit: str = "bytes") -> Report:
     """Progress for callers that show none."""
     return lambda what, done: None
+
+
+Note = Callable[[str], None]
+"""Hears, in a line, what a user should know on the way."""
+
+
+def untold(message: str) -> None:
+    """For callers to whom nothing need be told."""

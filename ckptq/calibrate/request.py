@@ -14,7 +14,12 @@ from ckptq.checkpoint.open import Checkpoint
 from ckptq.device import find_device
 from ckptq.errors import PlanError, SourceError, UsageError
 from ckptq.plan.unit import Plan
-from ckptq.progress import Begin
+from ckptq.progress import Begin, Note, untold
+
+NO_DATA = (
+    "calibrating on the built-in corpus (the topics of Python's help, in English); "
+    "give --data with text of your own domain for scales that fit it"
+)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -54,7 +59,12 @@ class ScalesSource:
 
 
 def scales_source(
-    ckpt: Checkpoint, plan: Plan, wanted: CalibrationRequest, file: Path | None, begin: Begin
+    ckpt: Checkpoint,
+    plan: Plan,
+    wanted: CalibrationRequest,
+    file: Path | None,
+    begin: Begin,
+    note: Note = untold,
 ) -> ScalesSource | None:
     """None where the plan needs no scales; UsageError for a scales file that nothing needs."""
     needed = plan.attention is not None or bool(plan.inputs)
@@ -71,7 +81,7 @@ def scales_source(
         return None
     return ScalesSource(
         arguments=wanted.arguments(),
-        load=lambda folder: calibrate_plan(ckpt, plan, wanted, begin, folder),
+        load=lambda folder: calibrate_plan(ckpt, plan, wanted, begin, folder, note=note),
         runs_model=True,
     )
 
@@ -83,14 +93,19 @@ def calibrate_plan(
     begin: Begin,
     folder: Path | None = None,
     ranks: Ranks = ALONE,
+    note: Note = untold,
 ) -> Scales:
-    """The scales that a plan needs, from the text that was asked for."""
+    """The scales that a plan needs, from the text that was asked for.
+
+    `note` hears that nobody chose the text, and that it was short.
+    """
     from ckptq.calibrate.run import calibrate
     from ckptq.calibrate.text import read_samples
 
-    if plan.attention is None and not plan.inputs:
-        raise UsageError(f"recipe {plan.recipe.name!r} uses no calibrated scales")
+    _check_calibrated(plan)
     device = str(find_device(wanted.device))
+    if wanted.data is None:
+        note(NO_DATA)
     samples = read_samples(
         wanted.data,
         ckpt.path,
@@ -116,7 +131,21 @@ def calibrate_plan(
         ranks=ranks,
     )
     _check_all_seen(ckpt, plan, made)
+    if wanted.data is not None and made.made.samples < wanted.samples:
+        note(
+            f"{wanted.data}: gives {made.made.samples} of the {wanted.samples} samples that were "
+            f"asked for, {made.made.tokens:,} tokens in all"
+        )
     return made
+
+
+def _check_calibrated(plan: Plan) -> None:
+    """UsageError for a recipe that calibration can do nothing for."""
+    if plan.attention is None and not plan.inputs:
+        raise UsageError(
+            f"recipe {plan.recipe.name!r} uses no calibrated scales; fp8-per-head, fp8-per-tensor, "
+            "fp8-static and nvfp4 do"
+        )
 
 
 def _check_all_seen(ckpt: Checkpoint, plan: Plan, made: Scales) -> None:

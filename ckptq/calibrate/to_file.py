@@ -1,7 +1,7 @@
 """`ckptq calibrate`, as one function: scales in a file of their own.
 
-    SCALES.partial/lock    held by the run
-    SCALES.partial/...     what a killed run needs to go on (ckptq.calibrate.journal)
+    SCALES.partial/lock            held by the run
+    SCALES.partial/calibration/    what a killed run needs to go on (ckptq.calibrate.journal)
 
 Several processes have a folder each in there, rank-0-of-4 and so on. All of it is gone when the
 file is there.
@@ -19,11 +19,11 @@ from ckptq.calibrate.journal import holds_work
 from ckptq.calibrate.ranks import ALONE, Ranks
 from ckptq.calibrate.request import CalibrationRequest, calibrate_plan
 from ckptq.calibrate.scales import Scales, save_scales
-from ckptq.checkpoint.journal import partial_of, take_lock
+from ckptq.checkpoint.journal import empty, partial_of, take_lock
 from ckptq.checkpoint.open import Checkpoint
 from ckptq.checkpoint.write import machine_errors
 from ckptq.plan.unit import Plan
-from ckptq.progress import Begin
+from ckptq.progress import Begin, Note, untold
 
 
 def calibrate_to_file(
@@ -35,6 +35,7 @@ def calibrate_to_file(
     *,
     restart: bool = False,
     ranks: Ranks = ALONE,
+    note: Note = untold,
 ) -> Scales:
     """The scales that a plan needs, written to `output` whole at the end, or not at all.
 
@@ -45,7 +46,7 @@ def calibrate_to_file(
     partial = partial_of(output)
     folder = partial if ranks.world == 1 else partial / f"rank-{ranks.rank}-of-{ranks.world}"
     with _held(folder, partial, restart):
-        made = calibrate_plan(ckpt, plan, wanted, begin, folder, ranks)
+        made = calibrate_plan(ckpt, plan, wanted, begin, folder / "calibration", ranks, note)
         if ranks.leads:
             with machine_errors(output):
                 save_scales(output, made)
@@ -65,23 +66,14 @@ def _held(folder: Path, partial: Path, restart: bool) -> Iterator[None]:
         lock = take_lock(folder)
     try:
         if restart:
-            _empty(folder)
+            with machine_errors(folder):
+                empty(folder)
         yield
     except BaseException:
-        if not holds_work(folder):
+        if not holds_work(folder / "calibration"):
             shutil.rmtree(folder)
             with suppress(OSError):  # gone already, or other processes have a folder in it
                 partial.rmdir()
         raise
     finally:
         os.close(lock)
-
-
-def _empty(folder: Path) -> None:
-    """Everything but the lock."""
-    with machine_errors(folder):
-        for path in folder.iterdir():
-            if path.is_dir():
-                shutil.rmtree(path)
-            elif path.name != "lock":
-                path.unlink()

@@ -56,13 +56,13 @@ class Journal:
             lock = take_lock(partial)
         try:
             if restart:
-                _empty(partial)
+                empty(partial)
             found, done, publishing = _read(partial / "journal.jsonl")
             if os.path.lexists(out) and not publishing:
                 raise _taken(out)
             fingerprint = json.loads(json.dumps(fingerprint))
             if found is None or (found != fingerprint and not (done or _holds_work(partial))):
-                _empty(partial)
+                empty(partial)
                 (partial / "checkpoint").mkdir()
                 _append(partial / "journal.jsonl", {"run": fingerprint})
                 sync_folder(partial)
@@ -131,7 +131,7 @@ def _holds_work(partial: Path) -> bool:
     return any(p not in begun and not p.is_relative_to(partial / "checkpoint") for p in files)
 
 
-def _empty(partial: Path) -> None:
+def empty(partial: Path) -> None:
     """Everything but the lock, the journal first: without it the rest means nothing."""
     (partial / "journal.jsonl").unlink(missing_ok=True)
     for path in partial.iterdir():

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from ckptq.calibrate.ranks import started
-from ckptq.calibrate.request import CalibrationRequest, ScalesSource, scales_source
-from ckptq.calibrate.scales import Scales, load_scales
+from ckptq.calibrate.request import NO_DATA, CalibrationRequest, ScalesSource, scales_source
 from ckptq.checkpoint.open import Checkpoint, open_checkpoint
 from ckptq.convert.handover import check_handed_over, write_handed_over
 from ckptq.convert.run import Result, default_output, scale_tensors, write_quantized
@@ -17,13 +15,8 @@ from ckptq.permute.order import Sharing
 from ckptq.plan.doubts import vllm_doubts
 from ckptq.plan.make import SHARD_BYTES, RopeChoice, make_plan
 from ckptq.plan.unit import Plan
-from ckptq.progress import Begin, silent
+from ckptq.progress import Begin, Note, silent, untold
 from ckptq.recipes.load import Recipe
-
-NO_DATA = (
-    "calibrating on the built-in corpus (the topics of Python's help, in English); "
-    "give --data with text of your own domain for scales that fit it"
-)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -82,7 +75,7 @@ def plan_of(request: QuantizeRequest) -> tuple[Checkpoint, Plan]:
 def quantize(
     request: QuantizeRequest,
     begin: Begin = silent,
-    note: Callable[[str], None] = lambda message: None,
+    note: Note = untold,
 ) -> Result:
     """Quantize a model as the request says. `note` hears what a user should know on the way."""
     if started().world > 1:
@@ -93,11 +86,9 @@ def quantize(
     if request.recipe.handed_over:
         return _handed_over(request, begin, note)
     ckpt, plan = plan_of(request)
-    source = scales_source(ckpt, plan, request.calibration, request.scales, begin)
-    if source is not None and source.runs_model:
-        source = _telling(source, request.calibration, note)
-    if request.scales is not None:
-        _check_fit(plan, request.scales)
+    source = scales_source(ckpt, plan, request.calibration, request.scales, begin, note)
+    if source is not None and request.scales is not None:
+        _check_fit(plan, request.scales, source)
     if source is not None and source.doubt is not None:
         note(source.doubt)
     for doubt in vllm_doubts(plan):
@@ -116,50 +107,15 @@ def quantize(
     )
 
 
-def _check_fit(plan: Plan, file: Path) -> None:
+def _check_fit(plan: Plan, file: Path, source: ScalesSource) -> None:
     """UsageError, before a run begins, for a file of other scales than the plan's."""
     try:
-        scale_tensors(plan, load_scales(file))
+        scale_tensors(plan, source.load(file.parent))
     except UsageError as error:
         raise UsageError(f"{file}: {error}") from error
 
 
-def check_calibrated(plan: Plan) -> None:
-    """UsageError for a recipe that `ckptq calibrate` can do nothing for."""
-    if plan.attention is None and not plan.inputs:
-        raise UsageError(
-            f"recipe {plan.recipe.name!r} uses no calibrated scales; fp8-per-head, fp8-per-tensor, "
-            "fp8-static and nvfp4 do"
-        )
-
-
-def little_text(made: Scales, wanted: CalibrationRequest) -> str | None:
-    """What to tell a user whose text holds fewer samples than were asked for."""
-    if wanted.data is None or made.made.samples >= wanted.samples:
-        return None
-    return (
-        f"{wanted.data}: gives {made.made.samples} of the {wanted.samples} samples that were asked "
-        f"for, {made.made.tokens:,} tokens in all"
-    )
-
-
-def _telling(
-    source: ScalesSource, wanted: CalibrationRequest, note: Callable[[str], None]
-) -> ScalesSource:
-    """The same source, which says when it begins on a text that nobody chose, or that was short."""
-
-    def load(folder: Path) -> Scales:
-        if wanted.data is None:
-            note(NO_DATA)
-        made = source.load(folder)
-        if said := little_text(made, wanted):
-            note(said)
-        return made
-
-    return replace(source, load=load)
-
-
-def _handed_over(request: QuantizeRequest, begin: Begin, note: Callable[[str], None]) -> Result:
+def _handed_over(request: QuantizeRequest, begin: Begin, note: Note) -> Result:
     if request.rope_order != "keep" or request.rope_proof is not None:
         raise UsageError(
             f"recipe {request.recipe.name!r} runs in llm-compressor, in the source's RoPE order; "

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -12,7 +12,7 @@ from ckptq.errors import UsageError
 from ckptq.evaluate.harness import Benchmarks, check_installed, run_benchmarks
 from ckptq.evaluate.kv_cache import parse_cache
 from ckptq.evaluate.result import Evaluation, Thresholds
-from ckptq.progress import Begin, silent
+from ckptq.progress import Begin, Note, silent, untold
 from ckptq.recipes.load import Recipe, load_scheme
 
 NOTHING = Thresholds()
@@ -51,7 +51,7 @@ def evaluate_request(
     *,
     revision: str | None = None,
     begin: Begin = silent,
-    note: Callable[[str], None] = lambda message: None,
+    note: Note = untold,
 ) -> Evaluation:
     """Open, read, compare. UsageError for what does not go together, before a model is built.
 

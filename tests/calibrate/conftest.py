@@ -4,6 +4,7 @@ from pathlib import Path
 import pytest
 from calibrate_models import make
 
+from ckptq.calibrate.forward import LayerwiseModel
 from ckptq.checkpoint.open import Checkpoint, open_checkpoint
 
 Saved = Callable[[str], Checkpoint]
@@ -21,3 +22,17 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> Saved:
         return open_checkpoint(path)
 
     return save
+
+
+@pytest.fixture
+def run_layers(monkeypatch) -> list[int]:
+    """Which layers are run, in order."""
+    ran: list[int] = []
+    run_layer = LayerwiseModel.run_layer
+
+    def counted(self, index, *args):
+        run_layer(self, index, *args)
+        ran.append(index)
+
+    monkeypatch.setattr(LayerwiseModel, "run_layer", counted)
+    return ran

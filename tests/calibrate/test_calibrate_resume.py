@@ -12,7 +12,6 @@ import pytest
 from calibrate_models import LAYERS, samples_of, token_rows
 
 from ckptq.calibrate import journal as journal_module
-from ckptq.calibrate.forward import LayerwiseModel
 from ckptq.calibrate.run import calibrate
 from ckptq.calibrate.scales import save_scales
 from ckptq.errors import UsageError
@@ -24,20 +23,6 @@ SAMPLES = samples_of(token_rows([24, 11, 24, 24]))
 def every_layer(monkeypatch):
     """Keep the state after every layer, however long that takes."""
     monkeypatch.setattr(journal_module, "SHARE_OF_TIME", float("inf"))
-
-
-@pytest.fixture
-def run_layers(monkeypatch) -> list[int]:
-    """Which layers are run, in order."""
-    ran: list[int] = []
-    run_layer = LayerwiseModel.run_layer
-
-    def counted(self, index, *args):
-        run_layer(self, index, *args)
-        ran.append(index)
-
-    monkeypatch.setattr(LayerwiseModel, "run_layer", counted)
-    return ran
 
 
 class Killed(BaseException):

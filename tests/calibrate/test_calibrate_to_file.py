@@ -14,7 +14,6 @@ from calibrate_models import LAYERS, token_rows
 from typer.testing import CliRunner
 
 from ckptq.calibrate import journal
-from ckptq.calibrate.forward import LayerwiseModel
 from ckptq.checkpoint.journal import take_lock
 from ckptq.cli import app
 
@@ -45,18 +44,10 @@ def command(saved, tmp_path) -> list[str]:
     return [*command, "--device", "cpu", "-o"]
 
 
-@pytest.fixture
-def layers_run(monkeypatch) -> list[int]:
+@pytest.fixture(autouse=True)
+def every_layer(monkeypatch) -> None:
+    """The state is kept after every layer, however long that takes."""
     monkeypatch.setattr(journal, "SHARE_OF_TIME", float("inf"))
-    ran: list[int] = []
-    run_layer = LayerwiseModel.run_layer
-
-    def counted(self, index, *args):
-        run_layer(self, index, *args)
-        ran.append(index)
-
-    monkeypatch.setattr(LayerwiseModel, "run_layer", counted)
-    return ran
 
 
 def run(command: list[str], output: Path, *options: str):
@@ -71,15 +62,15 @@ def killed(command: list[str], output: Path, launcher: list[str]) -> int:
     return subprocess.run(whole, capture_output=True, env=environment, check=False).returncode
 
 
-def test_killed_it_goes_on(command, tmp_path, layers_run):
+def test_killed_it_goes_on(command, tmp_path, run_layers):
     assert run(command, tmp_path / "whole").exit_code == 0
     out = tmp_path / "scales"
     assert killed(command, out, [sys.executable]) == -signal.SIGKILL
     assert not out.exists()
-    layers_run.clear()
+    run_layers.clear()
     done = run(command, out)
     assert done.exit_code == 0, done.output
-    assert layers_run == list(range(2, LAYERS))
+    assert run_layers == list(range(2, LAYERS))
     assert out.read_bytes() == (tmp_path / "whole").read_bytes()
     assert not (tmp_path / "scales.partial").exists()
 
@@ -100,16 +91,16 @@ def test_killed_processes_of_torchrun_go_on(command, tmp_path):
     assert not (tmp_path / "scales.partial").exists()
 
 
-def test_another_command_is_refused_and_restart_begins_anew(command, tmp_path, layers_run):
+def test_another_command_is_refused_and_restart_begins_anew(command, tmp_path, run_layers):
     assert run(command, tmp_path / "whole").exit_code == 0
     out = tmp_path / "scales"
     assert killed([*command[:-1], "--batch-size", "1", "-o"], out, [sys.executable]) < 0
     refused = run(command, out)
     assert refused.exit_code != 0
     assert "batch_size was 1, is 2" in str(refused.exception)
-    layers_run.clear()
+    run_layers.clear()
     assert run(command, out, "--restart").exit_code == 0
-    assert layers_run == list(range(LAYERS))
+    assert run_layers == list(range(LAYERS))
     assert out.read_bytes() == (tmp_path / "whole").read_bytes()
 
 

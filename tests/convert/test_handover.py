@@ -9,10 +9,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from ckptq.calibrate.request import CalibrationRequest
+from ckptq.calibrate.request import NO_DATA, CalibrationRequest
 from ckptq.checkpoint.open import open_checkpoint
 from ckptq.convert.handover import check_handed_over, write_handed_over
-from ckptq.convert.quantize import NO_DATA, QuantizeRequest, quantize
+from ckptq.convert.quantize import QuantizeRequest, quantize
 from ckptq.errors import SourceError, UsageError
 from ckptq.recipes.load import load_text
 from ckptq.verify.run import verify
