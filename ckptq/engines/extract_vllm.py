@@ -269,8 +269,13 @@ def renames(mapper: Any) -> dict[str, Any]:
 @contextlib.contextmanager
 def built(checkpoint: Path, quantization: dict[str, Any] | None) -> Iterator[torch.nn.Module]:
     """vLLM's own class for a checkpoint, its parameters uninitialised, on the CPU."""
-    from vllm.config import DeviceConfig, LoadConfig, ModelConfig, VllmConfig
-    from vllm.config import set_current_vllm_config
+    from vllm.config import (
+        DeviceConfig,
+        LoadConfig,
+        ModelConfig,
+        VllmConfig,
+        set_current_vllm_config,
+    )
     from vllm.model_executor.model_loader.utils import initialize_model
 
     dtype = "bfloat16" if quantization else "float32"
