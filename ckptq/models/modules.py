@@ -16,7 +16,7 @@ from ckptq.models.encoded import BELONGS_TO_SCHEME, read_encoded
 from ckptq.models.experts import FUSED_WEIGHT, fused_layouts, holds_experts, why_whole
 from ckptq.models.family import Family, FusedExperts, family_of
 from ckptq.models.weight import Weight
-from ckptq.models.witnesses import Witnesses, read_witnesses
+from ckptq.models.witnesses import Witnesses, read_witnesses, why_by_name
 from ckptq.spec import FLOATS
 
 
@@ -173,7 +173,8 @@ def _why_no_linear(stored: StoredTensor) -> str:
     local = stored.name.rpartition(".")[2]
     if local == "weight" and stored.spec.dtype in FLOATS and len(stored.spec.shape) != 1:
         return f"not a Linear: {len(stored.spec.shape)}-D"
-    return "bias" if local == "bias" else "not a Linear's weight"
+    by_name = why_by_name(stored.name.rpartition(".")[0])
+    return by_name or ("bias" if local == "bias" else "not a Linear's weight")
 
 
 def num_attention_heads(config: Mapping[str, Any]) -> tuple[int, int] | None:

@@ -39,7 +39,7 @@ def model_class_of(
 ) -> type[PreTrainedModel]:
     """The class in transformers, or the checkpoint's own from its folder where that is trusted.
 
-    Without `architectures` the class that AutoModelForCausalLM would take for the config.
+    Without `architectures` the class that transformers' auto classes take for the config.
     """
     import transformers
     from transformers.dynamic_module_utils import get_class_from_dynamic_module
@@ -52,10 +52,12 @@ def model_class_of(
     known = _known_class(ckpt)
     if known is not None:
         return known
-    causal: Any = transformers.AutoModelForCausalLM._model_mapping
-    if not config.architectures and type(config) in causal:
-        model_class = causal[type(config)]
-        return model_class
+    if not config.architectures:
+        for auto in (transformers.AutoModelForImageTextToText, transformers.AutoModelForCausalLM):
+            mapping: Any = auto._model_mapping
+            if type(config) in mapping:
+                model_class = mapping[type(config)]
+                return model_class
     raise SourceError(
         f"{ckpt.path / CONFIG}: architectures {config.architectures or []} are not in transformers "
         f"{transformers.__version__}"

@@ -49,7 +49,7 @@ class Witnesses:
 
     def why_kept(self, module: str) -> str | None:
         """Why a Linear of this name on disk is never quantized, or None."""
-        return _by_name(module) or self._outside(module) or self._objection(module)
+        return why_by_name(module) or self._outside(module) or self._objection(module)
 
     def in_layers(self, name: str) -> bool:
         """Whether a tensor or module lies in a decoder layer."""
@@ -124,10 +124,17 @@ class Witnesses:
         if self.tree is not None:
             names.append(self.tree.module(module))
         if self.engine is not None and self.engine.fate(module) == "quantized":
-            experts = self.engine.experts(module)
-            engine_name = self.engine.engine_module(module)
-            names += experts.lookups if experts else [engine_name] if engine_name else []
+            engine_name = None if self.engine.experts(module) else self.engine.engine_module(module)
+            names += [engine_name] if engine_name else []
         return tuple(dict.fromkeys(names))
+
+    def expert_lookups(self, part: str) -> tuple[str, ...]:
+        """The names by which the engine looks up the scheme of the experts that this is a part of.
+
+        `part` is the Linear of one expert, or a tensor of all.
+        """
+        experts = self.engine.experts(part) if self.engine is not None else None
+        return experts.lookups if experts is not None else ()
 
 
 @lru_cache(maxsize=16)
@@ -170,7 +177,7 @@ def _layers_of(ckpt: Checkpoint, engine: Architecture | None) -> str:
     counts: dict[str, int] = {}
     for name in ckpt.tensors:
         match = LAYER.match(name)
-        if match is None or _by_name(match["prefix"]):
+        if match is None or why_by_name(match["prefix"]):
             continue
         if engine is None or _caches(engine, name):
             counts[match["prefix"]] = counts.get(match["prefix"], 0) + 1
@@ -183,5 +190,6 @@ def _caches(engine: Architecture, tensor: str) -> bool:
     return found is not None and found.kind in ("heads", "latent")
 
 
-def _by_name(module: str) -> str | None:
+def why_by_name(module: str) -> str | None:
+    """Why a module of this name is never quantized in any family; None where it may be."""
     return next((rule.reason for rule in NEVER_QUANTIZED if rule.pattern.match(module)), None)

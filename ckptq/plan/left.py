@@ -14,6 +14,8 @@ from ckptq.models.modules import Layout, Linear
 from ckptq.models.tree import NUMBER
 from ckptq.models.witnesses import HEAD
 
+EXPERT = re.compile(r"\.experts\.\d+\.")
+
 PLAIN = ("embedding", "norm")
 """What no engine takes for a Linear, by its name."""
 
@@ -27,12 +29,12 @@ def left_names(layout: Layout, chosen: Collection[str]) -> tuple[str, ...]:
     Experts of a layer that were left with all their projections are one pattern.
     """
     found: dict[str, None] = {}
-    touched = {layout.linears[n].parent.rpartition(".")[0] for n in chosen}
+    touched = {_experts_of(name) for name in chosen}
     for linear in layout.linears.values():
         if linear.name in chosen or linear.kept in PLAIN:
             continue
-        experts = linear.parent.rpartition(".")[0]
-        if linear.weight.index is not None and experts not in touched:
+        experts = _experts_of(linear.name)
+        if experts is not None and experts not in touched:
             found |= dict.fromkeys(_of_experts(layout, experts, linear.name))
         else:
             found |= dict.fromkeys(layout.witnesses.names_of(linear.name))
@@ -42,9 +44,15 @@ def left_names(layout: Layout, chosen: Collection[str]) -> tuple[str, ...]:
     return tuple(found)
 
 
+def _experts_of(linear: str) -> str | None:
+    """ "model.layers.0.mlp.experts.7.up_proj" -> "model.layers.0.mlp.experts"."""
+    match = EXPERT.search(linear)
+    return linear[: match.start()] + ".experts" if match else None
+
+
 def _of_experts(layout: Layout, experts: str, part: str) -> Iterator[str]:
     yield f"re:{re.escape(experts)}\\..*"
-    yield from layout.witnesses.names_of(part)[1:]
+    yield from layout.witnesses.expert_lookups(part)
 
 
 def _of_whole(layout: Layout, name: str) -> Iterator[str]:
@@ -54,6 +62,7 @@ def _of_whole(layout: Layout, name: str) -> Iterator[str]:
         yield from _of_experts(layout, experts, name)
     else:
         yield from layout.witnesses.names_of(name)
+        yield from layout.witnesses.expert_lookups(name)
 
 
 def left_alone(layout: Layout, chosen: Collection[str]) -> Iterator[str]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping, Sequence
 
 from ckptq.checkpoint.open import Checkpoint
@@ -10,10 +9,9 @@ from ckptq.errors import PlanError, SourceError
 from ckptq.models.config_groups import matches
 from ckptq.models.modules import Layout
 from ckptq.models.witnesses import NAMEABLE, Witnesses
+from ckptq.plan.left import EXPERT
 from ckptq.recipes.load import Group, Recipe, check_patterns
 from ckptq.spec import FLOATS
-
-EXPERT = re.compile(r"\.experts\.\d+\.")
 
 STATIC = (None, "tensor")
 """Strategies of static activations that vLLM serves."""
