@@ -17,12 +17,16 @@ from __future__ import annotations
 
 import contextlib
 import glob
+import importlib.abc
+import importlib.machinery
+import inspect
 import json
 import multiprocessing
 import os
 import sys
 import tempfile
 import traceback
+import unittest.mock
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -179,7 +183,7 @@ def load_numbers(
 
 def in_order(tensor: torch.Tensor) -> list[float]:
     """The values of a tensor, each once, in the order of their first place."""
-    flat = tensor.detach().float().flatten()
+    flat = tensor.detach().to(torch.float32).flatten()
     changes = torch.ones_like(flat, dtype=torch.bool)
     changes[1:] = flat[1:] != flat[:-1]
     return list(dict.fromkeys(flat[changes].tolist()))
@@ -283,6 +287,7 @@ def built(checkpoint: Path, quantization: dict[str, Any] | None) -> Iterator[tor
         config = json.loads((checkpoint / "config.json").read_text())
         if quantization:
             config["quantization_config"] = quantization
+        register_if_unknown(config)
         Path(folder, "config.json").write_text(json.dumps(config))
         for other in checkpoint.glob("*.json"):
             if other.name not in ("config.json", "model.safetensors.index.json"):
@@ -305,6 +310,49 @@ def built(checkpoint: Path, quantization: dict[str, Any] | None) -> Iterator[tor
             yield initialize_model(vllm)
 
 
+def register_if_unknown(config: dict[str, Any]) -> None:
+    """Let transformers read a config whose class lies on the hub, as plain attributes."""
+    from transformers import AutoConfig, PreTrainedConfig
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+    from vllm.transformers_utils.config import _CONFIG_REGISTRY
+
+    kind = config["model_type"]
+    if kind in CONFIG_MAPPING or kind in _CONFIG_REGISTRY:
+        return
+
+    class Plain(PreTrainedConfig):
+        model_type = kind
+
+        def __init__(self, **attributes: Any) -> None:
+            super().__init__(**attributes)
+            for name, value in attributes.items():
+                inner = name.endswith("_config") and name != "quantization_config"
+                setattr(self, name, nested(value) if inner else with_attributes(value))
+
+    def nested(value: dict[str, Any]) -> Any:
+        known = (
+            CONFIG_MAPPING[value["model_type"]] if value["model_type"] in CONFIG_MAPPING else None
+        )
+        return known(**value) if known else PreTrainedConfig(**value)
+
+    def with_attributes(value: Any) -> Any:
+        if isinstance(value, list):
+            return [with_attributes(item) for item in value]
+        return Attributes(value) if isinstance(value, dict) else value
+
+    AutoConfig.register(kind, Plain)
+
+
+class Attributes(dict):  # type: ignore[type-arg]
+    """JSON's object, read as configs written in Python are: `block.attention.no_op`."""
+
+    def __getattr__(self, name: str) -> Any:
+        if name not in self:
+            raise AttributeError(name)
+        value = self[name]
+        return Attributes(value) if isinstance(value, dict) else value
+
+
 def start_process_groups() -> None:
     from vllm.config import VllmConfig, set_current_vllm_config
     from vllm.distributed import init_distributed_environment, initialize_model_parallel
@@ -316,7 +364,66 @@ def start_process_groups() -> None:
 
 
 def lift_limits_of_this_machine() -> None:
-    """Nothing is computed here, so what a CPU cannot compute may be built."""
+    """Nothing is computed here, so what a CPU cannot compute may be built all the same."""
+    pretend_installed("cutlass", "cuda", "quack")
+    from vllm.config import ModelConfig
+    from vllm.model_executor.layers.attention import mla_attention
+    from vllm.model_executor.layers.fused_moe import config as moe
+    from vllm.model_executor.layers.fused_moe.modular_kernel import FusedMoEExperts
+    from vllm.platforms import current_platform
+    from vllm.platforms.cpu import CpuPlatform
+    from vllm.triton_utils import triton
+
+    # would ask processor and tokenizer, which are not there
+    ModelConfig._supports_multimodal_inputs = lambda self: self.is_multimodal_model
+    triton.set_allocator = lambda allocator: None
+    torch.cuda.Stream = unittest.mock.MagicMock
+    moe.current_platform = Pretended(current_platform, is_xpu=lambda: True)  # a gate is not needed
+    FusedMoEExperts.is_supported_config = staticmethod(lambda *config: (True, None))
+    choose = CpuPlatform.get_attn_backend_cls.__func__
+    init = mla_attention.MLACommonImpl.__init__
+
+    def get_attn_backend_cls(
+        cls: Any, selected: Any, attn_selector_config: Any, **rest: Any
+    ) -> str:
+        dense = attn_selector_config._replace(use_sparse=False)
+        return choose(cls, selected, attn_selector_config=dense, **rest)
+
+    def without_sparse(self: Any, *arguments: Any, **named: Any) -> None:
+        known = inspect.signature(init).parameters
+        init(self, *arguments, **{k: v for k, v in named.items() if k in known})
+
+    CpuPlatform.get_attn_backend_cls = classmethod(get_attn_backend_cls)
+    mla_attention.MLACommonImpl.__init__ = without_sparse
+
+
+class Pretended:
+    """An object with some attributes replaced."""
+
+    def __init__(self, original: Any, **replaced: Any) -> None:
+        self.original = original
+        self.__dict__.update(replaced)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.original, name)
+
+
+def pretend_installed(*packages: str) -> None:
+    """Kernel packages that files of models import, and that only a GPU's vLLM brings."""
+
+    class Finder(importlib.abc.MetaPathFinder, importlib.abc.Loader):
+        def find_spec(self, name: str, path: Any = None, target: Any = None) -> Any:
+            if name.partition(".")[0] in packages:
+                return importlib.machinery.ModuleSpec(name, self, is_package=True)
+            return None
+
+        def create_module(self, spec: Any) -> Any:
+            return unittest.mock.MagicMock(__path__=[], __spec__=spec, __name__=spec.name)
+
+        def exec_module(self, module: Any) -> None:
+            pass
+
+    sys.meta_path.append(Finder())  # last: what is installed is taken
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""The table of an engine: what it makes of each module of each architecture that it was asked about.
+"""The table of an engine: what it makes of the modules of each architecture.
 
     arch = load_table().architecture(["Qwen3_5MoeForConditionalGeneration"])
     arch.fate("model.language_model.layers.7.mlp.gate")                # "plain"
@@ -38,7 +38,7 @@ class Row:
     """What the engine makes of one kind of module; `*` stands for layers and experts."""
 
     engine: str | None
-    """Its module, by the name that the engine looks up schemes with; None: it loads no such thing."""
+    """Its module, by the name that it looks schemes up with. None: it loads no such thing."""
     fate: str
     """quantized | plain; absent: not loaded; mixed: depends on the config."""
     parameter: str = "weight"
@@ -136,9 +136,10 @@ class Architecture:
     def experts(self, disk_module: str) -> Experts | None:
         """The experts that a projection or a fused tensor belongs to."""
         row = self.row(disk_module)
-        if row is None or row.engine not in self.expert_names:
+        module = row.engine if row else None
+        if module not in self.expert_names or module is None:
             return None
-        return Experts(_fill(row.engine, disk_module), self.expert_names[row.engine])
+        return Experts(_fill(module, disk_module), self.expert_names[module])
 
     def attention(self, disk_parent: str) -> AttentionModule | None:
         """The attention whose projections lie in this module: "model.layers.0.self_attn"."""

@@ -97,9 +97,9 @@ def module_of(tensor: str, shapes: Mapping[str, list[int]]) -> str | None:
 
 
 def engine_pattern(engine: str, modules: list[str]) -> str:
-    """The engine's name with `*` for those numbers that are the first ones of the names on disk.
+    """The engine's name with `*` for its numbers, if they are the first ones of the names on disk.
 
-    A number that is another one stays: "model.mtp.layers.0" of "model.layers.61" cannot be read off.
+    Where they are not, as "mtp.layers.0" of "model.layers.61", they stay: nobody can read them off.
     """
     numbers = NUMBER.findall(engine)
     same = all(NUMBER.findall(module)[: len(numbers)] == numbers for module in modules)
