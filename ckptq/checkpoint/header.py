@@ -20,7 +20,7 @@ from ckptq.spec import DTYPES, TensorSpec
 MAX_HEADER = 100_000_000
 """The safetensors library's own limit, in bytes."""
 
-MAX_TENSORS = 1_000_000
+MAX_TENSORS = 1 << 18
 """In one file; the largest known has 50,000."""
 
 MAX_AXES = 64

@@ -26,6 +26,9 @@ PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 OTHER_WEIGHTS = (*PICKLES, ".safetensors", ".h5", ".msgpack", ".onnx", ".gguf", ".ot")
 """Never carried over as side files: they hold the unquantized weights in another form."""
 
+MAX_TENSORS = 1 << 21
+"""In all files of a checkpoint; the largest known has 210,000."""
+
 Problems = list[str]
 
 
@@ -100,7 +103,7 @@ def open_checkpoint(
     config, identity = _config(path)
     identities = {path / CONFIG: identity}
     index = _index(path, identities)
-    headers = tuple(read_header(file) for file in _shards(path, index))
+    headers = _headers(path, _shards(path, index))
     identities |= {header.file: header.identity for header in headers}
     tensors: dict[str, StoredTensor] = {}
     found: Problems = []
@@ -127,6 +130,17 @@ def open_checkpoint(
         tensors=tensors,
         identities=identities,
     )
+
+
+def _headers(path: Path, files: list[Path]) -> tuple[Header, ...]:
+    headers: list[Header] = []
+    count = 0
+    for file in files:
+        headers.append(read_header(file))
+        count += len(headers[-1].tensors)
+        if count > MAX_TENSORS:
+            raise SourceError(f"{path}: more than {MAX_TENSORS:,} tensors in its files")
+    return tuple(headers)
 
 
 def _locate(source: str | Path, revision: str | None) -> tuple[Path, str]:
