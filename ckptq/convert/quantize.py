@@ -8,8 +8,9 @@ from pathlib import Path
 from ckptq.calibrate.ranks import started
 from ckptq.calibrate.request import NO_DATA, CalibrationRequest, ScalesSource, scales_source
 from ckptq.checkpoint.open import Checkpoint, open_checkpoint
+from ckptq.convert.fill import scale_tensors
 from ckptq.convert.handover import check_handed_over, write_handed_over
-from ckptq.convert.run import Result, default_output, scale_tensors, write_quantized
+from ckptq.convert.run import Result, default_output, write_quantized
 from ckptq.errors import UsageError
 from ckptq.permute.order import Sharing
 from ckptq.plan.doubts import vllm_doubts
@@ -107,6 +108,7 @@ def quantize(
         max_ram=request.max_ram,
         device=request.calibration.device,
         begin=begin,
+        note=note,
     )
 
 
@@ -153,4 +155,5 @@ def _handed_over(request: QuantizeRequest, begin: Begin, note: Note) -> Result:
         restart=request.restart,
         workers=request.workers,
         begin=begin,
+        note=note,
     )
