@@ -36,7 +36,7 @@ class QuantizeRequest:
     rope_order: RopeChoice = "keep"
     rope_proof: Sharing | None = None
     as_written: bool = False
-    """Leave Llama-4's q/k/v in formats that vLLM cannot permute."""
+    """Keep to the recipe where vLLM cannot permute (Llama-4's q/k/v) or merge blocks of rows."""
     restart: bool = False
     workers: int | None = None
     max_ram: int | None = None
@@ -91,8 +91,8 @@ def quantize(
         _check_fit(plan, request.scales, source)
     if source is not None and source.doubt is not None:
         note(source.doubt)
-    for doubt in vllm_doubts(plan):
-        note(f"{request.recipe.name}: {doubt}")
+    for line in (*plan.told, *vllm_doubts(plan)):
+        note(f"{request.recipe.name}: {line}")
     return write_quantized(
         ckpt,
         plan,
