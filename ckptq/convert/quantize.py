@@ -38,7 +38,7 @@ class QuantizeRequest:
     rope_order: RopeChoice = "keep"
     rope_proof: Sharing | None = None
     as_written: bool = False
-    """Leave Llama-4's q/k/v in formats that vLLM cannot permute."""
+    """Keep to the recipe where vLLM cannot permute (Llama-4's q/k/v) or merge blocks of rows."""
     restart: bool = False
     workers: int | None = None
     max_ram: int | None = None
@@ -95,8 +95,8 @@ def quantize(
         note(source.doubt)
     for line in left_alone(plan.layout, plan.quantized):
         note(line)
-    for doubt in vllm_doubts(plan):
-        note(f"{request.recipe.name}: {doubt}")
+    for line in (*plan.told, *vllm_doubts(plan)):
+        note(f"{request.recipe.name}: {line}")
     return write_quantized(
         ckpt,
         plan,

@@ -109,6 +109,11 @@ LINEARS = _faults(
     ("copy-spec", "an unquantized tensor of another dtype or shape", AGAIN),
     ("tied-head", "engines serve the embedding in its place", "untie it, or leave it out"),
     ("block-rows", "vLLM merges only whole blocks of rows", "quantize it per channel"),
+    (
+        "block-columns",
+        "engines quantize activations in whole groups only",
+        "leave it unquantized, or quantize it per channel",
+    ),
     ("rope-block-scales", "engines that permute q/k cannot move them", "use per channel for q/k"),
     (
         "rope-zero-points",
