@@ -201,7 +201,7 @@ def verify(
     ] = False,
     engine: Annotated[
         str | None,
-        typer.Option(help="Play this engine's loader too: vllm, vllm-0.15, sglang, transformers."),
+        typer.Option(help="Ask this engine what it makes of it too: transformers, vllm."),
     ] = None,
     attention: Annotated[
         bool,
