@@ -203,6 +203,10 @@ def verify(
         str | None,
         typer.Option(help="Ask this engine what it makes of it too: transformers, vllm."),
     ] = None,
+    vllm_python: Annotated[
+        Path | None,
+        typer.Option(help="The Python that has vLLM: let vLLM itself load names and shapes."),
+    ] = None,
     attention: Annotated[
         bool,
         typer.Option("--attention", help="Run text and see what FP8 makes of q, k and v."),
@@ -228,6 +232,7 @@ def verify(
             fast=fast,
             headers_only=headers_only,
             engine=engine,
+            vllm_python=vllm_python,
             attention=attention,
             text=data,
             progress=report,

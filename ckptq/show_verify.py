@@ -122,7 +122,7 @@ def _checked(found: Report) -> Iterator[str]:
 
 def _engine(run: EngineRun) -> str:
     if not run.real:
-        return f"{run.name}: simulated by ckptq's rules; {run.name} itself was not asked"
+        return f"{run.name}: simulated by ckptq's rules, not asked itself (--vllm-python PYTHON)"
     return (
         f"{run.name} {run.version} itself: names, shapes and dtypes of {run.places} parameters "
         f"in {run.seconds:.1f} s"

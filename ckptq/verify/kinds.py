@@ -225,6 +225,7 @@ ENGINE = _faults(
     ("engine-refuses", "the engine does not load it", "use another scheme or engine"),
     ("engine-default", "the engine uses its placeholder", "store the scale"),
     ("engine-unfilled", "parameters of the engine's model that no tensor fills", AGAIN),
+    ("engine-partly-filled", "a merged parameter lacks a part, or an expert", AGAIN),
     ("engine-left-over", "the engine's model has no place for these tensors", AGAIN),
     ("engine-shape", "not the shape or dtype of the engine's parameter", AGAIN),
     (

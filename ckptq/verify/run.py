@@ -9,7 +9,7 @@ from pathlib import Path
 from ckptq.checkpoint.open import Checkpoint, Problems, open_checkpoint
 from ckptq.errors import SourceError, UsageError
 from ckptq.verify.declared import read_declared
-from ckptq.verify.engine.ask import ask_engine, asks_itself
+from ckptq.verify.engine.ask import ask_engine
 from ckptq.verify.engines import find_engine
 from ckptq.verify.options import Options, Progress
 from ckptq.verify.report import Checked, Finding, HeadResult, LayerResult, Report, once
@@ -24,6 +24,7 @@ def verify(
     fast: bool = False,
     headers_only: bool = False,
     engine: str | None = None,
+    vllm_python: Path | None = None,
     attention: bool = False,
     text: str | None = None,
     progress: Progress | None = None,
@@ -33,7 +34,8 @@ def verify(
     `fast` compares a first, a middle and a last run of rows of each weight instead of all, and
     `headers_only` reads no tensor at all: a second or two for any size. With `engine` (a key of
     `ckptq.verify.engines.ENGINES`) that engine is asked what it makes of the names, shapes and
-    dtypes, and what loading does to the values is played. `attention` runs the source
+    dtypes, vLLM in the environment of `vllm_python` or not at all, and what loading does to the
+    values is played. `attention` runs the source
     on a little text (`text`: a file or data set, else what Python carries) and shows what FP8 with
     the stored scales makes of its q, k and v.
 
@@ -45,8 +47,10 @@ def verify(
     chosen = find_engine(engine) if engine is not None else None
     if headers_only and attention:
         raise UsageError("--attention needs tensors; drop --headers-only")
-    if headers_only and engine is not None and not asks_itself(engine):
-        raise UsageError(f"simulating {engine} needs tensors; drop --headers-only")
+    if vllm_python is not None and engine != "vllm":
+        raise UsageError(f"--vllm-python {vllm_python} applies only to --engine vllm")
+    if headers_only and engine == "vllm" and vllm_python is None:
+        raise UsageError("simulating vllm needs tensors; give --vllm-python or drop --headers-only")
     if text is not None and not attention:
         raise UsageError(f"--data {text}: only --attention runs text")
     options = Options(
@@ -59,7 +63,7 @@ def verify(
     ckpt = open_checkpoint(path, problems=problems)
     subject, declared_wrong = _subject(ckpt, source)
     structure = [*declared_wrong, *check_structure(subject, problems)]
-    asked = ask_engine(ckpt, engine) if engine is not None else None
+    asked = ask_engine(ckpt, engine, vllm_python) if engine is not None else None
     checked = Checked() if headers_only else _data(subject, structure, options)
     seen = _attention(subject, text) if attention else Attention()
     answers = asked.findings if asked is not None else ()

@@ -2,23 +2,27 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 from ckptq.checkpoint.open import Checkpoint
 from ckptq.verify.engine.result import Asked
 from ckptq.verify.report import EngineRun
 
 
-def ask_engine(ckpt: Checkpoint, name: str) -> Asked:
-    """What the engine of this name makes of names, shapes and dtypes. Reads headers only."""
+def ask_engine(ckpt: Checkpoint, name: str, vllm_python: Path | None) -> Asked:
+    """What the engine of this name makes of names, shapes and dtypes. Reads headers only.
+
+    vLLM is asked in the environment of `vllm_python`, and not at all without one.
+    """
     if name == "transformers":
         from ckptq.verify.engine.transformers import ask_transformers
 
         return ask_transformers(ckpt)
+    if vllm_python is not None:
+        from ckptq.verify.engine.vllm import ask_vllm
+
+        return ask_vllm(ckpt, vllm_python)
     return Asked(run=_simulated(name), findings=())
-
-
-def asks_itself(name: str) -> bool:
-    """Whether the engine itself answers, from headers alone."""
-    return name == "transformers"
 
 
 def _simulated(name: str) -> EngineRun:
