@@ -22,6 +22,9 @@ if TYPE_CHECKING:
     from ckptq.recipes.load import Recipe
 
 
+MOST_KINDS = 1000
+"""Rows of `inspect`'s table; the largest known checkpoint has 60 kinds of tensors."""
+
 NOT_IN_VLLM = "with an engine that takes rows and blocks as they are written; vLLM does not"
 
 
@@ -118,8 +121,13 @@ def show_inspection(found: Inspection, json: bool) -> None:
     console.show_table(
         "",
         ("tensors", "stored as", "count", "size"),
-        [(kind.name, kind.spec, kind.count, size(kind.nbytes)) for kind in found.kinds],
+        [
+            (kind.name, kind.spec, kind.count, size(kind.nbytes))
+            for kind in found.kinds[:MOST_KINDS]
+        ],
     )
+    if len(found.kinds) > MOST_KINDS:
+        console.show_lines(f"and {len(found.kinds) - MOST_KINDS:,} kinds more; --json has all")
 
 
 def show_scales(file: Path, scales: Scales, json: bool) -> None:

@@ -222,9 +222,8 @@ def stand_in_for_kernels() -> list[str]:
             with contextlib.suppress(ImportError):
                 chosen = importlib.import_module(f"{folder.__name__}.{module.name}")
                 for name in [n for n in vars(chosen) if chooses(n)]:
-                    moe = name.startswith("select_")
-                    instead = experts_stand_in if moe else MagicMock(__name__="StandIn")
-                    instead.return_value.__name__ = "StandIn"
+                    kernel = MagicMock(__name__="StandIn")
+                    instead = experts_stand_in if name.startswith("select_") else kernel
                     setattr(chosen, name, or_instead(getattr(chosen, name), instead, lacking))
     return lacking
 
