@@ -205,7 +205,11 @@ def verify(
     ] = False,
     engine: Annotated[
         str | None,
-        typer.Option(help="Play this engine's loader too: vllm, vllm-0.15, sglang, transformers."),
+        typer.Option(help="Ask this engine what it makes of it too: transformers, vllm."),
+    ] = None,
+    vllm_python: Annotated[
+        Path | None,
+        typer.Option(help="The Python that has vLLM: let vLLM itself load names and shapes."),
     ] = None,
     attention: Annotated[
         bool,
@@ -232,6 +236,7 @@ def verify(
             fast=fast,
             headers_only=headers_only,
             engine=engine,
+            vllm_python=vllm_python,
             attention=attention,
             text=data,
             progress=report,
