@@ -97,8 +97,13 @@ def stand_in(dtype: torch.dtype, shape: list[int]) -> torch.Tensor:
 
 def build(path: str) -> torch.nn.Module:
     """vLLM's own class for the checkpoint, as it is configured there."""
-    from vllm.config import DeviceConfig, LoadConfig, ModelConfig, VllmConfig
-    from vllm.config import set_current_vllm_config
+    from vllm.config import (
+        DeviceConfig,
+        LoadConfig,
+        ModelConfig,
+        VllmConfig,
+        set_current_vllm_config,
+    )
     from vllm.distributed import init_distributed_environment, initialize_model_parallel
     from vllm.model_executor.model_loader.utils import initialize_model
 
