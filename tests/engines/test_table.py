@@ -25,20 +25,31 @@ def routers() -> Iterator[tuple[str, str]]:
                 yield name, pattern
 
 
-def test_routers_are_plain_in_every_family() -> None:
-    """vLLM builds them without a quantization config, whatever a scheme says."""
+ROUTERS_UNDER_THE_SCHEME = {
+    "Lfm2MoeForCausalLM",
+    "PhimoeForCausalLM",
+    "Qwen3MoeForCausalLM",
+    "Qwen3VLMoeForConditionalGeneration",
+}
+"""vLLM passes the quantization config to their routers: they must stand in `ignore`."""
+
+
+def test_routers_are_plain_but_where_vllm_says_otherwise() -> None:
     found = list(routers())
     assert len(found) > 25
-    wrong = [(a, p) for a, p in found if arch(a).rows[p].fate != "plain"]
-    assert wrong == []
+    under = {a for a, p in found if arch(a).rows[p].fate == "quantized"}
+    assert under == ROUTERS_UNDER_THE_SCHEME
+    assert {arch(a).rows[p].fate for a, p in found if a not in under} == {"plain"}
 
 
-def test_experts_are_quantized_wherever_a_router_is() -> None:
-    """The twin of the routers' test: the same families do have modules that are not plain."""
-    for name, router in routers():
-        prefix = router.rpartition(".")[0]
-        fates = {r.fate for p, r in arch(name).rows.items() if p.startswith(prefix + ".experts")}
-        assert fates <= {"quantized"} or name == "MiniCPMForCausalLM"
+def test_experts_are_quantized_in_the_same_families() -> None:
+    """The twin of the routers' test: beside a plain router lies what is not plain."""
+    for name in {name for name, _ in routers()} - {"MiniCPMForCausalLM"}:  # matrices of its own
+        found = arch(name)
+        assert found.expert_names, name
+        rows = [row for row in found.rows.values() if row.engine in found.expert_names]
+        assert {row.fate for row in rows} == {"quantized"}, name
+        assert {row.parameter for row in rows} == {"w13_weight", "w2_weight"}, name
 
 
 @pytest.mark.parametrize(
@@ -257,7 +268,8 @@ def test_gpt_oss_is_not_loaded_one_expert_at_a_time() -> None:
 
 def test_heads() -> None:
     assert arch("LlamaForCausalLM").heads == {"lm_head": "mixed"}  # seen with both kinds of config
-    assert arch("Gemma2ForCausalLM").heads == {"lm_head": "tied"}
+    assert arch("MixtralForCausalLM").heads == {"lm_head": "own"}
+    assert arch("Gemma2ForCausalLM").heads == {}  # its class has none, whatever the config says
 
 
 def test_an_architecture_of_the_same_class() -> None:
