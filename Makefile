@@ -1,6 +1,7 @@
 # Two commands do everything on a fresh machine; each makes its own virtual environment.
 #   make demo   train a small model, quantize it per head, verify it, compare its accuracy
 #   make test   all tests (no network, no GPU)
+# make engine-table VLLM_PYTHON=... asks a vLLM what it does with each architecture (docs/engines.md).
 # make ci-example runs examples/ci/run.sh, the steps of a CI job, on a trained model: one line of its
 # task has 19 tokens, and lines joined are nothing that it knows. VLLM_PYTHON runs it in vLLM too
 # (SCHEME=kv-fp8 where that has no kernel for FP8 experts).
@@ -15,7 +16,7 @@ SCHEME ?= fp8
 export TOKENIZERS_PARALLELISM = false
 export HF_HUB_DISABLE_TELEMETRY = 1
 
-.PHONY: demo ci-example test lint test-gpu test-engines bench bench-kernels clean
+.PHONY: demo ci-example engine-table test lint test-gpu test-engines bench bench-kernels clean
 
 $(VENV)/installed: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
@@ -48,6 +49,12 @@ ci-example: $(VENV)/installed
 
 test: $(VENV)/installed
 	TRITON_INTERPRET=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadgroup
+
+engine-table: $(VENV)/installed
+	test -n "$(VLLM_PYTHON)" || { echo "VLLM_PYTHON: name a Python that has vLLM"; exit 2; }
+	PYTHONPATH=tests $(BIN)/python -m families.sources $(DEMO)/families
+	$(VLLM_PYTHON) ckptq/engines/extract_vllm $(DEMO)/observations.jsonl $(DEMO)/families/*
+	$(BIN)/python -m ckptq.engines.tabulate $(DEMO)/observations.jsonl ckptq/engines
 
 lint: $(VENV)/installed
 	$(BIN)/ruff check .

@@ -11,11 +11,15 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from ckptq.checkpoint.open import Checkpoint
+from ckptq.engines.vllm import kv_scheme_faults
 from ckptq.errors import PlanError
 from ckptq.models.attention import attention_kind, by_side, heads_in
 from ckptq.models.modules import Layout, num_attention_heads
 from ckptq.recipes.load import Args
 from ckptq.spec import TensorSpec
+
+KV_DEFAULTS: Args = {"symmetric": True, "dynamic": False, "strategy": "tensor"}
+"""What llm-compressor's recipes mean where they leave it out."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -86,13 +90,8 @@ def _key_projections(layout: Layout, text_config: Mapping[str, Any]) -> dict[str
 
 def _check_args(args: Args) -> None:
     """What vLLM accepts of a KV-cache scheme: static symmetric FP8, per tensor or per head."""
-    wanted = {"num_bits": (8,), "type": ("float",), "strategy": ("tensor", "attn_head")}
-    wanted |= {"symmetric": (True,), "dynamic": (False,)}
-    defaults = {"symmetric": True, "dynamic": False, "strategy": "tensor"}
-    for name, choice in wanted.items():
-        found = args.get(name, defaults.get(name))
-        if found not in choice:
-            raise PlanError(
-                f"the KV-cache scheme has {name} {found!r}; vLLM serves {name} "
-                f"{' or '.join(map(repr, choice))}"
-            )
+    for name, found, choice in kv_scheme_faults({**KV_DEFAULTS, **args}):
+        raise PlanError(
+            f"the KV-cache scheme has {name} {found!r}; vLLM serves {name} "
+            f"{' or '.join(map(repr, choice))}"
+        )

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 
+from ckptq.engines.vllm import fills_whole_blocks
 from ckptq.plan.match import EXPERT
 from ckptq.plan.permutable import keep_permutable
 from ckptq.plan.unit import Plan
@@ -66,7 +67,8 @@ def _uneven_experts(plan: Plan, chosen: Mapping[str, Group]) -> str | None:
 
 
 def _splits_a_block(plan: Plan, name: str, group: Group, chosen: Mapping[str, Group]) -> bool:
-    """Whether a member of a fused set, but for the last, ends inside a block of rows."""
+    """Whether a Linear ends inside a block of rows where vLLM merges whole ones only."""
     height = ((group.weights or {}).get("block_structure") or [1])[0]
     there = [member for member in plan.layout.fused_set(name) if member in chosen]
-    return name in there[:-1] and plan.layout.linears[name].weight.spec.shape[0] % height != 0
+    whole = fills_whole_blocks(name, there, of_expert=EXPERT.search(name) is not None)
+    return whole and plan.layout.linears[name].weight.spec.shape[0] % height != 0

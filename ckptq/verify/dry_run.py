@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ckptq.checkpoint.header import StoredTensor
 from ckptq.checkpoint.read import Files, read_tensor
-from ckptq.models.family import FUSED_SETS
+from ckptq.engines.vllm import common_set
 from ckptq.permute.apply import permute_rows
 from ckptq.permute.effect import Part
 from ckptq.permute.order import Heads, RopeOrder
@@ -198,7 +198,7 @@ def _merged(linears: Mapping[str, Asked], engine: Engine, files: Files) -> Itera
         if linear.scheme.strategy != "tensor" or linear.scheme.type != "float":
             continue
         parent, _, projection = name.rpartition(".")
-        names = next((s for s in FUSED_SETS if projection in s), ())
+        names = common_set(projection)
         members = [linears[m].linear for n in names if (m := f"{parent}.{n}") in linears]
         scales = [read_tensor(m.tensors["weight_scale"], files).float().max() for m in members]
         if not scales or len({float(scale) for scale in scales}) == 1:
