@@ -7,8 +7,8 @@ from collections.abc import Mapping, Sequence
 
 from ckptq.checkpoint.open import Checkpoint
 from ckptq.errors import PlanError, SourceError
-from ckptq.models.config_groups import matches
 from ckptq.models.modules import Layout, fused_set, why_kept
+from ckptq.patterns import matches
 from ckptq.recipes.load import Group, Recipe, check_patterns
 from ckptq.spec import FLOATS
 

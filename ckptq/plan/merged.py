@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Collection
 
-from ckptq.models.config_groups import matches
+from ckptq.patterns import matches
 
 MERGED = {"q_proj": "qkv_proj", "gate_proj": "gate_up_proj", "q_a_proj": "fused_qkv_a_proj"}
 """First of a fused set -> what vLLM calls the set. Experts are found by another rule."""

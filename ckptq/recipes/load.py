@@ -6,7 +6,6 @@ test, so that running one does not wait for its import (5 s). The rest goes thro
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +14,7 @@ from typing import Any
 import yaml
 
 from ckptq.errors import UsageError
+from ckptq.patterns import BadPattern, compiled
 from ckptq.recipes.dialect import QUANTIZES, read_modifiers
 from ckptq.recipes.preset import EMPTY, preset_text
 
@@ -172,8 +172,8 @@ def check_patterns(what: str, patterns: Iterable[str]) -> None:
     """UsageError for a `re:` pattern that is no regular expression."""
     for pattern in patterns:
         try:
-            re.compile(pattern.removeprefix("re:") if pattern.startswith("re:") else "")
-        except re.error as error:
+            compiled(pattern)
+        except BadPattern as error:
             raise UsageError(f"{what} {pattern!r}: not a regular expression: {error}") from error
 
 
