@@ -32,7 +32,7 @@ MAX_TENSORS = 1 << 21
 Problems = list[str]
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, eq=False)
 class Checkpoint:
     """A checkpoint as its headers describe it."""
 

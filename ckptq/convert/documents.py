@@ -37,6 +37,8 @@ def quantization_config(plan: Plan, attention_class: str | None) -> dict[str, An
         for group in plan.recipe.groups
         if not group.is_attention or attention_class is not None
     }
+    # Linears first: transformers takes the first group with a class name for the experts' scheme
+    groups = dict(sorted(groups.items(), key=lambda item: item[1]["weights"] is None))
     kv = plan.recipe.attention
     if plan.kept is not None:
         groups = {**plan.kept["config_groups"], **groups}
@@ -59,7 +61,10 @@ def _targets(group: Group, plan: Plan, attention_class: str | None) -> list[str]
         return [str(attention_class)]
     if "Linear" in group.targets or not any("Linear" in g.targets for g in plan.recipe.groups):
         return list(group.targets)
-    return [*group.targets, *merged_names(group.targets, plan.groups[group.name])]
+    return [
+        *group.targets,
+        *merged_names(group.targets, plan.groups[group.name], plan.layout.witnesses),
+    ]
 
 
 def _group(group: Group, targets: list[str]) -> dict[str, Any]:

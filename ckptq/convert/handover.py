@@ -120,9 +120,9 @@ def _oneshot(ckpt: Checkpoint, recipe: Recipe, made: Path, wanted: CalibrationRe
     from datasets import Dataset
     from llmcompressor import oneshot
 
-    from ckptq.calibrate.refusals import refusals
-    from ckptq.calibrate.skeleton import model_class_of, read_config
     from ckptq.calibrate.text import read_samples
+    from ckptq.models.refusals import refusals
+    from ckptq.models.transformers_model import model_class_of, read_config
 
     shutil.rmtree(made, ignore_errors=True)
     samples = read_samples(

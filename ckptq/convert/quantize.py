@@ -14,6 +14,7 @@ from ckptq.convert.run import Result, default_output, write_quantized
 from ckptq.errors import UsageError
 from ckptq.permute.order import Sharing
 from ckptq.plan.doubts import vllm_doubts
+from ckptq.plan.left import left_alone
 from ckptq.plan.make import SHARD_BYTES, RopeChoice, make_plan
 from ckptq.plan.unit import Plan
 from ckptq.progress import Begin, Note, silent, untold
@@ -92,6 +93,8 @@ def quantize(
         _check_fit(plan, request.scales, source)
     if source is not None and source.doubt is not None:
         note(source.doubt)
+    for line in left_alone(plan.layout, plan.quantized):
+        note(line)
     for doubt in vllm_doubts(plan):
         note(f"{request.recipe.name}: {doubt}")
     return write_quantized(

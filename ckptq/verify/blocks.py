@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from ckptq.models.family import FUSED_SETS
 from ckptq.verify.kinds import finding
 from ckptq.verify.report import Finding
 from ckptq.verify.subject import Subject
@@ -20,11 +19,9 @@ def check_blocks(subject: Subject) -> Iterator[Finding]:
         scheme = module.group.scheme if module.group else None
         if not module.quantized or scheme is None or not scheme.block_structure:
             continue
-        parent, _, projection = name.rpartition(".")
         height = scheme.block_structure[0]
-        members = next((s for s in FUSED_SETS if projection in s), ())
-        there = [m for m in members if f"{parent}.{m}" in subject.modules]
-        if module.shape and projection in there[:-1] and module.shape[0] % height:
+        there = subject.witnesses.fused_set(name, subject.modules)
+        if module.shape and name in there[:-1] and module.shape[0] % height:
             yield finding(
                 "block-rows", name, file=module.file, found=f"{module.shape[0]} rows",
                 wanted=f"a multiple of {height}",
