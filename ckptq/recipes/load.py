@@ -14,11 +14,15 @@ from typing import Any
 import yaml
 
 from ckptq.errors import UsageError
+from ckptq.files import read_small
 from ckptq.patterns import BadPattern, compiled
 from ckptq.recipes.dialect import QUANTIZES, read_modifiers
 from ckptq.recipes.preset import EMPTY, preset_text
 
 FOLDER = Path(__file__).parent
+
+RECIPE_BYTES = 1 << 20
+"""Of a recipe of the user's own; the largest that are known have 10 kB."""
 
 Args = Mapping[str, Any]
 """A compressed-tensors QuantizationArgs as plain data, without the fields that are null."""
@@ -125,10 +129,9 @@ def _first_comment(path: Path) -> str:
 
 def load_recipe(file: Path) -> Recipe:
     """`--recipe FILE`: a recipe in llm-compressor's dialect."""
+    data = read_small(file, RECIPE_BYTES)
     try:
-        return load_text(file.stem, file.read_text())
-    except OSError as error:
-        raise UsageError(f"{file}: cannot be read: {error.strerror or error}") from error
+        return load_text(file.stem, data.decode("utf-8").replace("\r\n", "\n"))
     except UnicodeDecodeError as error:
         raise UsageError(f"{file}: not a text file: {error}") from error
     except UsageError as error:
