@@ -72,8 +72,9 @@ def show_plan(plan: Plan, json: bool) -> None:
     )
     quantized = sum(len(names) for names in plan.groups.values())
     console.show_lines(
+        *plan.told,
         f"{len(plan.units)} units, {quantized} Linears quantized, {len(plan.ignore)} left alone, "
-        f"{len(plan.shards)} shard(s), {size(plan.read_bytes)} -> {size(plan.write_bytes)}"
+        f"{len(plan.shards)} shard(s), {size(plan.read_bytes)} -> {size(plan.write_bytes)}",
     )
 
 
@@ -84,6 +85,7 @@ def plan_data(plan: Plan) -> dict[str, Any]:
         "read_bytes": plan.read_bytes,
         "write_bytes": plan.write_bytes,
         "ignore": list(plan.ignore),
+        "left": list(plan.told),
         "groups": {name: list(linears) for name, linears in plan.groups.items()},
         "units": [
             {

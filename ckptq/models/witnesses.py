@@ -124,9 +124,17 @@ class Witnesses:
         if self.tree is not None:
             names.append(self.tree.module(module))
         if self.engine is not None and self.engine.fate(module) == "quantized":
-            engine_name = None if self.engine.experts(module) else self.engine.engine_module(module)
+            engine_name = self._engine_name(self.engine, module)
             names += [engine_name] if engine_name else []
         return tuple(dict.fromkeys(names))
+
+    @staticmethod
+    def _engine_name(engine: Architecture, module: str) -> str | None:
+        """The engine's name, unless it finds the module by the names of the parts on disk."""
+        name = engine.engine_module(module)
+        if name is None or engine.experts(module) is not None:
+            return None
+        return None if name.rpartition(".")[2] in engine.packed else name
 
     def expert_lookups(self, part: str) -> tuple[str, ...]:
         """The names by which the engine looks up the scheme of the experts that this is a part of.

@@ -36,6 +36,20 @@ def vllm_doubts(plan: Plan) -> Iterator[str]:
         )
 
 
+def transformers_doubts(plan: Plan) -> Iterator[str]:
+    """What transformers would not load, and vLLM does."""
+    witnesses = plan.layout.witnesses
+    for name in plan.quantized:
+        linear = plan.layout.linears[name]
+        owner = None if linear.weight.index is None else witnesses.owner(linear.weight.stored.name)
+        if owner is not None and owner.fused is not None and not owner.fused.one_by_one:
+            yield (
+                f"transformers loads the experts of {owner.class_name} only as one tensor, so it "
+                "cannot load this checkpoint; vLLM loads them one by one"
+            )
+            return
+
+
 def _uneven_experts(plan: Plan, chosen: Mapping[str, Group]) -> str | None:
     """The first layer of experts with several schemes, or with some Linears left alone."""
     found: dict[str, object] = {}

@@ -105,6 +105,8 @@ class Plan:
     layout: Layout
     marks: Marks = field(default_factory=dict)
     """RoPE orders that the output is marked with; empty where nothing was permuted."""
+    told: tuple[str, ...] = ()
+    """What was left because its format cannot hold it: a line for each reason."""
     kept: Mapping[str, Any] | None = None
     """Quantization config of a source whose weights are copied as they are stored, quantized."""
 

@@ -62,7 +62,7 @@ def check_data(subject: Subject, structure: Iterable[Finding], options: Options)
             played = dry_run(subject, linears, tallies, options.engine, files)
     different = {copy.name for copy in copies if copy.different}
     return Checked(
-        findings=tuple(_once([*found, *played.findings])),
+        findings=(*found, *played.findings),
         tensors=tuple(result_of(linears[name], tally) for name, tally in tallies.items()),
         scales=tuple(rows),
         arrivals=played.arrivals,
@@ -165,11 +165,3 @@ def _told_once(found: list[Finding]) -> list[Finding]:
     stale = {f.file for f in found if f.code == "stale-shard"}
     other = any(f.code == "other-source" for f in found)
     return [f for f in found if f.code != "copy-differs" or not (other or f.file in stale)]
-
-
-def _once(found: Iterable[Finding]) -> Iterable[Finding]:
-    """One finding of a kind for a tensor: blocks of rows each tell their own."""
-    seen: dict[tuple[str, str | None], Finding] = {}
-    for one in found:
-        seen.setdefault((one.code, one.tensor), one)
-    return seen.values()
