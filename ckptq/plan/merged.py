@@ -10,8 +10,8 @@ from __future__ import annotations
 from collections.abc import Collection
 
 from ckptq.engines.vllm import common_merged_name
-from ckptq.models.config_groups import matches
 from ckptq.models.witnesses import Witnesses
+from ckptq.patterns import matches
 
 
 def merged_names(

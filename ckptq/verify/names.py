@@ -12,6 +12,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from ckptq.engines.vllm import common_merged_name
+from ckptq.patterns import BadPattern, Pattern, compiled
 
 
 @dataclass(frozen=True, slots=True)
@@ -19,7 +20,7 @@ class Names:
     """A list of entries, ready to be asked."""
 
     exact: frozenset[str]
-    patterns: tuple[re.Pattern[str], ...]
+    patterns: tuple[Pattern, ...]
     broken: tuple[str, ...]
     """Patterns that are no regular expressions."""
 
@@ -43,13 +44,15 @@ def read_names(entries: Iterable[str]) -> Names:
     """Sort entries; a pattern that does not compile is kept aside, not raised."""
     exact, patterns, broken = set(), [], []
     for entry in entries:
-        if not entry.startswith("re:"):
-            exact.add(entry)
-            continue
         try:
-            patterns.append(re.compile(entry.removeprefix("re:")))
-        except (re.error, OverflowError, RecursionError):
+            pattern = compiled(entry)
+        except BadPattern:
             broken.append(entry)
+            continue
+        if pattern is None:
+            exact.add(entry)
+        else:
+            patterns.append(pattern)
     return Names(frozenset(exact), tuple(patterns), tuple(broken))
 
 
