@@ -36,6 +36,8 @@ class FusedParameter:
     biased: bool
     one_by_one: bool
     """Whether transformers loads the experts also where each has tensors of its own."""
+    taken_apart: bool
+    """Whether its quantizer makes one Linear of each, as for Llama-4."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -46,6 +48,8 @@ class Owner:
     """One of its kind, by transformers' name."""
     class_name: str
     is_linear: bool
+    own_forward: bool = False
+    """A subclass of nn.Linear that multiplies by its weight itself."""
     fused: FusedParameter | None = None
 
 
@@ -111,7 +115,9 @@ def _tree(model: PreTrainedModel, ckpt: Checkpoint) -> ModuleTree:
     for pattern, name in first.items():
         if name in made:
             module, _, local = made[name].rpartition(".")
-            owners[pattern] = _owner(module, modules[module], local, _loads_split(model, name))
+            owners[pattern] = _owner(
+                module, modules[module], local, _loads_split(model, name, modules[module])
+            )
     linears = dict.fromkeys(n for n, m in modules.items() if isinstance(m, nn.Linear))
     found = decoder_layers_of(model)
     layers, count = (found[0], len(found[1])) if found else ("", 0)
@@ -141,21 +147,25 @@ def _first_of_each(ckpt: Checkpoint) -> dict[str, str]:
     return found
 
 
-def _loads_split(model: PreTrainedModel, fused: str) -> bool:
+def _loads_split(model: PreTrainedModel, fused: str, module: nn.Module) -> bool:
     """Whether the names of one expert's tensors lead into the model as well.
 
     Either transformers' conversion fuses them, or its quantizer takes the module's parts apart.
     """
-    from transformers.quantizers.base import MODULES_TO_PATCH_FOR_QUANTIZATION
-
     from ckptq.models.parameters import sources_of_parameters
 
     experts, _, which = fused.rpartition(".")
     if which not in SPLIT:
         return True
-    if any(type(m).__name__ in MODULES_TO_PATCH_FOR_QUANTIZATION for m in model.modules()):
-        return True
-    return bool(sources_of_parameters(model, [f"{experts}.0.{SPLIT[which]}.weight"]))
+    return _taken_apart(module) or bool(
+        sources_of_parameters(model, [f"{experts}.0.{SPLIT[which]}.weight"])
+    )
+
+
+def _taken_apart(module: nn.Module) -> bool:
+    from transformers.quantizers.base import MODULES_TO_PATCH_FOR_QUANTIZATION
+
+    return type(module).__name__ in MODULES_TO_PATCH_FOR_QUANTIZATION
 
 
 def _owner(name: str, module: nn.Module, local: str, one_by_one: bool) -> Owner:
@@ -170,11 +180,13 @@ def _owner(name: str, module: nn.Module, local: str, one_by_one: bool) -> Owner:
             gated=bool(getattr(module, "has_gate", True)),
             biased=bool(getattr(module, "has_bias", False)),
             one_by_one=one_by_one,
+            taken_apart=_taken_apart(module),
         )
     return Owner(
         name=name,
         class_name=type(module).__name__,
         is_linear=isinstance(module, nn.Linear) and local == "weight",
+        own_forward=type(module).forward is not nn.Linear.forward,
         fused=fused,
     )
 

@@ -1,9 +1,8 @@
-"""Every family through quantize, and back in transformers: nothing missing, every weight near its
-source's.
+"""Every family through quantize, and back in transformers: every weight is near its source's.
 
-The judge is transformers itself: `from_pretrained` of the result must fill every parameter, leave no
-tensor over, and hold, once compressed-tensors has decompressed it, weights within the format's noise.
-What transformers cannot load has to be said by the plan before the work, or refused by it.
+The judge is transformers itself: `from_pretrained` of the result must fill every parameter and
+leave no tensor over, and what compressed-tensors decompresses is within the format's noise. What
+transformers cannot load has to be said by the plan before the work, or refused by it.
 """
 
 from __future__ import annotations
@@ -72,7 +71,8 @@ def test_a_family_comes_back_in_transformers(
     try:
         quantize(request, note=notes.append)
     except CkptqError as error:
-        assert str(error), "a refusal gives its reason"
+        refusal = str(error)
+        assert len(refusal) > 20
         return
     ours = loaded(tmp_path / "out")
     if any(said in note for note in notes for said in UNLOADABLE):

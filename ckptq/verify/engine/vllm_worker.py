@@ -1,4 +1,4 @@
-"""Runs in vLLM's own environment, where ckptq is not installed: what does vLLM load of a checkpoint?
+"""Runs in vLLM's own environment, without ckptq: what does vLLM load of a checkpoint?
 
     VLLM_PYTHON vllm_worker.py < REQUEST > ANSWER
 
@@ -6,10 +6,10 @@ REQUEST, JSON: {"path": folder, "tensors": [[name, dtype as torch calls it, [sha
 order in which vLLM would read them. ANSWER, JSON, see `answer`.
 
 vLLM builds its model class and loads by names and shapes alone. Large tensors, its parameters and
-those of the checkpoint, are on the meta device, so that nothing of any size is allocated; small ones
-are real, because loaders look at their values. Every write into a parameter is watched: vLLM's own
-check for what was not filled is off for quantized models, and sees neither a missing half of a merged
-parameter nor a missing expert.
+those of the checkpoint, are on the meta device, so that nothing of any size is allocated; small
+ones are real, because loaders look at their values. Every write into a parameter is watched: vLLM's
+own check for what was not filled is off for quantized models, and sees neither a missing half of a
+merged parameter nor a missing expert.
 """
 
 from __future__ import annotations
