@@ -186,7 +186,7 @@ def _owner(name: str, module: nn.Module, local: str, one_by_one: bool) -> Owner:
         name=name,
         class_name=type(module).__name__,
         is_linear=isinstance(module, nn.Linear) and local == "weight",
-        own_forward=type(module).forward is not nn.Linear.forward,
+        own_forward=isinstance(module, nn.Linear) and type(module).forward is not nn.Linear.forward,
         fused=fused,
     )
 
