@@ -10,7 +10,8 @@ from pathlib import Path
 from ckptq.checkpoint.header import StoredTensor
 from ckptq.checkpoint.open import open_checkpoint
 from ckptq.models.config_groups import stored_groups
-from ckptq.models.modules import decoder_layers, num_attention_heads
+from ckptq.models.heads import config_heads
+from ckptq.models.modules import decoder_layers
 from ckptq.permute import marks
 
 SCALES = ("_scale", "_zero_point", "_global_scale")
@@ -65,7 +66,7 @@ def inspect(source: str | Path, revision: str | None = None) -> Inspection:
         model_type=str(ckpt.config.get("model_type", "?")),
         architecture=", ".join(map(str, _list(ckpt.config.get("architectures") or "?"))),
         layers=decoder_layers(ckpt)[1],
-        heads=num_attention_heads(ckpt.text_config),
+        heads=config_heads(ckpt.text_config),
         files=len(ckpt.headers),
         tensors=len(ckpt.tensors),
         nbytes=ckpt.nbytes,

@@ -8,6 +8,9 @@ from textwrap import shorten
 
 from ckptq.errors import CkptqError, SourceError
 
+WEIGHTS_ALONE = "a scheme for weights alone (fp8-dynamic, w4a16) takes this model"
+"""What else can be done with a model that cannot be run."""
+
 LONGEST = 300
 """Characters of a reason that are told; some go on about every version of a library."""
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from ckptq.calibrate import attention
-from ckptq.calibrate.refusals import refusals
+from ckptq.calibrate.refusals import WEIGHTS_ALONE, refusals
 from ckptq.checkpoint.open import CONFIG, Checkpoint
 from ckptq.errors import PlanError, SourceError
 from ckptq.spec import FLOATS, torch_dtype
@@ -60,7 +60,7 @@ def _check_has_heads(ckpt: Checkpoint, config: PreTrainedConfig) -> None:
         architecture = ", ".join(config.architectures or ["unknown architecture"])
         raise PlanError(
             f"{ckpt.path}: {architecture} has no attention heads, so there is no KV cache and no "
-            "query to scale; use a scheme for weights alone"
+            f"query to scale; {WEIGHTS_ALONE}"
         )
 
 
@@ -129,7 +129,7 @@ def _on_meta(
                 raise
             raise PlanError(
                 f"{model_class.__name__} has attention classes of its own instead of transformers' "
-                "attention interface, so its q, k and v cannot be observed"
+                f"attention interface, so its q, k and v cannot be observed; {WEIGHTS_ALONE}"
             ) from error
 
 
@@ -162,7 +162,7 @@ def _decoder_layers(ckpt: Checkpoint, model: PreTrainedModel) -> dict[str, nn.Mo
             return {f"{where}.{index}": layer for index, layer in enumerate(module)}
     raise PlanError(
         f"{ckpt.path}: {type(model).__name__} has no list of {wanted} decoder layers "
-        "to run one by one"
+        f"to run one by one; {WEIGHTS_ALONE}"
     )
 
 
