@@ -183,6 +183,8 @@ def calibrate(
         trust_remote_code=trust_remote_code,
     )
     new_file("--output", output)
+    if plan.attention is not None and plan.attention.told is not None:
+        console.note(plan.attention.told)
     with together() as ranks:
         with console.progress() as begin:
             begin, note = (begin, console.note) if ranks.leads else (silent, untold)

@@ -11,6 +11,9 @@ from ckptq.errors import CkptqError, SourceError
 PANIC = "PanicException"
 """What a library in Rust raises where it would abort; it is no `Exception`."""
 
+WEIGHTS_ALONE = "a scheme for weights alone (fp8-dynamic, w4a16) takes this model"
+"""What else can be done with a model that cannot be run."""
+
 LONGEST = 300
 """Characters of a reason that are told; some go on about every version of a library."""
 

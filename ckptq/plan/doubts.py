@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping
 
 from ckptq.engines.transformers import loads_fused_experts
 from ckptq.engines.vllm import fills_whole_blocks
-from ckptq.models.attention import OUTPUTS
+from ckptq.models.heads import OUTPUTS
 from ckptq.plan.match import EXPERT
 from ckptq.plan.permutable import keep_permutable
 from ckptq.plan.unit import Plan

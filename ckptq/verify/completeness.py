@@ -262,7 +262,7 @@ def _siblings(subject: Subject) -> Iterator[Finding]:
         for member in members:
             sibling = f"{parent}.{member}"
             lacking = member not in there and f"{sibling}.weight" not in theirs
-            lacking &= not (member == "v_proj" and _keys_are_values(subject, parent))
+            lacking &= not _unneeded(subject, parent, member)
             if lacking and _template(sibling) in templates:
                 yield finding(
                     "tensor-missing", f"{sibling}.weight", found="no such tensor",
@@ -272,6 +272,13 @@ def _siblings(subject: Subject) -> Iterator[Finding]:
 
 def _template(name: str) -> str:
     return ".".join("*" if part.isdigit() else part for part in name.split("."))
+
+
+def _unneeded(subject: Subject, attention: str, member: str) -> bool:
+    """Layers that read another one's cache make no keys and values; others have one for both."""
+    if member in ("k_proj", "v_proj") and attention in subject.cache_owners:
+        return True
+    return member == "v_proj" and _keys_are_values(subject, attention)
 
 
 def _keys_are_values(subject: Subject, attention: str) -> bool:

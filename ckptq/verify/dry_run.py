@@ -22,7 +22,6 @@ from ckptq.permute.order import Heads, RopeOrder
 from ckptq.permute.targets import head_geometry
 from ckptq.spec import FLOATS
 from ckptq.verify import nearest
-from ckptq.verify.cache import shared_layers
 from ckptq.verify.compare import Tally
 from ckptq.verify.engines import Engine
 from ckptq.verify.geometry import well_typed
@@ -222,12 +221,9 @@ def _cache(subject: Subject, engine: Engine, files: Files) -> Iterator[Arrival]:
     strategy = subject.declared.kv_strategy
     if strategy is None:
         return
-    layers = [m for m, kind in subject.attention.items() if kind == "heads"]
-    cached = layers[: len(layers) - shared_layers(subject)]
-    for module in layers:
-        for which in "kvq":
-            if which == "q" or module in cached:
-                yield _scale(subject, engine, files, module, which)
+    for module, kind in subject.attention.items():
+        for which in "kvq" if kind == "heads" else "":
+            yield _scale(subject, engine, files, module, which)
     if strategy == "attn_head" and engine.name.startswith("vllm"):
         done = "per-head scales need FlashAttention 3 (Hopper): --attention-backend FLASH_ATTN"
         yield Arrival(tensor="kv_cache_scheme", done=done, snr_db=None, ok=True)

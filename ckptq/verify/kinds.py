@@ -136,6 +136,8 @@ CACHE = _faults(
     ("kv-scale-missing", "vLLM uses 1.0 without a word", "`ckptq calibrate`, then convert again"),
     ("q-scale-missing", "vLLM uses 1.0, transformers NaN", "`ckptq calibrate`, then convert again"),
     ("kv-scale-shape", "not one scale for each head, or not one", AGAIN),
+    ("kv-heads-differ", "vLLM loads no scales per head for this layer", "calibrate per tensor"),
+    ("shared-cache-scale", "it reads another layer's cache with a scale of its own", AGAIN),
     ("kv-scale-dtype", "engines do not read scales of this dtype", AGAIN),
     ("vision-scale", "crashes vLLM; text never calibrates it", "remove the tensor"),
     ("kv-scale-orphan", "no attention layer here", "remove the tensor"),

@@ -338,7 +338,8 @@ def test_codes_that_nothing_explains_are_refused(llama: Path, tmp_path: Path, dt
 
 def test_a_model_without_attention_heads(llama: Path) -> None:
     (llama / "config.json").write_text(json.dumps({"model_type": "mamba"}))
-    refused(2, "no attention heads", "quantize", llama, "-s", "kv-fp8-per-head")
+    words = "config.json: KV-cache scales are asked for, but the config says no number of heads"
+    refused(2, words, "quantize", llama, "-s", "kv-fp8-per-head")
 
 
 def test_calibrate_takes_one_recipe_that_has_scales(llama: Path, tmp_path: Path) -> None:
