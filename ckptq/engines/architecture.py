@@ -114,12 +114,14 @@ class Architecture:
 
         Of experts those of one expert: its gate and up. Which of them exist is not known here.
         """
-        pattern = NUMBER.sub("*", disk_module)
-        seen, _ = self._find(pattern)
-        if seen not in self.merged:
-            return (disk_module,)
-        own, parts = _parent(disk_module), self.merged[seen][1]
-        return tuple(f"{own}.{part.rpartition('.')[2]}" for part in parts)
+        own, _, local = disk_module.rpartition(".")
+        seen, row = self._find(NUMBER.sub("*", disk_module))
+        if seen in self.merged:
+            return tuple(f"{own}.{part.rpartition('.')[2]}" for part in self.merged[seen][1])
+        names = self.expert_names.get(row.engine, ()) if row and row.engine else ()
+        if local in names[:2]:  # of one expert, where only fused tensors were seen
+            return tuple(f"{own}.{name}" for name in dict.fromkeys(names[:2]) if name)
+        return (disk_module,)
 
     def merged_name(self, disk_module: str) -> str | None:
         """The engine's name of the merged module, which schemes are looked up with; None: alone.

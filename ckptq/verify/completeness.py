@@ -257,7 +257,7 @@ def _siblings(subject: Subject) -> Iterator[Finding]:
         parent, _, projection = name.rpartition(".")
         members = common_set(projection)
         there = [m for m in members if f"{parent}.{m}" in subject.modules]
-        if projection != there[0]:
+        if there[:1] != [projection]:
             continue
         for member in members:
             sibling = f"{parent}.{member}"

@@ -190,6 +190,9 @@ def test_one_expert_where_only_fused_tensors_were_seen() -> None:
     assert llama4.fate(name) == "quantized"
     assert llama4.engine_module(name) == "language_model.model.layers.1.feed_forward.experts"
     assert llama4.fate(name.replace("up_proj", "side_proj")) is None
+    expert = name.removesuffix(".up_proj")
+    assert llama4.fused_set(name) == (f"{expert}.gate_proj", f"{expert}.up_proj")
+    assert llama4.fused_set(f"{expert}.down_proj") == (f"{expert}.down_proj",)
 
 
 @pytest.mark.parametrize(
