@@ -15,7 +15,7 @@ SCHEME ?= fp8
 export TOKENIZERS_PARALLELISM = false
 export HF_HUB_DISABLE_TELEMETRY = 1
 
-.PHONY: demo ci-example test lint test-gpu bench bench-kernels clean
+.PHONY: demo ci-example test lint test-gpu test-engines bench bench-kernels clean
 
 $(VENV)/installed: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
@@ -56,6 +56,11 @@ lint: $(VENV)/installed
 
 test-gpu:
 	$(PYTHON) -m pytest tests/kernels tests/calibrate/test_calibrate_gpu.py
+
+# VLLM_PYTHON names the Python of an environment that has vLLM; its CPU build is enough
+test-engines: $(VENV)/installed
+	test -n "$(VLLM_PYTHON)"
+	VLLM_PYTHON=$(VLLM_PYTHON) TRITON_INTERPRET=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m engine
 
 bench: $(VENV)/installed
 	$(BIN)/python benchmarks/bench_convert.py

@@ -15,6 +15,7 @@ from ckptq.options import (
     BatchSize,
     Data,
     Device,
+    GroupSize,
     Ignore,
     Json,
     MaxRam,
@@ -59,6 +60,7 @@ def quantize(
     output: Output = None,
     revision: Revision = None,
     ignore: Ignore = None,
+    group_size: GroupSize = None,
     scales: Annotated[
         Path | None, typer.Option(help="Scales that `ckptq calibrate` has made.")
     ] = None,
@@ -83,7 +85,7 @@ def quantize(
         bool,
         typer.Option(
             "--as-written",
-            help="Leave Llama-4's q/k/v in formats that vLLM cannot permute (it will be wrong).",
+            help="Keep to the recipe where vLLM cannot permute (Llama-4's q/k/v) or merge blocks.",
         ),
     ] = False,
     dry_run: Annotated[
@@ -98,12 +100,14 @@ def quantize(
     from ckptq.convert.quantize import QuantizeRequest, plan_of
     from ckptq.convert.quantize import quantize as convert
     from ckptq.permute.order import Sharing
+    from ckptq.recipes.group_size import with_group_size
     from ckptq.recipes.load import load_either
     from ckptq.show import show_plan, show_quantized
 
+    found = load_either(scheme, recipe)
     request = QuantizeRequest(
         model=model,
-        recipe=load_either(scheme, recipe),
+        recipe=found if group_size is None else with_group_size(found, group_size),
         revision=revision,
         out=output,
         ignore=tuple(ignore or ()),
@@ -201,7 +205,11 @@ def verify(
     ] = False,
     engine: Annotated[
         str | None,
-        typer.Option(help="Play this engine's loader too: vllm, vllm-0.15, sglang, transformers."),
+        typer.Option(help="Ask this engine what it makes of it too: transformers, vllm."),
+    ] = None,
+    vllm_python: Annotated[
+        Path | None,
+        typer.Option(help="The Python that has vLLM: let vLLM itself load names and shapes."),
     ] = None,
     attention: Annotated[
         bool,
@@ -228,6 +236,7 @@ def verify(
             fast=fast,
             headers_only=headers_only,
             engine=engine,
+            vllm_python=vllm_python,
             attention=attention,
             text=data,
             progress=report,

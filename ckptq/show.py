@@ -22,6 +22,9 @@ if TYPE_CHECKING:
     from ckptq.recipes.load import Recipe
 
 
+MOST_KINDS = 1000
+"""Rows of `inspect`'s table; the largest known checkpoint has 60 kinds of tensors."""
+
 NOT_IN_VLLM = "with an engine that takes rows and blocks as they are written; vLLM does not"
 
 
@@ -68,8 +71,9 @@ def show_plan(plan: Plan, json: bool) -> None:
     )
     quantized = sum(len(names) for names in plan.groups.values())
     console.show_lines(
+        *plan.told,
         f"{len(plan.units)} units, {quantized} Linears quantized, {len(plan.ignore)} left alone, "
-        f"{len(plan.shards)} shard(s), {size(plan.read_bytes)} -> {size(plan.write_bytes)}"
+        f"{len(plan.shards)} shard(s), {size(plan.read_bytes)} -> {size(plan.write_bytes)}",
     )
 
 
@@ -80,6 +84,7 @@ def plan_data(plan: Plan) -> dict[str, Any]:
         "read_bytes": plan.read_bytes,
         "write_bytes": plan.write_bytes,
         "ignore": list(plan.ignore),
+        "left": list(plan.told),
         "groups": {name: list(linears) for name, linears in plan.groups.items()},
         "units": [
             {
@@ -118,8 +123,13 @@ def show_inspection(found: Inspection, json: bool) -> None:
     console.show_table(
         "",
         ("tensors", "stored as", "count", "size"),
-        [(kind.name, kind.spec, kind.count, size(kind.nbytes)) for kind in found.kinds],
+        [
+            (kind.name, kind.spec, kind.count, size(kind.nbytes))
+            for kind in found.kinds[:MOST_KINDS]
+        ],
     )
+    if len(found.kinds) > MOST_KINDS:
+        console.show_lines(f"and {len(found.kinds) - MOST_KINDS:,} kinds more; --json has all")
 
 
 def show_scales(file: Path, scales: Scales, json: bool) -> None:

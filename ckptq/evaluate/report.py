@@ -8,10 +8,10 @@ from collections.abc import Iterable, Sequence
 from html import escape
 from pathlib import Path
 
-from ckptq.checkpoint.write import write_text
 from ckptq.errors import MachineError, UsageError
 from ckptq.evaluate.chart import layer_chart, quality_chart
 from ckptq.evaluate.result import Evaluation
+from ckptq.files import text_bytes, write_whole
 
 SUFFIXES = (".html", ".svg", ".png")
 
@@ -54,9 +54,9 @@ def write_report(file: Path, found: Evaluation, tables: Iterable[Table]) -> None
     if file.suffix == ".png":
         quality_chart(found).png(file)
     elif file.suffix == ".svg":
-        write_text(file, quality_chart(found).svg() + "\n")
+        write_whole(file, text_bytes(quality_chart(found).svg() + "\n"))
     else:
-        write_text(file, html(found, tables))
+        write_whole(file, text_bytes(html(found, tables)))
 
 
 def html(found: Evaluation, tables: Iterable[Table]) -> str:

@@ -5,7 +5,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 
-from ckptq.models.family import FUSED_SETS
 from ckptq.plan.match import EXPERT
 from ckptq.plan.permutable import keep_permutable
 from ckptq.plan.unit import Plan
@@ -55,7 +54,5 @@ def _uneven_experts(plan: Plan, chosen: Mapping[str, Group]) -> str | None:
 def _splits_a_block(plan: Plan, name: str, group: Group, chosen: Mapping[str, Group]) -> bool:
     """Whether a member of a fused set, but for the last, ends inside a block of rows."""
     height = ((group.weights or {}).get("block_structure") or [1])[0]
-    parent, _, projection = name.rpartition(".")
-    members = next((s for s in FUSED_SETS if projection in s), ())
-    there = [m for m in members if f"{parent}.{m}" in chosen]
-    return projection in there[:-1] and plan.layout.linears[name].weight.spec.shape[0] % height != 0
+    there = [member for member in plan.layout.fused_set(name) if member in chosen]
+    return name in there[:-1] and plan.layout.linears[name].weight.spec.shape[0] % height != 0

@@ -6,17 +6,18 @@ what a unit promises, and the writer compares what arrives with it.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Literal
 
 from ckptq.checkpoint.header import StoredTensor
 from ckptq.checkpoint.open import Checkpoint
 from ckptq.errors import PlanError, UsageError
-from ckptq.models.modules import Layout, Linear, fused_set, read_layout
+from ckptq.models.modules import Layout, Linear, read_layout
 from ckptq.models.weight import Encoded, Reordered, View, Weight
 from ckptq.permute.order import Sharing
 from ckptq.plan.attention import AttentionPlan, last_tensors, plan_attention
+from ckptq.plan.fit import UNCHOSEN, fit
+from ckptq.plan.left import left_names
 from ckptq.plan.match import (
     choose,
     refuse_idle_ignores,
@@ -56,7 +57,8 @@ def make_plan(
 ) -> Plan:
     """Decide every output tensor from headers, config and recipe; PlanError says what misfits.
 
-    `permutable` moves Llama-4's q/k/v out of formats that vLLM cannot permute: see that module.
+    `permutable` keeps to what vLLM serves: Llama-4's q/k/v move out of formats that it cannot
+    permute, sets whose blocks of rows it cannot merge are left (`permutable`, `fit`).
     `rope_order` "half-split" writes q/k of interleaved models in the order that kernels use, and
     marks the checkpoint; engines that permute while loading must not be given such a one.
     `rope_proof` makes q/k scales equal on the rows that the permutation exchanges.
@@ -82,7 +84,9 @@ def make_plan(
         chosen = choose(layout, recipe, (*recipe.ignore, *ignore))
     refuse_split_sets(layout, chosen)
     refuse_unserved_experts(chosen)
-    units = tuple(_units(ckpt, layout, recipe, chosen, attention))
+    fitted = fit(layout, recipe, chosen, whole_blocks=permutable)
+    recipe, chosen = fitted.recipe, fitted.chosen
+    units = tuple(map(fitted.told_in, _units(ckpt, layout, recipe, chosen, attention)))
     if rope_proof is not None:
         units = tuple(prove_scales(ckpt, layout, units, rope_proof))
     _refuse_twins(units)
@@ -101,10 +105,11 @@ def make_plan(
         },
         inputs={n: g.largest_input for n, g in chosen.items() if g.input_scale},
         input_observer=_input_observer(recipe),
-        ignore=_ignore(layout, chosen) if chosen else (),
+        ignore=left_names(layout, chosen) if chosen else (),
         attention=attention,
         layout=layout,
         marks=orders,
+        told=fitted.told,
     )
 
 
@@ -207,7 +212,7 @@ def _together(
 ) -> list[Linear]:
     """The Linears that have to be in one unit with this one."""
     if needs_statistic(scheme):
-        return [layout.linears[n] for n in fused_set(linear, layout.linears)]
+        return [layout.linears[n] for n in layout.fused_set(linear.name)]
     if linear.weight.streams:
         return [linear]
     siblings = (layout.linears[n] for n in layout.consumed[linear.weight.stored.name])
@@ -238,7 +243,7 @@ def _quantized(members: Iterable[Linear], scheme: WeightScheme, group: Group) ->
 
 
 def _left_alone(linear: Linear, tensor: StoredTensor) -> Unit:
-    rule = (linear.kept or "not targeted, or ignored") + _changed(linear.weight)
+    rule = (linear.kept or UNCHOSEN) + _changed(linear.weight)
     if isinstance(linear.weight, View) and linear.weight.index is None:
         return Unit(key=tensor.name, rule=rule, copies={tensor.name: tensor})
     views: dict[str, Weight] = {f"{linear.name}.weight": linear.weight}
@@ -261,22 +266,6 @@ def _refuse_twins(units: Iterable[Unit]) -> None:
             if name in seen:
                 raise PlanError(f"{name}: two source tensors would be written under this name")
             seen.add(name)
-
-
-def _ignore(layout: Layout, chosen: Mapping[str, Group]) -> tuple[str, ...]:
-    """Names for the config: each Linear that was left; experts of a layer that were left with all
-    their projections as one pattern."""
-    found: dict[str, None] = {}
-    touched = {layout.linears[n].parent.rpartition(".")[0] for n in chosen}
-    for linear in layout.linears.values():
-        if linear.name in chosen or linear.kept == "embedding" or linear.kept == "norm":
-            continue
-        experts = linear.parent.rpartition(".")[0]
-        if linear.weight.index is not None and experts not in touched:
-            found[f"re:{re.escape(experts)}\\..*"] = None
-        else:
-            found[linear.name] = None
-    return tuple(found)
 
 
 def fill_shards(units: Sequence[Unit], shard_bytes: int) -> dict[str, tuple[Unit, ...]]:

@@ -105,8 +105,15 @@ class Plan:
     layout: Layout
     marks: Marks = field(default_factory=dict)
     """RoPE orders that the output is marked with; empty where nothing was permuted."""
+    told: tuple[str, ...] = ()
+    """What was left because its format cannot hold it: a line for each reason."""
     kept: Mapping[str, Any] | None = None
     """Quantization config of a source whose weights are copied as they are stored, quantized."""
+
+    @property
+    def quantized(self) -> frozenset[str]:
+        """Every Linear that a group quantizes."""
+        return frozenset(name for names in self.groups.values() for name in names)
 
     @property
     def read_bytes(self) -> int:

@@ -9,8 +9,9 @@ from collections.abc import Iterable, Iterator
 
 from ckptq.checkpoint.header import StoredTensor
 from ckptq.checkpoint.open import CONFIG
+from ckptq.models.experts import FUSED_WEIGHT
 from ckptq.models.family import FUSED_SETS, LAYER
-from ckptq.models.modules import FUSED_WEIGHT, decoder_layers
+from ckptq.models.witnesses import read_witnesses
 from ckptq.verify.kinds import finding
 from ckptq.verify.report import Finding
 from ckptq.verify.subject import (
@@ -35,7 +36,7 @@ def check_completeness(subject: Subject) -> Iterator[Finding]:
     yield from _expert_layouts(subject)
     yield from _tied_head(subject)
     if subject.source is not None:
-        theirs = decoder_layers(subject.source)[0]
+        theirs = read_witnesses(subject.source).layers
         if theirs and theirs != subject.layers[0]:
             yield _moved(subject, theirs)
             return

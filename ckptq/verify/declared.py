@@ -35,6 +35,8 @@ class Group:
     """None where what is declared cannot be; a finding has said so."""
     input_scale: str | None
     """Local name of the scale that its activations need; None where they are found at run time."""
+    input_group: int | None = None
+    """Columns of activations that share a scale; None where there are no such groups."""
 
     @property
     def every_linear(self) -> bool:
@@ -140,13 +142,20 @@ def _group(
         if entry.get(field) is not None and not isinstance(entry[field], dict):
             found.append(_wrong("group-invalid", f"{where}.{field}", entry[field], "an object"))
     inputs = entry.get("input_activations")
+    inputs = inputs if isinstance(inputs, dict) else None
     return Group(
         name=name,
         targets=tuple(targets),
         named=named,
         scheme=_scheme(where, entry, config, found),
-        input_scale=_input_scale(inputs if isinstance(inputs, dict) else None),
+        input_scale=_input_scale(inputs),
+        input_group=_input_group(inputs or {}),
     )
+
+
+def _input_group(inputs: Mapping[str, Any]) -> int | None:
+    size = inputs.get("group_size")
+    return size if type(size) is int and size > 0 else None
 
 
 def _input_scale(inputs: Mapping[str, Any] | None) -> str | None:

@@ -7,8 +7,8 @@ from collections.abc import Iterable, Sequence
 from html import escape
 from pathlib import Path
 
-from ckptq.checkpoint.write import write_text
 from ckptq.console import size
+from ckptq.files import text_bytes, write_whole
 from ckptq.verify.kinds import KINDS
 from ckptq.verify.report import Finding, HeadResult, Report
 from ckptq.verify.svg import Series, plot
@@ -43,7 +43,7 @@ svg .grid { stroke: var(--line); stroke-width: 0.6; }
 
 def write_html_report(file: Path, report: Report) -> None:
     """Write the page; MachineError names the file that the machine would not take."""
-    write_text(file, html_report(report))
+    write_whole(file, text_bytes(html_report(report)))
 
 
 def html_report(report: Report) -> str:

@@ -109,6 +109,11 @@ LINEARS = _faults(
     ("copy-spec", "an unquantized tensor of another dtype or shape", AGAIN),
     ("tied-head", "engines serve the embedding in its place", "untie it, or leave it out"),
     ("block-rows", "vLLM merges only whole blocks of rows", "quantize it per channel"),
+    (
+        "block-columns",
+        "engines quantize activations in whole groups only",
+        "leave it unquantized, or quantize it per channel",
+    ),
     ("rope-block-scales", "engines that permute q/k cannot move them", "use per channel for q/k"),
     (
         "rope-zero-points",
@@ -224,6 +229,25 @@ ENGINE = _faults(
     ("arrives-wrong", "what the engine makes of it is not the source's", "mend what else is found"),
     ("engine-refuses", "the engine does not load it", "use another scheme or engine"),
     ("engine-default", "the engine uses its placeholder", "store the scale"),
+    ("engine-unfilled", "parameters of the engine's model that no tensor fills", AGAIN),
+    ("engine-partly-filled", "a merged parameter lacks a part, or an expert", AGAIN),
+    ("engine-left-over", "the engine's model has no place for these tensors", AGAIN),
+    ("engine-shape", "not the shape or dtype of the engine's parameter", AGAIN),
+    (
+        "engine-not-ignored",
+        "the engine builds this module quantized, and it is stored unquantized",
+        "add it to ignore",
+    ),
+    (
+        "tied-head-not-ignored",
+        "transformers makes a quantized Linear of a tied head, without a scale",
+        "add it to ignore",
+    ),
+    (
+        "attention-group-first",
+        "transformers takes the first group that names a class for the experts'",
+        "move the attention group behind the groups of Linears",
+    ),
 )
 
 KINDS: dict[str, Kind] = {

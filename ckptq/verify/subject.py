@@ -17,11 +17,10 @@ from ckptq.models.family import Family, family_of
 from ckptq.models.modules import (
     Layout,
     Linear,
-    decoder_layers,
     num_attention_heads,
     read_layout,
-    why_kept,
 )
+from ckptq.models.witnesses import Witnesses, read_witnesses
 from ckptq.quantize.scheme import WeightScheme
 from ckptq.verify.declared import Declared, Group
 
@@ -119,9 +118,13 @@ class Subject:
         return family_of(self.ckpt.config)
 
     @cached_property
+    def witnesses(self) -> Witnesses:
+        return read_witnesses(self.ckpt)
+
+    @cached_property
     def layers(self) -> tuple[str, int]:
         """Name and length of the list of decoder layers."""
-        return decoder_layers(self.ckpt)
+        return self.witnesses.layers, self.witnesses.num_layers
 
     @cached_property
     def origin(self) -> Layout | None:
@@ -147,7 +150,7 @@ class Subject:
             name: Module(
                 name=name,
                 tensors=tensors,
-                kept=why_kept(name, *self.layers),
+                kept=self.witnesses.why_kept(name),
                 group=self.declared.group_of(name),
                 origin=self._origin(name),
             )

@@ -29,8 +29,8 @@ from ckptq.spec import dtype_name
 
 SURFACE = {
     "quantize": {
-        "--scheme", "--recipe", "--output", "--revision", "--ignore", "--scales", "--data",
-        "--samples", "--seq-len", "--batch-size", "--seed", "--device", "--shard-size",
+        "--scheme", "--recipe", "--output", "--revision", "--ignore", "--group-size", "--scales",
+        "--data", "--samples", "--seq-len", "--batch-size", "--seed", "--device", "--shard-size",
         "--max-ram", "--workers", "--rope-order", "--rope-proof", "--as-written",
         "--dry-run", "--restart", "--trust-remote-code", "--json",
     },
@@ -227,7 +227,14 @@ def test_vllm_is_not_proposed_for_rows_that_it_would_permute_again(
 
 
 def test_vllm_is_not_proposed_for_blocks_that_it_would_split(llama: Path, tmp_path: Path) -> None:
-    done = run("quantize", llama, "-s", "fp8-block", "-o", tmp_path / "out")
+    blocks = (
+        "quant_stage: {quant_modifiers: {QuantizationModifier: {ignore: [lm_head], config_groups: "
+        "{g: {targets: [Linear], weights: {num_bits: 8, type: float, strategy: block, "
+        "block_structure: [128, 128]}}}}}}"
+    )
+    (tmp_path / "blocks.yaml").write_text(blocks)
+    arguments = ("quantize", llama, "--recipe", tmp_path / "blocks.yaml", "-o", tmp_path / "out")
+    done = run(*arguments, "--as-written")
     assert done.returncode == 0, done.stderr
     assert "2 Linears have rows that fill no whole blocks" in " ".join(done.stderr.split())
     assert f"vllm serve {tmp_path / 'out'}" not in done.stdout
