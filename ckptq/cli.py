@@ -11,10 +11,12 @@ from typing import Annotated
 import typer
 
 from ckptq import console
+from ckptq.interrupts import ignore_signals
 from ckptq.options import (
     BatchSize,
     Data,
     Device,
+    GroupSize,
     Ignore,
     Json,
     MaxRam,
@@ -59,6 +61,7 @@ def quantize(
     output: Output = None,
     revision: Revision = None,
     ignore: Ignore = None,
+    group_size: GroupSize = None,
     scales: Annotated[
         Path | None, typer.Option(help="Scales that `ckptq calibrate` has made.")
     ] = None,
@@ -83,7 +86,7 @@ def quantize(
         bool,
         typer.Option(
             "--as-written",
-            help="Leave Llama-4's q/k/v in formats that vLLM cannot permute (it will be wrong).",
+            help="Keep to the recipe where vLLM cannot permute (Llama-4's q/k/v) or merge blocks.",
         ),
     ] = False,
     dry_run: Annotated[
@@ -98,12 +101,14 @@ def quantize(
     from ckptq.convert.quantize import QuantizeRequest, plan_of
     from ckptq.convert.quantize import quantize as convert
     from ckptq.permute.order import Sharing
+    from ckptq.recipes.group_size import with_group_size
     from ckptq.recipes.load import load_either
     from ckptq.show import show_plan, show_quantized
 
+    found = load_either(scheme, recipe)
     request = QuantizeRequest(
         model=model,
-        recipe=load_either(scheme, recipe),
+        recipe=found if group_size is None else with_group_size(found, group_size),
         revision=revision,
         out=output,
         ignore=tuple(ignore or ()),
@@ -130,6 +135,7 @@ def quantize(
         return
     with console.progress() as begin:
         result = convert(request, begin, console.note)
+        ignore_signals()
     show_quantized(result, json)
 
 
@@ -177,12 +183,15 @@ def calibrate(
         trust_remote_code=trust_remote_code,
     )
     new_file("--output", output)
+    if plan.attention is not None and plan.attention.told is not None:
+        console.note(plan.attention.told)
     with together() as ranks:
         with console.progress() as begin:
             begin, note = (begin, console.note) if ranks.leads else (silent, untold)
             made = calibrate_to_file(
                 ckpt, plan, wanted, output, begin, restart=restart, ranks=ranks, note=note
             )
+            ignore_signals()
         if ranks.leads:
             show_scales(output, made, json)
 
@@ -273,6 +282,7 @@ def permute(
     with console.progress() as begin:
         report = begin("permute", ckpt.nbytes)
         done = permute_checkpoint(plan, output, restart=restart, workers=workers, progress=report)
+        ignore_signals()
     show_permuted(done, json)
 
 

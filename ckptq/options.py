@@ -38,6 +38,12 @@ Ignore = Annotated[
     list[str] | None,
     typer.Option("--ignore", help="Leave a Linear alone: full name or re:PATTERN; repeatable."),
 ]
+GroupSize = Annotated[
+    int | None,
+    typer.Option(
+        help="Columns under one scale in integer schemes with groups: 32, 64, 128, or -1 (a row)."
+    ),
+]
 Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
 ShardSize = Annotated[str, typer.Option(help="Size of an output shard, e.g. 5GB, 500MB.")]
 MaxRam = Annotated[str | None, typer.Option(help="Refuse to need more memory than this.")]

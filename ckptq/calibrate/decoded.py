@@ -21,6 +21,7 @@ from ckptq.errors import SourceError
 from ckptq.models.encoded import BELONGS_TO_SCHEME, Encoded, decode_rows, read_encoded
 from ckptq.models.family import family_of
 from ckptq.models.published import Windows, windows_for, windows_of
+from ckptq.models.readable import refuse_bare_codes
 from ckptq.models.witnesses import read_witnesses
 from ckptq.permute.effect import Part
 from ckptq.permute.order import Heads, RopeOrder
@@ -67,12 +68,14 @@ class DecodedWeights:
 
     def _own_specs(self) -> dict[str, TensorSpec]:
         """The checkpoint's tensors, quantized ones as what they stand for."""
-        plain = {
-            name: stored.spec
+        plain = [
+            stored
             for name, stored in self._ckpt.tensors.items()
             if name not in self._parts and not BELONGS_TO_SCHEME.match(name)
-        }
-        return plain | {f"{module}.weight": e.spec for module, e in self._encoded.items()}
+        ]
+        refuse_bare_codes(plain)
+        own = {stored.name: stored.spec for stored in plain}
+        return own | {f"{module}.weight": e.spec for module, e in self._encoded.items()}
 
     def _tensor(self, files: Files, name: str) -> Tensor:
         whole = self._whole(files, name)

@@ -13,7 +13,7 @@ from ckptq.convert.handover import check_handed_over, write_handed_over
 from ckptq.convert.run import Result, default_output, write_quantized
 from ckptq.errors import UsageError
 from ckptq.permute.order import Sharing
-from ckptq.plan.doubts import vllm_doubts
+from ckptq.plan.doubts import transformers_doubts, vllm_doubts
 from ckptq.plan.left import left_alone
 from ckptq.plan.make import SHARD_BYTES, RopeChoice, make_plan
 from ckptq.plan.unit import Plan
@@ -38,7 +38,7 @@ class QuantizeRequest:
     rope_order: RopeChoice = "keep"
     rope_proof: Sharing | None = None
     as_written: bool = False
-    """Leave Llama-4's q/k/v in formats that vLLM cannot permute."""
+    """Keep to the recipe where vLLM cannot permute (Llama-4's q/k/v) or merge blocks of rows."""
     restart: bool = False
     workers: int | None = None
     max_ram: int | None = None
@@ -95,8 +95,8 @@ def quantize(
         note(source.doubt)
     for line in left_alone(plan.layout, plan.quantized):
         note(line)
-    for doubt in vllm_doubts(plan):
-        note(f"{request.recipe.name}: {doubt}")
+    for line in (*plan.told, *vllm_doubts(plan), *transformers_doubts(plan)):
+        note(f"{request.recipe.name}: {line}")
     return write_quantized(
         ckpt,
         plan,

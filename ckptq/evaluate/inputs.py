@@ -27,6 +27,9 @@ if TYPE_CHECKING:
     from ckptq.recipes.load import Args
 
 LARGEST = {"float": 448.0, "int": 127.0, "int4": 7.0}
+INPUT_SCALES = ("input_scale", "activation_scale", "input_global_scale")
+"""What the scales of static activations are called; the second in FP8 sources."""
+
 MICROSCALED = {"mxfp4": mxfp4, "mxfp8": mxfp8}
 SMALLEST_SCALE = 1 / (448.0 * 512.0)
 """vLLM's floor for dynamic FP8 scales."""
@@ -56,8 +59,9 @@ class InputScheme:
             return _rounded(x_TC, _like(x_TC, self.scale), self.type)
         if self.group is None:
             return _rounded(x_TC, _scale(x_TC, self.type), self.type)
-        x_TGg = x_TC.unflatten(-1, (-1, self.group))
-        return _rounded(x_TGg, _scale(x_TGg, self.type), self.type).flatten(-2)
+        x_TGg = _in_groups(x_TC, self.group)
+        rounded = _rounded(x_TGg, _scale(x_TGg, self.type), self.type)
+        return rounded.flatten(-2)[..., : x_TC.shape[-1]]
 
 
 def input_scheme(args: Args, name: str, scale: float | None = None) -> InputScheme:
@@ -93,7 +97,7 @@ def _kind(args: Args) -> str | None:
 def declared_inputs(ckpt: Checkpoint, linears: Collection[str]) -> dict[str, InputScheme]:
     """Of each quantized Linear, by name: what the group that quantizes it says of its input."""
     groups = config_groups(ckpt)
-    stored = {**stored_scales(ckpt, "input_scale"), **stored_scales(ckpt, "input_global_scale")}
+    stored = {m: t for local in INPUT_SCALES for m, t in stored_scales(ckpt, local).items()}
     scales = {module: float(read_tensor(tensor)) for module, tensor in stored.items()}
     found = {}
     for name in linears:
@@ -110,12 +114,19 @@ def _input_args(
     ckpt: Checkpoint, groups: Sequence[ConfigGroup], name: str
 ) -> Mapping[str, Any] | None:
     config = ckpt.quantization_config or {}
-    if config.get("quant_method") == "fp8" and config.get("activation_scheme") == "dynamic":
-        block = block_structure(ckpt)
-        args = {"type": "float", "dynamic": True, "strategy": "group"}
-        return {**args, "group_size": block[1]} if block else None
+    if config.get("quant_method") == "fp8":
+        return _fp8_inputs(ckpt, config)
     group = group_of(groups, name)
     return group.input_activations if group else None
+
+
+def _fp8_inputs(ckpt: Checkpoint, config: Mapping[str, Any]) -> Args:
+    """Of FP8 sources: in groups of the blocks' columns; without blocks, static or per token."""
+    block = block_structure(ckpt)
+    if block:
+        return {"type": "float", "dynamic": True, "strategy": "group", "group_size": block[1]}
+    static = config.get("activation_scheme") == "static"
+    return {"type": "float", "dynamic": not static, "strategy": "tensor" if static else "token"}
 
 
 def rules_of(
@@ -180,6 +191,14 @@ def _global_scale(amax: float) -> float:
 
 def _like(x: Tensor, value: float) -> Tensor:
     return x.new_full((1,), value, dtype=x.float().dtype)
+
+
+def _in_groups(x_TC: Tensor, size: int) -> Tensor:
+    """[T, G, size]; a last group that is not full is filled up with zeros, as vLLM's torch path for
+    FP8 does."""
+    from torch.nn.functional import pad
+
+    return pad(x_TC, (0, -x_TC.shape[-1] % size)).unflatten(-1, (-1, size))
 
 
 def _scale(x: Tensor, kind: str) -> Tensor:

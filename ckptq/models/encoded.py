@@ -1,7 +1,8 @@
 """Linears that a checkpoint stores quantized: which, in which scheme, and their rows back.
 
-Reads compressed-tensors checkpoints of every format that ckptq writes, and FP8 blocks as DeepSeek
-ships them (`quant_method: fp8`, scales named `weight_scale_inv`, multipliers all the same).
+Reads compressed-tensors checkpoints of every format that ckptq writes, and FP8 as DeepSeek and
+Mistral ship it (`quant_method: fp8`, a scale for a block or for the tensor, named
+`weight_scale_inv` and a multiplier all the same).
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from ckptq.checkpoint.open import CONFIG, Checkpoint
 from ckptq.checkpoint.read import Files, read_range, read_tensor
 from ckptq.errors import PlanError, SourceError
 from ckptq.models.config_groups import ConfigGroup, block_structure, config_groups, group_of
+from ckptq.models.readable import check_readable
 from ckptq.quantize.scheme import WeightScheme
 from ckptq.quantize.stored import row_quantum, stored
 from ckptq.spec import TensorSpec, torch_dtype
@@ -30,6 +32,8 @@ CONFIG_KEYS = ("quantization_config", "compression_config")
 FOREIGN_NAMES = {"weight_scale_inv": SCALE}
 """Names that other tools give to compressed-tensors' tensors."""
 
+HALF_MOST = 65504
+
 READABLE = ("compressed-tensors", "fp8")
 
 LOCAL = (
@@ -38,7 +42,7 @@ LOCAL = (
 )
 
 BELONGS_TO_SCHEME = re.compile(
-    r".*\.(input_scale|input_zero_point|input_global_scale|output_scale"
+    r".*\.(input_scale|activation_scale|input_zero_point|input_global_scale|output_scale"
     r"|[qkv]_scale|[qkv]_zero_point|kv_scale)$"
 )
 """Tensors that mean nothing once the weights are dequantized."""
@@ -99,14 +103,12 @@ def read_encoded(ckpt: Checkpoint) -> dict[str, Encoded]:
         )
     dtype, groups = _weight_dtype(ckpt), config_groups(ckpt)
     found = {}
+    foreign = config if config["quant_method"] == "fp8" else None
     for module, tensors in _modules(ckpt):
-        scheme = _scheme(ckpt, groups, module)
-        found[module] = Encoded(
-            module=module,
-            tensors=tensors,
-            scheme=scheme,
-            spec=TensorSpec(dtype, _shape(module, tensors, scheme)),
-        )
+        scheme = _scheme(ckpt, groups, module, tensors[SCALE])
+        spec = TensorSpec(dtype, _shape(module, tensors, scheme))
+        check_readable(module, tensors, scheme, spec, foreign)
+        found[module] = Encoded(module=module, tensors=tensors, scheme=scheme, spec=spec)
     return found
 
 
@@ -115,19 +117,26 @@ def decode_rows(files: Files, encoded: Encoded, start: int, stop: int) -> Tensor
     from ckptq.quantize.dequantize import dequantize
 
     quantum = TensorSpec("BF16", (encoded.quantum, encoded.spec.shape[1]))
-    per_quantum = {name: spec.shape[0] for name, spec in stored(quantum, encoded.scheme).items()}
     parts = {}
-    for name, tensor in encoded.tensors.items():
-        if name == "weight_shape":
+    for name, spec in stored(quantum, encoded.scheme).items():
+        tensor = encoded.tensors.get(name)
+        if tensor is None or name == "weight_shape":
             continue
-        if tensor.spec.numel == 1 or name == "weight_global_scale":
-            parts[name] = read_tensor(tensor, files)
+        if tensor.spec.numel == 1:
+            parts[name] = read_tensor(tensor, files).reshape((1,) * len(spec.shape))
         else:
-            first = start * per_quantum[name] // encoded.quantum
-            last = math.ceil(stop * per_quantum[name] / encoded.quantum)
+            first = start * spec.shape[0] // encoded.quantum
+            last = math.ceil(stop * spec.shape[0] / encoded.quantum)
             parts[name] = read_range(files, tensor, first, last)
     shape = (stop - start, encoded.spec.shape[1])
-    return dequantize(parts, encoded.scheme, shape, torch_dtype(encoded.spec.dtype))
+    w_RC = dequantize(parts, encoded.scheme, shape, torch_dtype(encoded.spec.dtype))
+    if encoded.spec.dtype == "F16" and not w_RC.isfinite().all():
+        raise SourceError(
+            f"{encoded.stored.file}: tensor {encoded.stored.name!r} stands for weights beyond "
+            f"{HALF_MOST}, the largest number of float16, which config.json names as the dtype; "
+            "or its scales are not finite"
+        )
+    return w_RC
 
 
 def _modules(ckpt: Checkpoint) -> Iterator[tuple[str, dict[str, StoredTensor]]]:
@@ -146,27 +155,32 @@ def _modules(ckpt: Checkpoint) -> Iterator[tuple[str, dict[str, StoredTensor]]]:
         yield module, tensors
 
 
-def _scheme(ckpt: Checkpoint, groups: Sequence[ConfigGroup], module: str) -> WeightScheme:
+def _scheme(
+    ckpt: Checkpoint, groups: Sequence[ConfigGroup], module: str, scale: StoredTensor
+) -> WeightScheme:
     config = ckpt.quantization_config or {}
-    method = config.get("quant_method")
-    if method == "compressed-tensors":
+    if config.get("quant_method") == "compressed-tensors":
         return _declared(ckpt, groups, module)
     block = block_structure(ckpt)
-    if method == "fp8" and block:
-        return WeightScheme(
-            format="float-quantized",
-            num_bits=8,
-            type="float",
-            strategy="block",
-            block_structure=block,
+    if block is None and scale.spec.numel != 1:
+        raise SourceError(
+            f"{scale.file}: tensor {scale.name!r} is {scale.spec}, and config.json has no "
+            "weight_block_size; wanted the sides of the blocks there, or one scale for the tensor"
         )
-    raise PlanError(_unreadable(ckpt, config))
+    return WeightScheme(
+        format="float-quantized",
+        num_bits=8,
+        type="float",
+        strategy="block" if block else "tensor",
+        block_structure=block,
+    )
 
 
 def _unreadable(ckpt: Checkpoint, config: Mapping[str, Any]) -> str:
     return (
         f"{ckpt.path}: is quantized with {config.get('quant_method')!r}, which ckptq cannot read "
-        "back; it reads compressed-tensors and FP8 blocks (quant_method fp8 with weight_block_size)"
+        "back; it reads compressed-tensors and FP8 with a scale for a block or for the tensor "
+        "(quant_method fp8)"
     )
 
 

@@ -16,8 +16,10 @@ from dataclasses import dataclass
 from functools import lru_cache
 
 from ckptq.checkpoint.open import Checkpoint
-from ckptq.engines.table import Architecture, load_table
-from ckptq.models.family import FUSED_SETS, LAYER, NEVER_QUANTIZED, family_of
+from ckptq.engines.architecture import Architecture
+from ckptq.engines.table import load_table
+from ckptq.engines.vllm import common_set
+from ckptq.models.family import LAYER, NEVER_QUANTIZED, family_of
 from ckptq.models.tree import ModuleTree, Owner, build_tree
 
 HEAD = "output head"
@@ -101,8 +103,7 @@ class Witnesses:
         if self.engine is not None and self.engine.row(module) is not None:
             return self.engine.fused_set(module)
         parent, _, projection = module.rpartition(".")
-        names = next((names for names in FUSED_SETS if projection in names), (projection,))
-        return tuple(f"{parent}.{name}" for name in names)
+        return tuple(f"{parent}.{name}" for name in common_set(projection))
 
     def merged_name(self, module: str) -> str | None:
         """What the engine calls the fused set of this module; None where it stands alone."""
@@ -124,9 +125,17 @@ class Witnesses:
         if self.tree is not None:
             names.append(self.tree.module(module))
         if self.engine is not None and self.engine.fate(module) == "quantized":
-            engine_name = None if self.engine.experts(module) else self.engine.engine_module(module)
+            engine_name = self._engine_name(self.engine, module)
             names += [engine_name] if engine_name else []
         return tuple(dict.fromkeys(names))
+
+    @staticmethod
+    def _engine_name(engine: Architecture, module: str) -> str | None:
+        """The engine's name, unless it finds the module by the names of the parts on disk."""
+        name = engine.engine_module(module)
+        if name is None or engine.experts(module) is not None:
+            return None
+        return None if name.rpartition(".")[2] in engine.packed else name
 
     def expert_lookups(self, part: str) -> tuple[str, ...]:
         """The names by which the engine looks up the scheme of the experts that this is a part of.

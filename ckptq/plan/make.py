@@ -15,7 +15,8 @@ from ckptq.errors import PlanError, UsageError
 from ckptq.models.modules import Layout, Linear, read_layout
 from ckptq.models.weight import Encoded, Reordered, View, Weight
 from ckptq.permute.order import Sharing
-from ckptq.plan.attention import AttentionPlan, last_tensors, plan_attention
+from ckptq.plan.attention import AttentionPlan, as_planned, last_tensors, plan_attention
+from ckptq.plan.fit import UNCHOSEN, fit
 from ckptq.plan.left import left_names
 from ckptq.plan.match import (
     choose,
@@ -56,7 +57,8 @@ def make_plan(
 ) -> Plan:
     """Decide every output tensor from headers, config and recipe; PlanError says what misfits.
 
-    `permutable` moves Llama-4's q/k/v out of formats that vLLM cannot permute: see that module.
+    `permutable` keeps to what vLLM serves: Llama-4's q/k/v move out of formats that it cannot
+    permute, sets whose blocks of rows it cannot merge are left (`permutable`, `fit`).
     `rope_order` "half-split" writes q/k of interleaved models in the order that kernels use, and
     marks the checkpoint; engines that permute while loading must not be given such a one.
     `rope_proof` makes q/k scales equal on the rows that the permutation exchanges.
@@ -67,7 +69,7 @@ def make_plan(
                 f"recipe {recipe.name!r} leaves quantized weights as they are stored; reorder them "
                 "with `ckptq permute` on its result"
             )
-        return _cache_alone(ckpt, recipe, shard_bytes)
+        return _cache_alone(ckpt, recipe, shard_bytes, served=permutable)
     layout = read_layout(ckpt)
     refuse_unread_weights(ckpt, layout)
     orders = read_marks(ckpt)
@@ -75,14 +77,19 @@ def make_plan(
         layout, orders = half_split(ckpt, layout)
     refuse_unserved(recipe.groups)
     refuse_idle_ignores(layout, ignore)
-    attention = plan_attention(ckpt, layout, recipe.attention) if recipe.attention else None
+    attention = None
+    if recipe.attention is not None:
+        attention = plan_attention(ckpt, layout, recipe.attention, served=permutable)
+        recipe = as_planned(recipe, attention)
     chosen = choose(layout, recipe, (*recipe.ignore, *ignore))
     if permutable:
         recipe = keep_permutable(recipe, layout, chosen)
         chosen = choose(layout, recipe, (*recipe.ignore, *ignore))
     refuse_split_sets(layout, chosen)
     refuse_unserved_experts(chosen)
-    units = tuple(_units(ckpt, layout, recipe, chosen, attention))
+    fitted = fit(layout, recipe, chosen, whole_blocks=permutable)
+    recipe, chosen = fitted.recipe, fitted.chosen
+    units = tuple(map(fitted.told_in, _units(ckpt, layout, recipe, chosen, attention)))
     if rope_proof is not None:
         units = tuple(prove_scales(ckpt, layout, units, rope_proof))
     _refuse_twins(units)
@@ -105,13 +112,15 @@ def make_plan(
         attention=attention,
         layout=layout,
         marks=orders,
+        told=(*([attention.told] if attention and attention.told else []), *fitted.told),
     )
 
 
-def _cache_alone(ckpt: Checkpoint, recipe: Recipe, shard_bytes: int) -> Plan:
+def _cache_alone(ckpt: Checkpoint, recipe: Recipe, shard_bytes: int, *, served: bool) -> Plan:
     """Calibrated scales for a quantized checkpoint whose weights stay as they are stored."""
     layout, kept = read_layout(ckpt), kept_config(ckpt)
-    attention = plan_attention(ckpt, layout, recipe.attention or {})
+    attention = plan_attention(ckpt, layout, recipe.attention or {}, served=served)
+    recipe = as_planned(recipe, attention)
     units = tuple(copied_units(ckpt, layout, attention))
     return Plan(
         recipe=recipe,
@@ -124,6 +133,7 @@ def _cache_alone(ckpt: Checkpoint, recipe: Recipe, shard_bytes: int) -> Plan:
         attention=attention,
         layout=layout,
         marks=read_marks(ckpt),
+        told=(attention.told,) if attention.told else (),
         kept=kept,
     )
 
@@ -238,7 +248,7 @@ def _quantized(members: Iterable[Linear], scheme: WeightScheme, group: Group) ->
 
 
 def _left_alone(linear: Linear, tensor: StoredTensor) -> Unit:
-    rule = (linear.kept or "not targeted, or ignored") + _changed(linear.weight)
+    rule = (linear.kept or UNCHOSEN) + _changed(linear.weight)
     if isinstance(linear.weight, View) and linear.weight.index is None:
         return Unit(key=tensor.name, rule=rule, copies={tensor.name: tensor})
     views: dict[str, Weight] = {f"{linear.name}.weight": linear.weight}

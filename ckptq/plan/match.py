@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
+from ckptq.checkpoint.header import StoredTensor
 from ckptq.checkpoint.open import Checkpoint
-from ckptq.errors import PlanError, SourceError
-from ckptq.models.config_groups import matches
+from ckptq.errors import PlanError
+from ckptq.models.experts import FUSED_WEIGHT
 from ckptq.models.modules import Layout
+from ckptq.models.readable import refuse_bare_codes, unread
 from ckptq.models.witnesses import NAMEABLE, Witnesses
+from ckptq.patterns import matches
 from ckptq.plan.left import EXPERT
 from ckptq.recipes.load import Group, Recipe, check_patterns
 from ckptq.spec import FLOATS
@@ -79,20 +82,23 @@ def refuse_idle_ignores(layout: Layout, ignore: Sequence[str]) -> None:
 
 
 def refuse_unread_weights(ckpt: Checkpoint, layout: Layout) -> None:
-    """SourceError for a Linear's weight that is neither a float nor declared as quantized.
+    """SourceError for a weight that is neither a float nor declared as quantized.
 
     It would be copied as if it were no weight, and no engine could tell what its codes mean.
     """
-    for name in layout.others:
-        tensor = ckpt.tensors[name]
-        module, _, local = name.rpartition(".")
-        linear = local == "weight" and len(tensor.spec.shape) == 2
-        kept = layout.witnesses.why_kept(module)
-        if linear and kept is None and tensor.spec.dtype not in FLOATS:
-            raise SourceError(
-                f"{tensor.file}: tensor {name!r} is {tensor.spec}, and config.json has no scheme "
-                f"for it; wanted one of {', '.join(FLOATS)}, or codes with their scales"
-            )
+    others = [ckpt.tensors[name] for name in layout.others]
+    refuse_bare_codes(others)
+    for tensor in others:
+        if tensor.spec.dtype not in FLOATS and _is_weight(layout, tensor):
+            raise unread(tensor)
+
+
+def _is_weight(layout: Layout, tensor: StoredTensor) -> bool:
+    module, _, local = tensor.name.rpartition(".")
+    if FUSED_WEIGHT.match(tensor.name):
+        return True
+    kept = layout.witnesses.why_kept(module)
+    return local == "weight" and len(tensor.spec.shape) == 2 and kept is None
 
 
 def refuse_split_sets(layout: Layout, chosen: Mapping[str, Group]) -> None:

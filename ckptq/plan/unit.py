@@ -105,6 +105,8 @@ class Plan:
     layout: Layout
     marks: Marks = field(default_factory=dict)
     """RoPE orders that the output is marked with; empty where nothing was permuted."""
+    told: tuple[str, ...] = ()
+    """A line for each point in which the plan departs from the recipe, so that engines load it."""
     kept: Mapping[str, Any] | None = None
     """Quantization config of a source whose weights are copied as they are stored, quantized."""
 

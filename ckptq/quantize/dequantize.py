@@ -12,9 +12,12 @@ from torch import Tensor
 
 from ckptq.quantize.codes import decode_e2m1
 from ckptq.quantize.packing import unpack_nibbles, unpack_words
-from ckptq.quantize.scales import mx_scale
+from ckptq.quantize.scales import FLOATS, mx_scale
 from ckptq.quantize.scheme import WeightScheme
 from ckptq.quantize.tiles import over_tiles, tiled, untiled
+
+EXPONENTS = (torch.uint8, torch.float8_e8m0fnu)
+"""Dtypes of scales that are powers of two, and store the exponent plus 127."""
 
 
 def dequantize(
@@ -25,9 +28,9 @@ def dequantize(
 ) -> Tensor:
     """(code - zero point) * scale: the weight [R, C], or the rows of it that are given.
 
-    In the dtype of the scales, or float32 where that is not one for weights (MX, NVFP4); rounded
-    to `dtype` if one is given. The columns of packed integers come from `shape`, else from
-    "weight_shape".
+    In the dtype of the scales, or float32 where that is not one for weights (exponents, NVFP4);
+    rounded to `dtype` if one is given. The columns of packed integers come from `shape`, else from
+    "weight_shape". `TypeError` for scales of a dtype that is neither a float nor an exponent.
     """
     scale = _scale(tensors, scheme)
     code_RC = _codes(tensors, scheme, shape).to(scale.dtype)
@@ -41,10 +44,12 @@ def dequantize(
 
 def _scale(tensors: Mapping[str, Tensor], scheme: WeightScheme) -> Tensor:
     scale = tensors["weight_scale"]
-    if scheme.scale_dtype == "uint8":
-        return mx_scale(scale)
     if scheme.strategy == "tensor_group":
         return scale.float() / tensors["weight_global_scale"]
+    if scale.dtype in EXPONENTS:
+        return mx_scale(scale.view(torch.uint8))
+    if scale.dtype not in FLOATS:
+        raise TypeError(f"a scale in {scale.dtype} is no number to multiply with")
     return scale
 
 

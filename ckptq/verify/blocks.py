@@ -1,28 +1,42 @@
-"""Block scales where vLLM merges weights: its blocks must not straddle two of them.
+"""Blocks and groups that are not whole where engines compute with whole ones only.
 
-vLLM 0.32, `validate_fp8_block_shape`: each member of a merged layer but the last must have a whole
-number of blocks of rows.
+vLLM 0.32: each member of a merged layer but the last must have a whole number of blocks of rows
+(`validate_fp8_block_shape`), and so must both of an expert's (`validate_fp8_block_shape_moe`).
+Groups of activations must divide the columns: `per_token_group_quant_fp8` asserts it on GPUs, and
+compressed-tensors in transformers; weights in blocks may well end in half a one.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 
+from ckptq.engines.vllm import fills_whole_blocks
 from ckptq.verify.kinds import finding
 from ckptq.verify.report import Finding
-from ckptq.verify.subject import Subject
+from ckptq.verify.subject import EXPERT, Module, Subject
 
 
 def check_blocks(subject: Subject) -> Iterator[Finding]:
-    """Members of fused sets in block formats whose rows do not fill whole blocks."""
+    """Members of fused sets whose rows, and Linears whose columns, fill no whole blocks."""
     for name, module in subject.modules.items():
         scheme = module.group.scheme if module.group else None
         if not module.quantized or scheme is None or not scheme.block_structure:
             continue
+        yield from _columns(module)
         height = scheme.block_structure[0]
         there = subject.witnesses.fused_set(name, subject.modules)
-        if module.shape and name in there[:-1] and module.shape[0] % height:
+        whole = fills_whole_blocks(name, there, of_expert=EXPERT.match(name) is not None)
+        if module.shape and whole and module.shape[0] % height:
             yield finding(
                 "block-rows", name, file=module.file, found=f"{module.shape[0]} rows",
                 wanted=f"a multiple of {height}",
             )  # fmt: skip
+
+
+def _columns(module: Module) -> Iterator[Finding]:
+    size = module.group.input_group if module.group else None
+    if size and module.shape and module.shape[1] % size:
+        yield finding(
+            "block-columns", module.name, file=module.file, found=f"{module.shape[1]} columns",
+            wanted=f"a multiple of {size}, the group of its activations",
+        )  # fmt: skip

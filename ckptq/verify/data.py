@@ -22,6 +22,7 @@ from ckptq.verify.order import Undo, make_undo
 from ckptq.verify.report import Checked, Finding
 from ckptq.verify.rescaled import settle
 from ckptq.verify.round_trip import Part, result_of, tasks
+from ckptq.verify.shared_cache import check_shared_cache
 from ckptq.verify.shared_scales import heads_of, sharing_heads
 from ckptq.verify.stored_linear import StoredLinear, stored_linear
 from ckptq.verify.subject import Subject
@@ -44,6 +45,7 @@ def check_data(subject: Subject, structure: Iterable[Finding], options: Options)
     undo = make_undo(subject)
     with Files() as files:
         rows, found = cache_values(subject, files)
+        found += check_shared_cache(subject, rows)
         for linear in linears.values():
             found += check_linear_values(linear, files)
         found += check_fused_scales(subject.witnesses, linears, files)

@@ -109,6 +109,11 @@ LINEARS = _faults(
     ("copy-spec", "an unquantized tensor of another dtype or shape", AGAIN),
     ("tied-head", "engines serve the embedding in its place", "untie it, or leave it out"),
     ("block-rows", "vLLM merges only whole blocks of rows", "quantize it per channel"),
+    (
+        "block-columns",
+        "engines quantize activations in whole groups only",
+        "leave it unquantized, or quantize it per channel",
+    ),
     ("rope-block-scales", "engines that permute q/k cannot move them", "use per channel for q/k"),
     (
         "rope-zero-points",
@@ -131,6 +136,8 @@ CACHE = _faults(
     ("kv-scale-missing", "vLLM uses 1.0 without a word", "`ckptq calibrate`, then convert again"),
     ("q-scale-missing", "vLLM uses 1.0, transformers NaN", "`ckptq calibrate`, then convert again"),
     ("kv-scale-shape", "not one scale for each head, or not one", AGAIN),
+    ("kv-heads-differ", "vLLM loads no scales per head for this layer", "calibrate per tensor"),
+    ("shared-cache-scale", "it reads another layer's cache with a scale of its own", AGAIN),
     ("kv-scale-dtype", "engines do not read scales of this dtype", AGAIN),
     ("vision-scale", "crashes vLLM; text never calibrates it", "remove the tensor"),
     ("kv-scale-orphan", "no attention layer here", "remove the tensor"),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import shutil
+import signal
 import subprocess
 import sys
 from contextlib import redirect_stderr, redirect_stdout
@@ -19,18 +20,19 @@ import yaml
 from safetensors.torch import load_file, save_file
 
 import ckptq
-from ckptq.__main__ import Interrupted, main
+from ckptq.__main__ import main
 from ckptq.checkpoint.open import open_checkpoint
 from ckptq.cli import app
 from ckptq.convert.run import write_quantized
+from ckptq.interrupts import SIGNALS, Interrupted
 from ckptq.plan.make import make_plan
 from ckptq.recipes.load import load_scheme
 from ckptq.spec import dtype_name
 
 SURFACE = {
     "quantize": {
-        "--scheme", "--recipe", "--output", "--revision", "--ignore", "--scales", "--data",
-        "--samples", "--seq-len", "--batch-size", "--seed", "--device", "--shard-size",
+        "--scheme", "--recipe", "--output", "--revision", "--ignore", "--group-size", "--scales",
+        "--data", "--samples", "--seq-len", "--batch-size", "--seed", "--device", "--shard-size",
         "--max-ram", "--workers", "--rope-order", "--rope-proof", "--as-written",
         "--dry-run", "--restart", "--trust-remote-code", "--json",
     },
@@ -64,11 +66,14 @@ def run(*arguments: str | Path) -> Done:
     """The whole program in this process: a fresh one would spend its time importing torch."""
     out, err = io.StringIO(), io.StringIO()
     argv, sys.argv = sys.argv, ["ckptq", *map(str, arguments)]
+    handlers = {number: signal.getsignal(number) for number in SIGNALS}
     try:
         with redirect_stdout(out), redirect_stderr(err), pytest.raises(SystemExit) as exit:
             main()
     finally:
         sys.argv = argv
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
     return Done(int(exit.value.code or 0), out.getvalue(), err.getvalue())
 
 
@@ -227,7 +232,14 @@ def test_vllm_is_not_proposed_for_rows_that_it_would_permute_again(
 
 
 def test_vllm_is_not_proposed_for_blocks_that_it_would_split(llama: Path, tmp_path: Path) -> None:
-    done = run("quantize", llama, "-s", "fp8-block", "-o", tmp_path / "out")
+    blocks = (
+        "quant_stage: {quant_modifiers: {QuantizationModifier: {ignore: [lm_head], config_groups: "
+        "{g: {targets: [Linear], weights: {num_bits: 8, type: float, strategy: block, "
+        "block_structure: [128, 128]}}}}}}"
+    )
+    (tmp_path / "blocks.yaml").write_text(blocks)
+    arguments = ("quantize", llama, "--recipe", tmp_path / "blocks.yaml", "-o", tmp_path / "out")
+    done = run(*arguments, "--as-written")
     assert done.returncode == 0, done.stderr
     assert "2 Linears have rows that fill no whole blocks" in " ".join(done.stderr.split())
     assert f"vllm serve {tmp_path / 'out'}" not in done.stdout
@@ -326,7 +338,8 @@ def test_codes_that_nothing_explains_are_refused(llama: Path, tmp_path: Path, dt
 
 def test_a_model_without_attention_heads(llama: Path) -> None:
     (llama / "config.json").write_text(json.dumps({"model_type": "mamba"}))
-    refused(2, "no attention heads", "quantize", llama, "-s", "kv-fp8-per-head")
+    words = "config.json: KV-cache scales are asked for, but the config says no number of heads"
+    refused(2, words, "quantize", llama, "-s", "kv-fp8-per-head")
 
 
 def test_calibrate_takes_one_recipe_that_has_scales(llama: Path, tmp_path: Path) -> None:

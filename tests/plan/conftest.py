@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from plan_shapes import Save, weights
 from safetensors.torch import save_file
-
-Save = Callable[[Mapping[str, torch.Tensor], Mapping[str, Any]], Path]
 
 HIDDEN, HEADS, KV_HEADS, HEAD_DIM, INTERMEDIATE, VOCAB, EXPERTS = 128, 4, 2, 32, 256, 64, 4
 
@@ -37,14 +36,6 @@ def save(tmp_path: Path) -> Save:
         return folder
 
     return write
-
-
-def weights(*shapes: tuple[str, tuple[int, ...]]) -> dict[str, torch.Tensor]:
-    generator = torch.Generator().manual_seed(0)
-    return {
-        name: (0.05 * torch.randn(shape, generator=generator)).to(torch.bfloat16)
-        for name, shape in shapes
-    }
 
 
 def attention(layer: str) -> list[tuple[str, tuple[int, ...]]]:

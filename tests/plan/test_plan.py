@@ -10,7 +10,7 @@ import pytest
 
 from ckptq.checkpoint.open import open_checkpoint
 from ckptq.errors import PlanError, SourceError, UsageError
-from ckptq.models.attention import heads_in
+from ckptq.models.heads import heads_in
 from ckptq.models.witnesses import read_witnesses
 from ckptq.plan.doubts import vllm_doubts
 from ckptq.plan.make import fill_shards, make_plan
@@ -187,7 +187,7 @@ def test_layers_that_keep_a_state_have_no_cache(llama: Path, declared: dict[str,
 
 
 def test_heads_of_a_layer_are_those_of_its_shapes(mimo: Path) -> None:
-    plan = plan_of(mimo, "fp8-per-head").attention
+    plan = plan_of(mimo, "fp8-per-head", permutable=False).attention
     assert plan is not None
     found = {
         name: spec.shape[0] for scales in plan.scales.values() for name, spec in scales.items()
@@ -258,16 +258,6 @@ def test_per_tensor_formats_keep_a_fused_set_in_one_unit(llama: Path) -> None:
     assert "model.layers.0.self_attn.q_proj.input_scale" in qkv.scales
 
 
-def test_a_group_that_does_not_divide_names_the_tensor(llama: Path) -> None:
-    odd = recipe(
-        "{g: {targets: [Linear], weights: {num_bits: 4, type: int, strategy: group,"
-        " group_size: 96, symmetric: true}}}",
-        "[lm_head]",
-    )
-    with pytest.raises(PlanError, match=r"model\.layers\.0\..*_proj: .*multiples of 96"):
-        make_plan(open_checkpoint(llama), load_text("odd", odd))
-
-
 def test_mixed_recipes_prefer_names_to_classes(llama: Path) -> None:
     mixed = recipe(
         r"{mlp: {targets: [Linear], weights: {num_bits: 8, type: int, strategy: channel},"
@@ -331,12 +321,17 @@ def test_a_single_shard_has_the_plain_name() -> None:
 
 def test_blocks_that_vllm_would_split_are_told(llama: Path) -> None:
     """k has 64 rows beside q's 128: half a block, between two members of a merged layer."""
-    doubt, *others = vllm_doubts(plan_of(llama, "fp8-block"))
+    doubt, *others = vllm_doubts(plan_of(llama, "fp8-block", permutable=False))
     assert not others
     assert "self_attn.k_proj 64 of them" in doubt
     assert not list(vllm_doubts(plan_of(llama, "fp8-dynamic")))
-    alone = plan_of(llama, "fp8-block", ignore=(r"re:.*\.(q|k|v)_proj$",))
+    alone = plan_of(llama, "fp8-block", ignore=(r"re:.*\.(q|k|v)_proj$",), permutable=False)
     assert not list(vllm_doubts(alone))
+    left = plan_of(llama, "fp8-block")
+    assert not list(vllm_doubts(left))
+    assert {n for n in left.ignore if "layers.1." in n} == {
+        f"model.layers.1.self_attn.{side}_proj" for side in "qkv"
+    }
 
 
 def test_what_vllm_cannot_permute_is_told(llama4: Path) -> None:

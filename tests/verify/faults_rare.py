@@ -71,6 +71,13 @@ def declare_blocks_of_96_rows(e):
     return "k_proj"
 
 
+@fault("block-columns", weights=("fp8-block",), families=("llama", "mixtral"))
+def declare_activations_in_groups_of_96_columns(e):
+    eights = {"num_bits": 8, "type": "float", "symmetric": True, "dynamic": True}
+    e.group["input_activations"] = eights | {"strategy": "group", "group_size": 96}
+    return "model.layers.0."
+
+
 @fault("shape-missing", weights=("int4",))
 def drop_a_weight_shape(e):
     name = f"{mlp(e)}.weight_shape"

@@ -1,0 +1,113 @@
+"""What the stored tensors of a quantized weight must be, so that they can be read back.
+
+Arithmetic happens only in dtypes that are for it: a scale of another dtype is an exponent or a
+code, and multiplied as it lies would give any number without a sign of it. Headers only.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING
+
+from ckptq.errors import PlanError, SourceError
+from ckptq.quantize.scheme import WeightScheme
+from ckptq.quantize.stored import stored
+from ckptq.spec import FLOATS, TensorSpec
+
+if TYPE_CHECKING:
+    from ckptq.checkpoint.header import StoredTensor
+
+SCALE_FORMATS = (None, "float", "ue8m0")
+"""What transformers knows as `scale_fmt`; scales in U8 and F8_E8M0 are exponents under each."""
+
+
+def check_readable(
+    module: str,
+    tensors: Mapping[str, StoredTensor],
+    scheme: WeightScheme,
+    spec: TensorSpec,
+    fp8_config: Mapping[str, object] | None = None,
+) -> None:
+    """SourceError for a tensor of a quantized weight whose dtype or shape has no meaning here.
+
+    `tensors` are those of one module by local name, `spec` is the weight that they stand for.
+    `fp8_config` is the quantization_config of FP8 sources that are not compressed-tensors'.
+    """
+    try:
+        wanted = stored(spec, scheme)
+    except PlanError as error:
+        code = next(iter(tensors.values()))
+        raise SourceError(f"{code.file}: the tensors of {module} do not fit: {error}") from error
+    for local, tensor in tensors.items():
+        if local not in wanted:
+            raise _odd(tensor, scheme, "no such tensor")
+        dtypes = _dtypes(local, wanted[local], scheme, foreign=fp8_config is not None)
+        if tensor.spec.dtype not in dtypes:
+            raise _odd(tensor, scheme, f"{' or '.join(dtypes)} {_shape(wanted[local])}")
+        if not _fits(tensor.spec, wanted[local]):
+            raise _odd(tensor, scheme, _shape(wanted[local]))
+        if local == "weight_scale" and tensor.spec.dtype not in FLOATS and fp8_config is not None:
+            _check_format(tensor, fp8_config.get("scale_fmt"))
+    missing = [local for local in wanted if local not in tensors and local != "weight_shape"]
+    if missing:
+        held = next(iter(tensors.values()))
+        raise SourceError(f"{held.file}: {module}.{missing[0]} is missing, which {scheme} needs")
+
+
+def refuse_bare_codes(tensors: Iterable[StoredTensor]) -> None:
+    """SourceError for a tensor in FP8 among those that hold no quantized matrix with its scales.
+
+    Nothing but codes is in FP8, and cast to the model's dtype they would pass for weights: experts
+    fused in 3-D, an output head without a scale.
+    """
+    for tensor in tensors:
+        if tensor.spec.dtype.startswith("F8_"):
+            raise unread(tensor)
+
+
+def unread(tensor: StoredTensor) -> SourceError:
+    """For codes that no scheme of config.json gives a meaning."""
+    return SourceError(
+        f"{tensor.file}: tensor {tensor.name!r} is {tensor.spec}, and config.json has no scheme "
+        f"for it that ckptq reads; wanted one of {', '.join(FLOATS)}, or a matrix of codes with "
+        "its scales"
+    )
+
+
+def _dtypes(
+    local: str, wanted: TensorSpec, scheme: WeightScheme, *, foreign: bool
+) -> Sequence[str]:
+    """From which dtypes a tensor can be read. F8_E8M0 says of itself that it is an exponent; a U8
+    is one in MX formats, and in FP8 sources, where transformers reads it so."""
+    if local == "weight_scale":
+        if scheme.scale_dtype == "uint8":
+            return ("U8", "F8_E8M0")
+        if scheme.scale_dtype is None:
+            return (*FLOATS, "F8_E8M0", "U8") if foreign else (*FLOATS, "F8_E8M0")
+    if local == "weight_global_scale":
+        return FLOATS
+    if local == "weight_shape":
+        return ("I64", "I32")
+    return (wanted.dtype,)
+
+
+def _fits(found: TensorSpec, wanted: TensorSpec) -> bool:
+    return found.shape == wanted.shape or found.numel == wanted.numel == 1
+
+
+def _check_format(tensor: StoredTensor, scale_format: object) -> None:
+    if scale_format not in SCALE_FORMATS:
+        raise SourceError(
+            f"{tensor.file}: tensor {tensor.name!r} is {tensor.spec}, and config.json has "
+            f"scale_fmt {scale_format!r}; wanted 'ue8m0', or scales in {', '.join(FLOATS)}"
+        )
+
+
+def _odd(tensor: StoredTensor, scheme: WeightScheme, wanted: str) -> SourceError:
+    return SourceError(
+        f"{tensor.file}: tensor {tensor.name!r} is {tensor.spec}; wanted {wanted} for {scheme}"
+    )
+
+
+def _shape(spec: TensorSpec) -> str:
+    return f"[{', '.join(map(str, spec.shape))}]"

@@ -1,0 +1,191 @@
+"""Widths that a format cannot hold: those Linears are left as they are, and the plan says so.
+
+One odd width is no reason to refuse a model. What cannot be quantized takes along what an engine
+has one scheme for: the set that vLLM merges, all experts of a layer. vLLM 0.32:
+
+- groups must divide the columns, of weights as of activations (`per_token_group_quant_fp8` asserts
+  it on a GPU, for block FP8 too, whose weights alone could end in half a block);
+- blocks of rows must be whole in every member of a merged set but the last, and in all of an
+  expert's (`validate_fp8_block_shape`, `validate_fp8_block_shape_moe`);
+- packed integers fill whole words: along the columns, with zero points along the rows too.
+
+Shape letters: R rows, C columns.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+
+from ckptq.engines.vllm import fills_whole_blocks
+from ckptq.errors import PlanError
+from ckptq.models.family import LAYER
+from ckptq.models.modules import Layout, Linear
+from ckptq.plan.left import EXPERT
+from ckptq.plan.unit import Unit
+from ckptq.recipes.group_size import sizes_of
+from ckptq.recipes.load import Args, Group, Recipe
+
+UNCHOSEN = "not targeted, or ignored"
+"""Why a Linear is left that no rule keeps."""
+
+
+@dataclass(frozen=True, slots=True)
+class Misfit:
+    """Why a Linear cannot be quantized as asked."""
+
+    why: str
+    columns: int
+    group: Group = field(hash=False, compare=False)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Fit:
+    """What is quantized after all."""
+
+    recipe: Recipe
+    """Without groups that have nothing left to quantize."""
+    chosen: dict[str, Group]
+    left: Mapping[str, str]
+    """Linear -> why it is left as it is."""
+    told: tuple[str, ...]
+    """A line for each reason."""
+
+    def told_in(self, unit: Unit) -> Unit:
+        """A unit of a Linear that is left, with the reason as its rule."""
+        name = unit.key if unit.key in self.left else unit.key.removesuffix(".weight")
+        if name not in self.left or unit.parts:
+            return unit
+        return replace(unit, rule=unit.rule.replace(UNCHOSEN, self.left[name]))
+
+
+def fit(
+    layout: Layout, recipe: Recipe, chosen: dict[str, Group], *, whole_blocks: bool = True
+) -> Fit:
+    """Take out of `chosen` (Linear -> group) what its format cannot hold.
+
+    `whole_blocks` False leaves blocks of rows that only vLLM cannot merge. PlanError where nothing
+    would be quantized.
+    """
+    misfits: dict[str, Misfit] = {}
+    taken: dict[str, Misfit] = {}
+    together = _together(layout, chosen)
+    for name, group in chosen.items():
+        misfit = _misfit(layout, name, group, chosen, whole_blocks)
+        if misfit is None:
+            continue
+        misfits[name] = misfit
+        if name not in taken:
+            taken |= {other: misfit for other in together[name] if other not in taken}
+    if not taken:
+        return Fit(recipe=recipe, chosen=chosen, left={}, told=())
+    lines = list(_lines(layout, misfits, taken))
+    kept = {name: group for name, group in chosen.items() if name not in taken}
+    if not kept:
+        raise PlanError(
+            f"recipe {recipe.name!r} fits no Linear of this model:\n" + "\n".join(lines)
+        )
+    groups = tuple(g for g in recipe.groups if g.is_attention or g in kept.values())
+    return Fit(
+        recipe=replace(recipe, groups=groups),
+        chosen=kept,
+        left={name: misfit.why for name, misfit in taken.items()},
+        told=tuple(f"left as they are: {line}" for line in lines),
+    )
+
+
+def _together(layout: Layout, chosen: Mapping[str, Group]) -> dict[str, Sequence[str]]:
+    """Linear -> those that are quantized with it or not at all, itself included."""
+    experts: dict[str, list[str]] = {}
+    for name in chosen:
+        if place := _experts(name):
+            experts.setdefault(place, []).append(name)
+    return {name: experts.get(_experts(name) or "") or layout.fused_set(name) for name in chosen}
+
+
+def _experts(name: str) -> str | None:
+    """The list of experts that a Linear belongs to."""
+    match = EXPERT.search(name)
+    return name[: match.start()] if match else None
+
+
+def _misfit(
+    layout: Layout, name: str, group: Group, chosen: Mapping[str, Group], whole_blocks: bool
+) -> Misfit | None:
+    linear = layout.linears[name]
+    R, C = linear.weight.spec.shape
+    weights, inputs = group.weights or {}, group.input_activations or {}
+    why = _columns(C, weights, inputs) or _words(R, C, group)
+    if why is None and whole_blocks and not _last(linear, layout, chosen):
+        height = (weights.get("block_structure") or [1])[0]
+        why = f"{R} rows are no whole blocks of {height}, and vLLM merges no others"
+        why = why if R % height else None
+    return None if why is None else Misfit(why, C, group)
+
+
+def _columns(C: int, weights: Args, inputs: Args) -> str | None:
+    """Groups of weights, and those that inputs are quantized in, must divide the columns."""
+    for what, args in (("groups", weights), ("activations in groups", inputs)):
+        size = args.get("group_size")
+        if size and size > 0 and C % size:
+            return f"{what} of {size} do not divide {C} columns"
+    return None
+
+
+def _words(R: int, C: int, group: Group) -> str | None:
+    """Codes and zero points that are packed into int32 must fill them."""
+    weights = group.weights or {}
+    bits = int(weights.get("num_bits", 8))
+    if group.format != "pack-quantized" or 32 % bits:
+        return None
+    codes = 32 // bits
+    if C % codes:
+        return f"{C} columns fill no whole words of {codes} codes"
+    if R % codes and weights.get("symmetric") is False:
+        return f"zero points of {R} rows fill no whole words of {codes}"
+    return None
+
+
+def _last(linear: Linear, layout: Layout, chosen: Mapping[str, Group]) -> bool:
+    """Whether half a block of rows may stand at its end: vLLM merges nothing behind it."""
+    members = [name for name in layout.fused_set(linear.name) if name in chosen]
+    of_expert = EXPERT.search(linear.name) is not None
+    return not fills_whole_blocks(linear.name, members, of_expert=of_expert)
+
+
+def _lines(
+    layout: Layout, misfits: Mapping[str, Misfit], taken: Mapping[str, Misfit]
+) -> Iterator[str]:
+    """One for each reason: which Linears, how many, and the way out."""
+    for misfit in dict.fromkeys(misfits.values()):
+        odd = [layout.linears[n] for n, found in misfits.items() if found == misfit]
+        along = [layout.linears[n] for n, m in taken.items() if m == misfit and n not in misfits]
+        yield (
+            _kinds(odd)
+            + (f", and with them {_kinds(along)}" if along else "")
+            + f": {misfit.why}; {_way_out(misfit)}"
+        )
+
+
+def _kinds(linears: Iterable[Linear]) -> str:
+    """ "30 x self_attn.q_proj [576, 576], 30 x mlp.up_proj [1536, 576]"."""
+    counts = Counter((_kind(one.name), tuple(one.weight.spec.shape)) for one in linears)
+    return ", ".join(
+        f"{count} x {name} [{shape[0]}, {shape[1]}]" for (name, shape), count in counts.items()
+    )
+
+
+def _kind(name: str) -> str:
+    """A name without the layer's number and the expert's."""
+    match = LAYER.match(name)
+    return re.sub(r"\.\d+(?=\.)", ".*", name[match.end() :] if match else name)
+
+
+def _way_out(misfit: Misfit) -> str:
+    now = (misfit.group.weights or {}).get("group_size")
+    sizes = [n for n in sizes_of(misfit.group) if n != now and (n < 0 or misfit.columns % n == 0)]
+    if not sizes:
+        return "`--scheme fp8-dynamic` takes any width"
+    return f"`--group-size {sizes[0]}` would take them"
