@@ -139,9 +139,10 @@ def test_a_model_that_nobody_knows_is_refused_unless_a_recipe_names_it(
     folder = changed(save("llama", families), tmp_path / "own", **own)
     with pytest.raises(PlanError, match=r"OwnForCausalLM: known to neither transformers nor"):
         plan_of(folder)
-    plan = make_plan(open_checkpoint(folder), load_text("named", NAMED))
-    assert len(plan.quantized) == open_checkpoint(folder).config["num_hidden_layers"]
-    assert read_witnesses(open_checkpoint(folder)).why_kept("model.layers.0.mlp.down_proj") == UNKNOWN
+    ckpt = open_checkpoint(folder)
+    plan = make_plan(ckpt, load_text("named", NAMED))
+    assert len(plan.quantized) == ckpt.config["num_hidden_layers"]
+    assert read_witnesses(ckpt).why_kept("model.layers.0.mlp.down_proj") == UNKNOWN
 
 
 def test_a_module_that_the_engine_does_not_know_stays(families: Path, tmp_path: Path) -> None:
