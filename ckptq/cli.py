@@ -11,6 +11,7 @@ from typing import Annotated
 import typer
 
 from ckptq import console
+from ckptq.interrupts import ignore_signals
 from ckptq.options import (
     BatchSize,
     Data,
@@ -134,6 +135,7 @@ def quantize(
         return
     with console.progress() as begin:
         result = convert(request, begin, console.note)
+        ignore_signals()
     show_quantized(result, json)
 
 
@@ -181,12 +183,15 @@ def calibrate(
         trust_remote_code=trust_remote_code,
     )
     new_file("--output", output)
+    if plan.attention is not None and plan.attention.told is not None:
+        console.note(plan.attention.told)
     with together() as ranks:
         with console.progress() as begin:
             begin, note = (begin, console.note) if ranks.leads else (silent, untold)
             made = calibrate_to_file(
                 ckpt, plan, wanted, output, begin, restart=restart, ranks=ranks, note=note
             )
+            ignore_signals()
         if ranks.leads:
             show_scales(output, made, json)
 
@@ -277,6 +282,7 @@ def permute(
     with console.progress() as begin:
         report = begin("permute", ckpt.nbytes)
         done = permute_checkpoint(plan, output, restart=restart, workers=workers, progress=report)
+        ignore_signals()
     show_permuted(done, json)
 
 

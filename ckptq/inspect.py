@@ -11,7 +11,7 @@ from ckptq.checkpoint.header import StoredTensor
 from ckptq.checkpoint.open import Checkpoint, open_checkpoint
 from ckptq.models.config_groups import stored_groups
 from ckptq.models.family import LAYER, family_of
-from ckptq.models.modules import num_attention_heads
+from ckptq.models.heads import config_heads
 from ckptq.permute import marks
 
 SCALES = ("_scale", "_zero_point", "_global_scale")
@@ -66,7 +66,7 @@ def inspect(source: str | Path, revision: str | None = None) -> Inspection:
         model_type=str(ckpt.config.get("model_type", "?")),
         architecture=", ".join(map(str, _list(ckpt.config.get("architectures") or "?"))),
         layers=_layers(ckpt),
-        heads=num_attention_heads(ckpt.text_config),
+        heads=config_heads(ckpt.text_config),
         files=len(ckpt.headers),
         tensors=len(ckpt.tensors),
         nbytes=ckpt.nbytes,

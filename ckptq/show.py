@@ -10,6 +10,7 @@ import yaml
 
 from ckptq import console
 from ckptq.console import size
+from ckptq.printable import shell_word
 from ckptq.show_verify import show_report as show_report
 
 if TYPE_CHECKING:
@@ -42,7 +43,7 @@ def show_quantized(result: Result, json: bool) -> None:
         + resumed,
         f"{size(result.source_bytes)} -> {size(result.output_bytes)} ({ratio:.0%})",
         *([_proof_line(result.rope_proof)] if result.rope_proof else []),
-        f"verify it:  ckptq verify {result.out} --source {result.source}",
+        f"verify it:  ckptq verify {shell_word(result.out)} --source {shell_word(result.source)}",
         f"serve it:   {result.serve or NOT_IN_VLLM}",
     )
 
@@ -162,7 +163,7 @@ def show_recipe(recipe: Recipe, json: bool) -> None:
     if json:
         console.show_json(yaml.safe_load(recipe.text))
     else:
-        console.show_lines(recipe.text.rstrip())
+        console.show_lines(*recipe.text.rstrip().splitlines())
 
 
 def show_permuted(done: Permuted, json: bool) -> None:

@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from ckptq.errors import PlanError
+from ckptq.models.refusals import WEIGHTS_ALONE
 
 if TYPE_CHECKING:
     import torch
@@ -35,8 +36,8 @@ class Recorder:
     def __call__(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         if self._hidden_BSE is not None and hidden_states is not self._hidden_BSE:
             raise PlanError(
-                f"{self._model_name} changes the hidden states between decoder layers "
-                f"{len(self.calls) - 1} and {len(self.calls)}; it cannot be run layer by layer"
+                f"{self._model_name} {self._what_it_does(hidden_states)}; it cannot be run layer "
+                f"by layer; {WEIGHTS_ALONE}"
             )
         self._hidden_BSE = hidden_states
         self.calls.append((args, kwargs))
@@ -44,12 +45,25 @@ class Recorder:
             raise AllLayersSeen
         return hidden_states
 
+    def _what_it_does(self, given: Tensor) -> str:
+        """With what a layer has handed on."""
+        assert self._hidden_BSE is not None
+        if (
+            given.shape == self._hidden_BSE.shape[1:]
+            and given.data_ptr() == self._hidden_BSE.data_ptr()
+        ):
+            return "wants tuples from its decoder layers, of which it takes the first"
+        return (
+            "changes the hidden states between decoder layers "
+            f"{len(self.calls) - 1} and {len(self.calls)}"
+        )
+
     def hidden_states(self) -> Tensor:
         """What the first layer gets, [B, S, E]. PlanError when some layer was never called."""
         if self._hidden_BSE is None or len(self.calls) < self._stop_after:
             raise PlanError(
                 f"{self._model_name} called {len(self.calls)} of its {self._stop_after} decoder "
-                "layers; it cannot be run layer by layer"
+                f"layers; it cannot be run layer by layer; {WEIGHTS_ALONE}"
             )
         return self._hidden_BSE
 

@@ -12,7 +12,7 @@ from ckptq.calibrate.ranks import ALONE, Ranks, own_device
 from ckptq.calibrate.scales import Record, Scales, load_scales, source_fingerprint
 from ckptq.checkpoint.open import Checkpoint
 from ckptq.device import find_device
-from ckptq.errors import PlanError, SourceError, UsageError
+from ckptq.errors import SourceError, UsageError
 from ckptq.plan.unit import Plan
 from ckptq.progress import Begin, Note, untold
 
@@ -123,6 +123,7 @@ def calibrate_plan(
         observer_arguments=plan.attention.observer_arguments if plan.attention else None,
         input_observer=plan.input_observer,
         inputs=plan.inputs,
+        planned=plan.attention.scales if plan.attention else {},
         batch_size=wanted.batch_size,
         device=own_device(device),
         trust_remote_code=wanted.trust_remote_code,
@@ -130,7 +131,6 @@ def calibrate_plan(
         journal=folder,
         ranks=ranks,
     )
-    _check_all_seen(ckpt, plan, made)
     if wanted.data is not None and made.made.samples < wanted.samples:
         note(
             f"{wanted.data}: gives {made.made.samples} of the {wanted.samples} samples that were "
@@ -146,16 +146,6 @@ def _check_calibrated(plan: Plan) -> None:
             f"recipe {plan.recipe.name!r} uses no calibrated scales; fp8-per-head, fp8-per-tensor, "
             "fp8-static and nvfp4 do"
         )
-
-
-def _check_all_seen(ckpt: Checkpoint, plan: Plan, made: Scales) -> None:
-    """PlanError for attention that the model has on disk and did not run."""
-    for module in plan.attention.scales if plan.attention else ():
-        if f"{module}.k_scale" not in made.tensors:
-            raise PlanError(
-                f"{ckpt.path}: {module} did not run as attention of transformers' interface, so "
-                "its q, k and v were not observed; use a scheme for weights alone"
-            )
 
 
 def _doubt(ckpt: Checkpoint, file: Path, made: Record) -> str | None:

@@ -27,6 +27,8 @@ from ckptq.calibrate.text import Batch, Samples
 from ckptq.checkpoint.identity import Identity, check_unchanged, lasting
 from ckptq.checkpoint.open import Checkpoint
 from ckptq.errors import PlanError, SourceError, UsageError
+from ckptq.models.refusals import WEIGHTS_ALONE
+from ckptq.spec import TensorSpec
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -38,6 +40,11 @@ Progress = Callable[[int, int], None]
 
 NOTHING: Mapping[str, float] = {}
 
+Planned = Mapping[str, Mapping[str, TensorSpec]]
+"""Attention module, as named on disk -> its scales and what they will look like."""
+
+NO_PLAN: Planned = {}
+
 
 def calibrate(
     ckpt: Checkpoint,
@@ -48,6 +55,7 @@ def calibrate(
     observer_arguments: Mapping[str, Any] | None = None,
     inputs: Mapping[str, float] = NOTHING,
     input_observer: str = "static_minmax",
+    planned: Planned = NO_PLAN,
     batch_size: int = 8,
     device: str = "cpu",
     eager: bool = False,
@@ -61,6 +69,9 @@ def calibrate(
     `inputs` asks for scales of what goes into Linears too, [1] each: names on disk, with what the
     largest input becomes (448 for FP8, 127.5 for INT8; 448 * 6 for NVFP4, whose global scale is
     that by which inputs are multiplied). A `strategy` of None leaves attention out.
+
+    `planned` says which modules have to show their q, k and v, and how many heads of each:
+    PlanError after the first layer that does otherwise.
 
     `eager` runs attention as llm-compressor 0.14.0.1 does while it calibrates, for equal bits; its
     newer sources use SDPA, as is done here by default.
@@ -97,7 +108,8 @@ def calibrate(
     model = open_model(ckpt, device, eager=eager, trust_remote_code=trust_remote_code)
     statistics = Statistics(wanted)
     _check_vocabulary(model, samples)
-    _run(model, ranks.share(samples.batches(batch_size)), statistics, progress, kept)
+    batches = ranks.share(samples.batches(batch_size))
+    _run(model, batches, statistics, progress, kept, planned)
     check_unchanged(pinned)
     ranks.merge(statistics)
     classes = _classes(model, statistics)
@@ -134,6 +146,7 @@ def _run(
     statistics: Statistics,
     progress: Progress,
     journal: Journal | None,
+    planned: Planned,
 ) -> None:
     """All layers, or those that are left."""
     stream = model.embed(batches)
@@ -143,10 +156,36 @@ def _run(
         if index >= done:
             model.run_layer(index, stream, _watch(model, name, statistics, inputs))
             statistics.settle()
+            if stream.batches:
+                _check_layer(model, name, statistics, planned)
             statistics.check_finite(model.loader.label)
             if journal is not None and index + 1 < len(layers):
                 journal.keep(index + 1, stream, statistics)
         progress(index + 1, len(layers))
+
+
+def _check_layer(
+    model: LayerwiseModel, layer: str, statistics: Statistics, planned: Planned
+) -> None:
+    """The attention of a layer that has run has shown what the plan wants scales of."""
+    inside, family = model.loader.stored_module(layer), type(model.skeleton.model).__name__
+    for module, scales in planned.items():
+        if not module.startswith(f"{inside}."):
+            continue
+        for name, spec in scales.items():
+            stats = statistics.points.get(name.removesuffix("_scale"))
+            if stats is None:
+                raise PlanError(
+                    f"{model.loader.label}: {module} did not run as attention of transformers' "
+                    f"interface, so its q, k and v were not observed; {WEIGHTS_ALONE}"
+                )
+            if stats["amax"].numel() != spec.numel:
+                raise PlanError(
+                    f"{model.loader.label}: {module} of {family} hands {stats['amax'].numel()} "
+                    f"heads to attention where {name} is for {spec.numel}, so heads cannot be told "
+                    "apart; a scheme with scales per tensor takes this model, or one for weights "
+                    "alone"
+                )
 
 
 def _watch(
@@ -200,7 +239,8 @@ def _check_complete(ckpt: Checkpoint, model: LayerwiseModel, statistics: Statist
     if statistics.wanted.strategy and not any(p.endswith(".k") for p in statistics.points):
         raise PlanError(
             f"{ckpt.path}: no attention of {type(model.skeleton.model).__name__} passes through "
-            "transformers' attention interface, so its q, k and v cannot be observed"
+            "transformers' attention interface, so its q, k and v cannot be observed; "
+            f"{WEIGHTS_ALONE}"
         )
     for linear in statistics.wanted.inputs:
         if f"{linear}.input" not in statistics.points:

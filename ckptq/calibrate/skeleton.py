@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from ckptq.calibrate import attention
 from ckptq.checkpoint.open import CONFIG, Checkpoint
 from ckptq.errors import PlanError, SourceError
-from ckptq.models.refusals import refusals
+from ckptq.models.refusals import WEIGHTS_ALONE, refusals
 from ckptq.models.transformers_model import (
     decoder_layers_of,
     model_class_of,
@@ -66,7 +66,7 @@ def _check_has_heads(ckpt: Checkpoint, config: PreTrainedConfig) -> None:
         architecture = ", ".join(config.architectures or ["unknown architecture"])
         raise PlanError(
             f"{ckpt.path}: {architecture} has no attention heads, so there is no KV cache and no "
-            "query to scale; use a scheme for weights alone"
+            f"query to scale; {WEIGHTS_ALONE}"
         )
 
 
@@ -97,7 +97,7 @@ def _build(
             raise
         raise PlanError(
             f"{model_class.__name__} has attention classes of its own instead of transformers' "
-            "attention interface, so its q, k and v cannot be observed"
+            f"attention interface, so its q, k and v cannot be observed; {WEIGHTS_ALONE}"
         ) from error
 
 
@@ -123,7 +123,7 @@ def _decoder_layers(ckpt: Checkpoint, model: PreTrainedModel) -> dict[str, nn.Mo
         wanted = model.config.get_text_config(decoder=True).num_hidden_layers
         raise PlanError(
             f"{ckpt.path}: {type(model).__name__} has no list of {wanted} decoder layers "
-            "to run one by one"
+            f"to run one by one; {WEIGHTS_ALONE}"
         )
     return {f"{found[0]}.{index}": layer for index, layer in enumerate(found[1])}
 

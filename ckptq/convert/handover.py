@@ -18,9 +18,9 @@ from typing import TYPE_CHECKING, Any
 from ckptq.checkpoint.header import by_place
 from ckptq.checkpoint.identity import check_unchanged, lasting
 from ckptq.checkpoint.journal import Journal, check_apart
-from ckptq.checkpoint.open import Checkpoint, open_checkpoint
+from ckptq.checkpoint.open import CONFIG, Checkpoint, open_checkpoint
 from ckptq.checkpoint.seal import is_whole, seal
-from ckptq.checkpoint.side_files import write_side_files
+from ckptq.checkpoint.side_files import render_json, write_side_files
 from ckptq.convert import documents
 from ckptq.convert.fill import Job, convert_plan, prove_renamed
 from ckptq.convert.run import Result, serve_line
@@ -78,6 +78,7 @@ def write_handed_over(
         "source": documents.source_record(ckpt),
         "versions": documents.versions(),
     }
+    render_json(ckpt.path / CONFIG, unquantized_config(ckpt.config))  # else it would fail last
     pinned = ckpt.pinned()
     journal = Journal.open(out, {**record, "modified": lasting(ckpt.path, pinned)}, restart=restart)
     workers = workers or len(os.sched_getaffinity(0))
@@ -133,7 +134,9 @@ def _oneshot(ckpt: Checkpoint, recipe: Recipe, made: Path, wanted: CalibrationRe
     model_class: Any = model_class_of(ckpt, config, wanted.trust_remote_code)
     with refusals(f"{ckpt.path}: transformers cannot load the model"):
         model = model_class.from_pretrained(ckpt.path, dtype="auto")
-    tokenizer: Any = transformers.AutoTokenizer.from_pretrained(ckpt.path)
+    with refusals(f"{ckpt.path}: no tokenizer that transformers can load"):
+        tokenizer: Any = transformers.AutoTokenizer.from_pretrained(ckpt.path)
+    _check_saved(ckpt, model, made)
     torch.manual_seed(wanted.seed)
     oneshot(
         model=model,
@@ -148,6 +151,19 @@ def _oneshot(ckpt: Checkpoint, recipe: Recipe, made: Path, wanted: CalibrationRe
     )
     model.save_pretrained(made, save_compressed=True)
     seal(made)
+
+
+def _check_saved(ckpt: Checkpoint, model: Any, made: Path) -> None:
+    """SourceError, before hours of work, for what transformers reads and does not write.
+
+    A generation_config is copied from the source in any case: the model gets one that it can save.
+    """
+    from ckptq.models.refusals import refusals
+
+    if model.can_generate():
+        model.generation_config = type(model.generation_config)()
+    with refusals(f"{ckpt.path / CONFIG}: transformers does not save what it has read"):
+        model.config.save_pretrained(made)
 
 
 def _plan_copies(made: Path, recipe: Recipe, shard_bytes: int | None) -> Plan:

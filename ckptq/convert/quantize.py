@@ -13,7 +13,7 @@ from ckptq.convert.handover import check_handed_over, write_handed_over
 from ckptq.convert.run import Result, default_output, write_quantized
 from ckptq.errors import UsageError
 from ckptq.permute.order import Sharing
-from ckptq.plan.doubts import vllm_doubts
+from ckptq.plan.doubts import transformers_doubts, vllm_doubts
 from ckptq.plan.left import left_alone
 from ckptq.plan.make import SHARD_BYTES, RopeChoice, make_plan
 from ckptq.plan.unit import Plan
@@ -95,7 +95,7 @@ def quantize(
         note(source.doubt)
     for line in left_alone(plan.layout, plan.quantized):
         note(line)
-    for line in (*plan.told, *vllm_doubts(plan)):
+    for line in (*plan.told, *vllm_doubts(plan), *transformers_doubts(plan)):
         note(f"{request.recipe.name}: {line}")
     return write_quantized(
         ckpt,

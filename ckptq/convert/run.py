@@ -6,7 +6,6 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from shlex import quote
 from typing import TYPE_CHECKING, Any
 
 from ckptq.checkpoint.identity import check_unchanged, lasting
@@ -22,6 +21,7 @@ from ckptq.models.encoded import unquantized_config
 from ckptq.permute.marks import marked_config
 from ckptq.plan.doubts import vllm_doubts
 from ckptq.plan.unit import Plan
+from ckptq.printable import shell_word
 from ckptq.progress import Begin, Note, silent, untold
 from ckptq.recipes.load import Recipe
 
@@ -151,7 +151,7 @@ def serve_line(out: Path, plan: Plan) -> str | None:
     moved = any(order != plan.layout.family.rope for order in plan.marks.values())
     if moved or any(vllm_doubts(plan)):
         return None
-    line = f"vllm serve {quote(str(out))}"
+    line = f"vllm serve {shell_word(out)}"
     if plan.attention is None:
         return line
     line += " --kv-cache-dtype fp8"

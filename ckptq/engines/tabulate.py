@@ -1,9 +1,10 @@
 """From observations of an engine to its table: one row for each kind of module, in one file.
 
-    python -m ckptq.engines.tabulate OBSERVATIONS.jsonl [TABLE.json]
+    python -m ckptq.engines.tabulate OBSERVATIONS.jsonl FOLDER
 
-Layer and expert numbers become `*`. Sources of one architecture are united. Where two of them
-disagree about a module the table says `"mixed"`, and nobody can rely on either.
+The file is named by engine and version: FOLDER/vllm-0.32.0.json. Layer and expert numbers become
+`*`. Sources of one architecture are united; where two of them disagree about a module the table
+says `"mixed"`, and nobody can rely on either.
 """
 
 from __future__ import annotations
@@ -24,21 +25,22 @@ def pattern_of(name: str) -> str:
 
 
 def tabulate(observations: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
-    """The content of a table's file. All observations are of one version of one engine."""
+    """The content of a table's file, from the extractor's lines: the engine, then its sources."""
+    engine, *sources = observations
     architectures: dict[str, dict[str, Any]] = {}
-    failed: dict[str, str] = {}
-    version = ""
-    for seen in observations:
-        version = seen["vllm"]
+    failed: dict[str, dict[str, str]] = {}
+    for seen in sources:
+        name = seen["architecture"]
         if "error" in seen:
-            failed[seen["source"]] = f"{seen['architecture']}: {seen['error']}"
-            continue
-        unite(architectures.setdefault(seen["architecture"], {}), architecture_of(seen))
+            failed.setdefault(name, {})[seen["source"]] = seen["error"]
+        else:
+            unite(architectures.setdefault(name, {}), architecture_of(seen))
     return {
         "engine": "vllm",
-        "version": version,
+        "version": engine["vllm"],
         "architectures": dict(sorted(architectures.items())),
         "failed": dict(sorted(failed.items())),
+        "registry": engine["registry"],
     }
 
 
@@ -74,16 +76,43 @@ def architecture_of(seen: Mapping[str, Any]) -> dict[str, Any]:
         "experts": {
             pattern_of(asked_as[name]): f["experts"] for name, f in facts.items() if "experts" in f
         },
-        "attention": {
-            pattern_of(name): f["attention"] for name, f in facts.items() if "attention" in f
-        },
+        "attention": agreed(
+            (pattern_of(name), f["attention"]) for name, f in facts.items() if "attention" in f
+        ),
+        "heads": agreed(
+            (pattern_of(name), "tied" if "tied_to" in f else "own")
+            for name, f in facts.items()
+            if f["class"] == "ParallelLMHead"
+        ),
         "shares_cache": {
             name: f["shares_cache_of"] for name, f in facts.items() if "shares_cache_of" in f
+        },
+        "written": {
+            f"{seen['source']} {half}": outcome(result)
+            for half, result in seen["written"].items()
+            if result
         },
         "unfilled": sorted({pattern_of(name) for name in seen["unfilled"]}),
         "merged": sorted(merged),
         "modules": dict(sorted(rows.items())),
     }
+
+
+def outcome(result: Mapping[str, Any]) -> str:
+    """One line of how loading the quantized checkpoint ended, where it did not end well."""
+    if "error" in result:
+        return str(result["error"])
+    if "unfilled" not in result:
+        return f"loads as {result['names']}"
+    return "not filled: " + ", ".join(sorted({pattern_of(name) for name in result["unfilled"]}))
+
+
+def agreed(pairs: Iterable[tuple[str, str]]) -> dict[str, str]:
+    """One value a name, "mixed" where several were seen."""
+    values: dict[str, str] = {}
+    for name, value in pairs:
+        values[name] = value if values.get(name, value) == value else "mixed"
+    return dict(sorted(values.items()))
 
 
 def module_of(tensor: str, shapes: Mapping[str, list[int]]) -> str | None:
@@ -121,8 +150,10 @@ def unite(known: dict[str, Any], new: Mapping[str, Any]) -> None:
         known.update(new)
         return
     known["sources"] = sorted({*known["sources"], *new["sources"]})
-    for key in ("packed", "experts", "attention", "shares_cache"):
+    for key in ("packed", "experts", "shares_cache", "written"):
         known[key] = {**known[key], **new[key]}
+    for key in ("attention", "heads"):
+        known[key] = agreed([*known[key].items(), *new[key].items()])
     known["renames"] = {**new["renames"], **known["renames"]}
     known["merged"] = sorted({tuple(m) for m in (*known["merged"], *new["merged"])})
     known["unfilled"] = sorted({*known["unfilled"], *new["unfilled"]})
@@ -152,10 +183,14 @@ def _dump(value: Any, indent: str, depth: int) -> str:
 
 
 def main() -> None:
-    observations = [json.loads(line) for line in Path(sys.argv[1]).read_text().splitlines()]
-    table = tabulate(observations)
-    out = sys.argv[2] if len(sys.argv) > 2 else f"{table['engine']}-{table['version']}.json"
-    Path(out).write_text(dump(table))
+    observations, folder = map(Path, sys.argv[1:])
+    table = tabulate(json.loads(line) for line in observations.read_text().splitlines())
+    out = folder / f"{table['engine']}-{table['version']}.json"
+    out.write_text(dump(table))
+    print(f"{out}: {len(table['architectures'])} architectures")
+    for architecture, sources in table["failed"].items():
+        for source, error in sources.items():
+            print(f"failed: {source} ({architecture}): {error}")
 
 
 if __name__ == "__main__":

@@ -18,6 +18,7 @@ from ckptq.checkpoint.read import read_tensor
 from ckptq.errors import UsageError
 from ckptq.kernels.kv_format import FORMATS, Rotation
 from ckptq.models.encoded import stored_scales
+from ckptq.models.heads import config_heads
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -142,8 +143,8 @@ def declared_cache(ckpt: Checkpoint) -> KVCache:
 
 def head_dim(text_config: Mapping[str, Any]) -> int:
     """Values of one key of one head, as transformers reads it from a language model's config."""
-    given = text_config.get("head_dim")
-    return int(given or text_config["hidden_size"] // text_config["num_attention_heads"])
+    given, heads = text_config.get("head_dim"), config_heads(text_config)
+    return int(given or text_config["hidden_size"] // (heads[0] if heads else 1))
 
 
 def on_cpu(cache: KVCache, *, heads_apart: bool) -> KVCache:

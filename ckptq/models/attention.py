@@ -1,24 +1,21 @@
-"""Attention in the decoder layers, from names and config: which modules cache heads of k and v."""
+"""Attention in the decoder layers, from names and config: which modules cache heads of k and v, and
+which read another layer's cache."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any, Literal
 
 from ckptq.models.family import LAYER
+from ckptq.models.heads import FUSED
 
-KEY_PROJECTIONS = ("k_proj", "qkv_proj", "query_key_value", "c_attn", "W_pack")
+KEY_PROJECTIONS = ("k_proj", "kv_proj", *FUSED)
 LATENT = ("kv_a_proj_with_mqa", "kv_b_proj")
 """What multi-head latent attention has in the place of a k_proj."""
 
 UNCACHED = ("linear_attention", "conv")
 """Types of layers that keep a state instead of keys and values; their projections may be called
 like those of attention."""
-
-VALUES = ("v_proj", "k_proj")
-"""What makes the values: Gemma-4 has layers whose keys are their values."""
-
-OUTPUTS = ("o_proj", "out_proj", "dense")
 
 AttentionKind = Literal["heads", "latent"]
 
@@ -40,32 +37,50 @@ def attention_kind(
     return "heads" if projection in KEY_PROJECTIONS and cached else None
 
 
-def heads_in(
-    module: str, heads: tuple[int, int], shapes: Mapping[str, tuple[int, ...]]
-) -> tuple[int, int]:
-    """(query heads, key/value heads) of one attention module; `heads` are those of the config.
+def layer_index(module: str) -> int:
+    """Of a module inside the decoder layers."""
+    match = LAYER.match(module + ".")
+    assert match, f"{module} is in no layer"
+    return int(match["index"])
 
-    Gemma-4's global layers and MiMo's sliding ones have key/value heads of their own number, each
-    config with names of its own. `shapes` of the Linears [out, in] tell: the output projection has
-    columns for all query heads and v_proj rows for all key/value heads, of one size.
+
+def cache_owners(
+    modules: Collection[str], parents: Collection[str], num_layers: int, config: Mapping[str, Any]
+) -> dict[str, str]:
+    """Attention module that reads another one's cache -> that one. Gemma-3n and the small Gemma-4.
+
+    `modules` are those that make keys, `parents` all modules that hold Linears: the last
+    `num_kv_shared_layers` layers use the cache of the last layer before them of the same type, and
+    may have no k_proj at all.
     """
-    output = _first(module, OUTPUTS, shapes)
-    values = _first(module, VALUES, shapes)
-    if output is None or values is None or output[1] % heads[0]:
-        return heads
-    count, rest = divmod(values[0], output[1] // heads[0])
-    return heads if rest or not count or heads[0] % count else (heads[0], count)
+    by_layer = {layer_index(module): module for module in modules}
+    found = {}
+    for index, target in _shared_layers(config, num_layers).items():
+        owner = by_layer.get(target)
+        if owner is None:
+            continue
+        module = _in_layer(owner, index)
+        if module in parents:
+            found[module] = owner
+    return found
 
 
-def by_side(heads: tuple[int, int]) -> dict[str, int]:
-    """How many heads q, k and v have, and so scales of their own."""
-    return {"q": heads[0], "k": heads[1], "v": heads[1]}
+def _in_layer(module: str, index: int) -> str:
+    match = LAYER.match(module + ".")
+    assert match, f"{module} is in no layer"
+    return f"{module[: match.start('index')]}{index}{module[match.end('index') :]}"
 
 
-def _first(
-    module: str, names: tuple[str, ...], shapes: Mapping[str, tuple[int, ...]]
-) -> tuple[int, ...] | None:
-    return next((shapes[n] for name in names if (n := f"{module}.{name}") in shapes), None)
+def _shared_layers(config: Mapping[str, Any], num_layers: int) -> dict[int, int]:
+    """Layer -> the one whose cache it reads, as transformers' modeling files have it."""
+    count, types = config.get("num_kv_shared_layers"), config.get("layer_types")
+    if type(count) is not int or not 0 < count < num_layers:
+        return {}
+    if not isinstance(types, list) or len(types) < num_layers:
+        types = [None] * num_layers
+    first = num_layers - count
+    last = {kind: index for index, kind in enumerate(types[:first])}
+    return {i: last[types[i]] for i in range(first, num_layers) if types[i] in last}
 
 
 def _keeps_a_state(text_config: Mapping[str, Any], index: int) -> bool:

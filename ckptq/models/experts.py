@@ -50,6 +50,8 @@ def why_whole(ckpt: Checkpoint, witnesses: Witnesses, name: str) -> str:
         return "fused experts that transformers does not know"
     if not owner.fused.gated:
         return "fused experts without a gate"
+    if owner.fused.biased:
+        return "fused experts with biases, which vLLM does not load one by one"
     if witnesses.engine is None and family_of(ckpt.config).fused_experts is not None:
         return ""
     if witnesses.engine is None or witnesses.engine.experts(name) is None:

@@ -97,7 +97,7 @@ NEVER_QUANTIZED = tuple(
         ),
         (r"(^|.*\.)(multi_modal_projector|mm_projector|projector|connector)(\.|$)", "projector"),
         (r"(^|.*\.)(mtp|mtp_\w+|nextn\w*|eh_proj)(\.|$)", "multi-token prediction head"),
-        (r".*\.(router|gate|shared_expert_gate|router\.classifier)$", "router"),
+        (r".*\.(router|gate|shared_expert_gate)(\.\w+)?$", "router"),
         (r"(^|.*\.)lora_\w+(\.|$)", "LoRA adapter"),
         (r".*(norm|layernorm|ln_\w+)\d*$", "norm"),
         (
@@ -107,15 +107,5 @@ NEVER_QUANTIZED = tuple(
         (r"(^|.*\.)(lm_head|output|score|classifier)$", "output head"),
     )
 )
-
-FUSED_SETS = (
-    ("q_proj", "k_proj", "v_proj"),
-    ("gate_proj", "up_proj"),
-    ("w1", "w3"),
-    ("q_a_proj", "kv_a_proj_with_mqa"),
-    ("in_proj_qkv", "in_proj_z"),
-    ("in_proj_b", "in_proj_a"),
-)
-"""Siblings that vLLM merges into one matrix where its table does not know the architecture."""
 
 LAYER = re.compile(r"^(?P<prefix>(?:.*\.)?(?:layers|h|blocks))\.(?P<index>\d+)\.")

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any
 
 from ckptq.checkpoint.header import StoredTensor
 from ckptq.checkpoint.open import Checkpoint
@@ -175,12 +174,3 @@ def _why_no_linear(stored: StoredTensor) -> str:
         return f"not a Linear: {len(stored.spec.shape)}-D"
     by_name = why_by_name(stored.name.rpartition(".")[0])
     return by_name or ("bias" if local == "bias" else "not a Linear's weight")
-
-
-def num_attention_heads(config: Mapping[str, Any]) -> tuple[int, int] | None:
-    """(query heads, key/value heads) of the text config, or None for a model without attention."""
-    heads = config.get("num_attention_heads")
-    if not isinstance(heads, int) or heads <= 0:
-        return None
-    kv = config.get("num_key_value_heads")
-    return heads, kv if isinstance(kv, int) and kv > 0 else heads

@@ -20,6 +20,10 @@ if TYPE_CHECKING:
 NUMBER = re.compile(r"(?<=\.)\d+(?=\.|$)")
 
 
+SPLIT = {"gate_up_proj": "gate_proj", "down_proj": "down_proj"}
+"""A fused tensor of experts -> a part that each expert has of it."""
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class FusedParameter:
     """The experts of one layer as one parameter of three dimensions."""
@@ -29,6 +33,11 @@ class FusedParameter:
     interleaved: bool
     """Gate and up alternate, instead of standing one after the other."""
     gated: bool
+    biased: bool
+    one_by_one: bool
+    """Whether transformers loads the experts also where each has tensors of its own."""
+    taken_apart: bool
+    """Whether its quantizer makes one Linear of each, as for Llama-4."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -39,6 +48,8 @@ class Owner:
     """One of its kind, by transformers' name."""
     class_name: str
     is_linear: bool
+    own_forward: bool = False
+    """A subclass of nn.Linear that multiplies by its weight itself."""
     fused: FusedParameter | None = None
 
 
@@ -104,7 +115,9 @@ def _tree(model: PreTrainedModel, ckpt: Checkpoint) -> ModuleTree:
     for pattern, name in first.items():
         if name in made:
             module, _, local = made[name].rpartition(".")
-            owners[pattern] = _owner(module, modules[module], local)
+            owners[pattern] = _owner(
+                module, modules[module], local, _loads_split(model, name, modules[module])
+            )
     linears = dict.fromkeys(n for n, m in modules.items() if isinstance(m, nn.Linear))
     found = decoder_layers_of(model)
     layers, count = (found[0], len(found[1])) if found else ("", 0)
@@ -134,7 +147,28 @@ def _first_of_each(ckpt: Checkpoint) -> dict[str, str]:
     return found
 
 
-def _owner(name: str, module: nn.Module, local: str) -> Owner:
+def _loads_split(model: PreTrainedModel, fused: str, module: nn.Module) -> bool:
+    """Whether the names of one expert's tensors lead into the model as well.
+
+    Either transformers' conversion fuses them, or its quantizer takes the module's parts apart.
+    """
+    from ckptq.models.parameters import sources_of_parameters
+
+    experts, _, which = fused.rpartition(".")
+    if which not in SPLIT:
+        return True
+    return _taken_apart(module) or bool(
+        sources_of_parameters(model, [f"{experts}.0.{SPLIT[which]}.weight"])
+    )
+
+
+def _taken_apart(module: nn.Module) -> bool:
+    from transformers.quantizers.base import MODULES_TO_PATCH_FOR_QUANTIZATION
+
+    return type(module).__name__ in MODULES_TO_PATCH_FOR_QUANTIZATION
+
+
+def _owner(name: str, module: nn.Module, local: str, one_by_one: bool) -> Owner:
     from torch import nn
 
     parameter: Any = getattr(module, local)
@@ -144,11 +178,15 @@ def _owner(name: str, module: nn.Module, local: str) -> Owner:
             shape=tuple(parameter.shape),
             interleaved=not getattr(module, "is_concatenated", True),
             gated=bool(getattr(module, "has_gate", True)),
+            biased=bool(getattr(module, "has_bias", False)),
+            one_by_one=one_by_one,
+            taken_apart=_taken_apart(module),
         )
     return Owner(
         name=name,
         class_name=type(module).__name__,
         is_linear=isinstance(module, nn.Linear) and local == "weight",
+        own_forward=isinstance(module, nn.Linear) and type(module).forward is not nn.Linear.forward,
         fused=fused,
     )
 

@@ -16,8 +16,10 @@ from dataclasses import dataclass
 from functools import lru_cache
 
 from ckptq.checkpoint.open import Checkpoint
-from ckptq.engines.table import Architecture, load_table
-from ckptq.models.family import FUSED_SETS, LAYER, NEVER_QUANTIZED, family_of
+from ckptq.engines.architecture import Architecture
+from ckptq.engines.table import load_table
+from ckptq.engines.vllm import common_set
+from ckptq.models.family import LAYER, NEVER_QUANTIZED, family_of
 from ckptq.models.tree import ModuleTree, Owner, build_tree
 
 HEAD = "output head"
@@ -101,8 +103,7 @@ class Witnesses:
         if self.engine is not None and self.engine.row(module) is not None:
             return self.engine.fused_set(module)
         parent, _, projection = module.rpartition(".")
-        names = next((names for names in FUSED_SETS if projection in names), (projection,))
-        return tuple(f"{parent}.{name}" for name in names)
+        return tuple(f"{parent}.{name}" for name in common_set(projection))
 
     def merged_name(self, module: str) -> str | None:
         """What the engine calls the fused set of this module; None where it stands alone."""

@@ -13,7 +13,7 @@ from typing import Any
 from ckptq.checkpoint.open import Checkpoint
 from ckptq.errors import PlanError
 from ckptq.models.config_groups import ConfigGroup, block_structure, config_groups, group_of
-from ckptq.models.modules import num_attention_heads
+from ckptq.models.heads import config_heads
 from ckptq.models.witnesses import read_witnesses
 from ckptq.permute.effect import Effect, Projection, effect_on, effect_on_attention
 from ckptq.permute.order import Heads
@@ -80,7 +80,7 @@ def head_geometry(text_config: Mapping[str, Any]) -> dict[str, Heads]:
     head_dim defaults to hidden_size / num_attention_heads, as in transformers; the rotated share
     of a head is `rotary_dim` or `partial_rotary_factor`, wherever the config keeps it.
     """
-    counts = num_attention_heads(text_config)
+    counts = config_heads(text_config)
     if counts is None:
         raise PlanError("config.json: num_attention_heads is missing, so heads are unknown")
     head_dim = _head_dim(text_config, counts[0])

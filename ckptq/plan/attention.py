@@ -6,16 +6,21 @@ and v. The dtype is that of the attention module's weights.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
-from ckptq.checkpoint.open import Checkpoint
+from ckptq.checkpoint.open import CONFIG, Checkpoint
+from ckptq.engines.vllm import kv_scheme_faults
 from ckptq.errors import PlanError
-from ckptq.models.attention import attention_kind, by_side, heads_in
-from ckptq.models.modules import Layout, num_attention_heads
-from ckptq.recipes.load import Args
+from ckptq.models.attention import KEY_PROJECTIONS, attention_kind, cache_owners, layer_index
+from ckptq.models.heads import QUERY_HEADS, Heads, by_side, config_heads, heads_in, layer_heads
+from ckptq.models.modules import Layout
+from ckptq.recipes.load import Args, Recipe
 from ckptq.spec import TensorSpec
+
+KV_DEFAULTS: Args = {"symmetric": True, "dynamic": False, "strategy": "tensor"}
+"""What llm-compressor's recipes mean where they leave it out."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -27,21 +32,24 @@ class AttentionPlan:
     observer_arguments: Mapping[str, Any]
     scales: Mapping[str, Mapping[str, TensorSpec]]
     """Attention module -> full tensor name -> spec."""
+    told: str | None = None
+    """Why they are per tensor, where scales per head were asked for."""
 
 
-def plan_attention(ckpt: Checkpoint, layout: Layout, args: Args) -> AttentionPlan:
-    """Decide the scales for every decoder layer that has attention heads; PlanError if none has."""
+def plan_attention(
+    ckpt: Checkpoint, layout: Layout, args: Args, *, served: bool = True
+) -> AttentionPlan:
+    """Decide the scales for every decoder layer that has attention heads; PlanError if none has.
+
+    `served` keeps to what vLLM loads: scales per head become one a layer where layers differ in the
+    number of their heads.
+    """
     _check_args(args)
-    heads = num_attention_heads(ckpt.text_config)
-    projections = _key_projections(layout, ckpt.text_config)
-    if heads is None or not projections:
-        raise PlanError(
-            f"{ckpt.path}: KV-cache scales are asked for, but this model has no attention heads: "
-            f"num_attention_heads is {ckpt.text_config.get('num_attention_heads')}, "
-            f"{len(projections)} layers have a k_proj"
-        )
-    shapes = {name: linear.weight.spec.shape for name, linear in layout.linears.items()}
-    per_head = args.get("strategy") == "attn_head"
+    modules = _attention_modules(ckpt, layout)
+    heads = _heads_of(ckpt, layout, modules)
+    odd = _unlike_the_config(ckpt, heads)
+    wanted = args.get("strategy") == "attn_head"
+    per_head = wanted and not (served and odd)
     return AttentionPlan(
         strategy="attn_head" if per_head else "tensor",
         observer=str(args.get("observer") or "static_minmax"),
@@ -49,11 +57,27 @@ def plan_attention(ckpt: Checkpoint, layout: Layout, args: Args) -> AttentionPla
         scales={
             module: {
                 f"{module}.{which}_scale": TensorSpec(dtype, (count, 1, 1) if per_head else (1,))
-                for which, count in by_side(heads_in(module, heads, shapes)).items()
+                for which, count in by_side(heads[module]).items()
             }
-            for module, dtype in projections.items()
+            for module, dtype in modules.items()
         },
+        told=odd if wanted and not per_head else None,
     )
+
+
+def as_planned(recipe: Recipe, attention: AttentionPlan) -> Recipe:
+    """The recipe with the strategy that the plan has for attention and cache."""
+    if attention.told is None:
+        return recipe
+    changed = {"strategy": attention.strategy}
+    groups = tuple(
+        replace(g, input_activations={**(g.input_activations or {}), **changed})
+        if g.is_attention
+        else g
+        for g in recipe.groups
+    )
+    kv = recipe.kv_cache_scheme
+    return replace(recipe, groups=groups, kv_cache_scheme={**kv, **changed} if kv else kv)
 
 
 def last_tensors(ckpt: Checkpoint, attention: AttentionPlan) -> dict[str, str]:
@@ -67,13 +91,26 @@ def last_tensors(ckpt: Checkpoint, attention: AttentionPlan) -> dict[str, str]:
     return {name: module for module, name in last.items()}
 
 
-def _key_projections(layout: Layout, text_config: Mapping[str, Any]) -> dict[str, str]:
-    """Attention module -> dtype of its weights, in the order of the layers."""
+def _attention_modules(ckpt: Checkpoint, layout: Layout) -> dict[str, str]:
+    """Attention module -> dtype of its weights, in the order of the layers, those that read another
+    layer's cache included."""
+    own = _key_projections(ckpt, layout)
+    parents = {
+        linear.parent: linear.weight.spec.dtype
+        for linear in layout.linears.values()
+        if linear.kept is None
+    }
+    readers = cache_owners(own, parents, layout.num_layers, ckpt.text_config)
+    found = {**own, **{module: parents[module] for module in readers}}
+    return {module: found[module] for module in sorted(found, key=layer_index)}
+
+
+def _key_projections(ckpt: Checkpoint, layout: Layout) -> dict[str, str]:
     found = {}
     for linear in layout.linears.values():
         if linear.kept is not None:
             continue
-        kind = attention_kind(linear.name, layout.layers, layout.num_layers, text_config)
+        kind = attention_kind(linear.name, layout.layers, layout.num_layers, ckpt.text_config)
         if kind == "latent":
             raise PlanError(
                 f"{linear.name}: multi-head latent attention caches no heads of k and v; "
@@ -81,18 +118,55 @@ def _key_projections(layout: Layout, text_config: Mapping[str, Any]) -> dict[str
             )
         if kind == "heads":
             found[linear.parent] = linear.weight.spec.dtype
+    if not found:
+        raise PlanError(f"{ckpt.path}: KV-cache scales are asked for, but {_why_none(ckpt)}")
     return found
+
+
+def _why_none(ckpt: Checkpoint) -> str:
+    heads = config_heads(ckpt.text_config)
+    if heads is None:
+        return "this model has no attention heads; schemes for weights alone take it"
+    return (
+        f"ckptq finds no Linear in its decoder layers that makes the keys of {heads[1]} heads "
+        f"({', '.join(KEY_PROJECTIONS)}); schemes for weights alone take this model"
+    )
+
+
+def _heads_of(ckpt: Checkpoint, layout: Layout, modules: Iterable[str]) -> dict[str, Heads]:
+    shapes = {name: linear.weight.spec.shape for name, linear in layout.linears.items()}
+    found = {}
+    for module in modules:
+        said = layer_heads(ckpt.text_config, layer_index(module))
+        if said is None:
+            raise PlanError(
+                f"{ckpt.path / CONFIG}: KV-cache scales are asked for, but the config says no "
+                f"number of heads for {module} (none of {', '.join(QUERY_HEADS)})"
+            )
+        found[module] = heads_in(module, said, shapes)
+    return found
+
+
+def _unlike_the_config(ckpt: Checkpoint, heads: Mapping[str, Heads]) -> str | None:
+    """vLLM 0.33 asserts as many scales per head in every layer as the config has heads
+    (`CompressedTensorsKVCacheMethod`), and the strategy is one for all layers."""
+    said = config_heads(ckpt.text_config)
+    odd = {module: found for module, found in heads.items() if found != said}
+    if not odd or said is None:
+        return None
+    module, (query, kv) = next(iter(odd.items()))
+    return (
+        f"scales of attention and cache per tensor instead of per head: {len(odd)} of {len(heads)} "
+        f"layers have heads of their own number ({module}: {query} and {kv}; {CONFIG}: {said[0]} "
+        f"and {said[1]}), and vLLM loads scales per head only where all are alike; --as-written "
+        "keeps them"
+    )
 
 
 def _check_args(args: Args) -> None:
     """What vLLM accepts of a KV-cache scheme: static symmetric FP8, per tensor or per head."""
-    wanted = {"num_bits": (8,), "type": ("float",), "strategy": ("tensor", "attn_head")}
-    wanted |= {"symmetric": (True,), "dynamic": (False,)}
-    defaults = {"symmetric": True, "dynamic": False, "strategy": "tensor"}
-    for name, choice in wanted.items():
-        found = args.get(name, defaults.get(name))
-        if found not in choice:
-            raise PlanError(
-                f"the KV-cache scheme has {name} {found!r}; vLLM serves {name} "
-                f"{' or '.join(map(repr, choice))}"
-            )
+    for name, found, choice in kv_scheme_faults({**KV_DEFAULTS, **args}):
+        raise PlanError(
+            f"the KV-cache scheme has {name} {found!r}; vLLM serves {name} "
+            f"{' or '.join(map(repr, choice))}"
+        )

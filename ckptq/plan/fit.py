@@ -19,6 +19,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
+from ckptq.engines.vllm import fills_whole_blocks
 from ckptq.errors import PlanError
 from ckptq.models.family import LAYER
 from ckptq.models.modules import Layout, Linear
@@ -150,8 +151,8 @@ def _words(R: int, C: int, group: Group) -> str | None:
 def _last(linear: Linear, layout: Layout, chosen: Mapping[str, Group]) -> bool:
     """Whether half a block of rows may stand at its end: vLLM merges nothing behind it."""
     members = [name for name in layout.fused_set(linear.name) if name in chosen]
-    merged_experts = EXPERT.search(linear.name) is not None and len(members) > 1
-    return members[-1] == linear.name and not merged_experts
+    of_expert = EXPERT.search(linear.name) is not None
+    return not fills_whole_blocks(linear.name, members, of_expert=of_expert)
 
 
 def _lines(

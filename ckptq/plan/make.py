@@ -15,7 +15,7 @@ from ckptq.errors import PlanError, UsageError
 from ckptq.models.modules import Layout, Linear, read_layout
 from ckptq.models.weight import Encoded, Reordered, View, Weight
 from ckptq.permute.order import Sharing
-from ckptq.plan.attention import AttentionPlan, last_tensors, plan_attention
+from ckptq.plan.attention import AttentionPlan, as_planned, last_tensors, plan_attention
 from ckptq.plan.fit import UNCHOSEN, fit
 from ckptq.plan.left import left_names
 from ckptq.plan.match import (
@@ -69,7 +69,7 @@ def make_plan(
                 f"recipe {recipe.name!r} leaves quantized weights as they are stored; reorder them "
                 "with `ckptq permute` on its result"
             )
-        return _cache_alone(ckpt, recipe, shard_bytes)
+        return _cache_alone(ckpt, recipe, shard_bytes, served=permutable)
     layout = read_layout(ckpt)
     refuse_unread_weights(ckpt, layout)
     orders = read_marks(ckpt)
@@ -77,7 +77,10 @@ def make_plan(
         layout, orders = half_split(ckpt, layout)
     refuse_unserved(recipe.groups)
     refuse_idle_ignores(layout, ignore)
-    attention = plan_attention(ckpt, layout, recipe.attention) if recipe.attention else None
+    attention = None
+    if recipe.attention is not None:
+        attention = plan_attention(ckpt, layout, recipe.attention, served=permutable)
+        recipe = as_planned(recipe, attention)
     chosen = choose(layout, recipe, (*recipe.ignore, *ignore))
     if permutable:
         recipe = keep_permutable(recipe, layout, chosen)
@@ -109,14 +112,15 @@ def make_plan(
         attention=attention,
         layout=layout,
         marks=orders,
-        told=fitted.told,
+        told=(*([attention.told] if attention and attention.told else []), *fitted.told),
     )
 
 
-def _cache_alone(ckpt: Checkpoint, recipe: Recipe, shard_bytes: int) -> Plan:
+def _cache_alone(ckpt: Checkpoint, recipe: Recipe, shard_bytes: int, *, served: bool) -> Plan:
     """Calibrated scales for a quantized checkpoint whose weights stay as they are stored."""
     layout, kept = read_layout(ckpt), kept_config(ckpt)
-    attention = plan_attention(ckpt, layout, recipe.attention or {})
+    attention = plan_attention(ckpt, layout, recipe.attention or {}, served=served)
+    recipe = as_planned(recipe, attention)
     units = tuple(copied_units(ckpt, layout, attention))
     return Plan(
         recipe=recipe,
@@ -129,6 +133,7 @@ def _cache_alone(ckpt: Checkpoint, recipe: Recipe, shard_bytes: int) -> Plan:
         attention=attention,
         layout=layout,
         marks=read_marks(ckpt),
+        told=(attention.told,) if attention.told else (),
         kept=kept,
     )
 

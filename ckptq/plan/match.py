@@ -7,11 +7,11 @@ from collections.abc import Mapping, Sequence
 from ckptq.checkpoint.header import StoredTensor
 from ckptq.checkpoint.open import Checkpoint
 from ckptq.errors import PlanError
-from ckptq.models.config_groups import matches
 from ckptq.models.experts import FUSED_WEIGHT
 from ckptq.models.modules import Layout
 from ckptq.models.readable import refuse_bare_codes, unread
 from ckptq.models.witnesses import NAMEABLE, Witnesses
+from ckptq.patterns import matches
 from ckptq.plan.left import EXPERT
 from ckptq.recipes.load import Group, Recipe, check_patterns
 from ckptq.spec import FLOATS

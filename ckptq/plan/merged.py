@@ -9,12 +9,9 @@ from __future__ import annotations
 
 from collections.abc import Collection
 
-from ckptq.models.config_groups import matches
+from ckptq.engines.vllm import common_merged_name
 from ckptq.models.witnesses import Witnesses
-
-MERGED = {"q_proj": "qkv_proj", "gate_proj": "gate_up_proj", "q_a_proj": "fused_qkv_a_proj"}
-"""First of a fused set -> what vLLM calls the set in most architectures, for those that its table
-does not know. Experts are found by another rule."""
+from ckptq.patterns import matches
 
 
 def merged_names(
@@ -32,10 +29,9 @@ def merged_names(
 
 
 def _merged_name(linear: str, witnesses: Witnesses) -> str | None:
-    parent, _, projection = linear.rpartition(".")
     merged = witnesses.merged_name(linear)
     if merged is not None:
-        return f"{parent}.{merged.rpartition('.')[2]}"
-    if witnesses.engine is None and projection in MERGED and ".experts." not in linear:
-        return f"{parent}.{MERGED[projection]}"
+        return f"{linear.rpartition('.')[0]}.{merged.rpartition('.')[2]}"
+    if witnesses.engine is None and ".experts." not in linear:  # experts: by another rule
+        return common_merged_name(linear)
     return None

@@ -106,7 +106,7 @@ class Plan:
     marks: Marks = field(default_factory=dict)
     """RoPE orders that the output is marked with; empty where nothing was permuted."""
     told: tuple[str, ...] = ()
-    """What was left because its format cannot hold it: a line for each reason."""
+    """A line for each point in which the plan departs from the recipe, so that engines load it."""
     kept: Mapping[str, Any] | None = None
     """Quantization config of a source whose weights are copied as they are stored, quantized."""
 

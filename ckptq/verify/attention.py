@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from ckptq.checkpoint.read import Files, read_tensor
-from ckptq.models.attention import by_side
+from ckptq.models.heads import by_side
 from ckptq.spec import FLOATS
 from ckptq.verify.heads import Choices, HeadSums, OutputSums, in_fp8
 from ckptq.verify.report import HeadResult, LayerResult

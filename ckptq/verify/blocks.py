@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from ckptq.engines.vllm import fills_whole_blocks
 from ckptq.verify.kinds import finding
 from ckptq.verify.report import Finding
 from ckptq.verify.subject import EXPERT, Module, Subject
@@ -24,8 +25,8 @@ def check_blocks(subject: Subject) -> Iterator[Finding]:
         yield from _columns(module)
         height = scheme.block_structure[0]
         there = subject.witnesses.fused_set(name, subject.modules)
-        merged = there if EXPERT.match(name) and len(there) > 1 else there[:-1]
-        if module.shape and name in merged and module.shape[0] % height:
+        whole = fills_whole_blocks(name, there, of_expert=EXPERT.match(name) is not None)
+        if module.shape and whole and module.shape[0] % height:
             yield finding(
                 "block-rows", name, file=module.file, found=f"{module.shape[0]} rows",
                 wanted=f"a multiple of {height}",

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 from ckptq.checkpoint.header import StoredTensor
 from ckptq.checkpoint.open import CONFIG
-from ckptq.models.attention import by_side
+from ckptq.models.heads import by_side
 from ckptq.spec import FLOATS
 from ckptq.verify.kinds import finding
 from ckptq.verify.report import Finding
@@ -34,6 +34,7 @@ def check_cache(subject: Subject) -> Iterator[Finding]:
     for module in subject.attention:
         yield from _layer(subject, module)
     yield from _queries(subject)
+    yield from _alike(subject)
 
 
 def _orphans(subject: Subject) -> Iterator[Finding]:
@@ -47,26 +48,35 @@ def _orphans(subject: Subject) -> Iterator[Finding]:
         )  # fmt: skip
 
 
-def shared_layers(subject: Subject) -> int:
-    """How many of the last layers use the cache of an earlier one and need no k/v scales."""
-    count = subject.ckpt.text_config.get("num_kv_shared_layers")
-    return count if type(count) is int and count > 0 else 0
-
-
 def _layer(subject: Subject, module: str) -> Iterator[Finding]:
     if subject.attention[module] == "latent":
         yield finding("latent-cache", module, found="latent attention", wanted="heads of k and v")
         return
-    own_cache = list(subject.attention)[: len(subject.attention) - shared_layers(subject)]
+    owner = subject.cache_owners.get(module)
     for which in "kv":
         tensor = subject.cache_scales.get((module, which))
         if tensor is not None:
             yield from _shape(subject, module, which, tensor)
-        elif module in own_cache:
+            continue
+        reads = f", and reads the cache of {owner} with it" if owner else ""
+        yield finding(
+            "kv-scale-missing", f"{module}.{which}_scale",
+            found=f"no such tensor: vLLM uses 1.0 without a word{reads}",
+            wanted=f"{owner}.{which}_scale" if owner else _wanted(subject, module, which),
+        )  # fmt: skip
+
+
+def _alike(subject: Subject) -> Iterator[Finding]:
+    """vLLM 0.33 asserts as many scales per head in every layer as the config has heads."""
+    if subject.declared.kv_strategy != "attn_head":
+        return
+    for module, kind in subject.attention.items():
+        heads = subject.heads_in(module) if kind == "heads" else None
+        if heads != subject.heads and heads is not None and subject.heads is not None:
             yield finding(
-                "kv-scale-missing", f"{module}.{which}_scale",
-                found="no such tensor: vLLM uses 1.0 without a word",
-                wanted=_wanted(subject, module, which),
+                "kv-heads-differ", module, file=CONFIG,
+                found=f"{heads[0]} query and {heads[1]} key/value heads",
+                wanted=f"{subject.heads[0]} and {subject.heads[1]}, as config.json says",
             )  # fmt: skip
 
 

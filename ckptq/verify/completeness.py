@@ -9,8 +9,9 @@ from collections.abc import Iterable, Iterator
 
 from ckptq.checkpoint.header import StoredTensor
 from ckptq.checkpoint.open import CONFIG
+from ckptq.engines.vllm import common_set
 from ckptq.models.experts import FUSED_WEIGHT
-from ckptq.models.family import FUSED_SETS, LAYER
+from ckptq.models.family import LAYER
 from ckptq.models.witnesses import read_witnesses
 from ckptq.verify.kinds import finding
 from ckptq.verify.report import Finding
@@ -254,25 +255,30 @@ def _siblings(subject: Subject) -> Iterator[Finding]:
     templates = {_template(name) for name in subject.modules}
     for name in subject.modules:
         parent, _, projection = name.rpartition(".")
-        for members in FUSED_SETS:
-            if projection not in members:
-                continue
-            there = [m for m in members if f"{parent}.{m}" in subject.modules]
-            if projection != there[0]:
-                continue
-            for member in members:
-                sibling = f"{parent}.{member}"
-                lacking = member not in there and f"{sibling}.weight" not in theirs
-                lacking &= not (member == "v_proj" and _keys_are_values(subject, parent))
-                if lacking and _template(sibling) in templates:
-                    yield finding(
-                        "tensor-missing", f"{sibling}.weight", found="no such tensor",
-                        wanted=f"a weight, as beside {name} in other layers",
-                    )  # fmt: skip
+        members = common_set(projection)
+        there = [m for m in members if f"{parent}.{m}" in subject.modules]
+        if there[:1] != [projection]:
+            continue
+        for member in members:
+            sibling = f"{parent}.{member}"
+            lacking = member not in there and f"{sibling}.weight" not in theirs
+            lacking &= not _unneeded(subject, parent, member)
+            if lacking and _template(sibling) in templates:
+                yield finding(
+                    "tensor-missing", f"{sibling}.weight", found="no such tensor",
+                    wanted=f"a weight, as beside {name} in other layers",
+                )  # fmt: skip
 
 
 def _template(name: str) -> str:
     return ".".join("*" if part.isdigit() else part for part in name.split("."))
+
+
+def _unneeded(subject: Subject, attention: str, member: str) -> bool:
+    """Layers that read another one's cache make no keys and values; others have one for both."""
+    if member in ("k_proj", "v_proj") and attention in subject.cache_owners:
+        return True
+    return member == "v_proj" and _keys_are_values(subject, attention)
 
 
 def _keys_are_values(subject: Subject, attention: str) -> bool:

@@ -15,14 +15,13 @@ from torch import Tensor
 
 from ckptq.checkpoint.header import StoredTensor
 from ckptq.checkpoint.read import Files, read_tensor
-from ckptq.models.family import FUSED_SETS
+from ckptq.engines.vllm import common_set
 from ckptq.permute.apply import permute_rows
 from ckptq.permute.effect import Part
 from ckptq.permute.order import Heads, RopeOrder
 from ckptq.permute.targets import head_geometry
 from ckptq.spec import FLOATS
 from ckptq.verify import nearest
-from ckptq.verify.cache import shared_layers
 from ckptq.verify.compare import Tally
 from ckptq.verify.engines import Engine
 from ckptq.verify.geometry import well_typed
@@ -198,7 +197,7 @@ def _merged(linears: Mapping[str, Asked], engine: Engine, files: Files) -> Itera
         if linear.scheme.strategy != "tensor" or linear.scheme.type != "float":
             continue
         parent, _, projection = name.rpartition(".")
-        names = next((s for s in FUSED_SETS if projection in s), ())
+        names = common_set(projection)
         members = [linears[m].linear for n in names if (m := f"{parent}.{n}") in linears]
         scales = [read_tensor(m.tensors["weight_scale"], files).float().max() for m in members]
         if not scales or len({float(scale) for scale in scales}) == 1:
@@ -222,12 +221,9 @@ def _cache(subject: Subject, engine: Engine, files: Files) -> Iterator[Arrival]:
     strategy = subject.declared.kv_strategy
     if strategy is None:
         return
-    layers = [m for m, kind in subject.attention.items() if kind == "heads"]
-    cached = layers[: len(layers) - shared_layers(subject)]
-    for module in layers:
-        for which in "kvq":
-            if which == "q" or module in cached:
-                yield _scale(subject, engine, files, module, which)
+    for module, kind in subject.attention.items():
+        for which in "kvq" if kind == "heads" else "":
+            yield _scale(subject, engine, files, module, which)
     if strategy == "attn_head" and engine.name.startswith("vllm"):
         done = "per-head scales need FlashAttention 3 (Hopper): --attention-backend FLASH_ATTN"
         yield Arrival(tensor="kv_cache_scheme", done=done, snr_db=None, ok=True)

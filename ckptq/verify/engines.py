@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from ckptq.engines.vllm import PERMUTED
 from ckptq.errors import UsageError
 from ckptq.spec import TensorSpec
 
@@ -37,7 +38,7 @@ ENGINES = {
     for engine in (
         Engine(
             name="vllm",
-            permutes=("weight", "weight_packed", "weight_scale"),
+            permutes=PERMUTED,
             merges_tensor_scales=True,
             reduces_queries=True,
         ),

@@ -136,6 +136,8 @@ CACHE = _faults(
     ("kv-scale-missing", "vLLM uses 1.0 without a word", "`ckptq calibrate`, then convert again"),
     ("q-scale-missing", "vLLM uses 1.0, transformers NaN", "`ckptq calibrate`, then convert again"),
     ("kv-scale-shape", "not one scale for each head, or not one", AGAIN),
+    ("kv-heads-differ", "vLLM loads no scales per head for this layer", "calibrate per tensor"),
+    ("shared-cache-scale", "it reads another layer's cache with a scale of its own", AGAIN),
     ("kv-scale-dtype", "engines do not read scales of this dtype", AGAIN),
     ("vision-scale", "crashes vLLM; text never calibrates it", "remove the tensor"),
     ("kv-scale-orphan", "no attention layer here", "remove the tensor"),
@@ -204,6 +206,11 @@ ROUND_TRIP = _faults(
     ("zero-points-offset", "zero points in another tool's convention", AGAIN),
     ("other-source", "not a quantization of this source", "give the source it was made from"),
     ("columns-unbalanced", "columns are rescaled, and nothing before them undoes it", AGAIN),
+    (
+        "decoder-disagrees",
+        "ckptq decodes this kind of weight otherwise than the library that defines it",
+        "do not use the checkpoint, and report it with the tensor's format",
+    ),
     ("stale-shard", "a whole shard of other weights, as from another run", "convert it again"),
 ) + _notes(
     ("rounded-twice", "divided in the weight's dtype, as llm-compressor does on CPUs", "none"),

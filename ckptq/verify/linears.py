@@ -8,8 +8,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from ckptq.checkpoint.open import CONFIG
+from ckptq.engines.vllm import means_every_linear
 from ckptq.verify.kinds import finding
-from ckptq.verify.names import means_every_linear
 from ckptq.verify.report import Finding
 from ckptq.verify.subject import EXPERT, SCALES, Module, Subject
 

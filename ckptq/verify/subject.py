@@ -6,20 +6,16 @@ Headers only. Shape letters: R rows (out), C columns (in), W words of 32 bits, G
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 
 from ckptq.checkpoint.header import StoredTensor
 from ckptq.checkpoint.open import Checkpoint
-from ckptq.models.attention import AttentionKind, attention_kind, heads_in
+from ckptq.models.attention import AttentionKind, attention_kind, cache_owners, layer_index
 from ckptq.models.family import Family, family_of
-from ckptq.models.modules import (
-    Layout,
-    Linear,
-    num_attention_heads,
-    read_layout,
-)
+from ckptq.models.heads import Heads, config_heads, heads_in, layer_heads
+from ckptq.models.modules import Layout, Linear, read_layout
 from ckptq.models.witnesses import Witnesses, read_witnesses
 from ckptq.quantize.scheme import WeightScheme
 from ckptq.verify.declared import Declared, Group
@@ -131,13 +127,14 @@ class Subject:
         return read_layout(self.source) if self.source is not None else None
 
     @cached_property
-    def heads(self) -> tuple[int, int] | None:
+    def heads(self) -> Heads | None:
         """(query heads, key/value heads), as the config says."""
-        return num_attention_heads(self.ckpt.text_config)
+        return config_heads(self.ckpt.text_config)
 
-    def heads_in(self, module: str) -> tuple[int, int] | None:
+    def heads_in(self, module: str) -> Heads | None:
         """Those of one attention module."""
-        return heads_in(module, self.heads, self._shapes) if self.heads is not None else None
+        said = layer_heads(self.ckpt.text_config, layer_index(module))
+        return heads_in(module, said, self._shapes) if said is not None else None
 
     @cached_property
     def _shapes(self) -> dict[str, tuple[int, int]]:
@@ -179,7 +176,16 @@ class Subject:
             parent = name.rpartition(".")[0]
             if kind is not None and found.get(parent) != "latent":
                 found[parent] = kind
-        return found
+        return {**found, **dict.fromkeys(self._readers(found), "heads")}
+
+    @cached_property
+    def cache_owners(self) -> Mapping[str, str]:
+        """Attention module that reads another one's cache -> that one."""
+        return self._readers(self.attention)
+
+    def _readers(self, modules: Collection[str]) -> dict[str, str]:
+        parents = {name.rpartition(".")[0] for name in self.modules}
+        return cache_owners(modules, parents, self.layers[1], self.ckpt.text_config)
 
     @cached_property
     def cache_scales(self) -> dict[tuple[str, str], StoredTensor]:

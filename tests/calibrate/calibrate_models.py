@@ -167,6 +167,48 @@ def gemma4() -> PreTrainedModel:
     return transformers.Gemma4ForCausalLM(config)
 
 
+def gemma4_e() -> PreTrainedModel:
+    """The last two layers read the caches of the first two, one of them over a sliding window."""
+    config = transformers.Gemma4TextConfig(
+        **TEXT,
+        sliding_window=8,
+        layer_types=["sliding_attention", "full_attention"] * 2,
+        global_head_dim=2 * HEAD_DIM,
+        num_kv_shared_layers=2,
+        vocab_size_per_layer_input=VOCAB,
+        hidden_size_per_layer_input=8,
+    )
+    return transformers.Gemma4ForCausalLM(config)
+
+
+def jetmoe() -> PreTrainedModel:
+    """Experts of attention: the keys are repeated for each expert of a token."""
+    known = {
+        key: size for key, size in TEXT.items() if key not in ("num_attention_heads", "head_dim")
+    }
+    config = transformers.JetMoeConfig(
+        **known,
+        kv_channels=HEAD_DIM,
+        num_local_experts=4,
+        num_experts_per_tok=2,
+    )
+    return transformers.JetMoeForCausalLM(config)
+
+
+def xglm() -> PreTrainedModel:
+    """Attention of its own."""
+    config = transformers.XGLMConfig(
+        vocab_size=VOCAB, d_model=64, ffn_dim=96, num_layers=2, attention_heads=HEADS
+    )
+    return transformers.XGLMForCausalLM(config)
+
+
+def bloom() -> PreTrainedModel:
+    """Decoder layers that return tuples."""
+    config = transformers.BloomConfig(vocab_size=VOCAB, hidden_size=64, n_layer=2, n_head=HEADS)
+    return transformers.BloomForCausalLM(config)
+
+
 FAMILIES: dict[str, Callable[[], PreTrainedModel]] = {
     "llama": llama,
     "llama-tied": llama_tied,
@@ -180,13 +222,22 @@ FAMILIES: dict[str, Callable[[], PreTrainedModel]] = {
     "gemma3n": gemma3n,
     "minimax": minimax,
     "gemma4": gemma4,
+    "gemma4-e": gemma4_e,
 }
+
+
+UNCALIBRATED: dict[str, Callable[[], PreTrainedModel]] = {
+    "jetmoe": jetmoe,
+    "xglm": xglm,
+    "bloom": bloom,
+}
+"""Families of which q, k and v cannot be observed head by head."""
 
 
 def make(family: str) -> PreTrainedModel:
     """A bf16 model of that family, the same each time."""
     torch.manual_seed(20)
-    model = FAMILIES[family]().eval()
+    model = (FAMILIES | UNCALIBRATED)[family]().eval()
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.dim() == 2:

@@ -276,3 +276,35 @@ def test_attention_that_is_on_disk_and_does_not_run_is_named(saved, tmp_path):
     }
     with pytest.raises(PlanError, match=r"layers\.0\.self_attn did not run as attention"):
         calibrate_plan(ckpt, blind, wanted, silent)
+
+
+def planned(ckpt, scheme):
+    return make_plan(ckpt, load_scheme(scheme)).attention.scales
+
+
+def test_heads_that_are_not_the_plan_s_are_told_after_one_layer(saved, run_layers):
+    """JetMoE repeats its keys for each expert before attention sees them."""
+    ckpt = saved("jetmoe")
+    wanted = planned(ckpt, "fp8-per-head")
+    module = "model.layers.0.self_attention"
+    assert wanted[module][f"{module}.k_scale"].shape == (KV_HEADS, 1, 1)
+    with pytest.raises(PlanError, match=r"layers\.0\.self_attention of JetMoe.* hands 4 heads"):
+        calibrate(ckpt, samples_of(ROWS[:2]), planned=wanted)
+    assert run_layers == [0]
+    wanted = planned(ckpt, "fp8-per-tensor")
+    made = calibrate(ckpt, samples_of(ROWS[:2]), strategy="tensor", planned=wanted).tensors
+    assert made.keys() == {name for scales in wanted.values() for name in scales}
+
+
+def test_attention_outside_the_interface_is_told_after_one_layer(saved, run_layers):
+    ckpt = saved("xglm")
+    with pytest.raises(PlanError, match=r"did not run as attention.*scheme for weights alone"):
+        calibrate(ckpt, samples_of(ROWS[:2]), planned=planned(ckpt, "fp8-per-head"))
+    assert run_layers == [0]
+
+
+def test_layers_that_return_tuples_are_told_before_any_runs(saved, run_layers):
+    ckpt = saved("bloom")
+    with pytest.raises(PlanError, match=r"BloomForCausalLM wants tuples.*scheme for weights alone"):
+        calibrate(ckpt, samples_of(ROWS[:2]), planned=planned(ckpt, "fp8-per-head"))
+    assert run_layers == []

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import shutil
+import signal
 import subprocess
 import sys
 from contextlib import redirect_stderr, redirect_stdout
@@ -19,10 +20,11 @@ import yaml
 from safetensors.torch import load_file, save_file
 
 import ckptq
-from ckptq.__main__ import Interrupted, main
+from ckptq.__main__ import main
 from ckptq.checkpoint.open import open_checkpoint
 from ckptq.cli import app
 from ckptq.convert.run import write_quantized
+from ckptq.interrupts import SIGNALS, Interrupted
 from ckptq.plan.make import make_plan
 from ckptq.recipes.load import load_scheme
 from ckptq.spec import dtype_name
@@ -64,11 +66,14 @@ def run(*arguments: str | Path) -> Done:
     """The whole program in this process: a fresh one would spend its time importing torch."""
     out, err = io.StringIO(), io.StringIO()
     argv, sys.argv = sys.argv, ["ckptq", *map(str, arguments)]
+    handlers = {number: signal.getsignal(number) for number in SIGNALS}
     try:
         with redirect_stdout(out), redirect_stderr(err), pytest.raises(SystemExit) as exit:
             main()
     finally:
         sys.argv = argv
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
     return Done(int(exit.value.code or 0), out.getvalue(), err.getvalue())
 
 
@@ -333,7 +338,8 @@ def test_codes_that_nothing_explains_are_refused(llama: Path, tmp_path: Path, dt
 
 def test_a_model_without_attention_heads(llama: Path) -> None:
     (llama / "config.json").write_text(json.dumps({"model_type": "mamba"}))
-    refused(2, "no attention heads", "quantize", llama, "-s", "kv-fp8-per-head")
+    words = "config.json: KV-cache scales are asked for, but the config says no number of heads"
+    refused(2, words, "quantize", llama, "-s", "kv-fp8-per-head")
 
 
 def test_calibrate_takes_one_recipe_that_has_scales(llama: Path, tmp_path: Path) -> None:

@@ -41,7 +41,8 @@ DELTA: Config = {
 MAMBA2: Config = {"mamba_n_heads": 8, "mamba_d_head": 64, "mamba_d_state": 64, "mamba_n_groups": 1}
 SLIDING = ["sliding_attention", "full_attention"] * 2
 DENSE_FIRST = ["dense", "sparse", "sparse", "sparse"]
-QWEN_MOE = ROUTED | {"num_experts": 4, "shared_expert_intermediate_size": 128}
+EXPERTS = ROUTED | {"num_experts": 4}
+QWEN_MOE = EXPERTS | {"shared_expert_intermediate_size": 128}
 FALCON: Config = {
     "hidden_size": 256,
     "num_hidden_layers": 2,
@@ -112,8 +113,8 @@ TEXT: dict[str, tuple[str, Config]] = {
     # --- experts
     "mixtral": ("mixtral", text(num_local_experts=4)),
     "qwen2_moe": ("qwen2_moe", text(QWEN_MOE)),
-    "qwen3_moe": ("qwen3_moe", text(QWEN_MOE)),
-    "olmoe": ("olmoe", text(QWEN_MOE)),
+    "qwen3_moe": ("qwen3_moe", text(EXPERTS)),
+    "olmoe": ("olmoe", text(EXPERTS)),
     "flex_olmo": ("flex_olmo", text(num_experts=4, num_experts_per_tok=2)),
     "phimoe": ("phimoe", text(num_local_experts=4)),
     "granitemoe": ("granitemoe", text(num_local_experts=4, num_experts_per_tok=2)),

@@ -5,6 +5,7 @@ from __future__ import annotations
 from families.text import (
     DELTA,
     DENSE_FIRST,
+    EXPERTS,
     GROUPS,
     QWEN_MOE,
     ROUTED,
@@ -169,7 +170,7 @@ VISION: dict[str, tuple[str, Config]] = {
     "qwen3_vl_moe": (
         "qwen3_vl_moe",
         {
-            "text_config": text(QWEN_MOE, MROPE),
+            "text_config": text(EXPERTS, MROPE),
             "vision_config": BLOCKS | {"deepstack_visual_indexes": [0]},
         }
         | QWEN_TOKENS,
@@ -232,6 +233,7 @@ VISION: dict[str, tuple[str, Config]] = {
                 "num_attention_heads": 2,
                 "intermediate_size": 256,
                 "num_patches": 16,
+                "vision_use_head": False,
                 "patch_size": 14,
             },
         ),

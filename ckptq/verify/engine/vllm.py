@@ -50,7 +50,9 @@ def ask_vllm(ckpt: Checkpoint, python: Path) -> Asked:
         findings = [_refused(ckpt, told)]
     else:
         findings = list(_judge(ckpt, parameters))
-    remarks = [f"no kernel here for what it chose ({said})" for said in told["kernels"]]
+    remarks = (
+        [] if told["kernels"] else ["its CPU build: what kernels of a GPU refuse was not seen"]
+    )
     run = EngineRun(
         name="vllm",
         version=told["version"],
@@ -74,7 +76,9 @@ def _work(ckpt: Checkpoint, python: Path) -> dict[str, Any]:
     except subprocess.TimeoutExpired as error:
         raise MachineError(f"{python}: vLLM took more than {SECONDS} s to load headers") from error
     if "No module named 'vllm'" in done.stderr and not done.stdout:
-        raise UsageError(f"--vllm-python {python}: has no vLLM; give the Python that serves with it")
+        raise UsageError(
+            f"--vllm-python {python}: has no vLLM; give the Python that serves with it"
+        )
     try:
         told = json.loads(done.stdout)
     except json.JSONDecodeError as error:
@@ -106,7 +110,9 @@ def _refused(ckpt: Checkpoint, told: Mapping[str, Any]) -> Finding:
 
 
 def _judge(ckpt: Checkpoint, parameters: list[dict[str, Any]]) -> Iterator[Finding]:
-    cached = ckpt.quantization_config is not None and ckpt.quantization_config.get("kv_cache_scheme")
+    cached = ckpt.quantization_config is not None and ckpt.quantization_config.get(
+        "kv_cache_scheme"
+    )
     empty: dict[str, list[str]] = defaultdict(list)
     for one in parameters:
         name, size = one["name"], prod(one["shape"])
@@ -152,4 +158,4 @@ def _partly(one: Mapping[str, Any], size: int) -> Finding:
 def _cast(one: Mapping[str, Any]) -> bool:
     """Whether codes went into floats, or floats into codes, which copying does without a word."""
     sources, place = set(one["sources"]), one["dtype"]
-    return bool(sources & PLAIN and place in CODES or sources & CODES and place in PLAIN)
+    return bool((sources & PLAIN and place in CODES) or (sources & CODES and place in PLAIN))

@@ -1,0 +1,30 @@
+"""Layers that read another layer's KV cache must do it with the scales that wrote it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+
+from ckptq.verify.kinds import finding
+from ckptq.verify.report import Finding, ScaleRow
+from ckptq.verify.subject import Subject
+
+
+def check_shared_cache(subject: Subject, rows: Iterable[ScaleRow]) -> Iterator[Finding]:
+    """k and v scales that differ from those of the layer whose cache it is."""
+    values = {row.tensor: row.values for row in rows}
+    for module, owner in subject.cache_owners.items():
+        for which in "kv":
+            tensor = subject.cache_scales.get((module, which))
+            own = subject.cache_scales.get((owner, which))
+            if tensor is None or own is None:
+                continue
+            found, wanted = values.get(tensor.name), values.get(own.name)
+            if found is not None and wanted is not None and found != wanted:
+                yield finding(
+                    "shared-cache-scale", tensor.name, file=tensor.file,
+                    found=f"{_some(found)}", wanted=f"{_some(wanted)}, as {own.name}",
+                )  # fmt: skip
+
+
+def _some(values: tuple[float, ...]) -> str:
+    return ", ".join(f"{value:.4g}" for value in values[:4]) + (", ..." if len(values) > 4 else "")
