@@ -10,13 +10,12 @@ says `"mixed"`, and nobody can rely on either.
 from __future__ import annotations
 
 import json
-import re
 import sys
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-NUMBER = re.compile(r"(?<=\.)\d+(?=\.|$)")
+from ckptq.engines.architecture import NUMBER
 
 
 def pattern_of(name: str) -> str:

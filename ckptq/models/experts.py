@@ -21,7 +21,15 @@ from ckptq.spec import FLOATS
 
 FUSED_WEIGHT = re.compile(r"^(?P<experts>.*\.experts)\.(?P<which>gate_up_proj|down_proj)$")
 
+ONE_EXPERT = re.compile(r"\.experts\.\d+\.")
+
 EXPERTS = re.compile(r"\.(\w*experts|\w*moe)\.")
+
+
+def experts_of(linear: str) -> str | None:
+    """ "model.layers.0.mlp.experts.7.up_proj" -> "model.layers.0.mlp.experts"; None for others."""
+    match = ONE_EXPERT.search(linear)
+    return linear[: match.start()] + ".experts" if match else None
 
 
 def fused_layouts(ckpt: Checkpoint, witnesses: Witnesses) -> dict[str, FusedExperts]:
@@ -61,7 +69,7 @@ def why_whole(ckpt: Checkpoint, witnesses: Witnesses, name: str) -> str:
 
 def holds_experts(witnesses: Witnesses, stored: StoredTensor) -> bool:
     """Whether a tensor of a decoder layer holds all experts of that layer."""
-    if not is_fused(stored) or not witnesses.in_layers(stored.name):
+    if not _is_fused(stored) or not witnesses.in_layers(stored.name):
         return False
     owner = witnesses.owner(stored.name)
     return (owner is not None and owner.fused is not None) or bool(EXPERTS.search(stored.name))
@@ -106,6 +114,5 @@ def _misfit(stored: Mapping[str, StoredTensor | None], sizes: tuple[int, int]) -
     )
 
 
-def is_fused(stored: StoredTensor) -> bool:
-    """Whether a tensor can hold all experts of a layer."""
+def _is_fused(stored: StoredTensor) -> bool:
     return len(stored.spec.shape) == 3 and stored.spec.dtype in FLOATS

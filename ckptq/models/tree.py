@@ -6,19 +6,16 @@ transformers' own conversion of names first. Modules that differ only in numbers
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from ckptq.checkpoint.open import Checkpoint
+from ckptq.engines.architecture import NUMBER
 
 if TYPE_CHECKING:
     from torch import nn
     from transformers import PreTrainedModel
-
-NUMBER = re.compile(r"(?<=\.)\d+(?=\.|$)")
-
 
 SPLIT = {"gate_up_proj": "gate_proj", "down_proj": "down_proj"}
 """A fused tensor of experts -> a part that each expert has of it."""
@@ -44,8 +41,6 @@ class FusedParameter:
 class Owner:
     """The module that a tensor on disk becomes a parameter of."""
 
-    name: str
-    """One of its kind, by transformers' name."""
     class_name: str
     is_linear: bool
     own_forward: bool = False
@@ -60,8 +55,6 @@ class ModuleTree:
     model_class: str
     linears: Mapping[str, None] = field(repr=False)
     """Every nn.Linear, by transformers' name: what its quantizer may quantize."""
-    tied: frozenset[str]
-    """Modules whose weight is another's."""
     layers: str
     """Where the decoder layers are, by transformers' name; "" where it has no such list."""
     num_layers: int
@@ -115,18 +108,13 @@ def _tree(model: PreTrainedModel, ckpt: Checkpoint) -> ModuleTree:
     for pattern, name in first.items():
         if name in made:
             module, _, local = made[name].rpartition(".")
-            owners[pattern] = _owner(
-                module, modules[module], local, _loads_split(model, name, modules[module])
-            )
+            owners[pattern] = _owner(model, modules[module], local, name)
     linears = dict.fromkeys(n for n, m in modules.items() if isinstance(m, nn.Linear))
     found = decoder_layers_of(model)
     layers, count = (found[0], len(found[1])) if found else ("", 0)
     return ModuleTree(
         model_class=type(model).__name__,
         linears=linears,
-        tied=frozenset(
-            n.rpartition(".")[0] for n in getattr(model, "all_tied_weights_keys", None) or ()
-        ),
         layers=layers,
         num_layers=count,
         stored_layers=_stored_layers(layers, made),
@@ -136,15 +124,17 @@ def _tree(model: PreTrainedModel, ckpt: Checkpoint) -> ModuleTree:
 
 
 def _first_of_each(ckpt: Checkpoint) -> dict[str, str]:
-    """Pattern -> the tensor with the smallest numbers, as one stored unquantized would be called.
-
-    A quantized weight passes as the weight that it stands for.
-    """
+    """Pattern -> the first tensor of it, as one stored unquantized would be called."""
     found: dict[str, str] = {}
     for name in ckpt.tensors:
-        plain = name.removesuffix("_packed") if name.endswith(".weight_packed") else name
+        plain = _plain(name)
         found.setdefault(NUMBER.sub("*", plain), plain)
     return found
+
+
+def _plain(name: str) -> str:
+    """A packed weight passes as the weight that it stands for."""
+    return name.removesuffix("_packed") if name.endswith(".weight_packed") else name
 
 
 def _loads_split(model: PreTrainedModel, fused: str, module: nn.Module) -> bool:
@@ -168,26 +158,32 @@ def _taken_apart(module: nn.Module) -> bool:
     return type(module).__name__ in MODULES_TO_PATCH_FOR_QUANTIZATION
 
 
-def _owner(name: str, module: nn.Module, local: str, one_by_one: bool) -> Owner:
+def _owner(model: PreTrainedModel, module: nn.Module, local: str, stored: str) -> Owner:
+    """Of the parameter `local` of a module, which the tensor `stored` becomes."""
     from torch import nn
 
-    parameter: Any = getattr(module, local)
-    fused = None
-    if parameter.dim() == 3 and local in ("gate_up_proj", "up_proj", "down_proj"):
-        fused = FusedParameter(
-            shape=tuple(parameter.shape),
-            interleaved=not getattr(module, "is_concatenated", True),
-            gated=bool(getattr(module, "has_gate", True)),
-            biased=bool(getattr(module, "has_bias", False)),
-            one_by_one=one_by_one,
-            taken_apart=_taken_apart(module),
-        )
+    linear = isinstance(module, nn.Linear)
     return Owner(
-        name=name,
         class_name=type(module).__name__,
-        is_linear=isinstance(module, nn.Linear) and local == "weight",
-        own_forward=isinstance(module, nn.Linear) and type(module).forward is not nn.Linear.forward,
-        fused=fused,
+        is_linear=linear and local == "weight",
+        own_forward=linear and type(module).forward is not nn.Linear.forward,
+        fused=_fused(model, module, local, stored),
+    )
+
+
+def _fused(
+    model: PreTrainedModel, module: nn.Module, local: str, stored: str
+) -> FusedParameter | None:
+    parameter: Any = getattr(module, local)
+    if parameter.dim() != 3 or local not in ("gate_up_proj", "up_proj", "down_proj"):
+        return None
+    return FusedParameter(
+        shape=tuple(parameter.shape),
+        interleaved=not getattr(module, "is_concatenated", True),
+        gated=bool(getattr(module, "has_gate", True)),
+        biased=bool(getattr(module, "has_bias", False)),
+        one_by_one=_loads_split(model, stored, module),
+        taken_apart=_taken_apart(module),
     )
 
 
@@ -217,11 +213,7 @@ def _names(
     }
     if not renamed:
         return {}
-    wanted = [
-        plain
-        for name in ckpt.tensors
-        if NUMBER.sub("*", plain := name.removesuffix("_packed")) in renamed
-    ]
+    wanted = [plain for name in ckpt.tensors if NUMBER.sub("*", plain := _plain(name)) in renamed]
     found = sources_of_parameters(model, wanted)
     return {
         stored.removesuffix(".weight"): parameter.removesuffix(".weight")

@@ -7,8 +7,8 @@ from collections.abc import Iterator, Mapping
 
 from ckptq.engines.transformers import loads_fused_experts
 from ckptq.engines.vllm import fills_whole_blocks
+from ckptq.models.experts import experts_of
 from ckptq.models.heads import OUTPUTS
-from ckptq.plan.match import EXPERT
 from ckptq.plan.permutable import keep_permutable
 from ckptq.plan.unit import Plan
 from ckptq.recipes.load import Group
@@ -17,9 +17,7 @@ from ckptq.recipes.load import Group
 def vllm_doubts(plan: Plan) -> Iterator[str]:
     """A line for each reason why vLLM would refuse the result, or compute something else."""
     yield from _cache_scales_refused(plan)
-    groups = {group.name: group for group in plan.recipe.groups}
-    # what llm-compressor has made is no group of the recipe: `verify --engine` judges that
-    chosen = {n: groups[g] for g, names in plan.groups.items() if g in groups for n in names}
+    chosen = _chosen(plan)
     split = [name for name, group in chosen.items() if _splits_a_block(plan, name, group, chosen)]
     if split:
         rows = plan.layout.linears[split[0]].weight.spec.shape[0]
@@ -40,6 +38,13 @@ def vllm_doubts(plan: Plan) -> Iterator[str]:
         )
 
 
+def _chosen(plan: Plan) -> dict[str, Group]:
+    """Linear -> group. What llm-compressor has made is no group of the recipe: `verify --engine`
+    judges that."""
+    groups = {group.name: group for group in plan.recipe.groups}
+    return {n: groups[g] for g, names in plan.groups.items() if g in groups for n in names}
+
+
 def _cache_scales_refused(plan: Plan) -> Iterator[str]:
     engine = plan.layout.witnesses.engine
     if plan.attention is not None and engine is not None and engine.cache_scales is None:
@@ -52,10 +57,9 @@ def _cache_scales_refused(plan: Plan) -> Iterator[str]:
 
 def transformers_doubts(plan: Plan) -> Iterator[str]:
     """What transformers would not load, or load wrongly, and vLLM serves."""
-    groups = {name: g for g in plan.recipe.groups for name in plan.groups.get(g.name, ())}
     yield from dict.fromkeys(
         reason
-        for name, group in groups.items()
+        for name, group in _chosen(plan).items()
         if (reason := _transformers_objection(plan, name, group)) is not None
     )
     if plan.attention is not None and len(_widths(plan)) > 1:
@@ -102,10 +106,9 @@ def _uneven_experts(plan: Plan, chosen: Mapping[str, Group]) -> str | None:
     """The first layer of experts with several schemes, or with some Linears left alone."""
     found: dict[str, object] = {}
     for name in plan.layout.linears:
-        match = EXPERT.search(name)
-        if match is None:
+        experts = experts_of(name)
+        if experts is None:
             continue
-        experts = name[: match.start()] + ".experts"
         group = chosen.get(name)
         scheme = (group.weights, group.input_activations, group.format) if group else None
         if found.setdefault(experts, scheme) != scheme:
@@ -117,5 +120,5 @@ def _splits_a_block(plan: Plan, name: str, group: Group, chosen: Mapping[str, Gr
     """Whether a Linear ends inside a block of rows where vLLM merges whole ones only."""
     height = ((group.weights or {}).get("block_structure") or [1])[0]
     there = [member for member in plan.layout.fused_set(name) if member in chosen]
-    whole = fills_whole_blocks(name, there, of_expert=EXPERT.search(name) is not None)
+    whole = fills_whole_blocks(name, there, of_expert=experts_of(name) is not None)
     return whole and plan.layout.linears[name].weight.spec.shape[0] % height != 0

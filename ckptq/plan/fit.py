@@ -21,9 +21,9 @@ from dataclasses import dataclass, field, replace
 
 from ckptq.engines.vllm import fills_whole_blocks
 from ckptq.errors import PlanError
+from ckptq.models.experts import experts_of
 from ckptq.models.family import LAYER
 from ckptq.models.modules import Layout, Linear
-from ckptq.plan.left import EXPERT
 from ckptq.plan.unit import Unit
 from ckptq.recipes.group_size import sizes_of
 from ckptq.recipes.load import Args, Group, Recipe
@@ -100,15 +100,9 @@ def _together(layout: Layout, chosen: Mapping[str, Group]) -> dict[str, Sequence
     """Linear -> those that are quantized with it or not at all, itself included."""
     experts: dict[str, list[str]] = {}
     for name in chosen:
-        if place := _experts(name):
+        if place := experts_of(name):
             experts.setdefault(place, []).append(name)
-    return {name: experts.get(_experts(name) or "") or layout.fused_set(name) for name in chosen}
-
-
-def _experts(name: str) -> str | None:
-    """The list of experts that a Linear belongs to."""
-    match = EXPERT.search(name)
-    return name[: match.start()] if match else None
+    return {name: experts.get(experts_of(name) or "") or layout.fused_set(name) for name in chosen}
 
 
 def _misfit(
@@ -151,7 +145,7 @@ def _words(R: int, C: int, group: Group) -> str | None:
 def _last(linear: Linear, layout: Layout, chosen: Mapping[str, Group]) -> bool:
     """Whether half a block of rows may stand at its end: vLLM merges nothing behind it."""
     members = [name for name in layout.fused_set(linear.name) if name in chosen]
-    of_expert = EXPERT.search(linear.name) is not None
+    of_expert = experts_of(linear.name) is not None
     return not fills_whole_blocks(linear.name, members, of_expert=of_expert)
 
 

@@ -10,11 +10,10 @@ import re
 from collections import Counter
 from collections.abc import Collection, Iterator
 
+from ckptq.engines.architecture import NUMBER
+from ckptq.models.experts import experts_of
 from ckptq.models.modules import Layout, Linear
-from ckptq.models.tree import NUMBER
 from ckptq.models.witnesses import HEAD
-
-EXPERT = re.compile(r"\.experts\.\d+\.")
 
 PLAIN = ("embedding", "norm")
 """What no engine takes for a Linear, by its name."""
@@ -29,11 +28,11 @@ def left_names(layout: Layout, chosen: Collection[str]) -> tuple[str, ...]:
     Experts of a layer that were left with all their projections are one pattern.
     """
     found: dict[str, None] = {}
-    touched = {_experts_of(name) for name in chosen}
+    touched = {experts_of(name) for name in chosen}
     for linear in layout.linears.values():
         if linear.name in chosen or linear.kept in PLAIN:
             continue
-        experts = _experts_of(linear.name)
+        experts = experts_of(linear.name)
         if experts is not None and experts not in touched:
             found |= dict.fromkeys(_of_experts(layout, experts, linear.name))
         else:
@@ -42,12 +41,6 @@ def left_names(layout: Layout, chosen: Collection[str]) -> tuple[str, ...]:
         found |= dict.fromkeys(_of_whole(layout, name))
     found |= dict.fromkeys(layout.witnesses.unquantized(chosen))
     return tuple(found)
-
-
-def _experts_of(linear: str) -> str | None:
-    """ "model.layers.0.mlp.experts.7.up_proj" -> "model.layers.0.mlp.experts"."""
-    match = EXPERT.search(linear)
-    return linear[: match.start()] + ".experts" if match else None
 
 
 def _of_experts(layout: Layout, experts: str, part: str) -> Iterator[str]:

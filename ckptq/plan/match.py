@@ -7,12 +7,11 @@ from collections.abc import Mapping, Sequence
 from ckptq.checkpoint.header import StoredTensor
 from ckptq.checkpoint.open import Checkpoint
 from ckptq.errors import PlanError
-from ckptq.models.experts import FUSED_WEIGHT
+from ckptq.models.experts import FUSED_WEIGHT, experts_of
 from ckptq.models.modules import Layout
 from ckptq.models.readable import refuse_bare_codes, unread
 from ckptq.models.witnesses import NAMEABLE, Witnesses
 from ckptq.patterns import matches
-from ckptq.plan.left import EXPERT
 from ckptq.recipes.load import Group, Recipe, check_patterns
 from ckptq.spec import FLOATS
 
@@ -134,7 +133,7 @@ def refuse_unserved_experts(chosen: Mapping[str, Group]) -> None:
     """vLLM 0.32 has Linears with packed integers and integer activations, but no such experts."""
     for name, group in chosen.items():
         kind = (group.input_activations or {}).get("type")
-        if kind == "int" and group.format == "pack-quantized" and EXPERT.search(name):
+        if kind == "int" and group.format == "pack-quantized" and experts_of(name):
             bits = (
                 (group.weights or {}).get("num_bits"),
                 (group.input_activations or {}).get("num_bits"),
