@@ -159,7 +159,8 @@ class Architecture:
             if name in self._also_known:
                 seen = self._also_known[name]
                 return seen, self.rows[seen]
-        return pattern, self._expert_row(self._renamed(pattern))
+        row = self._expert_row(self._renamed(pattern)) or self._expert_row(_squeezed(pattern))
+        return pattern, row
 
     def _renamed(self, pattern: str) -> str:
         name = self.rename(pattern.replace("*", "0") + ".weight")
@@ -168,11 +169,19 @@ class Architecture:
     def _expert_row(self, engine_name: str) -> Row | None:
         """Of an expert's projection where only fused tensors were seen, and the other way round."""
         parent, _, projection = engine_name.rpartition(".")
-        module = parent.removesuffix(".*")
-        names = self.expert_names.get(module, ("",) * 3) if module != parent else FUSED_EXPERTS
-        if projection not in names or module not in self.expert_names:
+        named = parent.removesuffix(".*")
+        module = named if named in self.expert_names else self._experts_squeezed.get(named)
+        if module is None:
+            return None
+        names = self.expert_names[module] if named != parent else FUSED_EXPERTS
+        if projection not in names:
             return None
         return Row(module, "quantized", "w2_weight" if projection == names[-1] else "w13_weight")
+
+    @cached_property
+    def _experts_squeezed(self) -> Mapping[str, str]:
+        """The engine's experts by their names without a prefix."""
+        return {_squeezed(module): module for module in self.expert_names}
 
     @cached_property
     def _also_known(self) -> Mapping[str, str]:

@@ -59,7 +59,9 @@ class ModuleTree:
     """Where the decoder layers are, by transformers' name; "" where it has no such list."""
     num_layers: int
     stored_layers: str
-    """The same list as it is called on disk."""
+    """The same list as it is called on disk; "" where no tensor leads into it."""
+    layer_parameters: frozenset[str] = field(repr=False)
+    """Parameters of decoder layers by their names within one: "self_attn.q_proj.weight"."""
     owners: Mapping[str, Owner] = field(repr=False)
     """Pattern of a tensor on disk, numbers as `*` -> whose parameter it becomes."""
     names: Mapping[str, str] = field(repr=False)
@@ -118,6 +120,11 @@ def _tree(model: PreTrainedModel, ckpt: Checkpoint) -> ModuleTree:
         layers=layers,
         num_layers=count,
         stored_layers=_stored_layers(layers, made),
+        layer_parameters=frozenset(
+            name.removeprefix(f"{layers}.").partition(".")[2]
+            for name in model.state_dict()
+            if layers and name.startswith(f"{layers}.")
+        ),
         owners=owners,
         names=_names(model, ckpt, made, linears),
     )
@@ -127,12 +134,12 @@ def _first_of_each(ckpt: Checkpoint) -> dict[str, str]:
     """Pattern -> the first tensor of it, as one stored unquantized would be called."""
     found: dict[str, str] = {}
     for name in ckpt.tensors:
-        plain = _plain(name)
+        plain = plain_name(name)
         found.setdefault(NUMBER.sub("*", plain), plain)
     return found
 
 
-def _plain(name: str) -> str:
+def plain_name(name: str) -> str:
     """A packed weight passes as the weight that it stands for."""
     return name.removesuffix("_packed") if name.endswith(".weight_packed") else name
 
@@ -213,7 +220,9 @@ def _names(
     }
     if not renamed:
         return {}
-    wanted = [plain for name in ckpt.tensors if NUMBER.sub("*", plain := _plain(name)) in renamed]
+    wanted = [
+        plain for name in ckpt.tensors if NUMBER.sub("*", plain := plain_name(name)) in renamed
+    ]
     found = sources_of_parameters(model, wanted)
     return {
         stored.removesuffix(".weight"): parameter.removesuffix(".weight")

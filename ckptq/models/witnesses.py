@@ -11,7 +11,8 @@ names it.
 
 from __future__ import annotations
 
-from collections.abc import Container, Iterable
+from collections import Counter
+from collections.abc import Callable, Container, Iterable
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -20,7 +21,7 @@ from ckptq.engines.architecture import Architecture
 from ckptq.engines.table import load_table
 from ckptq.engines.vllm import common_set
 from ckptq.models.family import LAYER, NEVER_QUANTIZED, family_of
-from ckptq.models.tree import ModuleTree, Owner, build_tree
+from ckptq.models.tree import ModuleTree, Owner, build_tree, plain_name
 
 HEAD = "output head"
 UNKNOWN = "known to neither transformers nor vLLM"
@@ -147,23 +148,53 @@ class Witnesses:
 
 
 @lru_cache(maxsize=16)
-def read_witnesses(ckpt: Checkpoint) -> Witnesses:
-    """Ask all three of them. Headers only; imports transformers."""
+def read_witnesses(ckpt: Checkpoint, *, table_alone: bool = False) -> Witnesses:
+    """Ask all three of them. Headers only; imports transformers.
+
+    `table_alone` does without transformers where the engine's table knows the architecture.
+    """
+    engine = load_table().architecture(_architectures(ckpt))
+    if table_alone and engine is not None:
+        return _witnesses(ckpt, None, "not asked", engine)
     built = build_tree(ckpt)
-    tree = built if isinstance(built, ModuleTree) else None
-    named = ckpt.config.get("architectures")
-    names = tuple(map(str, named)) if isinstance(named, list) else ()
-    if not names and tree is not None:
-        names = (tree.model_class,)
-    engine = load_table().architecture(names)
-    layers = tree.stored_layers if tree is not None else _layers_of(ckpt, engine)
+    if isinstance(built, str):
+        return _witnesses(ckpt, None, built, engine)
+    if not _architectures(ckpt):
+        engine = load_table().architecture((built.model_class,))
+    return _witnesses(ckpt, built, None, engine)
+
+
+def _witnesses(
+    ckpt: Checkpoint, tree: ModuleTree | None, no_tree: str | None, engine: Architecture | None
+) -> Witnesses:
+    layers = _layers(ckpt, tree, engine)
     return Witnesses(
         tree=tree,
-        no_tree=built if isinstance(built, str) else None,
+        no_tree=no_tree,
         engine=engine,
-        architectures=names,
+        architectures=_architectures(ckpt) or ((tree.model_class,) if tree is not None else ()),
         layers=layers,
         num_layers=_num_layers(ckpt, tree, layers),
+    )
+
+
+def _architectures(ckpt: Checkpoint) -> tuple[str, ...]:
+    named = ckpt.config.get("architectures")
+    return tuple(map(str, named)) if isinstance(named, list) else ()
+
+
+def _layers(ckpt: Checkpoint, tree: ModuleTree | None, engine: Architecture | None) -> str:
+    """The list of decoder layers on disk, by the first witness that can name it.
+
+    Without transformers the list whose attention has a cache in the engine. Where the engine does
+    not know the model either, the one with most tensors outside of towers; nothing is quantized
+    there that a recipe does not name.
+    """
+    if tree is None:
+        return _longest_list(ckpt, lambda name, _: engine is None or _caches(engine, name))
+    # a list that nothing on disk leads into is stored under names of somebody else
+    return tree.stored_layers or _longest_list(
+        ckpt, lambda name, inner: plain_name(inner) in tree.layer_parameters
     )
 
 
@@ -177,20 +208,16 @@ def _num_layers(ckpt: Checkpoint, tree: ModuleTree | None, layers: str) -> int:
     return 1 + max((int(m["index"]) for m in found if m and m["prefix"] == layers), default=-1)
 
 
-def _layers_of(ckpt: Checkpoint, engine: Architecture | None) -> str:
-    """Without transformers: the list whose layers have attention with a cache in the engine.
-
-    Where the engine does not know the model either, the list with most tensors outside of towers;
-    nothing is quantized there that a recipe does not name.
-    """
-    counts: dict[str, int] = {}
+def _longest_list(ckpt: Checkpoint, counts: Callable[[str, str], bool]) -> str:
+    """The list outside of towers with most tensors that count, by name and name within a layer."""
+    found: Counter[str] = Counter()
     for name in ckpt.tensors:
         match = LAYER.match(name)
         if match is None or why_by_name(match["prefix"]):
             continue
-        if engine is None or _caches(engine, name):
-            counts[match["prefix"]] = counts.get(match["prefix"], 0) + 1
-    return max(counts, key=lambda prefix: counts[prefix]) if counts else ""
+        if counts(name, name[match.end() :]):
+            found[match["prefix"]] += 1
+    return max(found, key=lambda prefix: found[prefix]) if found else ""
 
 
 def _caches(engine: Architecture, tensor: str) -> bool:

@@ -61,7 +61,7 @@ def verify(
     began = time.monotonic()
     problems: Problems = []
     ckpt = open_checkpoint(path, problems=problems)
-    subject, declared_wrong = _subject(ckpt, source)
+    subject, declared_wrong = _subject(ckpt, source, headers_only)
     structure = [*declared_wrong, *check_structure(subject, problems)]
     asked = ask_engine(ckpt, engine, vllm_python) if engine is not None else None
     checked = Checked() if headers_only else _data(subject, structure, options)
@@ -111,10 +111,12 @@ def _attention(subject: Subject, text: str | None) -> Attention:
     )
 
 
-def _subject(ckpt: Checkpoint, source: str | Path | None) -> tuple[Subject, list[Finding]]:
+def _subject(
+    ckpt: Checkpoint, source: str | Path | None, quick: bool
+) -> tuple[Subject, list[Finding]]:
     original = open_checkpoint(source) if source is not None else None
     declared, found = read_declared(ckpt)
-    return Subject(ckpt, original, declared), found
+    return Subject(ckpt, original, declared, quick), found
 
 
 def _data(subject: Subject, structure: list[Finding], options: Options) -> Checked:

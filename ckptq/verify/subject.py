@@ -108,6 +108,8 @@ class Subject:
     ckpt: Checkpoint
     source: Checkpoint | None
     declared: Declared
+    quick: bool = False
+    """Whether transformers is asked only about architectures that the engine's table lacks."""
 
     @cached_property
     def family(self) -> Family:
@@ -115,7 +117,7 @@ class Subject:
 
     @cached_property
     def witnesses(self) -> Witnesses:
-        return read_witnesses(self.ckpt)
+        return read_witnesses(self.ckpt, table_alone=self.quick)
 
     @cached_property
     def layers(self) -> tuple[str, int]:

@@ -306,3 +306,14 @@ def test_what_the_engine_itself_cannot_load() -> None:
 def test_no_such_engine() -> None:
     with pytest.raises(KeyError):
         load_table("nobody")
+
+
+def test_experts_one_by_one_are_found_under_another_prefix() -> None:
+    """Where only fused tensors were seen, as of Llama-4; twin: another module is not."""
+    arch = load_table().architecture(["Llama4ForConditionalGeneration"])
+    assert arch is not None
+    for prefix in ("language_model.model", "model.language_model"):
+        experts = f"{prefix}.layers.1.feed_forward.experts"
+        assert arch.fate(f"{experts}.3.up_proj") == "quantized"
+        assert arch.fate(f"{experts}.3.own_proj") is None
+        assert arch.fate(f"{prefix}.layers.1.feed_forward.other.3.up_proj") is None
