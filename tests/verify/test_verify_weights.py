@@ -272,14 +272,22 @@ def test_latent_attention_is_noted(good, tmp_path):
     assert report.findings == ()
 
 
-def test_layers_that_share_a_cache_need_no_scales(good, tmp_path):
-    """As Gemma-3n's last layers; without the declaration they would be missed."""
+def test_layers_that_share_a_cache_need_the_scales_of_its_owner(good, tmp_path):
+    """As Gemma-3n's last layers: vLLM fills 1.0, and reads the shared cache with it."""
     editor = copy_of(good("llama", "kv", True)[0], tmp_path / "shared")
+    own, owner = "model.layers.1.self_attn", "model.layers.0.self_attn"
     for which in "kv":
-        del editor.tensors[f"model.layers.1.self_attn.{which}_scale"]
+        del editor.tensors[f"{own}.{which}_scale"]
     assert verify(editor.save()).counts == {"kv-scale-missing": 2}
     editor.config["num_kv_shared_layers"] = 1
+    report = verify(editor.save())
+    assert report.counts == {"kv-scale-missing": 2}
+    assert {f.wanted for f in report.findings} == {f"{owner}.{which}_scale" for which in "kv"}
+    for which in "kv":
+        editor.tensors[f"{own}.{which}_scale"] = editor.tensors[f"{owner}.{which}_scale"].clone()
     assert verify(editor.save()).findings == ()
+    editor.tensors[f"{own}.v_scale"] *= 2
+    assert verify(editor.save()).counts == {"shared-cache-scale": 1}
 
 
 def test_a_block_format_of_one_block_has_no_shared_scale(sources, tmp_path):
