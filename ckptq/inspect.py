@@ -10,7 +10,7 @@ from pathlib import Path
 from ckptq.checkpoint.header import StoredTensor
 from ckptq.checkpoint.open import Checkpoint, open_checkpoint
 from ckptq.models.config_groups import stored_groups
-from ckptq.models.family import LAYER, family_of
+from ckptq.models.family import count_layers, declared_layers
 from ckptq.models.heads import config_heads
 from ckptq.permute import marks
 
@@ -81,12 +81,8 @@ def inspect(source: str | Path, revision: str | None = None) -> Inspection:
 
 
 def _layers(ckpt: Checkpoint) -> int:
-    """What config.json says, or else the longest list of layers on disk."""
-    declared = ckpt.text_config.get(family_of(ckpt.config).layers_key)
-    if isinstance(declared, int):
-        return declared
-    found = (LAYER.match(name) for name in ckpt.tensors)
-    return 1 + max((int(match["index"]) for match in found if match), default=-1)
+    declared = declared_layers(ckpt)
+    return count_layers(ckpt.tensors) if declared is None else declared
 
 
 def _describe(group: Mapping[str, object]) -> str:

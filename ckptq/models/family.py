@@ -6,9 +6,11 @@ Names that match `NEVER_QUANTIZED` stay in every family; for the rest the witnes
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
+
+from ckptq.checkpoint.open import Checkpoint
 
 RopeOrder = Literal["half-split", "interleaved"]
 
@@ -109,3 +111,16 @@ NEVER_QUANTIZED = tuple(
 )
 
 LAYER = re.compile(r"^(?P<prefix>(?:.*\.)?(?:layers|h|blocks))\.(?P<index>\d+)\.")
+
+
+def declared_layers(ckpt: Checkpoint) -> int | None:
+    """How many decoder layers config.json says that there are."""
+    declared = ckpt.text_config.get(family_of(ckpt.config).layers_key)
+    return declared if isinstance(declared, int) else None
+
+
+def count_layers(names: Iterable[str], prefix: str | None = None) -> int:
+    """How many layers tensor names tell of, in the list of this name or in the longest."""
+    found = (LAYER.match(name) for name in names)
+    indices = (int(m["index"]) for m in found if m and prefix in (None, m["prefix"]))
+    return 1 + max(indices, default=-1)

@@ -20,7 +20,7 @@ from ckptq.checkpoint.open import Checkpoint
 from ckptq.engines.architecture import Architecture
 from ckptq.engines.table import load_table
 from ckptq.engines.vllm import common_set
-from ckptq.models.family import LAYER, NEVER_QUANTIZED, family_of
+from ckptq.models.family import LAYER, NEVER_QUANTIZED, count_layers, declared_layers
 from ckptq.models.tree import ModuleTree, Owner, build_tree, plain_name
 
 HEAD = "output head"
@@ -199,13 +199,12 @@ def _layers(ckpt: Checkpoint, tree: ModuleTree | None, engine: Architecture | No
 
 
 def _num_layers(ckpt: Checkpoint, tree: ModuleTree | None, layers: str) -> int:
-    declared = ckpt.text_config.get(family_of(ckpt.config).layers_key)
-    if isinstance(declared, int):
+    declared = declared_layers(ckpt)
+    if declared is not None:
         return declared
     if tree is not None and tree.num_layers:
         return tree.num_layers
-    found = (LAYER.match(name) for name in ckpt.tensors)
-    return 1 + max((int(m["index"]) for m in found if m and m["prefix"] == layers), default=-1)
+    return count_layers(ckpt.tensors, layers)
 
 
 def _longest_list(ckpt: Checkpoint, counts: Callable[[str, str], bool]) -> str:
