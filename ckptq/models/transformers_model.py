@@ -74,14 +74,19 @@ def on_meta(
         return model_class(config)
 
 
+def decoder_name(model: PreTrainedModel) -> str:
+    """Name of the decoder among the model's modules; "" where it is the model itself."""
+    decoder = model.get_decoder()
+    return next((name for name, module in model.named_modules() if module is decoder), "")
+
+
 def decoder_layers_of(model: PreTrainedModel) -> tuple[str, nn.ModuleList] | None:
     """Name and list of the language model's layers: in its decoder, as many as its config says."""
     from torch import nn
 
     wanted = getattr(model.config.get_text_config(decoder=True), "num_hidden_layers", None)
-    decoder = model.get_decoder()
-    prefix = next((name for name, module in model.named_modules() if module is decoder), "")
-    for name, module in decoder.named_modules():
+    prefix = decoder_name(model)
+    for name, module in model.get_decoder().named_modules():
         if isinstance(module, nn.ModuleList) and len(module) == wanted:
             return ".".join(part for part in (prefix, name) if part), module
     return None

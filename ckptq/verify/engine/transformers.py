@@ -15,6 +15,7 @@ from textwrap import shorten
 from typing import TYPE_CHECKING
 
 from ckptq.checkpoint.open import CONFIG, Checkpoint
+from ckptq.models.transformers_model import decoder_name
 from ckptq.spec import FLOATS, TensorSpec
 from ckptq.verify.engine.result import Asked
 from ckptq.verify.kinds import finding
@@ -190,7 +191,7 @@ def _unmatched_attention(loaded: Loaded) -> Iterator[Finding]:
 def _lacking(loaded: Loaded) -> dict[str, list[str]]:
     """Module -> its parameters that nothing fills."""
     found: dict[str, list[str]] = defaultdict(list)
-    decoder = _decoder(loaded)
+    decoder = decoder_name(loaded.model)
     for place in sorted(loaded.missing):
         module, _, local = place.rpartition(".")
         if local not in CACHE_SCALES or _under(module, decoder):
@@ -204,7 +205,7 @@ def _left_over(loaded: Loaded) -> dict[str, list[str]]:
     Whole layers and branches that transformers does not build (multi-token prediction, towers of a
     text-only save) are left over of the source too.
     """
-    decoder = _decoder(loaded)
+    decoder = decoder_name(loaded.model)
     roots = {"", loaded.model.base_model_prefix, decoder, f"{decoder}.layers"}
     modules = {name for name, _ in loaded.model.named_modules()}
     found: dict[str, list[str]] = defaultdict(list)
@@ -238,12 +239,6 @@ def _fits(held: TensorSpec, wanted: TensorSpec) -> bool:
     floats = held.dtype in FLOATS and wanted.dtype in FLOATS
     integers = held.dtype in ("I32", "I64") and wanted.dtype == "I64"
     return held.shape == wanted.shape and (held.dtype == wanted.dtype or floats or integers)
-
-
-def _decoder(loaded: Loaded) -> str:
-    decoder = loaded.model.get_decoder()
-    named = ((name, module) for name, module in loaded.model.named_modules() if module is decoder)
-    return next(named, ("", decoder))[0]
 
 
 def _under(module: str, decoder: str) -> bool:
