@@ -11,7 +11,7 @@ from torch import nn
 
 from ckptq.errors import MachineError, UsageError
 from ckptq.verify.engine import vllm as ask
-from ckptq.verify.engine.vllm_worker import Feed, Hollow, Writes
+from ckptq.verify.engine.vllm_worker import EXTRACT, Feed, Hollow, Writes, script
 from ckptq.verify.run import verify
 
 LARGE = (8, 1024, 1024)
@@ -27,6 +27,16 @@ def test_a_python_that_is_none_is_refused(good, tmp_path):
     folder, _ = good("llama", "int8")
     with pytest.raises(UsageError, match="cannot be run"):
         verify(folder, engine="vllm", vllm_python=tmp_path / "python")
+
+
+def test_what_the_worker_borrows_from_the_extractor_is_there():
+    """It is found by path, and only vLLM's environment would notice that it has moved."""
+    limits, building = (script(EXTRACT / f"{name}.py") for name in ("limits", "build"))
+    assert callable(limits.lift_limits_of_this_machine)
+    assert callable(building.register_if_unknown)
+    assert callable(building.start_process_groups)
+    with pytest.raises(FileNotFoundError):
+        script(EXTRACT / "moved.py")
 
 
 def test_a_crash_is_the_machines_and_its_last_words_are_told(good, tmp_path, monkeypatch):

@@ -35,6 +35,7 @@ from torch.utils._python_dispatch import TorchDispatchMode  # noqa: E402
 LARGE = 1 << 20
 """Bytes from which on a tensor has no data."""
 
+EXTRACT = Path(__file__).parents[2] / "engines" / "extract_vllm"
 FACTORIES = ("aten::empty", "aten::zeros", "aten::ones", "aten::full")
 WRITES = ("aten::copy_", "aten::fill_", "aten::zero_", "aten::index_put_", "aten::index_copy_")
 LONGEST = 600
@@ -59,15 +60,16 @@ def answer(path: str, tensors: list[list[Any]]) -> dict[str, Any]:
         "kernels": not current_platform.is_cpu(),
     }  # fmt: skip
     feed = Feed(tensors)
-    extract = script(Path(__file__).parents[2] / "engines" / "extract_vllm.py")
+    limits, building = (script(EXTRACT / f"{name}.py") for name in ("limits", "build"))
     try:
         # whole, before parts of it are replaced
         import vllm.model_executor.model_loader.utils
 
         if not found["kernels"]:
             stand_in_for_kernels()
-            extract.lift_limits_of_this_machine()
-        extract.start_process_groups()
+            limits.lift_limits_of_this_machine()
+        building.register_if_unknown(json.loads(Path(path, "config.json").read_text()))
+        building.start_process_groups()
         model: Any = build(path)
         writes = Writes(model)
         with writes, torch.no_grad():
