@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from ckptq.calibrate import attention
-from ckptq.calibrate.refusals import WEIGHTS_ALONE, refusals
+from ckptq.calibrate.refusals import WEIGHTS_ALONE, family_code, refusals
 from ckptq.checkpoint.open import CONFIG, Checkpoint
 from ckptq.errors import PlanError, SourceError
 from ckptq.spec import FLOATS, torch_dtype
@@ -50,13 +50,18 @@ def build_skeleton(
     config._attn_implementation = attention.register(eager or not model_class._supports_sdpa)
     with refusals(f"{ckpt.path / CONFIG}: transformers makes no {model_class.__name__} of it"):
         model = _on_meta(model_class, config, dtype)
-    _make_buffers(model, device)
+    with family_code(str(ckpt.path), f"{model_class.__name__}'s own initialization"):
+        _make_buffers(model, device)
     model.eval()
-    return Skeleton(model=model, layers=_decoder_layers(ckpt, model), dtype=dtype)
+    with family_code(str(ckpt.path), f"{model_class.__name__}'s search for its decoder"):
+        layers = _decoder_layers(ckpt, model)
+    return Skeleton(model=model, layers=layers, dtype=dtype)
 
 
 def _check_has_heads(ckpt: Checkpoint, config: PreTrainedConfig) -> None:
-    if not getattr(config.get_text_config(decoder=True), "num_attention_heads", None):
+    with refusals(f"{ckpt.path / CONFIG}: transformers finds no text model in it"):
+        text = config.get_text_config(decoder=True)
+    if not getattr(text, "num_attention_heads", None):
         architecture = ", ".join(config.architectures or ["unknown architecture"])
         raise PlanError(
             f"{ckpt.path}: {architecture} has no attention heads, so there is no KV cache and no "
@@ -102,7 +107,8 @@ def model_class_of(
     model_class: type[PreTrainedModel]
     own = (ckpt.config.get("auto_map") or {}).get("AutoModelForCausalLM")
     if own is not None and trust_remote_code:
-        model_class = get_class_from_dynamic_module(own, ckpt.path, local_files_only=True)
+        with refusals(f"{ckpt.path}: the model code that it carries ({own}) does not load"):
+            model_class = get_class_from_dynamic_module(own, ckpt.path, local_files_only=True)
         return model_class
     wanted = config.architectures or []
     found = [getattr(transformers, name) for name in wanted if hasattr(transformers, name)]
@@ -155,10 +161,10 @@ def _decoder_layers(ckpt: Checkpoint, model: PreTrainedModel) -> dict[str, nn.Mo
 
     wanted = model.config.get_text_config(decoder=True).num_hidden_layers
     decoder = model.get_decoder()
-    prefix = next(name for name, module in model.named_modules() if module is decoder)
-    for name, module in decoder.named_modules():
+    names = {id(module): name for name, module in model.named_modules()}
+    for module in decoder.modules():
         if isinstance(module, nn.ModuleList) and len(module) == wanted:
-            where = ".".join(part for part in (prefix, name) if part)
+            where = names[id(module)]
             return {f"{where}.{index}": layer for index, layer in enumerate(module)}
     raise PlanError(
         f"{ckpt.path}: {type(model).__name__} has no list of {wanted} decoder layers "

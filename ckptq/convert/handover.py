@@ -7,7 +7,6 @@ everything else (shards, side files, provenance, RoPE order, one rename) and is 
 from __future__ import annotations
 
 import os
-import shutil
 import sys
 from collections.abc import Mapping
 from contextlib import redirect_stdout
@@ -17,8 +16,8 @@ from typing import TYPE_CHECKING, Any
 
 from ckptq.checkpoint.journal import Journal, check_apart
 from ckptq.checkpoint.open import Checkpoint, open_checkpoint
-from ckptq.checkpoint.write import write_text
 from ckptq.convert import documents
+from ckptq.convert.oneshot import DONE, run_oneshot
 from ckptq.convert.run import Result, convert_plan, modified, serve_line
 from ckptq.errors import FoundWrong, UsageError
 from ckptq.models.encoded import read_encoded, unquantized_config
@@ -32,7 +31,6 @@ if TYPE_CHECKING:
     from ckptq.calibrate.request import CalibrationRequest
 
 HANDED_OVER = ("GPTQModifier", "AWQModifier", "SmoothQuantModifier", "SpinQuantModifier")
-DONE = "done"
 
 
 def check_handed_over(recipe: Recipe) -> None:
@@ -80,7 +78,7 @@ def write_handed_over(
         made = journal.partial / "oneshot"
         if not journal.published and not (made / DONE).exists():
             with redirect_stdout(sys.stderr):  # stdout is for results
-                _oneshot(ckpt, recipe, made, wanted)
+                run_oneshot(ckpt, recipe, made, wanted)
         plan = _plan_copies(made if made.exists() else out, recipe, shard_bytes)
         if not journal.published:
             _rewrite(ckpt, plan, made, journal, record, workers, begin)
@@ -99,43 +97,6 @@ def write_handed_over(
         resumed_units=resumed,
         serve=serve_line(out, plan),
     )
-
-
-def _oneshot(ckpt: Checkpoint, recipe: Recipe, made: Path, wanted: CalibrationRequest) -> None:
-    """llm-compressor's checkpoint in a folder of its own, marked when it is whole."""
-    import torch
-    import transformers
-    from datasets import Dataset
-    from llmcompressor import oneshot
-
-    from ckptq.calibrate.refusals import refusals
-    from ckptq.calibrate.skeleton import model_class_of, read_config
-    from ckptq.calibrate.text import read_samples
-
-    shutil.rmtree(made, ignore_errors=True)
-    samples = read_samples(
-        wanted.data, ckpt.path, samples=wanted.samples, seq_len=wanted.seq_len, seed=wanted.seed
-    )
-    ids = [list(row) for row in samples.token_ids]
-    config = read_config(ckpt, wanted.trust_remote_code)
-    model_class: Any = model_class_of(ckpt, config, wanted.trust_remote_code)
-    with refusals(f"{ckpt.path}: transformers cannot load the model"):
-        model = model_class.from_pretrained(ckpt.path, dtype="auto")
-    tokenizer: Any = transformers.AutoTokenizer.from_pretrained(ckpt.path)
-    torch.manual_seed(wanted.seed)
-    oneshot(
-        model=model,
-        dataset=Dataset.from_dict(
-            {"input_ids": ids, "attention_mask": [[1] * len(r) for r in ids]}
-        ),
-        recipe=recipe.text,
-        max_seq_length=wanted.seq_len,
-        num_calibration_samples=len(ids),
-        shuffle_calibration_samples=False,
-        processor=tokenizer,
-    )
-    model.save_pretrained(made, save_compressed=True)
-    write_text(made / DONE, "")
 
 
 def _plan_copies(made: Path, recipe: Recipe, shard_bytes: int) -> Plan:

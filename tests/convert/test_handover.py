@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -134,3 +135,78 @@ def test_a_cache_scheme_beside_gptq_is_refused_with_the_reason() -> None:
     both = GPTQ.replace("ignore: [lm_head]}", f"ignore: [lm_head], kv_cache_scheme: {KV}}}")
     with pytest.raises(UsageError, match="uninitialised memory"):
         check_handed_over(load_text("both", both))
+
+
+@pytest.mark.parametrize(
+    ("generation", "config"),
+    [
+        ({"do_sample": False, "temperature": 0.6, "top_p": 0.9}, {}),
+        ({"num_beams": 1, "early_stopping": True, "length_penalty": 2.0}, {}),
+        ({"do_sample": False, "top_k": 7}, {"temperature": 0.3, "num_beams": 4}),
+    ],
+)
+def test_settings_that_transformers_would_not_save_are_copied_as_they_are(
+    llama: Path, tmp_path: Path, generation: dict, config: dict
+) -> None:
+    """How text is sampled is no reason to lose a calibration."""
+    file = llama / "generation_config.json"
+    file.write_text(json.dumps(generation))
+    whole = json.loads((llama / "config.json").read_text()) | config
+    (llama / "config.json").write_text(json.dumps(whole))
+    wanted = CalibrationRequest(data=str(tmp_path / "text.txt"), samples=2, seq_len=16)
+    out = tmp_path / "out"
+    ckpt = open_checkpoint(llama)
+    write_handed_over(ckpt, load_text("gptq", GPTQ), out, wanted, arguments={})
+    assert (out / "generation_config.json").read_bytes() == file.read_bytes()
+    written = json.loads((out / "config.json").read_text())
+    assert {key: written[key] for key in config} == config
+
+
+def refused_before_calibration(folder: Path, tmp_path: Path, words: str, **wanted: Any) -> None:
+    request = CalibrationRequest(data=str(tmp_path / "ids.jsonl"), samples=2, seq_len=16, **wanted)
+    (tmp_path / "ids.jsonl").write_text(json.dumps({"input_ids": [1, 2, 3]}))
+    ckpt, recipe = open_checkpoint(folder), load_text("gptq", GPTQ)
+    began: list[object] = []
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(SourceError, match=words):
+        patch.setattr("llmcompressor.oneshot", began.append)
+        write_handed_over(ckpt, recipe, tmp_path / "out", request, arguments={})
+    assert not began
+
+
+def test_a_tokenizer_that_does_not_load_is_told_before_the_calibration(
+    llama: Path, tmp_path: Path
+) -> None:
+    for file in llama.glob("token*"):
+        file.unlink()
+    refused_before_calibration(llama, tmp_path, "llama: no tokenizer that transformers can load")
+
+
+def test_a_config_that_does_not_save_is_told_before_the_calibration(
+    llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A class of the checkpoint's own, with something in it that JSON has no word for."""
+    from transformers import dynamic_module_utils
+
+    monkeypatch.setattr(dynamic_module_utils, "HF_MODULES_CACHE", str(tmp_path / "modules"))
+    (llama / "configuration_unsaved.py").write_text(
+        "from transformers import LlamaConfig\n\n\nclass UnsavedConfig(LlamaConfig):\n"
+        "    model_type = 'unsaved'\n\n    def __init__(self, **kwargs):\n"
+        "        super().__init__(**kwargs)\n        self.kernel = object()\n"
+    )
+    config = json.loads((llama / "config.json").read_text()) | {
+        "model_type": "unsaved",
+        "auto_map": {"AutoConfig": "configuration_unsaved.UnsavedConfig"},
+    }
+    (llama / "config.json").write_text(json.dumps(config))
+    words = "llama: transformers loads the model's config and would not save it: .*JSON"
+    refused_before_calibration(llama, tmp_path, words, trust_remote_code=True)
+
+
+def test_what_llm_compressor_cannot_run_is_one_message(llama: Path, tmp_path: Path) -> None:
+    """Groups that do not divide the columns."""
+    odd = GPTQ.replace("scheme: W4A16", "config_groups: {g: {targets: [Linear], weights: "
+                       "{num_bits: 4, strategy: group, group_size: 96}}}")  # fmt: skip
+    wanted = CalibrationRequest(data=str(tmp_path / "text.txt"), samples=2, seq_len=16)
+    ckpt = open_checkpoint(llama)
+    with pytest.raises(SourceError, match="llama: llm-compressor cannot run GPTQModifier on it: "):
+        write_handed_over(ckpt, load_text("gptq", odd), tmp_path / "out", wanted, arguments={})
