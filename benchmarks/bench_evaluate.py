@@ -5,7 +5,10 @@
     python benchmarks/bench_evaluate.py engine MODEL:SCHEME,... ... --vllm-python PYTHON
 
 A folder that examples/even_heads.py has made is a MODEL too. `--report FILE` writes the table with
-the command and what it was measured on; `--questions N` asks only so many.
+the command and what it was measured on; `--questions N` asks only so many. With `--data FILE`, a
+text, models need no task: perplexity takes the place of exact match. So the real model is measured:
+
+    python benchmarks/bench_evaluate.py schemes real/smollm2 --data real/held-out.jsonl
 """
 
 from __future__ import annotations
@@ -39,27 +42,28 @@ CACHE_ONLY = "kv-"
 """Schemes that leave the weights alone: what they do is in the table of caches."""
 
 
-def measured(model: Path, questions: int | None, **asked: object) -> Evaluation:
-    """All 128 lines of the text that the example came with, and its questions."""
-    return evaluate_request(
-        model,
-        EvaluationRequest(
-            data=str(model / "calibration.txt"),
-            task=model / "task.jsonl",
-            samples=128,
-            seq_len=LINE,
-            questions=questions,
-            batch_size=128,
-            **asked,  # type: ignore[arg-type]
-        ),
-    )
+def measured(model: Path, asked: argparse.Namespace, **compared: object) -> Evaluation:
+    """All 128 lines of the text that an example came with, and its questions; or `--data`."""
+    if asked.data is not None:
+        text: dict[str, object] = {"data": str(asked.data), "samples": 128, "batch_size": 4}
+    else:
+        text = {
+            "data": str(model / "calibration.txt"),
+            "task": model / "task.jsonl",
+            "samples": 128,
+            "seq_len": LINE,
+            "questions": asked.questions,
+            "batch_size": 128,
+        }
+    return evaluate_request(model, EvaluationRequest(**text, **compared))  # type: ignore[arg-type]
 
 
 def schemes(models: Sequence[str], asked: argparse.Namespace) -> Iterator[str]:
-    names = [name for name in built_in() if not name.startswith(CACHE_ONLY)]
-    found = [measured(Path(m), asked.questions, schemes=names) for m in models]
+    names = asked.schemes or [name for name in built_in() if not name.startswith(CACHE_ONLY)]
+    found = [measured(Path(m), asked, schemes=names) for m in models]
     yield _line("scheme", "size", "dB", *_columns(found))
     yield _rule(1, 2 + 2 * len(found))
+    yield _line("none: the source", "100%", "", *(c for each in found for c in _cells(each.source)))
     for rows in zip(*(each.rows for each in found), strict=True):
         size = f"{rows[0].nbytes / found[0].source.nbytes:.0%}"
         first = (f"`{rows[0].weights}`", size, f"{rows[0].snr_db or 0:.1f}")
@@ -68,7 +72,7 @@ def schemes(models: Sequence[str], asked: argparse.Namespace) -> Iterator[str]:
 
 
 def caches(models: Sequence[str], asked: argparse.Namespace) -> Iterator[str]:
-    found = [measured(Path(m), asked.questions, caches=CACHES) for m in models]
+    found = [measured(Path(m), asked, caches=CACHES) for m in models]
     yield _line("cache", "bits", *_columns(found))
     yield _rule(1, 1 + 2 * len(found))
     for rows in zip(*(each.rows for each in found), strict=True):
@@ -119,12 +123,14 @@ def _engine_line(name: str, row: EngineRow) -> str:
 
 def _columns(found: Sequence[Evaluation]) -> Iterator[str]:
     for each in found:
-        yield from (f"{each.source.weights}: KL", "exact")
+        second = "perplexity" if each.source.measures.accuracy is None else "exact"
+        yield from (f"{each.source.weights}: KL", second)
 
 
 def _cells(row: Row) -> tuple[str, str]:
     kl, accuracy = row.measures.kl, row.measures.accuracy
-    return f"{kl:.5f}" if kl < 0.1 else f"{kl:.2f}", _share(accuracy or 0.0)
+    second = f"{row.measures.perplexity:.2f}" if accuracy is None else _share(accuracy)
+    return f"{kl:.5f}" if kl < 0.1 else f"{kl:.2f}", second
 
 
 def _share(share: float) -> str:
@@ -159,7 +165,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("table", choices=tables)
     parser.add_argument("models", nargs="+")
+    parser.add_argument(
+        "--schemes", type=lambda names: names.split(","), help="instead of all built-in ones"
+    )
     parser.add_argument("--questions", type=int, help="of the task, instead of all (engine: 128)")
+    parser.add_argument("--data", type=Path, help="a text, for models that come without a task")
     parser.add_argument("--vllm-python", type=Path, help="a Python that has vLLM")
     parser.add_argument("--report", type=Path, help="write the table there as well")
     asked = parser.parse_args()

@@ -2,47 +2,56 @@
 
 from __future__ import annotations
 
+import io
 import os
-import signal
 import sys
 from typing import NoReturn
 
 from ckptq import console
 from ckptq.cli import app
 from ckptq.errors import CkptqError, MachineError
+from ckptq.interrupts import Interrupted, ignore_signals, listen
 
 RESUMED = ("quantize", "permute", "calibrate")
 """The commands whose output has a journal."""
 
 
-class Interrupted(BaseException):
-    """SIGINT or SIGTERM. No KeyboardInterrupt: with that one typer ends the program by itself,
-    without a word."""
-
-
 def main() -> NoReturn:
-    """The entry point: every error a user can mend becomes one message and an exit code."""
-    signal.signal(signal.SIGTERM, _interrupt)
-    signal.signal(signal.SIGINT, _interrupt)
+    """The entry point: every error a user can mend becomes one message and an exit code.
+
+    Once that code is decided no signal changes it, however long the interpreter takes to end.
+    """
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # a result is shown on any terminal
+    listen()
     try:
-        app(prog_name="ckptq")
-    except CkptqError as error:
-        sys.exit(console.complain(error))
+        code = _run()
     except Interrupted:
+        ignore_signals()
         resumed = len(sys.argv) > 1 and sys.argv[1] in RESUMED
         kept = "the same command goes on where this one stopped" if resumed else "nothing is kept"
         console.note(f"interrupted; {kept}")
-        sys.exit(130)
+        code = 130
+    ignore_signals()
+    sys.exit(code)
+
+
+def _run() -> int | str | None:
+    """What the command ends with."""
+    try:
+        app(prog_name="ckptq")
+        return 0
+    except SystemExit as end:
+        return end.code
+    except CkptqError as error:
+        return console.complain(error)
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(0)
+        return 0
+    except MemoryError:
+        return console.complain(MachineError("out of memory"))
     except OSError as error:
-        sys.exit(console.complain(MachineError(str(error))))
-    sys.exit(0)
-
-
-def _interrupt(*_: object) -> NoReturn:
-    raise Interrupted
+        return console.complain(MachineError(str(error)))
 
 
 if __name__ == "__main__":

@@ -11,6 +11,7 @@ from typing import Annotated
 import typer
 
 from ckptq import console
+from ckptq.interrupts import ignore_signals
 from ckptq.options import (
     BatchSize,
     Data,
@@ -134,6 +135,7 @@ def quantize(
         return
     with console.progress() as begin:
         result = convert(request, begin, console.note)
+        ignore_signals()
     show_quantized(result, json)
 
 
@@ -189,6 +191,7 @@ def calibrate(
             made = calibrate_to_file(
                 ckpt, plan, wanted, output, begin, restart=restart, ranks=ranks, note=note
             )
+            ignore_signals()
         if ranks.leads:
             show_scales(output, made, json)
 
@@ -207,7 +210,11 @@ def verify(
     ] = False,
     engine: Annotated[
         str | None,
-        typer.Option(help="Play this engine's loader too: vllm, vllm-0.15, sglang, transformers."),
+        typer.Option(help="Ask this engine what it makes of it too: transformers, vllm."),
+    ] = None,
+    vllm_python: Annotated[
+        Path | None,
+        typer.Option(help="The Python that has vLLM: let vLLM itself load names and shapes."),
     ] = None,
     attention: Annotated[
         bool,
@@ -234,6 +241,7 @@ def verify(
             fast=fast,
             headers_only=headers_only,
             engine=engine,
+            vllm_python=vllm_python,
             attention=attention,
             text=data,
             progress=report,
@@ -274,6 +282,7 @@ def permute(
     with console.progress() as begin:
         report = begin("permute", ckpt.nbytes)
         done = permute_checkpoint(plan, output, restart=restart, workers=workers, progress=report)
+        ignore_signals()
     show_permuted(done, json)
 
 

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from ckptq.errors import CkptqError
+from ckptq.printable import printable, printable_lines
 from ckptq.progress import Begin, Report
 
 PIPE_COLUMNS = 10_000
@@ -37,11 +38,13 @@ def to_data(value: Any) -> Any:
 
 
 def show_json(value: Any) -> None:
-    sys.stdout.write(json.dumps(to_data(value), indent=2, ensure_ascii=False) + "\n")
+    """In ASCII: for machines, whatever encoding and terminal are in between."""
+    sys.stdout.write(json.dumps(to_data(value), indent=2) + "\n")
 
 
 def show_lines(*lines: str) -> None:
-    sys.stdout.write("\n".join(lines) + "\n")
+    """Each stays one line, whatever a checkpoint has put into it."""
+    sys.stdout.write("\n".join(map(printable, lines)) + "\n")
 
 
 def show_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
@@ -64,18 +67,18 @@ def _cell(value: object) -> str:
     from rich.markup import escape
 
     if isinstance(value, bool) or not isinstance(value, int | float):
-        return escape(str(value))
+        return escape(printable(str(value)))
     return f"{value:,}" if isinstance(value, int) else f"{value:.4g}"
 
 
 def note(message: str) -> None:
     """One line to stderr."""
-    sys.stderr.write(message + "\n")
+    sys.stderr.write(printable(message) + "\n")
 
 
 def complain(error: CkptqError) -> int:
     """Show a user's error and return its exit code."""
-    sys.stderr.write(f"error: {error}\n")
+    sys.stderr.write(f"error: {printable_lines(str(error))}\n")
     return error.exit_code
 
 
@@ -98,7 +101,7 @@ def progress() -> Iterator[Begin]:
     from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
     columns = [TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[amount]}")]
-    columns += [TimeRemainingColumn(), TextColumn("{task.fields[what]}")]
+    columns += [TimeRemainingColumn(), TextColumn("{task.fields[what]}", markup=False)]
     with Progress(*columns, console=Console(stderr=True), transient=True) as bars:
 
         def begin(task: str, total: int, unit: str = "bytes") -> Report:

@@ -8,10 +8,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ckptq.checkpoint.header import StoredTensor
-from ckptq.checkpoint.open import open_checkpoint
+from ckptq.checkpoint.open import Checkpoint, open_checkpoint
 from ckptq.models.config_groups import stored_groups
+from ckptq.models.family import LAYER, family_of
 from ckptq.models.heads import config_heads
-from ckptq.models.modules import decoder_layers
 from ckptq.permute import marks
 
 SCALES = ("_scale", "_zero_point", "_global_scale")
@@ -65,7 +65,7 @@ def inspect(source: str | Path, revision: str | None = None) -> Inspection:
         path=ckpt.path,
         model_type=str(ckpt.config.get("model_type", "?")),
         architecture=", ".join(map(str, _list(ckpt.config.get("architectures") or "?"))),
-        layers=decoder_layers(ckpt)[1],
+        layers=_layers(ckpt),
         heads=config_heads(ckpt.text_config),
         files=len(ckpt.headers),
         tensors=len(ckpt.tensors),
@@ -78,6 +78,15 @@ def inspect(source: str | Path, revision: str | None = None) -> Inspection:
         scales=sum(name.endswith(SCALES) for name in ckpt.tensors),
         kinds=_kinds(ckpt.tensors),
     )
+
+
+def _layers(ckpt: Checkpoint) -> int:
+    """What config.json says, or else the longest list of layers on disk."""
+    declared = ckpt.text_config.get(family_of(ckpt.config).layers_key)
+    if isinstance(declared, int):
+        return declared
+    found = (LAYER.match(name) for name in ckpt.tensors)
+    return 1 + max((int(match["index"]) for match in found if match), default=-1)
 
 
 def _describe(group: Mapping[str, object]) -> str:

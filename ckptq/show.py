@@ -10,6 +10,7 @@ import yaml
 
 from ckptq import console
 from ckptq.console import size
+from ckptq.printable import shell_word
 from ckptq.show_verify import show_report as show_report
 
 if TYPE_CHECKING:
@@ -21,6 +22,9 @@ if TYPE_CHECKING:
     from ckptq.plan.unit import Plan
     from ckptq.recipes.load import Recipe
 
+
+MOST_KINDS = 1000
+"""Rows of `inspect`'s table; the largest known checkpoint has 60 kinds of tensors."""
 
 NOT_IN_VLLM = "with an engine that takes rows and blocks as they are written; vLLM does not"
 
@@ -39,7 +43,7 @@ def show_quantized(result: Result, json: bool) -> None:
         + resumed,
         f"{size(result.source_bytes)} -> {size(result.output_bytes)} ({ratio:.0%})",
         *([_proof_line(result.rope_proof)] if result.rope_proof else []),
-        f"verify it:  ckptq verify {result.out} --source {result.source}",
+        f"verify it:  ckptq verify {shell_word(result.out)} --source {shell_word(result.source)}",
         f"serve it:   {result.serve or NOT_IN_VLLM}",
     )
 
@@ -120,8 +124,13 @@ def show_inspection(found: Inspection, json: bool) -> None:
     console.show_table(
         "",
         ("tensors", "stored as", "count", "size"),
-        [(kind.name, kind.spec, kind.count, size(kind.nbytes)) for kind in found.kinds],
+        [
+            (kind.name, kind.spec, kind.count, size(kind.nbytes))
+            for kind in found.kinds[:MOST_KINDS]
+        ],
     )
+    if len(found.kinds) > MOST_KINDS:
+        console.show_lines(f"and {len(found.kinds) - MOST_KINDS:,} kinds more; --json has all")
 
 
 def show_scales(file: Path, scales: Scales, json: bool) -> None:
@@ -154,7 +163,7 @@ def show_recipe(recipe: Recipe, json: bool) -> None:
     if json:
         console.show_json(yaml.safe_load(recipe.text))
     else:
-        console.show_lines(recipe.text.rstrip())
+        console.show_lines(*recipe.text.rstrip().splitlines())
 
 
 def show_permuted(done: Permuted, json: bool) -> None:

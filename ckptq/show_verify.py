@@ -16,7 +16,7 @@ from ckptq import console
 from ckptq.console import size
 
 if TYPE_CHECKING:
-    from ckptq.verify.report import Finding, Report
+    from ckptq.verify.report import EngineRun, Finding, Report
 
 SHOWN = 5
 """Findings of one kind; `--json` has all."""
@@ -105,6 +105,8 @@ def _checked(found: Report) -> Iterator[str]:
         f"{checks['attention layers']} attention layers",
         indent=0,
     )
+    if found.engine_run is not None:
+        yield from _wrapped(_engine(found.engine_run), indent=0)
     if found.headers_only:
         yield "not read: any tensor (headers only)"
     elif found.source is None:
@@ -116,6 +118,15 @@ def _checked(found: Report) -> Iterator[str]:
             f"Linears{samples}, {checks['tensors copied']} tensors that are copies",
             indent=0,
         )
+
+
+def _engine(run: EngineRun) -> str:
+    if not run.real:
+        return f"{run.name}: simulated by ckptq's rules, not asked itself (--vllm-python PYTHON)"
+    return (
+        f"{run.name} {run.version} itself: names, shapes and dtypes of {run.places} parameters "
+        f"in {run.seconds:.1f} s{''.join(f'; {remark}' for remark in run.remarks)}"
+    )
 
 
 def _verdict(found: Report) -> str:

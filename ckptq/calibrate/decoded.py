@@ -20,9 +20,9 @@ from ckptq.checkpoint.view import View, window
 from ckptq.errors import SourceError
 from ckptq.models.encoded import BELONGS_TO_SCHEME, Encoded, decode_rows, read_encoded
 from ckptq.models.family import family_of
-from ckptq.models.modules import decoder_layers
 from ckptq.models.published import Windows, windows_for, windows_of
 from ckptq.models.readable import refuse_bare_codes
+from ckptq.models.witnesses import read_witnesses
 from ckptq.permute.effect import Part
 from ckptq.permute.order import Heads, RopeOrder
 from ckptq.permute.targets import PROJECTIONS, head_geometry
@@ -169,4 +169,4 @@ def _turned(ckpt: Checkpoint, like: Checkpoint | None) -> Turned | None:
     wanted = read_marks(like).get(Part.WEIGHTS, published) if like is not None else published
     if read_marks(ckpt).get(Part.WEIGHTS, published) is wanted:
         return None
-    return Turned(decoder_layers(ckpt)[0], head_geometry(ckpt.text_config), wanted)
+    return Turned(read_witnesses(ckpt).layers, head_geometry(ckpt.text_config), wanted)

@@ -26,12 +26,12 @@ from ckptq.calibrate.record import (
     is_plain,
     layers_replaced,
 )
-from ckptq.calibrate.refusals import family_code
 from ckptq.calibrate.skeleton import Skeleton, build_skeleton
 from ckptq.calibrate.source import WeightSource
 from ckptq.calibrate.text import Batch
 from ckptq.calibrate.weights import Loader
 from ckptq.checkpoint.open import Checkpoint
+from ckptq.models.refusals import family_code
 
 if TYPE_CHECKING:
     import torch

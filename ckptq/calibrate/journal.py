@@ -1,21 +1,21 @@
 """What a killed calibration needs to go on: statistics so far, and the hidden states behind them.
 
-    FOLDER/run.json              what the scales depend on; another run is refused
-    FOLDER/layer-00012/          the state after 12 layers: one file per batch, and the statistics
-    FOLDER/scales.safetensors    the result, when all layers are done
+    FOLDER/run.json        what the scales depend on; another run is refused
+    FOLDER/layer-00012/    the state after 12 layers: one file per batch, and the statistics
+    FOLDER/result/         the scales, when all layers are done
 
-A state is written beside the last one, synced, renamed, and only then that one is removed: there
-is always a whole one. Hidden states can be large, so a state is written only when the writing takes
-no more than a tenth of the time since the one before, and where the disk has room for it.
+A state is written beside the last one, synced, sealed with the digests of its files, renamed, and
+only then that one is removed: there is always a whole one. A state that does not hold what it was
+sealed with counts for nothing. Hidden states can be large, so a state is written only when the
+writing takes no more than a tenth of the time since the one before, and where the disk has room.
 """
 
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from time import monotonic
 from typing import TYPE_CHECKING, Any
@@ -24,8 +24,9 @@ from ckptq.calibrate.observers import Stats
 from ckptq.calibrate.scales import Scales, load_scales, save_scales
 from ckptq.checkpoint.header import read_header
 from ckptq.checkpoint.read import read_tensors
-from ckptq.checkpoint.write import machine_errors, sync_folder
-from ckptq.errors import UsageError
+from ckptq.checkpoint.seal import is_whole, seal
+from ckptq.errors import MachineError, UsageError
+from ckptq.files import clear_unfinished, json_bytes, machine_errors, sync_folder, write_whole
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -34,7 +35,8 @@ if TYPE_CHECKING:
     from ckptq.calibrate.statistics import Statistics
 
 RUN = "run.json"
-RESULT = "scales.safetensors"
+RESULT = "result"
+SCALES = "scales.safetensors"
 STATISTICS = "statistics.safetensors"
 SHARE_OF_TIME = 0.1
 GUESSED_SPEED = 1e9
@@ -53,30 +55,42 @@ class Journal:
         self._told = False
         with machine_errors(folder):
             folder.mkdir(parents=True, exist_ok=True)
+            clear_unfinished(folder)
             _claim(folder, json.loads(json.dumps(run)))
-            for leftover in folder.glob("layer-*.partial"):
+            for leftover in folder.glob("*.partial"):
                 shutil.rmtree(leftover)
 
     def finished(self) -> Scales | None:
         """The scales, where a former run got as far as that."""
-        file = self._folder / RESULT
-        return load_scales(file) if file.exists() else None
+        result = self._folder / RESULT
+        return load_scales(result / SCALES) if is_whole(result) else None
 
     def restore(self, stream: Stream, statistics: Statistics) -> int:
         """Put the last state into stream and statistics; how many layers it has behind it."""
-        states = sorted(self._folder.glob("layer-?????"))
-        if not states or not stream.resumable:
+        state = self._last_whole() if stream.resumable else None
+        if state is None:
             return 0
         for number in range(len(stream.batches)):
-            file = states[-1] / _batch(number)
+            file = state / _batch(number)
             stream.hidden_BSE[number] = read_tensors(read_header(file).tensors)["hidden"]
-        header = read_header(states[-1] / STATISTICS)
+        header = read_header(state / STATISTICS)
         points: dict[str, dict[str, Tensor]] = {}
         for name, tensor in read_tensors(header.tensors).items():
             point, _, key = name.rpartition("|")
             points.setdefault(point, {})[key] = tensor
         statistics.points = {point: points[point] for point in json.loads(header.metadata["order"])}
-        return int(states[-1].name.removeprefix("layer-"))
+        return int(state.name.removeprefix("layer-"))
+
+    def _last_whole(self) -> Path | None:
+        """The state behind the most layers; what is damaged is said, and done again."""
+        for state in sorted(self._folder.glob("layer-?????"), reverse=True):
+            if is_whole(state):
+                return state
+            warnings.warn(
+                f"{state}: is not on the disk as it was written; its layers are done again",
+                stacklevel=4,
+            )
+        return None
 
     def keep(self, done: int, stream: Stream, statistics: Statistics) -> None:
         """Write the state after `done` layers, unless the last one is too recent to be worth it."""
@@ -95,7 +109,7 @@ class Journal:
     def finish(self, scales: Scales) -> None:
         """Write the result; the states have served."""
         with machine_errors(self._folder):
-            save_scales(self._folder / RESULT, scales)
+            self._put(RESULT, lambda folder: save_scales(folder / SCALES, scales))
             for state in self._folder.glob("layer-*"):
                 shutil.rmtree(state)
 
@@ -113,19 +127,30 @@ class Journal:
 
     def _write(self, done: int, stream: Stream, points: Mapping[str, Stats]) -> None:
         former = list(self._folder.glob("layer-*"))
-        state = self._folder / f"layer-{done:05d}"
-        scratch = state.with_name(state.name + ".partial")
-        scratch.mkdir()
-        for number, hidden_BSE in enumerate(stream.hidden_BSE):
-            _save(scratch / _batch(number), {"hidden": hidden_BSE}, {})
         # copies: Linears that are fed the same share one statistic, which safetensors refuses
         flat = {f"{p}|{key}": t.clone() for p, stats in points.items() for key, t in stats.items()}
-        _save(scratch / STATISTICS, flat, {"order": json.dumps(list(points))})
-        sync_folder(scratch)
-        scratch.rename(state)
-        sync_folder(self._folder)
+
+        def fill(folder: Path) -> None:
+            for number, hidden_BSE in enumerate(stream.hidden_BSE):
+                _save(folder / _batch(number), {"hidden": hidden_BSE}, {})
+            _save(folder / STATISTICS, flat, {"order": json.dumps(list(points))})
+
+        state = self._put(f"layer-{done:05d}", fill)
         for old in former:
-            shutil.rmtree(old)
+            if old != state:
+                shutil.rmtree(old)
+
+    def _put(self, name: str, fill: Callable[[Path], None]) -> Path:
+        """A folder that appears whole, sealed, on the disk; what was there before is replaced."""
+        scratch, folder = self._folder / f"{name}.partial", self._folder / name
+        scratch.mkdir()
+        fill(scratch)
+        seal(scratch)
+        if folder.exists():  # damaged, or it would not be made again
+            shutil.rmtree(folder)
+        scratch.rename(folder)
+        sync_folder(self._folder)
+        return folder
 
 
 def holds_work(folder: Path) -> bool:
@@ -136,13 +161,12 @@ def holds_work(folder: Path) -> bool:
 def _claim(folder: Path, run: Mapping[str, Any]) -> None:
     file = folder / RUN
     if not file.exists() or not holds_work(folder):
-        scratch = file.with_name(RUN + ".partial")
-        scratch.write_text(json.dumps(run, sort_keys=True))
-        _sync(scratch)
-        scratch.replace(file)
-        sync_folder(folder)
+        write_whole(file, json_bytes(run, sort_keys=True))
         return
-    found = json.loads(file.read_text())
+    try:
+        found = dict(json.loads(file.read_bytes()))
+    except (ValueError, TypeError, RecursionError) as error:
+        raise MachineError(f"{file}: is damaged ({error}); --restart begins anew") from error
     for key in sorted(found.keys() | run.keys()):
         if found.get(key) != run.get(key):
             raise UsageError(
@@ -159,12 +183,3 @@ def _save(file: Path, tensors: Mapping[str, Tensor], metadata: dict[str, str]) -
     from safetensors.torch import save_file
 
     save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, file, metadata)
-    _sync(file)
-
-
-def _sync(file: Path) -> None:
-    descriptor = os.open(file, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

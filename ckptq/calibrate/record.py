@@ -9,8 +9,8 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from ckptq.calibrate.refusals import WEIGHTS_ALONE
 from ckptq.errors import PlanError
+from ckptq.models.refusals import WEIGHTS_ALONE
 
 if TYPE_CHECKING:
     import torch

@@ -20,13 +20,14 @@ from ckptq.calibrate.inputs import Inputs
 from ckptq.calibrate.journal import Journal
 from ckptq.calibrate.observers import Observer, Strategy, make_observer
 from ckptq.calibrate.ranks import ALONE, Ranks
-from ckptq.calibrate.refusals import WEIGHTS_ALONE
 from ckptq.calibrate.result import scales_of
 from ckptq.calibrate.scales import Scales, source_fingerprint
 from ckptq.calibrate.statistics import Statistics, Wanted
 from ckptq.calibrate.text import Batch, Samples
+from ckptq.checkpoint.identity import Identity, check_unchanged, lasting
 from ckptq.checkpoint.open import Checkpoint
 from ckptq.errors import PlanError, SourceError, UsageError
+from ckptq.models.refusals import WEIGHTS_ALONE
 from ckptq.spec import TensorSpec
 
 if TYPE_CHECKING:
@@ -96,9 +97,11 @@ def calibrate(
         linear=_observer(input_observer, None),
     )
     ranks.check([wanted.attention.name, wanted.linear.name])
+    pinned = ckpt.pinned()
     kept = None
     if journal is not None:
-        kept = Journal(journal, _identity(ckpt, samples, wanted, batch_size, device, eager))
+        depends = _identity(ckpt, pinned, samples, wanted, batch_size, device, eager)
+        kept = Journal(journal, depends)
         # of several processes none may be missing when the others merge
         if ranks.world == 1 and (finished := kept.finished()) is not None:
             return finished
@@ -107,6 +110,7 @@ def calibrate(
     _check_vocabulary(model, samples)
     batches = ranks.share(samples.batches(batch_size))
     _run(model, batches, statistics, progress, kept, planned)
+    check_unchanged(pinned)
     ranks.merge(statistics)
     classes = _classes(model, statistics)
     _check_complete(ckpt, model, statistics)
@@ -247,12 +251,18 @@ def _check_complete(ckpt: Checkpoint, model: LayerwiseModel, statistics: Statist
 
 
 def _identity(
-    ckpt: Checkpoint, samples: Samples, wanted: Wanted, batch_size: int, device: str, eager: bool
+    ckpt: Checkpoint,
+    pinned: Mapping[Path, Identity],
+    samples: Samples,
+    wanted: Wanted,
+    batch_size: int,
+    device: str,
+    eager: bool,
 ) -> dict[str, Any]:
     """Everything on which the bits of the statistics depend."""
     return {
         "source": source_fingerprint(ckpt),
-        "modified": {h.file.name: h.file.stat().st_mtime_ns for h in ckpt.headers},
+        "modified": lasting(ckpt.path, pinned),
         "samples": samples.digest,
         **wanted.to_json(),
         "batch_size": batch_size,

@@ -16,7 +16,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ckptq.checkpoint.open import Checkpoint
-from ckptq.errors import PlanError, SourceError
+from ckptq.errors import PlanError, SourceError, UsageError
+from ckptq.files import write_whole
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -82,18 +83,33 @@ class Scales:
         return asdict(self.made)
 
 
-def save_scales(path: Path, scales: Scales) -> None:
-    """Write the file whole or not at all."""
+def save_scales(path: Path, scales: Scales, beside: Path | None = None) -> None:
+    """Write the file whole or not at all; `beside` is the folder in which it is made."""
     from safetensors.torch import save
 
     record = json.dumps(scales.record(), sort_keys=True)
     tensors = {**scales.statistics, **scales.tensors}
-    scratch = path.with_name(path.name + ".writing")
     # one key only: safetensors writes several in an order that changes from call to call
     metadata = {RECORD_KEY: record}
     # not save_file, which from safetensors 0.8 on makes files that only their owner may read
-    scratch.write_bytes(save({n: tensors[n].contiguous() for n in sorted(tensors)}, metadata))
-    scratch.replace(path)
+    data = save({n: tensors[n].contiguous() for n in sorted(tensors)}, metadata)
+    write_whole(path, data, beside)
+
+
+def check_replaceable(path: Path) -> None:
+    """UsageError where scales would take the place of something else."""
+    from ckptq.checkpoint.header import read_header
+
+    if not path.is_file():
+        return
+    try:
+        found = RECORD_KEY in read_header(path).metadata
+    except SourceError:
+        found = False
+    if not found:
+        raise UsageError(
+            f"{path}: exists already, and is no scales file; remove it, or choose another output"
+        )
 
 
 def load_scales(path: Path) -> Scales:

@@ -12,9 +12,15 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from ckptq.calibrate import attention
-from ckptq.calibrate.refusals import WEIGHTS_ALONE, family_code, refusals
 from ckptq.checkpoint.open import CONFIG, Checkpoint
 from ckptq.errors import PlanError, SourceError
+from ckptq.models.refusals import WEIGHTS_ALONE, family_code, refusals
+from ckptq.models.transformers_model import (
+    decoder_layers_of,
+    model_class_of,
+    on_meta,
+    read_config,
+)
 from ckptq.spec import FLOATS, torch_dtype
 
 if TYPE_CHECKING:
@@ -49,7 +55,7 @@ def build_skeleton(
     model_class = model_class_of(ckpt, config, trust_remote_code)
     config._attn_implementation = attention.register(eager or not model_class._supports_sdpa)
     with refusals(f"{ckpt.path / CONFIG}: transformers makes no {model_class.__name__} of it"):
-        model = _on_meta(model_class, config, dtype)
+        model = _build(model_class, config, dtype)
     with family_code(str(ckpt.path), f"{model_class.__name__}'s own initialization"):
         _make_buffers(model, device)
     model.eval()
@@ -69,17 +75,6 @@ def _check_has_heads(ckpt: Checkpoint, config: PreTrainedConfig) -> None:
         )
 
 
-def read_config(ckpt: Checkpoint, trust_remote_code: bool) -> PreTrainedConfig:
-    """config.json as transformers reads it; SourceError where it cannot."""
-    from transformers import AutoConfig
-
-    with refusals(f"{ckpt.path / CONFIG}: transformers cannot read it"):
-        config: PreTrainedConfig = AutoConfig.from_pretrained(
-            ckpt.path, local_files_only=True, trust_remote_code=trust_remote_code
-        )
-    return config
-
-
 def _dtype(ckpt: Checkpoint, config: PreTrainedConfig) -> torch.dtype:
     """What `from_pretrained(dtype="auto")` takes: the config's, else the first weight's."""
     import torch
@@ -97,46 +92,18 @@ def _dtype(ckpt: Checkpoint, config: PreTrainedConfig) -> torch.dtype:
     return dtype
 
 
-def model_class_of(
-    ckpt: Checkpoint, config: PreTrainedConfig, trust_remote_code: bool
-) -> type[PreTrainedModel]:
-    """The class in transformers, or the checkpoint's own from its folder where that is trusted."""
-    import transformers
-    from transformers.dynamic_module_utils import get_class_from_dynamic_module
-
-    model_class: type[PreTrainedModel]
-    own = (ckpt.config.get("auto_map") or {}).get("AutoModelForCausalLM")
-    if own is not None and trust_remote_code:
-        with refusals(f"{ckpt.path}: the model code that it carries ({own}) does not load"):
-            model_class = get_class_from_dynamic_module(own, ckpt.path, local_files_only=True)
-        return model_class
-    wanted = config.architectures or []
-    found = [getattr(transformers, name) for name in wanted if hasattr(transformers, name)]
-    if not found:
-        raise SourceError(
-            f"{ckpt.path / CONFIG}: architectures {wanted} are not in transformers "
-            f"{transformers.__version__}"
-        )
-    model_class = found[0]
-    return model_class
-
-
-def _on_meta(
+def _build(
     model_class: type[PreTrainedModel], config: PreTrainedConfig, dtype: torch.dtype
 ) -> PreTrainedModel:
-    from transformers.utils.generic import ContextManagers
-
-    contexts = model_class.get_init_context(dtype, False, False, None)
-    with ContextManagers(contexts):
-        try:
-            return model_class(config)
-        except KeyError as error:
-            if error.args != (config._attn_implementation,):
-                raise
-            raise PlanError(
-                f"{model_class.__name__} has attention classes of its own instead of transformers' "
-                f"attention interface, so its q, k and v cannot be observed; {WEIGHTS_ALONE}"
-            ) from error
+    try:
+        return on_meta(model_class, config, dtype)
+    except KeyError as error:
+        if error.args != (config._attn_implementation,):
+            raise
+        raise PlanError(
+            f"{model_class.__name__} has attention classes of its own instead of transformers' "
+            f"attention interface, so its q, k and v cannot be observed; {WEIGHTS_ALONE}"
+        ) from error
 
 
 def _make_buffers(model: PreTrainedModel, device: torch.device) -> None:
@@ -156,20 +123,14 @@ def _make_buffers(model: PreTrainedModel, device: torch.device) -> None:
 
 
 def _decoder_layers(ckpt: Checkpoint, model: PreTrainedModel) -> dict[str, nn.Module]:
-    """The list of the language model's layers: in its decoder, as many as its config says."""
-    from torch import nn
-
-    wanted = model.config.get_text_config(decoder=True).num_hidden_layers
-    decoder = model.get_decoder()
-    names = {id(module): name for name, module in model.named_modules()}
-    for module in decoder.modules():
-        if isinstance(module, nn.ModuleList) and len(module) == wanted:
-            where = names[id(module)]
-            return {f"{where}.{index}": layer for index, layer in enumerate(module)}
-    raise PlanError(
-        f"{ckpt.path}: {type(model).__name__} has no list of {wanted} decoder layers "
-        f"to run one by one; {WEIGHTS_ALONE}"
-    )
+    found = decoder_layers_of(model)
+    if found is None:
+        wanted = model.config.get_text_config(decoder=True).num_hidden_layers
+        raise PlanError(
+            f"{ckpt.path}: {type(model).__name__} has no list of {wanted} decoder layers "
+            f"to run one by one; {WEIGHTS_ALONE}"
+        )
+    return {f"{found[0]}.{index}": layer for index, layer in enumerate(found[1])}
 
 
 @contextmanager

@@ -1,27 +1,26 @@
 """`ckptq calibrate`, as one function: scales in a file of their own.
 
-    SCALES.partial/lock            held by the run
+    SCALES.partial/lock            held by the run, and marks the folder as its own
     SCALES.partial/calibration/    what a killed run needs to go on (ckptq.calibrate.journal)
 
-Several processes have a folder each in there, rank-0-of-4 and so on. All of it is gone when the
-file is there.
+Several processes have a folder each in there, rank-0-of-4 and so on, with a lock of its own. All of
+it is gone when the file is there.
 """
 
 from __future__ import annotations
 
 import os
-import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 from ckptq.calibrate.journal import holds_work
 from ckptq.calibrate.ranks import ALONE, Ranks
 from ckptq.calibrate.request import CalibrationRequest, calibrate_plan
-from ckptq.calibrate.scales import Scales, save_scales
-from ckptq.checkpoint.journal import empty, partial_of, take_lock
+from ckptq.calibrate.scales import Scales, check_replaceable, save_scales
 from ckptq.checkpoint.open import Checkpoint
-from ckptq.checkpoint.write import machine_errors
+from ckptq.checkpoint.partial import JOURNAL, claim, discard, made_by_runs, partial_of, remove
+from ckptq.errors import MachineError, UsageError
 from ckptq.plan.unit import Plan
 from ckptq.progress import Begin, Note, untold
 
@@ -43,37 +42,45 @@ def calibrate_to_file(
     bytes; `restart` discards what it has done. UsageError for different arguments, and where
     another run is writing the same file.
     """
+    check_replaceable(output)
     partial = partial_of(output)
-    folder = partial if ranks.world == 1 else partial / f"rank-{ranks.rank}-of-{ranks.world}"
-    with _held(folder, partial, restart):
+    with _held(partial, ranks, restart) as folder:
         made = calibrate_plan(ckpt, plan, wanted, begin, folder / "calibration", ranks, note)
         if ranks.leads:
-            with machine_errors(output):
-                save_scales(output, made)
+            save_scales(output, made, beside=partial)
         ranks.wait()
-    if ranks.leads:
-        with machine_errors(partial):
-            shutil.rmtree(partial)
+        if ranks.leads:
+            remove(partial)
     return made
 
 
 @contextmanager
-def _held(folder: Path, partial: Path, restart: bool) -> Iterator[None]:
-    """The folder of this run alone, empty for one that begins anew; gone where it ends before a
+def _held(partial: Path, ranks: Ranks, restart: bool) -> Iterator[Path]:
+    """The folder of this process alone, empty for one that begins anew; gone where it ends before a
     state was kept."""
-    with machine_errors(folder):
-        folder.mkdir(parents=True, exist_ok=True)
-        lock = take_lock(folder)
-    try:
+    with ExitStack() as locks:
+        folder = partial
+        locks.callback(os.close, claim(partial, shared=ranks.world > 1))
+        if ranks.world > 1:
+            folder = partial / f"rank-{ranks.rank}-of-{ranks.world}"
+            locks.callback(os.close, claim(folder))
+        if (partial / JOURNAL).exists():
+            raise UsageError(
+                f"{partial}: holds a run of another command; choose another output, or finish it"
+            )
         if restart:
-            with machine_errors(folder):
-                empty(folder)
-        yield
-    except BaseException:
+            discard(folder)
+        try:
+            yield folder
+        except BaseException:
+            _leave(folder, partial)
+            raise
+
+
+def _leave(folder: Path, partial: Path) -> None:
+    """Nothing stays of a run that has kept no state; other processes may have theirs."""
+    with suppress(MachineError):  # others may be about the same
         if not holds_work(folder / "calibration"):
-            shutil.rmtree(folder)
-            with suppress(OSError):  # gone already, or other processes have a folder in it
-                partial.rmdir()
-        raise
-    finally:
-        os.close(lock)
+            remove(folder)
+        if folder != partial and not made_by_runs(partial):
+            remove(partial)

@@ -6,8 +6,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ckptq.calibrate.refusals import refusals
 from ckptq.errors import SourceError
+from ckptq.models.refusals import refusals
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

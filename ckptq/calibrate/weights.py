@@ -13,10 +13,10 @@ from itertools import takewhile
 from typing import TYPE_CHECKING, Any
 
 from ckptq.calibrate.ahead import Ahead
-from ckptq.calibrate.names import sources_of_parameters
 from ckptq.calibrate.skeleton import Skeleton, quiet
 from ckptq.calibrate.source import WeightSource
 from ckptq.errors import SourceError
+from ckptq.models.parameters import sources_of_parameters
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

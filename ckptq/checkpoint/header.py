@@ -6,16 +6,31 @@ gaps (huggingface/safetensors README). Errors name the file and the tensor.
 
 from __future__ import annotations
 
-import json
+import hashlib
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any, NamedTuple
 
+from ckptq.checkpoint.bounded import SMALL, Opened, Pairs, count_values, opened, parse
+from ckptq.checkpoint.identity import Identity
 from ckptq.errors import SourceError
 from ckptq.spec import DTYPES, TensorSpec
 
 MAX_HEADER = 100_000_000
 """The safetensors library's own limit, in bytes."""
+
+MAX_TENSORS = 1 << 18
+"""In one file; the largest known has 50,000."""
+
+MAX_AXES = 64
+"""As many as torch takes."""
+
+MAX_NAME = 4096
+"""Characters of a tensor's name."""
+
+MAX_LABELS = 100_000
+"""Entries of `__metadata__`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,6 +41,8 @@ class StoredTensor:
     spec: TensorSpec
     file: Path
     offset: int
+    identity: Identity | None = field(default=None, compare=False, repr=False)
+    """Of the file when its header was read; None for what is no tensor of a file."""
 
     @property
     def nbytes(self) -> int:
@@ -42,34 +59,49 @@ class Header:
     nbytes: int
     digest: str
     """sha256 of the header's bytes: changes when any name, shape, dtype or place changes."""
+    identity: Identity
+
+
+def by_place(header: Header) -> list[StoredTensor]:
+    """The tensors in the order of their bytes."""
+    return sorted(header.tensors.values(), key=lambda t: t.offset)
+
+
+class _Entry(NamedTuple):
+    """An object that has the fields of a tensor, with whatever is in them."""
+
+    dtype: Any
+    shape: Any
+    offsets: Any
 
 
 def read_header(file: Path) -> Header:
     """Read and check the header of `file`; reads no tensor data.
 
     Raises SourceError for a truncated file, a header that is no JSON object, unknown dtypes, shapes
-    that do not fit their byte range, and ranges that overlap, leave gaps or leave the file.
+    that do not fit their byte range, ranges that overlap, leave gaps or leave the file, and for
+    more tensors, axes or letters than any checkpoint has.
     """
-    import hashlib
-
-    try:
-        size = file.stat().st_size
-        with file.open("rb") as handle:
-            length = _header_length(file, handle.read(8), size)
-            raw = handle.read(length)
-    except OSError as error:
-        raise SourceError(f"{file}: cannot be read: {error.strerror or error}") from error
-    if len(raw) != length:
-        raise SourceError(f"{file}: truncated: the header has {len(raw)} of {length} bytes")
+    with opened(file) as found:
+        raw = _header_bytes(found)
+    size = found.identity.size
     entries = _parse(file, raw)
     metadata = _metadata(file, entries.pop("__metadata__", {}))
-    start = 8 + length
-    stored = {name: _entry(file, name, value, start, size) for name, value in entries.items()}
+    start = 8 + len(raw)
+    stored = {name: _stored(found, name, value, start, size) for name, value in _drained(entries)}
     _check_ranges(file, stored, start, size)
-    return Header(file, stored, metadata, size, hashlib.sha256(raw).hexdigest())
+    return Header(file, stored, metadata, size, hashlib.sha256(raw).hexdigest(), found.identity)
 
 
-def _header_length(file: Path, first: bytes, size: int) -> int:
+def _drained(entries: dict[str, Any]) -> Any:
+    """The items in their order; each is let go when the next is asked for."""
+    for name in list(entries):
+        yield name, entries.pop(name)
+
+
+def _header_bytes(found: Opened) -> bytes:
+    file, size = found.file, found.identity.size
+    first = found.read(0, 8)
     if len(first) < 8:
         raise SourceError(f"{file}: truncated: {size} bytes, a safetensors file has at least 8")
     length = int.from_bytes(first, "little")
@@ -82,30 +114,69 @@ def _header_length(file: Path, first: bytes, size: int) -> int:
         raise SourceError(
             f"{file}: truncated: the header claims {length} bytes, the file has {size}"
         )
-    return length
+    raw = found.read(8, length)
+    if len(raw) != length:
+        raise SourceError(f"{file}: truncated: the header has {len(raw)} of {length} bytes")
+    return raw
 
 
-def _parse(file: Path, raw: bytes) -> dict[str, object]:
-    try:
-        text = raw.decode("utf-8")
-        parsed = json.loads(text, object_pairs_hook=_strict_object)
-    except (ValueError, RecursionError) as error:
-        raise SourceError(f"{file}: the header is not valid JSON: {str(error)[:200]}") from error
+def _parse(file: Path, raw: bytes) -> dict[str, Any]:
+    _check_counts(file, raw)
+    parsed = parse(f"{file}: the header", raw, _compact)
     if not isinstance(parsed, dict):
-        raise SourceError(f"{file}: the header is a JSON {type(parsed).__name__}, wanted an object")
+        kind = "dict" if isinstance(parsed, _Entry) else type(parsed).__name__
+        raise SourceError(f"{file}: the header is a JSON {kind}, wanted an object of tensors")
     return parsed
 
 
-def _strict_object(pairs: list[tuple[str, object]]) -> dict[str, object]:
-    """ValueError for a key that is there twice, or that is no text (half of a surrogate pair)."""
+def _check_counts(file: Path, raw: bytes) -> None:
+    """SourceError for a header that no number of tensors up to the limit can fill."""
+    if len(raw) <= SMALL:
+        return
+    lists, objects, commas = count_values(raw)
+    if objects > MAX_TENSORS + 2:
+        raise SourceError(
+            f"{file}: the header names {objects:,} tensors; a file may have up to {MAX_TENSORS:,}"
+        )
+    if lists > 2 * objects or commas > 10 * objects + MAX_LABELS:
+        raise SourceError(
+            f"{file}: the header holds {lists:,} lists and {commas:,} commas in {objects:,} "
+            "objects; those are no tensors"
+        )
+
+
+def _compact(pairs: Pairs) -> dict[str, Any] | _Entry:
+    """A tensor's fields in the least memory, as they come.
+
+    ValueError for a key that is there twice, or that is no text (half of a surrogate pair).
+    """
     found = dict(pairs)
     for name in found:
         name.encode("utf-8")
     if len(found) != len(pairs):
-        names = [name for name, _ in pairs]
-        twice = next(name for name in names if names.count(name) > 1)
-        raise ValueError(f"the key {twice!r} appears twice")
-    return found
+        raise ValueError(f"the key {_first_twice(pairs)[:MAX_NAME]!r} appears twice")
+    if not found.keys() >= FIELDS or all(isinstance(v, str) for v in found.values()):
+        return found  # metadata, or what `_stored` refuses
+    dtype, shape = found["dtype"], found["shape"]
+    if isinstance(dtype, str) and dtype in DTYPES:
+        dtype = KNOWN[dtype]
+    shape = tuple(shape) if isinstance(shape, list) else shape
+    return _Entry(dtype, shape, found["data_offsets"])
+
+
+FIELDS = {"dtype", "shape", "data_offsets"}
+
+KNOWN = {name: name for name in DTYPES}
+"""One string for all tensors of a dtype."""
+
+
+def _first_twice(pairs: Pairs) -> str:
+    seen: set[str] = set()
+    for name, _ in pairs:
+        if name in seen:
+            return name
+        seen.add(name)
+    raise AssertionError("no key is there twice")
 
 
 def _metadata(file: Path, value: object) -> dict[str, str]:
@@ -114,18 +185,24 @@ def _metadata(file: Path, value: object) -> dict[str, str]:
     return value
 
 
-def _entry(file: Path, name: str, value: object, start: int, size: int) -> StoredTensor:
+def _stored(found: Opened, name: str, value: object, start: int, size: int) -> StoredTensor:
+    file = found.file
+    _check_name(file, name)
     where = f"{file}: tensor {name!r}"
-    if not isinstance(value, dict) or not {"dtype", "shape", "data_offsets"} <= value.keys():
+    if not isinstance(value, _Entry):
         raise SourceError(f"{where}: wanted dtype, shape and data_offsets, found {str(value)[:80]}")
-    dtype, shape, offsets = value["dtype"], value["shape"], value["data_offsets"]
+    dtype, shape, offsets = value
     if not isinstance(dtype, str) or dtype not in DTYPES:
         raise SourceError(f"{where}: unknown dtype {str(dtype)[:40]!r}; known: {', '.join(DTYPES)}")
-    if not _counts(shape):
-        raise SourceError(f"{where}: shape {str(shape)[:80]} is not a list of sizes")
-    if not _counts(offsets) or len(offsets) != 2 or offsets[0] > offsets[1]:
-        raise SourceError(f"{where}: data_offsets {str(offsets)[:80]} is not a range")
-    spec = TensorSpec(dtype, tuple(shape))
+    if not isinstance(shape, tuple) or not _counts(shape):
+        raise SourceError(f"{where}: shape {_listed(shape)} is not a list of sizes")
+    if len(shape) > MAX_AXES:
+        raise SourceError(f"{where}: {len(shape):,} axes; a tensor has up to {MAX_AXES}")
+    if not isinstance(offsets, list) or len(offsets) != 2 or not _counts(offsets):
+        raise SourceError(f"{where}: data_offsets {_listed(offsets)} is not a range")
+    if offsets[0] > offsets[1]:
+        raise SourceError(f"{where}: data_offsets {_listed(offsets)} is not a range")
+    spec = TensorSpec(dtype, shape)
     if offsets[1] - offsets[0] != spec.nbytes:
         raise SourceError(
             f"{where}: {str(spec)[:80]} needs {_number(spec.nbytes)} bytes, its data_offsets hold "
@@ -135,7 +212,24 @@ def _entry(file: Path, name: str, value: object, start: int, size: int) -> Store
         raise SourceError(
             f"{where}: truncated: its data ends at byte {start + offsets[1]}, the file at {size}"
         )
-    return StoredTensor(name, spec, file, start + offsets[0])
+    return StoredTensor(name, spec, file, start + offsets[0], found.identity)
+
+
+def _check_name(file: Path, name: str) -> None:
+    """Names go to terminals, logs and pages: one that moves the cursor or forges a line is none."""
+    if len(name) > MAX_NAME:
+        raise SourceError(
+            f"{file}: a tensor's name has {len(name):,} characters ({name[:40]!r}...); it may have "
+            f"up to {MAX_NAME:,}"
+        )
+    if not name.isprintable():
+        raise SourceError(
+            f"{file}: tensor {name[:200]!r}: the name holds characters that cannot be printed"
+        )
+
+
+def _listed(value: object) -> str:
+    return str(list(value[:20]) if isinstance(value, tuple | list) else value)[:80]
 
 
 def _number(value: int) -> str:
@@ -143,9 +237,9 @@ def _number(value: int) -> str:
     return str(value) if value < 1 << 64 else "more than 2**64"
 
 
-def _counts(value: object) -> bool:
-    """True for a list of non-negative integers that fit 64 bits (bool is no integer here)."""
-    return isinstance(value, list) and all(type(x) is int and 0 <= x < 1 << 63 for x in value)
+def _counts(values: tuple[Any, ...] | list[Any]) -> bool:
+    """True for non-negative integers that fit 64 bits (bool is no integer here)."""
+    return all(type(x) is int and 0 <= x < 1 << 63 for x in values)
 
 
 def _check_ranges(file: Path, stored: Mapping[str, StoredTensor], start: int, size: int) -> None:

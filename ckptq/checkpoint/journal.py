@@ -1,109 +1,158 @@
-"""A run that can be killed at any moment: its scratch folder, its lock, its journal.
+"""A run that can be killed at any moment: what it has done, and what its output is proved by.
 
-    OUT.partial/lock            held by the run that is writing
-    OUT.partial/journal.jsonl   a fingerprint of the run, then the keys of finished units
-    OUT.partial/calibration/    what calibration needs to go on
-    OUT.partial/checkpoint/     becomes OUT by one rename at the end
+    {"run": fingerprint}                    what the output depends on
+    {"done": {unit: {tensor: pieces}}}      bytes that are on the disk, with their digests
+    {"publishing": {file: digest}}          all shards are; these are the other files
 
-A key is journalled only after its bytes are on the disk. A unit's bytes do not depend on when or by
-whom they are made, so doing one again is harmless, and the result is the same to the byte.
+A unit is journalled only after its bytes are on the disk, and trusted only when its digests prove
+it (`ckptq.checkpoint.proof`). A unit's bytes do not depend on when or by whom they are made, so
+doing one again is harmless, and the result is the same to the byte. The output is published by one
+rename, to a name that nothing has.
 """
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
-import shutil
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from ckptq.checkpoint.write import machine_errors, sync_folder
+from ckptq.checkpoint.partial import JOURNAL, claim, discard, made_by_runs, partial_of, remove
+from ckptq.checkpoint.proof import Pieces, Promise, digests, proven_keys
 from ckptq.errors import MachineError, UsageError
+from ckptq.files import machine_errors, rename_new, sync_folder
+
+if TYPE_CHECKING:
+    from ckptq.checkpoint.read import Files
+    from ckptq.checkpoint.write import Shards
 
 Fingerprint = Mapping[str, Any]
 """What the output depends on, as JSON data: source, recipe, arguments, versions."""
 
 
+@dataclass(slots=True)
+class Said:
+    """What a journal says."""
+
+    run: Fingerprint | None = None
+    done: dict[str, Pieces] = field(default_factory=dict)
+    published: dict[str, str] | None = None
+    """The files beside the shards, when all was ready for the rename."""
+
+
 class Journal:
     """One output in the making. Use `Journal.open`, then `done`, `record`, `publish`, `close`."""
 
-    def __init__(self, out: Path, lock: int, done: set[str], published: bool) -> None:
+    def __init__(self, out: Path, lock: int, said: Said, renamed: bool) -> None:
         self.out = out
         self.partial = partial_of(out)
         self.scratch = self.partial / "checkpoint"
         self.calibration = self.partial / "calibration"
-        self.done = done
-        self.published = published
-        """A former run got as far as the rename and died before it had cleaned up."""
+        self.done = said.done
+        """What the journal says; the files have to prove it."""
+        self.renamed = renamed
+        """A former run has come to the rename, by the journal, and died before it had cleaned up:
+        `out` is there. `prove_renamed` says whether it is that."""
+        self._published = said.published
         self._lock = lock
 
     @classmethod
     def open(cls, out: Path, fingerprint: Fingerprint, *, restart: bool = False) -> Journal:
         """Begin a run on `out`, or go on with the one that an identical command left behind.
 
-        UsageError if the output exists, another run holds it, or the journal is of a different run
-        that has done something: one that failed before that is in nobody's way.
+        UsageError if the output exists, another run holds it, the folder in which it is made is not
+        a run's, or the journal is of a different run that has done something: one that failed
+        before that is in nobody's way.
         """
-        if not out.name:  # the current folder, or the root
+        partial = partial_of(out) if out.name else out  # the current folder, or the root
+        if os.path.lexists(out) and not (partial / JOURNAL).exists():
             raise _taken(out)
-        partial = partial_of(out)
-        if os.path.lexists(out) and not (partial / "journal.jsonl").exists():
-            raise _taken(out)
-        with machine_errors(partial):
-            partial.mkdir(parents=True, exist_ok=True)
-            lock = take_lock(partial)
+        lock = claim(partial)
         try:
-            if restart:
-                empty(partial)
-            found, done, publishing = _read(partial / "journal.jsonl")
-            if os.path.lexists(out) and not publishing:
-                raise _taken(out)
-            fingerprint = json.loads(json.dumps(fingerprint))
-            if found is None or (found != fingerprint and not (done or _holds_work(partial))):
-                empty(partial)
-                (partial / "checkpoint").mkdir()
-                _append(partial / "journal.jsonl", {"run": fingerprint})
-                sync_folder(partial)
-            elif found != fingerprint:
-                raise UsageError(
-                    f"{partial}: was begun by a different run: {_difference(found, fingerprint)}; "
-                    "give the same command to go on, or --restart to begin anew"
-                )
+            said, renamed = _begin(out, partial, json.loads(json.dumps(fingerprint)), restart)
         except BaseException:
+            if not (partial / JOURNAL).exists() and not made_by_runs(partial):
+                with suppress(MachineError):
+                    remove(partial)
             os.close(lock)
             raise
-        return cls(out, lock, done, published=out.exists())
+        return cls(out, lock, said, renamed)
 
-    def record(self, keys: Iterable[str]) -> None:
+    def record(self, done: Mapping[str, Pieces]) -> None:
         """These units' bytes are on the disk."""
-        keys = list(keys)
-        _append(self.partial / "journal.jsonl", {"done": keys})
-        self.done.update(keys)
+        _append(self.partial / JOURNAL, {"done": done})
+        self.done.update(done)
 
-    def publish(self) -> None:
-        """The scratch folder becomes the output, at once and whole."""
-        if not self.published:
+    def publish(self, shards: Iterable[str], documents: Iterable[str]) -> None:
+        """The scratch folder becomes the output, at once and whole; these are its files.
+
+        UsageError where somebody has put a file into it, or has taken the output's name.
+        """
+        if not self.renamed:
+            documents = set(documents)
+            self._check_files({*shards, *documents})
             for folder, _, _ in os.walk(self.scratch):
                 sync_folder(Path(folder))
-            _append(self.partial / "journal.jsonl", {"publishing": True})
+            proofs = digests(self.scratch, documents)
+            _append(self.partial / JOURNAL, {"publishing": proofs})
+            self._rename()
+        remove(self.partial)
+
+    def prove_renamed(
+        self,
+        shards: Shards,
+        promises: Collection[Promise],
+        files: Files,
+        pool: ThreadPoolExecutor,
+    ) -> None:
+        """UsageError unless every byte of a renamed output is as it was written."""
+        documents = self._published or {}
+        found = digests(self.out, documents)
+        wrong = [name for name, digest in documents.items() if found.get(name) != digest]
+        wrong += [shard for shard in shards.sizes if not shards.intact(shard)]
+        if not wrong:
+            proved = proven_keys(promises, self.done, shards, files, pool)
+            wrong = [promise.key for promise in promises if promise.key not in proved]
+        if wrong:
+            raise self._not_ours(wrong[0])
+
+    def _not_ours(self, what: str) -> UsageError:
+        """The output's name is taken by something that this run did not write."""
+        return UsageError(
+            f"{self.out}: is there, and is not what the run in {self.partial} wrote: {what} "
+            "differs; move it away and give the same command, or remove the folder of the run"
+        )
+
+    def _check_files(self, wanted: set[str]) -> None:
+        held = {
+            str(p.relative_to(self.scratch))
+            for p in self.scratch.rglob("*")
+            if p.is_symlink() or not p.is_dir()
+        }
+        for name in sorted(held - wanted):
+            raise UsageError(
+                f"{self.scratch / name}: was not written by this run; move it away, and give the "
+                "same command again"
+            )
+        for name in sorted(wanted - held):
+            raise MachineError(f"{self.scratch / name}: was written, and is gone")
+
+    def _rename(self) -> None:
+        try:
             with machine_errors(self.out):
-                os.rename(self.scratch, self.out)
-            sync_folder(self.out.parent)
-        with machine_errors(self.partial):
-            _remove(self.partial)
+                rename_new(self.scratch, self.out)
+        except MachineError as error:
+            if isinstance(error.__cause__, FileExistsError):
+                raise _taken(self.out, self.partial) from error
+            raise
+        sync_folder(self.out.parent)
 
     def close(self) -> None:
         os.close(self._lock)
-
-
-def partial_of(out: Path) -> Path:
-    return out.with_name(out.name + ".partial")
-
-
-def _taken(out: Path) -> UsageError:
-    return UsageError(f"{out}: exists already; remove it, or choose another output")
 
 
 def check_apart(source: Path, out: Path) -> None:
@@ -112,73 +161,99 @@ def check_apart(source: Path, out: Path) -> None:
         raise UsageError(f"{out}: lies inside the source {source}; choose an output outside it")
 
 
-def take_lock(partial: Path) -> int:
-    """A descriptor that holds the folder until it is closed; UsageError where another run does."""
-    descriptor = os.open(partial / "lock", os.O_RDWR | os.O_CREAT, 0o644)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError as error:
-        os.close(descriptor)
-        raise UsageError(f"{partial}: another run is writing this output right now") from error
-    return descriptor
+def _taken(out: Path, partial: Path | None = None) -> UsageError:
+    if partial is None:
+        return UsageError(f"{out}: exists already; remove it, or choose another output")
+    return UsageError(
+        f"{out}: exists already, and was not made by the run in {partial}, which keeps what it has "
+        "done; move it away, and the same command goes on"
+    )
+
+
+def _begin(out: Path, partial: Path, fingerprint: Fingerprint, restart: bool) -> tuple[Said, bool]:
+    """What has been done, and whether it is the output already; the folder is ready for more."""
+    file = partial / JOURNAL
+    if restart and not os.path.lexists(out):
+        discard(partial)
+    said = _read(file)
+    renamed = False
+    if os.path.lexists(out):
+        if restart or said.published is None or (partial / "checkpoint").exists():
+            raise _taken(out, partial)
+        renamed = True
+    works = bool(said.done) or _holds_work(partial)
+    if said.run is None and works:
+        raise UsageError(
+            f"{partial}: holds the work of another command, or its journal is gone; --restart "
+            "begins anew"
+        )
+    if said.run is None or (said.run != fingerprint and not works):
+        discard(partial)
+        _append(file, {"run": fingerprint})
+        sync_folder(partial)
+        said = Said(run=fingerprint)
+    elif said.run != fingerprint:
+        raise UsageError(
+            f"{partial}: was begun by a different run: {_difference(said.run, fingerprint)}; "
+            "give the same command to go on, or --restart to begin anew"
+        )
+    if not renamed:
+        with machine_errors(partial):
+            (partial / "checkpoint").mkdir(exist_ok=True)
+    return said, renamed
 
 
 def _holds_work(partial: Path) -> bool:
     """Whether there is more than a run leaves that has just begun: layers that are calibrated, or
     the result of another tool."""
-    files = (path for path in partial.rglob("*") if path.is_file())
-    begun = {partial / "lock", partial / "journal.jsonl", partial / "calibration" / "run.json"}
-    return any(p not in begun and not p.is_relative_to(partial / "checkpoint") for p in files)
-
-
-def empty(partial: Path) -> None:
-    """Everything but the lock, the journal first: without it the rest means nothing."""
-    (partial / "journal.jsonl").unlink(missing_ok=True)
-    for path in partial.iterdir():
-        if path.is_dir():
-            shutil.rmtree(path)
-
-
-def _remove(partial: Path) -> None:
-    """The journal goes when nothing but the lock is left: until then the same command ends this."""
-    for path in partial.iterdir():
-        if path.is_dir():
-            shutil.rmtree(path)
-    (partial / "journal.jsonl").unlink()
-    # a run that is just being refused may have put its own lock here
-    shutil.rmtree(partial, ignore_errors=True)
+    work = (partial / "calibration", partial / "oneshot")
+    files = (path for folder in work for path in folder.rglob("*") if path.is_file())
+    return any(path != partial / "calibration" / "run.json" for path in files)
 
 
 def _append(file: Path, line: Mapping[str, Any]) -> None:
-    with machine_errors(file), file.open("a") as handle:
-        handle.write(json.dumps(line, sort_keys=True) + "\n")
-        handle.flush()
-        os.fsync(handle.fileno())
+    with machine_errors(file):
+        descriptor = os.open(file, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW, 0o644)
+        try:
+            rest = memoryview((json.dumps(line, sort_keys=True) + "\n").encode())
+            while rest:
+                rest = rest[os.write(descriptor, rest) :]
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
 
 
-def _read(file: Path) -> tuple[dict[str, Any] | None, set[str], bool]:
-    """(fingerprint, finished keys, whether the rename had begun) of a journal.
+def _read(file: Path) -> Said:
+    """A journal, or nothing where there is none.
 
     A last line without its end was being written when the run died; what it says was not recorded.
     """
-    try:
-        text = file.read_bytes()
-    except FileNotFoundError:
-        return None, set(), False
-    whole, _, torn = text.rpartition(b"\n")
-    if torn:
-        with machine_errors(file):
+    with machine_errors(file):
+        try:
+            text = file.read_bytes()
+        except FileNotFoundError:
+            return Said()
+        whole, _, torn = text.rpartition(b"\n")
+        if torn:
             os.truncate(file, len(text) - len(torn))
+    said = Said()
     try:
-        lines = [json.loads(line) for line in whole.splitlines()]
-    except ValueError as error:
+        for line in whole.splitlines():
+            _hear(said, json.loads(line))
+    except (ValueError, TypeError, AttributeError, KeyError, RecursionError) as error:
         raise MachineError(
             f"{file}: the journal is damaged ({error}); --restart begins anew"
         ) from error
-    if not lines:
-        return None, set(), False
-    done = {key for line in lines[1:] for key in line.get("done", ())}
-    return lines[0]["run"], done, any("publishing" in line for line in lines)
+    return said
+
+
+def _hear(said: Said, line: Mapping[str, Any]) -> None:
+    """Take up what one line says."""
+    if said.run is None:
+        said.run = dict(line["run"])
+    said.done.update(line.get("done", {}))
+    if "publishing" in line:
+        said.published = dict(line["publishing"])
 
 
 def _difference(before: Fingerprint, now: Fingerprint, path: str = "") -> str:

@@ -5,14 +5,18 @@ Only safetensors is read, never pickle; file names that an index gives must stay
 
 from __future__ import annotations
 
-import json
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ckptq.checkpoint.header import Header, StoredTensor, read_header
+from ckptq.checkpoint.bounded import INDEX_BYTES, INDEX_VALUES, json_object
+from ckptq.checkpoint.header import Header, StoredTensor, by_place, read_header
+from ckptq.checkpoint.identity import Identity
+from ckptq.checkpoint.partial import bears_mark, partial_of
 from ckptq.errors import SourceError, UsageError
+from ckptq.files import reading_errors
 
 CONFIG = "config.json"
 INDEX = "model.safetensors.index.json"
@@ -22,10 +26,13 @@ PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 OTHER_WEIGHTS = (*PICKLES, ".safetensors", ".h5", ".msgpack", ".onnx", ".gguf", ".ot")
 """Never carried over as side files: they hold the unquantized weights in another form."""
 
+MAX_TENSORS = 1 << 21
+"""In all files of a checkpoint; the largest known has 210,000."""
+
 Problems = list[str]
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, eq=False)
 class Checkpoint:
     """A checkpoint as its headers describe it."""
 
@@ -37,6 +44,8 @@ class Checkpoint:
     headers: tuple[Header, ...]
     tensors: Mapping[str, StoredTensor] = field(repr=False)
     """In the order of the files and of the bytes within each."""
+    identities: Mapping[Path, Identity] = field(default_factory=dict, repr=False)
+    """Of config.json, the index and the shards, when they were read."""
 
     @property
     def nbytes(self) -> int:
@@ -72,6 +81,15 @@ class Checkpoint:
             and str(p) != CONFIG
         ]
 
+    def pinned(self) -> dict[Path, Identity]:
+        """Every file of the checkpoint as it was when it was opened, side files as they are now:
+        what `check_unchanged` is asked at the end of a run."""
+        sides = {}
+        for side in self.side_files():
+            with reading_errors(self.path / side):
+                sides[self.path / side] = Identity.of((self.path / side).stat())
+        return {**self.identities, **sides}
+
 
 def open_checkpoint(
     source: str | Path, revision: str | None = None, problems: Problems | None = None
@@ -82,13 +100,15 @@ def open_checkpoint(
     raised, so that `verify` can report them all; an unreadable checkpoint is raised all the same.
     """
     path, name = _locate(source, revision)
-    config = _json_object(path / CONFIG)
-    index = _index(path)
-    headers = tuple(read_header(file) for file in _shards(path, index))
+    config, identity = _config(path)
+    identities = {path / CONFIG: identity}
+    index = _index(path, identities)
+    headers = _headers(path, _shards(path, index))
+    identities |= {header.file: header.identity for header in headers}
     tensors: dict[str, StoredTensor] = {}
     found: Problems = []
     for header in headers:
-        for tensor in sorted(header.tensors.values(), key=lambda t: t.offset):
+        for tensor in by_place(header):
             if tensor.name in tensors:
                 twin = tensors[tensor.name].file.name
                 found.append(f"{header.file}: tensor {tensor.name!r} is also in {twin}")
@@ -102,8 +122,25 @@ def open_checkpoint(
     elif found:
         raise SourceError("\n".join(found[:20]))
     return Checkpoint(
-        path=path, name=name, revision=revision, config=config, headers=headers, tensors=tensors
+        path=path,
+        name=name,
+        revision=revision,
+        config=config,
+        headers=headers,
+        tensors=tensors,
+        identities=identities,
     )
+
+
+def _headers(path: Path, files: list[Path]) -> tuple[Header, ...]:
+    headers: list[Header] = []
+    count = 0
+    for file in files:
+        headers.append(read_header(file))
+        count += len(headers[-1].tensors)
+        if count > MAX_TENSORS:
+            raise SourceError(f"{path}: more than {MAX_TENSORS:,} tensors in its files")
+    return tuple(headers)
 
 
 def _locate(source: str | Path, revision: str | None) -> tuple[Path, str]:
@@ -123,9 +160,7 @@ def _locate(source: str | Path, revision: str | None) -> tuple[Path, str]:
 
 def _refuse_unfinished(path: Path) -> None:
     """Say so where a run that was to write this folder has not ended."""
-    from ckptq.checkpoint.journal import partial_of
-
-    if path.name and (unfinished := partial_of(path)).is_dir():
+    if path.name and bears_mark(unfinished := partial_of(path)):
         raise SourceError(
             f"{path}: no such folder; {unfinished} is of a run that has not finished, and the same "
             "command goes on with it"
@@ -161,38 +196,38 @@ def _download(hub_id: str, revision: str | None) -> Path:
         ) from error
 
 
-def _json_object(file: Path) -> dict[str, Any]:
-    try:
-        value = json.loads(file.read_bytes())
-    except FileNotFoundError as error:
-        raise SourceError(
-            f"{file.parent}: no {file.name}; wanted a Hugging Face checkpoint"
-        ) from error
-    except OSError as error:
-        raise SourceError(f"{file}: cannot be read: {error.strerror or error}") from error
-    except (ValueError, RecursionError) as error:
-        raise SourceError(f"{file}: not valid JSON: {str(error)[:200]}") from error
-    if not isinstance(value, dict):
-        raise SourceError(f"{file}: holds a JSON {type(value).__name__}, wanted an object")
-    return value
+def _config(path: Path) -> tuple[dict[str, Any], Identity]:
+    if not os.path.lexists(path / CONFIG):
+        raise SourceError(f"{path}: no {CONFIG}; wanted a Hugging Face checkpoint")
+    return json_object(path / CONFIG)
 
 
-def _index(path: Path) -> dict[str, str] | None:
+def _index(path: Path, identities: dict[Path, Identity]) -> dict[str, str] | None:
     """The index's weight_map, or None where there is no index."""
     file = path / INDEX
     if not file.exists():
         return None
-    weight_map = _json_object(file).get("weight_map")
+    found, identities[file] = read_index(file)
+    weight_map = found.get("weight_map")
     if not isinstance(weight_map, dict) or not all(isinstance(v, str) for v in weight_map.values()):
         raise SourceError(f"{file}: weight_map must map tensor names to file names")
     if not weight_map:
         raise SourceError(f"{file}: weight_map is empty")
     for name, target in weight_map.items():
+        if not target.isprintable():
+            raise SourceError(
+                f"{file}: tensor {name!r} is said to be in {target!r}, no name of a file"
+            )
         if "/" in target or "\\" in target or target in ("", ".", "..") or "\0" in target:
             raise SourceError(
                 f"{file}: tensor {name!r} is said to be in {target!r}, outside the folder {path}"
             )
     return weight_map
+
+
+def read_index(file: Path) -> tuple[dict[str, Any], Identity]:
+    """An index as it is written."""
+    return json_object(file, INDEX_BYTES, INDEX_VALUES)
 
 
 def _shards(path: Path, index: Mapping[str, str] | None) -> list[Path]:

@@ -8,13 +8,17 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from ckptq.checkpoint.descriptors import Descriptors
 from ckptq.checkpoint.header import StoredTensor
+from ckptq.checkpoint.identity import Identity, check_same, check_unchanged
 from ckptq.errors import SourceError
+from ckptq.files import reading_errors
 from ckptq.spec import torch_dtype
 
 if TYPE_CHECKING:
@@ -26,25 +30,43 @@ MAX_READ = 1 << 30
 
 
 class Files:
-    """File descriptors of a checkpoint, opened once, shared by all threads, closed together."""
+    """The files of a checkpoint while it is read, shared by all threads, closed together.
+
+    Whenever one is opened, again or for the first time, it has to be the one whose header was read.
+    """
 
     def __init__(self) -> None:
-        self._open: dict[Path, int] = {}
-        self._lock = threading.Lock()
+        self._wanted: dict[Path, Identity] = {}
+        self._open = Descriptors(self._open_same)
 
-    def descriptor(self, file: Path) -> int:
-        with self._lock:
-            if file not in self._open:
-                try:
-                    self._open[file] = os.open(file, os.O_RDONLY)
-                except OSError as error:
-                    raise SourceError(f"{file}: cannot be read: {error.strerror}") from error
-            return self._open[file]
+    @contextmanager
+    def reading(self, stored: StoredTensor) -> Iterator[int]:
+        """A descriptor of the tensor's file, open inside the block.
+
+        SourceError where the file changed since its header was read, MachineError where the machine
+        fails.
+        """
+        if stored.identity is not None:
+            self._wanted.setdefault(stored.file, stored.identity)
+        with reading_errors(stored.file), self._open.lease(stored.file) as descriptor:
+            yield descriptor
+
+    def check_unchanged(self) -> None:
+        """SourceError where a file that was read is not the same any more."""
+        check_unchanged(dict(self._wanted))
+
+    def _open_same(self, file: Path) -> int:
+        descriptor = os.open(file, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+        if file in self._wanted:
+            try:
+                check_same(file, self._wanted[file], Identity.of(os.fstat(descriptor)))
+            except SourceError:
+                os.close(descriptor)
+                raise
+        return descriptor
 
     def close(self) -> None:
-        for descriptor in self._open.values():
-            os.close(descriptor)
-        self._open.clear()
+        self._open.close()
 
     def __enter__(self) -> Files:
         return self
@@ -55,7 +77,13 @@ class Files:
 
 def read_into(files: Files, stored: StoredTensor, start: int, buffer: memoryview) -> None:
     """Fill `buffer` with the tensor's bytes from byte `start` on."""
-    descriptor, offset, done = files.descriptor(stored.file), stored.offset + start, 0
+    with files.reading(stored) as descriptor:
+        read_bytes(stored, descriptor, stored.offset + start, buffer)
+
+
+def read_bytes(stored: StoredTensor, descriptor: int, offset: int, buffer: memoryview) -> None:
+    """Fill `buffer` with the bytes of the tensor's open file from byte `offset` on."""
+    done = 0
     while done < len(buffer):
         got = os.preadv(descriptor, [buffer[done : done + MAX_READ]], offset + done)
         if got == 0:

@@ -124,6 +124,7 @@ def _matrix(view: View) -> StoredTensor:
         TensorSpec(stored.spec.dtype, stored.spec.shape[1:]),
         stored.file,
         stored.offset + view.index * (stored.nbytes // stored.spec.shape[0]),
+        stored.identity,
     )
 
 

@@ -11,15 +11,25 @@ import errno
 import json
 import os
 import threading
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+from ckptq.checkpoint.descriptors import Descriptors
+from ckptq.checkpoint.header import StoredTensor
 from ckptq.checkpoint.open import INDEX
-from ckptq.errors import MachineError
+from ckptq.checkpoint.proof import Digest, Piece
+from ckptq.checkpoint.read import Files, read_bytes, read_into
+from ckptq.files import machine_errors, reading_errors, text_bytes, write_whole
 from ckptq.spec import TensorSpec
 
 COPY_CHUNK = 1 << 26
+
+BUFFER = 1 << 22
+
+BY_HAND = (errno.EXDEV, errno.ENOSYS, errno.EINVAL, errno.EOPNOTSUPP, errno.EIO)
+"""What the kernel's copy ends in where reading and writing may work, or tell what does not."""
 
 Specs = Mapping[str, TensorSpec]
 
@@ -60,45 +70,98 @@ def lay_out(specs: Specs, metadata: Mapping[str, str]) -> tuple[bytes, dict[str,
 class Shards:
     """The output's safetensors files while they are being filled.
 
-    Opened anew on a folder that an interrupted run left behind, it keeps what is there.
+    Opened anew on a folder that an interrupted run left behind, it keeps what is there. What went
+    through memory has a digest (`ckptq.checkpoint.proof`); what was copied, its source.
     """
 
     def __init__(
-        self, folder: Path, shards: Mapping[str, Specs], metadata: Mapping[str, str]
+        self,
+        folder: Path,
+        shards: Mapping[str, Specs],
+        metadata: Mapping[str, str],
+        *,
+        finished: bool = False,
     ) -> None:
+        """`finished` shards are read back only: none is made or changed."""
         self.folder = folder
         self.places: dict[str, Place] = {}
+        self.sizes: dict[str, int] = {}
+        self._heads: dict[str, bytes] = {}
         self._arrived: dict[str, int] = {}
+        self._pieces: dict[str, list[Piece]] = {}
         self._lock = threading.Lock()
-        self._files: dict[str, int] = {}
+        self._open = Descriptors(_open_finished if finished else _open_own)
         for shard, specs in shards.items():
             head, offsets = lay_out(specs, metadata)
-            size = len(head) + sum(spec.nbytes for spec in specs.values())
-            self._files[shard] = self._create(folder / shard, head, size)
+            self.sizes[shard] = len(head) + sum(spec.nbytes for spec in specs.values())
+            self._heads[shard] = head
             for name, offset in offsets.items():
                 self.places[name] = Place(shard, offset, specs[name])
+            if not finished:
+                self._create(shard)
 
-    def _create(self, file: Path, head: bytes, size: int) -> int:
-        with machine_errors(file):
-            descriptor = os.open(file, os.O_RDWR | os.O_CREAT, 0o644)
-            os.ftruncate(descriptor, size)
-            os.pwrite(descriptor, head, 0)
-        return descriptor
+    def _create(self, shard: str) -> None:
+        file = self.folder / shard
+        with machine_errors(file), self._open.lease(file) as descriptor:
+            os.ftruncate(descriptor, self.sizes[shard])
+            write_at(descriptor, 0, memoryview(self._heads[shard]))
+
+    def intact(self, shard: str) -> bool:
+        """Whether the file is there with its size and header; of the tensors this says nothing."""
+        file, head = self.folder / shard, self._heads[shard]
+        if file.is_symlink() or not file.is_file():
+            return False
+        with machine_errors(file), self._open.lease(file) as descriptor:
+            size = os.fstat(descriptor).st_size
+            return size == self.sizes[shard] and os.pread(descriptor, len(head), 0) == head
 
     def write(self, name: str, start: int, data: memoryview) -> None:
         """Bytes of tensor `name` from its byte `start` on."""
-        place = self._arrive(name, start, len(data))
-        done = 0
-        with machine_errors(self.folder / place.shard):
-            while done < len(data):
-                at = place.offset + start + done
-                done += os.pwrite(self._files[place.shard], data[done:], at)
+        with self.run(name, start) as run:
+            run.write(data)
 
-    def copy(self, name: str, start: int, source: int, offset: int, count: int) -> None:
-        """The same from an open file, inside the kernel where it can."""
+    @contextmanager
+    def run(self, name: str, start: int) -> Iterator[Run]:
+        """The same for bytes that come one after the other, and get one digest."""
+        run = Run(self, name, start)
+        yield run
+        with self._lock:
+            self._pieces.setdefault(name, []).append(run.piece())
+
+    def put(self, name: str, start: int, data: memoryview) -> None:
+        """Write without a digest; `Run` has it."""
+        place = self._arrive(name, start, len(data))
+        file = self.folder / place.shard
+        with machine_errors(file), self._open.lease(file) as descriptor:
+            write_at(descriptor, place.offset + start, data)
+
+    def copy(self, name: str, stored: StoredTensor, files: Files, start: int, count: int) -> None:
+        """The same bytes of a stored tensor, inside the kernel where it can."""
         place = self._arrive(name, start, count)
-        with machine_errors(self.folder / place.shard):
-            copy_bytes(source, offset, self._files[place.shard], place.offset + start, count)
+        file = self.folder / place.shard
+        with (
+            files.reading(stored) as source,
+            machine_errors(file),
+            self._open.lease(file) as target,
+        ):
+            copy_bytes(stored, source, start, target, place.offset + start, count)
+
+    def read_back(self, name: str, start: int, count: int) -> bytes:
+        """What the file holds of a tensor; less where it was cut."""
+        place = self.places[name]
+        file = self.folder / place.shard
+        with machine_errors(file), self._open.lease(file) as descriptor:
+            return os.pread(descriptor, count, place.offset + start)
+
+    def copy_through(
+        self, name: str, stored: StoredTensor, files: Files, start: int, count: int
+    ) -> None:
+        """The same through memory, with a digest: for a source that does not outlast the run."""
+        with self.run(name, start) as run:
+            for at in range(start, start + count, BUFFER):
+                buffer = memoryview(bytearray(min(BUFFER, start + count - at)))
+                read_into(files, stored, at, buffer)
+                run.write(buffer)
 
     def _arrive(self, name: str, start: int, count: int) -> Place:
         place = self.places[name]
@@ -113,82 +176,95 @@ class Shards:
             got, want = self._arrived.get(name, 0), self.places[name].spec.nbytes
             assert got == want, f"{name}: {got} of {want} bytes arrived"
 
+    def pieces(self, names: Iterable[str]) -> dict[str, list[Piece]]:
+        """The digests of these tensors, in the order of their bytes; asked for once."""
+        with self._lock:
+            return {name: sorted(self._pieces.pop(name)) for name in names if name in self._pieces}
+
     def sync(self, shards: Iterable[str]) -> None:
         """Wait until these files' data are on the disk."""
         for shard in shards:
-            with machine_errors(self.folder / shard):
-                os.fsync(self._files[shard])
+            file = self.folder / shard
+            with machine_errors(file), self._open.lease(file) as descriptor:
+                os.fsync(descriptor)
 
     def close(self) -> None:
-        for descriptor in self._files.values():
-            os.close(descriptor)
-        self._files.clear()
+        self._open.close()
 
 
-class machine_errors:
-    """Turn what the operating system refuses into a MachineError that names the file."""
+class Run:
+    """Consecutive bytes of one tensor, written by one thread."""
 
-    def __init__(self, file: Path) -> None:
-        self.file = file
+    def __init__(self, shards: Shards, name: str, start: int) -> None:
+        self._shards, self._name, self._start = shards, name, start
+        self._digest = Digest()
+        self._count = 0
 
-    def __enter__(self) -> None:
-        return None
+    def write(self, data: memoryview) -> None:
+        """The bytes that follow."""
+        self._shards.put(self._name, self._start + self._count, data)
+        self._digest.update(data)
+        self._count += len(data)
 
-    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
-        if isinstance(error, OSError):
-            full = error.errno in (errno.ENOSPC, errno.EDQUOT)
-            advice = "; free some space and run the same command again" if full else ""
-            raise MachineError(f"{self.file}: {error.strerror or error}{advice}") from error
+    def piece(self) -> Piece:
+        return self._start, self._count, self._digest.hexdigest()
 
 
-def copy_bytes(source: int, offset: int, target: int, at: int, count: int) -> None:
-    """Copy a range between two open files; by the kernel, or through memory if it refuses."""
+def _open_own(file: Path) -> int:
+    """A file of the run: never through a link, which would lead to one that is not."""
+    return os.open(file, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o644)
+
+
+def _open_finished(file: Path) -> int:
+    return os.open(file, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
+
+
+def write_at(descriptor: int, at: int, data: memoryview) -> None:
+    """All of the data, from this byte of the file on."""
+    done = 0
+    while done < len(data):
+        done += os.pwrite(descriptor, data[done:], at + done)
+
+
+def copy_bytes(
+    stored: StoredTensor, source: int, start: int, target: int, at: int, count: int
+) -> None:
+    """Copy a range of a tensor between two open files; by the kernel, or through memory where it
+    refuses, or does not say which of the files failed."""
     done = 0
     while done < count:
         chunk = min(COPY_CHUNK, count - done)
+        first = stored.offset + start + done
         try:
-            got = os.copy_file_range(source, target, chunk, offset + done, at + done)
+            got = os.copy_file_range(source, target, chunk, first, at + done)
         except OSError as error:
-            if error.errno not in (errno.EXDEV, errno.ENOSYS, errno.EINVAL, errno.EOPNOTSUPP):
+            if error.errno not in BY_HAND:
                 raise
-            got = os.pwrite(target, os.pread(source, min(chunk, 1 << 22), offset + done), at + done)
-        if got == 0:
-            raise OSError(errno.EIO, "the source file ended early: it changed while it was read")
-        done += got
+            got = 0
+        done += got or _copy_by_hand(stored, source, first, target, at + done, chunk)
 
 
-def write_index(folder: Path, shards: Mapping[str, Specs]) -> None:
-    """The index of a sharded checkpoint; a single file has none, as with save_pretrained."""
+def _copy_by_hand(
+    stored: StoredTensor, source: int, first: int, target: int, at: int, count: int
+) -> int:
+    """A part of it; SourceError where the source has ended."""
+    buffer = memoryview(bytearray(min(count, BUFFER)))
+    with reading_errors(stored.file):
+        read_bytes(stored, source, first, buffer)
+    write_at(target, at, buffer)
+    return len(buffer)
+
+
+def write_index(folder: Path, shards: Mapping[str, Specs]) -> list[str]:
+    """The index of a sharded checkpoint; a single file has none, as with save_pretrained. The names
+    of what was written."""
     if len(shards) == 1:
-        return
+        return []
     total = sum(spec.nbytes for specs in shards.values() for spec in specs.values())
     weight_map = {name: shard for shard, specs in shards.items() for name in specs}
     index = {
         "metadata": {"total_size": total},
         "weight_map": dict(sorted(weight_map.items())),
     }
-    write_text(folder / INDEX, json.dumps(index, indent=2) + "\n")
-
-
-def write_text(file: Path, text: str) -> None:
-    """A small file, whole and on the disk."""
-    write_bytes(file, text.encode())
-
-
-def write_bytes(file: Path, data: bytes) -> None:
-    with machine_errors(file):
-        file.parent.mkdir(parents=True, exist_ok=True)
-        with file.open("wb") as handle:
-            handle.write(data)
-            handle.flush()
-            os.fsync(handle.fileno())
-
-
-def sync_folder(folder: Path) -> None:
-    """Make the names in a folder last; their contents are synced one by one."""
-    with machine_errors(folder):
-        descriptor = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
+    write_whole(folder / INDEX, text_bytes(json.dumps(index, indent=2) + "\n"))
+    return [INDEX]

@@ -6,15 +6,15 @@ Nothing here depends on time, path or threads: the same run writes the same byte
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Mapping, Sized
 from importlib.metadata import version
-from pathlib import Path
 from typing import Any
 
 from ckptq import __version__
+from ckptq.checkpoint.bounded import CONFIG_BYTES, read_bounded
 from ckptq.checkpoint.open import CONFIG, Checkpoint
-from ckptq.checkpoint.write import write_bytes, write_text
+from ckptq.checkpoint.side_files import render_json
+from ckptq.files import json_bytes, text_bytes
 from ckptq.plan.merged import merged_names
 from ckptq.plan.unit import Plan
 from ckptq.recipes.load import Args, Group
@@ -22,7 +22,6 @@ from ckptq.recipes.load import Args, Group
 PROVENANCE = "ckptq.json"
 RECIPE = "recipe.yaml"
 CARD = "README.md"
-OURS = {PROVENANCE, RECIPE, CARD}
 
 PACKAGES = ("torch", "transformers", "compressed-tensors", "llmcompressor", "safetensors")
 
@@ -38,6 +37,8 @@ def quantization_config(plan: Plan, attention_class: str | None) -> dict[str, An
         for group in plan.recipe.groups
         if not group.is_attention or attention_class is not None
     }
+    # Linears first: transformers takes the first group with a class name for the experts' scheme
+    groups = dict(sorted(groups.items(), key=lambda item: item[1]["weights"] is None))
     kv = plan.recipe.attention
     if plan.kept is not None:
         groups = {**plan.kept["config_groups"], **groups}
@@ -60,7 +61,10 @@ def _targets(group: Group, plan: Plan, attention_class: str | None) -> list[str]
         return [str(attention_class)]
     if "Linear" in group.targets or not any("Linear" in g.targets for g in plan.recipe.groups):
         return list(group.targets)
-    return [*group.targets, *merged_names(group.targets, plan.groups[group.name])]
+    return [
+        *group.targets,
+        *merged_names(group.targets, plan.groups[group.name], plan.layout.witnesses),
+    ]
 
 
 def _group(group: Group, targets: list[str]) -> dict[str, Any]:
@@ -77,27 +81,22 @@ def _args(args: Args) -> dict[str, Any]:
     return {key: value for key, value in args.items() if value is not None}
 
 
-def write_documents(
-    folder: Path,
-    ckpt: Checkpoint,
-    config: Mapping[str, Any],
-    plan: Plan,
-    provenance: Mapping[str, Any],
-) -> None:
-    """Everything but the shards and their index."""
-    write_text(folder / CONFIG, json.dumps(config, indent=2, ensure_ascii=False) + "\n")
-    write_text(folder / RECIPE, plan.recipe.text)
-    write_text(folder / CARD, model_card(ckpt, plan))
-    text = json.dumps(provenance, indent=2, sort_keys=True, ensure_ascii=False) + "\n"
-    write_text(folder / PROVENANCE, text)
-    for side in ckpt.side_files():
-        if str(side) not in OURS:
-            write_bytes(folder / side, (ckpt.path / side).read_bytes())
+def render(
+    ckpt: Checkpoint, config: Mapping[str, Any], plan: Plan, provenance: Mapping[str, Any]
+) -> dict[str, bytes]:
+    """What is made for the output beside shards and index, by name; SourceError where the source
+    holds what cannot be written."""
+    return {
+        CONFIG: render_json(ckpt.path / CONFIG, config),
+        RECIPE: text_bytes(plan.recipe.text),
+        CARD: text_bytes(model_card(ckpt, plan)),
+        PROVENANCE: json_bytes(provenance, sort_keys=True),
+    }
 
 
 def source_record(ckpt: Checkpoint) -> dict[str, Any]:
     """What identifies the source: names, sizes and header hashes of its files; its config."""
-    config = (ckpt.path / CONFIG).read_bytes()
+    config, _ = read_bounded(ckpt.path / CONFIG, CONFIG_BYTES)
     return {
         "name": ckpt.name,
         "revision": ckpt.revision,

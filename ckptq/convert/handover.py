@@ -14,17 +14,22 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ckptq.checkpoint.header import by_place
+from ckptq.checkpoint.identity import check_unchanged, lasting
 from ckptq.checkpoint.journal import Journal, check_apart
-from ckptq.checkpoint.open import Checkpoint, open_checkpoint
+from ckptq.checkpoint.open import CONFIG, Checkpoint, open_checkpoint
+from ckptq.checkpoint.seal import is_whole
+from ckptq.checkpoint.side_files import render_json, write_side_files
 from ckptq.convert import documents
-from ckptq.convert.oneshot import DONE, run_oneshot
-from ckptq.convert.run import Result, convert_plan, modified, serve_line
+from ckptq.convert.fill import Job, convert_plan, prove_renamed
+from ckptq.convert.oneshot import run_oneshot
+from ckptq.convert.run import Result, serve_line
 from ckptq.errors import FoundWrong, UsageError
 from ckptq.models.encoded import read_encoded, unquantized_config
 from ckptq.models.modules import read_layout
 from ckptq.plan.make import SHARD_BYTES, fill_shards
 from ckptq.plan.unit import Plan, Unit
-from ckptq.progress import Begin, silent
+from ckptq.progress import Begin, Note, silent, untold
 from ckptq.recipes.load import Recipe
 
 if TYPE_CHECKING:
@@ -59,6 +64,7 @@ def write_handed_over(
     restart: bool = False,
     workers: int | None = None,
     begin: Begin = silent,
+    note: Note = untold,
 ) -> Result:
     """Let llm-compressor's `oneshot` quantize the model, then write, publish and verify its result.
 
@@ -72,17 +78,26 @@ def write_handed_over(
         "source": documents.source_record(ckpt),
         "versions": documents.versions(),
     }
-    journal = Journal.open(out, {**record, "modified": modified(ckpt)}, restart=restart)
-    resumed = len(journal.done)
+    render_json(ckpt.path / CONFIG, unquantized_config(ckpt.config))  # else it would fail last
+    pinned = ckpt.pinned()
+    journal = Journal.open(out, {**record, "modified": lasting(ckpt.path, pinned)}, restart=restart)
+    workers = workers or len(os.sched_getaffinity(0))
     try:
-        made = journal.partial / "oneshot"
-        if not journal.published and not (made / DONE).exists():
+        made = out if journal.renamed else journal.partial / "oneshot"
+        if not journal.renamed and not is_whole(made):
             with redirect_stdout(sys.stderr):  # stdout is for results
                 run_oneshot(ckpt, recipe, made, wanted)
-        plan = _plan_copies(made if made.exists() else out, recipe, shard_bytes)
-        if not journal.published:
-            _rewrite(ckpt, plan, made, journal, record, workers, begin)
-        journal.publish()
+        plan = _plan_copies(made, recipe, None if journal.renamed else shard_bytes)
+        job = Job(plan=plan, journal=journal, workers=workers, source_lasts=False)
+        written: list[str] = []
+        if journal.renamed:
+            resumed = prove_renamed(job)
+        else:
+            resumed = convert_plan(job, None, begin("write", plan.read_bytes), note)
+            small = _documents(ckpt, plan, made, record)
+            written = write_side_files(journal.scratch, ckpt, small, job.specs, pinned)
+        check_unchanged(pinned)
+        journal.publish(job.specs, written)
     finally:
         journal.close()
     _verify(out, ckpt)
@@ -99,17 +114,25 @@ def write_handed_over(
     )
 
 
-def _plan_copies(made: Path, recipe: Recipe, shard_bytes: int) -> Plan:
-    """Every tensor as it is; the groups are those that the result's own config declares."""
+def _plan_copies(made: Path, recipe: Recipe, shard_bytes: int | None) -> Plan:
+    """Every tensor as it is; the groups are those that the result's own config declares.
+
+    Shards are filled to `shard_bytes`; None leaves each tensor in the one that it is in.
+    """
     result = open_checkpoint(made)
-    units = [
-        Unit(key=name, rule="made by llm-compressor", copies={name: tensor})
+    units = {
+        name: Unit(key=name, rule="made by llm-compressor", copies={name: tensor})
         for name, tensor in result.tensors.items()
-    ]
+    }
+    if shard_bytes is None:
+        held = [(h.file.name, [t.name for t in by_place(h)]) for h in result.headers]
+        shards = {file: tuple(units[name] for name in names) for file, names in held}
+    else:
+        shards = fill_shards(list(units.values()), shard_bytes)
     return Plan(
         recipe=replace(recipe, groups=()),
-        units=tuple(units),
-        shards=fill_shards(units, shard_bytes),
+        units=tuple(units.values()),
+        shards=shards,
         groups={"llm-compressor": tuple(read_encoded(result))},
         inputs={},
         input_observer="static_minmax",
@@ -119,22 +142,13 @@ def _plan_copies(made: Path, recipe: Recipe, shard_bytes: int) -> Plan:
     )
 
 
-def _rewrite(
-    ckpt: Checkpoint,
-    plan: Plan,
-    made: Path,
-    journal: Journal,
-    record: Mapping[str, Any],
-    workers: int | None,
-    begin: Begin,
-) -> None:
-    workers = workers or len(os.sched_getaffinity(0))
-    report = begin("write", plan.read_bytes)
-    convert_plan(plan, journal, None, workers, (0, 0), 1 << 28, report)
+def _documents(
+    ckpt: Checkpoint, plan: Plan, made: Path, record: Mapping[str, Any]
+) -> dict[str, bytes]:
     quantization = open_checkpoint(made).quantization_config
     config = {**unquantized_config(ckpt.config), "quantization_config": quantization}
     provenance = {key: value for key, value in record.items() if key != "recipe"}
-    documents.write_documents(journal.scratch, ckpt, config, plan, provenance)
+    return documents.render(ckpt, config, plan, provenance)
 
 
 def _verify(out: Path, ckpt: Checkpoint) -> None:

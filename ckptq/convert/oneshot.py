@@ -11,27 +11,24 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
-from ckptq.calibrate.refusals import refusals
 from ckptq.checkpoint.open import Checkpoint
-from ckptq.checkpoint.write import write_text
+from ckptq.checkpoint.seal import seal
+from ckptq.models.refusals import refusals
 from ckptq.recipes.load import Recipe
 
 if TYPE_CHECKING:
     from ckptq.calibrate.request import CalibrationRequest
 
-DONE = "done"
-"""The file that marks a whole result."""
-
 
 def run_oneshot(ckpt: Checkpoint, recipe: Recipe, made: Path, wanted: CalibrationRequest) -> None:
-    """Run the recipe on the model and save the result, marked when it is whole.
+    """Run the recipe on the model and save the result, sealed when it is whole.
 
     SourceError where transformers cannot load or save the model, from the start, and where
     llm-compressor cannot run the recipe on it.
     """
+    import llmcompressor
     import torch
     from datasets import Dataset
-    import llmcompressor
 
     from ckptq.calibrate.text import read_samples
 
@@ -56,14 +53,14 @@ def run_oneshot(ckpt: Checkpoint, recipe: Recipe, made: Path, wanted: Calibratio
         )
     with refusals(f"{ckpt.path}: transformers does not save llm-compressor's result"):
         model.save_pretrained(made, save_compressed=True)
-    write_text(made / DONE, "")
+    seal(made)
 
 
 def _load(ckpt: Checkpoint, trust_remote_code: bool) -> tuple[Any, Any]:
     """Model and tokenizer, of which it is known that they can be saved again."""
     from transformers import AutoTokenizer
 
-    from ckptq.calibrate.skeleton import model_class_of, read_config
+    from ckptq.models.transformers_model import model_class_of, read_config
 
     trusted = {"local_files_only": True, "trust_remote_code": trust_remote_code}
     with refusals(f"{ckpt.path}: no tokenizer that transformers can load"):

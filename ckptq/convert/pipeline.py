@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from functools import partial, reduce
 
@@ -17,7 +18,7 @@ from torch import Tensor
 
 from ckptq.checkpoint.read import Files, bytes_of
 from ckptq.checkpoint.view import View, read_rows, window
-from ckptq.checkpoint.write import Shards
+from ckptq.checkpoint.write import Run, Shards
 from ckptq.convert.arithmetic import OnCores
 from ckptq.convert.blocks import Span, blocks, runs, stored_rows
 from ckptq.convert.schedule import Schedule, Task, Work
@@ -52,6 +53,8 @@ class Ends:
     scales: Mapping[str, Tensor]
     shards: Shards
     slabs: Slabs
+    source_lasts: bool = True
+    """Whether what is copied can be held against its source when the run goes on."""
     arithmetic: OnCores = field(default_factory=OnCores)
 
 
@@ -137,11 +140,11 @@ def _statistic_of_run(
 
 def _copy_tasks(unit: Unit, rows: Mapping[Weight, Rows], ends: Ends) -> Iterator[Task]:
     """What goes over unchanged, and what calibration has made."""
+    copy = ends.shards.copy if ends.source_lasts else ends.shards.copy_through
     for name, tensor in unit.copies.items():
-        source = ends.files.descriptor(tensor.file)
         for start in range(0, tensor.nbytes, COPY_BYTES):
             count = min(COPY_BYTES, tensor.nbytes - start)
-            yield partial(ends.shards.copy, name, start, source, tensor.offset + start, count)
+            yield partial(copy, name, tensor, ends.files, start, count)
     for name, view in unit.views.items():
         for run in runs(view.spec, view.quantum):
             yield partial(_cut_out_run, name, view, rows[view], run, ends.shards)
@@ -151,8 +154,9 @@ def _copy_tasks(unit: Unit, rows: Mapping[Weight, Rows], ends: Ends) -> Iterator
 
 def _cut_out_run(name: str, view: Weight, rows: Rows, run: Span, shards: Shards) -> None:
     row_bytes = view.spec.nbytes // view.spec.shape[0]
-    for start, stop in blocks(run, view.spec, view.quantum):
-        shards.write(name, start * row_bytes, bytes_of(rows(start, stop)))
+    with shards.run(name, run[0] * row_bytes) as written:
+        for start, stop in blocks(run, view.spec, view.quantum):
+            written.write(bytes_of(rows(start, stop)))
 
 
 def _quantize_tasks(
@@ -171,15 +175,20 @@ def _quantize_run(part: Part, rows: Rows, run: Span, shared: Tensor | None, ends
     """Quantize a run of rows block by block and write each where it belongs."""
     weight, quantum = part.linear.weight.spec, row_quantum(part.scheme)
     made_rows = stored_rows(weight, part.scheme)
-    for start, stop in blocks(run, weight, part.quantum, ends.arithmetic.elements):
-        with naming(part):
-            share = share_of(part)
-            made = ends.arithmetic.quantize(rows(start, stop), part.scheme, shared, share)
-        for local, tensor in made.items():
-            spec = part.writes[local]
-            first = start * made_rows[local] // quantum
-            at = first * (spec.nbytes // spec.shape[0])
-            ends.shards.write(f"{part.linear.name}.{local}", at, bytes_of(tensor.contiguous()))
+    with ExitStack() as stack:
+        written: dict[str, Run] = {}
+        for start, stop in blocks(run, weight, part.quantum, ends.arithmetic.elements):
+            with naming(part):
+                share = share_of(part)
+                made = ends.arithmetic.quantize(rows(start, stop), part.scheme, shared, share)
+            for local, tensor in made.items():
+                if local not in written:
+                    spec = part.writes[local]
+                    first = run[0] * made_rows[local] // quantum
+                    at = first * (spec.nbytes // spec.shape[0])
+                    name = f"{part.linear.name}.{local}"
+                    written[local] = stack.enter_context(ends.shards.run(name, at))
+                written[local].write(bytes_of(tensor.contiguous()))
 
 
 def share_of(part: Part) -> Share | None:

@@ -6,8 +6,8 @@ import os
 import shutil
 from pathlib import Path
 
-from ckptq.checkpoint.journal import partial_of
 from ckptq.checkpoint.open import Checkpoint
+from ckptq.checkpoint.partial import partial_of
 from ckptq.convert.slabs import held_bytes
 from ckptq.device import find_device
 from ckptq.errors import MachineError, UsageError

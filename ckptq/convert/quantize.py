@@ -8,11 +8,13 @@ from pathlib import Path
 from ckptq.calibrate.ranks import started
 from ckptq.calibrate.request import NO_DATA, CalibrationRequest, ScalesSource, scales_source
 from ckptq.checkpoint.open import Checkpoint, open_checkpoint
+from ckptq.convert.fill import scale_tensors
 from ckptq.convert.handover import check_handed_over, write_handed_over
-from ckptq.convert.run import Result, default_output, scale_tensors, write_quantized
+from ckptq.convert.run import Result, default_output, write_quantized
 from ckptq.errors import UsageError
 from ckptq.permute.order import Sharing
-from ckptq.plan.doubts import vllm_doubts
+from ckptq.plan.doubts import transformers_doubts, vllm_doubts
+from ckptq.plan.left import left_alone
 from ckptq.plan.make import SHARD_BYTES, RopeChoice, make_plan
 from ckptq.plan.unit import Plan
 from ckptq.progress import Begin, Note, silent, untold
@@ -91,7 +93,9 @@ def quantize(
         _check_fit(plan, request.scales, source)
     if source is not None and source.doubt is not None:
         note(source.doubt)
-    for line in (*plan.told, *vllm_doubts(plan)):
+    for line in left_alone(plan.layout, plan.quantized):
+        note(line)
+    for line in (*plan.told, *vllm_doubts(plan), *transformers_doubts(plan)):
         note(f"{request.recipe.name}: {line}")
     return write_quantized(
         ckpt,
@@ -104,6 +108,7 @@ def quantize(
         max_ram=request.max_ram,
         device=request.calibration.device,
         begin=begin,
+        note=note,
     )
 
 
@@ -150,4 +155,5 @@ def _handed_over(request: QuantizeRequest, begin: Begin, note: Note) -> Result:
         restart=request.restart,
         workers=request.workers,
         begin=begin,
+        note=note,
     )

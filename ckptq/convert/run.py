@@ -8,36 +8,29 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ckptq.checkpoint.identity import check_unchanged, lasting
 from ckptq.checkpoint.journal import Journal, check_apart
 from ckptq.checkpoint.open import Checkpoint
-from ckptq.checkpoint.read import Files
-from ckptq.checkpoint.write import Shards, write_index
+from ckptq.checkpoint.side_files import write_side_files
 from ckptq.convert import documents
+from ckptq.convert.fill import COMMIT_BYTES, Job, convert_plan, prove_renamed
 from ckptq.convert.preflight import check_disk, check_layers, slab_rooms
 from ckptq.convert.proof_cost import ProofCost, proof_cost
 from ckptq.device import find_device
-from ckptq.errors import UsageError
 from ckptq.models.encoded import unquantized_config
-from ckptq.permute.marks import marked_config, marked_metadata
+from ckptq.permute.marks import marked_config
 from ckptq.plan.doubts import vllm_doubts
-from ckptq.plan.unit import Plan, Unit
-from ckptq.progress import Begin, Report, silent
+from ckptq.plan.unit import Plan
+from ckptq.printable import shell_word
+from ckptq.progress import Begin, Note, silent, untold
 from ckptq.recipes.load import Recipe
-from ckptq.spec import TensorSpec, spec_of
 
 if TYPE_CHECKING:
-    from torch import Tensor
-
     from ckptq.calibrate.request import ScalesSource
     from ckptq.calibrate.scales import Scales
 
-METADATA = {"format": "pt"}
-
 MOST_WORKERS = 8
 """More do not get past Python's lock any faster; see ckptq.convert.arithmetic."""
-
-COMMIT_BYTES = 1 << 28
-"""As much work as a killed run may lose: a second or less."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -71,6 +64,7 @@ def write_quantized(
     device: str | None = None,
     commit_bytes: int = COMMIT_BYTES,
     begin: Begin = silent,
+    note: Note = untold,
 ) -> Result:
     """Carry out a plan; `out` appears whole at the end, or not at all.
 
@@ -93,15 +87,29 @@ def write_quantized(
         "source": documents.source_record(ckpt),
         "versions": documents.versions(),
     }
-    journal = Journal.open(out, {**record, "modified": modified(ckpt)}, restart=restart)
-    resumed = len(journal.done)
+    _documents(ckpt, plan, None, record)  # what cannot be written is found out now
+    pinned = ckpt.pinned()
+    journal = Journal.open(out, {**record, "modified": lasting(ckpt.path, pinned)}, restart=restart)
     try:
-        if not journal.published:
+        job = Job(
+            plan=plan,
+            journal=journal,
+            workers=workers,
+            rooms=rooms,
+            commit_bytes=commit_bytes,
+            device=device,
+        )
+        written: list[str] = []
+        if journal.renamed:
+            resumed = prove_renamed(job)
+        else:
             made = scales.load(journal.calibration) if scales is not None else None
-            report = begin("quantize", plan.read_bytes)
-            convert_plan(plan, journal, made, workers, rooms, commit_bytes, report, device)
-            _write_documents(ckpt, plan, journal, made, record)
-        journal.publish()
+            resumed = convert_plan(job, made, begin("quantize", plan.read_bytes), note)
+            small = _documents(ckpt, plan, made, record)
+            written = write_side_files(journal.scratch, ckpt, small, job.specs, pinned)
+        cost = proof_cost(plan)
+        check_unchanged(pinned)
+        journal.publish(job.specs, written)
     finally:
         journal.close()
     return Result(
@@ -113,99 +121,14 @@ def write_quantized(
         linears=sum(len(names) for names in plan.groups.values()),
         layers_with_scales=len(plan.attention.scales) if plan.attention else 0,
         resumed_units=resumed,
-        rope_proof=proof_cost(plan),
+        rope_proof=cost,
         serve=serve_line(out, plan),
     )
 
 
-def convert_plan(
-    plan: Plan,
-    journal: Journal,
-    scales: Scales | None,
-    workers: int,
-    rooms: tuple[int, int],
-    commit_bytes: int,
-    report: Report,
-    device: str | None = None,
-) -> None:
-    """Fill the journal's scratch folder with the plan's shards and their index."""
-    from ckptq.convert.arithmetic import arithmetic_on
-    from ckptq.convert.pipeline import Ends, convert
-    from ckptq.convert.pipeline import workers as make_pool
-    from ckptq.convert.schedule import Committer, Schedule
-    from ckptq.convert.slabs import Slabs
-
-    specs = {shard: _specs(units) for shard, units in plan.shards.items()}
-    shard_of = {unit.key: shard for shard, units in plan.shards.items() for unit in units}
-    tensors = scale_tensors(plan, scales)
-    arithmetic = arithmetic_on(device, workers)
-    shards = Shards(
-        journal.scratch, specs, marked_metadata(METADATA, plan.marks) if plan.marks else METADATA
-    )
-    committer = Committer(journal, shards, shard_of, commit_bytes)
-    pool = make_pool(workers)
-
-    def finished(unit: Unit) -> None:
-        committer.finished(unit)
-        report(unit.key, unit.read_bytes)
-
-    try:
-        with Files() as files:
-            todo = []
-            for unit in plan.units:
-                if unit.key in journal.done:
-                    report(unit.key, unit.read_bytes)
-                else:
-                    todo.append(unit)
-            ends = Ends(
-                files=files,
-                scales=tensors,
-                shards=shards,
-                slabs=Slabs(*rooms),
-                arithmetic=arithmetic,
-            )
-            try:
-                convert(todo, ends, Schedule(pool, max_tasks=8 * workers), finished)
-            finally:
-                pool.shutdown(cancel_futures=True)
-        committer.flush()
-    finally:
-        committer.close()
-        shards.close()
-    write_index(journal.scratch, specs)
-
-
-def _specs(units: tuple[Unit, ...]) -> dict[str, TensorSpec]:
-    return {name: spec for unit in units for name, spec in unit.writes.items()}
-
-
-def scale_tensors(plan: Plan, scales: Scales | None) -> dict[str, Tensor]:
-    """The calibrated tensors that the plan promises; UsageError where they are not those."""
-    wanted = {name: spec for unit in plan.units for name, spec in unit.scales.items()}
-    found = scales.tensors if scales is not None else {}
-    for name, spec in wanted.items():
-        if name not in found:
-            raise UsageError(
-                f"{_origin(scales)}: {name} is missing; they are of another model or scheme"
-            )
-        got = spec_of(found[name])
-        if got != spec:
-            raise UsageError(
-                f"{_origin(scales)}: {name} is {got}, wanted {spec} for {plan.recipe.name}"
-            )
-    return {name: found[name] for name in wanted}
-
-
-def _origin(scales: Scales | None) -> str:
-    if scales is None:
-        return "scales"
-    shared = {"attn_head": ", a scale per head", "tensor": ", a scale per layer"}
-    return f"the scales of {scales.made.model}{shared.get(scales.made.strategy or '', '')}"
-
-
-def _write_documents(
-    ckpt: Checkpoint, plan: Plan, journal: Journal, scales: Scales | None, record: Mapping[str, Any]
-) -> None:
+def _documents(
+    ckpt: Checkpoint, plan: Plan, scales: Scales | None, record: Mapping[str, Any]
+) -> dict[str, bytes]:
     attention_class = scales.attention_class if scales and plan.attention else None
     quantization = documents.quantization_config(plan, attention_class)
     config = {**unquantized_config(ckpt.config), "quantization_config": quantization}
@@ -214,12 +137,7 @@ def _write_documents(
     provenance = {k: v for k, v in record.items() if k != "recipe"}
     if scales is not None:
         provenance["calibration"] = scales.record()
-    documents.write_documents(journal.scratch, ckpt, config, plan, provenance)
-
-
-def modified(ckpt: Checkpoint) -> dict[str, int]:
-    """Times of the source's files: a journal, unlike the output, may know of them."""
-    return {h.file.name: h.file.stat().st_mtime_ns for h in ckpt.headers}
+    return documents.render(ckpt, config, plan, provenance)
 
 
 def default_output(ckpt: Checkpoint, recipe: Recipe) -> Path:
@@ -233,7 +151,7 @@ def serve_line(out: Path, plan: Plan) -> str | None:
     moved = any(order != plan.layout.family.rope for order in plan.marks.values())
     if moved or any(vllm_doubts(plan)):
         return None
-    line = f"vllm serve {out}"
+    line = f"vllm serve {shell_word(out)}"
     if plan.attention is None:
         return line
     line += " --kv-cache-dtype fp8"

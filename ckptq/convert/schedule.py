@@ -7,6 +7,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from queue import SimpleQueue
 
 from ckptq.checkpoint.journal import Journal
+from ckptq.checkpoint.read import Files
 from ckptq.checkpoint.write import Shards
 from ckptq.plan.unit import Unit
 
@@ -80,9 +81,11 @@ class Committer:
         journal: Journal,
         shards: Shards,
         shard_of: dict[str, str],
+        files: Files,
         commit_bytes: int,
     ) -> None:
         self._journal, self._shards, self._shard_of = journal, shards, shard_of
+        self._files = files
         self._commit_bytes = commit_bytes
         self._thread = ThreadPoolExecutor(1, "ckptq-commit")
         self._under_way: Future[None] | None = None
@@ -115,5 +118,6 @@ class Committer:
             self._under_way = self._thread.submit(self._make_last, units)
 
     def _make_last(self, units: list[Unit]) -> None:
+        self._files.check_unchanged()
         self._shards.sync(dict.fromkeys(self._shard_of[unit.key] for unit in units))
-        self._journal.record(unit.key for unit in units)
+        self._journal.record({unit.key: self._shards.pieces(unit.writes) for unit in units})

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from html import escape
 from pathlib import Path
 from typing import Any
+
+from ckptq.printable import on_page
 
 FONT_SIZE = 11
 CHARACTER = 6.7
@@ -50,7 +51,7 @@ class Dot:
 
     def svg(self) -> str:
         x, y = self.at
-        title = f"<title>{escape(self.title)}</title>"
+        title = f"<title>{on_page(self.title)}</title>"
         return f'<circle cx="{x:.1f}" cy="{y:.1f}" r="4" fill="{self.color}">{title}</circle>'
 
     def draw(self, axes: Any) -> None:
@@ -73,7 +74,7 @@ class Words:
         turn = f' transform="rotate(-90 {x:.1f} {y:.1f})"' if self.upright else ""
         place = f'x="{x:.1f}" y="{y:.1f}" text-anchor="{self.anchor}"'
         halo = 'stroke="#fff" stroke-width="3" paint-order="stroke"'
-        return f'<text {place} {halo} fill="{self.color}"{turn}>{escape(self.text)}</text>'
+        return f'<text {place} {halo} fill="{self.color}"{turn}>{on_page(self.text)}</text>'
 
     def draw(self, axes: Any) -> None:
         from matplotlib.patheffects import withStroke

@@ -5,13 +5,13 @@ from __future__ import annotations
 import importlib.util
 import tempfile
 from collections.abc import Iterable, Sequence
-from html import escape
 from pathlib import Path
 
-from ckptq.checkpoint.write import write_text
 from ckptq.errors import MachineError, UsageError
 from ckptq.evaluate.chart import layer_chart, quality_chart
 from ckptq.evaluate.result import Evaluation
+from ckptq.files import text_bytes, write_whole
+from ckptq.printable import on_page
 
 SUFFIXES = (".html", ".svg", ".png")
 
@@ -54,19 +54,19 @@ def write_report(file: Path, found: Evaluation, tables: Iterable[Table]) -> None
     if file.suffix == ".png":
         quality_chart(found).png(file)
     elif file.suffix == ".svg":
-        write_text(file, quality_chart(found).svg() + "\n")
+        write_whole(file, text_bytes(quality_chart(found).svg() + "\n"))
     else:
-        write_text(file, html(found, tables))
+        write_whole(file, text_bytes(html(found, tables)))
 
 
 def html(found: Evaluation, tables: Iterable[Table]) -> str:
     """One file, without scripts."""
-    notes = "".join(f"<p>{escape(warning)}</p>" for warning in found.warnings)
+    notes = "".join(f"<p>{on_page(warning)}</p>" for warning in found.warnings)
     return (
         "<!doctype html><html lang='en'><meta charset='utf-8'>"
         "<meta name='viewport' content='width=device-width'>"
-        f"<title>ckptq evaluate {escape(found.source.weights)}</title>"
-        f"<style>{STYLE}</style><h1>ckptq evaluate: {escape(found.source.weights)}</h1>"
+        f"<title>ckptq evaluate {on_page(found.source.weights)}</title>"
+        f"<style>{STYLE}</style><h1>ckptq evaluate: {on_page(found.source.weights)}</h1>"
         + _verdict(found)
         + notes
         + "".join(_table(*table) for table in tables)
@@ -77,18 +77,18 @@ def html(found: Evaluation, tables: Iterable[Table]) -> str:
 
 def _verdict(found: Evaluation) -> str:
     """What the thresholds say; nothing where none was given and nothing failed."""
-    lines = "".join(f"<li>{escape(failure)}</li>" for failure in found.failures)
+    lines = "".join(f"<li>{on_page(failure)}</li>" for failure in found.failures)
     said = f'<ul class="fail">{lines}</ul>' if lines else ""
     if not found.thresholds.any:
         return said
     if len(found.rows) == 1 or found.recommended is None:
         return said or '<p class="ok">within all thresholds</p>'
-    best = escape(found.recommended.label)
+    best = on_page(found.recommended.label)
     return f'{said}<p class="ok">smallest within the thresholds: {best}</p>'
 
 
 def _table(title: str, columns: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
-    head = "".join(f"<th>{escape(column)}</th>" for column in columns)
-    cells = ("".join(f"<td>{escape(str(cell))}</td>" for cell in row) for row in rows)
+    head = "".join(f"<th>{on_page(column)}</th>" for column in columns)
+    cells = ("".join(f"<td>{on_page(str(cell))}</td>" for cell in row) for row in rows)
     body = "".join(f"<tr>{row}</tr>" for row in cells)
-    return f"<p>{escape(title)}</p><div class='wide'><table><tr>{head}</tr>{body}</table></div>"
+    return f"<p>{on_page(title)}</p><div class='wide'><table><tr>{head}</tr>{body}</table></div>"

@@ -15,6 +15,10 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
+IN_CACHE = 1 << 18
+"""Log-probabilities that a CPU works on at once: 2 MiB in float64."""
+
+
 @dataclass(frozen=True, slots=True)
 class Position:
     """A position whose next token is known."""
@@ -49,23 +53,28 @@ class Scores:
 
     def add(self, positions: list[Position], reference_NV: Tensor, logits_NV: Tensor) -> None:
         """Fold in the logits of some positions, and the source's at the same."""
-        import torch
-
         kept = [i for i, position in enumerate(positions) if position.scored]
-        if kept:
-            target_N = torch.tensor([positions[i].target for i in kept], device=logits_NV.device)
-            p_NV, q_NV = log_softmax(reference_NV[kept]), log_softmax(logits_NV[kept])
-            self.kl.append(divergence(p_NV, q_NV).cpu())
-            self.kl_reverse.append(divergence(q_NV, p_NV).cpu())
-            self.loss.append(-q_NV.gather(1, target_N[:, None])[:, 0].cpu())
-            self.agree.append((p_NV.argmax(-1) == q_NV.argmax(-1)).cpu())
-            self.best.append(q_NV.argmax(-1).cpu())
-            self.places += [(positions[i].line, positions[i].at) for i in kept]
+        step = _rows_at_once(logits_NV)
+        for start in range(0, len(kept), step):
+            rows = kept[start : start + step]
+            self._score([positions[i] for i in rows], reference_NV[rows], logits_NV[rows])
         best = logits_NV.argmax(-1).tolist()
         for position, token in zip(positions, best, strict=True):
             if position.asked:
                 right = self.questions.get(position.line, True)
                 self.questions[position.line] = right and token == position.target
+
+    def _score(self, positions: list[Position], reference_NV: Tensor, logits_NV: Tensor) -> None:
+        import torch
+
+        target_N = torch.tensor([each.target for each in positions], device=logits_NV.device)
+        p_NV, q_NV = log_softmax(reference_NV), log_softmax(logits_NV)
+        self.kl.append(divergence(p_NV, q_NV).cpu())
+        self.kl_reverse.append(divergence(q_NV, p_NV).cpu())
+        self.loss.append(-q_NV.gather(1, target_N[:, None])[:, 0].cpu())
+        self.agree.append((p_NV.argmax(-1) == q_NV.argmax(-1)).cpu())
+        self.best.append(q_NV.argmax(-1).cpu())
+        self.places += [(each.line, each.at) for each in positions]
 
     def tokens(self) -> dict[tuple[int, int], tuple[float, int]]:
         """(line, position) -> log-probability of the next token, and the most likely one."""
@@ -109,6 +118,13 @@ class Measures:
     """Share of tokens for which both models have the same most likely next token."""
     accuracy: float | None
     """Share of the task's questions answered without a mistake."""
+
+
+def _rows_at_once(logits_NV: Tensor) -> int:
+    """A GPU takes all; on a CPU float64 copies that leave its cache cost more than the sums."""
+    if logits_NV.device.type != "cpu":
+        return len(logits_NV)
+    return max(1, IN_CACHE // logits_NV.shape[1])
 
 
 def log_softmax(logits_NV: Tensor) -> Tensor:

@@ -6,13 +6,13 @@ with `verify.declared`, which makes findings of it.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from ckptq.checkpoint.open import CONFIG, Checkpoint
 from ckptq.errors import SourceError
+from ckptq.patterns import BadPattern, compiled, matches
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -26,13 +26,6 @@ class ConfigGroup:
     """Empty where inputs are not quantized."""
     format: str | None
     """None where the format of the whole config holds."""
-
-
-def matches(pattern: str, name: str) -> bool:
-    """compressed-tensors' rule: the whole name, or `re:` and a pattern anchored at the start."""
-    if pattern.startswith("re:"):
-        return re.match(pattern.removeprefix("re:"), name) is not None
-    return pattern == name
 
 
 def stored_groups(ckpt: Checkpoint) -> dict[str, Mapping[str, Any]]:
@@ -86,8 +79,8 @@ def _patterns(ckpt: Checkpoint, field: str, found: object) -> tuple[str, ...]:
         raise _odd(ckpt, field, found, "a list of names")
     for pattern in found:
         try:
-            re.compile(pattern.removeprefix("re:") if pattern.startswith("re:") else "")
-        except re.error as error:
+            compiled(pattern)
+        except BadPattern as error:
             raise _odd(ckpt, field, pattern, f"a pattern that compiles ({error})") from error
     return tuple(found)
 

@@ -1,7 +1,6 @@
-"""The rows of the table: what ckptq knows of each model family, and the rules that hold for all.
+"""What ckptq itself knows of families: what no witness of `models.witnesses` can tell.
 
-A family that is not listed is read by the common rules: Linears inside the decoder layers may be
-quantized, everything else stays. Names are matched on disk, before any model is built.
+Names that match `NEVER_QUANTIZED` stay in every family; for the rest the witnesses are asked.
 """
 
 from __future__ import annotations
@@ -98,7 +97,8 @@ NEVER_QUANTIZED = tuple(
         ),
         (r"(^|.*\.)(multi_modal_projector|mm_projector|projector|connector)(\.|$)", "projector"),
         (r"(^|.*\.)(mtp|mtp_\w+|nextn\w*|eh_proj)(\.|$)", "multi-token prediction head"),
-        (r".*\.(router|gate|shared_expert_gate|router\.classifier)$", "router"),
+        (r".*\.(router|gate|shared_expert_gate)(\.\w+)?$", "router"),
+        (r"(^|.*\.)lora_\w+(\.|$)", "LoRA adapter"),
         (r".*(norm|layernorm|ln_\w+)\d*$", "norm"),
         (
             r"(^|.*\.)(embed_tokens|wte|wpe|word_embeddings|tok_embeddings|embed_\w+)(\.|$)",
@@ -107,13 +107,5 @@ NEVER_QUANTIZED = tuple(
         (r"(^|.*\.)(lm_head|output|score|classifier)$", "output head"),
     )
 )
-
-FUSED_SETS = (
-    ("q_proj", "k_proj", "v_proj"),
-    ("gate_proj", "up_proj"),
-    ("w1", "w3"),
-    ("q_a_proj", "kv_a_proj_with_mqa"),
-)
-"""Siblings that vLLM merges into one matrix: they must be quantized alike."""
 
 LAYER = re.compile(r"^(?P<prefix>(?:.*\.)?(?:layers|h|blocks))\.(?P<index>\d+)\.")

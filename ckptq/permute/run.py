@@ -6,7 +6,6 @@ run that is killed goes on where it stopped (`ckptq.checkpoint.journal`).
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 from collections import Counter
@@ -18,10 +17,14 @@ from pathlib import Path
 
 from ckptq import __version__
 from ckptq.checkpoint.header import StoredTensor
-from ckptq.checkpoint.journal import Journal, check_apart, partial_of
+from ckptq.checkpoint.identity import Identity, check_unchanged, lasting
+from ckptq.checkpoint.journal import Journal, check_apart
 from ckptq.checkpoint.open import CONFIG, SINGLE, Checkpoint
+from ckptq.checkpoint.partial import partial_of
+from ckptq.checkpoint.proof import Promise, proven_keys
 from ckptq.checkpoint.read import Files, bytes_of, read_tensor
-from ckptq.checkpoint.write import Shards, write_bytes, write_index, write_text
+from ckptq.checkpoint.side_files import render_json, write_side_files
+from ckptq.checkpoint.write import Shards
 from ckptq.errors import MachineError, UsageError
 from ckptq.models.family import family_of
 from ckptq.permute import marks
@@ -112,12 +115,21 @@ def permute_checkpoint(
     """
     check_apart(plan.ckpt.path, out)
     check_space(plan.ckpt, out)
-    journal = Journal.open(out, fingerprint(plan), restart=restart)
+    workers = workers or len(os.sched_getaffinity(0))
+    pinned = plan.ckpt.pinned()
+    _documents(plan)  # what cannot be written is found out now
+    journal = Journal.open(out, fingerprint(plan, pinned), restart=restart)
+    specs = shard_specs(plan.ckpt)
     try:
-        if not journal.published:
-            _fill(plan, journal, workers or len(os.sched_getaffinity(0)), progress)
-            _write_side_files(plan, journal.scratch)
-        journal.publish()
+        written: list[str] = []
+        if journal.renamed:
+            _prove_renamed(plan, journal, workers)
+        else:
+            _fill(plan, journal, workers, progress)
+            documents = _documents(plan)
+            written = write_side_files(journal.scratch, plan.ckpt, documents, specs, pinned)
+        check_unchanged(pinned)
+        journal.publish(specs, written)
     finally:
         journal.close()
     moved = plan.moved
@@ -142,14 +154,14 @@ def check_space(ckpt: Checkpoint, out: Path) -> None:
         )
 
 
-def fingerprint(plan: PermutePlan) -> dict[str, object]:
+def fingerprint(plan: PermutePlan, pinned: Mapping[Path, Identity]) -> dict[str, object]:
     """What the output depends on."""
-    files = {h.file.name: [h.digest, h.file.stat().st_mtime_ns] for h in plan.ckpt.headers}
     return {
         "command": "permute",
         "ckptq": __version__,
         "source": str(plan.ckpt.path.resolve()),
-        "files": files,
+        "headers": {h.file.name: h.digest for h in plan.ckpt.headers},
+        "files": lasting(plan.ckpt.path, pinned),
         "to": str(plan.to),
         "only": sorted(plan.only),
     }
@@ -168,7 +180,8 @@ def _fill(plan: PermutePlan, journal: Journal, workers: int, progress: Progress)
     shards = Shards(journal.scratch, shard_specs(plan.ckpt), _metadata(plan))
     try:
         with Files() as files, ThreadPoolExecutor(workers, "ckptq-permute") as pool:
-            for batch in _batches(plan.ckpt, journal.done, progress):
+            proved = proven_keys(_promises(plan), journal.done, shards, files, pool)
+            for batch in _batches(plan.ckpt, proved, progress):
                 tasks = [
                     partial(_move, t, moved.get(t.name), plan.to, files, shards) for t in batch
                 ]
@@ -176,10 +189,29 @@ def _fill(plan: PermutePlan, journal: Journal, workers: int, progress: Progress)
                     progress(tensor.name, tensor.nbytes)
                 names = [tensor.name for tensor in batch]
                 shards.check_complete(names)
+                files.check_unchanged()
                 shards.sync({shards.places[name].shard for name in names})
-                journal.record(names)
+                journal.record({name: shards.pieces([name]) for name in names})
     finally:
         shards.close()
+
+
+def _prove_renamed(plan: PermutePlan, journal: Journal, workers: int) -> None:
+    shards = Shards(journal.out, shard_specs(plan.ckpt), _metadata(plan), finished=True)
+    try:
+        with Files() as files, ThreadPoolExecutor(workers, "ckptq-prove") as pool:
+            journal.prove_renamed(shards, _promises(plan), files, pool)
+    finally:
+        shards.close()
+
+
+def _promises(plan: PermutePlan) -> list[Promise]:
+    """What each tensor is proved by: its source, or the digest of what was made of it."""
+    moved = plan.moved
+    return [
+        Promise(key=name, tensors=(name,), copies={} if name in moved else {name: stored})
+        for name, stored in plan.ckpt.tensors.items()
+    ]
 
 
 def _batches(
@@ -206,8 +238,7 @@ def _move(
 ) -> StoredTensor:
     """One tensor from its place in the source to its place in the output; None copies it."""
     if effect is None:
-        source = files.descriptor(stored.file)
-        shards.copy(stored.name, 0, source, stored.offset, stored.nbytes)
+        shards.copy(stored.name, stored, files, 0, stored.nbytes)
     else:
         made = permute_tensor(read_tensor(stored, files), effect, to)
         shards.write(stored.name, 0, bytes_of(made.contiguous()))
@@ -221,9 +252,6 @@ def _metadata(plan: PermutePlan) -> dict[str, str]:
     return marks.marked_metadata({"format": "pt", **alike}, plan.marks)
 
 
-def _write_side_files(plan: PermutePlan, folder: Path) -> None:
+def _documents(plan: PermutePlan) -> dict[str, bytes]:
     config = marks.marked_config(plan.ckpt.config, plan.marks)
-    write_text(folder / CONFIG, json.dumps(config, indent=2, ensure_ascii=False) + "\n")
-    write_index(folder, shard_specs(plan.ckpt))
-    for path in plan.ckpt.side_files():
-        write_bytes(folder / path, (plan.ckpt.path / path).read_bytes())
+    return {CONFIG: render_json(plan.ckpt.path / CONFIG, config)}

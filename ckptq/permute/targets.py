@@ -14,7 +14,7 @@ from ckptq.checkpoint.open import Checkpoint
 from ckptq.errors import PlanError
 from ckptq.models.config_groups import ConfigGroup, block_structure, config_groups, group_of
 from ckptq.models.heads import config_heads
-from ckptq.models.modules import decoder_layers
+from ckptq.models.witnesses import read_witnesses
 from ckptq.permute.effect import Effect, Projection, effect_on, effect_on_attention
 from ckptq.permute.order import Heads
 from ckptq.quantize.scheme import pair, whole
@@ -31,7 +31,7 @@ def plan_permutation(ckpt: Checkpoint, *, skip_unfit: bool = False) -> dict[str,
     model without q_proj and k_proj (fused qkv, latent attention). With `skip_unfit`, such tensors
     are left out.
     """
-    layers, _ = decoder_layers(ckpt)
+    layers = read_witnesses(ckpt).layers
     modules = _attention_modules(ckpt, layers)
     if not modules:
         raise PlanError(

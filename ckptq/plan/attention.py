@@ -11,12 +11,16 @@ from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from ckptq.checkpoint.open import CONFIG, Checkpoint
+from ckptq.engines.vllm import kv_scheme_faults
 from ckptq.errors import PlanError
 from ckptq.models.attention import KEY_PROJECTIONS, attention_kind, cache_owners, layer_index
 from ckptq.models.heads import QUERY_HEADS, Heads, by_side, config_heads, heads_in, layer_heads
 from ckptq.models.modules import Layout
 from ckptq.recipes.load import Args, Recipe
 from ckptq.spec import TensorSpec
+
+KV_DEFAULTS: Args = {"symmetric": True, "dynamic": False, "strategy": "tensor"}
+"""What llm-compressor's recipes mean where they leave it out."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -161,13 +165,8 @@ def _unlike_the_config(ckpt: Checkpoint, heads: Mapping[str, Heads]) -> str | No
 
 def _check_args(args: Args) -> None:
     """What vLLM accepts of a KV-cache scheme: static symmetric FP8, per tensor or per head."""
-    wanted = {"num_bits": (8,), "type": ("float",), "strategy": ("tensor", "attn_head")}
-    wanted |= {"symmetric": (True,), "dynamic": (False,)}
-    defaults = {"symmetric": True, "dynamic": False, "strategy": "tensor"}
-    for name, choice in wanted.items():
-        found = args.get(name, defaults.get(name))
-        if found not in choice:
-            raise PlanError(
-                f"the KV-cache scheme has {name} {found!r}; vLLM serves {name} "
-                f"{' or '.join(map(repr, choice))}"
-            )
+    for name, found, choice in kv_scheme_faults({**KV_DEFAULTS, **args}):
+        raise PlanError(
+            f"the KV-cache scheme has {name} {found!r}; vLLM serves {name} "
+            f"{' or '.join(map(repr, choice))}"
+        )

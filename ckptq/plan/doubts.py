@@ -5,7 +5,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 
-from ckptq.models.family import FUSED_SETS
+from ckptq.engines.transformers import loads_fused_experts
+from ckptq.engines.vllm import fills_whole_blocks
+from ckptq.models.heads import OUTPUTS
 from ckptq.plan.match import EXPERT
 from ckptq.plan.permutable import keep_permutable
 from ckptq.plan.unit import Plan
@@ -14,6 +16,7 @@ from ckptq.recipes.load import Group
 
 def vllm_doubts(plan: Plan) -> Iterator[str]:
     """A line for each reason why vLLM would refuse the result, or compute something else."""
+    yield from _cache_scales_refused(plan)
     groups = {group.name: group for group in plan.recipe.groups}
     # what llm-compressor has made is no group of the recipe: `verify --engine` judges that
     chosen = {n: groups[g] for g, names in plan.groups.items() if g in groups for n in names}
@@ -37,6 +40,64 @@ def vllm_doubts(plan: Plan) -> Iterator[str]:
         )
 
 
+def _cache_scales_refused(plan: Plan) -> Iterator[str]:
+    engine = plan.layout.witnesses.engine
+    if plan.attention is not None and engine is not None and engine.cache_scales is None:
+        reason = engine.refusals.get("cache", "").partition(". ")[0]
+        yield (
+            f"vLLM does not load KV-cache scales of {engine.name} ({reason}); use a scheme for "
+            "weights alone there"
+        )
+
+
+def transformers_doubts(plan: Plan) -> Iterator[str]:
+    """What transformers would not load, or load wrongly, and vLLM serves."""
+    groups = {name: g for g in plan.recipe.groups for name in plan.groups.get(g.name, ())}
+    yield from dict.fromkeys(
+        reason
+        for name, group in groups.items()
+        if (reason := _transformers_objection(plan, name, group)) is not None
+    )
+    if plan.attention is not None and len(_widths(plan)) > 1:
+        yield (
+            "transformers cannot read attention scales where layers have heads of different size; "
+            "vLLM can"
+        )
+
+
+def _transformers_objection(plan: Plan, name: str, group: Group) -> str | None:
+    linear, witnesses = plan.layout.linears[name], plan.layout.witnesses
+    fused = linear.weight.index is not None
+    owner = witnesses.owner(linear.weight.stored.name.removesuffix(".weight") if fused else name)
+    if owner is None:
+        return None
+    if owner.fused is not None and fused and not owner.fused.one_by_one:
+        return (
+            f"transformers loads the experts of {owner.class_name} only as one tensor, so it "
+            "cannot load this checkpoint; vLLM loads them one by one"
+        )
+    stacked = owner.fused is not None and not owner.fused.taken_apart
+    if stacked and not loads_fused_experts(group.weights or {}, group.format):
+        return (
+            f"transformers cannot read experts in the format of group {group.name!r} "
+            f"({group.format}); vLLM can"
+        )
+    if owner.own_forward and group.format is not None and "pack" in group.format:
+        return (
+            f"transformers cannot read packed weights of {owner.class_name}, whose forward pass "
+            "uses the weight itself; vLLM can"
+        )
+    return None
+
+
+def _widths(plan: Plan) -> set[int]:
+    """Columns of the output projections of the attention layers that have scales."""
+    assert plan.attention is not None
+    linears = plan.layout.linears
+    names = (f"{module}.{out}" for module in plan.attention.scales for out in OUTPUTS)
+    return {linears[name].weight.spec.shape[1] for name in names if name in linears}
+
+
 def _uneven_experts(plan: Plan, chosen: Mapping[str, Group]) -> str | None:
     """The first layer of experts with several schemes, or with some Linears left alone."""
     found: dict[str, object] = {}
@@ -53,9 +114,8 @@ def _uneven_experts(plan: Plan, chosen: Mapping[str, Group]) -> str | None:
 
 
 def _splits_a_block(plan: Plan, name: str, group: Group, chosen: Mapping[str, Group]) -> bool:
-    """Whether a member of a fused set, but for the last, ends inside a block of rows."""
+    """Whether a Linear ends inside a block of rows where vLLM merges whole ones only."""
     height = ((group.weights or {}).get("block_structure") or [1])[0]
-    parent, _, projection = name.rpartition(".")
-    members = next((s for s in FUSED_SETS if projection in s), ())
-    there = [m for m in members if f"{parent}.{m}" in chosen]
-    return projection in there[:-1] and plan.layout.linears[name].weight.spec.shape[0] % height != 0
+    there = [member for member in plan.layout.fused_set(name) if member in chosen]
+    whole = fills_whole_blocks(name, there, of_expert=EXPERT.search(name) is not None)
+    return whole and plan.layout.linears[name].weight.spec.shape[0] % height != 0

@@ -19,10 +19,11 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
+from ckptq.engines.vllm import fills_whole_blocks
 from ckptq.errors import PlanError
 from ckptq.models.family import LAYER
-from ckptq.models.modules import Layout, Linear, fused_set
-from ckptq.plan.match import EXPERT
+from ckptq.models.modules import Layout, Linear
+from ckptq.plan.left import EXPERT
 from ckptq.plan.unit import Unit
 from ckptq.recipes.group_size import sizes_of
 from ckptq.recipes.load import Args, Group, Recipe
@@ -101,10 +102,7 @@ def _together(layout: Layout, chosen: Mapping[str, Group]) -> dict[str, Sequence
     for name in chosen:
         if place := _experts(name):
             experts.setdefault(place, []).append(name)
-    return {
-        name: experts.get(_experts(name) or "") or fused_set(layout.linears[name], layout.linears)
-        for name in chosen
-    }
+    return {name: experts.get(_experts(name) or "") or layout.fused_set(name) for name in chosen}
 
 
 def _experts(name: str) -> str | None:
@@ -152,9 +150,9 @@ def _words(R: int, C: int, group: Group) -> str | None:
 
 def _last(linear: Linear, layout: Layout, chosen: Mapping[str, Group]) -> bool:
     """Whether half a block of rows may stand at its end: vLLM merges nothing behind it."""
-    members = [name for name in fused_set(linear, layout.linears) if name in chosen]
-    merged_experts = EXPERT.search(linear.name) is not None and len(members) > 1
-    return members[-1] == linear.name and not merged_experts
+    members = [name for name in layout.fused_set(linear.name) if name in chosen]
+    of_expert = EXPERT.search(linear.name) is not None
+    return not fills_whole_blocks(linear.name, members, of_expert=of_expert)
 
 
 def _lines(

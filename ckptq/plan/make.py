@@ -6,18 +6,18 @@ what a unit promises, and the writer compares what arrives with it.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Literal
 
 from ckptq.checkpoint.header import StoredTensor
 from ckptq.checkpoint.open import Checkpoint
 from ckptq.errors import PlanError, UsageError
-from ckptq.models.modules import Layout, Linear, fused_set, read_layout
+from ckptq.models.modules import Layout, Linear, read_layout
 from ckptq.models.weight import Encoded, Reordered, View, Weight
 from ckptq.permute.order import Sharing
 from ckptq.plan.attention import AttentionPlan, as_planned, last_tensors, plan_attention
 from ckptq.plan.fit import UNCHOSEN, fit
+from ckptq.plan.left import left_names
 from ckptq.plan.match import (
     choose,
     refuse_idle_ignores,
@@ -108,7 +108,7 @@ def make_plan(
         },
         inputs={n: g.largest_input for n, g in chosen.items() if g.input_scale},
         input_observer=_input_observer(recipe),
-        ignore=_ignore(layout, chosen) if chosen else (),
+        ignore=left_names(layout, chosen) if chosen else (),
         attention=attention,
         layout=layout,
         marks=orders,
@@ -217,7 +217,7 @@ def _together(
 ) -> list[Linear]:
     """The Linears that have to be in one unit with this one."""
     if needs_statistic(scheme):
-        return [layout.linears[n] for n in fused_set(linear, layout.linears)]
+        return [layout.linears[n] for n in layout.fused_set(linear.name)]
     if linear.weight.streams:
         return [linear]
     siblings = (layout.linears[n] for n in layout.consumed[linear.weight.stored.name])
@@ -271,22 +271,6 @@ def _refuse_twins(units: Iterable[Unit]) -> None:
             if name in seen:
                 raise PlanError(f"{name}: two source tensors would be written under this name")
             seen.add(name)
-
-
-def _ignore(layout: Layout, chosen: Mapping[str, Group]) -> tuple[str, ...]:
-    """Names for the config: each Linear that was left; experts of a layer that were left with all
-    their projections as one pattern."""
-    found: dict[str, None] = {}
-    touched = {layout.linears[n].parent.rpartition(".")[0] for n in chosen}
-    for linear in layout.linears.values():
-        if linear.name in chosen or linear.kept == "embedding" or linear.kept == "norm":
-            continue
-        experts = linear.parent.rpartition(".")[0]
-        if linear.weight.index is not None and experts not in touched:
-            found[f"re:{re.escape(experts)}\\..*"] = None
-        else:
-            found[linear.name] = None
-    return tuple(found)
 
 
 def fill_shards(units: Sequence[Unit], shard_bytes: int) -> dict[str, tuple[Unit, ...]]:

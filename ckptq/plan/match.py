@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping, Sequence
 
 from ckptq.checkpoint.header import StoredTensor
 from ckptq.checkpoint.open import Checkpoint
 from ckptq.errors import PlanError
-from ckptq.models.config_groups import matches
-from ckptq.models.modules import FUSED_WEIGHT, Layout, fused_set, why_kept
+from ckptq.models.experts import FUSED_WEIGHT
+from ckptq.models.modules import Layout
 from ckptq.models.readable import refuse_bare_codes, unread
+from ckptq.models.witnesses import NAMEABLE, Witnesses
+from ckptq.patterns import matches
+from ckptq.plan.left import EXPERT
 from ckptq.recipes.load import Group, Recipe, check_patterns
 from ckptq.spec import FLOATS
-
-EXPERT = re.compile(r"\.experts\.\d+\.")
 
 STATIC = (None, "tensor")
 """Strategies of static activations that vLLM serves."""
@@ -37,13 +37,15 @@ def choose(layout: Layout, recipe: Recipe, ignore: Sequence[str]) -> dict[str, G
             f"recipe {recipe.name!r}: layers of {layout.family.name} are stored as [in, out] "
             "(Conv1D); wanted Linears, [out, in]"
         )
+    if layout.witnesses.silent and any("Linear" in g.targets for g in groups):
+        raise PlanError(_unknown(layout.witnesses))
     chosen = {}
     for linear in layout.linears.values():
         if any(matches(pattern, linear.name) for pattern in ignore):
             continue
         named = [g for g in groups if any(matches(t, linear.name) for t in g.targets)]
         by_class = [g for g in groups if "Linear" in g.targets]
-        if named and linear.kept in (None, "output head"):
+        if named and linear.kept in (None, *NAMEABLE):
             chosen[linear.name] = named[0]
         elif by_class and linear.kept is None:
             chosen[linear.name] = by_class[0]
@@ -54,6 +56,15 @@ def choose(layout: Layout, recipe: Recipe, ignore: Sequence[str]) -> dict[str, G
                 f"{list(group.targets)} matched no Linear; `ckptq inspect` lists their names"
             )
     return chosen
+
+
+def _unknown(witnesses: Witnesses) -> str:
+    names = ", ".join(witnesses.architectures) or "no architecture in config.json"
+    return (
+        f"{names}: known to neither transformers nor the table of vLLM's models, so ckptq cannot "
+        f"tell which modules are Linears ({witnesses.no_tree}); give a recipe whose targets name "
+        'them, such as "re:.*layers.*_proj$"'
+    )
 
 
 def refuse_idle_ignores(layout: Layout, ignore: Sequence[str]) -> None:
@@ -86,14 +97,14 @@ def _is_weight(layout: Layout, tensor: StoredTensor) -> bool:
     module, _, local = tensor.name.rpartition(".")
     if FUSED_WEIGHT.match(tensor.name):
         return True
-    kept = why_kept(module, layout.layers, layout.num_layers)
+    kept = layout.witnesses.why_kept(module)
     return local == "weight" and len(tensor.spec.shape) == 2 and kept is None
 
 
 def refuse_split_sets(layout: Layout, chosen: Mapping[str, Group]) -> None:
     """vLLM merges q/k/v and gate/up; their shards must agree on a scheme."""
-    for name, linear in layout.linears.items():
-        members = fused_set(linear, layout.linears)
+    for name in layout.linears:
+        members = layout.fused_set(name)
         if members[0] != name:
             continue
         found = {member: chosen.get(member) for member in members}

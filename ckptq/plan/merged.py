@@ -9,21 +9,29 @@ from __future__ import annotations
 
 from collections.abc import Collection
 
-from ckptq.models.config_groups import matches
+from ckptq.engines.vllm import common_merged_name
+from ckptq.models.witnesses import Witnesses
+from ckptq.patterns import matches
 
-MERGED = {"q_proj": "qkv_proj", "gate_proj": "gate_up_proj", "q_a_proj": "fused_qkv_a_proj"}
-"""First of a fused set -> what vLLM calls the set. Experts are found by another rule."""
 
-
-def merged_names(targets: Collection[str], linears: Collection[str]) -> list[str]:
+def merged_names(
+    targets: Collection[str], linears: Collection[str], witnesses: Witnesses
+) -> list[str]:
     """The merged Linears among those of a group, as far as no target matches them yet.
 
     Example: targets ["re:.*self_attn.(q|k|v)_proj$"] and the Linears of a layer's attention give
     ["model.layers.0.self_attn.qkv_proj"].
     """
-    names = []
-    for linear in linears:
-        parent, _, projection = linear.rpartition(".")
-        if projection in MERGED and ".experts." not in linear:
-            names.append(f"{parent}.{MERGED[projection]}")
+    names = dict.fromkeys(
+        name for linear in linears if (name := _merged_name(linear, witnesses)) is not None
+    )
     return [name for name in names if not any(matches(target, name) for target in targets)]
+
+
+def _merged_name(linear: str, witnesses: Witnesses) -> str | None:
+    merged = witnesses.merged_name(linear)
+    if merged is not None:
+        return f"{linear.rpartition('.')[0]}.{merged.rpartition('.')[2]}"
+    if witnesses.engine is None and ".experts." not in linear:  # experts: by another rule
+        return common_merged_name(linear)
+    return None

@@ -12,8 +12,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import replace
 
-from ckptq.models.config_groups import matches
 from ckptq.models.modules import Layout
+from ckptq.patterns import matches
 from ckptq.recipes.load import Args, Group, Recipe
 
 QKV = r"re:.*self_attn\.(q|k|v|qkv)_proj$"

@@ -111,6 +111,11 @@ class Plan:
     """Quantization config of a source whose weights are copied as they are stored, quantized."""
 
     @property
+    def quantized(self) -> frozenset[str]:
+        """Every Linear that a group quantizes."""
+        return frozenset(name for names in self.groups.values() for name in names)
+
+    @property
     def read_bytes(self) -> int:
         return sum(u.read_bytes for u in self.units)
 

@@ -21,6 +21,7 @@ QUANTIZES = "QuantizationModifier"
 """The modifier that ckptq carries out itself."""
 
 WANTED = "a mapping of stages to modifiers, as `ckptq recipes NAME` prints"
+MOST_VALUES = 100_000
 LONGEST = 100
 """Characters of a value that a message shows."""
 
@@ -43,7 +44,9 @@ def read_modifiers(text: str) -> tuple[Sequence[Any], Sequence[Any]]:
     except ValidationError as error:
         wrong = "\n".join(_complaint(**each) for each in error.errors())
         raise UsageError(f"not a recipe that llm-compressor reads: {wrong}") from error
-    except (ValueError, TypeError, KeyError, AttributeError, NotImplementedError) as error:
+    except (
+        ValueError, TypeError, KeyError, AttributeError, NotImplementedError, RecursionError,
+    ) as error:  # fmt: skip
         places = "".join(f"{path}: " for path in _stumbled(stages))
         raise UsageError(f"not a recipe that llm-compressor reads: {places}{error}") from error
     return modifiers, configs
@@ -52,16 +55,42 @@ def read_modifiers(text: str) -> tuple[Sequence[Any], Sequence[Any]]:
 def read_stages(text: str) -> Mapping[str, Any]:
     """The recipe as data, JSON or YAML. UsageError with the line for what is neither."""
     try:
-        stages = json.loads(text)
-    except ValueError:
-        try:
-            stages = yaml.safe_load(text)
-        except yaml.YAMLError as error:
-            raise UsageError(f"not valid YAML: {error}") from error
+        stages = _parsed(text)
+        size = _expanded(stages, {})
+    except RecursionError as error:
+        raise UsageError(f"nested too deep; wanted {WANTED}") from error
+    if size > MOST_VALUES:
+        raise UsageError(
+            f"holds more than {MOST_VALUES:,} values, those that it repeats counted each time; "
+            f"wanted {WANTED}"
+        )
     if not isinstance(stages, dict):
         found = "nothing" if stages is None else f"a {type(stages).__name__}"
         raise UsageError(f"holds {found}; wanted {WANTED}")
     return stages
+
+
+def _parsed(text: str) -> Any:
+    try:
+        return json.loads(text)
+    except ValueError:
+        try:
+            return yaml.safe_load(text)
+        except (yaml.YAMLError, ValueError) as error:  # a date that is none is a ValueError
+            raise UsageError(f"not valid YAML: {error}") from error
+
+
+def _expanded(value: object, known: dict[int, int]) -> int:
+    """How many values there are when every alias is written out; a few lines can make billions.
+
+    An alias of something that it is part of has no end: RecursionError.
+    """
+    if not isinstance(value, dict | list):
+        return 1
+    if id(value) not in known:
+        inner = [*value, *value.values()] if isinstance(value, dict) else value
+        known[id(value)] = 1 + sum(_expanded(each, known) for each in inner)
+    return known[id(value)]
 
 
 def _complaint(loc: Sequence[str | int], msg: str, input: object, **_: object) -> str:

@@ -6,7 +6,6 @@ test, so that running one does not wait for its import (5 s). The rest goes thro
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,10 +14,15 @@ from typing import Any
 import yaml
 
 from ckptq.errors import UsageError
+from ckptq.files import read_small
+from ckptq.patterns import BadPattern, compiled
 from ckptq.recipes.dialect import QUANTIZES, read_modifiers
 from ckptq.recipes.preset import EMPTY, preset_text
 
 FOLDER = Path(__file__).parent
+
+RECIPE_BYTES = 1 << 20
+"""Of a recipe of the user's own; the largest that are known have 10 kB."""
 
 Args = Mapping[str, Any]
 """A compressed-tensors QuantizationArgs as plain data, without the fields that are null."""
@@ -125,10 +129,9 @@ def _first_comment(path: Path) -> str:
 
 def load_recipe(file: Path) -> Recipe:
     """`--recipe FILE`: a recipe in llm-compressor's dialect."""
+    data = read_small(file, RECIPE_BYTES)
     try:
-        return load_text(file.stem, file.read_text())
-    except OSError as error:
-        raise UsageError(f"{file}: cannot be read: {error.strerror or error}") from error
+        return load_text(file.stem, data.decode("utf-8").replace("\r\n", "\n"))
     except UnicodeDecodeError as error:
         raise UsageError(f"{file}: not a text file: {error}") from error
     except UsageError as error:
@@ -172,8 +175,8 @@ def check_patterns(what: str, patterns: Iterable[str]) -> None:
     """UsageError for a `re:` pattern that is no regular expression."""
     for pattern in patterns:
         try:
-            re.compile(pattern.removeprefix("re:") if pattern.startswith("re:") else "")
-        except re.error as error:
+            compiled(pattern)
+        except BadPattern as error:
             raise UsageError(f"{what} {pattern!r}: not a regular expression: {error}") from error
 
 

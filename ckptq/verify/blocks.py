@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from ckptq.models.family import FUSED_SETS
+from ckptq.engines.vllm import fills_whole_blocks
 from ckptq.verify.kinds import finding
 from ckptq.verify.report import Finding
 from ckptq.verify.subject import EXPERT, Module, Subject
@@ -23,12 +23,10 @@ def check_blocks(subject: Subject) -> Iterator[Finding]:
         if not module.quantized or scheme is None or not scheme.block_structure:
             continue
         yield from _columns(module)
-        parent, _, projection = name.rpartition(".")
         height = scheme.block_structure[0]
-        members = next((s for s in FUSED_SETS if projection in s), ())
-        there = [m for m in members if f"{parent}.{m}" in subject.modules]
-        merged = there if EXPERT.match(name) and len(there) > 1 else there[:-1]
-        if module.shape and projection in merged and module.shape[0] % height:
+        there = subject.witnesses.fused_set(name, subject.modules)
+        whole = fills_whole_blocks(name, there, of_expert=EXPERT.match(name) is not None)
+        if module.shape and whole and module.shape[0] % height:
             yield finding(
                 "block-rows", name, file=module.file, found=f"{module.shape[0]} rows",
                 wanted=f"a multiple of {height}",

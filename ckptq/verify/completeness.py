@@ -9,8 +9,10 @@ from collections.abc import Iterable, Iterator
 
 from ckptq.checkpoint.header import StoredTensor
 from ckptq.checkpoint.open import CONFIG
-from ckptq.models.family import FUSED_SETS, LAYER
-from ckptq.models.modules import FUSED_WEIGHT, decoder_layers
+from ckptq.engines.vllm import common_set
+from ckptq.models.experts import FUSED_WEIGHT
+from ckptq.models.family import LAYER
+from ckptq.models.witnesses import read_witnesses
 from ckptq.verify.kinds import finding
 from ckptq.verify.report import Finding
 from ckptq.verify.subject import (
@@ -35,7 +37,7 @@ def check_completeness(subject: Subject) -> Iterator[Finding]:
     yield from _expert_layouts(subject)
     yield from _tied_head(subject)
     if subject.source is not None:
-        theirs = decoder_layers(subject.source)[0]
+        theirs = read_witnesses(subject.source).layers
         if theirs and theirs != subject.layers[0]:
             yield _moved(subject, theirs)
             return
@@ -253,21 +255,19 @@ def _siblings(subject: Subject) -> Iterator[Finding]:
     templates = {_template(name) for name in subject.modules}
     for name in subject.modules:
         parent, _, projection = name.rpartition(".")
-        for members in FUSED_SETS:
-            if projection not in members:
-                continue
-            there = [m for m in members if f"{parent}.{m}" in subject.modules]
-            if projection != there[0]:
-                continue
-            for member in members:
-                sibling = f"{parent}.{member}"
-                lacking = member not in there and f"{sibling}.weight" not in theirs
-                lacking &= not _unneeded(subject, parent, member)
-                if lacking and _template(sibling) in templates:
-                    yield finding(
-                        "tensor-missing", f"{sibling}.weight", found="no such tensor",
-                        wanted=f"a weight, as beside {name} in other layers",
-                    )  # fmt: skip
+        members = common_set(projection)
+        there = [m for m in members if f"{parent}.{m}" in subject.modules]
+        if there[:1] != [projection]:
+            continue
+        for member in members:
+            sibling = f"{parent}.{member}"
+            lacking = member not in there and f"{sibling}.weight" not in theirs
+            lacking &= not _unneeded(subject, parent, member)
+            if lacking and _template(sibling) in templates:
+                yield finding(
+                    "tensor-missing", f"{sibling}.weight", found="no such tensor",
+                    wanted=f"a weight, as beside {name} in other layers",
+                )  # fmt: skip
 
 
 def _template(name: str) -> str:

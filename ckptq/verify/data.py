@@ -5,11 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
+from ckptq.checkpoint.open import CONFIG
 from ckptq.checkpoint.read import Files, read_tensor
-from ckptq.models.modules import fused_set
+from ckptq.models.witnesses import Witnesses
 from ckptq.quantize.formats import needs_statistic
 from ckptq.verify.compare import Tally
 from ckptq.verify.copies import Copy, copy_tasks, finite_tasks, judge_copy, judge_finite
+from ckptq.verify.decoders.check import check_decoders
 from ckptq.verify.diagnose import Case, diagnose
 from ckptq.verify.dry_run import DryRun, dry_run
 from ckptq.verify.fused import check_fused_scales
@@ -46,11 +48,12 @@ def check_data(subject: Subject, structure: Iterable[Finding], options: Options)
         found += check_shared_cache(subject, rows)
         for linear in linears.values():
             found += check_linear_values(linear, files)
-        found += check_fused_scales(linears, files)
+        found += check_fused_scales(subject.witnesses, linears, files)
         found += check_tied_head(subject, files)
+        found += _untold_groups(check_decoders(subject, linears, files, undo), structure)
         parts = _round_trip(linears, files, undo, fast, progress)
         copies = _copies(subject, files, undo, fast, progress)
-        tallies = _tallies(linears, parts, files, fast)
+        tallies = _tallies(subject.witnesses, linears, parts, files, fast)
         tallies = with_kept_scales(subject, linears, tallies, files, undo)
         for part in parts:
             found += part.findings
@@ -64,7 +67,7 @@ def check_data(subject: Subject, structure: Iterable[Finding], options: Options)
             played = dry_run(subject, linears, tallies, options.engine, files)
     different = {copy.name for copy in copies if copy.different}
     return Checked(
-        findings=tuple(_once([*found, *played.findings])),
+        findings=(*found, *played.findings),
         tensors=tuple(result_of(linears[name], tally) for name, tally in tallies.items()),
         scales=tuple(rows),
         arrivals=played.arrivals,
@@ -134,7 +137,11 @@ def _added(a: Copy, b: Copy) -> Copy:
 
 
 def _tallies(
-    linears: dict[str, StoredLinear], parts: list[Part], files: Files, fast: bool
+    witnesses: Witnesses,
+    linears: dict[str, StoredLinear],
+    parts: list[Part],
+    files: Files,
+    fast: bool,
 ) -> dict[str, Tally]:
     tallies: dict[str, Tally] = {}
     for part in parts:
@@ -145,7 +152,7 @@ def _tallies(
     held = {name: _lone_scale(linears[name], files) for name in tallies if _lone(linears[name])}
     origins = {n: m.origin for n, m in ((n, linears[n].module) for n in linears) if m.origin}
     named = {name: linears[name].module.origin for name in held}
-    sets = {n: fused_set(origin, origins) for n, origin in named.items() if origin}
+    sets = {n: witnesses.fused_set(origin.name, origins) for n, origin in named.items() if origin}
     return with_tensor_scales(linears, tallies, held, sets)
 
 
@@ -158,16 +165,18 @@ def _lone_scale(linear: StoredLinear, files: Files) -> Tensor:
     return read_tensor(linear.tensors[local], files)
 
 
+def _untold_groups(found: Iterable[Finding], structure: Iterable[Finding]) -> list[Finding]:
+    """Without what compressed-tensors refuses in groups whose fields were named already."""
+    told = [f.tensor for f in structure if f.tensor and f.file == CONFIG]
+    return [
+        f
+        for f in found
+        if f.code != "group-invalid" or not any(t.startswith(f"{f.tensor}.") for t in told)
+    ]
+
+
 def _told_once(found: list[Finding]) -> list[Finding]:
     """A copy that differs is no news in a shard, or a checkpoint, of other weights."""
     stale = {f.file for f in found if f.code == "stale-shard"}
     other = any(f.code == "other-source" for f in found)
     return [f for f in found if f.code != "copy-differs" or not (other or f.file in stale)]
-
-
-def _once(found: Iterable[Finding]) -> Iterable[Finding]:
-    """One finding of a kind for a tensor: blocks of rows each tell their own."""
-    seen: dict[tuple[str, str | None], Finding] = {}
-    for one in found:
-        seen.setdefault((one.code, one.tensor), one)
-    return seen.values()

@@ -11,10 +11,11 @@ from dataclasses import dataclass
 from typing import Any
 
 from ckptq.checkpoint.open import CONFIG, Checkpoint
+from ckptq.engines.vllm import kv_scheme_faults, means_every_linear
 from ckptq.errors import PlanError, SourceError
 from ckptq.quantize.scheme import FORMATS, WeightScheme
 from ckptq.verify.kinds import finding
-from ckptq.verify.names import Names, means_every_linear, read_names
+from ckptq.verify.names import Names, read_names
 from ckptq.verify.report import Finding
 
 KNOWN_FIELDS = ("targets", "weights", "input_activations", "output_activations", "format")
@@ -220,20 +221,10 @@ def _kv_strategy(config: Mapping[str, Any], found: list[Finding]) -> str | None:
     if not isinstance(kv, dict):
         found.append(_wrong("kv-scheme", "kv_cache_scheme", kv, "an object or null"))
         return None
-    wanted: dict[str, tuple[object, ...]] = {
-        "num_bits": (8,),
-        "type": ("float",),
-        "strategy": ("tensor", "attn_head"),
-        "symmetric": (True,),
-        "dynamic": (False,),
-    }
-    defaults = {"type": "float", "num_bits": 8, "symmetric": True, "dynamic": False}
-    for field, choice in wanted.items():
-        value = kv.get(field, defaults.get(field, "tensor"))
-        if value not in choice:
-            said = " or ".join(map(repr, choice))
-            found.append(_wrong("kv-scheme", f"kv_cache_scheme.{field}", value, said))
-    strategy = kv.get("strategy", "tensor")
+    for field, value, choice in kv_scheme_faults(kv):
+        said = " or ".join(map(repr, choice))
+        found.append(_wrong("kv-scheme", f"kv_cache_scheme.{field}", value, said))
+    strategy = kv.get("strategy")
     return strategy if strategy in ("tensor", "attn_head") else None
 
 

@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from ckptq.checkpoint.read import Files
+from ckptq.engines.vllm import common_set
 from ckptq.errors import PlanError
-from ckptq.models.family import FUSED_SETS
 from ckptq.permute.order import Heads
 from ckptq.permute.targets import head_geometry
 from ckptq.verify import nearest
@@ -179,8 +179,7 @@ def _sources(case: Case, sample: Sample) -> dict[str, Tensor]:
     as far as the source has them."""
     name = sample.linear.name
     parent, _, projection = name.rpartition(".")
-    members = next((s for s in FUSED_SETS if projection in s), (projection,))
-    names = [n for m in members if (n := f"{parent}.{m}") in case.tallies]
+    names = [n for m in common_set(projection) if (n := f"{parent}.{m}") in case.tallies]
     return {n: sample.w_RK if n == name else case.sample(n).w_RK for n in names}
 
 

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ckptq.checkpoint.header import StoredTensor
 from ckptq.checkpoint.read import Files, read_tensor
-from ckptq.models.family import FUSED_SETS
+from ckptq.engines.vllm import common_set
 from ckptq.permute.apply import permute_rows
 from ckptq.permute.effect import Part
 from ckptq.permute.order import Heads, RopeOrder
@@ -34,8 +34,8 @@ from ckptq.verify.sample import snr_db
 from ckptq.verify.stored_linear import StoredLinear, source_rows
 from ckptq.verify.subject import Module, Subject
 
-MISSING, REFUSED, AS_IT_IS, LEFT_BEHIND = "missing", "refused", "loads as it is", "; not "
-"""How `done` tells of a placeholder, of a refusal, and of tensors that stay as they are."""
+MISSING, REFUSED, AS_IT_IS = "missing", "refused", "loads as it is"
+"""How `done` begins for a placeholder, for a refusal, and for tensors that stay as they are."""
 
 WANTED = {
     "arrives-wrong": "the source's weight",
@@ -96,10 +96,6 @@ def _repair(subject: Subject, engine: Engine, one: Arrival) -> str | None:
         return None
     if order_of(subject, Part.WEIGHTS) is RopeOrder.HALF_SPLIT:
         return f"{engine.name} wants the source's order: `ckptq permute CKPT OUT --to interleaved`"
-    if engine.permutes and one.done == AS_IT_IS:
-        return "serve with vLLM 0.16 or newer, or `ckptq permute CKPT OUT --to half-split`"
-    if LEFT_BEHIND in one.done and "weight_zero_point" not in one.done:
-        return "serve with vLLM 0.16 or newer, or convert per channel with --rope-proof"
     return None
 
 
@@ -157,7 +153,7 @@ def _turned_codes(asked: Asked, turn: Turn, files: Files) -> Arrival:
     left = [local for local in held if local not in moved and linear.per_quantum[local] is not None]
     done = f"permutes {', '.join(moved)}" if moved else AS_IT_IS
     if moved and left and any(held[local].numel() > 1 for local in left):
-        done += f"{LEFT_BEHIND}{', '.join(left)}"
+        done += f"; not {', '.join(left)}"
     return Arrival(tensor=linear.name, done=done, snr_db=snr, ok=snr >= asked.floor_db)
 
 
@@ -201,7 +197,7 @@ def _merged(linears: Mapping[str, Asked], engine: Engine, files: Files) -> Itera
         if linear.scheme.strategy != "tensor" or linear.scheme.type != "float":
             continue
         parent, _, projection = name.rpartition(".")
-        names = next((s for s in FUSED_SETS if projection in s), ())
+        names = common_set(projection)
         members = [linears[m].linear for n in names if (m := f"{parent}.{n}") in linears]
         scales = [read_tensor(m.tensors["weight_scale"], files).float().max() for m in members]
         if not scales or len({float(scale) for scale in scales}) == 1:
@@ -236,9 +232,6 @@ def _cache(subject: Subject, engine: Engine, files: Files) -> Iterator[Arrival]:
 def _scale(subject: Subject, engine: Engine, files: Files, module: str, which: str) -> Arrival:
     name = f"{module}.{which}_scale"
     tensor = subject.cache_scales.get((module, which))
-    if not engine.reads_cache_scales:
-        done = "not played: how this engine reads cache scales is not established"
-        return Arrival(tensor=name, done=done, snr_db=None, ok=True)
     if tensor is None:
         return Arrival(tensor=name, done=f"{MISSING}: 1.0 is used", snr_db=None, ok=False)
     if which == "q" and engine.needs_attention_group and not subject.declared.attention_group:

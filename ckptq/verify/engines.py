@@ -2,8 +2,6 @@
 
 vllm: 0.32, `Llama4ForCausalLM.permute_qk_weight_for_rotary`, and the KV-cache method of its
 compressed-tensors code.
-vllm-0.15: before its PR 34243, when only names that end in "weight" were permuted.
-sglang: `Llama4ForConditionalGeneration.permute_qk_weight_for_rotary`, which is the same.
 transformers: 5.x, which computes with interleaved RoPE and permutes nothing.
 """
 
@@ -11,6 +9,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from ckptq.engines.vllm import PERMUTED
 from ckptq.errors import UsageError
 from ckptq.spec import TensorSpec
 
@@ -26,7 +25,6 @@ class Engine:
     """Requantizes q/k/v and gate/up to the largest of their scales, where each has only one."""
     reduces_queries: bool = False
     """Takes the largest q scale of each group of heads that share a k/v head."""
-    reads_cache_scales: bool = True
     needs_attention_group: bool = False
     """Whether q scales are used only if a config group for attention is declared."""
 
@@ -40,21 +38,9 @@ ENGINES = {
     for engine in (
         Engine(
             name="vllm",
-            permutes=("weight", "weight_packed", "weight_scale"),
+            permutes=PERMUTED,
             merges_tensor_scales=True,
             reduces_queries=True,
-        ),
-        Engine(
-            name="vllm-0.15",
-            permutes=("weight",),
-            merges_tensor_scales=True,
-            reduces_queries=True,
-        ),
-        Engine(
-            name="sglang",
-            permutes=("weight",),
-            merges_tensor_scales=True,
-            reads_cache_scales=False,
         ),
         Engine(name="transformers", needs_attention_group=True),
     )

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 
 from ckptq.checkpoint.read import Files, read_tensor
-from ckptq.models.family import FUSED_SETS
+from ckptq.models.witnesses import Witnesses
 from ckptq.verify.kinds import finding
 from ckptq.verify.report import Finding
 from ckptq.verify.stored_linear import StoredLinear
@@ -20,13 +20,14 @@ EQUAL = 1e-5
 """vLLM's tolerance for the input scales of an expert."""
 
 
-def check_fused_scales(linears: Mapping[str, StoredLinear], files: Files) -> Iterator[Finding]:
+def check_fused_scales(
+    witnesses: Witnesses, linears: Mapping[str, StoredLinear], files: Files
+) -> Iterator[Finding]:
     """Sets of which the members do not share what should be one number."""
     for name in linears:
-        parent, _, projection = name.rpartition(".")
-        names = next((s for s in FUSED_SETS if s[0] == projection), ())
-        members = [linears[m] for n in names if (m := f"{parent}.{n}") in linears]
-        if len(members) > 1:
+        names = witnesses.fused_set(name, linears)
+        members = [linears[n] for n in names]
+        if len(members) > 1 and names[0] == name:
             lone = {"tensor": "weight_scale", "tensor_group": "weight_global_scale"}
             inputs = ("input_scale", "input_global_scale")
             for local in (*inputs, lone.get(members[0].scheme.strategy)):

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Sequence
-from html import escape
 from pathlib import Path
 
-from ckptq.checkpoint.write import write_text
 from ckptq.console import size
+from ckptq.files import text_bytes, write_whole
+from ckptq.printable import on_page
 from ckptq.verify.kinds import KINDS
 from ckptq.verify.report import Finding, HeadResult, Report
 from ckptq.verify.svg import Series, plot
@@ -43,7 +43,7 @@ svg .grid { stroke: var(--line); stroke-width: 0.6; }
 
 def write_html_report(file: Path, report: Report) -> None:
     """Write the page; MachineError names the file that the machine would not take."""
-    write_text(file, html_report(report))
+    write_whole(file, text_bytes(html_report(report)))
 
 
 def html_report(report: Report) -> str:
@@ -59,7 +59,7 @@ def html_report(report: Report) -> str:
         _arrivals(report),
         _checks(report),
     )
-    title = f"ckptq verify: {escape(report.path)}"
+    title = f"ckptq verify: {on_page(report.path)}"
     policy = "default-src 'none'; style-src 'unsafe-inline'"
     return (
         '<!doctype html><html lang="en"><head><meta charset="utf-8">'
@@ -75,11 +75,11 @@ def _head(report: Report) -> str:
     if not report.ok:
         verdict = f'<b class="bad">{len(report.findings)} faults</b>'
     source = (
-        f"against <code>{escape(report.source)}</code>" if report.source else "without a source"
+        f"against <code>{on_page(report.source)}</code>" if report.source else "without a source"
     )
     sampled = ", samples of rows only" if report.fast else ""
     return (
-        f"<h1><code>{escape(report.path)}</code>: {verdict}</h1>"
+        f"<h1><code>{on_page(report.path)}</code>: {verdict}</h1>"
         f'<p class="soft">{source}{sampled}; {report.tensors_on_disk} tensors, '
         f"{size(report.nbytes)}, {report.seconds:.1f} s</p>"
     )
@@ -94,8 +94,8 @@ def _findings(title: str, findings: Sequence[Finding]) -> str:
         for one in findings[:MOST_ROWS]
     )  # fmt: skip
     body = "".join(
-        f'<tr><td><b title="{escape(why)}">{escape(code)}</b></td>'
-        f"<td><code>{_breakable(where)}</code></td><td>{escape(found)}</td><td>{escape(wanted)}</td><td>{escape(repair)}</td></tr>"
+        f'<tr><td><b title="{on_page(why)}">{on_page(code)}</b></td>'
+        f"<td><code>{_breakable(where)}</code></td><td>{on_page(found)}</td><td>{on_page(wanted)}</td><td>{on_page(repair)}</td></tr>"
         for code, where, found, wanted, repair, why in rows
     )
     more = len(findings) - MOST_ROWS
@@ -221,7 +221,7 @@ def _arrivals(report: Report) -> str:
         for one in sorted(report.arrivals, key=lambda one: one.ok)[:MOST_ROWS]
     ]  # fmt: skip
     head = ("tensor", "what the loader does", "dB", "arrives")
-    return f"<h2>Loaded by {escape(report.engine or '')}</h2>{_table(head, rows, numbers=0)}"
+    return f"<h2>Loaded by {on_page(report.engine or '')}</h2>{_table(head, rows, numbers=0)}"
 
 
 def _checks(report: Report) -> str:
@@ -233,7 +233,7 @@ def _table(head: Sequence[str], rows: Iterable[Sequence[object]], numbers: int) 
     """The last `numbers` columns are set to the right."""
     first = len(head) - numbers
     classes = ["n" if index >= first else "" for index in range(len(head))]
-    top = "".join(f'<th class="{c}">{escape(h)}</th>' for c, h in zip(classes, head, strict=True))
+    top = "".join(f'<th class="{c}">{on_page(h)}</th>' for c, h in zip(classes, head, strict=True))
     body = "".join(
         "<tr>"
         + "".join(
@@ -248,7 +248,7 @@ def _table(head: Sequence[str], rows: Iterable[Sequence[object]], numbers: int) 
 
 def _breakable(name: str) -> str:
     """Escaped, and broken after a dot where it must be."""
-    return re.sub(r"\.(?=[a-z])", ".<wbr>", escape(name))
+    return re.sub(r"\.(?=[a-z])", ".<wbr>", on_page(name))
 
 
 def _layer(name: str) -> int:

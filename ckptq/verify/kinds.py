@@ -206,6 +206,11 @@ ROUND_TRIP = _faults(
     ("zero-points-offset", "zero points in another tool's convention", AGAIN),
     ("other-source", "not a quantization of this source", "give the source it was made from"),
     ("columns-unbalanced", "columns are rescaled, and nothing before them undoes it", AGAIN),
+    (
+        "decoder-disagrees",
+        "ckptq decodes this kind of weight otherwise than the library that defines it",
+        "do not use the checkpoint, and report it with the tensor's format",
+    ),
     ("stale-shard", "a whole shard of other weights, as from another run", "convert it again"),
 ) + _notes(
     ("rounded-twice", "divided in the weight's dtype, as llm-compressor does on CPUs", "none"),
@@ -231,6 +236,25 @@ ENGINE = _faults(
     ("arrives-wrong", "what the engine makes of it is not the source's", "mend what else is found"),
     ("engine-refuses", "the engine does not load it", "use another scheme or engine"),
     ("engine-default", "the engine uses its placeholder", "store the scale"),
+    ("engine-unfilled", "parameters of the engine's model that no tensor fills", AGAIN),
+    ("engine-partly-filled", "a merged parameter lacks a part, or an expert", AGAIN),
+    ("engine-left-over", "the engine's model has no place for these tensors", AGAIN),
+    ("engine-shape", "not the shape or dtype of the engine's parameter", AGAIN),
+    (
+        "engine-not-ignored",
+        "the engine builds this module quantized, and it is stored unquantized",
+        "add it to ignore",
+    ),
+    (
+        "tied-head-not-ignored",
+        "transformers makes a quantized Linear of a tied head, without a scale",
+        "add it to ignore",
+    ),
+    (
+        "attention-group-first",
+        "transformers takes the first group that names a class for the experts'",
+        "move the attention group behind the groups of Linears",
+    ),
 )
 
 KINDS: dict[str, Kind] = {

@@ -8,9 +8,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from ckptq.checkpoint.open import CONFIG
-from ckptq.models.family import FUSED_SETS
+from ckptq.engines.vllm import means_every_linear
 from ckptq.verify.kinds import finding
-from ckptq.verify.names import means_every_linear
 from ckptq.verify.report import Finding
 from ckptq.verify.subject import EXPERT, SCALES, Module, Subject
 
@@ -148,14 +147,10 @@ def _unmatched_groups(subject: Subject) -> Iterator[Finding]:
 def _fused_sets(subject: Subject) -> Iterator[Finding]:
     """The members of a set that vLLM merges must all be there and fall to one group."""
     for name, module in subject.modules.items():
-        parent, _, projection = name.rpartition(".")
-        names = next((s for s in FUSED_SETS if s[0] == projection), None)
-        if names is None or module.kept is not None:
+        names = subject.witnesses.fused_set(name, subject.modules)
+        if names[0] != name or module.kept is not None:
             continue
-        members = [subject.modules.get(f"{parent}.{n}") for n in names]
-        present = [m for m in members if m is not None]
-        if len(present) < len(names):
-            continue
+        present = [subject.modules[n] for n in names]
         said = {m.name: m.group.name if m.group else "ignored" for m in present}
         states = {m.name: "quantized" if m.quantized else "unquantized" for m in present}
         for states_of in (said, states):

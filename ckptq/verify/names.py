@@ -11,17 +11,8 @@ import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from ckptq.models.family import FUSED_SETS
-
-FUSED_NAMES = {
-    ("q_proj", "k_proj", "v_proj"): "qkv_proj",
-    ("gate_proj", "up_proj"): "gate_up_proj",
-    ("w1", "w3"): "w13",
-}
-"""What vLLM calls a fused set."""
-
-LINEAR_CLASSES = ("columnparallellinear", "rowparallellinear", "replicatedlinear")
-"""vLLM's, in lower case: a target that is a part of one of these means every Linear."""
+from ckptq.engines.vllm import common_merged_name
+from ckptq.patterns import BadPattern, Pattern, compiled
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,13 +20,13 @@ class Names:
     """A list of entries, ready to be asked."""
 
     exact: frozenset[str]
-    patterns: tuple[re.Pattern[str], ...]
+    patterns: tuple[Pattern, ...]
     broken: tuple[str, ...]
     """Patterns that are no regular expressions."""
 
     def match(self, module: str) -> bool:
         """Whether the module itself, or the layer that it is fused into, is meant by name."""
-        return any(self._named(name) for name in (module, fused_name(module)) if name)
+        return any(self._named(name) for name in (module, common_merged_name(module)) if name)
 
     def _named(self, name: str) -> bool:
         return name in self.exact or any(p.match(name) for p in self.patterns)
@@ -53,28 +44,16 @@ def read_names(entries: Iterable[str]) -> Names:
     """Sort entries; a pattern that does not compile is kept aside, not raised."""
     exact, patterns, broken = set(), [], []
     for entry in entries:
-        if not entry.startswith("re:"):
-            exact.add(entry)
-            continue
         try:
-            patterns.append(re.compile(entry.removeprefix("re:")))
-        except (re.error, OverflowError, RecursionError):
+            pattern = compiled(entry)
+        except BadPattern:
             broken.append(entry)
+            continue
+        if pattern is None:
+            exact.add(entry)
+        else:
+            patterns.append(pattern)
     return Names(frozenset(exact), tuple(patterns), tuple(broken))
-
-
-def means_every_linear(target: str) -> bool:
-    """Class names are compared as parts of names, without case, as vLLM does: "Linear"."""
-    return bool(target) and any(target.lower() in name for name in LINEAR_CLASSES)
-
-
-def fused_name(module: str) -> str | None:
-    """ "model.layers.0.self_attn.q_proj" -> "model.layers.0.self_attn.qkv_proj"."""
-    parent, _, projection = module.rpartition(".")
-    for members in FUSED_SETS:
-        if projection in members and members in FUSED_NAMES:
-            return f"{parent}.{FUSED_NAMES[members]}"
-    return None
 
 
 def _words(class_name: str) -> list[str]:

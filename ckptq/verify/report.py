@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
@@ -29,6 +29,14 @@ class Finding:
     def __str__(self) -> str:
         where = f"{self.tensor}: " if self.tensor else f"{self.file}: " if self.file else ""
         return f"{where}{self.code}: found {self.found}; wanted {self.wanted}; {self.repair}"
+
+
+def once(found: Iterable[Finding]) -> list[Finding]:
+    """One finding of a kind for a tensor, which several looks at it may have told of."""
+    seen: dict[tuple[str, str | None], Finding] = {}
+    for one in found:
+        seen.setdefault((one.code, one.tensor), one)
+    return list(seen.values())
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -114,6 +122,22 @@ class Checked:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class EngineRun:
+    """How an engine was asked. Its answer is among the findings."""
+
+    name: str
+    version: str | None
+    """None where it was not the engine itself."""
+    real: bool
+    """Whether the engine itself built its model; else what its loader does was played by rules."""
+    places: int
+    """Parameters of its model that were looked at."""
+    seconds: float
+    remarks: tuple[str, ...]
+    """What its answer does not cover."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Report:
     """Everything `verify` has found."""
 
@@ -131,6 +155,7 @@ class Report:
     """Tensors that equal the source byte for byte."""
     scales: tuple[ScaleRow, ...] = ()
     engine: str | None = None
+    engine_run: EngineRun | None = None
     arrivals: tuple[Arrival, ...] = ()
     heads: tuple[HeadResult, ...] = ()
     layers: tuple[LayerResult, ...] = ()

@@ -9,9 +9,10 @@ from pathlib import Path
 from ckptq.checkpoint.open import Checkpoint, Problems, open_checkpoint
 from ckptq.errors import SourceError, UsageError
 from ckptq.verify.declared import read_declared
+from ckptq.verify.engine.ask import ask_engine
 from ckptq.verify.engines import find_engine
 from ckptq.verify.options import Options, Progress
-from ckptq.verify.report import Checked, Finding, HeadResult, LayerResult, Report
+from ckptq.verify.report import Checked, Finding, HeadResult, LayerResult, Report, once
 from ckptq.verify.structure import check_structure
 from ckptq.verify.subject import Subject
 
@@ -23,6 +24,7 @@ def verify(
     fast: bool = False,
     headers_only: bool = False,
     engine: str | None = None,
+    vllm_python: Path | None = None,
     attention: bool = False,
     text: str | None = None,
     progress: Progress | None = None,
@@ -31,7 +33,9 @@ def verify(
 
     `fast` compares a first, a middle and a last run of rows of each weight instead of all, and
     `headers_only` reads no tensor at all: a second or two for any size. With `engine` (a key of
-    `ckptq.verify.engines.ENGINES`) that engine's loader is played too. `attention` runs the source
+    `ckptq.verify.engines.ENGINES`) that engine is asked what it makes of the names, shapes and
+    dtypes, vLLM in the environment of `vllm_python` or not at all, and what loading does to the
+    values is played. `attention` runs the source
     on a little text (`text`: a file or data set, else what Python carries) and shows what FP8 with
     the stored scales makes of its q, k and v.
 
@@ -40,13 +44,18 @@ def verify(
     """
     if attention and source is None:
         raise UsageError("--attention runs the unquantized model: give --source")
-    if headers_only and (engine is not None or attention):
-        raise UsageError("headers alone show neither an engine's loader nor attention")
+    chosen = find_engine(engine) if engine is not None else None
+    if headers_only and attention:
+        raise UsageError("--attention needs tensors; drop --headers-only")
+    if vllm_python is not None and engine != "vllm":
+        raise UsageError(f"--vllm-python {vllm_python} applies only to --engine vllm")
+    if headers_only and engine == "vllm" and vllm_python is None:
+        raise UsageError("simulating vllm needs tensors; give --vllm-python or drop --headers-only")
     if text is not None and not attention:
         raise UsageError(f"--data {text}: only --attention runs text")
     options = Options(
         fast=fast,
-        engine=find_engine(engine) if engine is not None else None,
+        engine=chosen,
         progress=progress or (lambda what, done: None),
     )
     began = time.monotonic()
@@ -54,9 +63,11 @@ def verify(
     ckpt = open_checkpoint(path, problems=problems)
     subject, declared_wrong = _subject(ckpt, source)
     structure = [*declared_wrong, *check_structure(subject, problems)]
+    asked = ask_engine(ckpt, engine, vllm_python) if engine is not None else None
     checked = Checked() if headers_only else _data(subject, structure, options)
     seen = _attention(subject, text) if attention else Attention()
-    everything = [*structure, *checked.findings, *seen.findings]
+    answers = asked.findings if asked is not None else ()
+    everything = [*structure, *once([*answers, *checked.findings]), *seen.findings]
     return Report(
         path=str(path),
         source=str(source) if source is not None else None,
@@ -71,6 +82,7 @@ def verify(
         copied=checked.copied,
         scales=checked.scales,
         engine=engine,
+        engine_run=asked.run if asked is not None else None,
         arrivals=checked.arrivals,
         heads=seen.heads,
         layers=seen.layers,

@@ -15,7 +15,8 @@ from ckptq.checkpoint.open import Checkpoint
 from ckptq.models.attention import AttentionKind, attention_kind, cache_owners, layer_index
 from ckptq.models.family import Family, family_of
 from ckptq.models.heads import Heads, config_heads, heads_in, layer_heads
-from ckptq.models.modules import Layout, Linear, decoder_layers, read_layout, why_kept
+from ckptq.models.modules import Layout, Linear, read_layout
+from ckptq.models.witnesses import Witnesses, read_witnesses
 from ckptq.quantize.scheme import WeightScheme
 from ckptq.verify.declared import Declared, Group
 
@@ -113,9 +114,13 @@ class Subject:
         return family_of(self.ckpt.config)
 
     @cached_property
+    def witnesses(self) -> Witnesses:
+        return read_witnesses(self.ckpt)
+
+    @cached_property
     def layers(self) -> tuple[str, int]:
         """Name and length of the list of decoder layers."""
-        return decoder_layers(self.ckpt)
+        return self.witnesses.layers, self.witnesses.num_layers
 
     @cached_property
     def origin(self) -> Layout | None:
@@ -142,7 +147,7 @@ class Subject:
             name: Module(
                 name=name,
                 tensors=tensors,
-                kept=why_kept(name, *self.layers),
+                kept=self.witnesses.why_kept(name),
                 group=self.declared.group_of(name),
                 origin=self._origin(name),
             )

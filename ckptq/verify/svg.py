@@ -8,7 +8,8 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from html import escape
+
+from ckptq.printable import on_page
 
 WIDTH, HEIGHT = 880, 240
 LEFT, RIGHT, TOP, BOTTOM = 64, 12, 14, 30
@@ -86,7 +87,7 @@ def plot(series: Sequence[Series], *, y_label: str, x_label: str, log: bool = Fa
         aside = 0.0 if one.line else SPREAD * places[index]
         parts.append(_drawn(one, index, x_axis, y_axis, log, aside))
     return (
-        f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{escape(y_label)}">'
+        f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{on_page(y_label)}">'
         f"{''.join(parts)}</svg>{_legend(series)}"
     )
 
@@ -124,8 +125,10 @@ def _frame(y_axis: Axis, x_axis: Axis, y_label: str, x_label: str) -> str:
             lines.append(
                 f'<text x="{x:.1f}" y="{HEIGHT - BOTTOM + 15}" class="mid">{int(tick)}</text>'
             )
-    lines.append(f'<text x="{WIDTH - RIGHT}" y="{HEIGHT - 2}" class="end">{escape(x_label)}</text>')
-    lines.append(f'<text x="{LEFT}" y="{TOP - 3}">{escape(y_label)}</text>')
+    lines.append(
+        f'<text x="{WIDTH - RIGHT}" y="{HEIGHT - 2}" class="end">{on_page(x_label)}</text>'
+    )
+    lines.append(f'<text x="{LEFT}" y="{TOP - 3}">{on_page(y_label)}</text>')
     return "".join(lines)
 
 
@@ -138,7 +141,7 @@ def _drawn(one: Series, index: int, x_axis: Axis, y_axis: Axis, log: bool, aside
         path = " ".join(f"{x:.1f},{y:.1f}" for x, y, _ in places)
         return f'<polyline points="{path}" fill="none" stroke="{colour}" stroke-width="1.5"/>'
     return "".join(
-        f"<g>{_mark(index, x, y)}<title>{escape(said)}</title></g>" for x, y, said in places
+        f"<g>{_mark(index, x, y)}<title>{on_page(said)}</title></g>" for x, y, said in places
     )
 
 
@@ -149,7 +152,7 @@ def _mark(index: int, x: float, y: float) -> str:
 
 def _legend(series: Sequence[Series]) -> str:
     items = (
-        f'<span><svg viewBox="0 0 10 10">{_sample(one, index)}</svg>{escape(one.name)}</span>'
+        f'<span><svg viewBox="0 0 10 10">{_sample(one, index)}</svg>{on_page(one.name)}</span>'
         for index, one in enumerate(series)
     )
     return f'<p class="legend">{"".join(items)}</p>'

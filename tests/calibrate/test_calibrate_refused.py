@@ -1,5 +1,5 @@
-"""What goes wrong in a family's own code is one message that says where, with exit code 3; what goes
-wrong in ckptq's own stays what it is."""
+"""What goes wrong in a family's own code is one message that says where, exit code 3; what goes
+wrong in that of ckptq stays what it is."""
 
 import json
 import shutil
@@ -84,5 +84,5 @@ def test_a_mistake_of_ckptq_s_is_none_of_the_family_s(saved, monkeypatch):
         raise ValueError("ours")
 
     monkeypatch.setattr(Statistics, "add_attention", see)
-    with pytest.raises(ValueError, match="^ours$"):
+    with pytest.raises(ValueError, match=r"^ours$"):
         run(saved("llama").path)

@@ -14,7 +14,8 @@ from calibrate_models import LAYERS, samples_of, token_rows
 from ckptq.calibrate import journal as journal_module
 from ckptq.calibrate.run import calibrate
 from ckptq.calibrate.scales import save_scales
-from ckptq.errors import UsageError
+from ckptq.checkpoint.open import open_checkpoint
+from ckptq.errors import MachineError, SourceError, UsageError
 
 SAMPLES = samples_of(token_rows([24, 11, 24, 24]))
 
@@ -76,10 +77,7 @@ def test_finished_run_is_not_run_again(saved, tmp_path, run_layers):
     run_layers.clear()
     assert written(run(ckpt, tmp_path / "journal"), tmp_path / "again") == first
     assert not run_layers
-    assert {file.name for file in (tmp_path / "journal").iterdir()} == {
-        "run.json",
-        "scales.safetensors",
-    }
+    assert {file.name for file in (tmp_path / "journal").iterdir()} == {"run.json", "result"}
 
 
 def test_half_written_state_is_no_state(saved, tmp_path, run_layers):
@@ -95,6 +93,76 @@ def test_half_written_state_is_no_state(saved, tmp_path, run_layers):
     run_layers.clear()
     assert written(run(ckpt, folder), tmp_path / "got") == want
     assert run_layers == [1, 2, 3]
+
+
+DAMAGE = {
+    "cut": lambda data: data[: len(data) // 2],
+    "zeros": lambda data: data[:-64] + bytes(64),
+    "one bit": lambda data: data[:-1] + bytes([data[-1] ^ 1]),
+    "gone": None,
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+@pytest.mark.parametrize("name", ["batch-00000.safetensors", "statistics.safetensors", "seal.json"])
+def test_a_state_is_proved_before_it_is_trusted(saved, tmp_path, run_layers, name, damage):
+    ckpt, folder = saved("llama"), tmp_path / "journal"
+    want = written(run(ckpt, tmp_path / "whole"), tmp_path / "want")
+    with pytest.raises(Killed):
+        run(ckpt, folder, 2)
+    file = folder / "layer-00002" / name
+    if DAMAGE[damage] is None:
+        file.unlink()
+    else:
+        file.write_bytes(DAMAGE[damage](file.read_bytes()))
+    run_layers.clear()
+    with pytest.warns(UserWarning, match=r"layer-00002: is not on the disk as it was written"):
+        assert written(run(ckpt, folder), tmp_path / "got") == want
+    assert run_layers == list(range(LAYERS))
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_a_result_is_proved_before_it_is_trusted(saved, tmp_path, run_layers, damage):
+    ckpt, folder = saved("llama"), tmp_path / "journal"
+    want = written(run(ckpt, folder), tmp_path / "want")
+    file = folder / "result" / "scales.safetensors"
+    if DAMAGE[damage] is None:
+        file.unlink()
+    else:
+        file.write_bytes(DAMAGE[damage](file.read_bytes()))
+    run_layers.clear()
+    assert written(run(ckpt, folder), tmp_path / "got") == want
+    assert run_layers == list(range(LAYERS))
+
+
+def test_a_damaged_record_of_the_run_says_so(saved, tmp_path):
+    ckpt = saved("llama")
+    with pytest.raises(Killed):
+        run(ckpt, tmp_path, 1)
+    (tmp_path / "run.json").write_bytes(bytes(20))
+    with pytest.raises(MachineError, match=r"run.json: is damaged .*--restart begins anew"):
+        run(ckpt, tmp_path)
+
+
+def test_a_source_that_changes_while_it_is_read_is_refused(saved, tmp_path):
+    """After its last layer was read: nothing that was calibrated on it may be called done."""
+    ckpt = saved("llama")
+    copy = tmp_path / "source"
+    shutil.copytree(ckpt.path, copy)
+    file = next(copy.glob("*.safetensors"))
+    times = file.stat().st_atime_ns, file.stat().st_mtime_ns
+
+    def progress(done: int, total: int) -> None:
+        if done == total:
+            data = file.read_bytes()
+            file.write_bytes(data[:-1] + bytes([data[-1] ^ 1]))
+            os.utime(file, ns=times)
+
+    with pytest.raises(SourceError, match=rf"{file.name}: changed while it was read"):
+        calibrate(
+            open_checkpoint(copy), SAMPLES, batch_size=2, journal=tmp_path / "j", progress=progress
+        )
+    assert not (tmp_path / "j" / "result").exists()
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,7 @@ from calibrate_models import LAYERS, token_rows
 from typer.testing import CliRunner
 
 from ckptq.calibrate import journal
-from ckptq.checkpoint.journal import take_lock
+from ckptq.checkpoint.partial import claim
 from ckptq.cli import app
 
 SELF_KILLING = """
@@ -105,13 +105,31 @@ def test_another_command_is_refused_and_restart_begins_anew(command, tmp_path, r
 
 
 def test_two_runs_on_one_file(command, tmp_path):
-    partial = tmp_path / "scales.partial"
-    partial.mkdir()
-    held = take_lock(partial)
+    held = claim(tmp_path / "scales.partial")
     refused = run(command, tmp_path / "scales")
     os.close(held)
     assert refused.exit_code != 0
     assert "another run is writing" in str(refused.exception)
+
+
+def test_a_file_that_is_no_scales_file_is_not_replaced(command, tmp_path):
+    out = tmp_path / "thesis.txt"
+    out.write_text("mine")
+    refused = run(command, out)
+    assert "exists already, and is no scales file" in str(refused.exception)
+    assert out.read_text() == "mine"
+    assert run(command, tmp_path / "scales").exit_code == 0
+    assert run(command, tmp_path / "scales").exit_code == 0, "a scales file is replaced"
+
+
+def test_a_folder_that_no_run_has_made_is_left_alone(command, tmp_path):
+    thesis = tmp_path / "scales.partial" / "calibration" / "a.txt"
+    thesis.parent.mkdir(parents=True)
+    thesis.write_text("mine")
+    for options in ((), ("--restart",)):
+        refused = run(command, tmp_path / "scales", *options)
+        assert "was not made by a run of ckptq" in str(refused.exception)
+    assert thesis.read_text() == "mine"
 
 
 def test_a_command_that_could_not_begin_leaves_nothing(command, tmp_path):

@@ -11,7 +11,9 @@ from pathlib import Path
 
 import pytest
 
-from ckptq.checkpoint.journal import Journal, partial_of
+from ckptq.checkpoint import journal as module
+from ckptq.checkpoint.journal import Journal
+from ckptq.checkpoint.partial import MARK, partial_of
 from ckptq.errors import MachineError, UsageError
 
 RUN = {"recipe": "fp8", "arguments": {"seed": 0, "ignore": []}}
@@ -25,7 +27,7 @@ def out(tmp_path: Path) -> Path:
 def begin(out: Path, *done: str, run: dict = RUN, restart: bool = False) -> Journal:
     journal = Journal.open(out, run, restart=restart)
     if done:
-        journal.record(done)
+        journal.record({key: {} for key in done})
     return journal
 
 
@@ -43,10 +45,10 @@ def refusal(out: Path, **kwargs) -> str:
 
 def test_a_run_from_begin_to_end(out):
     journal = begin(out)
-    assert journal.done == set()
+    assert journal.done == {}
     (journal.scratch / "config.json").write_text("{}")
     assert not out.exists()
-    journal.publish()
+    journal.publish([], ["config.json"])
     journal.close()
     assert (out / "config.json").read_text() == "{}"
     assert os.listdir(out.parent) == ["out"]
@@ -55,22 +57,22 @@ def test_a_run_from_begin_to_end(out):
 def test_the_same_run_goes_on(out):
     interrupted(out, "a", "b")
     journal = begin(out, "c")
-    assert journal.done == {"a", "b", "c"}
+    assert set(journal.done) == {"a", "b", "c"}
     journal.close()
-    assert begin(out).done == {"a", "b", "c"}
+    assert set(begin(out).done) == {"a", "b", "c"}
 
 
-@pytest.mark.parametrize("cut", range(1, 14))
+@pytest.mark.parametrize("cut", range(1, 18))
 def test_a_torn_line_was_not_recorded(out, cut):
     file = interrupted(out, "a")
     begin(out, "b").close()
     whole = file.read_bytes()
-    assert whole.endswith(b'{"done": ["b"]}\n')
+    assert whole.endswith(b'{"done": {"b": {}}}\n')
     file.write_bytes(whole[:-cut])
     journal = begin(out, "c")
-    assert journal.done == {"a", "c"}
+    assert set(journal.done) == {"a", "c"}
     journal.close()
-    assert begin(out).done == {"a", "c"}, "the torn line must not swallow the next one"
+    assert set(begin(out).done) == {"a", "c"}, "the torn line must not swallow the next one"
 
 
 def test_a_journal_torn_in_its_first_line_begins_anew(out):
@@ -78,7 +80,7 @@ def test_a_journal_torn_in_its_first_line_begins_anew(out):
     (partial_of(out) / "checkpoint" / "m.safetensors").write_text("")
     file.write_bytes(file.read_bytes()[:20])
     journal = begin(out)
-    assert journal.done == set()
+    assert journal.done == {}
     assert list(journal.scratch.iterdir()) == []
 
 
@@ -87,7 +89,7 @@ def test_a_damaged_journal_says_so(out):
     file.write_bytes(file.read_bytes() + b"}}\n")
     with pytest.raises(MachineError, match=r"damaged.*--restart"):
         begin(out)
-    assert begin(out, restart=True).done == set()
+    assert begin(out, restart=True).done == {}
 
 
 @pytest.mark.parametrize(
@@ -108,7 +110,7 @@ def test_a_different_run_is_refused_with_the_difference_named(out, changed, name
     assert "--restart" in message
     assert len(message) < 500
     assert file.read_bytes() == before, "a refused run leaves everything as it was"
-    assert begin(out).done == {"a"}
+    assert set(begin(out).done) == {"a"}
 
 
 def test_a_run_that_failed_before_any_work_is_in_nobodys_way(out):
@@ -138,7 +140,7 @@ def test_restart_begins_anew(out):
     (partial_of(out) / "calibration").mkdir()
     (partial_of(out) / "calibration" / "layer-0").write_text("")
     journal = begin(out, run=RUN | {"recipe": "int4"}, restart=True)
-    assert journal.done == set()
+    assert journal.done == {}
     assert list(journal.scratch.iterdir()) == []
     assert not journal.calibration.exists()
 
@@ -157,11 +159,126 @@ def test_an_output_that_exists_is_refused_and_left_alone(out, kind):
     assert os.listdir(out.parent) == ["out"]
 
 
-def test_an_output_that_appeared_since_the_run_began_is_refused(out):
-    interrupted(out, "a")
+@pytest.mark.parametrize("made", ["folder", "empty folder", "file"])
+@pytest.mark.parametrize("when", ["before the rename", "at the rename", "after a rename"])
+def test_an_output_that_somebody_else_made_is_refused_and_the_work_kept(out, made, when):
+    """Existence proves nothing: published is what this run has renamed."""
+    journal = begin(out, "a")
+    (journal.scratch / "config.json").write_text("{}")
+    if when != "before the rename":
+        make(out, made)
+        with pytest.raises(UsageError, match=r"exists already, and was not made by the run"):
+            journal.publish([], ["config.json"])
+    journal.close()
+    if when == "before the rename":
+        make(out, made)
+    before = sorted(str(p) for p in out.parent.rglob("*"))
+    for restart in (False, True):
+        assert "keeps what it has done" in refusal(out, restart=restart)
+    assert sorted(str(p) for p in out.parent.rglob("*")) == before
+    out.rename(out.with_name("theirs"))
+    again = begin(out)
+    assert set(again.done) == {"a"}
+    again.publish([], ["config.json"])
+    assert (out / "config.json").read_text() == "{}"
+
+
+def make(out: Path, what: str) -> None:
+    if what == "file":
+        out.write_text("theirs")
+        return
     out.mkdir()
-    assert "exists already" in refusal(out)
-    assert (partial_of(out) / "journal.jsonl").exists()
+    if what == "folder":
+        (out / "theirs").write_text("x")
+
+
+@pytest.mark.parametrize("restart", [False, True])
+@pytest.mark.parametrize("kind", ["folder", "with a lock", "with a journal", "link", "file"])
+def test_a_folder_that_no_run_has_made_is_refused_and_left_alone(out, tmp_path, kind, restart):
+    partial, thesis = partial_of(out), tmp_path / "thesis"
+    thesis.mkdir()
+    (thesis / "a.txt").write_text("mine")
+    if kind == "link":
+        partial.symlink_to(thesis)
+    elif kind == "file":
+        partial.write_text("mine")
+    else:
+        shutil.copytree(thesis, partial / "checkpoint")
+        if kind == "with a lock":
+            (partial / "lock").write_text("")
+        elif kind == "with a journal":
+            (partial / "journal.jsonl").write_text('{"run": {}}\n')
+    before = {str(p): p.is_file() and p.read_bytes() for p in tmp_path.rglob("*")}
+    assert "move it away, or choose another output" in refusal(out, restart=restart)
+    assert {str(p): p.is_file() and p.read_bytes() for p in tmp_path.rglob("*")} == before
+
+
+@pytest.mark.parametrize("name", ["checkpoint", "calibration"])
+def test_a_link_in_the_folder_of_a_run_is_refused_and_not_followed(out, tmp_path, name):
+    interrupted(out)
+    thesis = tmp_path / "thesis"
+    thesis.mkdir()
+    (thesis / "a.txt").write_text("mine")
+    shutil.rmtree(partial_of(out) / name, ignore_errors=True)
+    (partial_of(out) / name).symlink_to(thesis)
+    for restart in (False, True):
+        assert f"{name}: is a link" in refusal(out, restart=restart)
+    assert (thesis / "a.txt").read_text() == "mine"
+
+
+@pytest.mark.parametrize("left", ["nothing", "empty lock", "half a mark", "zeros"])
+def test_a_run_that_died_before_its_mark_was_whole_is_in_nobodys_way(out, left):
+    partial = partial_of(out)
+    partial.mkdir()
+    if left != "nothing":
+        (partial / "lock").write_bytes({"empty lock": b"", "zeros": bytes(50)}.get(left, MARK[:9]))
+    begin(out).close()
+    assert (partial / "lock").read_bytes() == MARK
+
+
+def test_what_a_user_has_put_beside_the_run_stays(out):
+    journal = begin(out, "a")
+    (journal.scratch / "config.json").write_text("{}")
+    (journal.partial / "thesis.txt").write_text("mine")
+    journal.publish([], ["config.json"])
+    journal.close()
+    assert (out / "config.json").exists()
+    assert [p.name for p in partial_of(out).iterdir()] == ["thesis.txt"]
+
+
+def test_what_a_user_has_put_into_the_output_in_the_making_is_not_published(out):
+    journal = begin(out, "a")
+    (journal.scratch / "config.json").write_text("{}")
+    (journal.scratch / "thesis.txt").write_text("mine")
+    with pytest.raises(UsageError, match=r"thesis.txt: was not written by this run; move it away"):
+        journal.publish([], ["config.json"])
+    assert not out.exists()
+    (journal.scratch / "thesis.txt").unlink()
+    journal.publish([], ["config.json"])
+    journal.close()
+    assert [p.name for p in out.iterdir()] == ["config.json"]
+
+
+def test_work_without_a_journal_is_not_thrown_away_unasked(out):
+    file = interrupted(out)
+    state = partial_of(out) / "calibration" / "layer-00001" / "batch"
+    state.parent.mkdir(parents=True)
+    state.write_text("hours")
+    file.unlink()
+    assert "its journal is gone; --restart" in refusal(out)
+    assert state.exists()
+    begin(out, restart=True).close()
+    assert not state.exists()
+
+
+@pytest.mark.parametrize(
+    "line", [b"[]", b'"x"', b"3", b'{"done": 3}', b'{"publishing": 1}', b"\xff", b"[" * 100_000]
+)
+def test_a_journal_that_says_anything_else_is_damaged(out, line):
+    file = interrupted(out, "a")
+    file.write_bytes(file.read_bytes() + line + b"\n")
+    with pytest.raises(MachineError, match=r"damaged.*--restart"):
+        begin(out)
 
 
 HOLD = """
@@ -169,7 +286,7 @@ import sys
 from pathlib import Path
 from ckptq.checkpoint.journal import Journal
 journal = Journal.open(Path(sys.argv[1]), {"recipe": "fp8", "arguments": {"seed": 0, "ignore": []}})
-journal.record(["theirs"])
+journal.record({"theirs": {}})
 print("holding", flush=True)
 sys.stdin.read()
 """
@@ -184,7 +301,7 @@ def test_a_second_run_is_refused_until_the_first_is_gone_however_it_went(out):
         assert "another run" in refusal(out, restart=restart)
     other.kill()
     other.wait()
-    assert begin(out).done == {"theirs"}
+    assert set(begin(out).done) == {"theirs"}
 
 
 @pytest.mark.parametrize("at", [(shutil, "rmtree"), (Path, "unlink")], ids=["at once", "half way"])
@@ -195,13 +312,13 @@ def test_killed_between_the_rename_and_the_end_of_the_cleanup(out, monkeypatch, 
     with monkeypatch.context() as patched:
         patched.setattr(*at, die)
         with pytest.raises(Killed):
-            journal.publish()
+            journal.publish([], ["config.json"])
     journal.close()
     assert out.exists()
     assert partial_of(out).exists()
     again = begin(out)
-    assert again.published
-    again.publish()
+    assert again.renamed
+    again.publish([], [])
     again.close()
     assert os.listdir(out.parent) == ["out"]
     assert (out / "config.json").exists()
@@ -210,15 +327,15 @@ def test_killed_between_the_rename_and_the_end_of_the_cleanup(out, monkeypatch, 
 def test_killed_between_the_last_record_and_the_rename(out, monkeypatch):
     journal = begin(out, "a")
     with monkeypatch.context() as patched:
-        patched.setattr(os, "rename", die)
+        patched.setattr(module, "rename_new", die)
         with pytest.raises(Killed):
-            journal.publish()
+            journal.publish([], [])
     journal.close()
     assert not out.exists()
     again = begin(out)
-    assert not again.published
-    assert again.done == {"a"}
-    again.publish()
+    assert not again.renamed
+    assert set(again.done) == {"a"}
+    again.publish([], [])
     assert os.listdir(out.parent) == ["out"]
 
 
@@ -226,7 +343,7 @@ class Killed(BaseException):
     pass
 
 
-def die(*_: object) -> None:
+def die(*_: object, **__: object) -> None:
     raise Killed
 
 
@@ -235,7 +352,7 @@ def test_everything_is_on_the_disk_before_the_rename(out, monkeypatch):
     journal = begin(out)
     (journal.scratch / "sub").mkdir()
     synced: list[str] = []
-    fsync, rename = os.fsync, os.rename
+    fsync, rename = os.fsync, module.rename_new
     monkeypatch.setattr(
         os, "fsync", lambda fd: (synced.append(os.readlink(f"/proc/self/fd/{fd}")), fsync(fd))
     )
@@ -246,12 +363,12 @@ def test_everything_is_on_the_disk_before_the_rename(out, monkeypatch):
         synced.clear()
         rename(source, target)
 
-    monkeypatch.setattr(os, "rename", checked)
-    journal.publish()
+    monkeypatch.setattr(module, "rename_new", checked)
+    journal.publish([], [])
     assert synced[0] == str(out.parent), "the rename itself is made to last before the cleanup"
 
 
 def test_the_journal_is_lines_of_json(out):
     file = interrupted(out, "a", "b")
     lines = [json.loads(line) for line in file.read_text().splitlines()]
-    assert lines == [{"run": RUN}, {"done": ["a", "b"]}]
+    assert lines == [{"run": RUN}, {"done": {"a": {}, "b": {}}}]

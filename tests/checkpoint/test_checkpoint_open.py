@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,7 @@ from checkpoint_files import INDEX, entry, write_raw, write_sharded
 from safetensors.torch import save_file
 
 from ckptq.checkpoint.open import open_checkpoint
+from ckptq.checkpoint.partial import claim
 from ckptq.errors import SourceError
 
 A = {"a": torch.arange(4.0)}
@@ -154,7 +156,7 @@ def test_folders_that_hold_no_checkpoint(tmp_path):
 def test_what_an_interrupted_run_was_to_write_is_not_sought_in_the_hub(
     tmp_path, monkeypatch, spelling
 ):
-    (tmp_path / "out.partial").mkdir()
+    os.close(claim(tmp_path / "out.partial"))
     monkeypatch.chdir(tmp_path)
     message = refusal(tmp_path / "out" if spelling == "absolute" else "out")
     assert "out.partial is of a run that has not finished" in message

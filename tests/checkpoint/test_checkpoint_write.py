@@ -17,11 +17,12 @@ from safetensors.torch import load_file, save
 from torch import Tensor
 
 import ckptq.checkpoint.write as module
-from ckptq.checkpoint.header import read_header
+from ckptq.checkpoint.header import StoredTensor, read_header
 from ckptq.checkpoint.read import bytes_of
-from ckptq.checkpoint.write import Shards, copy_bytes, lay_out, write_index, write_text
-from ckptq.errors import MachineError
-from ckptq.spec import spec_of
+from ckptq.checkpoint.write import Shards, copy_bytes, lay_out, write_index
+from ckptq.errors import MachineError, SourceError
+from ckptq.files import write_whole
+from ckptq.spec import TensorSpec, spec_of
 
 PT = {"format": "pt"}
 
@@ -126,7 +127,7 @@ def test_a_run_that_goes_on_keeps_what_is_there(tmp_path, tensors):
 
 
 @pytest.mark.parametrize(
-    "refusal", [None, errno.EXDEV, errno.ENOSYS, errno.EINVAL, errno.EOPNOTSUPP]
+    "refusal", [None, errno.EXDEV, errno.ENOSYS, errno.EINVAL, errno.EOPNOTSUPP, errno.EIO]
 )
 def test_a_range_is_copied_inside_the_kernel_or_through_memory(tmp_path, monkeypatch, refusal):
     data = random.Random(0).randbytes(100_000)
@@ -140,18 +141,22 @@ def test_a_range_is_copied_inside_the_kernel_or_through_memory(tmp_path, monkeyp
     monkeypatch.setattr(module, "COPY_CHUNK", 1000)
     source = os.open(tmp_path / "source", os.O_RDONLY)
     target = os.open(tmp_path / "target", os.O_RDWR | os.O_CREAT)
-    copy_bytes(source, 10, target, 5, 99_000)
+    copy_bytes(stored(tmp_path / "source", 99_000, 10), source, 0, target, 5, 99_000)
     os.close(source)
     os.close(target)
     assert (tmp_path / "target").read_bytes() == bytes(5) + data[10:99_010]
+
+
+def stored(file: Path, count: int, offset: int = 0) -> StoredTensor:
+    return StoredTensor("x", TensorSpec("U8", (count,)), file, offset)
 
 
 def test_a_source_that_ends_early_is_no_success(tmp_path):
     (tmp_path / "source").write_bytes(b"1234")
     source = os.open(tmp_path / "source", os.O_RDONLY)
     target = os.open(tmp_path / "target", os.O_RDWR | os.O_CREAT)
-    with pytest.raises(OSError, match="ended early"):
-        copy_bytes(source, 0, target, 0, 5)
+    with pytest.raises(SourceError, match=r"source: tensor 'x': the file ends at byte 4, wanted 5"):
+        copy_bytes(stored(tmp_path / "source", 5), source, 0, target, 0, 5)
     os.close(source)
     os.close(target)
 
@@ -170,4 +175,4 @@ def test_what_the_system_refuses_names_the_file(tmp_path, tensors):
         Shards(tmp_path / "none", {"m": specs(tensors)}, PT)
     Path(tmp_path / "file").write_text("")
     with pytest.raises(MachineError, match=r"file/config.json"):
-        write_text(tmp_path / "file" / "config.json", "{}")
+        write_whole(tmp_path / "file" / "config.json", b"{}")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import shutil
+import signal
 import subprocess
 import sys
 from contextlib import redirect_stderr, redirect_stdout
@@ -19,10 +20,11 @@ import yaml
 from safetensors.torch import load_file, save_file
 
 import ckptq
-from ckptq.__main__ import Interrupted, main
+from ckptq.__main__ import main
 from ckptq.checkpoint.open import open_checkpoint
 from ckptq.cli import app
 from ckptq.convert.run import write_quantized
+from ckptq.interrupts import SIGNALS, Interrupted
 from ckptq.plan.make import make_plan
 from ckptq.recipes.load import load_scheme
 from ckptq.spec import dtype_name
@@ -64,11 +66,14 @@ def run(*arguments: str | Path) -> Done:
     """The whole program in this process: a fresh one would spend its time importing torch."""
     out, err = io.StringIO(), io.StringIO()
     argv, sys.argv = sys.argv, ["ckptq", *map(str, arguments)]
+    handlers = {number: signal.getsignal(number) for number in SIGNALS}
     try:
         with redirect_stdout(out), redirect_stderr(err), pytest.raises(SystemExit) as exit:
             main()
     finally:
         sys.argv = argv
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
     return Done(int(exit.value.code or 0), out.getvalue(), err.getvalue())
 
 

@@ -17,14 +17,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ckptq.checkpoint import journal
 from ckptq.checkpoint.open import Checkpoint, open_checkpoint
 from ckptq.convert import blocks
 from ckptq.convert.run import Result, write_quantized
 from ckptq.plan.make import make_plan
+from ckptq.progress import Note, untold
 from ckptq.recipes.load import Recipe
 
-STEPS = ("pwrite", "copy_file_range", "ftruncate", "fsync", "rename", "replace", "unlink", "rmdir")
-"""Functions of `os` that change the disk."""
+STEPS = ("pwrite", "write", "copy_file_range", "ftruncate", "fsync", "rename", "replace")
+STEPS += ("unlink", "rmdir")
+"""Functions of `os` that change the disk; the rename that publishes is one more, "rename_new"."""
 
 INTERRUPTED = 130
 SECONDS = 60
@@ -77,7 +80,7 @@ def _main(run: Run, count: Any) -> None:
         sys.exit(INTERRUPTED)
 
 
-def convert(run: Run) -> Result:
+def convert(run: Run, note: Note = untold) -> Result:
     """The same in this process, to its end."""
     ckpt = open_checkpoint(run.source)
     return write_quantized(
@@ -88,6 +91,7 @@ def convert(run: Run) -> Result:
         scales=run.scales(ckpt) if run.scales is not None else None,
         workers=run.workers,
         commit_bytes=run.commit_bytes,
+        note=note,
     )
 
 
@@ -106,6 +110,7 @@ def _count_steps(run: Run, count: Any) -> None:
 
     for name in STEPS:
         setattr(os, name, counted(name, getattr(os, name)))
+    journal.rename_new = counted("rename_new", journal.rename_new)
 
 
 def digests(folder: Path) -> dict[str, str]:

@@ -17,7 +17,7 @@ from convert_cases import LAYOUTS, save
 from convert_killed import digests
 from safetensors.torch import save_file
 
-from ckptq.checkpoint.journal import partial_of
+from ckptq.checkpoint.partial import partial_of
 
 SECONDS = 60
 

@@ -15,8 +15,8 @@ import ckptq.calibrate.journal
 from ckptq.calibrate.request import ScalesSource
 from ckptq.calibrate.run import calibrate
 from ckptq.calibrate.text import Samples
-from ckptq.checkpoint.journal import partial_of
 from ckptq.checkpoint.open import Checkpoint
+from ckptq.checkpoint.partial import partial_of
 from ckptq.recipes.load import load_scheme
 
 LAYERS = 4

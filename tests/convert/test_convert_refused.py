@@ -15,8 +15,9 @@ from convert_cases import LAYOUTS, convert, recipe_of, save
 from convert_killed import digests
 
 from ckptq.calibrate.request import ScalesSource
-from ckptq.checkpoint.journal import partial_of
+from ckptq.checkpoint import journal
 from ckptq.checkpoint.open import open_checkpoint
+from ckptq.checkpoint.partial import partial_of
 from ckptq.convert import preflight
 from ckptq.convert.slabs import held_bytes
 from ckptq.errors import MachineError, SourceError, UsageError
@@ -176,7 +177,7 @@ def test_a_disk_that_is_really_full(source, tmp_path, small_disk, monkeypatch):
 def test_a_source_that_changed_since_is_refused_and_named(source, tmp_path, monkeypatch):
     file = source / "model-00001-of-00002.safetensors"
     with monkeypatch.context() as patched:
-        patched.setattr(os, "rename", lambda *_: 1 / 0)
+        patched.setattr(journal, "rename_new", lambda *_: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             convert(source, tmp_path / "out", FP8)
     with pytest.raises(UsageError, match="recipe was"):

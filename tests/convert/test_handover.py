@@ -8,10 +8,13 @@ from typing import Any
 
 import pytest
 import torch
+from convert_killed import digests
 from safetensors.torch import load_file
 
 from ckptq.calibrate.request import NO_DATA, CalibrationRequest
+from ckptq.checkpoint import journal
 from ckptq.checkpoint.open import open_checkpoint
+from ckptq.convert import handover
 from ckptq.convert.handover import check_handed_over, write_handed_over
 from ckptq.convert.quantize import QuantizeRequest, quantize
 from ckptq.errors import SourceError, UsageError
@@ -54,6 +57,8 @@ def llama(tmp_path: Path) -> Path:
 
 
 def test_gptq_runs_in_llm_compressor_and_is_written_by_us(llama: Path, tmp_path: Path) -> None:
+    generation = '{"do_sample": false, "temperature": 0.6, "top_p": 0.9}'  # read, and never saved
+    (llama / "generation_config.json").write_text(generation)
     wanted = CalibrationRequest(data=str(tmp_path / "text.txt"), samples=8, seq_len=32)
     recipe = load_text("gptq", GPTQ)
     assert recipe.handed_over == ("GPTQModifier",)
@@ -68,6 +73,39 @@ def test_gptq_runs_in_llm_compressor_and_is_written_by_us(llama: Path, tmp_path:
     assert not (tmp_path / "out.partial").exists()
     codes = load_file(out / "model.safetensors")["model.layers.0.mlp.up_proj.weight_packed"]
     assert codes.dtype == torch.int32
+    assert (out / "generation_config.json").read_text() == generation
+
+
+@pytest.mark.parametrize("damage", ["cut", "gone", "none"])
+@pytest.mark.parametrize("step", ["before the rename", "after the rename"])
+def test_killed_after_gptq_its_result_is_proved_or_made_again(
+    llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, damage: str, step: str
+) -> None:
+    if step == "after the rename" and damage != "none":
+        pytest.skip("then nothing is left of it")
+    wanted = CalibrationRequest(data=str(tmp_path / "text.txt"), samples=2, seq_len=8)
+    recipe, runs = load_text("gptq", GPTQ), []
+    oneshot = handover.run_oneshot
+    monkeypatch.setattr(handover, "run_oneshot", lambda *a: (runs.append(a), oneshot(*a))[1])
+
+    def write(out: Path) -> None:
+        write_handed_over(open_checkpoint(llama), recipe, out, wanted, arguments={})
+
+    write(tmp_path / "whole")
+    name = "rename_new" if step == "before the rename" else "remove"
+    with monkeypatch.context() as patched:
+        patched.setattr(journal, name, lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            write(tmp_path / "out")
+    made = tmp_path / "out.partial" / "oneshot" / "model.safetensors"
+    if damage == "cut":
+        made.write_bytes(made.read_bytes()[:-100] + bytes(100))
+    elif damage == "gone":
+        made.unlink()
+    write(tmp_path / "out")
+    assert len(runs) == (2 if damage == "none" else 3)
+    assert digests(tmp_path / "out") == digests(tmp_path / "whole")
+    assert not (tmp_path / "out.partial").exists()
 
 
 @pytest.mark.parametrize(
@@ -167,9 +205,10 @@ def refused_before_calibration(folder: Path, tmp_path: Path, words: str, **wante
     (tmp_path / "ids.jsonl").write_text(json.dumps({"input_ids": [1, 2, 3]}))
     ckpt, recipe = open_checkpoint(folder), load_text("gptq", GPTQ)
     began: list[object] = []
-    with pytest.MonkeyPatch.context() as patch, pytest.raises(SourceError, match=words):
+    with pytest.MonkeyPatch.context() as patch:
         patch.setattr("llmcompressor.oneshot", began.append)
-        write_handed_over(ckpt, recipe, tmp_path / "out", request, arguments={})
+        with pytest.raises(SourceError, match=words):
+            write_handed_over(ckpt, recipe, tmp_path / "out", request, arguments={})
     assert not began
 
 

@@ -12,6 +12,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+import ckptq.checkpoint.journal
 import ckptq.permute.run
 from ckptq.checkpoint.open import open_checkpoint
 from ckptq.errors import MachineError, PlanError, SourceError, UsageError
@@ -219,6 +220,50 @@ def test_a_killed_run_goes_on_and_ends_byte_identical(tmp_path, monkeypatch, sto
     permute(source, tmp_path / "out")
     assert bytes_in(tmp_path / "out") == bytes_in(tmp_path / "whole")
     assert not (tmp_path / "out.partial").exists()
+
+
+def interrupted(source: Path, out: Path) -> Path:
+    """A run that died just before the rename; the folder of its shards."""
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(ckptq.checkpoint.journal, "rename_new", lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            permute(source, out)
+    return out.with_name(out.name + ".partial") / "checkpoint"
+
+
+@pytest.mark.parametrize("damage", ["cut", "zeros", "gone", "one bit", "none"])
+def test_what_is_done_is_proved_before_it_is_trusted(tmp_path, damage):
+    source = write_checkpoint(tmp_path / "source")
+    permute(source, tmp_path / "whole")
+    for shard in sorted(interrupted(source, tmp_path / "out").glob("*.safetensors")):
+        data = shard.read_bytes()
+        if damage == "gone":
+            shard.unlink()
+        elif damage != "none":
+            ends = {"cut": b"", "zeros": bytes(99), "one bit": bytes([data[-1] ^ 1])}[damage]
+            shard.write_bytes(data[: len(data) - max(len(ends), 1)] + ends)
+    written: list[str] = []
+    with pytest.MonkeyPatch.context() as patched:
+        move = ckptq.permute.run._move
+        patched.setattr(
+            ckptq.permute.run, "_move", lambda t, *rest: (written.append(t.name), move(t, *rest))[1]
+        )
+        permute(source, tmp_path / "out")
+    assert bytes_in(tmp_path / "out") == bytes_in(tmp_path / "whole")
+    tensors = len(open_checkpoint(source).tensors)
+    assert len(written) == {"gone": tensors, "none": 0}.get(damage, len(written))
+    assert bool(written) == (damage != "none")
+
+
+@pytest.mark.parametrize("name", ["model-00001-of-00002.safetensors", "config.json"])
+def test_a_source_that_changes_while_it_is_read_is_refused(tmp_path, name):
+    source = write_checkpoint(tmp_path / "source")
+    file = source / name
+    edits = [lambda: (file.rename(tmp_path / "moved"), file.write_bytes(before))]
+    before = file.read_bytes()
+    with pytest.raises(SourceError, match=rf"{name}: changed while it was read"):
+        permute(source, tmp_path / "out", progress=lambda *_: edits and edits.pop()())
+    assert not (tmp_path / "out").exists()
 
 
 def test_an_existing_output_is_never_touched(tmp_path):

@@ -19,6 +19,7 @@ CONFIG = {
     "num_attention_heads": HEADS,
     "num_key_value_heads": KV_HEADS,
     "head_dim": HEAD_DIM,
+    "intermediate_size": INTERMEDIATE,
     "num_hidden_layers": 2,
 }
 
@@ -62,7 +63,9 @@ def llama(save: Save) -> Path:
     for index in range(2):
         layer = f"model.layers.{index}"
         shapes += [*attention(layer), *mlp(f"{layer}.mlp")]
-    return save(weights(*shapes), {**CONFIG, "model_type": "llama"})
+    return save(
+        weights(*shapes), {**CONFIG, "architectures": ["LlamaForCausalLM"], "model_type": "llama"}
+    )
 
 
 @pytest.fixture
@@ -96,7 +99,19 @@ def llama4(save: Save) -> Path:
         ("vision_model.model.layers.0.self_attn.q_proj.weight", (HIDDEN, HIDDEN)),
         ("vision_model.model.layers.0.self_attn.k_proj.weight", (HIDDEN, HIDDEN)),
     ]
-    return save(weights(*shapes), {"model_type": "llama4", "text_config": CONFIG})
+    return save(
+        weights(*shapes),
+        {
+            "model_type": "llama4",
+            "architectures": ["Llama4ForConditionalGeneration"],
+            "text_config": {
+                **CONFIG,
+                "intermediate_size_mlp": INTERMEDIATE,
+                "num_local_experts": EXPERTS,
+                "interleave_moe_layer_step": 2,
+            },
+        },
+    )
 
 
 @pytest.fixture
@@ -111,7 +126,13 @@ def gpt_oss(save: Save) -> Path:
         (f"{layer}.mlp.experts.down_proj", (EXPERTS, INTERMEDIATE, HIDDEN)),
         (f"{layer}.mlp.experts.down_proj_bias", (EXPERTS, HIDDEN)),
     ]
-    config = {**CONFIG, "num_hidden_layers": 1, "model_type": "gpt_oss"}
+    config = {
+        **CONFIG,
+        "num_hidden_layers": 1,
+        "num_local_experts": EXPERTS,
+        "architectures": ["GptOssForCausalLM"],
+        "model_type": "gpt_oss",
+    }
     return save(weights(*shapes), config)
 
 
@@ -129,7 +150,16 @@ def deepseek(save: Save) -> Path:
             *mlp(f"{layer}.mlp.shared_experts"),
             *mlp(f"{layer}.mlp.experts.0"),
         ]
-    return save(weights(*shapes), {**CONFIG, "model_type": "deepseek_v3"})
+    return save(
+        weights(*shapes),
+        {
+            **CONFIG,
+            "n_routed_experts": EXPERTS,
+            "first_k_dense_replace": 0,
+            "architectures": ["DeepseekV3ForCausalLM"],
+            "model_type": "deepseek_v3",
+        },
+    )
 
 
 @pytest.fixture

@@ -21,19 +21,9 @@ RIGHT = [
     ("vllm", "int4-channel"),
     ("vllm", "fp8-tensor"),
     ("vllm", "kv"),
-    ("vllm-0.15", "fp8-tensor"),
-    ("vllm-0.15", "kv"),
     ("transformers", "fp8-channel"),
     ("transformers", "int4"),
 ]
-WRONG = [
-    ("vllm-0.15", "fp8-channel"),
-    ("vllm-0.15", "int8"),
-    ("vllm-0.15", "int4"),
-    ("sglang", "fp8-channel"),
-    ("sglang", "int4"),
-]
-"""PR 34243: weights were permuted, what is indexed by their rows was not."""
 
 
 def of_queries(report):
@@ -48,17 +38,8 @@ def test_llama4_arrives(good, engine, weights):
     assert all(arrival.ok for arrival in report.arrivals)
 
 
-@pytest.mark.parametrize(("engine", "weights"), WRONG)
-def test_llama4_that_an_older_loader_spoils(good, engine, weights):
-    report = verify(*good("llama4", weights), engine=engine)
-    assert report.counts == {"arrives-wrong": 4}
-    mended = "--to half-split" if weights == "int4" else "--rope-proof"
-    assert all("0.16" in f.repair and mended in f.repair for f in report.findings)
-    assert all(arrival.snr_db < 25 for arrival in of_queries(report))
-
-
 def test_a_weight_that_the_format_suits_badly_arrives_as_it_is_stored(sources, tmp_path):
-    """A column far beyond the others costs 20 dB; scales that stay behind still show."""
+    """A column far beyond the others costs 20 dB; scales in the wrong order still show."""
     source = copy_of(sources("llama4"), tmp_path / "source")
     for name in (n for n in source.tensors if n.endswith("_proj.weight")):
         source.tensors[name][..., 0] += 2 * torch.rand(source.tensors[name].shape[:-1])
@@ -66,16 +47,11 @@ def test_a_weight_that_the_format_suits_badly_arrives_as_it_is_stored(sources, t
     right = verify(out, source.folder, engine="vllm")
     assert right.findings == ()
     assert "low-snr" in {note.code for note in right.notes}
-    assert verify(out, source.folder, engine="vllm-0.15").counts == {"arrives-wrong": 4}
-
-
-def test_a_loader_that_moves_no_packed_weights_is_right_with_baked_ones(good, tmp_path):
-    """As the repair for vLLM before PR 34243 says."""
-    folder, source = good("llama4", "int4")
     permute_checkpoint(
-        plan_permute(open_checkpoint(folder), RopeOrder.HALF_SPLIT), tmp_path / "baked"
+        plan_permute(open_checkpoint(out), RopeOrder.HALF_SPLIT, [Part.SCALES]), tmp_path / "turned"
     )
-    assert verify(tmp_path / "baked", source, engine="vllm-0.15").findings == ()
+    found = verify(tmp_path / "turned", source.folder, engine="vllm").counts
+    assert found["arrives-wrong"] == 4
 
 
 @pytest.mark.parametrize("engine", ENGINES)
@@ -154,6 +130,7 @@ def test_a_merged_scale_near_one_is_no_default(good, tmp_path):
     assert "engine-default" not in counts
 
 
-def test_an_unknown_engine_is_refused(good):
-    with pytest.raises(UsageError, match=r"vllm-0\.15"):
-        verify(*good("llama", "int8"), engine="nothing")
+@pytest.mark.parametrize("engine", ["nothing", "vllm-0.15", "sglang"])
+def test_an_unknown_engine_is_refused(good, engine):
+    with pytest.raises(UsageError, match="vllm, transformers"):
+        verify(*good("llama", "int8"), engine=engine)

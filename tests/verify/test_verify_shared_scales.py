@@ -39,14 +39,6 @@ def test_shared_scales_are_right(proof):
     assert all(t.codes_wrong == t.scales_wrong == 0 for t in report.tensors)
 
 
-def test_an_engine_that_permutes_weights_alone_computes_the_same(proof, good):
-    """vLLM before PR 34243; the same format without shared scales arrives wrong."""
-    folder, source = proof
-    assert verify(folder, source, engine="vllm-0.15").findings == ()
-    own, source = good("llama4", "int8")
-    assert verify(own, source, engine="vllm-0.15").counts == {"arrives-wrong": PROJECTIONS}
-
-
 @pytest.mark.parametrize("fast", [False, True])
 def test_one_wrong_scale_of_a_shared_one_is_a_fault(proof, tmp_path, fast):
     folder, source = proof

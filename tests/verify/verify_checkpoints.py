@@ -104,6 +104,15 @@ FAMILIES = {
     "gemma4": gemma4,
 }
 
+ATTENTION = {
+    "LlamaForCausalLM": "LlamaAttention",
+    "Llama4ForConditionalGeneration": "Llama4TextAttention",
+    "MixtralForCausalLM": "MixtralAttention",
+    "Qwen3MoeForCausalLM": "Qwen3MoeAttention",
+    "Gemma4ForCausalLM": "Gemma4TextAttention",
+}
+"""The class that calibration would have found, by architecture."""
+
 FP8 = {"num_bits": 8, "type": "float", "symmetric": True, "dynamic": False}
 INT4 = {"num_bits": 4, "type": "int", "symmetric": True, "dynamic": False}
 KV = FP8 | {"strategy": "attn_head", "observer": "static_minmax"}
@@ -189,7 +198,8 @@ def convert(
     plan = make_plan(ckpt, what, shard_bytes=shard_bytes, rope_proof=rope_proof)
 
     needed = plan.attention is not None or plan.inputs
-    scales = given(made_up_scales(plan)) if needed else None
+    attention = ATTENTION[ckpt.config["architectures"][0]]
+    scales = given(made_up_scales(plan, attention)) if needed else None
     write_quantized(ckpt, plan, out, arguments={}, workers=2, scales=scales)
     return out
 
@@ -199,7 +209,7 @@ def given(scales: Scales) -> ScalesSource:
     return ScalesSource(arguments={}, load=lambda folder: scales)
 
 
-def made_up_scales(plan: Any) -> Scales:
+def made_up_scales(plan: Any, attention: str) -> Scales:
     """Different for every head and layer, as real ones are."""
     generator = torch.Generator().manual_seed(1)
     specs = {n: s for unit in plan.units for n, s in unit.scales.items()}
@@ -215,7 +225,7 @@ def made_up_scales(plan: Any) -> Scales:
         model="tiny", source_fingerprint="", strategy="attn_head", observer="static_minmax",
         input_observer="static_minmax",
         text="", samples=1, tokens=1, seq_len=1, batch_size=1, seed=0, token_digest="",
-        attention=dict.fromkeys(plan.attention.scales if plan.attention else (), "TinyAttention"),
+        attention=dict.fromkeys(plan.attention.scales if plan.attention else (), attention),
     )  # fmt: skip
     return Scales(tensors=tensors, statistics={}, made=made)
 

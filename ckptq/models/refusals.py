@@ -11,6 +11,9 @@ from textwrap import shorten
 
 from ckptq.errors import CkptqError, MachineError, SourceError
 
+PANIC = "PanicException"
+"""What a library in Rust raises where it would abort; it is no `Exception`."""
+
 WEIGHTS_ALONE = "a scheme for weights alone (fp8-dynamic, w4a16) takes this model"
 """What else can be done with a model that cannot be run."""
 
@@ -25,14 +28,17 @@ def refusals(what: str) -> Iterator[None]:
     """Around one call that only hands over a checkpoint's files: SourceError, "WHAT: the library's
     reason", on one line; MachineError where it had too little memory.
 
-    Every exception is meant. tokenizers raises bare `Exception`, validators of configs classes of
-    their own, and code of families whatever an odd value leads to; the files are the cause of all.
+    Every exception is meant, and a panic. tokenizers raises bare `Exception`, validators of configs
+    classes of their own, and code of families whatever an odd value leads to; the files are the
+    cause of all.
     """
     try:
         yield
     except (CkptqError, MemoryError):
         raise
-    except Exception as error:
+    except BaseException as error:
+        if not isinstance(error, Exception) and type(error).__name__ != PANIC:
+            raise
         _refuse_for_memory(what, error)
         raise SourceError(f"{what}: {_reason(error)}") from error
 
@@ -60,7 +66,7 @@ def family_code(label: str, what: str) -> Iterator[None]:
         ) from error
 
 
-def _reason(error: Exception) -> str:
+def _reason(error: BaseException) -> str:
     said, kind = shorten(str(error), LONGEST, placeholder=" ..."), type(error).__name__
     if not said:
         return kind
@@ -68,7 +74,7 @@ def _reason(error: Exception) -> str:
     return f"{kind}: {said}" if isinstance(error, LookupError) else said
 
 
-def _refuse_for_memory(what: str, error: Exception) -> None:
+def _refuse_for_memory(what: str, error: BaseException) -> None:
     """torch tells of memory by a RuntimeError of its own, or a plain one."""
     if type(error).__name__ == "OutOfMemoryError" or "can't allocate memory" in str(error):
         raise MachineError(f"{what}: too little memory: {_reason(error)}") from error

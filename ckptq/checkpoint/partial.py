@@ -1,0 +1,155 @@
+"""The folder in which a run works: marked before anything is in it, held while the run lasts.
+
+    OUT.partial/lock            the mark, and the lock on it
+    OUT.partial/journal.jsonl   \\
+    OUT.partial/checkpoint/      | what a run makes; its own modules say what is in there
+    OUT.partial/calibration/     |
+    OUT.partial/oneshot/         |
+    OUT.partial/rank-0-of-4/    /
+
+Only a folder with the mark is written to and removed, and in it only what a run makes: a folder of
+that name that somebody else has made is refused, and so is a link.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import re
+import shutil
+import stat
+from contextlib import suppress
+from pathlib import Path
+
+from ckptq.errors import MachineError, UsageError
+from ckptq.files import machine_errors, sync_folder
+
+LOCK = "lock"
+JOURNAL = "journal.jsonl"
+
+MARK = b"ckptq works in this folder: the same command goes on with it, and removes it at the end.\n"
+
+OURS = re.compile(r"journal\.jsonl|checkpoint|calibration|oneshot|rank-\d+-of-\d+")
+"""What a run makes here, beside the lock."""
+
+ATTEMPTS = 100
+"""Times that the lock may vanish under our hands, because a run ends just then."""
+
+
+def partial_of(out: Path) -> Path:
+    """Where the run that makes `out` works."""
+    return out.with_name(out.name + ".partial")
+
+
+def claim(partial: Path, *, shared: bool = False) -> int:
+    """Make the folder, mark it, and hold it: the descriptor of its lock, to be closed at the end.
+
+    `shared` lets other processes of the same run in. UsageError for a folder that is there without
+    the mark, and where another run holds it.
+    """
+    for _ in range(ATTEMPTS):
+        check_ours(partial)
+        with machine_errors(partial):
+            partial.mkdir(parents=True, exist_ok=True)
+            held = _hold(partial, fcntl.LOCK_SH if shared else fcntl.LOCK_EX)
+            if held is not None:
+                _mark(partial, held)
+                return held
+    raise MachineError(f"{partial}: its lock vanishes as often as it is taken")
+
+
+def check_ours(partial: Path) -> None:
+    """UsageError for what is there and was not made by a run."""
+    if not os.path.lexists(partial):
+        return
+    if partial.is_symlink() or not partial.is_dir():
+        raise _foreign(partial, "is a link" if partial.is_symlink() else "is a file")
+    with machine_errors(partial):
+        names = os.listdir(partial)
+    mark = _read_mark(partial / LOCK)
+    begun = names in ([], [LOCK]) and mark is not None and MARK.startswith(mark.rstrip(b"\0"))
+    if mark != MARK and not begun:
+        raise _foreign(partial, "was not made by a run of ckptq: it does not bear its mark")
+    for name in names:
+        if OURS.fullmatch(name) and (partial / name).is_symlink():
+            raise _foreign(partial / name, "is a link")
+
+
+def bears_mark(partial: Path) -> bool:
+    """Whether a run works, or has worked, in this folder."""
+    return partial.is_dir() and _read_mark(partial / LOCK) == MARK
+
+
+def discard(partial: Path) -> None:
+    """Everything that a run has made but the lock, the journal first: without it the rest means
+    nothing."""
+    with machine_errors(partial):
+        (partial / JOURNAL).unlink(missing_ok=True)
+        for path in made_by_runs(partial):
+            shutil.rmtree(path)
+
+
+def remove(partial: Path) -> None:
+    """The folder, when its run has ended. The journal goes after all that it tells of: until then
+    the same command ends this. What no run has made stays where it is, and so does the folder."""
+    with machine_errors(partial):
+        for path in made_by_runs(partial):
+            shutil.rmtree(path)
+        for name in (JOURNAL, LOCK):
+            (partial / name).unlink(missing_ok=True)
+        with suppress(OSError):
+            partial.rmdir()
+
+
+def made_by_runs(partial: Path) -> list[Path]:
+    """The folders in it that runs have made."""
+    return [p for p in sorted(partial.iterdir()) if OURS.fullmatch(p.name) and p.is_dir()]
+
+
+def _read_mark(lock: Path) -> bytes | None:
+    """What the file says, b"" where there is none; None where it is no file."""
+    try:
+        descriptor = os.open(lock, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
+    except FileNotFoundError:
+        return b""
+    except OSError:
+        return None
+    try:
+        regular = stat.S_ISREG(os.fstat(descriptor).st_mode)
+        return os.read(descriptor, len(MARK) + 1) if regular else None
+    finally:
+        os.close(descriptor)
+
+
+def _hold(partial: Path, how: int) -> int | None:
+    """The lock, taken; None where it was removed in between."""
+    lock = partial / LOCK
+    try:
+        descriptor = os.open(lock, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o644)
+    except FileNotFoundError:
+        return None
+    try:
+        fcntl.flock(descriptor, how | fcntl.LOCK_NB)
+        if os.path.samestat(os.fstat(descriptor), os.lstat(lock)):
+            return descriptor
+    except FileNotFoundError:
+        pass
+    except BlockingIOError as error:
+        os.close(descriptor)
+        raise UsageError(f"{partial}: another run is writing this output right now") from error
+    os.close(descriptor)
+    return None
+
+
+def _mark(partial: Path, lock: int) -> None:
+    """On the disk before anything else is in the folder."""
+    if os.pread(lock, len(MARK) + 1, 0) != MARK:
+        os.pwrite(lock, MARK, 0)
+        os.ftruncate(lock, len(MARK))
+        os.fsync(lock)
+        sync_folder(partial)
+        sync_folder(partial.parent)
+
+
+def _foreign(path: Path, why: str) -> UsageError:
+    return UsageError(f"{path}: {why}; move it away, or choose another output")

@@ -1,0 +1,57 @@
+"""What stands beside the shards of an output: documents that are made, files of the source."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from pathlib import Path
+from typing import Any
+
+from ckptq.checkpoint.bounded import opened
+from ckptq.checkpoint.identity import Identity, check_same
+from ckptq.checkpoint.open import Checkpoint
+from ckptq.checkpoint.write import Specs, write_index
+from ckptq.errors import SourceError
+from ckptq.files import clear_unfinished, json_bytes, write_whole
+
+
+def render_json(source: Path, value: Mapping[str, Any]) -> bytes:
+    """What becomes of a JSON file of the source; SourceError where it cannot be written again."""
+    try:
+        return json_bytes(value)
+    except RecursionError as error:
+        raise SourceError(f"{source}: nested too deep to be written again") from error
+
+
+def write_side_files(
+    folder: Path,
+    ckpt: Checkpoint,
+    made: Mapping[str, bytes],
+    shards: Mapping[str, Specs],
+    pinned: Mapping[Path, Identity],
+) -> list[str]:
+    """Everything but the shards: what was made, the index, the source's other files. Their names.
+
+    `pinned` are the files of the source as they were when the run began.
+    """
+    clear_unfinished(folder)
+    for name, data in made.items():
+        write_whole(folder / name, data)
+    return [*made, *write_index(folder, shards), *_copy_others(folder, ckpt, pinned, made)]
+
+
+def _copy_others(
+    folder: Path, ckpt: Checkpoint, pinned: Mapping[Path, Identity], made: Collection[str]
+) -> list[str]:
+    """The pinned files that are neither config, index nor shard, nor made anew; their names."""
+    sides = (path for path in pinned if path not in ckpt.identities)
+    names = {str(path.relative_to(ckpt.path)): path for path in sides}
+    others = {name: path for name, path in names.items() if name not in made}
+    for name, path in others.items():
+        _copy(path, folder / name, pinned[path])
+    return list(others)
+
+
+def _copy(source: Path, target: Path, wanted: Identity) -> None:
+    with opened(source) as found:
+        check_same(source, wanted, found.identity)
+        write_whole(target, found.chunks())

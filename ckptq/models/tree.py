@@ -1,0 +1,230 @@
+"""What transformers makes of a checkpoint: its own module tree, built on the meta device.
+
+One of the witnesses of `models.witnesses`. The tree answers by the names on disk: they pass through
+transformers' own conversion of names first. Modules that differ only in numbers are one kind.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from ckptq.checkpoint.open import Checkpoint
+
+if TYPE_CHECKING:
+    from torch import nn
+    from transformers import PreTrainedModel
+
+NUMBER = re.compile(r"(?<=\.)\d+(?=\.|$)")
+
+
+SPLIT = {"gate_up_proj": "gate_proj", "down_proj": "down_proj"}
+"""A fused tensor of experts -> a part that each expert has of it."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class FusedParameter:
+    """The experts of one layer as one parameter of three dimensions."""
+
+    shape: tuple[int, ...]
+    """[E, out, in] or [E, in, out]."""
+    interleaved: bool
+    """Gate and up alternate, instead of standing one after the other."""
+    gated: bool
+    biased: bool
+    one_by_one: bool
+    """Whether transformers loads the experts also where each has tensors of its own."""
+    taken_apart: bool
+    """Whether its quantizer makes one Linear of each, as for Llama-4."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Owner:
+    """The module that a tensor on disk becomes a parameter of."""
+
+    name: str
+    """One of its kind, by transformers' name."""
+    class_name: str
+    is_linear: bool
+    own_forward: bool = False
+    """A subclass of nn.Linear that multiplies by its weight itself."""
+    fused: FusedParameter | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModuleTree:
+    """The modules of a transformers model, asked by names on disk."""
+
+    model_class: str
+    linears: Mapping[str, None] = field(repr=False)
+    """Every nn.Linear, by transformers' name: what its quantizer may quantize."""
+    tied: frozenset[str]
+    """Modules whose weight is another's."""
+    layers: str
+    """Where the decoder layers are, by transformers' name; "" where it has no such list."""
+    num_layers: int
+    stored_layers: str
+    """The same list as it is called on disk."""
+    owners: Mapping[str, Owner] = field(repr=False)
+    """Pattern of a tensor on disk, numbers as `*` -> whose parameter it becomes."""
+    names: Mapping[str, str] = field(repr=False)
+    """Module on disk -> module in transformers, for the Linears whose names differ."""
+
+    def owner(self, tensor: str) -> Owner | None:
+        """Whose parameter a tensor becomes; None for one that the model has no place for."""
+        return self.owners.get(NUMBER.sub("*", tensor))
+
+    def module(self, disk_module: str) -> str:
+        """What transformers calls a module."""
+        return self.names.get(disk_module, disk_module)
+
+
+def build_tree(ckpt: Checkpoint) -> ModuleTree | str:
+    """The tree of a checkpoint's model, or in a line why there is none. Reads no weights."""
+    import torch
+
+    from ckptq.errors import CkptqError
+    from ckptq.models.refusals import refusals
+    from ckptq.models.transformers_model import model_class_of, on_meta, read_config
+
+    try:
+        with refusals("transformers"):
+            config = read_config(ckpt)
+            if hasattr(config, "quantization_config"):
+                del config.quantization_config
+            model = on_meta(model_class_of(ckpt, config), config, torch.bfloat16)
+            return _tree(model, ckpt)
+    except CkptqError as error:
+        return str(error)
+
+
+def _tree(model: PreTrainedModel, ckpt: Checkpoint) -> ModuleTree:
+    from torch import nn
+
+    from ckptq.models.parameters import sources_of_parameters
+    from ckptq.models.transformers_model import decoder_layers_of
+
+    modules: dict[str, nn.Module] = dict(model.named_modules())
+    first = _first_of_each(ckpt)
+    made: dict[str, str] = {}
+    for parameter, stored in sources_of_parameters(model, first.values()).items():
+        made |= dict.fromkeys(stored, parameter)
+    owners = {}
+    for pattern, name in first.items():
+        if name in made:
+            module, _, local = made[name].rpartition(".")
+            owners[pattern] = _owner(
+                module, modules[module], local, _loads_split(model, name, modules[module])
+            )
+    linears = dict.fromkeys(n for n, m in modules.items() if isinstance(m, nn.Linear))
+    found = decoder_layers_of(model)
+    layers, count = (found[0], len(found[1])) if found else ("", 0)
+    return ModuleTree(
+        model_class=type(model).__name__,
+        linears=linears,
+        tied=frozenset(
+            n.rpartition(".")[0] for n in getattr(model, "all_tied_weights_keys", None) or ()
+        ),
+        layers=layers,
+        num_layers=count,
+        stored_layers=_stored_layers(layers, made),
+        owners=owners,
+        names=_names(model, ckpt, made, linears),
+    )
+
+
+def _first_of_each(ckpt: Checkpoint) -> dict[str, str]:
+    """Pattern -> the tensor with the smallest numbers, as one stored unquantized would be called.
+
+    A quantized weight passes as the weight that it stands for.
+    """
+    found: dict[str, str] = {}
+    for name in ckpt.tensors:
+        plain = name.removesuffix("_packed") if name.endswith(".weight_packed") else name
+        found.setdefault(NUMBER.sub("*", plain), plain)
+    return found
+
+
+def _loads_split(model: PreTrainedModel, fused: str, module: nn.Module) -> bool:
+    """Whether the names of one expert's tensors lead into the model as well.
+
+    Either transformers' conversion fuses them, or its quantizer takes the module's parts apart.
+    """
+    from ckptq.models.parameters import sources_of_parameters
+
+    experts, _, which = fused.rpartition(".")
+    if which not in SPLIT:
+        return True
+    return _taken_apart(module) or bool(
+        sources_of_parameters(model, [f"{experts}.0.{SPLIT[which]}.weight"])
+    )
+
+
+def _taken_apart(module: nn.Module) -> bool:
+    from transformers.quantizers.base import MODULES_TO_PATCH_FOR_QUANTIZATION
+
+    return type(module).__name__ in MODULES_TO_PATCH_FOR_QUANTIZATION
+
+
+def _owner(name: str, module: nn.Module, local: str, one_by_one: bool) -> Owner:
+    from torch import nn
+
+    parameter: Any = getattr(module, local)
+    fused = None
+    if parameter.dim() == 3 and local in ("gate_up_proj", "up_proj", "down_proj"):
+        fused = FusedParameter(
+            shape=tuple(parameter.shape),
+            interleaved=not getattr(module, "is_concatenated", True),
+            gated=bool(getattr(module, "has_gate", True)),
+            biased=bool(getattr(module, "has_bias", False)),
+            one_by_one=one_by_one,
+            taken_apart=_taken_apart(module),
+        )
+    return Owner(
+        name=name,
+        class_name=type(module).__name__,
+        is_linear=isinstance(module, nn.Linear) and local == "weight",
+        own_forward=isinstance(module, nn.Linear) and type(module).forward is not nn.Linear.forward,
+        fused=fused,
+    )
+
+
+def _stored_layers(layers: str, made: Mapping[str, str]) -> str:
+    """The list's name on disk, from the tensors that become parameters of its layers."""
+    counts: dict[str, int] = {}
+    for stored, parameter in made.items():
+        if not layers or not parameter.startswith(layers + "."):
+            continue
+        index = parameter.removeprefix(layers + ".").partition(".")[0]
+        before, found, _ = stored.partition(f".{index}.")
+        if found:
+            counts[before] = counts.get(before, 0) + 1
+    return max(counts, key=lambda prefix: counts[prefix]) if counts else ""
+
+
+def _names(
+    model: PreTrainedModel, ckpt: Checkpoint, made: Mapping[str, str], linears: Iterable[str]
+) -> dict[str, str]:
+    """Disk -> transformers, for the Linears of kinds whose names differ."""
+    from ckptq.models.parameters import sources_of_parameters
+
+    renamed = {
+        NUMBER.sub("*", stored)
+        for stored, parameter in made.items()
+        if stored != parameter and parameter.removesuffix(".weight") in linears
+    }
+    if not renamed:
+        return {}
+    wanted = [
+        plain
+        for name in ckpt.tensors
+        if NUMBER.sub("*", plain := name.removesuffix("_packed")) in renamed
+    ]
+    found = sources_of_parameters(model, wanted)
+    return {
+        stored.removesuffix(".weight"): parameter.removesuffix(".weight")
+        for parameter, names in found.items()
+        for stored in names
+    }

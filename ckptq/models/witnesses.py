@@ -1,0 +1,204 @@
+"""What a module is, asked of three witnesses; a guess from its name is none.
+
+1. Names and shapes on disk.
+2. transformers' own module tree (`models.tree`).
+3. The table of what vLLM makes of the architecture (`engines.table`).
+
+A Linear may be quantized where one of 2 and 3 says that it is one and no witness objects.
+Everything else stays as it is, with a reason; what nobody knows is quantized only where a recipe
+names it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Container, Iterable
+from dataclasses import dataclass
+from functools import lru_cache
+
+from ckptq.checkpoint.open import Checkpoint
+from ckptq.engines.architecture import Architecture
+from ckptq.engines.table import load_table
+from ckptq.engines.vllm import common_set
+from ckptq.models.family import LAYER, NEVER_QUANTIZED, family_of
+from ckptq.models.tree import ModuleTree, Owner, build_tree
+
+HEAD = "output head"
+UNKNOWN = "known to neither transformers nor vLLM"
+NAMEABLE = (HEAD, UNKNOWN)
+"""What a recipe may quantize all the same, by a target that names it."""
+
+BASE_LAYER = ".base_layer"
+"""What PEFT puts behind the name of a Linear that it wraps."""
+
+
+@dataclass(frozen=True, eq=False)
+class Witnesses:
+    """The witnesses of one checkpoint, and what follows from what they say."""
+
+    tree: ModuleTree | None
+    no_tree: str | None
+    """Why transformers has no such model."""
+    engine: Architecture | None
+    architectures: tuple[str, ...]
+    layers: str
+    """Name of the list of decoder layers on disk; "" where there is none."""
+    num_layers: int
+
+    @property
+    def silent(self) -> bool:
+        """Whether neither transformers nor the engine knows the model."""
+        return self.tree is None and self.engine is None
+
+    def why_kept(self, module: str) -> str | None:
+        """Why a Linear of this name on disk is never quantized, or None."""
+        return why_by_name(module) or self._outside(module) or self._objection(module)
+
+    def in_layers(self, name: str) -> bool:
+        """Whether a tensor or module lies in a decoder layer."""
+        return self._outside(name) is None
+
+    def _outside(self, module: str) -> str | None:
+        match = LAYER.match(module + ".")
+        if not self.layers or not match or match["prefix"] != self.layers:
+            return "outside the decoder layers"
+        if int(match["index"]) >= self.num_layers:
+            return "multi-token prediction layer"
+        return None
+
+    def _objection(self, module: str) -> str | None:
+        owner = self.owner(module)
+        row = self.engine.row(module) if self.engine is not None else None
+        fate = row.fate if row is not None else None
+        if self.silent:
+            return UNKNOWN
+        if owner is not None and not owner.is_linear and owner.fused is None:
+            return f"a {owner.class_name} in transformers, no Linear"
+        if fate == "plain":
+            return "vLLM never quantizes it"
+        if fate == "absent":
+            return "vLLM does not load it"
+        if self.engine is not None and fate is None:
+            return f"unknown to vLLM's {self.engine.name}"
+        if owner is None and fate != "quantized":
+            return f"{self.tree.model_class if self.tree else 'transformers'} has no such module"
+        return None
+
+    def owner(self, module: str) -> Owner | None:
+        """Whose parameter the weight of a module on disk is in transformers."""
+        if self.tree is None:
+            return None
+        return self.tree.owner(f"{module}.weight") or self.tree.owner(module)
+
+    def fused_set(self, module: str, present: Container[str]) -> tuple[str, ...]:
+        """The siblings that the engine merges with it, as far as present, in the engine's order.
+
+        Example: `...self_attn.k_proj` -> its q_proj, k_proj and v_proj.
+        """
+        stem = module.removesuffix(BASE_LAYER)
+        suffix = module[len(stem) :]
+        members = tuple(name + suffix for name in self._members(stem))
+        return tuple(name for name in members if name in present) or (module,)
+
+    def _members(self, module: str) -> tuple[str, ...]:
+        if self.engine is not None and self.engine.row(module) is not None:
+            return self.engine.fused_set(module)
+        parent, _, projection = module.rpartition(".")
+        return tuple(f"{parent}.{name}" for name in common_set(projection))
+
+    def merged_name(self, module: str) -> str | None:
+        """What the engine calls the fused set of this module; None where it stands alone."""
+        return self.engine.merged_name(module) if self.engine is not None else None
+
+    def unquantized(self, quantized: Iterable[str]) -> list[str]:
+        """Linears of transformers that stay unquantized, by its own names, in its order.
+
+        `quantized` are names on disk. Also what has no tensor of its own: a tied output head.
+        """
+        if self.tree is None:
+            return []
+        done = {self.tree.module(name) for name in quantized}
+        return [name for name in self.tree.linears if name not in done]
+
+    def names_of(self, module: str) -> tuple[str, ...]:
+        """The names by which engines look up the scheme of a module on disk, its own first."""
+        names = [module]
+        if self.tree is not None:
+            names.append(self.tree.module(module))
+        if self.engine is not None and self.engine.fate(module) == "quantized":
+            engine_name = self._engine_name(self.engine, module)
+            names += [engine_name] if engine_name else []
+        return tuple(dict.fromkeys(names))
+
+    @staticmethod
+    def _engine_name(engine: Architecture, module: str) -> str | None:
+        """The engine's name, unless it finds the module by the names of the parts on disk."""
+        name = engine.engine_module(module)
+        if name is None or engine.experts(module) is not None:
+            return None
+        return None if name.rpartition(".")[2] in engine.packed else name
+
+    def expert_lookups(self, part: str) -> tuple[str, ...]:
+        """The names by which the engine looks up the scheme of the experts that this is a part of.
+
+        `part` is the Linear of one expert, or a tensor of all.
+        """
+        experts = self.engine.experts(part) if self.engine is not None else None
+        return experts.lookups if experts is not None else ()
+
+
+@lru_cache(maxsize=16)
+def read_witnesses(ckpt: Checkpoint) -> Witnesses:
+    """Ask all three of them. Headers only; imports transformers."""
+    built = build_tree(ckpt)
+    tree = built if isinstance(built, ModuleTree) else None
+    named = ckpt.config.get("architectures")
+    names = tuple(map(str, named)) if isinstance(named, list) else ()
+    if not names and tree is not None:
+        names = (tree.model_class,)
+    engine = load_table().architecture(names)
+    layers = tree.stored_layers if tree is not None else _layers_of(ckpt, engine)
+    return Witnesses(
+        tree=tree,
+        no_tree=built if isinstance(built, str) else None,
+        engine=engine,
+        architectures=names,
+        layers=layers,
+        num_layers=_num_layers(ckpt, tree, layers),
+    )
+
+
+def _num_layers(ckpt: Checkpoint, tree: ModuleTree | None, layers: str) -> int:
+    declared = ckpt.text_config.get(family_of(ckpt.config).layers_key)
+    if isinstance(declared, int):
+        return declared
+    if tree is not None and tree.num_layers:
+        return tree.num_layers
+    found = (LAYER.match(name) for name in ckpt.tensors)
+    return 1 + max((int(m["index"]) for m in found if m and m["prefix"] == layers), default=-1)
+
+
+def _layers_of(ckpt: Checkpoint, engine: Architecture | None) -> str:
+    """Without transformers: the list whose layers have attention with a cache in the engine.
+
+    Where the engine does not know the model either, the list with most tensors outside of towers;
+    nothing is quantized there that a recipe does not name.
+    """
+    counts: dict[str, int] = {}
+    for name in ckpt.tensors:
+        match = LAYER.match(name)
+        if match is None or why_by_name(match["prefix"]):
+            continue
+        if engine is None or _caches(engine, name):
+            counts[match["prefix"]] = counts.get(match["prefix"], 0) + 1
+    return max(counts, key=lambda prefix: counts[prefix]) if counts else ""
+
+
+def _caches(engine: Architecture, tensor: str) -> bool:
+    parent = tensor.rpartition(".")[0].rpartition(".")[0]
+    found = engine.attention(parent)
+    return found is not None and found.kind in ("heads", "latent")
+
+
+def why_by_name(module: str) -> str | None:
+    """Why a module of this name is never quantized in any family; None where it may be."""
+    return next((rule.reason for rule in NEVER_QUANTIZED if rule.pattern.match(module)), None)

@@ -1,0 +1,82 @@
+"""What a plan leaves unquantized: the names for `ignore`, and the reasons for the user.
+
+An engine builds quantized whatever a target's class means and `ignore` does not name, also what has
+no tensor on disk (a tied output head) and experts that lie on disk as one tensor.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Collection, Iterator
+
+from ckptq.models.modules import Layout, Linear
+from ckptq.models.tree import NUMBER
+from ckptq.models.witnesses import HEAD
+
+EXPERT = re.compile(r"\.experts\.\d+\.")
+
+PLAIN = ("embedding", "norm")
+"""What no engine takes for a Linear, by its name."""
+
+EXPECTED = (*PLAIN, HEAD, "router", "vision tower", "audio tower", "projector", "bias")
+"""Reasons that hold for every model, and are not told one by one."""
+
+
+def left_names(layout: Layout, chosen: Collection[str]) -> tuple[str, ...]:
+    """Every module that an engine would build quantized and that is not, by all engines' names.
+
+    Experts of a layer that were left with all their projections are one pattern.
+    """
+    found: dict[str, None] = {}
+    touched = {_experts_of(name) for name in chosen}
+    for linear in layout.linears.values():
+        if linear.name in chosen or linear.kept in PLAIN:
+            continue
+        experts = _experts_of(linear.name)
+        if experts is not None and experts not in touched:
+            found |= dict.fromkeys(_of_experts(layout, experts, linear.name))
+        else:
+            found |= dict.fromkeys(layout.witnesses.names_of(linear.name))
+    for name in layout.whole_experts:
+        found |= dict.fromkeys(_of_whole(layout, name))
+    found |= dict.fromkeys(layout.witnesses.unquantized(chosen))
+    return tuple(found)
+
+
+def _experts_of(linear: str) -> str | None:
+    """ "model.layers.0.mlp.experts.7.up_proj" -> "model.layers.0.mlp.experts"."""
+    match = EXPERT.search(linear)
+    return linear[: match.start()] + ".experts" if match else None
+
+
+def _of_experts(layout: Layout, experts: str, part: str) -> Iterator[str]:
+    yield f"re:{re.escape(experts)}\\..*"
+    yield from layout.witnesses.expert_lookups(part)
+
+
+def _of_whole(layout: Layout, name: str) -> Iterator[str]:
+    """Of a 3-D tensor: the pattern of its experts, or the module's own names."""
+    experts, _, _ = name.rpartition(".")
+    if experts.endswith("experts"):
+        yield from _of_experts(layout, experts, name)
+    else:
+        yield from layout.witnesses.names_of(name)
+        yield from layout.witnesses.expert_lookups(name)
+
+
+def left_alone(layout: Layout, chosen: Collection[str]) -> Iterator[str]:
+    """A line for each kind of module in the decoder layers that stays for a reason of its own."""
+    kinds: Counter[tuple[str, str]] = Counter()
+    for linear in layout.linears.values():
+        if linear.name not in chosen and _is_news(layout, linear):
+            kinds[NUMBER.sub("*", linear.name), str(linear.kept)] += 1
+    for name, reason in layout.whole_experts.items():
+        kinds[NUMBER.sub("*", name), reason] += 1
+    for (pattern, reason), count in kinds.items():
+        yield f"{count} x {pattern} left unquantized: {reason}"
+
+
+def _is_news(layout: Layout, linear: Linear) -> bool:
+    told = linear.kept is not None and linear.kept not in EXPECTED
+    return told and layout.witnesses.in_layers(linear.name)

@@ -1,0 +1,274 @@
+"""`--engine transformers`: transformers builds its own quantized model and says what it lacks.
+
+Left-overs and places without a tensor are gathered by module; consequences of one cause are told
+once. What the family itself ignores is no finding, nor are cache scales outside the decoder: towers
+pass no cache to their attention.
+"""
+
+from __future__ import annotations
+
+import re
+import time
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Mapping
+from textwrap import shorten
+from typing import TYPE_CHECKING
+
+from ckptq.checkpoint.open import CONFIG, Checkpoint
+from ckptq.spec import FLOATS, TensorSpec
+from ckptq.verify.engine.result import Asked
+from ckptq.verify.kinds import finding
+from ckptq.verify.report import EngineRun, Finding
+
+if TYPE_CHECKING:
+    from ckptq.verify.engine.skeleton import Loaded
+
+CACHE_SCALES = ("q_scale", "k_scale", "v_scale")
+HARMLESS = re.compile(r"\.([qkv]_zero_point|q_scale)$")
+"""llm-compressor writes zeros beside cache scales, which no engine reads; q scales are vLLM's, and
+transformers takes them for an attention group alone."""
+
+SHOWN = 3
+LONGEST = 240
+
+
+def ask_transformers(ckpt: Checkpoint) -> Asked:
+    """Whether transformers would load the checkpoint whole. Reads headers only."""
+    import transformers
+
+    from ckptq.verify.engine.skeleton import load_by_headers
+
+    began = time.monotonic()
+    places = 0
+    findings: tuple[Finding, ...]
+    try:
+        loaded = load_by_headers(ckpt)
+    except MemoryError:
+        raise
+    except Exception as error:  # any: families and validators of configs raise what they like
+        findings = (_refused(f"{type(error).__name__}: {error}"),)
+    else:
+        places = len(loaded.wanted)
+        findings = tuple(_judge(ckpt, loaded))
+    run = EngineRun(
+        name="transformers",
+        version=transformers.__version__,
+        real=True,
+        places=places,
+        seconds=time.monotonic() - began,
+        remarks=(),
+    )
+    return Asked(run=run, findings=findings)
+
+
+def _refused(reason: str, where: str | None = None) -> Finding:
+    return finding(
+        "engine-refuses", where, file=CONFIG if where is None else None,
+        found=f"transformers: {shorten(reason, LONGEST, placeholder=' ...')}",
+        wanted="a checkpoint that it loads",
+    )  # fmt: skip
+
+
+def _judge(ckpt: Checkpoint, loaded: Loaded) -> Iterator[Finding]:
+    """Causes first; what they explain is not told again."""
+    lacking = _lacking(loaded)
+    over = _left_over(loaded)
+    unlike = _unlike(loaded)
+    failed = {place.rpartition(".")[0] for place in loaded.errors}
+    if failed and _attention_first(loaded):
+        yield finding(
+            "attention-group-first", "config_groups", file=CONFIG,
+            found=f"a group without weights before that of Linears; {len(failed)} modules of "
+            f"experts not loaded, first {min(failed)}", wanted="groups of Linears first",
+        )  # fmt: skip
+    else:
+        for place, error in loaded.errors.items():
+            yield _refused(_last_line(error), place)
+    yield from _unmatched_attention(loaded)
+    for module in [m for m in {**lacking, **over, **unlike} if m not in failed]:
+        yield from _module(ckpt, loaded, module, lacking, over, unlike)
+
+
+def _module(
+    ckpt: Checkpoint,
+    loaded: Loaded,
+    module: str,
+    lacking: Mapping[str, list[str]],
+    over: Mapping[str, list[str]],
+    unlike: Mapping[str, list[str]],
+) -> Iterator[Finding]:
+    """All that is wrong with one module, as one finding where one thing explains it."""
+    absent = lacking.get(module, [])
+    cache = [local for local in absent if local in CACHE_SCALES]
+    absent = [local for local in absent if local not in cache]
+    for local in cache:
+        yield finding(
+            "engine-default", f"{module}.{local}",
+            found="transformers: no tensor fills it, memory that nothing was written to is used",
+            wanted="the stored scale",
+        )  # fmt: skip
+    extra = over.get(module, [])
+    if absent and _stored_plain(loaded, module, extra):
+        yield _not_ignored(loaded, module)
+        return
+    if absent:
+        held = f"; left over: {_some(extra)}" if extra else ""
+        yield finding(
+            "engine-unfilled", module, found=f"transformers: no tensor for {_some(absent)}{held}",
+            wanted="a tensor for every parameter",
+        )  # fmt: skip
+        return
+    unlike_here = unlike.get(module, [])
+    if any(_holds_codes(loaded, place) for place in unlike_here):
+        yield finding(
+            "never-quantized", module, found="transformers builds it unquantized; codes on disk",
+            wanted="an unquantized weight",
+        )  # fmt: skip
+        return
+    for place in unlike_here:
+        yield finding(
+            "engine-shape", place, file=_file(ckpt, place),
+            found=f"transformers: {loaded.found[place]}", wanted=str(loaded.wanted[place]),
+        )  # fmt: skip
+    if extra:
+        yield finding(
+            "engine-left-over", module, found=f"transformers has no place for {_some(extra)}",
+            wanted="no such tensors",
+        )  # fmt: skip
+
+
+def _not_ignored(loaded: Loaded, module: str) -> Finding:
+    """A Linear that is built quantized and stored, or tied, as it is."""
+    repair = f'add "{module}" to quantization_config.ignore'
+    if module in loaded.tied:
+        return finding(
+            "tied-head-not-ignored", module, file=CONFIG,
+            found="transformers builds it quantized; its weight is the embedding's",
+            wanted="an entry in ignore", repair=repair,
+        )  # fmt: skip
+    return finding(
+        "engine-not-ignored", module, file=CONFIG,
+        found="transformers builds it quantized; it is stored as it is",
+        wanted="an entry in ignore under this name", repair=repair,
+    )  # fmt: skip
+
+
+def _stored_plain(loaded: Loaded, module: str, extra: list[str]) -> bool:
+    """Whether a module that is built quantized has the weight of an unquantized one."""
+    scheme = getattr(_submodule(loaded, module), "quantization_scheme", None)
+    if scheme is None or scheme.weights is None:
+        return False
+    weight = loaded.found.get(f"{module}.weight")
+    plain = weight is not None and weight.dtype in FLOATS
+    return plain or module in loaded.tied or f"{module}.weight" in extra
+
+
+def _attention_first(loaded: Loaded) -> bool:
+    """Whether the group that transformers takes for the experts' quantizes no weights."""
+    from transformers.integrations.compressed_tensors import get_experts_scheme
+
+    config = loaded.quantizer.compressor.quantization_config if loaded.quantizer else None
+    if config is None or not config.config_groups:
+        return False
+    return get_experts_scheme(config).weights is None
+
+
+def _unmatched_attention(loaded: Loaded) -> Iterator[Finding]:
+    """A group for q, k and v whose class the model does not have."""
+    classes = {type(module).__name__ for module in loaded.model.modules()}
+    config = loaded.quantizer.compressor.quantization_config if loaded.quantizer else None
+    for name, group in (config.config_groups if config is not None else {}).items():
+        strangers = [t for t in group.targets if not t.startswith("re:") and t not in classes]
+        if group.weights is None and strangers:
+            yield finding(
+                "target-unmatched", f"config_groups.{name}", file=CONFIG,
+                found=f"transformers: no module of class {strangers[0]}",
+                wanted="the class of its attention",
+            )  # fmt: skip
+
+
+def _lacking(loaded: Loaded) -> dict[str, list[str]]:
+    """Module -> its parameters that nothing fills."""
+    found: dict[str, list[str]] = defaultdict(list)
+    decoder = _decoder(loaded)
+    for place in sorted(loaded.missing):
+        module, _, local = place.rpartition(".")
+        if local not in CACHE_SCALES or _under(module, decoder):
+            found[module].append(local)
+    return found
+
+
+def _left_over(loaded: Loaded) -> dict[str, list[str]]:
+    """The nearest module that there is -> tensors under it without a place.
+
+    Whole layers and branches that transformers does not build (multi-token prediction, towers of a
+    text-only save) are left over of the source too.
+    """
+    decoder = _decoder(loaded)
+    roots = {"", loaded.model.base_model_prefix, decoder, f"{decoder}.layers"}
+    modules = {name for name, _ in loaded.model.named_modules()}
+    found: dict[str, list[str]] = defaultdict(list)
+    for name in sorted(loaded.left_over):
+        owner = name.rpartition(".")[0]
+        while owner and owner not in modules:
+            owner = owner.rpartition(".")[0]
+        if owner not in roots and not HARMLESS.search(name):
+            found[owner].append(name)
+    return found
+
+
+def _unlike(loaded: Loaded) -> dict[str, list[str]]:
+    """Module -> places filled with another shape, or with codes where a float should be."""
+    found: dict[str, list[str]] = defaultdict(list)
+    for place, wanted in loaded.wanted.items():
+        held = loaded.found.get(place)
+        if place.endswith(".weight_zero_point"):
+            continue  # compressed-tensors packs none on the meta device, and takes what is loaded
+        if held is not None and place not in loaded.missing and not _fits(held, wanted):
+            found[place.rpartition(".")[0]].append(place)
+    return found
+
+
+def _holds_codes(loaded: Loaded, place: str) -> bool:
+    """Whether codes are where a float should be."""
+    return loaded.wanted[place].dtype in FLOATS and loaded.found[place].dtype not in FLOATS
+
+
+def _fits(held: TensorSpec, wanted: TensorSpec) -> bool:
+    floats = held.dtype in FLOATS and wanted.dtype in FLOATS
+    integers = held.dtype in ("I32", "I64") and wanted.dtype == "I64"
+    return held.shape == wanted.shape and (held.dtype == wanted.dtype or floats or integers)
+
+
+def _decoder(loaded: Loaded) -> str:
+    decoder = loaded.model.get_decoder()
+    named = ((name, module) for name, module in loaded.model.named_modules() if module is decoder)
+    return next(named, ("", decoder))[0]
+
+
+def _under(module: str, decoder: str) -> bool:
+    return not decoder or module.startswith(f"{decoder}.")
+
+
+def _submodule(loaded: Loaded, name: str) -> object:
+    try:
+        return loaded.model.get_submodule(name)
+    except AttributeError:
+        return None
+
+
+def _file(ckpt: Checkpoint, name: str) -> str | None:
+    return ckpt.tensors[name].file.name if name in ckpt.tensors else None
+
+
+def _some(names: Iterable[str]) -> str:
+    every = list(names)
+    more = f" and {len(every) - SHOWN} more" if len(every) > SHOWN else ""
+    return ", ".join(every[:SHOWN]) + more
+
+
+def _last_line(error: str) -> str:
+    """The reason within what transformers keeps of an exception: a traceback, the reason, a word on
+    the operation."""
+    lines = [line for line in error.strip().splitlines() if line.strip()]
+    return lines[-2] if len(lines) > 1 and lines[-1].startswith("Error") else lines[-1]

@@ -1,0 +1,161 @@
+"""`--engine vllm --vllm-python PYTHON`: the real vLLM builds its class and loads by headers alone.
+
+vLLM lives in an environment of its own: `vllm_worker.py` runs there as a script, JSON in and out.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import time
+from collections import defaultdict
+from collections.abc import Iterator, Mapping
+from math import prod
+from pathlib import Path
+from textwrap import shorten
+from typing import Any
+
+from ckptq.checkpoint.open import CONFIG, Checkpoint
+from ckptq.errors import MachineError, UsageError
+from ckptq.spec import DTYPES, FLOATS
+from ckptq.verify.engine.result import Asked
+from ckptq.verify.kinds import finding
+from ckptq.verify.report import EngineRun, Finding
+
+WORKER = Path(__file__).with_name("vllm_worker.py")
+SECONDS = 1800
+"""Tiny checkpoints take ten, most of it imports; 140,000 tensors a few minutes."""
+
+CACHE_SCALE = re.compile(r"^(?P<module>.+?)(\.attn)?\.(?P<local>[qkv]_scale)$")
+OPTIONAL = re.compile(r"\.(weight_shape|[qkv]_zero_point|prob_scale)$")
+"""Parameters that vLLM makes and nobody has to fill: nothing reads them."""
+
+PLAIN = frozenset(DTYPES[name][0] for name in FLOATS)
+CODES = frozenset(DTYPES[name][0] for name in ("F8_E4M3", "F8_E5M2", "I8", "U8", "I32"))
+SHOWN = 3
+LONGEST = 300
+
+
+def ask_vllm(ckpt: Checkpoint, python: Path) -> Asked:
+    """What vLLM in the environment of `python` loads, and what it leaves empty.
+
+    Raises UsageError where that is no Python with vLLM, MachineError where vLLM crashes or takes
+    too long.
+    """
+    began = time.monotonic()
+    told = _work(ckpt, python)
+    parameters = told["parameters"]
+    if told["error"] is not None:
+        findings = [_refused(ckpt, told)]
+    else:
+        findings = list(_judge(ckpt, parameters))
+    remarks = (
+        [] if told["kernels"] else ["its CPU build: what kernels of a GPU refuse was not seen"]
+    )
+    run = EngineRun(
+        name="vllm",
+        version=told["version"],
+        real=True,
+        places=len(parameters),
+        seconds=time.monotonic() - began,
+        remarks=tuple(remarks),
+    )
+    return Asked(run=run, findings=tuple(findings))
+
+
+def _work(ckpt: Checkpoint, python: Path) -> dict[str, Any]:
+    request = {"path": str(ckpt.path.resolve()), "tensors": _in_order(ckpt)}
+    try:
+        done = subprocess.run(
+            [python, WORKER], input=json.dumps(request), capture_output=True, text=True,
+            timeout=SECONDS, check=False,
+        )  # fmt: skip
+    except OSError as error:
+        raise UsageError(f"--vllm-python {python}: cannot be run: {error.strerror}") from error
+    except subprocess.TimeoutExpired as error:
+        raise MachineError(f"{python}: vLLM took more than {SECONDS} s to load headers") from error
+    if "No module named 'vllm'" in done.stderr and not done.stdout:
+        raise UsageError(
+            f"--vllm-python {python}: has no vLLM; give the Python that serves with it"
+        )
+    try:
+        told = json.loads(done.stdout)
+    except json.JSONDecodeError as error:
+        lines = [line for line in done.stderr.splitlines() if line.strip()][-3:]
+        raise MachineError(
+            f"{python}: vLLM ended with exit code {done.returncode}: {' / '.join(lines)[-600:]}"
+        ) from error
+    assert isinstance(told, dict)
+    return told
+
+
+def _in_order(ckpt: Checkpoint) -> list[list[Any]]:
+    """File by file, and by name within one, as vLLM's loader and safetensors go."""
+    tensors = sorted(ckpt.tensors.items(), key=lambda pair: (_natural(pair[1].file.name), pair[0]))
+    return [[name, DTYPES[t.spec.dtype][0], list(t.spec.shape)] for name, t in tensors]
+
+
+def _natural(name: str) -> list[Any]:
+    return [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", name)]
+
+
+def _refused(ckpt: Checkpoint, told: Mapping[str, Any]) -> Finding:
+    at = told["at"]
+    return finding(
+        "engine-refuses", at, file=ckpt.tensors[at].file if at in ckpt.tensors else CONFIG,
+        found=f"vllm: {shorten(told['error'], LONGEST, placeholder=' ...')}",
+        wanted="a checkpoint that it loads",
+    )  # fmt: skip
+
+
+def _judge(ckpt: Checkpoint, parameters: list[dict[str, Any]]) -> Iterator[Finding]:
+    cached = ckpt.quantization_config is not None and ckpt.quantization_config.get(
+        "kv_cache_scheme"
+    )
+    empty: dict[str, list[str]] = defaultdict(list)
+    for one in parameters:
+        name, size = one["name"], prod(one["shape"])
+        scale = CACHE_SCALE.match(name)
+        if OPTIONAL.search(name) or (scale and not cached):
+            continue
+        if scale and one["filled"] < size:
+            yield finding(
+                "engine-default", f"{scale['module']}.{scale['local']}",
+                found="vllm: missing: 1.0 is used", wanted="the stored scale",
+            )  # fmt: skip
+        elif one["filled"] == 0 and size:
+            module, _, local = name.rpartition(".")
+            empty[module].append(local)
+        elif one["filled"] < size:
+            yield _partly(one, size)
+        if _cast(one):
+            yield finding(
+                "engine-shape", name, found=f"vllm: {', '.join(one['sources'])} on disk",
+                wanted=one["dtype"],
+            )  # fmt: skip
+    for module, locals_ in empty.items():
+        more = f" and {len(locals_) - SHOWN} more" if len(locals_) > SHOWN else ""
+        yield finding(
+            "engine-unfilled", module,
+            found=f"vllm: no tensor for {', '.join(locals_[:SHOWN])}{more}",
+            wanted="a tensor for every parameter",
+        )  # fmt: skip
+
+
+def _partly(one: Mapping[str, Any], size: int) -> Finding:
+    """A merged parameter that lacks a part, or experts."""
+    rows = one["rows"]
+    bare = f"; nothing in {', '.join(map(str, rows[:SHOWN]))}" if rows else ""
+    bare += f" and {len(rows) - SHOWN} more of its {one['shape'][0]}" if len(rows) > SHOWN else ""
+    return finding(
+        "engine-partly-filled", one["name"],
+        found=f"vllm: {one['filled']:,} of {size:,} elements{bare}",
+        wanted="a tensor for every part",
+    )  # fmt: skip
+
+
+def _cast(one: Mapping[str, Any]) -> bool:
+    """Whether codes went into floats, or floats into codes, which copying does without a word."""
+    sources, place = set(one["sources"]), one["dtype"]
+    return bool((sources & PLAIN and place in CODES) or (sources & CODES and place in PLAIN))

@@ -1,0 +1,168 @@
+"""Every family through quantize, and back in transformers: every weight is near its source's.
+
+The judge is transformers itself: `from_pretrained` of the result must fill every parameter and
+leave no tensor over, and what compressed-tensors decompresses is within the format's noise. What
+transformers cannot load has to be said by the plan before the work, or refused by it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import os
+import re
+from collections.abc import Iterator
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from transformers import CompressedTensorsConfig
+
+from ckptq.calibrate.request import CalibrationRequest
+from ckptq.convert.quantize import QuantizeRequest, quantize
+from ckptq.errors import CkptqError
+from ckptq.recipes.load import load_scheme
+from families.sources import FAMILIES, HANDMADE, save
+
+NOISE = {
+    "fp8-dynamic": 0.04,
+    "fp8-per-head": 0.04,
+    "w8a8": 0.02,
+    "w4a16-g32": 0.13,
+    "nvfp4a16": 0.15,
+}
+"""Scheme -> the largest relative error of one weight of a normal distribution."""
+
+TOWER_SCALE = re.compile(r"vision.*\.[kv]_scale$")
+
+UNLOADABLE = ("transformers loads the experts", "transformers cannot read")
+"""How the plan says that the result is for vLLM alone."""
+
+
+@pytest.fixture(scope="module")
+def sources(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("families")
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    generator = torch.Generator().manual_seed(0)
+    lines = [torch.randint(3, 200, (16,), generator=generator).tolist() for _ in range(2)]
+    file = tmp_path_factory.mktemp("data") / "ids.jsonl"
+    file.write_text("\n".join(json.dumps({"input_ids": line}) for line in lines))
+    return file
+
+
+def cells() -> Iterator[tuple[str, str]]:
+    """Every family under FP8, and every eighth under each other scheme: FULL_MATRIX=1 runs
+    all of them, which takes half an hour."""
+    others = [scheme for scheme in NOISE if scheme != "fp8-dynamic"]
+    for number, family in enumerate(f for f in FAMILIES if f not in HANDMADE):
+        yield family, "fp8-dynamic"
+        for turn, scheme in enumerate(others):
+            if os.environ.get("FULL_MATRIX") or number % 8 == 2 * turn:
+                yield family, scheme
+
+
+@pytest.mark.parametrize(("family", "scheme"), cells())
+def test_a_family_comes_back_in_transformers(
+    sources: Path, data: Path, tmp_path: Path, family: str, scheme: str
+) -> None:
+    source = save(family, sources)
+    theirs = loaded(source)
+    if theirs is None:
+        pytest.skip("transformers does not load the source itself")
+    notes: list[str] = []
+    calibration = CalibrationRequest(data=data, samples=2, seq_len=16)
+    request = QuantizeRequest(
+        model=source, recipe=load_scheme(scheme), out=tmp_path / "out", workers=1,
+        calibration=calibration,
+    )  # fmt: skip
+    try:
+        quantize(request, note=notes.append)
+    except CkptqError as error:
+        refusal = str(error)
+        assert len(refusal) > 20
+        return
+    ours = loaded(tmp_path / "out")
+    if any(said in note for note in notes for said in UNLOADABLE):
+        assert ours is None or ours.missing or ours.unexpected, "said to be vLLM's alone, and loads"
+        return
+    assert ours is not None, "transformers does not load the result"
+    # compressed-tensors gives every attention module k and v scales, towers without a cache too
+    missing = [name for name in ours.missing if not TOWER_SCALE.search(name)]
+    assert missing == theirs.missing
+    assert ours.unexpected == theirs.unexpected
+    worst = max(errors(theirs.parameters, ours.parameters), default=(0.0, ""))
+    assert worst[0] < NOISE[scheme], worst
+
+
+class Loaded:
+    """A model as transformers has it, its weights decompressed."""
+
+    def __init__(self, model: Any, info: dict[str, Any]) -> None:
+        self.missing = sorted(info["missing_keys"])
+        self.unexpected = sorted(info["unexpected_keys"])
+        self.parameters = dict(model.named_parameters())
+
+
+def loaded(folder: Path) -> Loaded | None:
+    """None where transformers raises."""
+    return _source(folder) if folder.name != "out" else _load(folder)
+
+
+@cache
+def _source(folder: Path) -> Loaded | None:
+    return _load(folder)
+
+
+def _load(folder: Path) -> Loaded | None:
+    config = json.loads((folder / "config.json").read_text())
+    model_class = getattr(transformers, config["architectures"][0], None)
+    if model_class is None:
+        return None
+    options: dict[str, Any] = {"dtype": torch.bfloat16, "output_loading_info": True}
+    if "quantization_config" in config:
+        options["quantization_config"] = CompressedTensorsConfig(dequantize=True)
+    try:
+        with quiet():
+            return Loaded(*model_class.from_pretrained(folder, **options))
+    except Exception:  # transformers and the libraries under it raise many kinds
+        return None
+
+
+def errors(
+    theirs: dict[str, torch.Tensor], ours: dict[str, torch.Tensor]
+) -> Iterator[tuple[float, str]]:
+    """The relative error of every weight, with its name; infinite where it is not there."""
+    for name, wanted in theirs.items():
+        found = ours.get(name)
+        if found is None or found.shape != wanted.shape:
+            yield _of_experts(name, wanted, ours), name
+        elif wanted.norm() > 0:
+            yield float((found.float() - wanted.float()).norm() / wanted.float().norm()), name
+
+
+def _of_experts(name: str, wanted: torch.Tensor, ours: dict[str, torch.Tensor]) -> float:
+    """Of a fused tensor that transformers has taken apart: Llama-4's [E, H, 2I] and [E, I, H]."""
+    experts, _, which = name.rpartition(".")
+    parts = ("gate_proj", "up_proj") if which == "gate_up_proj" else (which,)
+    names = [[f"{experts}.{e}.{p}.weight" for p in parts] for e in range(wanted.shape[0])]
+    if not all(n in ours for expert in names for n in expert):
+        return float("inf")
+    found = torch.stack([torch.cat([ours[n].t() for n in expert], dim=1) for expert in names])
+    return float((found.float() - wanted.float()).norm() / wanted.float().norm())
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    transformers.logging.disable_progress_bar()
+    logging.disable(logging.WARNING)
+    try:
+        yield
+    finally:
+        logging.disable(logging.NOTSET)
