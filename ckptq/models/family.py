@@ -54,7 +54,7 @@ FAMILIES = (
     ),
     Family(
         name="qwen3-vl-moe",
-        model_types=("qwen3_vl_moe",),
+        model_types=("qwen3_vl_moe", "qwen3_vl_moe_text"),
         fused_experts=FusedExperts(transposed=True),
     ),
     Family(name="gpt2", model_types=("gpt2", "openai-gpt"), transposed_layers=True),
@@ -62,7 +62,7 @@ FAMILIES = (
     Family(name="longcat", model_types=("longcat_flash",), layers_key="num_layers"),
     Family(
         name="qwen3.5-moe",
-        model_types=("qwen3_5_moe",),
+        model_types=("qwen3_5_moe", "qwen3_5_moe_text"),
         fused_experts=FusedExperts(transposed=False),
     ),
 )
