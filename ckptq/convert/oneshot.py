@@ -63,15 +63,17 @@ def _load(ckpt: Checkpoint, trust_remote_code: bool) -> tuple[Any, Any]:
     from ckptq.models.transformers_model import model_class_of, read_config
 
     trusted = {"local_files_only": True, "trust_remote_code": trust_remote_code}
-    with refusals(f"{ckpt.path}: no tokenizer that transformers can load"):
-        tokenizer: Any = AutoTokenizer.from_pretrained(ckpt.path, **trusted)
     config = read_config(ckpt, trust_remote_code)
     model_class: Any = model_class_of(ckpt, config, trust_remote_code)
     with refusals(f"{ckpt.path}: transformers cannot load the model"):
-        model = model_class.from_pretrained(ckpt.path, dtype="auto", local_files_only=True)
+        model = model_class.from_pretrained(
+            ckpt.path, config=config, dtype="auto", local_files_only=True
+        )
     _leave_generation_out(model)
     with refusals(f"{ckpt.path}: transformers loads the model's config and would not save it"):
         _rehearse(model)
+    with refusals(f"{ckpt.path}: no tokenizer that transformers can load"):
+        tokenizer: Any = AutoTokenizer.from_pretrained(ckpt.path, **trusted)
     return model, tokenizer
 
 

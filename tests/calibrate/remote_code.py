@@ -22,7 +22,14 @@ class {name}Config(LlamaConfig):
 MODELING = """
 import torch
 from transformers import LlamaForCausalLM
+from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 from .configuration_{type} import {name}Config
+
+
+class {name}Layer(LlamaDecoderLayer):
+    def forward(self, *args, **kwargs):
+        {layer}
+        return super().forward(*args, **kwargs)
 
 
 class {name}ForCausalLM(LlamaForCausalLM):
@@ -30,17 +37,11 @@ class {name}ForCausalLM(LlamaForCausalLM):
 
     def __init__(self, config):
         super().__init__(config)
-        layer = self.model.layers[1]
-        plain = layer.forward
+        self.model.layers[1] = {name}Layer(config, 1)
 
-        def forward(*args, **kwargs):
-            {layer}
-            return plain(*args, **kwargs)
-
-        layer.forward = forward
-
-    def _init_weights(self, module):
+    def initialize_weights(self):
         {init}
+        super().initialize_weights()
 
     def get_decoder(self):
         {decoder}
@@ -54,7 +55,7 @@ def save(
     *,
     config: str = "pass",
     layer: str = "pass",
-    init: str = "super()._init_weights(module)",
+    init: str = "pass",
     decoder: str = "pass",
 ) -> Path:
     """A checkpoint of a family called `name`, with a statement of its own in one place."""

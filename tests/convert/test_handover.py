@@ -229,21 +229,23 @@ def test_a_tokenizer_that_does_not_load_is_told_before_the_calibration(
 def test_a_config_that_does_not_save_is_told_before_the_calibration(
     llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A class of the checkpoint's own, with something in it that JSON has no word for."""
+    """A class of the checkpoint's own."""
     from transformers import dynamic_module_utils
 
     monkeypatch.setattr(dynamic_module_utils, "HF_MODULES_CACHE", str(tmp_path / "modules"))
     (llama / "configuration_unsaved.py").write_text(
         "from transformers import LlamaConfig\n\n\nclass UnsavedConfig(LlamaConfig):\n"
-        "    model_type = 'unsaved'\n\n    def __init__(self, **kwargs):\n"
-        "        super().__init__(**kwargs)\n        self.kernel = object()\n"
+        "    model_type = 'unsaved'\n\n    def to_json_file(self, *args, **kwargs):\n"
+        "        raise TypeError('a kernel is no JSON')\n"
     )
     config = json.loads((llama / "config.json").read_text()) | {
         "model_type": "unsaved",
         "auto_map": {"AutoConfig": "configuration_unsaved.UnsavedConfig"},
     }
     (llama / "config.json").write_text(json.dumps(config))
-    words = "llama: transformers loads the model's config and would not save it: .*JSON"
+    words = (
+        "llama: transformers loads the model's config and would not save it: a kernel is no JSON"
+    )
     refused_before_calibration(llama, tmp_path, words, trust_remote_code=True)
 
 
