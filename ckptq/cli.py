@@ -98,6 +98,7 @@ def quantize(
 ) -> None:
     """Convert a checkpoint into a compressed-tensors one that vLLM serves."""
     from ckptq.calibrate.request import CalibrationRequest
+    from ckptq.checkpoint.beside import told_of
     from ckptq.convert.quantize import QuantizeRequest, plan_of
     from ckptq.convert.quantize import quantize as convert
     from ckptq.permute.order import Sharing
@@ -131,7 +132,10 @@ def quantize(
         max_ram=nbytes(max_ram) if max_ram else None,
     )
     if dry_run:
-        show_plan(plan_of(request)[1], json)
+        ckpt, plan = plan_of(request)
+        for line in told_of(ckpt.path, ckpt.beside()):
+            console.note(line)
+        show_plan(plan, json)
         return
     with console.progress() as begin:
         result = convert(request, begin, console.note)
@@ -269,6 +273,7 @@ def permute(
     json: Json = False,
 ) -> None:
     """Bake a RoPE row order into q/k and all that is indexed by their rows, and mark it."""
+    from ckptq.checkpoint.beside import told_of
     from ckptq.checkpoint.open import open_checkpoint
     from ckptq.permute.effect import Part
     from ckptq.permute.order import RopeOrder
@@ -279,6 +284,8 @@ def permute(
     parts = [Part(one_of("--only", part, tuple(Part))) for part in words(only) or Part]
     ckpt = open_checkpoint(path, revision)
     plan = plan_permute(ckpt, order, parts)
+    for line in told_of(ckpt.path, ckpt.beside()):
+        console.note(line)
     with console.progress() as begin:
         report = begin("permute", ckpt.nbytes)
         done = permute_checkpoint(plan, output, restart=restart, workers=workers, progress=report)

@@ -22,6 +22,7 @@ from ckptq.calibrate.record import (
     Memo,
     Moved,
     Recorder,
+    WantsTuples,
     is_plain,
     layers_replaced,
 )
@@ -30,6 +31,7 @@ from ckptq.calibrate.source import WeightSource
 from ckptq.calibrate.text import Batch
 from ckptq.calibrate.weights import Loader
 from ckptq.checkpoint.open import Checkpoint
+from ckptq.models.refusals import family_code
 
 if TYPE_CHECKING:
     import torch
@@ -66,6 +68,12 @@ class LayerwiseModel:
         self.loader = loader
         self.device = device
         self._layers = list(skeleton.layers.values())
+        self._tuples = False
+        """Whether the model wants tuples from its layers, as older families do."""
+
+    @property
+    def _family(self) -> str:
+        return type(self.skeleton.model).__name__
 
     @property
     def layer_names(self) -> list[str]:
@@ -101,11 +109,23 @@ class LayerwiseModel:
             moved = Moved(self.device)
             for number, hidden_BSE in enumerate(stream.hidden_BSE):
                 args, kwargs = moved(stream.arguments[number][index])
+                hidden_BSE = hidden_BSE.to(self.device)
                 with nullcontext() if watch is None else watch(layer, stream.batches[number]):
-                    result = layer(hidden_BSE.to(self.device), *args, **kwargs)
+                    result = self._through(layer, name, hidden_BSE, args, kwargs)
                 result_BSE: Tensor = result[0] if isinstance(result, tuple) else result
                 stream.hidden_BSE[number] = result_BSE.to(stream.place)
                 stream.arguments[number][index] = ((), {})
+
+    def _through(
+        self,
+        layer: nn.Module,
+        name: str,
+        hidden_BSE: Tensor,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+    ) -> Any:
+        with family_code(self.loader.label, f"{self._family} in {name}"):
+            return layer(hidden_BSE, *args, **kwargs)
 
     def head(self, stream: Stream) -> Iterator[Tensor]:
         """Logits [B, S, V] of each batch: the final norm and the output head."""
@@ -127,27 +147,33 @@ class LayerwiseModel:
 
     def _record(self, batch: Batch) -> tuple[Tensor, list[LayerArguments]]:
         """Run the model up to its last layer; every layer only notes its arguments."""
-        recorder = Recorder(type(self.skeleton.model).__name__, stop_after=len(self.layer_names))
+        try:
+            recorder = self._recorded(batch)
+        except WantsTuples:
+            self._tuples = True
+            recorder = self._recorded(batch)
+        return recorder.hidden_states(), recorder.calls
+
+    def _recorded(self, batch: Batch) -> Recorder:
+        recorder = Recorder(self._family, len(self.layer_names), self._tuples)
         with layers_replaced(self._layers, recorder), suppress(AllLayersSeen):
             self._call(batch)
-        return recorder.hidden_states(), recorder.calls
+        return recorder
 
     def _finish(self, batch: Batch, hidden_BSE: Tensor) -> Tensor:
         """Run the model with layers that hand on the hidden states which the last one gave."""
 
-        def given(*_: Any, **__: Any) -> Tensor:
-            return hidden_BSE
+        def given(*_: Any, **__: Any) -> Any:
+            return (hidden_BSE,) if self._tuples else hidden_BSE
 
         with layers_replaced(self._layers, given):
             logits_BSV: Tensor = self._call(batch).logits
         return logits_BSV
 
     def _call(self, batch: Batch) -> Any:
-        return self.skeleton.model(
-            input_ids=batch.input_ids_BS.to(self.device),
-            attention_mask=batch.mask_BS.to(self.device),
-            use_cache=False,
-        )
+        ids_BS, mask_BS = batch.input_ids_BS.to(self.device), batch.mask_BS.to(self.device)
+        with family_code(self.loader.label, f"{self._family} outside its decoder layers"):
+            return self.skeleton.model(input_ids=ids_BS, attention_mask=mask_BS, use_cache=False)
 
     @contextmanager
     def _outer_weights(self) -> Iterator[None]:
@@ -195,7 +221,9 @@ def open_model(
     where = torch.device(device)
     source = weights_of(ckpt, pinned=where.type == "cuda") if weights is None else weights
     skeleton = build_skeleton(ckpt, where, eager, trust_remote_code)
-    return LayerwiseModel(skeleton, Loader(skeleton, source, where), where)
+    with family_code(source.label, f"{type(skeleton.model).__name__}'s map of names"):
+        loader = Loader(skeleton, source, where)
+    return LayerwiseModel(skeleton, loader, where)
 
 
 def _has_own_weights(module: nn.Module) -> bool:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from ckptq.errors import PlanError
 from ckptq.models.refusals import WEIGHTS_ALONE
@@ -24,38 +24,42 @@ class AllLayersSeen(Exception):
     """Ends a recording run: what follows the layers is not needed and has no weights."""
 
 
-class Recorder:
-    """Stands in for the decoder layers of one run and notes how each is called."""
+class WantsTuples(Exception):
+    """The model took the first row of what its layer returned: older families return a tuple."""
 
-    def __init__(self, model_name: str, stop_after: int) -> None:
+
+class Recorder:
+    """Stands in for the decoder layers of one run and notes how each is called.
+
+    With `tuples` it returns what it hands on as the first of a tuple.
+    """
+
+    def __init__(self, model_name: str, stop_after: int, tuples: bool) -> None:
         self.calls: list[LayerArguments] = []
         self._model_name = model_name
         self._stop_after = stop_after
+        self._tuples = tuples
         self._hidden_BSE: Tensor | None = None
 
-    def __call__(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    def __call__(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
         if self._hidden_BSE is not None and hidden_states is not self._hidden_BSE:
-            raise PlanError(
-                f"{self._model_name} {self._what_it_does(hidden_states)}; it cannot be run layer "
-                f"by layer; {WEIGHTS_ALONE}"
-            )
+            self._refuse(hidden_states)
         self._hidden_BSE = hidden_states
         self.calls.append((args, kwargs))
         if len(self.calls) == self._stop_after:
             raise AllLayersSeen
-        return hidden_states
+        return (hidden_states,) if self._tuples else hidden_states
 
-    def _what_it_does(self, given: Tensor) -> str:
-        """With what a layer has handed on."""
+    def _refuse(self, given: Tensor) -> NoReturn:
+        """What comes to a layer is not what the one before it handed on."""
         assert self._hidden_BSE is not None
-        if (
-            given.shape == self._hidden_BSE.shape[1:]
-            and given.data_ptr() == self._hidden_BSE.data_ptr()
-        ):
-            return "wants tuples from its decoder layers, of which it takes the first"
-        return (
-            "changes the hidden states between decoder layers "
-            f"{len(self.calls) - 1} and {len(self.calls)}"
+        whole = self._hidden_BSE
+        if given.shape == whole.shape[1:] and given.data_ptr() == whole.data_ptr():
+            raise WantsTuples
+        raise PlanError(
+            f"{self._model_name} changes the hidden states between decoder layers "
+            f"{len(self.calls) - 1} and {len(self.calls)}; it cannot be run layer by layer; "
+            f"{WEIGHTS_ALONE}"
         )
 
     def hidden_states(self) -> Tensor:
@@ -141,7 +145,7 @@ def is_plain(value: Any) -> bool:
 
 
 @contextmanager
-def layers_replaced(layers: Sequence[nn.Module], stand_in: Callable[..., Tensor]) -> Iterator[None]:
+def layers_replaced(layers: Sequence[nn.Module], stand_in: Callable[..., Any]) -> Iterator[None]:
     """Each layer's `forward` is another function inside the block; its attributes stay."""
     for layer in layers:
         vars(layer)["forward"] = stand_in

@@ -227,9 +227,9 @@ def _classes(model: LayerwiseModel, statistics: Statistics) -> dict[str, str]:
 
 
 def _check_vocabulary(model: LayerwiseModel, samples: Samples) -> None:
-    size = model.skeleton.model.config.get_text_config(decoder=True).vocab_size
-    largest = max(map(max, samples.token_ids))
-    if largest >= size:
+    text = model.skeleton.model.config.get_text_config(decoder=True)
+    size, largest = getattr(text, "vocab_size", None), max(map(max, samples.token_ids))
+    if size is not None and largest >= size:
         raise SourceError(
             f"{samples.source}: token id {largest} is outside the model's vocabulary of {size}"
         )

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from ckptq.calibrate import attention
 from ckptq.checkpoint.open import CONFIG, Checkpoint
 from ckptq.errors import PlanError, SourceError
-from ckptq.models.refusals import WEIGHTS_ALONE, refusals
+from ckptq.models.refusals import WEIGHTS_ALONE, family_code, refusals
 from ckptq.models.transformers_model import (
     decoder_layers_of,
     model_class_of,
@@ -56,13 +56,18 @@ def build_skeleton(
     config._attn_implementation = attention.register(eager or not model_class._supports_sdpa)
     with refusals(f"{ckpt.path / CONFIG}: transformers makes no {model_class.__name__} of it"):
         model = _build(model_class, config, dtype)
-    _make_buffers(model, device)
+    with family_code(str(ckpt.path), f"{model_class.__name__}'s own initialization"):
+        _make_buffers(model, device)
     model.eval()
-    return Skeleton(model=model, layers=_decoder_layers(ckpt, model), dtype=dtype)
+    with family_code(str(ckpt.path), f"{model_class.__name__}'s search for its decoder"):
+        layers = _decoder_layers(ckpt, model)
+    return Skeleton(model=model, layers=layers, dtype=dtype)
 
 
 def _check_has_heads(ckpt: Checkpoint, config: PreTrainedConfig) -> None:
-    if not getattr(config.get_text_config(decoder=True), "num_attention_heads", None):
+    with refusals(f"{ckpt.path / CONFIG}: transformers finds no text model in it"):
+        text = config.get_text_config(decoder=True)
+    if not getattr(text, "num_attention_heads", None):
         architecture = ", ".join(config.architectures or ["unknown architecture"])
         raise PlanError(
             f"{ckpt.path}: {architecture} has no attention heads, so there is no KV cache and no "

@@ -11,6 +11,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from ckptq.checkpoint.beside import (
+    AGAIN,
+    PICKLES,
+    Beside,
+    refuse_adapter,
+    refuse_adapter_tensors,
+    shards_among,
+    sort_files,
+)
 from ckptq.checkpoint.bounded import INDEX_BYTES, INDEX_VALUES, json_object
 from ckptq.checkpoint.header import Header, StoredTensor, by_place, read_header
 from ckptq.checkpoint.identity import Identity
@@ -22,9 +31,6 @@ CONFIG = "config.json"
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 
-PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
-OTHER_WEIGHTS = (*PICKLES, ".safetensors", ".h5", ".msgpack", ".onnx", ".gguf", ".ot")
-"""Never carried over as side files: they hold the unquantized weights in another form."""
 
 MAX_TENSORS = 1 << 21
 """In all files of a checkpoint; the largest known has 210,000."""
@@ -66,20 +72,15 @@ class Checkpoint:
         found = found or self.config.get("compression_config")
         return found if isinstance(found, dict) else None
 
-    def side_files(self) -> list[Path]:
-        """Everything that belongs to the checkpoint and is no weight: tokenizer, processor.
+    def beside(self) -> Beside:
+        """The files of the folder that are no shards of it, sorted into its own and others."""
+        own = {CONFIG, INDEX, *(header.file.name for header in self.headers)}
+        return sort_files(self.path, own, self.tensors.keys())
 
-        Paths relative to the folder, sorted. Hidden files and folders are not part of a checkpoint.
-        """
-        found = (p.relative_to(self.path) for p in sorted(self.path.rglob("*")) if p.is_file())
-        return [
-            p
-            for p in found
-            if not any(part.startswith(".") for part in p.parts)
-            and p.suffix not in OTHER_WEIGHTS
-            and not p.name.endswith(".index.json")
-            and str(p) != CONFIG
-        ]
+    def side_files(self) -> list[Path]:
+        """Everything that belongs to the checkpoint beside its tensors: tokenizer, processor,
+        adapters, a Dense layer. Paths relative to the folder, sorted."""
+        return list(self.beside().carried)
 
     def pinned(self) -> dict[Path, Identity]:
         """Every file of the checkpoint as it was when it was opened, side files as they are now:
@@ -100,6 +101,7 @@ def open_checkpoint(
     raised, so that `verify` can report them all; an unreadable checkpoint is raised all the same.
     """
     path, name = _locate(source, revision)
+    refuse_adapter(path)
     config, identity = _config(path)
     identities = {path / CONFIG: identity}
     index = _index(path, identities)
@@ -115,6 +117,7 @@ def open_checkpoint(
             tensors.setdefault(tensor.name, tensor)
     if index is not None:
         found += _disagreements(path, index, headers)
+    refuse_adapter_tensors(path, tensors)
     if not tensors:
         raise SourceError(f"{path}: no tensor in {len(headers)} safetensors file(s)")
     if problems is not None:
@@ -183,7 +186,9 @@ def _download(hub_id: str, revision: str | None) -> Path:
     try:
         return Path(
             snapshot_download(
-                hub_id, revision=revision, ignore_patterns=[f"*{p}" for p in (*PICKLES, ".gguf")]
+                hub_id,
+                revision=revision,
+                ignore_patterns=[p for again in AGAIN.values() for p in again],
             )
         )
     except HFValidationError as error:
@@ -242,7 +247,7 @@ def _shards(path: Path, index: Mapping[str, str] | None) -> list[Path]:
         return files
     if (path / SINGLE).is_file():
         return [path / SINGLE]
-    found = sorted(path.glob("*.safetensors"))
+    found = shards_among(sorted(path.glob("*.safetensors")))
     if len(found) == 1:
         return found
     if found:

@@ -36,7 +36,9 @@ def write_side_files(
     clear_unfinished(folder)
     for name, data in made.items():
         write_whole(folder / name, data)
-    return [*made, *write_index(folder, shards), *_copy_others(folder, ckpt, pinned, made)]
+    others = _copy_others(folder, ckpt, pinned, made)
+    beside = any(name.endswith(".safetensors") and "/" not in name for name in others)
+    return [*made, *write_index(folder, shards, always=beside), *others]
 
 
 def _copy_others(

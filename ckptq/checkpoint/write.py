@@ -255,10 +255,11 @@ def _copy_by_hand(
     return len(buffer)
 
 
-def write_index(folder: Path, shards: Mapping[str, Specs]) -> list[str]:
-    """The index of a sharded checkpoint; a single file has none, as with save_pretrained. The names
+def write_index(folder: Path, shards: Mapping[str, Specs], *, always: bool = False) -> list[str]:
+    """The index of a sharded checkpoint; a single file has none, as with save_pretrained, unless
+    `always`: beside other safetensors files engines know the model's by the index. The names
     of what was written."""
-    if len(shards) == 1:
+    if len(shards) == 1 and not always:
         return []
     total = sum(spec.nbytes for specs in shards.values() for spec in specs.values())
     weight_map = {name: shard for shard, specs in shards.items() for name in specs}

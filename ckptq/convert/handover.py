@@ -7,7 +7,6 @@ everything else (shards, side files, provenance, RoPE order, one rename) and is 
 from __future__ import annotations
 
 import os
-import shutil
 import sys
 from collections.abc import Mapping
 from contextlib import redirect_stdout
@@ -19,10 +18,11 @@ from ckptq.checkpoint.header import by_place
 from ckptq.checkpoint.identity import check_unchanged, lasting
 from ckptq.checkpoint.journal import Journal, check_apart
 from ckptq.checkpoint.open import CONFIG, Checkpoint, open_checkpoint
-from ckptq.checkpoint.seal import is_whole, seal
+from ckptq.checkpoint.seal import is_whole
 from ckptq.checkpoint.side_files import render_json, write_side_files
 from ckptq.convert import documents
 from ckptq.convert.fill import Job, convert_plan, prove_renamed
+from ckptq.convert.oneshot import run_oneshot
 from ckptq.convert.run import Result, serve_line
 from ckptq.errors import FoundWrong, UsageError
 from ckptq.models.encoded import read_encoded, unquantized_config
@@ -86,7 +86,7 @@ def write_handed_over(
         made = out if journal.renamed else journal.partial / "oneshot"
         if not journal.renamed and not is_whole(made):
             with redirect_stdout(sys.stderr):  # stdout is for results
-                _oneshot(ckpt, recipe, made, wanted)
+                run_oneshot(ckpt, recipe, made, wanted)
         plan = _plan_copies(made, recipe, None if journal.renamed else shard_bytes)
         job = Job(plan=plan, journal=journal, workers=workers, source_lasts=False)
         written: list[str] = []
@@ -112,58 +112,6 @@ def write_handed_over(
         resumed_units=resumed,
         serve=serve_line(out, plan),
     )
-
-
-def _oneshot(ckpt: Checkpoint, recipe: Recipe, made: Path, wanted: CalibrationRequest) -> None:
-    """llm-compressor's checkpoint in a folder of its own, sealed when it is whole."""
-    import torch
-    import transformers
-    from datasets import Dataset
-    from llmcompressor import oneshot
-
-    from ckptq.calibrate.text import read_samples
-    from ckptq.models.refusals import refusals
-    from ckptq.models.transformers_model import model_class_of, read_config
-
-    shutil.rmtree(made, ignore_errors=True)
-    samples = read_samples(
-        wanted.data, ckpt.path, samples=wanted.samples, seq_len=wanted.seq_len, seed=wanted.seed
-    )
-    ids = [list(row) for row in samples.token_ids]
-    config = read_config(ckpt, wanted.trust_remote_code)
-    model_class: Any = model_class_of(ckpt, config, wanted.trust_remote_code)
-    with refusals(f"{ckpt.path}: transformers cannot load the model"):
-        model = model_class.from_pretrained(ckpt.path, dtype="auto")
-    with refusals(f"{ckpt.path}: no tokenizer that transformers can load"):
-        tokenizer: Any = transformers.AutoTokenizer.from_pretrained(ckpt.path)
-    _check_saved(ckpt, model, made)
-    torch.manual_seed(wanted.seed)
-    oneshot(
-        model=model,
-        dataset=Dataset.from_dict(
-            {"input_ids": ids, "attention_mask": [[1] * len(r) for r in ids]}
-        ),
-        recipe=recipe.text,
-        max_seq_length=wanted.seq_len,
-        num_calibration_samples=len(ids),
-        shuffle_calibration_samples=False,
-        processor=tokenizer,
-    )
-    model.save_pretrained(made, save_compressed=True)
-    seal(made)
-
-
-def _check_saved(ckpt: Checkpoint, model: Any, made: Path) -> None:
-    """SourceError, before hours of work, for what transformers reads and does not write.
-
-    A generation_config is copied from the source in any case: the model gets one that it can save.
-    """
-    from ckptq.models.refusals import refusals
-
-    if model.can_generate():
-        model.generation_config = type(model.generation_config)()
-    with refusals(f"{ckpt.path / CONFIG}: transformers does not save what it has read"):
-        model.config.save_pretrained(made)
 
 
 def _plan_copies(made: Path, recipe: Recipe, shard_bytes: int | None) -> Plan:

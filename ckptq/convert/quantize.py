@@ -7,6 +7,7 @@ from pathlib import Path
 
 from ckptq.calibrate.ranks import started
 from ckptq.calibrate.request import NO_DATA, CalibrationRequest, ScalesSource, scales_source
+from ckptq.checkpoint.beside import told_of
 from ckptq.checkpoint.open import Checkpoint, open_checkpoint
 from ckptq.convert.fill import scale_tensors
 from ckptq.convert.handover import check_handed_over, write_handed_over
@@ -93,7 +94,7 @@ def quantize(
         _check_fit(plan, request.scales, source)
     if source is not None and source.doubt is not None:
         note(source.doubt)
-    for line in left_alone(plan.layout, plan.quantized):
+    for line in (*told_of(ckpt.path, ckpt.beside()), *left_alone(plan.layout, plan.quantized)):
         note(line)
     for line in (*plan.told, *vllm_doubts(plan), *transformers_doubts(plan)):
         note(f"{request.recipe.name}: {line}")
@@ -143,6 +144,8 @@ def _handed_over(request: QuantizeRequest, begin: Begin, note: Note) -> Result:
             )
     ckpt = open_checkpoint(request.model, request.revision)
     check_handed_over(request.recipe)
+    for line in told_of(ckpt.path, ckpt.beside()):
+        note(line)
     if request.calibration.data is None:
         note(NO_DATA)
     return write_handed_over(

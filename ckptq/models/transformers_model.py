@@ -47,7 +47,8 @@ def model_class_of(
     model_class: type[PreTrainedModel]
     own = (ckpt.config.get("auto_map") or {}).get("AutoModelForCausalLM")
     if own is not None and trust_remote_code:
-        model_class = get_class_from_dynamic_module(own, ckpt.path, local_files_only=True)
+        with refusals(f"{ckpt.path}: the model code that it carries ({own}) does not load"):
+            model_class = get_class_from_dynamic_module(own, ckpt.path, local_files_only=True)
         return model_class
     known = _known_class(ckpt)
     if known is not None:

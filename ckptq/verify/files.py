@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from ckptq.checkpoint.beside import WEIGHT_FORMATS
 from ckptq.checkpoint.open import CONFIG, INDEX, Checkpoint, Problems
 from ckptq.verify.kinds import AGAIN, finding
 from ckptq.verify.report import Finding
@@ -75,7 +76,7 @@ def check_files(subject: Subject, problems: Problems) -> Iterator[Finding]:
     """Everything that can be said without looking at a Linear."""
     yield from _twice(problems)
     yield from _index(subject.ckpt)
-    yield from _stray_shards(subject.ckpt)
+    yield from _stray_shards(subject)
     if subject.source is not None:
         yield from _side_files(subject.ckpt, subject.source)
         yield from _config(subject.ckpt.config, subject.source.config, "")
@@ -130,9 +131,11 @@ def _total_size(ckpt: Checkpoint, metadata: object) -> Iterator[Finding]:
         )  # fmt: skip
 
 
-def _stray_shards(ckpt: Checkpoint) -> Iterator[Finding]:
-    known = {header.file.name for header in ckpt.headers}
-    for path in sorted(ckpt.path.glob("*.safetensors")):
+def _stray_shards(subject: Subject) -> Iterator[Finding]:
+    """Files at the top that are no shards, and that did not come along from the source."""
+    known = {header.file.name for header in subject.ckpt.headers}
+    known |= {str(path) for path in (subject.source or subject.ckpt).side_files()}
+    for path in sorted(subject.ckpt.path.glob("*.safetensors")):
         if path.name not in known:
             yield finding(
                 "stray-shard", file=path, found="a file that the index does not name",
@@ -141,7 +144,8 @@ def _stray_shards(ckpt: Checkpoint) -> Iterator[Finding]:
 
 
 def _side_files(ckpt: Checkpoint, source: Checkpoint) -> Iterator[Finding]:
-    for name in SERVING:
+    weights = [str(path) for path in source.side_files() if path.suffix in WEIGHT_FORMATS]
+    for name in (*SERVING, *weights):
         there, original = ckpt.path / name, source.path / name
         if not original.is_file():
             continue
@@ -150,7 +154,7 @@ def _side_files(ckpt: Checkpoint, source: Checkpoint) -> Iterator[Finding]:
                 "side-file-missing", file=name, found="no such file", wanted="the source's",
                 repair=f"copy {name} from the source",
             )  # fmt: skip
-        elif there.read_bytes() != original.read_bytes():
+        elif name not in weights and there.read_bytes() != original.read_bytes():
             yield finding(
                 "side-file-differs", file=name, found=f"{there.stat().st_size} bytes",
                 wanted=f"the source's {original.stat().st_size} bytes",

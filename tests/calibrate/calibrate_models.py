@@ -195,6 +195,14 @@ def jetmoe() -> PreTrainedModel:
     return transformers.JetMoeForCausalLM(config)
 
 
+def falcon_h1() -> PreTrainedModel:
+    """Attention beside a mamba mixer; decoder layers that return tuples."""
+    config = transformers.FalconH1Config(
+        **TEXT, mamba_d_ssm=64, mamba_n_heads=4, mamba_d_head=16, mamba_d_state=16, mamba_n_groups=1
+    )
+    return transformers.FalconH1ForCausalLM(config)
+
+
 def xglm() -> PreTrainedModel:
     """Attention of its own."""
     config = transformers.XGLMConfig(
@@ -223,6 +231,7 @@ FAMILIES: dict[str, Callable[[], PreTrainedModel]] = {
     "minimax": minimax,
     "gemma4": gemma4,
     "gemma4-e": gemma4_e,
+    "falcon-h1": falcon_h1,
 }
 
 

@@ -296,15 +296,9 @@ def test_heads_that_are_not_the_plan_s_are_told_after_one_layer(saved, run_layer
     assert made.keys() == {name for scales in wanted.values() for name in scales}
 
 
-def test_attention_outside_the_interface_is_told_after_one_layer(saved, run_layers):
-    ckpt = saved("xglm")
+@pytest.mark.parametrize("family", ["xglm", "bloom"])
+def test_attention_outside_the_interface_is_told_after_one_layer(saved, run_layers, family):
+    ckpt = saved(family)
     with pytest.raises(PlanError, match=r"did not run as attention.*scheme for weights alone"):
         calibrate(ckpt, samples_of(ROWS[:2]), planned=planned(ckpt, "fp8-per-head"))
     assert run_layers == [0]
-
-
-def test_layers_that_return_tuples_are_told_before_any_runs(saved, run_layers):
-    ckpt = saved("bloom")
-    with pytest.raises(PlanError, match=r"BloomForCausalLM wants tuples.*scheme for weights alone"):
-        calibrate(ckpt, samples_of(ROWS[:2]), planned=planned(ckpt, "fp8-per-head"))
-    assert run_layers == []

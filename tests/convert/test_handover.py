@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -84,8 +85,8 @@ def test_killed_after_gptq_its_result_is_proved_or_made_again(
         pytest.skip("then nothing is left of it")
     wanted = CalibrationRequest(data=str(tmp_path / "text.txt"), samples=2, seq_len=8)
     recipe, runs = load_text("gptq", GPTQ), []
-    oneshot = handover._oneshot
-    monkeypatch.setattr(handover, "_oneshot", lambda *a: (runs.append(a), oneshot(*a))[1])
+    oneshot = handover.run_oneshot
+    monkeypatch.setattr(handover, "run_oneshot", lambda *a: (runs.append(a), oneshot(*a))[1])
 
     def write(out: Path) -> None:
         write_handed_over(open_checkpoint(llama), recipe, out, wanted, arguments={})
@@ -178,3 +179,81 @@ def test_a_cache_scheme_beside_gptq_is_refused_with_the_reason() -> None:
     both = GPTQ.replace("ignore: [lm_head]}", f"ignore: [lm_head], kv_cache_scheme: {KV}}}")
     with pytest.raises(UsageError, match="uninitialised memory"):
         check_handed_over(load_text("both", both))
+
+
+@pytest.mark.parametrize(
+    ("generation", "config"),
+    [
+        ({"do_sample": False, "temperature": 0.6, "top_p": 0.9}, {}),
+        ({"num_beams": 1, "early_stopping": True, "length_penalty": 2.0}, {}),
+        ({"do_sample": False, "top_k": 7}, {"temperature": 0.3, "num_beams": 4}),
+    ],
+)
+def test_settings_that_transformers_would_not_save_are_copied_as_they_are(
+    llama: Path, tmp_path: Path, generation: dict, config: dict
+) -> None:
+    """How text is sampled is no reason to lose a calibration."""
+    file = llama / "generation_config.json"
+    file.write_text(json.dumps(generation))
+    whole = json.loads((llama / "config.json").read_text()) | config
+    (llama / "config.json").write_text(json.dumps(whole))
+    wanted = CalibrationRequest(data=str(tmp_path / "text.txt"), samples=2, seq_len=16)
+    out = tmp_path / "out"
+    ckpt = open_checkpoint(llama)
+    write_handed_over(ckpt, load_text("gptq", GPTQ), out, wanted, arguments={})
+    assert (out / "generation_config.json").read_bytes() == file.read_bytes()
+    written = json.loads((out / "config.json").read_text())
+    assert {key: written[key] for key in config} == config
+
+
+def refused_before_calibration(folder: Path, tmp_path: Path, words: str, **wanted: Any) -> None:
+    request = CalibrationRequest(data=str(tmp_path / "ids.jsonl"), samples=2, seq_len=16, **wanted)
+    (tmp_path / "ids.jsonl").write_text(json.dumps({"input_ids": [1, 2, 3]}))
+    ckpt, recipe = open_checkpoint(folder), load_text("gptq", GPTQ)
+    began: list[object] = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("llmcompressor.oneshot", began.append)
+        with pytest.raises(SourceError, match=words):
+            write_handed_over(ckpt, recipe, tmp_path / "out", request, arguments={})
+    assert not began
+
+
+def test_a_tokenizer_that_does_not_load_is_told_before_the_calibration(
+    llama: Path, tmp_path: Path
+) -> None:
+    for file in llama.glob("token*"):
+        file.unlink()
+    refused_before_calibration(llama, tmp_path, "llama: no tokenizer that transformers can load")
+
+
+def test_a_config_that_does_not_save_is_told_before_the_calibration(
+    llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A class of the checkpoint's own."""
+    from transformers import dynamic_module_utils
+
+    monkeypatch.setattr(dynamic_module_utils, "HF_MODULES_CACHE", str(tmp_path / "modules"))
+    (llama / "configuration_unsaved.py").write_text(
+        "from transformers import LlamaConfig\n\n\nclass UnsavedConfig(LlamaConfig):\n"
+        "    model_type = 'unsaved'\n\n    def to_json_file(self, *args, **kwargs):\n"
+        "        raise TypeError('a kernel is no JSON')\n"
+    )
+    config = json.loads((llama / "config.json").read_text()) | {
+        "model_type": "unsaved",
+        "auto_map": {"AutoConfig": "configuration_unsaved.UnsavedConfig"},
+    }
+    (llama / "config.json").write_text(json.dumps(config))
+    words = (
+        "llama: transformers loads the model's config and would not save it: a kernel is no JSON"
+    )
+    refused_before_calibration(llama, tmp_path, words, trust_remote_code=True)
+
+
+def test_what_llm_compressor_cannot_run_is_one_message(llama: Path, tmp_path: Path) -> None:
+    """Groups that do not divide the columns."""
+    odd = GPTQ.replace("scheme: W4A16", "config_groups: {g: {targets: [Linear], weights: "
+                       "{num_bits: 4, strategy: group, group_size: 96}}}")  # fmt: skip
+    wanted = CalibrationRequest(data=str(tmp_path / "text.txt"), samples=2, seq_len=16)
+    ckpt = open_checkpoint(llama)
+    with pytest.raises(SourceError, match="llama: llm-compressor cannot run GPTQModifier on it: "):
+        write_handed_over(ckpt, load_text("gptq", odd), tmp_path / "out", wanted, arguments={})

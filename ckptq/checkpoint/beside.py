@@ -1,0 +1,157 @@
+"""Files beside the weights: which belong to a checkpoint, and which are its weights again.
+
+A suffix does not tell. sentence-transformers keeps a Dense layer in `2_Dense/model.safetensors`,
+speech models a dictionary of speakers in a `.pt`, multimodal ones adapters in folders: without them
+a model computes something else. What is not carried is named, with the reason.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from pathlib import Path
+
+from ckptq.checkpoint.header import read_header
+from ckptq.errors import SourceError
+
+PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
+WEIGHT_FORMATS = (*PICKLES, ".safetensors", ".h5", ".msgpack", ".onnx", ".gguf", ".ot", ".tflite")
+INDEX_SUFFIX = ".index.json"
+
+ADAPTER_CONFIG = "adapter_config.json"
+ADAPTERS = "adapter_model*.safetensors"
+
+TRAINING = "they are the state of a training run"
+
+AGAIN: Mapping[str, tuple[str, ...]] = {
+    "they are these weights as a pickle": ("pytorch_model*.bin", "model*.bin"),
+    "they are these weights in the layout of their makers": (
+        *("consolidated*.safetensors", "consolidated*.pth", "consolidated*.pt"),
+        *("original/*", "metal/*"),
+    ),
+    "they are these weights in another format": (
+        *("*.gguf", "*/*.gguf", "tf_model*.h5", "flax_model*.msgpack", "rust_model.ot", "*.tflite"),
+        *("onnx/*", "model*.onnx", "decoder*_model*.onnx", "openvino/*", "openvino_model*.bin"),
+        *("coreml/*",),
+    ),
+    TRAINING: (
+        *("optimizer*.pt", "optimizer*.bin", "scheduler.pt", "scaler.pt", "rng_state*.pth"),
+        *("training_args.bin", "checkpoint-*/*", "global_step*/*"),
+    ),
+}
+"""Reason -> patterns of paths in a checkpoint; those without a slash are of files at its top."""
+
+SHARDS = ("model.safetensors", "model-*-of-*.safetensors")
+"""What the shards of an output are called."""
+
+THE_SAME_TENSORS = "their tensors are in the model's own files"
+
+SHOWN = 4
+"""How many files a line names."""
+
+
+@dataclass(frozen=True, slots=True)
+class Beside:
+    """All files of a folder that hold none of the model's tensors, by their relative paths."""
+
+    carried: tuple[Path, ...]
+    left: Mapping[Path, str]
+    """What is not carried, with the reason."""
+
+
+def sort_files(folder: Path, own: Collection[str], tensors: Collection[str]) -> Beside:
+    """Sort what lies beside the files `own`, which hold `tensors`; nothing that is hidden."""
+    carried, left = [], {}
+    for path in sorted(p.relative_to(folder) for p in folder.rglob("*") if p.is_file()):
+        if any(part.startswith(".") for part in path.parts) or str(path) in own:
+            continue
+        reason = _why_left(folder, path, tensors)
+        if reason is None:
+            carried.append(path)
+        else:
+            left[path] = reason
+    return Beside(tuple(carried), left)
+
+
+def told_of(folder: Path, beside: Beside) -> Iterator[str]:
+    """A line for each reason why files are not carried. An index goes with its weights, unsaid."""
+    by_reason: dict[str, list[Path]] = {}
+    for path, reason in beside.left.items():
+        if not path.name.endswith(INDEX_SUFFIX):
+            by_reason.setdefault(reason, []).append(path)
+    for reason, paths in by_reason.items():
+        size = sum((folder / path).stat().st_size for path in paths)
+        names = ", ".join(map(str, paths[:SHOWN])) + (", ..." if len(paths) > SHOWN else "")
+        yield f"not carried: {names} ({size:,} bytes), because {reason}"
+
+
+def shards_among(files: Sequence[Path]) -> list[Path]:
+    """Of the safetensors files at the top, those that may be the model's; all where none is."""
+    found = [f for f in files if not is_adapter(f.name) and _matched(Path(f.name)) is None]
+    return found or list(files)
+
+
+def is_adapter(name: str) -> bool:
+    """Whether a file at the top is a PEFT adapter's, by its name."""
+    return fnmatchcase(name, ADAPTERS)
+
+
+def refuse_adapter(folder: Path) -> None:
+    """SourceError for a folder that holds an adapter and no model."""
+    config = folder / ADAPTER_CONFIG
+    if not config.is_file():
+        return
+    weights = [
+        p.name
+        for p in folder.iterdir()
+        if p.suffix in (".safetensors", *PICKLES) and _matched(Path(p.name)) != TRAINING
+    ]
+    if all(name.startswith("adapter_model") for name in weights):
+        raise SourceError(f"{folder}: is a PEFT adapter ({ADAPTER_CONFIG}){_MERGE}")
+
+
+def refuse_adapter_tensors(folder: Path, tensors: Collection[str]) -> None:
+    """SourceError where all that a checkpoint holds are the matrices of an adapter."""
+    first = next(iter(tensors), "")
+    if tensors and all(".lora_" in name or ".ia3_" in name for name in tensors):
+        raise SourceError(f"{folder}: is a PEFT adapter ({first}, ...){_MERGE}")
+
+
+_MERGE = (
+    "; merge it into its base first (peft: merge_and_unload(), then save_pretrained), or give the "
+    "base itself"
+)
+
+
+def _why_left(folder: Path, path: Path, tensors: Collection[str]) -> str | None:
+    at_top = len(path.parts) == 1
+    if path.name.endswith(INDEX_SUFFIX):
+        stem = path.name.removesuffix(INDEX_SUFFIX)
+        return "it is an index of other weights" if at_top else _matched(path.with_name(stem))
+    if path.suffix not in WEIGHT_FORMATS:
+        return None
+    if (reason := _matched(path)) is not None:
+        return reason
+    if at_top and any(fnmatchcase(path.name, pattern) for pattern in SHARDS):
+        return "no index names them, though they are called like shards"
+    if at_top and path.suffix == ".safetensors" and _holds_only(folder / path, tensors):
+        return THE_SAME_TENSORS
+    return None
+
+
+def _matched(path: Path) -> str | None:
+    text = path.as_posix()
+    for reason, patterns in AGAIN.items():
+        for pattern in patterns:
+            if ("/" in pattern) == ("/" in text) and fnmatchcase(text, pattern):
+                return reason
+    return None
+
+
+def _holds_only(file: Path, tensors: Collection[str]) -> bool:
+    """A file that cannot be read is no copy of anything."""
+    try:
+        return read_header(file).tensors.keys() <= set(tensors)
+    except SourceError:
+        return False

@@ -1,0 +1,96 @@
+"""llm-compressor's `oneshot` over a whole model in memory; its checkpoint in a folder of its own.
+
+Everything that transformers might refuse is asked for before the calibration: what fails after it
+has cost hours.
+"""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING, Any
+
+from ckptq.checkpoint.open import Checkpoint
+from ckptq.checkpoint.seal import seal
+from ckptq.models.refusals import refusals
+from ckptq.recipes.load import Recipe
+
+if TYPE_CHECKING:
+    from ckptq.calibrate.request import CalibrationRequest
+
+
+def run_oneshot(ckpt: Checkpoint, recipe: Recipe, made: Path, wanted: CalibrationRequest) -> None:
+    """Run the recipe on the model and save the result, sealed when it is whole.
+
+    SourceError where transformers cannot load or save the model, from the start, and where
+    llm-compressor cannot run the recipe on it.
+    """
+    import llmcompressor
+    import torch
+    from datasets import Dataset
+
+    from ckptq.calibrate.text import read_samples
+
+    shutil.rmtree(made, ignore_errors=True)
+    samples = read_samples(
+        wanted.data, ckpt.path, samples=wanted.samples, seq_len=wanted.seq_len, seed=wanted.seed
+    )
+    ids = [list(row) for row in samples.token_ids]
+    model, tokenizer = _load(ckpt, wanted.trust_remote_code)
+    torch.manual_seed(wanted.seed)
+    with refusals(f"{ckpt.path}: llm-compressor cannot run {recipe.handed_over[0]} on it"):
+        llmcompressor.oneshot(
+            model=model,
+            dataset=Dataset.from_dict(
+                {"input_ids": ids, "attention_mask": [[1] * len(row) for row in ids]}
+            ),
+            recipe=recipe.text,
+            max_seq_length=wanted.seq_len,
+            num_calibration_samples=len(ids),
+            shuffle_calibration_samples=False,
+            processor=tokenizer,
+        )
+    with refusals(f"{ckpt.path}: transformers does not save llm-compressor's result"):
+        model.save_pretrained(made, save_compressed=True)
+    seal(made)
+
+
+def _load(ckpt: Checkpoint, trust_remote_code: bool) -> tuple[Any, Any]:
+    """Model and tokenizer, of which it is known that they can be saved again."""
+    from transformers import AutoTokenizer
+
+    from ckptq.models.transformers_model import model_class_of, read_config
+
+    trusted = {"local_files_only": True, "trust_remote_code": trust_remote_code}
+    config = read_config(ckpt, trust_remote_code)
+    model_class: Any = model_class_of(ckpt, config, trust_remote_code)
+    with refusals(f"{ckpt.path}: transformers cannot load the model"):
+        model = model_class.from_pretrained(
+            ckpt.path, config=config, dtype="auto", local_files_only=True
+        )
+    _leave_generation_out(model)
+    with refusals(f"{ckpt.path}: transformers loads the model's config and would not save it"):
+        _rehearse(model)
+    with refusals(f"{ckpt.path}: no tokenizer that transformers can load"):
+        tokenizer: Any = AutoTokenizer.from_pretrained(ckpt.path, **trusted)
+    return model, tokenizer
+
+
+def _leave_generation_out(model: Any) -> None:
+    """How text is sampled is no part of the result: the source's own files are copied as they are.
+    transformers reads settings that contradict each other, and refuses to save them."""
+    from transformers import GenerationConfig
+
+    for name in model.config._get_generation_parameters():
+        delattr(model.config, name)
+    if model.generation_config is not None:
+        model.generation_config = GenerationConfig()
+
+
+def _rehearse(model: Any) -> None:
+    """Save everything but the weights."""
+    with TemporaryDirectory() as folder:
+        model.config.save_pretrained(folder)
+        if model.generation_config is not None:
+            model.generation_config.save_pretrained(folder)
