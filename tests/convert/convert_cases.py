@@ -217,7 +217,9 @@ def _experts(
                     )
     fused = tuple(tensors)
     tensors |= {f"model.layers.{i}.input_layernorm.weight": torch.rand(H) for i in range(LAYERS)}
-    config = {"model_type": model_type, "num_hidden_layers": LAYERS}
+    sizes = {"hidden_size": H, "intermediate_size": I, "moe_intermediate_size": I}
+    sizes |= {"num_experts": E, "num_local_experts": E}
+    config = {"model_type": model_type, "num_hidden_layers": LAYERS, **sizes}
     return Layout(config=config, tensors=tensors, linears=linears, biases=biases, fused=fused)
 
 
