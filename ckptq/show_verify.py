@@ -125,7 +125,7 @@ def _engine(run: EngineRun) -> str:
         return f"{run.name}: simulated by ckptq's rules, not asked itself (--vllm-python PYTHON)"
     return (
         f"{run.name} {run.version} itself: names, shapes and dtypes of {run.places} parameters "
-        f"in {run.seconds:.1f} s"
+        f"in {run.seconds:.1f} s{''.join(f'; {remark}' for remark in run.remarks)}"
     )
 
 

@@ -26,7 +26,7 @@ SCHEMES = ("fp8-per-head", "fp8-dynamic", "w8a8", "w4a16-g32", "nvfp4a16")
 CALIBRATED = ("fp8-per-head",)
 MAX_DIFFERENCE = 0.05
 """Between the KL that `evaluate` says and transformers': they round activations in other dtypes."""
-MAX_VLLM = 0.05
+MAX_VLLM = 0.02
 """Between perplexities: on a CPU vLLM has one cache scale for all heads and cuts k and v."""
 
 
@@ -77,16 +77,25 @@ class Measured:
         return 0.0 if found is None else found / self.perplexity_transformers - 1
 
 
-def run(*command: str | Path, quiet: bool = False) -> str:
-    """Show a command, run it, return what it printed. SystemExit where it fails."""
+def run(*command: str | Path) -> None:
+    """Show a command and run it. SystemExit where it fails."""
+    if code := subprocess.run(_shown(command), check=False).returncode:
+        raise SystemExit(f"exit code {code}")
+
+
+def ask(*command: str | Path) -> dict[str, Any]:
+    """The JSON in which a command's output ends; all that it says where it fails."""
+    made = subprocess.run(_shown(command), capture_output=True, text=True, check=False)
+    if made.returncode:
+        raise SystemExit(f"{made.stdout}{made.stderr}\nexit code {made.returncode}")
+    start = f"\n{made.stdout}".rindex("\n{")  # what is nested is indented
+    return json.loads(made.stdout[start:])
+
+
+def _shown(command: Sequence[str | Path]) -> list[str]:
     words = [str(word) for word in command]
     print(f"\n$ {' '.join(words)}", flush=True)
-    if words[0] == "ckptq":
-        words[:1] = [sys.executable, "-m", "ckptq"]
-    made = subprocess.run(words, stdout=subprocess.PIPE if quiet else None, text=True, check=False)
-    if made.returncode:
-        raise SystemExit(f"exit code {made.returncode}")
-    return made.stdout or ""
+    return [sys.executable, "-m", *words] if words[0] == "ckptq" else words
 
 
 def quantize_and_verify(files: Files, scheme: str) -> None:
@@ -95,28 +104,25 @@ def quantize_and_verify(files: Files, scheme: str) -> None:
     text = ("--data", files.calibration, "--samples", "32", "--seq-len", "512")
     options = text if scheme in CALIBRATED else ()
     run("ckptq", "quantize", files.source, "--scheme", scheme, "-o", out, *options)
-    run("ckptq", "verify", out, "--source", files.source, "--engine", "transformers")
+    run("ckptq", "verify", out, "--source", files.source)
 
 
 def evaluate(files: Files, scheme: str) -> dict[str, Any]:
-    """The JSON of `ckptq evaluate` on the held-out text."""
+    """What `ckptq evaluate` says on the held-out text."""
     compared = (files.checkpoint(scheme), "--source", files.source, "--data", files.held_out)
-    return json.loads(
-        run("ckptq", "evaluate", *compared, "--batch-size", "4", "--json", quiet=True)
-    )
+    return ask("ckptq", "evaluate", *compared, "--batch-size", "4", "--json")
 
 
-def in_transformers(files: Files) -> dict[str, dict[str, float]]:
+def in_transformers(files: Files) -> dict[str, Any]:
     """KL and perplexity by checkpoint, the source's among them."""
     every = [files.source, *map(files.checkpoint, SCHEMES)]
-    command = (sys.executable, EXAMPLES / "kl.py", files.source, *every, "--data", files.held_out)
-    return json.loads(run(*command, "--json", quiet=True))
+    script = (sys.executable, EXAMPLES / "kl.py")
+    return ask(*script, files.source, *every, "--data", files.held_out, "--json")
 
 
 def in_vllm(python: str, files: Files, checkpoint: Path) -> dict[str, Any]:
     """Perplexity, and what stood in for a kernel that vLLM lacks here."""
-    script = EXAMPLES / "vllm_perplexity.py"
-    return json.loads(run(python, script, checkpoint, files.held_out, quiet=True).splitlines()[-1])
+    return ask(python, EXAMPLES / "vllm_perplexity.py", checkpoint, files.held_out)
 
 
 def measure(files: Files, vllm_python: str | None) -> list[Measured]:

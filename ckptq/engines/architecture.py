@@ -43,13 +43,17 @@ class Experts:
 
     module: str
     """The engine's name: its scheme is looked up by `<module>.0.<name>`."""
-    names: tuple[str, str, str]
-    """Of an expert's gate, up and down projection. Without a gate the first two are one."""
+    names: tuple[str | None, str | None, str | None]
+    """Of an expert's gate, up and down projection. Without a gate: up, None and down."""
 
     @property
     def lookups(self) -> tuple[str, ...]:
-        """The names that `targets` and `ignore` are matched against."""
-        return tuple(f"{self.module}.0.{name}" for name in dict.fromkeys(self.names) if name)
+        """The names that `targets` and `ignore` are matched against.
+
+        vLLM refuses experts of which these do not all fall to one scheme. Where there is no gate it
+        asks for `0.None`, too, so an `ignore` of names needs that one as well.
+        """
+        return tuple(f"{self.module}.0.{name}" for name in dict.fromkeys(self.names))
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,7 +77,7 @@ class Architecture:
     rows: Mapping[str, Row] = field(repr=False)
     merged: Mapping[str, tuple[str, tuple[str, ...]]] = field(repr=False)
     """Pattern of a part -> the engine's module, and all parts in its order."""
-    expert_names: Mapping[str, tuple[str, str, str]]
+    expert_names: Mapping[str, tuple[str | None, str | None, str | None]]
     attentions: Mapping[str, Kind]
     heads: Mapping[str, str]
     """The engine's output heads: own, tied (to the embedding), or mixed: as the config says."""

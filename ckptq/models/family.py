@@ -54,7 +54,7 @@ FAMILIES = (
     ),
     Family(
         name="qwen3-vl-moe",
-        model_types=("qwen3_vl_moe",),
+        model_types=("qwen3_vl_moe", "qwen3_vl_moe_text"),
         fused_experts=FusedExperts(transposed=True),
     ),
     Family(name="gpt2", model_types=("gpt2", "openai-gpt"), transposed_layers=True),
@@ -62,7 +62,7 @@ FAMILIES = (
     Family(name="longcat", model_types=("longcat_flash",), layers_key="num_layers"),
     Family(
         name="qwen3.5-moe",
-        model_types=("qwen3_5_moe",),
+        model_types=("qwen3_5_moe", "qwen3_5_moe_text"),
         fused_experts=FusedExperts(transposed=False),
     ),
 )
@@ -97,7 +97,7 @@ NEVER_QUANTIZED = tuple(
         ),
         (r"(^|.*\.)(multi_modal_projector|mm_projector|projector|connector)(\.|$)", "projector"),
         (r"(^|.*\.)(mtp|mtp_\w+|nextn\w*|eh_proj)(\.|$)", "multi-token prediction head"),
-        (r".*\.(router|gate|shared_expert_gate|router\.classifier)$", "router"),
+        (r".*\.(router|gate|shared_expert_gate)(\.\w+)?$", "router"),
         (r"(^|.*\.)lora_\w+(\.|$)", "LoRA adapter"),
         (r".*(norm|layernorm|ln_\w+)\d*$", "norm"),
         (

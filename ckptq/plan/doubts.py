@@ -16,6 +16,7 @@ from ckptq.recipes.load import Group
 
 def vllm_doubts(plan: Plan) -> Iterator[str]:
     """A line for each reason why vLLM would refuse the result, or compute something else."""
+    yield from _cache_scales_refused(plan)
     groups = {group.name: group for group in plan.recipe.groups}
     # what llm-compressor has made is no group of the recipe: `verify --engine` judges that
     chosen = {n: groups[g] for g, names in plan.groups.items() if g in groups for n in names}
@@ -36,6 +37,16 @@ def vllm_doubts(plan: Plan) -> Iterator[str]:
         yield (
             "q/k in a format whose blocks or zero points vLLM does not permute with the rows: "
             "it will compute something else (without --as-written they get another)"
+        )
+
+
+def _cache_scales_refused(plan: Plan) -> Iterator[str]:
+    engine = plan.layout.witnesses.engine
+    if plan.attention is not None and engine is not None and engine.cache_scales is None:
+        reason = engine.refusals.get("cache", "").partition(". ")[0]
+        yield (
+            f"vLLM does not load KV-cache scales of {engine.name} ({reason}); use a scheme for "
+            "weights alone there"
         )
 
 

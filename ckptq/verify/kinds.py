@@ -206,6 +206,11 @@ ROUND_TRIP = _faults(
     ("zero-points-offset", "zero points in another tool's convention", AGAIN),
     ("other-source", "not a quantization of this source", "give the source it was made from"),
     ("columns-unbalanced", "columns are rescaled, and nothing before them undoes it", AGAIN),
+    (
+        "decoder-disagrees",
+        "ckptq decodes this kind of weight otherwise than the library that defines it",
+        "do not use the checkpoint, and report it with the tensor's format",
+    ),
     ("stale-shard", "a whole shard of other weights, as from another run", "convert it again"),
 ) + _notes(
     ("rounded-twice", "divided in the weight's dtype, as llm-compressor does on CPUs", "none"),

@@ -41,8 +41,8 @@ SURFACE = {
         "--batch-size", "--seed", "--device", "--restart", "--trust-remote-code", "--json",
     },
     "verify": {
-        "--source", "--fast", "--headers-only", "--engine", "--attention", "--data", "--html",
-        "--json",
+        "--source", "--fast", "--headers-only", "--engine", "--vllm-python", "--attention",
+        "--data", "--html", "--json",
     },
     "evaluate": {
         "--source", "--schemes", "--kv-cache", "--revision", "--data", "--task", "--questions",
@@ -338,7 +338,7 @@ def test_codes_that_nothing_explains_are_refused(llama: Path, tmp_path: Path, dt
 
 def test_a_model_without_attention_heads(llama: Path) -> None:
     (llama / "config.json").write_text(json.dumps({"model_type": "mamba"}))
-    words = "config.json: KV-cache scales are asked for, but the config says no number of heads"
+    words = "KV-cache scales are asked for, but this model has no attention heads"
     refused(2, words, "quantize", llama, "-s", "kv-fp8-per-head")
 
 

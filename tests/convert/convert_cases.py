@@ -155,34 +155,10 @@ def llama4_layout() -> Layout:
     )
 
 
-def gpt_oss_layout() -> Layout:
-    """Gate and up in turns, with biases."""
-    return _experts(
-        "gpt_oss",
-        "mlp.experts",
-        {
-            "gate_proj": lambda w, e: w["gate_up_proj"][e][:, 0::2].t(),
-            "up_proj": lambda w, e: w["gate_up_proj"][e][:, 1::2].t(),
-            "down_proj": lambda w, e: w["down_proj"][e].t(),
-        },
-        {
-            "gate_up_proj": (E, H, 2 * I),
-            "down_proj": (E, I, H),
-            "gate_up_proj_bias": (E, 2 * I),
-            "down_proj_bias": (E, H),
-        },
-        {
-            "gate_proj": lambda w, e: w["gate_up_proj_bias"][e, 0::2],
-            "up_proj": lambda w, e: w["gate_up_proj_bias"][e, 1::2],
-            "down_proj": lambda w, e: w["down_proj_bias"][e],
-        },
-    )
-
-
 def qwen35_layout() -> Layout:
     """Experts fused as [E, out, in]: their rows stream."""
     return _experts(
-        "qwen3_5_moe",
+        "qwen3_5_moe_text",
         "mlp.experts",
         {
             "gate_proj": lambda w, e: w["gate_up_proj"][e][:I],
@@ -217,16 +193,17 @@ def _experts(
                     )
     fused = tuple(tensors)
     tensors |= {f"model.layers.{i}.input_layernorm.weight": torch.rand(H) for i in range(LAYERS)}
-    sizes = {"hidden_size": H, "intermediate_size": I, "moe_intermediate_size": I}
-    sizes |= {"num_experts": E, "num_local_experts": E}
-    config = {"model_type": model_type, "num_hidden_layers": LAYERS, **sizes}
+    config = {
+        "model_type": model_type, "num_hidden_layers": LAYERS, "hidden_size": H,
+        "intermediate_size": I, "moe_intermediate_size": I, "num_local_experts": E,
+        "num_experts": E,
+    }  # fmt: skip
     return Layout(config=config, tensors=tensors, linears=linears, biases=biases, fused=fused)
 
 
 LAYOUTS = {
     "llama": plain_layout,
     "llama4": llama4_layout,
-    "gpt-oss": gpt_oss_layout,
     "qwen3.5": qwen35_layout,
 }
 

@@ -66,7 +66,13 @@ def test_a_whole_tensor_of_experts_is_never_in_memory(tmp_path):
     experts, hidden, intermediate = 32, 640, 8192
     whole = sparse(
         tmp_path / "source",
-        {"model_type": "llama4_text", "num_hidden_layers": 1},
+        {
+            "model_type": "llama4_text",
+            "num_hidden_layers": 1,
+            "hidden_size": hidden,
+            "intermediate_size": intermediate,
+            "num_local_experts": experts,
+        },
         {"model.layers.0.feed_forward.experts.gate_up_proj": (experts, hidden, 2 * intermediate)},
     )
     program = BASE_BYTES + 2 * WORKER_BYTES

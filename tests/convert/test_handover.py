@@ -110,8 +110,14 @@ def test_killed_after_gptq_its_result_is_proved_or_made_again(
 @pytest.mark.parametrize(
     ("changed", "words"),
     [
-        ({"architectures": None}, r"config.json: architectures \[\] are not in transformers"),
-        ({"model_type": "new"}, "config.json: transformers cannot read it"),
+        (
+            {"architectures": ["New"]},
+            r"config.json: architectures \['New'\] are not in transformers",
+        ),
+        (
+            {"model_type": "new", "architectures": ["New"]},
+            "config.json: transformers cannot read it",
+        ),
         ({"intermediate_size": 64}, "llama: transformers cannot load the model"),
     ],
 )

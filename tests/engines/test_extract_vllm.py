@@ -18,6 +18,7 @@ VLLM_PYTHON = os.environ.get("VLLM_PYTHON")
 SCRIPT = Path(ckptq.engines.__file__).parent / "extract_vllm"
 
 
+@pytest.mark.engine
 @pytest.mark.skipif(not VLLM_PYTHON, reason="VLLM_PYTHON names no Python that has vLLM")
 @pytest.mark.parametrize("family", ["qwen3_5_moe_fused"])
 def test_the_table_is_what_vllm_says(family: str, tmp_path: Path) -> None:

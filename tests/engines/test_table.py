@@ -157,6 +157,14 @@ def test_experts_are_merged_within_one_expert() -> None:
     )
 
 
+def test_experts_without_a_gate_are_asked_for_by_a_name_that_is_none() -> None:
+    experts = arch("NemotronHForCausalLM").experts("backbone.layers.3.mixer.experts.1.up_proj")
+    assert experts
+    assert experts.lookups == tuple(
+        f"model.layers.3.mixer.experts.0.{name}" for name in ("up_proj", "None", "down_proj")
+    )
+
+
 @pytest.mark.parametrize(
     ("name", "module", "experts"),
     [

@@ -88,14 +88,14 @@ def write_a_negative_scale(e):
 @fault("scale-not-positive", kv=True, families=ALL, weights=("fp8-channel", "kv"))
 def write_a_zero_query_scale(e):
     name = e.named("layers.0.self_attn.q_scale")
-    e.tensors[name][1] = 0.0
+    e.tensors[name][-1] = 0.0
     return name
 
 
 @fault("scale-uninitialised", kv=True, families=ALL, weights=("fp8-channel", "kv"))
 def leave_query_scales_uninitialised(e):
     name = e.named("layers.0.self_attn.q_scale")
-    e.tensors[name][1] = 1.2e34
+    e.tensors[name][-1] = 1.2e34
     return name
 
 

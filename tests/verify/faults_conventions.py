@@ -235,7 +235,7 @@ def write_a_negative_zero(e: Editor):
 @fault("scale-not-finite", kv=True, weights=("fp8-channel", "kv"), families=ALL)
 def write_nan_for_one_head(e):
     name = e.named("layers.0.self_attn.v_scale")
-    e.tensors[name][1] = float("nan")
+    e.tensors[name][-1] = float("nan")
     return name
 
 

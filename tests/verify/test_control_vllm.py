@@ -1,8 +1,8 @@
 """The control, with the real vLLM (VLLM_PYTHON): each rule of its loader, broken in what was good.
 
 `verify --engine vllm --vllm-python` names each: vLLM's own error, or what its loader left empty.
-For what vLLM loads without a word, vLLM itself is run, and does not compute what it does for the
-whole checkpoint.
+For what vLLM loads without a word, vLLM itself is run, and does not compute what it computes for
+the whole checkpoint.
 """
 
 from __future__ import annotations

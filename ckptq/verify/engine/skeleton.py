@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from ckptq.calibrate.skeleton import model_class_of, read_config
 from ckptq.checkpoint.open import Checkpoint
+from ckptq.models.transformers_model import model_class_of, read_config
 from ckptq.spec import TensorSpec, dtype_name, torch_dtype
 
 if TYPE_CHECKING:
@@ -84,8 +84,8 @@ def _build(ckpt: Checkpoint) -> tuple[PreTrainedModel, Any, torch.dtype]:
     from transformers.quantizers.auto import get_hf_quantizer
     from transformers.utils.generic import ContextManagers
 
-    config = read_config(ckpt, trust_remote_code=False)
-    model_class = model_class_of(ckpt, config, trust_remote_code=False)
+    config = read_config(ckpt)
+    model_class = model_class_of(ckpt, config)
     quantizer, config, _ = get_hf_quantizer(config, None, None, True, {})
     dtype = config.dtype if isinstance(config.dtype, torch.dtype) else torch.bfloat16
     contexts = model_class.get_init_context(dtype, quantizer is not None, False, False)

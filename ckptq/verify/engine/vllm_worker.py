@@ -1,4 +1,4 @@
-"""Runs in vLLM's own environment, without ckptq: what does vLLM load of a checkpoint?
+"""Runs in vLLM's own environment, where ckptq is not installed: what would vLLM load?
 
     VLLM_PYTHON vllm_worker.py < REQUEST > ANSWER
 
@@ -15,10 +15,10 @@ merged parameter nor a missing expert.
 from __future__ import annotations
 
 import contextlib
+import importlib.util
 import json
 import os
 import sys
-import tempfile
 from collections.abc import Iterator
 from math import prod
 from pathlib import Path
@@ -49,18 +49,26 @@ def main() -> None:
 
 
 def answer(path: str, tensors: list[list[Any]]) -> dict[str, Any]:
-    """version; error and the tensor that it came up at, or None; parameters; kernels that this
-    machine lacks."""
+    """version; error and the tensor that it came up at, or None; parameters; whether kernels were
+    chosen as they are where it serves."""
     import vllm
+    from vllm.platforms import current_platform
 
     found: dict[str, Any] = {
         "version": vllm.__version__.split("+")[0], "error": None, "at": None, "parameters": [],
-        "kernels": [],
+        "kernels": not current_platform.is_cpu(),
     }  # fmt: skip
     feed = Feed(tensors)
+    extract = script(Path(__file__).parents[2] / "engines" / "extract_vllm.py")
     try:
-        found["kernels"] = stand_in_for_kernels()
-        model = build(path)
+        # whole, before parts of it are replaced
+        import vllm.model_executor.model_loader.utils
+
+        if not found["kernels"]:
+            stand_in_for_kernels()
+            extract.lift_limits_of_this_machine()
+        extract.start_process_groups()
+        model: Any = build(path)
         writes = Writes(model)
         with writes, torch.no_grad():
             model.load_weights(iter(feed))
@@ -69,6 +77,16 @@ def answer(path: str, tensors: list[list[Any]]) -> dict[str, Any]:
         found["error"] = f"{type(error).__name__}: {str(error)[:LONGEST]}"
         found["at"] = feed.last
     return found
+
+
+def script(path: Path) -> Any:
+    """A script of ckptq that runs in vLLM's environment, as a module."""
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
 class Feed:
@@ -104,7 +122,6 @@ def build(path: str) -> torch.nn.Module:
         VllmConfig,
         set_current_vllm_config,
     )
-    from vllm.distributed import init_distributed_environment, initialize_model_parallel
     from vllm.model_executor.model_loader.utils import initialize_model
 
     model = ModelConfig(
@@ -115,9 +132,6 @@ def build(path: str) -> torch.nn.Module:
         model_config=model, device_config=DeviceConfig("cpu"), load_config=LoadConfig(device="cpu")
     )
     with set_current_vllm_config(config):
-        meeting = f"file://{tempfile.mkdtemp()}/meeting"
-        init_distributed_environment(1, 0, meeting, 0, backend="gloo")
-        initialize_model_parallel(1, 1)
         torch.set_default_dtype(model.dtype)
         with Hollow():
             return initialize_model(config)
@@ -211,16 +225,14 @@ def bare_rows(place: torch.Tensor, regions: dict[Any, int]) -> list[int]:
 # --- kernels --------------------------------------------------------------------------------
 
 
-def stand_in_for_kernels() -> list[str]:
+def stand_in_for_kernels() -> None:
     """Nothing is computed here: where this machine has no kernel for a format, its parameters are
-    made all the same. The list fills with the formats that this came up for."""
-    import importlib
+    made all the same."""
     import pkgutil
     from unittest.mock import MagicMock
 
     import vllm.model_executor.layers.quantization.compressed_tensors as formats
 
-    lacking: list[str] = []
     for package in ("schemes", "compressed_tensors_moe"):
         folder = importlib.import_module(f"{formats.__name__}.{package}")
         for module in pkgutil.iter_modules(folder.__path__):
@@ -229,8 +241,7 @@ def stand_in_for_kernels() -> list[str]:
                 for name in [n for n in vars(chosen) if chooses(n)]:
                     kernel = MagicMock(__name__="StandIn")
                     instead = experts_stand_in if name.startswith("select_") else kernel
-                    setattr(chosen, name, or_instead(getattr(chosen, name), instead, lacking))
-    return lacking
+                    setattr(chosen, name, or_instead(getattr(chosen, name), instead))
 
 
 def chooses(name: str) -> bool:
@@ -238,14 +249,11 @@ def chooses(name: str) -> bool:
     return linear or (name.startswith("select_") and name.endswith("_moe_backend"))
 
 
-def or_instead(function: Any, instead: Any, lacking: list[str]) -> Any:
+def or_instead(function: Any, instead: Any) -> Any:
     def choose(*args: Any, **kwargs: Any) -> Any:
         try:
             return function(*args, **kwargs)
-        except (ValueError, NotImplementedError, AttributeError) as error:
-            said = f"{function.__name__}: {type(error).__name__}"
-            if said not in lacking:
-                lacking.append(said)
+        except (ValueError, NotImplementedError, AttributeError):
             return instead(*args, **kwargs)
 
     return choose
