@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ckptq.calibrate.scales import Record, Scales, source_fingerprint
@@ -50,7 +51,7 @@ def scales_of(
             observer=observer.pop("name"),
             observer_arguments=observer,
             input_observer=input_observer.pop("name"),
-            text=samples.source,
+            text=_name(samples.source),
             samples=len(samples.token_ids),
             tokens=sum(map(len, samples.token_ids)),
             seq_len=samples.seq_len,
@@ -84,3 +85,8 @@ def dtype_of(dtypes: Mapping[str, torch.dtype], module: str) -> torch.dtype:
         module, dot, _ = module.rpartition(".")
         assert dot, "a point belongs to a module that has weights around it"
     return dtypes[module]
+
+
+def _name(text: str) -> str:
+    """Of a file its name, not where it lies: the output is the same wherever it is made."""
+    return Path(text).name if Path(text).exists() else text

@@ -14,6 +14,10 @@ FILES = (".txt", ".jsonl", ".json", ".csv", ".tsv", ".parquet", ".arrow", ".gz",
 """Suffixes that no data set's name ends in."""
 
 
+MOST_LETTERS = 1 << 27
+"""Of a row of a .jsonl file; a book has a million."""
+
+
 def builtin_corpus() -> str:
     """English about Python, 0.7 MB. A stopgap: text like the traffic to be served is better."""
     from pydoc_data.topics import topics
@@ -51,13 +55,18 @@ def _may_be_an_id(path: Path) -> bool:
 def _jsonl(path: Path) -> Iterator[Row]:
     try:
         with path.open(encoding="utf-8") as file:
-            for number, line in enumerate(file, start=1):
+            lines = iter(lambda: file.readline(MOST_LETTERS), "")
+            for number, line in enumerate(lines, start=1):
+                if len(line) == MOST_LETTERS:
+                    raise SourceError(
+                        f"{path}, line {number}: longer than {MOST_LETTERS:,} letters"
+                    )
                 if line.strip():
                     row = json.loads(line)
                     if not isinstance(row, dict):
                         raise SourceError(f"{path}, line {number}: not a JSON object")
                     yield row
-    except json.JSONDecodeError as error:
+    except (json.JSONDecodeError, RecursionError) as error:
         raise SourceError(f"{path}, line {number}: not valid JSON: {error}") from error
     except (OSError, UnicodeDecodeError) as error:
         raise SourceError(f"{path}: cannot be read as text: {error}") from error

@@ -11,7 +11,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -146,6 +146,19 @@ def _record(path: Path, text: str | None) -> Record:
             raise SourceError(
                 f"{path}: scales file of version {value.get('version')}, this ckptq reads {VERSION}"
             )
-        return Record(**value)
-    except (ValueError, TypeError, AttributeError) as error:
+        return _typed(Record(**value))
+    except (ValueError, TypeError, AttributeError, RecursionError) as error:
         raise SourceError(f"{path}: its record of how it was made is damaged: {error}") from error
+
+
+def _typed(record: Record) -> Record:
+    """TypeError names a field that is of another type than what `calibrate` writes."""
+    kinds = {"str": str, "int": int, "dict[str, Any]": dict, "dict[str, str]": dict}
+    for each in fields(record):
+        value = getattr(record, each.name)
+        kind = kinds[str(each.type).removesuffix(" | None")]
+        if not isinstance(value, kind) and not (value is None and "None" in str(each.type)):
+            raise TypeError(f"{each.name} is {value!r:.80}")
+    if not all(isinstance(name, str) for name in record.attention.values()):
+        raise TypeError(f"attention is {record.attention!r:.80}")
+    return record

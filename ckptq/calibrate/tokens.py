@@ -81,15 +81,9 @@ class Tokenizer:
                 f"{self._label}: sample {number} is a conversation, and the tokenizer in "
                 f"{self._checkpoint} has no chat template"
             )
-        from jinja2 import TemplateError
-
-        try:
+        what = f"the chat template in {self._checkpoint} does not take this conversation"
+        with refusals(f"{self._label}: sample {number}: {what}"):
             ids: Any = self._tokenizer.apply_chat_template(messages, return_dict=False)
-        except (TemplateError, TypeError, ValueError, KeyError, AttributeError) as error:
-            raise SourceError(
-                f"{self._label}: sample {number}: the chat template in {self._checkpoint} does not "
-                f"take this conversation: {error}"
-            ) from error
         return list(ids)
 
     @property

@@ -46,7 +46,7 @@ class Promise:
 
 def proven(promise: Promise, pieces: Pieces, shards: Shards, files: Files) -> bool:
     """Whether every tensor of the unit is in the shards as it was written."""
-    return all(
+    return isinstance(pieces, Mapping) and all(
         same_as_source(shards, name, promise.copies[name], files)
         if name in promise.copies
         else as_recorded(shards, name, pieces.get(name, ()))
@@ -70,7 +70,7 @@ def proven_keys(
 def as_recorded(shards: Shards, name: str, pieces: Sequence[Any]) -> bool:
     """Whether the tensor's bytes have these digests, and all of them have one."""
     at = 0
-    for piece in pieces:
+    for piece in pieces if isinstance(pieces, list | tuple) else ():
         if not _is_piece(piece) or piece[0] != at:
             return False
         start, count, wanted = piece

@@ -63,7 +63,9 @@ def check_decoders(
 def _scheme(subject: Subject, group: str) -> tuple[QuantizationScheme | None, list[Finding]]:
     try:
         return ct_scheme(subject.ckpt, group), []
-    except ValueError as error:  # what pydantic raises, and validators of compressed-tensors
+    except MemoryError:
+        raise
+    except Exception as error:  # pydantic's, and whatever validators of compressed-tensors raise
         said = " ".join(str(error).split())[:200]
         return None, [
             finding(
