@@ -40,7 +40,6 @@ demo: $(VENV)/installed
 	$(BIN)/python examples/accuracy.py $(DEMO)/$(FAMILY) $(DEMO)/per-head $(DEMO)/per-tensor \
 	    $(DEMO)/swapped
 
-demo-real: export TQDM_DISABLE = 1
 demo-real: $(VENV)/installed
 	$(BIN)/python examples/real_model.py $(REAL)
 	$(BIN)/python examples/real_demo.py $(REAL)

@@ -26,7 +26,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-os.environ.setdefault("TQDM_DISABLE", "1")  # the bar of transformers' GGUF reader
+# Read when torch and tqdm are imported. Threads that spin while they wait make everything several
+# times slower where other work shares the cores; the bar is that of transformers' GGUF reader.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+os.environ.setdefault("TQDM_DISABLE", "1")
 
 import torch
 import transformers
