@@ -82,6 +82,10 @@ class Checkpoint:
         adapters, a Dense layer. Paths relative to the folder, sorted."""
         return list(self.beside().carried)
 
+    def side_bytes(self) -> int:
+        """What the side files take."""
+        return sum((self.path / side).stat().st_size for side in self.side_files())
+
     def pinned(self) -> dict[Path, Identity]:
         """Every file of the checkpoint as it was when it was opened, side files as they are now:
         what `check_unchanged` is asked at the end of a run."""

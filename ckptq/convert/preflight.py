@@ -27,10 +27,10 @@ SPARE_BYTES = 50_000_000
 """For side files, index and journal."""
 
 
-def check_disk(plan: Plan, out: Path) -> None:
+def check_disk(plan: Plan, out: Path, beside: int = 0) -> None:
     """Room for what is still to be written, and the right to write it; MachineError without.
 
-    UsageError where a file is in the way.
+    `beside` is what side files take. UsageError where a file is in the way.
     """
     if os.path.lexists(out):
         return  # nothing will be written: the journal decides what that means
@@ -43,7 +43,7 @@ def check_disk(plan: Plan, out: Path) -> None:
         raise MachineError(f"{parent}: no permission to write here")
     begun = partial_of(out) / "checkpoint"
     there = sum(f.stat().st_blocks * 512 for f in begun.rglob("*") if f.is_file())
-    needed = plan.write_bytes + SPARE_BYTES - there
+    needed = plan.write_bytes + beside + SPARE_BYTES - there
     free = shutil.disk_usage(parent).free
     if needed > free:
         raise MachineError(

@@ -76,7 +76,7 @@ def write_quantized(
     """
     workers = workers or min(len(os.sched_getaffinity(0)), MOST_WORKERS)
     check_apart(ckpt.path, out)
-    check_disk(plan, out)
+    check_disk(plan, out, ckpt.side_bytes())
     find_device(device)
     rooms = slab_rooms(plan, max_ram, workers)
     if scales is not None and scales.runs_model:

@@ -147,10 +147,10 @@ def check_space(ckpt: Checkpoint, out: Path) -> None:
     parent = next(p for p in out.absolute().parents if p.exists())
     if not os.access(parent, os.W_OK | os.X_OK):
         raise MachineError(f"{parent}: no permission to write here")
-    free = shutil.disk_usage(parent).free
-    if free < ckpt.nbytes and not partial_of(out).exists():
+    free, needed = shutil.disk_usage(parent).free, ckpt.nbytes + ckpt.side_bytes()
+    if free < needed and not partial_of(out).exists():
         raise MachineError(
-            f"{parent}: too little disk: {out.name} needs {ckpt.nbytes:,} bytes, {free:,} are free"
+            f"{parent}: too little disk: {out.name} needs {needed:,} bytes, {free:,} are free"
         )
 
 

@@ -50,7 +50,7 @@ def test_every_kind_of_scale_is_shown(
     """Those of inputs were not: the table was empty."""
     arguments = ("calibrate", llama, "-o", tmp_path / "s", "-s", scheme, "--data", text)
     title, _, *rows = run(*arguments).stdout.splitlines()
-    assert title.endswith(f"llama on {text}, samples: 3, tokens: 12")
+    assert title.endswith(f"llama on {text.name}, samples: 3, tokens: 12")
     assert {row.split()[0]: row.split()[1] for row in rows} == kinds
 
 

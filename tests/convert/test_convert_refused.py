@@ -69,11 +69,14 @@ def test_a_value_that_is_no_number_may_be_copied(tmp_path):
 
 def test_too_little_disk_is_said_before_the_first_byte(source, tmp_path, monkeypatch):
     plan = plan_of(source)
-    needed = plan.write_bytes + preflight.SPARE_BYTES
+    (source / "notes.bin").write_bytes(bytes(1_000_000))
+    beside = open_checkpoint(source).side_bytes()
+    assert beside > 1_000_000
+    needed = plan.write_bytes + beside + preflight.SPARE_BYTES
     for free, enough in ((needed, True), (needed - 1, False)):
         monkeypatch.setattr(shutil, "disk_usage", lambda path, free=free: Usage(0, 0, free))
         if enough:
-            preflight.check_disk(plan, tmp_path / "out")
+            preflight.check_disk(plan, tmp_path / "out", beside)
             continue
         with pytest.raises(MachineError) as caught:
             convert(source, tmp_path / "out", FP8)
