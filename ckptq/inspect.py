@@ -12,6 +12,7 @@ from ckptq.checkpoint.open import Checkpoint, open_checkpoint
 from ckptq.models.config_groups import stored_groups
 from ckptq.models.family import count_layers, declared_layers
 from ckptq.models.heads import config_heads
+from ckptq.numbered import starred
 from ckptq.permute import marks
 
 SCALES = ("_scale", "_zero_point", "_global_scale")
@@ -113,8 +114,7 @@ def _kinds(tensors: Mapping[str, StoredTensor]) -> tuple[Kind, ...]:
     counts: Counter[tuple[str, str]] = Counter()
     nbytes: Counter[tuple[str, str]] = Counter()
     for name, tensor in tensors.items():
-        starred = ".".join("*" if part.isdigit() else part for part in name.split("."))
-        key = starred, str(tensor.spec)
+        key = starred(name), str(tensor.spec)
         counts[key] += 1
         nbytes[key] += tensor.nbytes
     return tuple(

@@ -10,6 +10,7 @@ import yaml
 
 from ckptq import console
 from ckptq.console import size
+from ckptq.numbered import starred
 from ckptq.printable import shell_word
 from ckptq.show_verify import show_report as show_report
 
@@ -19,7 +20,7 @@ if TYPE_CHECKING:
     from ckptq.convert.run import Result
     from ckptq.inspect import Inspection
     from ckptq.permute.run import Permuted
-    from ckptq.plan.unit import Plan
+    from ckptq.plan.unit import Plan, Unit
     from ckptq.recipes.load import Recipe
 
 
@@ -57,19 +58,24 @@ def _proof_line(cost: ProofCost) -> str:
 
 
 def show_plan(plan: Plan, json: bool) -> None:
-    """`--dry-run`: every unit, its rule, shard and bytes."""
+    """`--dry-run`: units with their rule and bytes, alike ones together; `--json` has each."""
     if json:
         console.show_json(plan_data(plan))
         return
-    shard_of = {unit.key: shard for shard, units in plan.shards.items() for unit in units}
+    alike: dict[tuple[str, str], list[Unit]] = {}
+    for unit in plan.units:
+        alike.setdefault((starred(unit.key), unit.rule), []).append(unit)
     console.show_table(
         f"plan for {plan.recipe.name}",
-        ("unit", "rule", "shard", "bytes in", "bytes out"),
+        ("unit", "rule", "count", "bytes in", "bytes out"),
         [
-            (unit.key, unit.rule, shard_of[unit.key], unit.read_bytes, unit.write_bytes)
-            for unit in plan.units
+            (
+                units[0].key if len(units) == 1 else name, rule, len(units),
+                sum(unit.read_bytes for unit in units), sum(unit.write_bytes for unit in units),
+            )
+            for (name, rule), units in alike.items()
         ],
-    )
+    )  # fmt: skip
     quantized = sum(len(names) for names in plan.groups.values())
     console.show_lines(
         *plan.told,

@@ -13,11 +13,11 @@ from functools import cache, cached_property
 from typing import Literal
 
 from ckptq.engines.renames import Rename
+from ckptq.numbered import NUMBER, starred
 
 Fate = Literal["quantized", "plain"]
 Kind = Literal["heads", "latent", "state", "other"]
 
-NUMBER = re.compile(r"(?<=\.)\d+(?=\.|$)")
 ROOTS = frozenset({"model", "language_model", "text_model", "llm", "thinker", "transformer"})
 """What variants put before the same decoder; a tower is called something else."""
 
@@ -92,7 +92,7 @@ class Architecture:
 
     def row(self, disk_module: str) -> Row | None:
         """The row of a module, also of one with another prefix than those that were seen."""
-        return self._find(NUMBER.sub("*", disk_module))[1]
+        return self._find(starred(disk_module))[1]
 
     def fate(self, disk_module: str) -> Fate | None:
         """quantized: built with a quantization config. plain: without, whatever a scheme says.
@@ -119,7 +119,7 @@ class Architecture:
         Of experts those of one expert: its gate and up. Which of them exist is not known here.
         """
         own, _, local = disk_module.rpartition(".")
-        seen, row = self._find(NUMBER.sub("*", disk_module))
+        seen, row = self._find(starred(disk_module))
         if seen in self.merged:
             return tuple(f"{own}.{part.rpartition('.')[2]}" for part in self.merged[seen][1])
         names = self.expert_names.get(row.engine, ()) if row and row.engine else ()
@@ -132,7 +132,7 @@ class Architecture:
 
         None for experts, too: `experts` tells what they are looked up with.
         """
-        seen, row = self._find(NUMBER.sub("*", disk_module))
+        seen, row = self._find(starred(disk_module))
         if seen not in self.merged or row is None or row.parameter != "weight":
             return None
         return _fill(self.merged[seen][0], disk_module)
@@ -147,7 +147,7 @@ class Architecture:
 
     def attention(self, disk_parent: str) -> AttentionModule | None:
         """The attention whose projections lie in this module: "model.layers.0.self_attn"."""
-        found = self._attention_of(NUMBER.sub("*", disk_parent))
+        found = self._attention_of(starred(disk_parent))
         return AttentionModule(_fill(found[0], disk_parent), found[1]) if found else None
 
     @cache  # noqa: B019  tables live as long as the process
@@ -164,7 +164,7 @@ class Architecture:
 
     def _renamed(self, pattern: str) -> str:
         name = self.rename(pattern.replace("*", "0") + ".weight")
-        return NUMBER.sub("*", name.removesuffix(".weight"))
+        return starred(name.removesuffix(".weight"))
 
     def _expert_row(self, engine_name: str) -> Row | None:
         """Of an expert's projection where only fused tensors were seen, and the other way round."""

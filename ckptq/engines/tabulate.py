@@ -15,12 +15,12 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from ckptq.engines.architecture import NUMBER
+from ckptq.numbered import NUMBER, starred
 
 
 def pattern_of(name: str) -> str:
     """ "model.layers.3.mlp.up_proj" -> "model.layers.*.mlp.up_proj"."""
-    return NUMBER.sub("*", name)
+    return starred(name)
 
 
 def tabulate(observations: Iterable[Mapping[str, Any]]) -> dict[str, Any]:

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from ckptq.checkpoint.open import Checkpoint
-from ckptq.engines.architecture import NUMBER
+from ckptq.numbered import starred
 
 if TYPE_CHECKING:
     from torch import nn
@@ -69,7 +69,7 @@ class ModuleTree:
 
     def owner(self, tensor: str) -> Owner | None:
         """Whose parameter a tensor becomes; None for one that the model has no place for."""
-        return self.owners.get(NUMBER.sub("*", tensor))
+        return self.owners.get(starred(tensor))
 
     def module(self, disk_module: str) -> str:
         """What transformers calls a module."""
@@ -135,7 +135,7 @@ def _first_of_each(ckpt: Checkpoint) -> dict[str, str]:
     found: dict[str, str] = {}
     for name in ckpt.tensors:
         plain = plain_name(name)
-        found.setdefault(NUMBER.sub("*", plain), plain)
+        found.setdefault(starred(plain), plain)
     return found
 
 
@@ -214,15 +214,13 @@ def _names(
     from ckptq.models.parameters import sources_of_parameters
 
     renamed = {
-        NUMBER.sub("*", stored)
+        starred(stored)
         for stored, parameter in made.items()
         if stored != parameter and parameter.removesuffix(".weight") in linears
     }
     if not renamed:
         return {}
-    wanted = [
-        plain for name in ckpt.tensors if NUMBER.sub("*", plain := plain_name(name)) in renamed
-    ]
+    wanted = [plain for name in ckpt.tensors if starred(plain := plain_name(name)) in renamed]
     found = sources_of_parameters(model, wanted)
     return {
         stored.removesuffix(".weight"): parameter.removesuffix(".weight")

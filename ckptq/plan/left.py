@@ -10,10 +10,10 @@ import re
 from collections import Counter
 from collections.abc import Collection, Iterator
 
-from ckptq.engines.architecture import NUMBER
 from ckptq.models.experts import experts_of
 from ckptq.models.modules import Layout, Linear
 from ckptq.models.witnesses import HEAD
+from ckptq.numbered import starred
 
 PLAIN = ("embedding", "norm")
 """What no engine takes for a Linear, by its name."""
@@ -63,9 +63,9 @@ def left_alone(layout: Layout, chosen: Collection[str]) -> Iterator[str]:
     kinds: Counter[tuple[str, str]] = Counter()
     for linear in layout.linears.values():
         if linear.name not in chosen and _is_news(layout, linear):
-            kinds[NUMBER.sub("*", linear.name), str(linear.kept)] += 1
+            kinds[starred(linear.name), str(linear.kept)] += 1
     for name, reason in layout.whole_experts.items():
-        kinds[NUMBER.sub("*", name), reason] += 1
+        kinds[starred(name), reason] += 1
     for (pattern, reason), count in kinds.items():
         yield f"{count} x {pattern} left unquantized: {reason}"
 
