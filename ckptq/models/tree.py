@@ -35,6 +35,8 @@ class FusedParameter:
     """Whether transformers loads the experts also where each has tensors of its own."""
     taken_apart: bool
     """Whether its quantizer makes one Linear of each, as for Llama-4."""
+    dealt_out: bool
+    """Whether a tensor on disk goes into several such parameters (Ernie-4.5-VL: text, vision)."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -45,6 +47,8 @@ class Owner:
     is_linear: bool
     own_forward: bool = False
     """A subclass of nn.Linear that multiplies by its weight itself."""
+    tied: bool = False
+    """Whether its weight is another module's too, as of layers that Zamba2 shares."""
     fused: FusedParameter | None = None
 
 
@@ -104,13 +108,15 @@ def _tree(model: PreTrainedModel, ckpt: Checkpoint) -> ModuleTree:
     modules: dict[str, nn.Module] = dict(model.named_modules())
     first = _first_of_each(ckpt)
     made: dict[str, str] = {}
+    dealt_out: set[str] = set()
     for parameter, stored in sources_of_parameters(model, first.values()).items():
+        dealt_out |= made.keys() & stored
         made |= dict.fromkeys(stored, parameter)
-    owners = {}
-    for pattern, name in first.items():
-        if name in made:
-            module, _, local = made[name].rpartition(".")
-            owners[pattern] = _owner(model, modules[module], local, name)
+    owners = {
+        pattern: _owner(model, made[name], name, dealt_out=name in dealt_out)
+        for pattern, name in first.items()
+        if name in made
+    }
     linears = dict.fromkeys(n for n, m in modules.items() if isinstance(m, nn.Linear))
     found = decoder_layers_of(model)
     layers, count = (found[0], len(found[1])) if found else ("", 0)
@@ -165,21 +171,25 @@ def _taken_apart(module: nn.Module) -> bool:
     return type(module).__name__ in MODULES_TO_PATCH_FOR_QUANTIZATION
 
 
-def _owner(model: PreTrainedModel, module: nn.Module, local: str, stored: str) -> Owner:
-    """Of the parameter `local` of a module, which the tensor `stored` becomes."""
+def _owner(model: PreTrainedModel, parameter: str, stored: str, *, dealt_out: bool) -> Owner:
+    """Of the parameter that the tensor `stored` becomes."""
     from torch import nn
 
+    name, _, local = parameter.rpartition(".")
+    module = model.get_submodule(name)
     linear = isinstance(module, nn.Linear)
+    ties: Mapping[str, str] = model.all_tied_weights_keys
     return Owner(
         class_name=type(module).__name__,
         is_linear=linear and local == "weight",
         own_forward=linear and type(module).forward is not nn.Linear.forward,
-        fused=_fused(model, module, local, stored),
+        tied=parameter in ties or parameter in ties.values(),
+        fused=_fused(model, module, local, stored, dealt_out),
     )
 
 
 def _fused(
-    model: PreTrainedModel, module: nn.Module, local: str, stored: str
+    model: PreTrainedModel, module: nn.Module, local: str, stored: str, dealt_out: bool
 ) -> FusedParameter | None:
     parameter: Any = getattr(module, local)
     if parameter.dim() != 3 or local not in ("gate_up_proj", "up_proj", "down_proj"):
@@ -191,6 +201,7 @@ def _fused(
         biased=bool(getattr(module, "has_bias", False)),
         one_by_one=_loads_split(model, stored, module),
         taken_apart=_taken_apart(module),
+        dealt_out=dealt_out,
     )
 
 

@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping
 
 from ckptq.engines.transformers import loads_fused_experts
 from ckptq.engines.vllm import fills_whole_blocks
+from ckptq.models.attention import KEY_PROJECTIONS
 from ckptq.models.experts import experts_of
 from ckptq.models.heads import OUTPUTS
 from ckptq.plan.permutable import keep_permutable
@@ -62,11 +63,47 @@ def transformers_doubts(plan: Plan) -> Iterator[str]:
         for name, group in _chosen(plan).items()
         if (reason := _transformers_objection(plan, name, group)) is not None
     )
+    tree = plan.layout.witnesses.tree
+    if tree is not None and (homeless := _without_place_in_transformers(plan)):
+        yield (
+            f"transformers cannot read {len(homeless)} of the quantized Linears, {homeless[0]} for "
+            f"one: its {tree.model_class} has no place for them"
+        )
     if plan.attention is not None and len(_widths(plan)) > 1:
         yield (
             "transformers cannot read attention scales where layers have heads of different size; "
             "vLLM can"
         )
+    if unread := _without_keys_in_transformers(plan):
+        yield (
+            "transformers cannot read attention scales of layers without keys of their own "
+            f"({len(unread)} layers, {unread[0]} for one), and leaves them out; vLLM reads them"
+        )
+
+
+def _without_place_in_transformers(plan: Plan) -> list[str]:
+    """Quantized Linears that transformers' model makes nothing of, as experts where it does not
+    know the model_type that tells it to fuse them (Kimi-K2 as DeepseekV3ForCausalLM)."""
+    linears, witnesses = plan.layout.linears, plan.layout.witnesses
+    chosen = ((name, linears[name].weight) for name in _chosen(plan))
+    return [
+        name for name, weight in chosen if weight.index is None and witnesses.owner(name) is None
+    ]
+
+
+def _without_keys_in_transformers(plan: Plan) -> list[str]:
+    """Attention modules with scales that have no Linear for keys in transformers' tree:
+    compressed-tensors takes them for no attention (its `_is_attention_module`)."""
+    tree = plan.layout.witnesses.tree
+    if plan.attention is None or tree is None:
+        return []
+    found = []
+    for module in plan.attention.scales:
+        theirs = tree.module(f"{module}.q_proj").rpartition(".")[0]
+        keys = (f"{theirs}.{projection}" for projection in KEY_PROJECTIONS)
+        if f"{theirs}.q_proj" in tree.linears and not any(key in tree.linears for key in keys):
+            found.append(module)
+    return found
 
 
 def _transformers_objection(plan: Plan, name: str, group: Group) -> str | None:
@@ -80,16 +117,27 @@ def _transformers_objection(plan: Plan, name: str, group: Group) -> str | None:
             f"transformers loads the experts of {owner.class_name} only as one tensor, so it "
             "cannot load this checkpoint; vLLM loads them one by one"
         )
+    if owner.fused is not None and owner.fused.dealt_out:
+        return (
+            f"transformers cannot read quantized experts of {owner.class_name}, which it deals out "
+            "to several modules"
+        )
     stacked = owner.fused is not None and not owner.fused.taken_apart
     if stacked and not loads_fused_experts(group.weights or {}, group.format):
         return (
             f"transformers cannot read experts in the format of group {group.name!r} "
             f"({group.format}); vLLM can"
         )
-    if owner.own_forward and group.format is not None and "pack" in group.format:
+    packed = group.format is not None and "pack" in group.format
+    if owner.own_forward and packed:
         return (
             f"transformers cannot read packed weights of {owner.class_name}, whose forward pass "
             "uses the weight itself; vLLM can"
+        )
+    if owner.tied and packed:
+        return (
+            "transformers cannot read packed weights that layers share: it ties parameters that "
+            "are called weight"
         )
     return None
 

@@ -57,32 +57,15 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return file
 
 
-KNOWN = {
-    ("gemma3n_text", "fp8-per-head"): "transformers wants v scales of layers that share a cache",
-    ("zamba2", "nvfp4a16"): "transformers does not load packed weights of its shared layers",
-    ("idefics3", "fp8-per-head"): "its forward pass on embeddings alone ends in a traceback",
-    ("ernie4_5_vl_moe", "fp8-dynamic"): "transformers cannot convert its two kinds of experts",
-    ("blip2", "fp8-per-head"): "its forward pass asks for images, and ends in a traceback",
-    ("kimi_k2", "fp8-dynamic"): "transformers has no model_type kimi_k2, and converts no names",
-}
-"""Cells that are wrong today, each with its reason: they fail the suite once they are right."""
-
-
 def cells() -> Iterator[Any]:
     """Every family under FP8, and every eighth under each other scheme: FULL_MATRIX=1 runs
     all of them, which takes half an hour."""
     others = [scheme for scheme in NOISE if scheme != "fp8-dynamic"]
     for number, family in enumerate(f for f in FAMILIES if f not in HANDMADE):
-        yield cell(family, "fp8-dynamic")
+        yield pytest.param(family, "fp8-dynamic")
         for turn, scheme in enumerate(others):
             if os.environ.get("FULL_MATRIX") or number % 8 == 2 * turn:
-                yield cell(family, scheme)
-
-
-def cell(family: str, scheme: str) -> Any:
-    reason = KNOWN.get((family, scheme))
-    marks = [pytest.mark.xfail(reason=reason, strict=True)] if reason else []
-    return pytest.param(family, scheme, marks=marks)
+                yield pytest.param(family, scheme)
 
 
 @pytest.mark.parametrize(("family", "scheme"), cells())
