@@ -7,10 +7,10 @@ import os
 import sys
 from typing import NoReturn
 
-from ckptq import console
 from ckptq.cli import app
 from ckptq.errors import CkptqError, MachineError
 from ckptq.interrupts import Interrupted, ignore_signals, listen
+from ckptq.show import console
 
 RESUMED = ("quantize", "permute", "calibrate")
 """The commands whose output has a journal."""

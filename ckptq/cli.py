@@ -10,7 +10,6 @@ from typing import Annotated
 
 import typer
 
-from ckptq import console
 from ckptq.interrupts import ignore_signals
 from ckptq.options import (
     BatchSize,
@@ -40,6 +39,7 @@ from ckptq.options import (
     words,
 )
 from ckptq.progress import silent, untold
+from ckptq.show import console
 
 app = typer.Typer(
     name="ckptq",
@@ -104,7 +104,7 @@ def quantize(
     from ckptq.permute.order import Sharing
     from ckptq.recipes.group_size import with_group_size
     from ckptq.recipes.load import load_either
-    from ckptq.show import show_plan, show_quantized
+    from ckptq.show.results import show_plan, show_quantized
 
     found = load_either(scheme, recipe)
     request = QuantizeRequest(
@@ -173,7 +173,7 @@ def calibrate(
     from ckptq.checkpoint.open import open_checkpoint
     from ckptq.plan.make import make_plan
     from ckptq.recipes.load import load_either
-    from ckptq.show import show_scales
+    from ckptq.show.results import show_scales
 
     ckpt = open_checkpoint(model, revision)
     plan = make_plan(ckpt, load_either(scheme or (None if recipe else "fp8-per-head"), recipe))
@@ -232,7 +232,7 @@ def verify(
 ) -> None:
     """Prove that a checkpoint is right, or name what is wrong and how to mend it (exit code 1)."""
     from ckptq.checkpoint.open import open_checkpoint
-    from ckptq.show import show_report
+    from ckptq.show.verification import show_report
     from ckptq.verify.run import verify as check
 
     if html is not None:
@@ -251,7 +251,7 @@ def verify(
             progress=report,
         )
     if html is not None:
-        from ckptq.verify.html import write_html_report
+        from ckptq.show.verify_page import write_html_report
 
         write_html_report(html, found)
     show_report(found, json)
@@ -278,7 +278,7 @@ def permute(
     from ckptq.permute.effect import Part
     from ckptq.permute.order import RopeOrder
     from ckptq.permute.run import permute_checkpoint, plan_permute
-    from ckptq.show import show_permuted
+    from ckptq.show.results import show_permuted
 
     order = RopeOrder(one_of("--to", to, tuple(RopeOrder)))
     parts = [Part(one_of("--only", part, tuple(Part))) for part in words(only) or Part]
@@ -345,10 +345,10 @@ def evaluate(
     json: Json = False,
 ) -> None:
     """Measure what quantization costs; exit code 1 where that is more than the thresholds allow."""
-    from ckptq.evaluate.report import check_report, write_report
     from ckptq.evaluate.request import EvaluationRequest, evaluate_request
     from ckptq.evaluate.result import Thresholds
-    from ckptq.show_evaluation import evaluation_tables, show_evaluation
+    from ckptq.show.evaluate_page import check_report, write_report
+    from ckptq.show.evaluation import evaluation_tables, show_evaluation
 
     if report is not None:
         check_report(report)
@@ -387,7 +387,7 @@ def evaluate(
 def inspect(path: Model, revision: Revision = None, json: Json = False) -> None:
     """Say what is in a checkpoint: schemes, layers, sizes, scales. Reads headers only."""
     from ckptq.inspect import inspect as look
-    from ckptq.show import show_inspection
+    from ckptq.show.results import show_inspection
 
     show_inspection(look(path, revision), json)
 
@@ -399,7 +399,7 @@ def recipes(
 ) -> None:
     """List the built-in recipes and compressed-tensors' presets, or show one."""
     from ckptq.recipes.load import describe, load_scheme
-    from ckptq.show import show_recipe, show_recipes
+    from ckptq.show.results import show_recipe, show_recipes
 
     if name is None:
         show_recipes(describe(), json)

@@ -10,8 +10,9 @@ from typing import Annotated, TypeVar
 
 import typer
 
-from ckptq import __version__, console
+from ckptq import __version__
 from ckptq.errors import MachineError, UsageError
+from ckptq.show import console
 
 Word = TypeVar("Word", bound=str)
 

@@ -74,7 +74,7 @@ def test_a_command_that_hangs_is_counted(tmp_path, monkeypatch):
 
 
 def test_a_command_that_prints_what_it_read_is_counted(tmp_path, monkeypatch):
-    from ckptq import console
+    from ckptq.show import console
 
     monkeypatch.setattr(console, "printable", lambda text: text)
 

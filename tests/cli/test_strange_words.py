@@ -95,7 +95,7 @@ def test_names_of_tensors_are_no_markup(llama: Path, tmp_path: Path):
     save_file({"a[/x].b": torch.ones(2), "[red]c": torch.ones(2)}, llama / "model.safetensors")
     done = run("inspect", llama)
     assert "a[/x].b" in done.stdout
-    script = "from ckptq.console import progress\nwith progress() as b: b('x', 2)('a[/x]', 1)"
+    script = "from ckptq.show.console import progress\nwith progress() as b: b('x', 2)('a[/x]', 1)"
     master, terminal = os.openpty()
     shown = subprocess.run([sys.executable, "-c", script], stderr=terminal, check=False)
     os.close(terminal)

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from ckptq.errors import UsageError
-from ckptq.show_verify import SHOWN, show_report
+from ckptq.show.verification import SHOWN, show_report
 from ckptq.verify import report as reports
 from ckptq.verify.run import verify
 

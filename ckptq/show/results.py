@@ -8,11 +8,10 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
-from ckptq import console
-from ckptq.console import size
 from ckptq.numbered import starred
 from ckptq.printable import shell_word
-from ckptq.show_verify import show_report as show_report
+from ckptq.show import console
+from ckptq.show.console import size
 
 if TYPE_CHECKING:
     from ckptq.calibrate.scales import Scales

@@ -5,14 +5,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from ckptq import console
-from ckptq.console import size
+from ckptq.show import console
+from ckptq.show.console import size
 
 if TYPE_CHECKING:
     from ckptq.evaluate.engine import EngineRow
     from ckptq.evaluate.harness import TaskScore
-    from ckptq.evaluate.report import Table
     from ckptq.evaluate.result import Evaluation, Row
+    from ckptq.show.evaluate_page import Table
 
 COLUMNS = (
     *("weights", "KV cache", "bits", "its scales", "size", "dB", "KL", "KL reverse", "KL 99%"),
