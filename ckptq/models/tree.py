@@ -70,6 +70,12 @@ class ModuleTree:
     """Pattern of a tensor on disk, numbers as `*` -> whose parameter it becomes."""
     names: Mapping[str, str] = field(repr=False)
     """Module on disk -> module in transformers, for the Linears whose names differ."""
+    attention: frozenset[str] = field(repr=False)
+    """What compressed-tensors takes for attention with a cache, and gives scales, by transformers'
+    name."""
+    wants_weights: str | None
+    """The class whose initialization fails where Linears have no parameter called weight, as packed
+    ones have not; transformers runs it when it loads."""
 
     def owner(self, tensor: str) -> Owner | None:
         """Whose parameter a tensor becomes; None for one that the model has no place for."""
@@ -100,6 +106,7 @@ def build_tree(ckpt: Checkpoint) -> ModuleTree | str:
 
 
 def _tree(model: PreTrainedModel, ckpt: Checkpoint) -> ModuleTree:
+    from compressed_tensors.quantization.lifecycle.initialize import is_cached_attention_module
     from torch import nn
 
     from ckptq.models.parameters import sources_of_parameters
@@ -133,7 +140,34 @@ def _tree(model: PreTrainedModel, ckpt: Checkpoint) -> ModuleTree:
         ),
         owners=owners,
         names=_names(model, ckpt, made, linears),
+        attention=frozenset(n for n, m in modules.items() if is_cached_attention_module(m)),
+        wants_weights=_wants_weights(model),  # the last: it takes the model apart
     )
+
+
+def _wants_weights(model: PreTrainedModel) -> str | None:
+    """Tried on the model itself: its Linears lose their weights, all else is initialized."""
+    import torch
+    from torch import nn
+
+    head = model.get_output_embeddings()
+    linears = [m for m in model.modules() if isinstance(m, nn.Linear) and m is not head]
+    for linear in linears:
+        del linear.weight
+    tried: set[type] = {type(linear) for linear in linears}
+    with torch.no_grad():
+        for module in model.modules():
+            if type(module) in tried:
+                continue
+            tried.add(type(module))
+            try:
+                model._init_weights(module)
+            except AttributeError as error:
+                if error.name == "weight" and error.obj in linears:
+                    return type(module).__name__
+            except Exception:  # a family's own code, on the meta device: not what is asked here
+                continue
+    return None
 
 
 def _first_of_each(ckpt: Checkpoint) -> dict[str, str]:

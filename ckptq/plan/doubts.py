@@ -7,7 +7,6 @@ from collections.abc import Iterator, Mapping
 
 from ckptq.engines.transformers import loads_fused_experts
 from ckptq.engines.vllm import fills_whole_blocks
-from ckptq.models.attention import KEY_PROJECTIONS
 from ckptq.models.experts import experts_of
 from ckptq.models.heads import OUTPUTS
 from ckptq.plan.permutable import keep_permutable
@@ -74,10 +73,32 @@ def transformers_doubts(plan: Plan) -> Iterator[str]:
             "transformers cannot read attention scales where layers have heads of different size; "
             "vLLM can"
         )
-    if unread := _without_keys_in_transformers(plan):
+    yield from _attention_unlike_transformers(plan)
+
+
+def _attention_unlike_transformers(plan: Plan) -> Iterator[str]:
+    """compressed-tensors decides by class and attributes what is attention with a cache
+    (`is_cached_attention_module`): layers without keys of their own are none, linear attention may
+    be."""
+    tree = plan.layout.witnesses.tree
+    if plan.attention is None or tree is None:
+        return
+    inside = {linear.parent: name for name, linear in plan.layout.linears.items()}
+    scaled = {
+        tree.module(inside.get(module, f"{module}.")).rpartition(".")[0]: module
+        for module in plan.attention.scales
+    }
+    unread = [disk for theirs, disk in scaled.items() if theirs not in tree.attention]
+    if unread:
         yield (
-            "transformers cannot read attention scales of layers without keys of their own "
-            f"({len(unread)} layers, {unread[0]} for one), and leaves them out; vLLM reads them"
+            f"transformers cannot read the attention scales of {len(unread)} modules, {unread[0]} "
+            "for one: compressed-tensors takes them for no attention with a cache, and leaves the "
+            "scales out"
+        )
+    if wanted := sorted(tree.attention - scaled.keys()):
+        yield (
+            f"transformers cannot read this without a report of missing keys: compressed-tensors "
+            f"wants cache scales of {len(wanted)} more modules, {wanted[0]} for one"
         )
 
 
@@ -89,21 +110,6 @@ def _without_place_in_transformers(plan: Plan) -> list[str]:
     return [
         name for name, weight in chosen if weight.index is None and witnesses.owner(name) is None
     ]
-
-
-def _without_keys_in_transformers(plan: Plan) -> list[str]:
-    """Attention modules with scales that have no Linear for keys in transformers' tree:
-    compressed-tensors takes them for no attention (its `_is_attention_module`)."""
-    tree = plan.layout.witnesses.tree
-    if plan.attention is None or tree is None:
-        return []
-    found = []
-    for module in plan.attention.scales:
-        theirs = tree.module(f"{module}.q_proj").rpartition(".")[0]
-        keys = (f"{theirs}.{projection}" for projection in KEY_PROJECTIONS)
-        if f"{theirs}.q_proj" in tree.linears and not any(key in tree.linears for key in keys):
-            found.append(module)
-    return found
 
 
 def _transformers_objection(plan: Plan, name: str, group: Group) -> str | None:
@@ -129,6 +135,12 @@ def _transformers_objection(plan: Plan, name: str, group: Group) -> str | None:
             f"({group.format}); vLLM can"
         )
     packed = group.format is not None and "pack" in group.format
+    tree = witnesses.tree
+    if packed and tree is not None and tree.wants_weights is not None:
+        return (
+            f"transformers cannot read packed weights of this model: {tree.wants_weights} is "
+            "initialized by way of the weights of its Linears; vLLM can"
+        )
     if owner.own_forward and packed:
         return (
             f"transformers cannot read packed weights of {owner.class_name}, whose forward pass "
