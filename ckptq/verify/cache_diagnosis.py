@@ -31,6 +31,12 @@ BETTER = 1.0
 TOGETHER, FEWEST = 0.75, 8
 """One factor for all: at least 1.7, and so many scales within 1.7 of one another."""
 
+BESIDE = 3.0
+"""Times the error of the middle head: one head's own trouble."""
+
+NEARLY = 0.5
+"""Every head within 1.4 of what it needs, once the heads are in order."""
+
 LOST = 0.1
 """Relative error of a head that FP8 spoils; with a right scale it is 0.03."""
 
@@ -50,9 +56,10 @@ def diagnose_cache(watch: Watch) -> list[Finding]:
     for (module, which), sums in watch.heads.items():
         scale, amax = fit(sums)
         own = distance(scale, amax)
-        if own <= (FAR if len(scale) > 1 else FAR_ALONE):
-            continue
         name = f"{module}.{which}_scale"
+        if own <= (FAR if len(scale) > 1 else FAR_ALONE):
+            found += _one_spoiled(name, sums)
+            continue
         fitting = [e for e in _explanations(watch, module, which) if e.distance <= NEAR]
         best = min(fitting, key=lambda e: e.distance, default=None)
         if best is not None and own - best.distance >= BETTER:
@@ -60,6 +67,26 @@ def diagnose_cache(watch: Watch) -> list[Finding]:
         else:
             found += _unexplained(name, sums)
     return found or list(_one_factor(watch))
+
+
+def _one_spoiled(name: str, sums: HeadSums) -> Iterator[Finding]:
+    """A head that suffers where the others do not, though its scale is not far off: two heads that
+    are nearly alike were exchanged, or it was not calibrated."""
+    error_H = sums.errors_3H[0]
+    if len(error_H) < 2:
+        return
+    scale, amax = fit(sums)
+    if len(scale) == len(error_H) and float(error_H.max()) >= BESIDE * float(error_H.median()):
+        order = _best_order(scale, amax)
+        restored = distance(scale[torch.tensor(order).argsort()], amax)
+        if restored <= NEARLY and float(error_H.max()) >= LOST:
+            said = ", ".join(f"head {i} holds {j}" for i, j in enumerate(order) if i != j)
+            if said:
+                yield finding(
+                    "heads-exchanged", name, found=said[:200], wanted="its own scales"
+                )  # fmt: skip
+                return
+        yield from _unexplained(name, sums)
 
 
 def fit(sums: HeadSums) -> tuple[Tensor, Tensor]:

@@ -23,6 +23,11 @@ from ckptq.verify.subject import CODES, SCALES, Subject
 CHUNK = 1 << 22
 FAST_BYTES = 1 << 16
 
+EMPTY = 0.25
+"""Share of an embedding that is zero: more than a vocabulary is padded by, or tokens are unused."""
+
+TABLES = ("embedding", "output head")
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Copy:
@@ -33,6 +38,8 @@ class Copy:
     different: int
     """Bytes that differ from the source's."""
     not_finite: int = 0
+    zeros: int = 0
+    """Elements that are zero; counted where there is no source."""
 
 
 def pairs(subject: Subject) -> Iterator[tuple[StoredTensor, StoredTensor | Weight]]:
@@ -126,13 +133,22 @@ def _finite(tensor: StoredTensor, files: Files, start: int, count: int) -> Copy:
     data = torch.empty(count // size, dtype=torch_dtype(tensor.spec.dtype))
     read_into(files, tensor, start, bytes_of(data))
     bad = int((~data.isfinite()).sum())
-    return Copy(name=tensor.name, nbytes=count, different=0, not_finite=bad)
+    zeros = int((data == 0).sum())
+    return Copy(name=tensor.name, nbytes=count, different=0, not_finite=bad, zeros=zeros)
 
 
 def judge_finite(subject: Subject, copy: Copy) -> Iterator[Finding]:
-    """NaN or Inf in a norm, an embedding, an unquantized weight."""
+    """NaN or Inf in a norm, an embedding, an unquantized weight; a table that is half zeros."""
     if copy.not_finite:
         yield finding(
             "not-finite", copy.name, file=subject.ckpt.tensors[copy.name].file,
             found=f"{copy.not_finite} NaN or Inf", wanted="finite numbers",
+        )  # fmt: skip
+    tensor = subject.ckpt.tensors[copy.name]
+    module = subject.modules.get(copy.name.rpartition(".")[0])
+    share = copy.zeros / max(tensor.spec.numel, 1)
+    if module is not None and module.kept in TABLES and share > EMPTY:
+        yield finding(
+            "rows-empty", copy.name, file=tensor.file, found=f"{share:.0%} of it is zero",
+            wanted="a row for every token",
         )  # fmt: skip

@@ -236,7 +236,7 @@ def test_what_is_not_finite_needs_no_source(good, tmp_path):
 def test_bits_behind_the_last_code(tmp_path, sources):
     """12 columns of 4 bits leave half a word free."""
     from ckptq.quantize.packing import pack_words
-    from ckptq.verify.values import _padding
+    from ckptq.verify.codes import _padding
 
     word = pack_words(torch.zeros(3, 12, dtype=torch.int8), 4)
     assert not _padding(word, 12, 4)
