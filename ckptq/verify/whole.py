@@ -10,6 +10,7 @@ from collections.abc import Collection, Iterable, Iterator
 from typing import TYPE_CHECKING
 
 from ckptq.checkpoint.open import CONFIG, Checkpoint
+from ckptq.models.family import LAYER
 from ckptq.spec import TensorSpec
 from ckptq.verify.engine.transformers import lacking, left_over, submodule, unlike
 from ckptq.verify.kinds import finding
@@ -41,11 +42,18 @@ def check_whole(subject: Subject, told: Iterable[Finding]) -> Iterator[Finding]:
     failed = {place.rpartition(".")[0] for place in loaded.errors}
     named = {one.tensor for one in told if one.tensor is not None}
     failed |= named | {name.rpartition(".")[0] for name in named}
-    gone = tuple(f"{one.tensor}." for one in told if one.code == "layer-missing")
-    failed |= {name for name, _ in loaded.model.named_modules() if f"{name}.".startswith(gone)}
+    if any(one.code == "layer-missing" for one in told):
+        failed |= _in_missing_layers(subject.ckpt, loaded)
     yield from _missing(loaded, failed)
     yield from _unknown(subject.ckpt, loaded, failed)
     yield from _sizes(loaded, failed)
+
+
+def _in_missing_layers(ckpt: Checkpoint, loaded: Loaded) -> set[str]:
+    """Modules of layers of which nothing is stored."""
+    there = {m[0] for name in ckpt.tensors if (m := LAYER.match(name))}
+    names = (name for name, _ in loaded.model.named_modules())
+    return {name for name in names if (m := LAYER.match(f"{name}.")) and m[0] not in there}
 
 
 def _missing(loaded: Loaded, failed: Collection[str]) -> Iterator[Finding]:

@@ -185,3 +185,14 @@ def test_an_unquantized_folder_is_noted(source, tmp_path):
     report = verify(tmp_path)
     assert report.ok
     assert [note.code for note in report.notes] == ["not-quantized"]
+
+
+def test_two_heads_that_are_nearly_alike_are_exchanged(editor, source, text):
+    """Within a factor of 2.8, and one of them is clipped all the same."""
+
+    scale = editor.tensors[name("k")].clone()
+    scale[0] *= 2.5
+    scale[1] = scale[1] / 2.5
+    editor.tensors[name("k")] = scale
+    report = verify(editor.save(), source, attention=True, text=str(text))
+    assert name("k") in {f.tensor for f in report.findings}
