@@ -70,22 +70,17 @@ def diagnose_cache(watch: Watch) -> list[Finding]:
 
 
 def _one_spoiled(name: str, sums: HeadSums) -> Iterator[Finding]:
-    """A head that suffers where the others do not, though its scale is not far off: two heads that
-    are nearly alike were exchanged, or it was not calibrated."""
+    """A head that suffers where the others do not, though no scale is far off: two heads that are
+    nearly alike were exchanged, or it was not calibrated on such text."""
     error_H = sums.errors_3H[0]
-    if len(error_H) < 2:
+    worst = float(error_H.max())
+    if worst < LOST or worst < BESIDE * float(error_H.median()):
         return
     scale, amax = fit(sums)
-    if len(scale) == len(error_H) and float(error_H.max()) >= BESIDE * float(error_H.median()):
-        order = _best_order(scale, amax)
-        restored = distance(scale[torch.tensor(order).argsort()], amax)
-        if restored <= NEARLY and float(error_H.max()) >= LOST:
-            said = ", ".join(f"head {i} holds {j}" for i, j in enumerate(order) if i != j)
-            if said:
-                yield finding(
-                    "heads-exchanged", name, found=said[:200], wanted="its own scales"
-                )  # fmt: skip
-                return
+    exchanged = _exchanged(scale, amax) if len(scale) > 1 else None
+    if exchanged is not None and exchanged.found and exchanged.distance <= NEARLY:
+        yield finding(exchanged.code, name, found=exchanged.found, wanted="its own scales")
+    else:
         yield from _unexplained(name, sums)
 
 
@@ -120,12 +115,7 @@ def _explanations(watch: Watch, module: str, which: str) -> Iterator[Explanation
                 distance=distance(scale, theirs),
             )
     if len(scale) > 1:
-        order = _best_order(scale, amax)
-        said = ", ".join(f"head {i} holds {j}" for i, j in enumerate(order) if i != j)
-        restored = scale[torch.tensor(order).argsort()]
-        yield Explanation(
-            code="heads-exchanged", found=said[:200], distance=distance(restored, amax)
-        )
+        yield _exchanged(scale, amax)
     for (there, theirs_are), others in watch.heads.items():
         theirs = fit(others)[1]
         if there != module and theirs_are == which and len(theirs) == len(scale):
@@ -133,6 +123,16 @@ def _explanations(watch: Watch, module: str, which: str) -> Iterator[Explanation
                 code="cache-scale-of-another", found=f"the scales of {there}",
                 distance=distance(scale, theirs),
             )  # fmt: skip
+
+
+def _exchanged(scale_H: Tensor, amax_H: Tensor) -> Explanation:
+    """Heads in the order of their sizes; nothing is `found` where that is theirs."""
+    order = _best_order(scale_H, amax_H)
+    said = ", ".join(f"head {i} holds {j}" for i, j in enumerate(order) if i != j)
+    restored = scale_H[torch.tensor(order).argsort()]
+    return Explanation(
+        code="heads-exchanged", found=said[:200], distance=distance(restored, amax_H)
+    )
 
 
 def _one_factor(watch: Watch) -> Iterator[Finding]:

@@ -68,9 +68,12 @@ def _missing(loaded: Loaded, failed: Collection[str]) -> Iterator[Finding]:
 
 
 def _of_scheme(loaded: Loaded, module: str, local: str) -> bool:
-    """Codes and scales, which are judged by what the config declares."""
+    """Codes and scales, which are judged by what the config declares; and what is tied, whose codes
+    transformers does not tie."""
     if local.endswith("bias"):
         return False
+    if module in loaded.tied:
+        return True
     quantized = getattr(submodule(loaded, module), "quantization_scheme", None) is not None
     return local in SCALES or EXPERTS in f".{module}" or (quantized and local in CODES)
 
