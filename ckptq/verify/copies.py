@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from functools import partial
 
 import torch
+from torch import Tensor
 
 from ckptq.checkpoint.header import StoredTensor
 from ckptq.checkpoint.read import Files, bytes_of, read_into, read_tensor
@@ -40,6 +41,8 @@ class Copy:
     not_finite: int = 0
     zeros: int = 0
     """Elements that are zero; counted where there is no source."""
+    through_one: int = 0
+    """Of the bytes that differ, those of a norm that is stored as (w + 1) - 1, in its own dtype."""
 
 
 def pairs(subject: Subject) -> Iterator[tuple[StoredTensor, StoredTensor | Weight]]:
@@ -94,7 +97,16 @@ def _chunk(
     read_into(files, tensor, start, bytes_of(ours))
     read_into(files, original, start, bytes_of(theirs))
     different = 0 if same_bytes(ours, theirs) else int((ours != theirs).sum())
-    return Copy(name=tensor.name, nbytes=count, different=different)
+    norm = "norm" in tensor.name and len(tensor.spec.shape) == 1 and tensor.spec.dtype in FLOATS
+    through = different if different and norm and _through_one(ours, theirs, tensor) else 0
+    return Copy(name=tensor.name, nbytes=count, different=different, through_one=through)
+
+
+def _through_one(ours: Tensor, theirs: Tensor, tensor: StoredTensor) -> bool:
+    """Whether all of it is what adding one and taking it away again makes of the source: what
+    llm-compressor does to norms that multiply by 1 + w (Gemma, Qwen3-Next)."""
+    dtype = torch_dtype(tensor.spec.dtype)
+    return same_bytes(ours, ((theirs.view(dtype) + 1) - 1).view(torch.uint8))
 
 
 def _whole(tensor: StoredTensor, weight: Weight, files: Files, undo: Undo) -> Copy:
@@ -109,8 +121,13 @@ def _whole(tensor: StoredTensor, weight: Weight, files: Files, undo: Undo) -> Co
 
 
 def judge_copy(subject: Subject, copy: Copy) -> Iterator[Finding]:
-    """A copy with anything different in it."""
-    if copy.different:
+    """A copy with anything different in it; a note where that is rounding alone."""
+    if copy.different and copy.different == copy.through_one:
+        yield finding(
+            "norm-rounded", copy.name, file=subject.ckpt.tensors[copy.name].file,
+            found="(w + 1) - 1 of the source's, rounded", wanted="the source's bytes",
+        )  # fmt: skip
+    elif copy.different:
         yield finding(
             "copy-differs", copy.name, file=subject.ckpt.tensors[copy.name].file,
             found=f"{copy.different} of {copy.nbytes} bytes differ", wanted="the source's bytes",

@@ -136,6 +136,7 @@ def _added(a: Copy, b: Copy) -> Copy:
         different=a.different + b.different,
         not_finite=a.not_finite + b.not_finite,
         zeros=a.zeros + b.zeros,
+        through_one=a.through_one + b.through_one,
     )
 
 

@@ -226,6 +226,7 @@ ROUND_TRIP = _faults(
     ),
     ("stale-shard", "a whole shard of other weights, as from another run", "convert it again"),
 ) + _notes(
+    ("norm-rounded", "a norm of 1 + w that llm-compressor took apart and put back", "none"),
     ("rounded-twice", "divided in the weight's dtype, as llm-compressor does on CPUs", "none"),
     ("scale-shared", "rows that a RoPE permutation exchanges share their scales", "none"),
     ("scale-differs", "scales of another observer than the plain minimum and maximum", "none"),

@@ -35,6 +35,7 @@ class Garden:
         self.plant(folder / "thesis" / "chapter.txt")
         for file in self.source.iterdir():
             self.take(file)
+        self._given = {file: state(file) for file in self.source.iterdir()}
 
     def plant(self, path: Path, text: str = "mine") -> None:
         """Something of the user's, which is to stay."""
@@ -62,6 +63,10 @@ class Garden:
         for path, was in self._mine.items():
             assert os.path.lexists(path), f"{path} of the user's is gone"
             assert state(path) == was, f"{path} of the user's has changed"
+
+    def source_changed(self) -> bool:
+        """Whether the user has edited the source, and not undone it."""
+        return {file: state(file) for file in self.source.iterdir()} != self._given
 
     def made(self) -> dict[str, str]:
         """What the command has made, by name."""

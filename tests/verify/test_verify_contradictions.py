@@ -6,7 +6,8 @@ import json
 import shutil
 
 import pytest
-from verify_checkpoints import convert, recipe
+import torch
+from verify_checkpoints import Editor, convert, recipe
 
 from ckptq.verify.run import verify
 
@@ -70,6 +71,25 @@ def test_fields_of_training_may_differ(broken):
     report = verify(editor.save(), source)
     assert report.findings == ()
     assert {note.code for note in report.notes} == {"config-note"}
+
+
+@pytest.mark.parametrize("name", ["model.norm.weight", "model.layers.0.input_layernorm.weight"])
+def test_a_norm_that_llm_compressor_took_apart_is_a_note(broken, tmp_path, name):
+    """It adds one to norms of 1 + w, and takes it away again, in bf16."""
+    editor, source = broken("gemma3", "fp8-channel")
+    norm = torch.linspace(-0.3, 0.3, 128).bfloat16()
+    kept = tmp_path / "source"
+    shutil.copytree(source, kept)
+    original = Editor(kept)
+    original.tensors[name] = norm
+    original.save()
+    editor.tensors[name] = (norm + 1) - 1
+    report = verify(editor.save(), kept)
+    assert not torch.equal(editor.tensors[name], norm)
+    assert report.findings == ()
+    assert [(note.code, note.tensor) for note in report.notes] == [("norm-rounded", name)]
+    editor.tensors[name][5] += 0.1
+    assert named(verify(editor.save(), kept)) == {"copy-differs"}
 
 
 def tokenizer(ids: dict[str, int], indent: int | None = None) -> str:

@@ -267,6 +267,7 @@ def test_latent_attention_is_noted(good, tmp_path):
         if ".k_proj." in name:
             latent = name.replace("k_proj", "kv_b_proj")
             editor.tensors[latent] = editor.tensors.pop(name)
+    editor.config |= {"model_type": "latent", "architectures": ["LatentForCausalLM"]}
     report = verify(editor.save())
     assert {note.code for note in report.notes} == {"latent-cache"}
     assert report.findings == ()
