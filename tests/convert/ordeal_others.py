@@ -248,26 +248,22 @@ def _folder_with_a_file(out: Path) -> None:
     (out / "theirs.txt").write_text("theirs")
 
 
-def _replace_a_shard(folder: Path) -> None:
-    """Another file of this size takes a shard's name, with other data."""
-    file = _last_shard(folder)
-    other = file.with_suffix(".new")
-    other.write_bytes(_other_data(file))
-    other.replace(file)
+def _replace_the_shards(folder: Path) -> None:
+    """Other files of these sizes take the names of all shards, with other data."""
+    for file in sorted((folder / "source").glob("*.safetensors")):
+        other = file.with_suffix(".new")
+        other.write_bytes(_other_data(file))
+        other.replace(file)
 
 
-def _edit_a_shard(folder: Path) -> None:
-    file = _last_shard(folder)
-    _write_over(file, _other_data(file))
+def _edit_the_shards(folder: Path) -> None:
+    for file in sorted((folder / "source").glob("*.safetensors")):
+        _write_over(file, _other_data(file))
 
 
 def _other_data(file: Path) -> bytes:
     data = file.read_bytes()
-    return data[:-2000] + bytes(2000)
-
-
-def _last_shard(folder: Path) -> Path:
-    return max((folder / "source").glob("*.safetensors"))
+    return data[:-2000] + data[-2000:][::-1]
 
 
 MEANWHILE: dict[str, Callable[[Path], None]] = {
@@ -275,8 +271,8 @@ MEANWHILE: dict[str, Callable[[Path], None]] = {
     "out appears: an empty folder": _output_appears(Path.mkdir),
     "out appears: a file": _output_appears(lambda out: out.write_text("theirs")),
     "out appears: a link": _output_appears(lambda out: out.symlink_to(out.parent / "thesis")),
-    "a shard is replaced": _replace_a_shard,
-    "a shard is edited": _edit_a_shard,
+    "the shards are replaced": _replace_the_shards,
+    "the shards are edited": _edit_the_shards,
 }
 
 
