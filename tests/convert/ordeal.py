@@ -204,9 +204,10 @@ class Trial:
     def _anew(self) -> dict[str, str]:
         """What an undisturbed run makes of the source as it is now."""
         garden, out = self._garden, self._garden.out
-        garden.out = garden.folder / "anew"
+        garden.out = Path(tempfile.mkdtemp(dir=garden.folder)) / "out"
         try:
-            assert self._run().code == 0
+            ended = self._run()
+            assert ended.code == 0, ended.said
             return garden.made()
         finally:
             garden.out = out
