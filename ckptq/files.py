@@ -63,11 +63,18 @@ class reading_errors:
             raise made(f"{self.file}: cannot be read: {error.strerror or error}") from error
 
 
-def write_whole(file: Path, data: bytes | Iterable[bytes], beside: Path | None = None) -> None:
+def write_whole(
+    file: Path,
+    data: bytes | Iterable[bytes],
+    beside: Path | None = None,
+    *,
+    replace: bool = True,
+) -> None:
     """Put a small file in its place, whole and on the disk; what was there before is replaced.
 
     `beside` is the folder in which it is made, on the same file system; its own by default.
-    MachineError names the file that could not be written. A device or a pipe is written to.
+    MachineError names the file that could not be written, or, without `replace`, one that is there.
+    A device or a pipe is written to.
     """
     target = file.resolve() if file.is_symlink() else file
     with machine_errors(file):
@@ -80,7 +87,7 @@ def write_whole(file: Path, data: bytes | Iterable[bytes], beside: Path | None =
         scratch = folder / f".{secrets.token_hex(6)}{UNFINISHED}"
         try:
             _write_new(scratch, data)
-            os.replace(scratch, target)
+            (os.replace if replace else rename_new)(scratch, target)
         except BaseException:
             with suppress(OSError):
                 scratch.unlink()

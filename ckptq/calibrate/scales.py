@@ -84,7 +84,11 @@ class Scales:
 
 
 def save_scales(path: Path, scales: Scales, beside: Path | None = None) -> None:
-    """Write the file whole or not at all; `beside` is the folder in which it is made."""
+    """Write the file whole or not at all, in the place of another scales file or of nothing;
+    `beside` is the folder in which it is made.
+
+    UsageError where anything else has the name.
+    """
     from safetensors.torch import save
 
     record = json.dumps(scales.record(), sort_keys=True)
@@ -93,7 +97,9 @@ def save_scales(path: Path, scales: Scales, beside: Path | None = None) -> None:
     metadata = {RECORD_KEY: record}
     # not save_file, which from safetensors 0.8 on makes files that only their owner may read
     data = save({n: tensors[n].contiguous() for n in sorted(tensors)}, metadata)
-    write_whole(path, data, beside)
+    there = path.exists()
+    check_replaceable(path)
+    write_whole(path, data, beside, replace=there)
 
 
 def check_replaceable(path: Path) -> None:

@@ -173,12 +173,14 @@ def _taken(out: Path, partial: Path | None = None) -> UsageError:
 def _begin(out: Path, partial: Path, fingerprint: Fingerprint, restart: bool) -> tuple[Said, bool]:
     """What has been done, and whether it is the output already; the folder is ready for more."""
     file = partial / JOURNAL
-    if restart and not os.path.lexists(out):
+    if restart and os.path.lexists(out):  # before the journal is read, which may be damaged
+        raise _taken(out, partial)
+    if restart:
         discard(partial)
     said = _read(file)
     renamed = False
     if os.path.lexists(out):
-        if restart or said.published is None or (partial / "checkpoint").exists():
+        if said.published is None or (partial / "checkpoint").exists():
             raise _taken(out, partial)
         renamed = True
     works = bool(said.done) or _holds_work(partial)

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from ckptq.calibrate.observers import scale_of
 from ckptq.checkpoint.open import Checkpoint
@@ -18,7 +18,6 @@ from ckptq.checkpoint.read import read_tensor
 from ckptq.errors import UsageError
 from ckptq.kernels.kv_format import FORMATS, Rotation
 from ckptq.models.encoded import stored_scales
-from ckptq.models.heads import config_heads
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -139,12 +138,6 @@ def declared_cache(ckpt: Checkpoint) -> KVCache:
         # engines start from 1.0 and say nothing where a checkpoint declares scales it lacks
         return KVCache(mode=SCALE_1, origin="1.0: the checkpoint lacks its scales")
     return KVCache(mode=mode, scales=found, origin="checkpoint")
-
-
-def head_dim(text_config: Mapping[str, Any]) -> int:
-    """Values of one key of one head, as transformers reads it from a language model's config."""
-    given, heads = text_config.get("head_dim"), config_heads(text_config)
-    return int(given or text_config["hidden_size"] // (heads[0] if heads else 1))
 
 
 def on_cpu(cache: KVCache, *, heads_apart: bool) -> KVCache:

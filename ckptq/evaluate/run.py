@@ -15,12 +15,13 @@ from ckptq.errors import UsageError
 from ckptq.evaluate.compare import Comparison, Outcome
 from ckptq.evaluate.engine import EngineRow, EngineRun, engine_row, in_vllm
 from ckptq.evaluate.inputs import InputScheme, declared_inputs
-from ckptq.evaluate.kv_cache import KVCache, declared_cache, head_dim, parse_cache
+from ckptq.evaluate.kv_cache import KVCache, declared_cache, parse_cache
 from ckptq.evaluate.result import Evaluation, Row, Thresholds
 from ckptq.evaluate.schemes import SchemeWeights, planned_cache, planned_inputs
 from ckptq.evaluate.text import Text
 from ckptq.evaluate.variant import Track, Variant
 from ckptq.models.encoded import read_encoded
+from ckptq.models.heads import config_head_dim, config_heads
 from ckptq.models.modules import read_layout
 from ckptq.plan.make import make_plan
 from ckptq.progress import Begin, silent
@@ -194,7 +195,9 @@ class _Bench:
         self._tracks.append((open_model(self.base, self.device, weights), variants))
 
     def _draft(self, variant: Variant, ckpt: Checkpoint) -> _Draft:
-        bits = variant.cache.bits(head_dim(self.base.text_config))
+        config = self.base.text_config
+        heads, _ = config_heads(config) or (1, 1)
+        bits = variant.cache.bits(config_head_dim(config, heads))
         return _Draft(variant=variant, weights=ckpt.name, nbytes=ckpt.nbytes, cache_bits=bits)
 
     def _variant(self, weights: str, cache: KVCache, inputs: Mapping[str, InputScheme]) -> Variant:

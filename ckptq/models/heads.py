@@ -10,6 +10,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from ckptq.errors import PlanError
+
 QUERY_HEADS = ("num_attention_heads", "n_head", "n_heads", "num_query_heads")
 """Names in configs: transformers' own, its aliases, OpenELM's."""
 
@@ -22,6 +24,8 @@ KEY_VALUE_HEADS = (
 )
 """In the order in which vLLM asks (`ModelArchConfigConvertorBase.get_total_num_kv_heads`); the last
 is DeciLM's."""
+
+HIDDEN_SIZES = ("hidden_size", "n_embd", "d_model")
 
 MULTI_QUERY = ("falcon", "RefinedWeb", "RefinedWebModel", "gpt_bigcode")
 """Types whose `multi_query`, true unless it is said, means one key/value head for all."""
@@ -44,6 +48,24 @@ def config_heads(config: Mapping[str, Any]) -> Heads | None:
     layers = [len(value) for value in config.values() if isinstance(value, list)]
     found = (layer_heads(config, index) for index in range(max([1, *layers])))
     return next((heads for heads in found if heads is not None), None)
+
+
+def config_head_dim(config: Mapping[str, Any], heads: int) -> int:
+    """Values of one query or key of one head, as transformers reads it from a text config.
+
+    PlanError where it says something else than a number.
+    """
+    for key in ("head_dim", *HIDDEN_SIZES):
+        share = 1 if key == "head_dim" else heads
+        found = config.get(key)
+        if found is None:
+            continue
+        if type(found) is not int or found < share:
+            raise PlanError(
+                f"config.json: {key} is {found!r}, wanted a whole number from {share} on"
+            )
+        return found // share
+    raise PlanError("config.json: head_dim and hidden_size are missing, so heads are unknown")
 
 
 def layer_heads(config: Mapping[str, Any], index: int) -> Heads | None:

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from ckptq.checkpoint.open import CONFIG, Checkpoint
 from ckptq.errors import SourceError
+from ckptq.models.counts import check_counts
 from ckptq.models.refusals import refusals
 
 if TYPE_CHECKING:
@@ -22,6 +23,7 @@ def read_config(ckpt: Checkpoint, trust_remote_code: bool = False) -> PreTrained
     """
     from transformers import CONFIG_MAPPING, AutoConfig
 
+    check_counts(ckpt)
     config: PreTrainedConfig
     with refusals(f"{ckpt.path / CONFIG}: transformers cannot read it"):
         known = _known_class(ckpt)

@@ -13,7 +13,7 @@ from typing import Any
 from ckptq.checkpoint.open import Checkpoint
 from ckptq.errors import PlanError
 from ckptq.models.config_groups import ConfigGroup, block_structure, config_groups, group_of
-from ckptq.models.heads import config_heads
+from ckptq.models.heads import config_head_dim, config_heads
 from ckptq.models.witnesses import read_witnesses
 from ckptq.permute.effect import Effect, Projection, effect_on, effect_on_attention
 from ckptq.permute.order import Heads
@@ -83,23 +83,10 @@ def head_geometry(text_config: Mapping[str, Any]) -> dict[str, Heads]:
     counts = config_heads(text_config)
     if counts is None:
         raise PlanError("config.json: num_attention_heads is missing, so heads are unknown")
-    head_dim = _head_dim(text_config, counts[0])
+    head_dim = config_head_dim(text_config, counts[0])
     rotary_dim = _rotary_dim(text_config, head_dim)
     q_count, k_count = counts
     return {"q": Heads(q_count, head_dim, rotary_dim), "k": Heads(k_count, head_dim, rotary_dim)}
-
-
-def _head_dim(text_config: Mapping[str, Any], heads: int) -> int:
-    for key, share in (("head_dim", 1), ("hidden_size", heads)):
-        found = text_config.get(key)
-        if found is None:
-            continue
-        if type(found) is not int or found < share:
-            raise PlanError(
-                f"config.json: {key} is {found!r}, wanted a whole number from {share} on"
-            )
-        return found // share
-    raise PlanError("config.json: head_dim and hidden_size are missing, so heads are unknown")
 
 
 def _rotary_dim(text_config: Mapping[str, Any], head_dim: int) -> int:

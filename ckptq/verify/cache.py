@@ -117,8 +117,11 @@ def _wanted(subject: Subject, module: str, which: str) -> str:
 
 def _shape(subject: Subject, module: str, which: str, tensor: StoredTensor) -> Iterator[Finding]:
     count = wanted_count(subject, module, which)
-    long = [size for size in tensor.spec.shape if size != 1]
-    if count is not None and long != ([count] if count != 1 else []):
+    per_head = subject.declared.kv_strategy == "attn_head"
+    right = tensor.spec.shape == (count, 1, 1) if per_head else tensor.spec.numel == 1
+    if count == 1:
+        right = tensor.spec.numel == 1
+    if count is not None and not right:
         yield finding(
             "kv-scale-shape", tensor.name, file=tensor.file, found=str(tensor.spec),
             wanted=_wanted(subject, module, which),

@@ -275,8 +275,10 @@ def _template(name: str) -> str:
 
 
 def _unneeded(subject: Subject, attention: str, member: str) -> bool:
-    """Layers that read another one's cache make no keys and values; others have one for both."""
-    if member in ("k_proj", "v_proj") and attention in subject.cache_owners:
+    """Layers that read another one's cache make no keys and values, nor do layers of latent
+    attention among others; some have one for both."""
+    latent = subject.attention.get(attention) == "latent"
+    if member in ("k_proj", "v_proj") and (latent or attention in subject.cache_owners):
         return True
     return member == "v_proj" and _keys_are_values(subject, attention)
 

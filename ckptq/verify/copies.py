@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from functools import partial
 
 import torch
+from torch import Tensor
 
 from ckptq.checkpoint.header import StoredTensor
 from ckptq.checkpoint.read import Files, bytes_of, read_into, read_tensor
@@ -23,6 +24,11 @@ from ckptq.verify.subject import CODES, SCALES, Subject
 CHUNK = 1 << 22
 FAST_BYTES = 1 << 16
 
+EMPTY = 0.25
+"""Share of an embedding that is zero: more than a vocabulary is padded by, or tokens are unused."""
+
+TABLES = ("embedding", "output head")
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Copy:
@@ -33,6 +39,10 @@ class Copy:
     different: int
     """Bytes that differ from the source's."""
     not_finite: int = 0
+    zeros: int = 0
+    """Elements that are zero; counted where there is no source."""
+    through_one: int = 0
+    """Of the bytes that differ, those of a norm that is stored as (w + 1) - 1, in its own dtype."""
 
 
 def pairs(subject: Subject) -> Iterator[tuple[StoredTensor, StoredTensor | Weight]]:
@@ -87,7 +97,16 @@ def _chunk(
     read_into(files, tensor, start, bytes_of(ours))
     read_into(files, original, start, bytes_of(theirs))
     different = 0 if same_bytes(ours, theirs) else int((ours != theirs).sum())
-    return Copy(name=tensor.name, nbytes=count, different=different)
+    norm = "norm" in tensor.name and len(tensor.spec.shape) == 1 and tensor.spec.dtype in FLOATS
+    through = different if different and norm and _through_one(ours, theirs, tensor) else 0
+    return Copy(name=tensor.name, nbytes=count, different=different, through_one=through)
+
+
+def _through_one(ours: Tensor, theirs: Tensor, tensor: StoredTensor) -> bool:
+    """Whether all of it is what adding one and taking it away again makes of the source: what
+    llm-compressor does to norms that multiply by 1 + w (Gemma, Qwen3-Next)."""
+    dtype = torch_dtype(tensor.spec.dtype)
+    return same_bytes(ours, ((theirs.view(dtype) + 1) - 1).view(torch.uint8))
 
 
 def _whole(tensor: StoredTensor, weight: Weight, files: Files, undo: Undo) -> Copy:
@@ -102,8 +121,13 @@ def _whole(tensor: StoredTensor, weight: Weight, files: Files, undo: Undo) -> Co
 
 
 def judge_copy(subject: Subject, copy: Copy) -> Iterator[Finding]:
-    """A copy with anything different in it."""
-    if copy.different:
+    """A copy with anything different in it; a note where that is rounding alone."""
+    if copy.different and copy.different == copy.through_one:
+        yield finding(
+            "norm-rounded", copy.name, file=subject.ckpt.tensors[copy.name].file,
+            found="(w + 1) - 1 of the source's, rounded", wanted="the source's bytes",
+        )  # fmt: skip
+    elif copy.different:
         yield finding(
             "copy-differs", copy.name, file=subject.ckpt.tensors[copy.name].file,
             found=f"{copy.different} of {copy.nbytes} bytes differ", wanted="the source's bytes",
@@ -126,13 +150,22 @@ def _finite(tensor: StoredTensor, files: Files, start: int, count: int) -> Copy:
     data = torch.empty(count // size, dtype=torch_dtype(tensor.spec.dtype))
     read_into(files, tensor, start, bytes_of(data))
     bad = int((~data.isfinite()).sum())
-    return Copy(name=tensor.name, nbytes=count, different=0, not_finite=bad)
+    zeros = int((data == 0).sum())
+    return Copy(name=tensor.name, nbytes=count, different=0, not_finite=bad, zeros=zeros)
 
 
 def judge_finite(subject: Subject, copy: Copy) -> Iterator[Finding]:
-    """NaN or Inf in a norm, an embedding, an unquantized weight."""
+    """NaN or Inf in a norm, an embedding, an unquantized weight; a table that is half zeros."""
     if copy.not_finite:
         yield finding(
             "not-finite", copy.name, file=subject.ckpt.tensors[copy.name].file,
             found=f"{copy.not_finite} NaN or Inf", wanted="finite numbers",
+        )  # fmt: skip
+    tensor = subject.ckpt.tensors[copy.name]
+    module = subject.modules.get(copy.name.rpartition(".")[0])
+    share = copy.zeros / max(tensor.spec.numel, 1)
+    if module is not None and module.kept in TABLES and share > EMPTY:
+        yield finding(
+            "rows-empty", copy.name, file=tensor.file, found=f"{share:.0%} of it is zero",
+            wanted="a row for every token",
         )  # fmt: skip

@@ -9,6 +9,7 @@ from ckptq.checkpoint.open import CONFIG
 from ckptq.checkpoint.read import Files, read_tensor
 from ckptq.models.witnesses import Witnesses
 from ckptq.quantize.formats import needs_statistic
+from ckptq.verify.activations import check_inputs
 from ckptq.verify.compare import Tally
 from ckptq.verify.copies import Copy, copy_tasks, finite_tasks, judge_copy, judge_finite
 from ckptq.verify.decoders.check import check_decoders
@@ -48,6 +49,7 @@ def check_data(subject: Subject, structure: Iterable[Finding], options: Options)
         found += check_shared_cache(subject, rows)
         for linear in linears.values():
             found += check_linear_values(linear, files)
+        found += check_inputs(linears, files)
         found += check_fused_scales(subject.witnesses, linears, files)
         found += check_tied_head(subject, files)
         found += _untold_groups(check_decoders(subject, linears, files, undo), structure)
@@ -133,6 +135,8 @@ def _added(a: Copy, b: Copy) -> Copy:
         nbytes=a.nbytes + b.nbytes,
         different=a.different + b.different,
         not_finite=a.not_finite + b.not_finite,
+        zeros=a.zeros + b.zeros,
+        through_one=a.through_one + b.through_one,
     )
 
 

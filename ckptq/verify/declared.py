@@ -36,6 +36,8 @@ class Group:
     """None where what is declared cannot be; a finding has said so."""
     input_scale: str | None
     """Local name of the scale that its activations need; None where they are found at run time."""
+    input_reach: float = 448.0
+    """The largest code of its activations."""
     input_group: int | None = None
     """Columns of activations that share a scale; None where there are no such groups."""
 
@@ -150,6 +152,7 @@ def _group(
         named=named,
         scheme=_scheme(where, entry, config, found),
         input_scale=_input_scale(inputs),
+        input_reach=127.0 if (inputs or {}).get("type") == "int" else 448.0,
         input_group=_input_group(inputs or {}),
     )
 

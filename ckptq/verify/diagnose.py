@@ -16,7 +16,8 @@ from ckptq.permute.targets import head_geometry
 from ckptq.verify import nearest
 from ckptq.verify.compare import Tally
 from ckptq.verify.geometry import well_typed
-from ckptq.verify.hypotheses import hypotheses, match_heads, rescaled_columns
+from ckptq.verify.head_order import match_heads
+from ckptq.verify.hypotheses import hypotheses, rescaled_columns
 from ckptq.verify.judge import CHOSEN_DB, DAMAGED, undiagnosed
 from ckptq.verify.kinds import finding
 from ckptq.verify.moved_rows import moved_rows

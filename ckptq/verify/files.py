@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from ckptq.checkpoint.open import CONFIG, INDEX, Checkpoint, Problems
 from ckptq.verify.kinds import AGAIN, finding
 from ckptq.verify.report import Finding
 from ckptq.verify.subject import Subject
+from ckptq.verify.vocabulary import check_vocabulary
 
 SERVING = (
     "tokenizer.json",
@@ -40,34 +42,16 @@ FREE = (
 )
 """Fields that a conversion may change."""
 
-ARCHITECTURE = (
-    "model_type",
-    "hidden_size",
-    "intermediate_size",
-    "num_hidden_layers",
-    "num_attention_heads",
-    "num_key_value_heads",
-    "head_dim",
-    "vocab_size",
-    "hidden_act",
-    "rms_norm_eps",
-    "rope_theta",
-    "rope_scaling",
-    "rope_parameters",
-    "partial_rotary_factor",
-    "sliding_window",
-    "layer_types",
-    "no_rope_layers",
-    "moe_layers",
-    "interleave_moe_layer_step",
-    "num_local_experts",
-    "num_experts",
-    "num_experts_per_tok",
-    "n_routed_experts",
-    "use_qk_norm",
-    "attention_chunk_size",
+WHOLE = ("rope_scaling", "rope_parameters")
+"""Objects that mean something as a whole."""
+
+HARMLESS = re.compile(
+    r"_token_id$|dropout|^initializer|init_std|aux_loss|jitter|^output_|^return_dict|^max_position"
+    r"|^architectures$|^pretraining_tp$|label|^gradient_|^auto_map$|^tie_word_embeddings$|^name$"
+    r"|^use_bfloat16$|^chunk_size_feed_forward$|^task_specific|^problem_type$|^is_decoder$|_version$"
 )
-"""Fields that change what is computed."""
+"""Fields that change nothing that is computed: of training, tokens that the tokenizer knows better,
+lengths. A tie is judged by what is stored. Any other field may change it."""
 
 ABSENT = object()
 
@@ -77,6 +61,7 @@ def check_files(subject: Subject, problems: Problems) -> Iterator[Finding]:
     yield from _twice(problems)
     yield from _index(subject.ckpt)
     yield from _stray_shards(subject)
+    yield from check_vocabulary(subject)
     if subject.source is not None:
         yield from _side_files(subject.ckpt, subject.source)
         yield from _config(subject.ckpt.config, subject.source.config, "")
@@ -164,16 +149,23 @@ def _side_files(ckpt: Checkpoint, source: Checkpoint) -> Iterator[Finding]:
 def _config(found: Mapping[str, Any], wanted: Mapping[str, Any], prefix: str) -> Iterator[Finding]:
     for key in sorted(found.keys() | wanted.keys()):
         ours, theirs = found.get(key, ABSENT), wanted.get(key, ABSENT)
-        if key in FREE or ours == theirs:
+        if key in FREE or _same(ours, theirs):
             continue
-        if isinstance(ours, dict) and isinstance(theirs, dict) and key not in ARCHITECTURE:
+        if isinstance(ours, dict) and isinstance(theirs, dict) and key not in WHOLE:
             yield from _config(ours, theirs, f"{prefix}{key}.")
             continue
         both = ours is not ABSENT and theirs is not ABSENT
-        code = "config-differs" if key in ARCHITECTURE and both else "config-note"
+        code = "config-note" if not both or HARMLESS.search(key) else "config-differs"
         yield finding(
             code, f"{prefix}{key}", file=CONFIG, found=_shown(ours), wanted=_shown(theirs)
         )
+
+
+def _same(ours: object, theirs: object) -> bool:
+    """NaN is no number, and yet the same field."""
+    if ABSENT in (ours, theirs):
+        return False
+    return ours == theirs or json.dumps(ours, sort_keys=True) == json.dumps(theirs, sort_keys=True)
 
 
 def _shown(value: object) -> str:

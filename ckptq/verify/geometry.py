@@ -42,7 +42,10 @@ def _embedding(subject: Subject, name: str) -> Iterator[Finding]:
 
 
 def _heads(subject: Subject) -> Iterator[Finding]:
-    """Rows of k_proj; models whose layers differ in their heads say so in ways of their own."""
+    """Rows of k_proj; models whose layers differ in their heads say so in ways of their own, and
+    where transformers builds the model it knows better (`whole`)."""
+    if subject.witnesses.tree is not None:
+        return
     rows = {
         subject.modules[f"{layer}.k_proj"].shape
         for layer, kind in subject.attention.items()

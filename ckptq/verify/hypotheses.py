@@ -174,8 +174,34 @@ def _moved_back(
 
 def _codes(sample: Sample) -> Iterator[Hypothesis]:
     packed, scheme = sample.held.get("weight_packed"), sample.linear.scheme
-    if packed is None or scheme.num_bits != 4:
+    whole = sample.held.get("weight")
+    if whole is not None and whole.dtype == torch.int8:
+        shifted = (whole.view(torch.uint8) ^ 0x80).view(torch.int8)
+        yield _of_codes(sample, "codes-offset", "unsigned codes, 128 more", shifted)
+    if packed is None:
         return
+    if packed.dtype == torch.int32:
+        yield from _bytes(sample, packed)
+    if scheme.num_bits == 4:
+        yield from _nibbles(sample, packed)
+
+
+def _bytes(sample: Sample, packed: Tensor) -> Iterator[Hypothesis]:
+    """Words of the other byte order, of halves exchanged, and 8-bit codes without their offset."""
+    byte_RWB = packed.contiguous().view(torch.uint8).unflatten(1, (-1, 4))
+    for found, order in (
+        ("the bytes of each word are reversed", [3, 2, 1, 0]),
+        ("the halves of each word are exchanged", [2, 3, 0, 1]),
+        ("the bytes of each half word are exchanged", [1, 0, 3, 2]),
+    ):
+        turned = byte_RWB[..., order].flatten(1).contiguous().view(torch.int32)
+        yield _of_codes(sample, "bytes-swapped", found, turned)
+    if sample.linear.scheme.num_bits == 8:
+        signed = (byte_RWB ^ 0x80).flatten(1).contiguous().view(torch.int32)
+        yield _of_codes(sample, "codes-offset", "signed codes, without the offset of 128", signed)
+
+
+def _nibbles(sample: Sample, packed: Tensor) -> Iterator[Hypothesis]:
     as_bytes = packed.contiguous().view(torch.uint8)
     swapped = ((as_bytes & 15) << 4 | as_bytes >> 4).view(packed.dtype)
     yield _of_codes(sample, "nibbles-swapped", "the high half of each byte first", swapped)
@@ -198,10 +224,9 @@ def _reordered(packed: Tensor, order: tuple[int, ...]) -> Tensor:
     return made
 
 
-def _of_codes(sample: Sample, code: str, found: str, packed: Tensor) -> Hypothesis:
-    return Hypothesis(
-        code=code, found=found, repair=None, held=sample.with_tensors(weight_packed=packed)
-    )
+def _of_codes(sample: Sample, code: str, found: str, codes: Tensor) -> Hypothesis:
+    held = sample.with_tensors(**{sample.linear.scheme.codes: codes})
+    return Hypothesis(code=code, found=found, repair=None, held=held)
 
 
 def _zero_points(sample: Sample) -> Iterator[Hypothesis]:
@@ -226,58 +251,6 @@ def _zero_points(sample: Sample) -> Iterator[Hypothesis]:
 
 def _joined(low: Tensor, high: Tensor) -> Tensor:
     return (low & 15) | (high & 15) << 4
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class HeadMatch:
-    """For each head the one that stands in its place."""
-
-    scales_only: bool
-    order: tuple[int, ...]
-    snr_db: float
-
-
-def match_heads(sample: Sample, heads: Heads, scales_only: bool) -> Iterator[HeadMatch]:
-    """Which head's rows, or scales alone, fit where: only where not each fits best in its place."""
-    if heads.rows != sample.linear.shape[0] or heads.count < 2:
-        return
-    made = [_scales_of_heads(sample, heads)]
-    if not scales_only:
-        made.append(_whole_heads(sample, heads))
-    yield from (match for match in made if match is not None)
-
-
-def _whole_heads(sample: Sample, heads: Heads) -> HeadMatch | None:
-    found_HN = sample.weights().reshape(heads.count, -1)
-    wanted_HN = sample.w_RK.reshape(heads.count, -1)
-    distance_HH = torch.cdist(wanted_HN, found_HN)
-    order = distance_HH.argmin(1).tolist()
-    if order == list(range(heads.count)):
-        return None
-    wanted, found = sample.w_RK, found_HN[order].reshape(sample.w_RK.shape)
-    return HeadMatch(scales_only=False, order=tuple(order), snr_db=snr_db(found, wanted))
-
-
-def _scales_of_heads(sample: Sample, heads: Heads) -> HeadMatch | None:
-    """Scales of head j on the codes of head i, for all i and j."""
-    scale = sample.held["weight_scale"]
-    if scale.ndim != 2 or scale.shape[0] != heads.rows:
-        return None
-    H, D = heads.count, heads.head_dim
-    best = torch.full((H,), torch.inf)
-    order = list(range(H))
-    for shift in range(H):
-        turned = torch.arange(H).roll(-shift)
-        held = sample.with_tensors(weight_scale=scale.unflatten(0, (H, D))[turned].flatten(0, 1))
-        noise_H = (sample.weights(held) - sample.w_RK).square().reshape(H, -1).sum(1)
-        for head in (noise_H < best).nonzero().flatten().tolist():
-            best[head], order[head] = noise_H[head], int(turned[head])
-    if order == list(range(H)):
-        return None
-    held = sample.with_tensors(weight_scale=scale.unflatten(0, (H, D))[order].flatten(0, 1))
-    return HeadMatch(
-        scales_only=True, order=tuple(order), snr_db=snr_db(sample.weights(held), sample.w_RK)
-    )
 
 
 def rescaled_columns(sample: Sample) -> tuple[float, float]:

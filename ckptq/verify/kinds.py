@@ -37,6 +37,7 @@ FILES = _faults(
     ("total-size", "the index's total_size is not the sum of the tensors", "write the index anew"),
     ("side-file-missing", "a file that serving needs is only in the source", "copy it from there"),
     ("config-differs", "the architecture in config.json is not the source's", "restore the field"),
+    ("vocabulary", "tokens have other ids than they should", "restore the tokenizer's files"),
     ("config-shapes", "config.json is of another model than the tensors", "restore the field"),
     ("marks-contradict", "shards say different things of their RoPE order", AGAIN),
 ) + _notes(
@@ -161,7 +162,18 @@ VALUES = _faults(
         "store dequantization multipliers",
     ),
     ("scales-all-one", "a placeholder: nothing was calibrated", "calibrate"),
+    (
+        "input-scale-implausible",
+        "activations beyond any model's: reciprocals, or another unit",
+        "calibrate static activations",
+    ),
     ("codes-nan", "an E4M3 code that is NaN", AGAIN),
+    ("codes-range", "codes that the declared bits cannot hold", "correct num_bits"),
+    (
+        "rows-empty",
+        "rows of zeros in an embedding, as an interrupted download leaves",
+        "fetch the file again",
+    ),
     (
         "codes-empty",
         "rows of zero bytes, as an interrupted download leaves",
@@ -199,7 +211,8 @@ ROUND_TRIP = _faults(
     ("scale-shifted", "scales are shifted by one row or group", AGAIN),
     ("scale-transposed", "the grid of scales is transposed", AGAIN),
     ("nibbles-swapped", "4-bit codes are packed in another order", AGAIN),
-    ("codes-offset", "codes lack the offset of the packed format", AGAIN),
+    ("bytes-swapped", "the bytes of packed words are in another order", AGAIN),
+    ("codes-offset", "codes lack the offset of their format, or have one too many", AGAIN),
     ("zero-points-wrong", "scales and codes are right, the zero points are others", AGAIN),
     ("zero-points-of-another", "zero points of another module", "exchange the zero points"),
     ("rows-moved", "its rows are the source's, in other places", AGAIN),
@@ -213,6 +226,7 @@ ROUND_TRIP = _faults(
     ),
     ("stale-shard", "a whole shard of other weights, as from another run", "convert it again"),
 ) + _notes(
+    ("norm-rounded", "a norm of 1 + w that llm-compressor took apart and put back", "none"),
     ("rounded-twice", "divided in the weight's dtype, as llm-compressor does on CPUs", "none"),
     ("scale-shared", "rows that a RoPE permutation exchanges share their scales", "none"),
     ("scale-differs", "scales of another observer than the plain minimum and maximum", "none"),

@@ -15,6 +15,7 @@ from ckptq.verify.options import Options, Progress
 from ckptq.verify.report import Checked, Finding, HeadResult, LayerResult, Report, once
 from ckptq.verify.structure import check_structure
 from ckptq.verify.subject import Subject
+from ckptq.verify.whole import check_whole
 
 
 def verify(
@@ -64,6 +65,8 @@ def verify(
     subject, declared_wrong = _subject(ckpt, source, headers_only)
     structure = [*declared_wrong, *check_structure(subject, problems)]
     asked = ask_engine(ckpt, engine, vllm_python) if engine is not None else None
+    if source is None and not headers_only and engine != "transformers":
+        structure += check_whole(subject, structure)
     checked = Checked() if headers_only else _data(subject, structure, options)
     seen = _attention(subject, text) if attention else Attention()
     answers = asked.findings if asked is not None else ()

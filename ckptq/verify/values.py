@@ -10,14 +10,9 @@ from math import inf
 from statistics import median
 from typing import TYPE_CHECKING
 
-import torch
-from torch.nn.functional import pad
-
 from ckptq.checkpoint.header import StoredTensor
 from ckptq.checkpoint.read import Files, read_tensor
-from ckptq.quantize.scheme import WeightScheme
 from ckptq.spec import FLOATS
-from ckptq.verify import nearest
 from ckptq.verify.heads import E4M3_MAX
 from ckptq.verify.kinds import finding
 from ckptq.verify.report import Finding, ScaleRow
@@ -38,17 +33,10 @@ UNPROVED = "store dequantization multipliers; --source proves weights that reall
 SIGNED = 0.05
 """Share of negative scales that is a method; fewer are an accident."""
 
-EMPTY = 1e-3
-"""Of the median of the scales beside it: rows of a weight that are as good as zero."""
-
-ZEROS = {"uint8": 0.0, "float8_e4m3fn": 0.125}
-"""The scale that zeros are given, where it is not the eps of a float."""
-
 LARGEST_WEIGHT = 3000.0
 """Of half of the rows: a single one may well be larger. Trained Linears stay below 10; those of the
 examples, whose heads are spread on purpose, below 2500."""
 
-GLOBAL_SCALES = ("weight_global_scale", "input_global_scale")
 GLOBAL_MOST = 1e30
 """NVFP4's global scales are divisors: 448 * 6 / amax."""
 
@@ -158,11 +146,10 @@ def check_linear_values(linear: StoredLinear, files: Files) -> Iterator[Finding]
         wrong = _signed(linear, scale, held)
         wrong = wrong or list(check_scale(scale, held.float(), allowed, UNPROVED))
         yield from wrong or list(_all_ones(scale, held)) or _implausible(linear, scale, held)
-    for local, tensor in linear.module.tensors.items():
-        if local in (*GLOBAL_SCALES, "input_scale") and tensor.spec.dtype in FLOATS:
-            most = GLOBAL_MOST if local in GLOBAL_SCALES else CACHE_RANGE[1]
-            most = inf if known and local == "weight_global_scale" else most
-            yield from check_scale(tensor, read_tensor(tensor, files), (0.0, most))
+    whole = linear.module.tensors.get("weight_global_scale")
+    if whole is not None and whole.spec.dtype in FLOATS:
+        most = inf if known else GLOBAL_MOST
+        yield from check_scale(whole, read_tensor(whole, files), (0.0, most))
     if "weight_shape" in linear.tensors:
         yield from _shape_value(linear, files)
 
@@ -217,101 +204,3 @@ def _shape_value(linear: StoredLinear, files: Files) -> Iterator[Finding]:
             "weight-shape-value", tensor.name, file=tensor.file, found=str(said),
             wanted=str(list(linear.shape)),
         )  # fmt: skip
-
-
-def check_codes(linear: StoredLinear, held: Mapping[str, Tensor]) -> Iterator[Finding]:
-    """NaN codes, and bits behind the last packed code, in some rows."""
-    codes = linear.tensors[linear.scheme.codes]
-    tensor = held[linear.scheme.codes]
-    yield from _empty_rows(linear, held)
-    if tensor.dtype == torch.float8_e4m3fn:
-        nan = (tensor.view(torch.uint8) & 0x7F) == 0x7F
-        if nan.any():
-            yield finding(
-                "codes-nan", codes.name, file=codes.file, found=f"{int(nan.sum())} NaN codes",
-                wanted="none",
-            )  # fmt: skip
-    elif tensor.dtype == torch.int32 and _padding(tensor, linear.shape[1], linear.scheme.num_bits):
-        yield finding(
-            "padding", codes.name, file=codes.file, found="bits set behind the last column",
-            wanted="zeros",
-        )  # fmt: skip
-    if "weight_zero_point" in held:
-        yield from _zero_points(linear, held["weight_zero_point"], len(tensor))
-
-
-def _empty_rows(linear: StoredLinear, held: Mapping[str, Tensor]) -> Iterator[Finding]:
-    """Rows of zero bytes under a scale that says that something was there: the largest weight of a
-    row, group or block has one of the largest codes."""
-    scheme, scale = linear.scheme, held["weight_scale"]
-    if scheme.strategy == "tensor" or scale.ndim != 2:
-        return
-    codes = held[scheme.codes].contiguous()
-    byte_RB = codes.flatten().view(torch.uint8).view(len(codes), -1)
-    wide = torch.int64 if byte_RB.shape[1] % 8 == 0 else torch.uint8
-    empty_R = (byte_RB.view(wide) == 0).all(1)
-    if not empty_R.any():
-        return
-    meant_R = _meant(scale, scheme, nearest.divisor(held, scheme))
-    if scheme.block_structure is not None:
-        height = scheme.block_structure[0]
-        blocks_MH = pad(empty_R, (0, -len(codes) % height), value=True).view(-1, height)
-        whole_M = blocks_MH.all(1) & meant_R
-        empty_R &= whole_M.repeat_interleave(height)[: len(codes)]
-    else:
-        empty_R &= meant_R
-    if not scheme.symmetric:
-        empty_R &= ~_all_least(linear, held)
-    if count := int(empty_R.sum()):
-        tensor = linear.tensors[scheme.codes]
-        yield finding(
-            "codes-empty", tensor.name, file=tensor.file,
-            found=f"{count} of {len(codes)} rows in one place are zero bytes, and have scales",
-            wanted="codes",
-        )  # fmt: skip
-
-
-def _meant(scale: Tensor, scheme: WeightScheme, size: Tensor) -> Tensor:
-    """Of each row of scales, whether its largest is neither that of zeros nor next to nothing."""
-    of_zeros = ZEROS.get(scheme.scale_dtype or "")
-    if of_zeros is None:
-        of_zeros = torch.finfo(scale.dtype).eps
-    largest = size.float().amax(1)
-    return (largest > EMPTY * largest.median()) & (scale.float().amax(1) != of_zeros)
-
-
-def _all_least(linear: StoredLinear, held: Mapping[str, Tensor]) -> Tensor:
-    """Rows [R] whose groups all have the largest zero point: they hold no positive weight, and if
-    the weights of each group are equal, all have the least code, which is stored as zeros."""
-    zero_point = nearest.zero_points(held, linear.scheme, len(held[linear.scheme.codes]))
-    assert zero_point is not None
-    return (zero_point == 2 ** (linear.scheme.num_bits - 1) - 1).all(1)
-
-
-def _zero_points(linear: StoredLinear, zero_point: Tensor, rows: int) -> Iterator[Finding]:
-    tensor, bits = linear.tensors["weight_zero_point"], linear.scheme.num_bits
-    half = 2 ** (bits - 1)
-    if linear.scheme.format == "pack-quantized":
-        if _padding(zero_point.t().contiguous(), rows, bits):
-            yield finding(
-                "padding", tensor.name, file=tensor.file, found="bits set behind the last row",
-                wanted="zeros",
-            )  # fmt: skip
-    elif bool(((zero_point < -half) | (zero_point >= half)).any()):
-        found = f"{int(zero_point.min())} to {int(zero_point.max())}"
-        yield finding(
-            "zero-point-range", tensor.name, file=tensor.file, found=found,
-            wanted=f"{-half} to {half - 1}",
-        )  # fmt: skip
-
-
-def _padding(word_RW: Tensor, columns: int, num_bits: int) -> bool:
-    """Whether the words hold anything behind their `columns` codes."""
-    used = columns * num_bits
-    spare = word_RW.shape[1] * 32 - used
-    if spare == 0:
-        return False
-    if spare >= 32:
-        return bool((word_RW[:, -(spare // 32) :] != 0).any())
-    last = word_RW[:, -1].long() & 0xFFFFFFFF
-    return bool((last >> (32 - spare)).any())

@@ -13,8 +13,11 @@ import pytest
 from calibrate_models import LAYERS, token_rows
 from typer.testing import CliRunner
 
-from ckptq.calibrate import journal
-from ckptq.checkpoint.partial import claim
+from ckptq import files
+from ckptq.calibrate import journal, to_file
+from ckptq.calibrate.scales import RECORD_KEY
+from ckptq.checkpoint.header import read_header
+from ckptq.checkpoint.partial import claim, partial_of
 from ckptq.cli import app
 
 SELF_KILLING = """
@@ -120,6 +123,32 @@ def test_a_file_that_is_no_scales_file_is_not_replaced(command, tmp_path):
     assert out.read_text() == "mine"
     assert run(command, tmp_path / "scales").exit_code == 0
     assert run(command, tmp_path / "scales").exit_code == 0, "a scales file is replaced"
+
+
+@pytest.mark.parametrize("when", ["before it is written", "just before the rename"])
+def test_a_file_that_appears_meanwhile_is_not_replaced(command, tmp_path, monkeypatch, when):
+    """What is done stays done: the same command ends at once when the name is free again."""
+    out = tmp_path / "thesis.txt"
+    module, name = {
+        "before it is written": (to_file, "save_scales"),
+        "just before the rename": (files, "_write_new"),
+    }[when]
+    real = getattr(module, name)
+
+    def appears(path: Path, *rest, **options):
+        if path == out or path.parent == partial_of(out):
+            out.write_text("mine")
+        return real(path, *rest, **options)
+
+    monkeypatch.setattr(module, name, appears)
+    refused = run(command, out)
+    assert f"{out}: " in str(refused.exception)
+    assert "xists" in str(refused.exception)
+    assert out.read_text() == "mine"
+    monkeypatch.undo()
+    out.rename(tmp_path / "moved")
+    assert run(command, out).exit_code == 0
+    assert RECORD_KEY in read_header(out).metadata
 
 
 def test_a_folder_that_no_run_has_made_is_left_alone(command, tmp_path):

@@ -372,3 +372,14 @@ def test_the_journal_is_lines_of_json(out):
     file = interrupted(out, "a", "b")
     lines = [json.loads(line) for line in file.read_text().splitlines()]
     assert lines == [{"run": RUN}, {"done": {"a": {}, "b": {}}}]
+
+
+def test_restart_says_what_is_in_its_way_where_the_journal_is_damaged_too(out):
+    """Killed after the rename, and damaged: "--restart begins anew" was all that it ever said."""
+    begin(out, "a").close()
+    (partial_of(out) / "journal.jsonl").write_bytes(b"\x89")
+    out.mkdir()
+    with pytest.raises(UsageError, match=r"exists already.*move it away"):
+        begin(out, restart=True)
+    out.rmdir()
+    begin(out, restart=True).close()

@@ -28,6 +28,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from strange_inputs import (
+    sound,
     strange_config,
     strange_data,
     strange_index,
@@ -36,6 +37,8 @@ from strange_inputs import (
     strange_offsets,
     strange_recipe,
     strange_scales,
+    strange_side_files,
+    strange_task,
     strange_tokenizer,
 )
 
@@ -60,12 +63,20 @@ ON_ANY = (
     ["verify", "{ckpt}", "--headers-only"],
     ["verify", "{ckpt}", "--engine", "vllm"],
     ["verify", "{ckpt}", "--html", "{root}/page.html"],
+    ["verify", "{ckpt}", "--engine", "transformers"],
+    ["verify", "{ckpt}", "--source", "{sound}", "--json"],
+    ["verify", "{sound}", "--source", "{ckpt}"],
+    ["verify", "{ckpt}", "--source", "{sound}", "--attention", "--data", "{sound}/rows.jsonl"],
     ["quantize", "{ckpt}", "-s", "fp8-dynamic", "-o", "{root}/out"],
     ["quantize", "{ckpt}", "-s", "w4a16-g32", "-o", "{root}/out"],
     ["quantize", "{ckpt}", "-s", "nvfp4a16", "--dry-run"],
     ["permute", "{ckpt}", "{root}/out", "--to", "interleaved"],
+    ["permute", "{ckpt}", "{root}/out", "--to", "half-split", "--only", "scales"],
+    ["calibrate", "{ckpt}", "-o", "{root}/scales", "--data", "{sound}/rows.jsonl"],
+    ["evaluate", "{ckpt}", "--source", "{sound}", "--data", "{sound}/rows.jsonl"],
+    ["evaluate", "{ckpt}", "--schemes", "fp8-dynamic", "--data", "{sound}/rows.jsonl"],
 )
-"""{ckpt} is the folder that the strategy made."""
+"""{ckpt} is the folder that the strategy made, {sound} one that is as it should be."""
 
 TEXT = ["--data", "{ckpt}/rows.jsonl", "--seq-len", "4", "--samples", "2", "--device", "cpu"]
 
@@ -75,13 +86,28 @@ STRATEGIES: dict[str, tuple[Callable[[random.Random, Path], None], tuple[Words, 
     "offsets": (strange_offsets, ON_ANY),
     "index": (strange_index, ON_ANY),
     "data": (strange_data, ON_ANY),
+    "side files": (strange_side_files, ON_ANY),
     "recipe": (
         strange_recipe,
-        (["quantize", "{ckpt}", "--recipe", "{ckpt}/recipe.yaml", "--dry-run"],),
+        (
+            ["quantize", "{ckpt}", "--recipe", "{ckpt}/recipe.yaml", "--dry-run"],
+            ["quantize", "{ckpt}", "--recipe", "{ckpt}/recipe.yaml", "-o", "{root}/out",
+             "--data", "{sound}/rows.jsonl"],
+            ["calibrate", "{ckpt}", "--recipe", "{ckpt}/recipe.yaml", "-o", "{root}/scales",
+             "--data", "{sound}/rows.jsonl"],
+        ),
     ),
     "tokenizer": (
         strange_tokenizer,
-        (["calibrate", "{ckpt}", "-o", "{root}/scales", "-s", "kv-fp8-per-tensor", *TEXT],),
+        (
+            ["calibrate", "{ckpt}", "-o", "{root}/scales", "-s", "kv-fp8-per-tensor", *TEXT],
+            ["evaluate", "{ckpt}", "--schemes", "fp8-dynamic", *TEXT],
+            ["quantize", "{ckpt}", "-s", "fp8-per-head", "-o", "{root}/out", *TEXT],
+        ),
+    ),
+    "task": (
+        strange_task,
+        (["evaluate", "{ckpt}", "--schemes", "fp8-dynamic", "--task", "{ckpt}/task.jsonl"],),
     ),
     "scales": (
         strange_scales,
@@ -118,7 +144,10 @@ class Outcome:
         shutil.rmtree(root, ignore_errors=True)
         root.mkdir(parents=True)
         make(rng, root / "ckpt")
-        words = [w.format(ckpt=root / "ckpt", root=root) for w in rng.choice(commands)]
+        words = rng.choice(commands)
+        if any("{sound}" in word for word in words):
+            sound(root / "sound")
+        words = [w.format(ckpt=root / "ckpt", root=root, sound=root / "sound") for w in words]
         held, began = _reset_peak(), time.monotonic()
         try:
             code, said = run(words)

@@ -4,6 +4,7 @@ recipes, tokenizers, scales, journals. Each function makes one in a folder."""
 from __future__ import annotations
 
 import json
+import os
 import random
 import struct
 from collections.abc import Callable
@@ -188,7 +189,16 @@ def checkpoint(rng: random.Random, folder: Path) -> dict[str, tuple[str, list[in
     return tensors
 
 
-# Strategies: each makes a folder, and says which command runs on it.
+def sound(folder: Path) -> None:
+    """An unquantized checkpoint with nothing strange in it, and text for it."""
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps(CONFIG))
+    tensors = {name: ("BF16", shape) for name, shape in shapes().items()}
+    write_shard(random.Random(0), folder / "model.safetensors", header_of(tensors))
+    (folder / "rows.jsonl").write_text('{"input_ids": [1, 2, 3, 4]}\n' * 2)
+
+
+# Strategies: each makes a folder on which a command runs.
 
 
 def strange_names(rng: random.Random, folder: Path) -> None:
@@ -317,6 +327,61 @@ def strange_data(rng: random.Random, folder: Path) -> None:
     file.write_bytes(data)
 
 
+SIDE_FILES: dict[str, Json] = {
+    "generation_config.json": {
+        "bos_token_id": 1, "eos_token_id": [2, 3], "do_sample": True, "temperature": 0.6,
+        "top_p": 0.9, "transformers_version": "5.17.0",
+    },
+    "tokenizer_config.json": {
+        "tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": 8,
+        "added_tokens_decoder": {"0": {"content": "<s>", "special": True}},
+    },
+    "special_tokens_map.json": {"bos_token": {"content": "<s>", "lstrip": False}},
+    "preprocessor_config.json": {"image_processor_type": "CLIPImageProcessor", "size": 224},
+    "hf_quant_config.json": {"producer": {"name": "modelopt"}, "quantization": {}},
+    "params.json": {"dim": H, "n_layers": 1},
+}  # fmt: skip
+
+
+def strange_side_files(rng: random.Random, folder: Path) -> None:
+    """Files beside the weights, with anything in them or in their place."""
+    checkpoint(rng, folder)
+    for name in rng.sample(list(SIDE_FILES), rng.choice((1, 2, 4))):
+        value = mutated(rng, SIDE_FILES[name], rng.choice((1, 1, 3)))
+        (folder / name).write_bytes(text_of(rng, value))
+    how = rng.choice(("", "", "folder", "link", "dangling", "pipe", "loop", "name", "weights"))
+    if how == "folder":
+        (folder / "generation_config.json").unlink(missing_ok=True)
+        (folder / "generation_config.json").mkdir()
+    elif how == "link":
+        (folder / "notes.txt").symlink_to("/dev/zero")
+    elif how == "dangling":
+        (folder / "notes.txt").symlink_to(folder / "nowhere")
+    elif how == "pipe":
+        os.mkfifo(folder / rng.choice(("notes.txt", "tokenizer.json", "chat_template.jinja")))
+    elif how == "loop":
+        (folder / "more").symlink_to(folder)
+    elif how == "name":
+        (folder / rng.choice(("a\nb", "\x1b[2J", "x" * 255, "\udcff", " ", "-rf"))).write_text("x")
+    elif how == "weights":
+        file = folder / rng.choice(("pytorch_model.bin", "adapter_model.safetensors", "x.gguf"))
+        file.write_bytes(rng.randbytes(99))
+
+
+def strange_task(rng: random.Random, folder: Path) -> None:
+    """Questions, and a tokenizer for them."""
+    sound(folder)
+    (folder / "tokenizer.json").write_text(json.dumps(plain_tokenizer()))
+    (folder / "tokenizer_config.json").write_text(json.dumps(TOKENIZER_CONFIG))
+    questions = [
+        {"prompt": "a b", "answer": "c"},
+        {"prompt": "a c", "answer": "b d"},
+    ]
+    made = mutated(rng, questions, rng.choice((0, 1, 2, 4)))
+    lines = [text_of(rng, line) for line in made] if isinstance(made, list) else [b"[]"]
+    (folder / "task.jsonl").write_bytes(b"\n".join(lines))
+
+
 RECIPE = {
     "quantization_stage": {
         "quantization_modifiers": {
@@ -364,12 +429,24 @@ def strange_recipe(rng: random.Random, folder: Path) -> None:
     (folder / "recipe.yaml").write_bytes(text.encode("utf-8", "surrogatepass"))
 
 
-def strange_tokenizer(rng: random.Random, folder: Path) -> None:
-    from tokenizers import Tokenizer, models
+def plain_tokenizer() -> dict[str, Json]:
+    """Letters are tokens."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
 
-    checkpoint(random.Random(1), folder)
-    vocabulary = {chr(97 + i): i for i in range(VOCAB)}
-    tokenizer = json.loads(Tokenizer(models.WordLevel(vocabulary, unk_token="a")).to_str())
+    tokenizer = Tokenizer(models.WordLevel({chr(97 + i): i for i in range(VOCAB)}, unk_token="a"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    return dict(json.loads(tokenizer.to_str()))
+
+
+TOKENIZER_CONFIG = {
+    "tokenizer_class": "PreTrainedTokenizerFast", "unk_token": "a", "model_max_length": 8,
+    "chat_template": "{% for m in messages %}{{ m['content'] }} {% endfor %}",
+}  # fmt: skip
+
+
+def strange_tokenizer(rng: random.Random, folder: Path) -> None:
+    sound(folder)
+    tokenizer = plain_tokenizer()
     parts: dict[str, list[Json]] = {
         "normalizer": [
             {"type": "Precompiled", "precompiled_charsmap": "AAAA"},
@@ -417,10 +494,7 @@ def strange_tokenizer(rng: random.Random, folder: Path) -> None:
             if not isinstance(tokenizer, dict):
                 break
     (folder / "tokenizer.json").write_bytes(text_of(rng, tokenizer))
-    kind = {"tokenizer_class": "PreTrainedTokenizerFast", "unk_token": "a", "model_max_length": 8}
-    kind["chat_template"] = "{% for m in messages %}{{ m['content'] }} {% endfor %}"
-    if rng.random() < 0.3:
-        kind = mutated(rng, kind)
+    kind = mutated(rng, TOKENIZER_CONFIG) if rng.random() < 0.3 else TOKENIZER_CONFIG
     (folder / "tokenizer_config.json").write_bytes(text_of(rng, kind))
     rows = [
         {"text": "a b c d"},

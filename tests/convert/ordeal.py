@@ -1,8 +1,9 @@
-"""Runs that are killed, whose files are damaged, and whose folders others use: trials by the seed.
+"""Runs that are killed, fail, are damaged, and are meddled with: trials by the seed.
 
-A trial takes one command, kills it some times at a random step by a real SIGKILL, damages something
-in between, and lets it go on. It has to end in the bytes of an undisturbed run, or in a refusal
-that says what to do; when that is done, in those bytes. Nothing of the user's may have changed.
+A trial takes one command through some lives. Each ends at a random step of the disk, by a real
+SIGKILL, an error of the disk, or by what a user does meanwhile; in between something may be damaged
+or put in its way. It has to end in the bytes of an undisturbed run, or in a refusal that says what
+to do; when that is done, in those bytes. Nothing of the user's may have changed.
 
     python tests/convert/ordeal.py --trials 200
 """
@@ -10,353 +11,274 @@ that says what to do; when that is done, in those bytes. Nothing of the user's m
 from __future__ import annotations
 
 import argparse
-import hashlib
 import json
-import os
 import random
 import shutil
-import signal
 import sys
 import tempfile
-import threading
 import time
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from convert_killed import SECONDS, STEPS, server
+from ordeal_others import MEANWHILE, MEDDLING, TICK, Garden, Undo, damage, settle
+from ordeal_process import ERRORS, SABOTAGE, Accident, Ended, ckptq
 
 LAYERS = 3
 REFUSED = (2, 3, 4)
-TICK = 0.02
-"""Seconds in which the clock that stamps files moves on."""
+COMMANDS = ("quantize", "plain", "calibrate", "permute")
+
+IO_ERRORS = (*ERRORS, "full", "bad sector")
 
 
 @dataclass(frozen=True, slots=True)
-class Ended:
-    code: int
-    said: str
-    steps: int
+class Life:
+    accident: Accident
+    damaged: bool
+    """A file of the run's is damaged afterwards."""
 
 
-def ckptq(words: list[str], die_at: int | None, said: Path) -> Ended:
-    """The program in a process of its own, killed before a step of the disk."""
-    count = server.Value("i", 0)
-    process = server.Process(target=_main, args=(words, die_at, str(said), count))
-    process.start()
-    process.join(SECONDS)
-    assert process.exitcode is not None, f"{words} hangs"
-    return Ended(process.exitcode, said.read_text(errors="replace"), count.value)
+@dataclass(frozen=True, slots=True)
+class Story:
+    """What happens in a trial. `seed` says what exactly."""
 
+    seed: int
+    command: str
+    lives: tuple[Life, ...]
+    meddle: str | None
+    """What a user does before the last life."""
 
-def _main(words: list[str], die_at: int | None, said: str, count: Any) -> None:
-    file = os.open(said, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
-    os.dup2(file, 1)
-    os.dup2(file, 2)
-    sys.argv = ["ckptq", *words]
-    import ckptq.calibrate.journal
-    import ckptq.permute.run
-    from ckptq.__main__ import main
-    from ckptq.checkpoint import journal
-    from ckptq.convert import run
+    @property
+    def disk_only(self) -> bool:
+        """Nobody but the machine does anything: what was written stays, and what is read too."""
+        accidents = {life.accident.what for life in self.lives}
+        damaged = any(life.damaged for life in self.lives)
+        return accidents <= {"kill", *IO_ERRORS} and not damaged and self.meddle is None
 
-    # many entries of a journal in a run of a second
-    ckptq.calibrate.journal.SHARE_OF_TIME = float("inf")
-    ckptq.permute.run.COMMIT_BYTES = 30_000
-    assert run.write_quantized.__kwdefaults__ is not None
-    run.write_quantized.__kwdefaults__["commit_bytes"] = 20_000
-    lock = threading.Lock()
-
-    def counted(function: Callable[..., Any]) -> Callable[..., Any]:
-        def call(*args: Any, **kwargs: Any) -> Any:
-            with lock:
-                count.value += 1
-                if count.value == die_at:
-                    os.kill(os.getpid(), signal.SIGKILL)
-            return function(*args, **kwargs)
-
-        return call
-
-    for name in STEPS:
-        setattr(os, name, counted(getattr(os, name)))
-    journal.rename_new = counted(journal.rename_new)
-    main()
-
-
-class Garden:
-    """A folder with a source, an output in the making, and much that is the user's."""
-
-    def __init__(self, folder: Path, source: Path, command: str) -> None:
-        self.folder = folder
-        self.source = folder / "source"
-        shutil.copytree(source, self.source)
-        self.out = folder / "out"
-        self.partial = folder / "out.partial"
-        self.command = command
-        (folder / "notes.txt").write_text("mine")
-        (folder / "thesis").mkdir()
-        (folder / "thesis" / "chapter.txt").write_text("mine too")
-        self.mine = {folder / "notes.txt", folder / "thesis" / "chapter.txt"}
-        self.before = {path: _digest(path) for path in self.mine}
-
-    def words(self, *more: str) -> list[str]:
-        source, out = str(self.source), str(self.out)
-        text = str(self.source.parent / "rows.jsonl")
-        if not Path(text).exists():
-            rows = [[3 + (i * j) % 90 for j in range(1, 18)] for i in range(1, 5)]
-            Path(text).write_text("".join(json.dumps({"input_ids": row}) + "\n" for row in rows))
-        calibrated = ["--data", text, "--batch-size", "2", "--device", "cpu"]
-        return {
-            "quantize": ["quantize", source, "-s", "fp8-per-head", "-o", out, *calibrated,
-                         "--shard-size", "100kB", "--workers", "2"],
-            "plain": ["quantize", source, "-s", "w4a16-g32", "-o", out, "--shard-size", "100kB"],
-            "calibrate": ["calibrate", source, "-o", out, *calibrated],
-            "permute": ["permute", source, out, "--to", "half-split", "--workers", "2"],
-        }[self.command] + list(more)  # fmt: skip
-
-    def run(self, *more: str, die_at: int | None = None) -> Ended:
-        return ckptq(self.words(*more), die_at, self.folder / "said")
-
-    def plant(self, path: Path, text: str = "mine as well") -> None:
-        """Something of the user's, which is to stay."""
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(text)
-        self.mine.add(path)
-        self.before[path] = _digest(path)
-
-    def check_mine(self) -> None:
-        for path in self.mine:
-            assert path.exists(), f"{path} of the user's is gone"
-            assert _digest(path) == self.before[path], f"{path} of the user's has changed"
-
-    def made(self) -> dict[str, str]:
-        """What the command has made, by name."""
-        if self.out.is_file():
-            return {"": _digest(self.out)}
-        files = (p for p in sorted(self.out.rglob("*")) if p.is_file())
-        return {str(p.relative_to(self.out)): _digest(p) for p in files}
-
-
-def _digest(path: Path) -> str:
-    return hashlib.sha256(path.read_bytes()).hexdigest()
-
-
-# Damage to what the run has made: it has to be noticed, and mended.
-
-
-def _a_file(rng: random.Random, garden: Garden) -> Path | None:
-    files = sorted(p for p in garden.partial.rglob("*") if p.is_file() and p.name != "lock")
-    return rng.choice(files) if files else None
-
-
-def damage(rng: random.Random, garden: Garden) -> str:
-    """One file of the folder is cut, zeroed, changed, or gone."""
-    file = _a_file(rng, garden)
-    if file is None:
-        return "nothing"
-    data = bytearray(file.read_bytes())
-    how = rng.choice(("cut", "empty", "hole", "bit", "gone", "longer", "other"))
-    at = rng.randrange(len(data) + 1)
-    if how == "cut":
-        del data[at:]
-    elif how == "empty":
-        data.clear()
-    elif how == "hole":
-        data[at : at + 4096] = bytes(len(data[at : at + 4096]))
-    elif how == "bit" and data:
-        data[at - 1] ^= 1 << rng.randrange(8)
-    elif how == "longer":
-        data += bytes(100)
-    elif how == "other":
-        data = bytearray(rng.randbytes(len(data)))
-    if how == "gone":
-        file.unlink()
-    else:
-        file.write_bytes(data)
-    return f"{how} {file.relative_to(garden.partial)}"
-
-
-# What others do meanwhile. Each gives back how to undo it, by hand, as a user would.
-
-Undo = Callable[[], None]
-
-
-def output_taken(rng: random.Random, garden: Garden) -> Undo | None:
-    """Somebody makes something of the output's name."""
-    if os.path.lexists(garden.out):
-        return None
-    kind = rng.choice(("folder", "empty folder", "file", "link"))
-    target = garden.folder / "theirs"
-    if kind == "folder":
-        garden.plant(garden.out / "theirs.txt")
-    elif kind == "empty folder":
-        garden.out.mkdir()
-    elif kind == "file":
-        garden.plant(garden.out, "theirs")
-    else:
-        target.mkdir(exist_ok=True)
-        garden.plant(target / "theirs.txt")
-        garden.out.symlink_to(target)
-
-    def undo() -> None:
-        _move(garden, garden.out, garden.folder / f"moved-{rng.random()}")
-
-    return undo
-
-
-def file_in_the_partial_folder(rng: random.Random, garden: Garden) -> Undo | None:
-    """Something of the user's beside a run's own files; it is in nobody's way."""
-    if not garden.partial.is_dir():
-        return None
-    garden.plant(garden.partial / f"note-{rng.randrange(9)}.txt")
-    return lambda: None
-
-
-def file_in_the_output_in_the_making(rng: random.Random, garden: Garden) -> Undo | None:
-    folder = garden.partial / "checkpoint"
-    if not folder.is_dir():
-        return None
-    note = folder / "note.txt"
-    garden.plant(note)
-    return lambda: _move(garden, note, garden.folder / f"moved-{rng.random()}")
-
-
-def partial_of_somebody_else(rng: random.Random, garden: Garden) -> Undo | None:
-    """The folder of the run is taken away, and the user has one of that name."""
-    away = garden.folder / f"away-{rng.random()}"
-    if garden.partial.is_dir():
-        garden.partial.rename(away)
-    if rng.random() < 0.5:
-        garden.plant(garden.partial / rng.choice(("checkpoint", "mine")) / "a.txt")
-    else:
-        garden.partial.symlink_to(garden.folder / "thesis")
-
-    def undo() -> None:
-        _move(garden, garden.partial, garden.folder / f"moved-{rng.random()}")
-        if away.exists():
-            away.rename(garden.partial)
-
-    return undo
-
-
-def linked_folder(rng: random.Random, garden: Garden) -> Undo | None:
-    """Where the run keeps what it has made there is a link to something of the user's."""
-    names = [n for n in ("checkpoint", "calibration") if (garden.partial / n).is_dir()]
-    if not names:
-        return None
-    link = garden.partial / rng.choice(names)
-    shutil.rmtree(link)
-    link.symlink_to(garden.folder / "thesis")
-    return link.unlink
-
-
-def _move(garden: Garden, path: Path, to: Path) -> None:
-    if not os.path.lexists(path):
-        return
-    os.rename(path, to)
-    moved = {p for p in garden.mine if p == path or path in p.parents}
-    for old in moved:
-        new = to if old == path else to / old.relative_to(path)
-        garden.mine.discard(old)
-        garden.mine.add(new)
-        garden.before[new] = garden.before.pop(old)
-
-
-def edit_source(rng: random.Random, garden: Garden) -> Undo | None:
-    """The source is another one now; what was done is of the old one."""
-    time.sleep(TICK)
-    file = rng.choice(sorted(garden.source.glob("*.safetensors")))
-    before, times = file.read_bytes(), file.stat()
-    file.write_bytes(before[:-1] + bytes([before[-1] ^ 1]))
-    os.utime(file, ns=(times.st_atime_ns, times.st_mtime_ns))
-
-    def undo() -> None:
-        time.sleep(TICK)
-        file.write_bytes(before)
-        os.utime(file, ns=(times.st_atime_ns, times.st_mtime_ns))
-
-    return undo
-
-
-MEDDLING = (
-    output_taken, file_in_the_partial_folder, file_in_the_output_in_the_making,
-    partial_of_somebody_else, linked_folder, edit_source,
-)  # fmt: skip
+    def __str__(self) -> str:
+        lives = (f"{life.accident}{' damaged' if life.damaged else ''}" for life in self.lives)
+        return f"seed {self.seed}, {self.command}: {', '.join(lives)}; {self.meddle}"
 
 
 class Trials:
     """Sources, what an undisturbed run makes of each, and how many steps it takes."""
 
-    def __init__(self, folder: Path, commands: tuple[str, ...]) -> None:
+    def __init__(self, folder: Path, commands: tuple[str, ...] = COMMANDS) -> None:
         self.folder = folder
         self.commands = commands
+        self.rows = folder / "rows.jsonl"
+        rows = [[3 + (i * j) % 90 for j in range(1, 18)] for i in range(1, 5)]
+        self.rows.write_text("".join(json.dumps({"input_ids": row}) + "\n" for row in rows))
         self.sources = make_sources(folder)
+        self.whole: dict[str, Ended] = {}
         self.wanted: dict[str, dict[str, str]] = {}
-        self.steps: dict[str, int] = {}
         for command in commands:
-            garden = Garden(_new(folder / f"whole-{command}"), self.source(command), command)
-            done = garden.run()
-            assert done.code == 0, done.said
-            self.wanted[command], self.steps[command] = garden.made(), done.steps
+            garden = self._garden(command)
+            self.whole[command] = self._run(garden, command)
+            assert self.whole[command].code == 0, self.whole[command].said
+            self.wanted[command] = garden.made()
 
-    def source(self, command: str) -> Path:
-        return self.sources["llama4" if command == "permute" else "llama"]
-
-    def one(self, seed: int) -> str:
-        """A trial; how it ended. AssertionError where it must not end like that."""
+    def story(self, seed: int) -> Story:
         rng = random.Random(seed)
         command = self.commands[seed % len(self.commands)]
-        folder = _new(self.folder / "trial")
-        garden = Garden(folder, self.source(command), command)
-        story = []
-        for _ in range(rng.choice((1, 1, 2, 3))):
-            die_at = rng.randrange(1, self.steps[command] * 21 // 20)
-            story.append(f"die at {die_at}: {garden.run(die_at=die_at).code}")
-            if rng.random() < 0.5:
-                story.append(damage(rng, garden))
-        meddle = rng.choice(MEDDLING) if rng.random() < 0.4 else None
-        undo = meddle(rng, garden) if meddle is not None else None
-        story.append(meddle.__name__ if meddle is not None and undo is not None else "alone")
+        count = rng.choice((1, 1, 2, 3))
+        lives = (self._life(rng, command, number) for number in range(count))
+        meddle = rng.choice(sorted(MEDDLING)) if rng.random() < 0.3 else None
+        return Story(seed, command, tuple(lives), meddle)
+
+    def _life(self, rng: random.Random, command: str, number: int) -> Life:
+        kind = rng.choice(("kill", "kill", "kill", "disk", "meanwhile"))
+        what = {
+            "kill": "kill",
+            "disk": rng.choice(IO_ERRORS),
+            "meanwhile": rng.choice(sorted(MEANWHILE)),
+        }[kind]
+        whole = self.whole[command]
+        steps = whole.reads if what == "bad sector" else whole.steps * 21 // 20
+        at = rng.randrange(1, steps >> number)  # the next life has less to do
+        return Life(Accident(what, at), kind == "kill" and rng.random() < 0.5)
+
+    def one(self, seed: int, left_out: str | None = None) -> str:
+        """A trial; how it ended. AssertionError where it must not end like that."""
+        story = self.story(seed)
+        if left_out is not None:
+            story = TEMPTED[left_out](self, story)
         try:
-            return self._end(garden, undo, meddle is edit_source)
+            return Trial(self, story, left_out).play()
         except AssertionError as error:
-            raise AssertionError(f"seed {seed}, {command}: {'; '.join(story)}: {error}") from error
+            raise AssertionError(f"{story}: {error}") from error
 
-    def _end(self, garden: Garden, undo: Undo | None, edited: bool) -> str:
-        finished = garden.out.exists() and garden.made() == self.wanted[garden.command]
-        ended = garden.run()
-        how = self._judge(garden, ended, undo, finished)
-        garden.check_mine()
-        if how == "equal":
-            return how
-        if undo is not None:
-            undo()
-            ended = garden.run()
-            if ended.code == 0:
-                return self._equal(garden, f"{how}, undone, equal")
-            garden.check_mine()
-        assert ended.code in REFUSED, ended.said
-        if finished or "is there, and is not what the run" in ended.said:
-            return f"{how}: the output is there"
-        assert "--restart" in ended.said or "move it away" in ended.said, ended.said
-        ended = garden.run("--restart")
-        assert ended.code == 0, ended.said
-        return self._equal(garden, f"{how}, --restart, equal")
+    def _garden(self, command: str) -> Garden:
+        folder = self.folder / "trial"
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir()
+        return Garden(folder, self.sources["llama4" if command == "permute" else "llama"])
 
-    def _judge(self, garden: Garden, ended: Ended, undo: Undo | None, finished: bool) -> str:
-        if ended.code == 0:
-            return self._equal(garden, "equal")
-        assert ended.code in REFUSED, f"{ended.code}: {ended.said}"
+    def _run(
+        self,
+        garden: Garden,
+        command: str,
+        *more: str,
+        accident: Accident | None = None,
+        left_out: str | None = None,
+    ) -> Ended:
+        source, out = str(garden.source), str(garden.out)
+        text = ["--data", str(self.rows), "--batch-size", "2", "--device", "cpu"]
+        words = {
+            "quantize": ["quantize", source, "-s", "fp8-per-head", "-o", out, *text,
+                         "--shard-size", "100kB", "--workers", "2"],
+            "plain": ["quantize", source, "-s", "w4a16-g32", "-o", out, "--shard-size", "100kB"],
+            "calibrate": ["calibrate", source, "-o", out, *text],
+            "permute": ["permute", source, out, "--to", "half-split", "--workers", "2"],
+        }[command]  # fmt: skip
+        return ckptq([*words, *more], garden.folder, accident, left_out)
+
+
+class Trial:
+    def __init__(self, trials: Trials, story: Story, left_out: str | None) -> None:
+        self._story = story
+        self._rng = random.Random(story.seed)
+        self._garden = trials._garden(story.command)
+        self._wanted = trials.wanted[story.command]
+        self._undos: list[Undo] = []
+        self._hit: list[str] = []
+
+        def run(*more: str, accident: Accident | None = None) -> Ended:
+            return trials._run(
+                self._garden, story.command, *more, accident=accident, left_out=left_out
+            )
+
+        self._run: Callable[..., Ended] = run
+
+    def play(self) -> str:
+        for life in self._story.lives:
+            self._live(life)
+        if self._story.meddle is not None:
+            undo = MEDDLING[self._story.meddle](self._rng, self._garden)
+            self._undos += [undo] if undo is not None else []
+        finished = self._finished()
+        ended = self._run()
+        how = self._judge(ended)
+        if how == "equal" or finished:
+            return self._equal("the output is there" if finished else how)
+        assert not self._story.disk_only, f"a disk that failed is to blame: {ended.said}"
+        return self._as_advised(ended)
+
+    def _live(self, life: Life) -> None:
+        shards = {f: f.read_bytes() for f in self._garden.source.glob("*.safetensors")}
+        ended = self._run(accident=life.accident)
+        undo = settle(self._garden, shards)
+        self._undos += [undo] if undo is not None else []
+        if ended.code != -9 or life.accident.what != "kill":
+            self._judge(ended)
+        if life.accident.what in IO_ERRORS and self._story.disk_only:
+            assert ended.code in (0, 4) or self._finished(), f"{ended.code}: {ended.said}"
+        self._garden.check_mine()
+        if life.damaged:
+            self._hit.append(damage(self._rng, self._garden))
+
+    def _finished(self) -> bool:
+        return not self._garden.partial.exists() and self._garden.made() == self._wanted
+
+    def _judge(self, ended: Ended) -> str:
+        self._garden.check_mine()
         assert "Traceback" not in ended.said, ended.said
-        assert "error: " in ended.said, ended.said
+        if ended.code == 0:
+            return self._equal("equal")
+        assert ended.code in REFUSED, f"exit code {ended.code}: {ended.said}"
+        assert "error: " in ended.said, f"exit code {ended.code}: {ended.said}"
         return "refused"
 
-    def _equal(self, garden: Garden, how: str) -> str:
-        garden.check_mine()
-        assert garden.made() == self.wanted[garden.command], "other bytes, and exit code 0"
+    def _equal(self, how: str) -> str:
+        self._garden.check_mine()
+        made = self._garden.made()
+        if made != self._wanted and self._garden.source_changed():
+            assert made == self._anew(), f"other bytes, and not of the new source ({self._hit})"
+            self._wanted = made
+            return f"{how}, of the new source"
+        assert made == self._wanted, f"other bytes ({self._hit})"
         return how
+
+    def _anew(self) -> dict[str, str]:
+        """What an undisturbed run makes of the source as it is now."""
+        garden, out = self._garden, self._garden.out
+        garden.out = Path(tempfile.mkdtemp(dir=garden.folder)) / "out"
+        try:
+            ended = self._run()
+            assert ended.code == 0, ended.said
+            return garden.made()
+        finally:
+            garden.out = out
+
+    def _as_advised(self, ended: Ended) -> str:
+        """Do what the refusals say until it works."""
+        how = "refused"
+        for undo in reversed(self._undos):
+            undo()
+        if self._undos:
+            how, ended = f"{how}, undone", self._run()
+        if ended.code and "is there, and is not what the run" in ended.said:
+            self._garden.move(self._garden.out)
+            how, ended = f"{how}, output moved away", self._run()
+        if ended.code and "exists already; remove it" in ended.said:
+            whole = any(" out/" in hit for hit in self._hit) or self._garden.made() == self._wanted
+            assert whole, "an output that nobody damaged is not whole"
+            return f"{how}: the output is there, its journal is not"
+        if ended.code:
+            assert "--restart" in ended.said, f"{ended.said} ({self._hit})"
+            how, ended = f"{how}, --restart", self._run("--restart")
+        if ended.code and "exists already" in ended.said and "move it away" in ended.said:
+            self._garden.move(self._garden.out)
+            how, ended = f"{how}, output moved away", self._run("--restart")
+        assert ended.code == 0, f"{how}: {ended.said} ({self._hit})"
+        return self._equal(f"{how}, equal")
+
+
+def _damaged(command: str) -> Callable[[Trials, Story], Story]:
+    def tempt(trials: Trials, story: Story) -> Story:
+        at = trials.whole[command].steps * 3 // 4 + story.seed % 8
+        lives = (Life(Accident("kill", at), True),)
+        return replace(story, command=command, lives=lives, meddle=None)
+
+    return tempt
+
+
+def _meanwhile(what: str, command: str = "plain") -> Callable[[Trials, Story], Story]:
+    def tempt(trials: Trials, story: Story) -> Story:
+        at = random.Random(story.seed).randrange(1, trials.whole[command].steps)
+        lives = (Life(Accident(what, at), False),)
+        return replace(story, command=command, lives=lives, meddle=None)
+
+    return tempt
+
+
+def _meddled(meddle: str, at: float) -> Callable[[Trials, Story], Story]:
+    def tempt(trials: Trials, story: Story) -> Story:
+        lives = (Life(Accident("kill", int(trials.whole["plain"].steps * at)), False),)
+        return replace(story, command="plain", lives=lives, meddle=meddle)
+
+    return tempt
+
+
+def _renamed(trials: Trials, story: Story) -> Story:
+    """Killed after the rename, and damaged."""
+    lives = (Life(Accident("kill", trials.whole["plain"].steps - 2), True),)
+    return replace(story, command="plain", lives=lives, meddle=None)
+
+
+TEMPTED: dict[str, Callable[[Trials, Story], Story]] = {
+    "units are proved": _damaged("plain"),
+    "the source is the same file": _meanwhile("the shards are edited"),
+    "only a marked folder is a run's": _meddled("have a folder of that name", 0.01),
+    "the output's name is new": _meanwhile("out appears: an empty folder"),
+    "what was renamed is proved": _renamed,
+    "the output has no other files": _meddled("put a file among the run s", 0.5),
+}
+"""Guard that is left out -> a story in which it would be needed."""
+
+assert TEMPTED.keys() == SABOTAGE.keys()
 
 
 def make_sources(folder: Path) -> dict[str, Path]:
@@ -382,33 +304,32 @@ def make_sources(folder: Path) -> dict[str, Path]:
     return made
 
 
-def _new(folder: Path) -> Path:
-    shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir(parents=True)
-    return folder
-
-
-COMMANDS = ("quantize", "plain", "calibrate", "permute")
-
-
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--trials", type=int, default=200)
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
     ended: Counter[str] = Counter()
+    happened: Counter[str] = Counter()
     failed = []
     with tempfile.TemporaryDirectory() as folder:
-        trials = Trials(Path(folder), COMMANDS)
-        print("steps of an undisturbed run:", trials.steps, flush=True)
+        trials = Trials(Path(folder))
+        print("steps of an undisturbed run:", {c: e.steps for c, e in trials.whole.items()})
         for seed in range(arguments.seed, arguments.seed + arguments.trials):
+            story = trials.story(seed)
+            happened[f"command: {story.command}"] += 1
+            happened.update(f"accident: {life.accident.what}" for life in story.lives)
+            happened["damaged"] += sum(life.damaged for life in story.lives)
+            happened[f"a user: {story.meddle}"] += story.meddle is not None
             try:
                 ended[trials.one(seed)] += 1
             except AssertionError as error:
                 failed.append(str(error))
                 print(error, flush=True)
+    for what, count in sorted((+happened).items()):
+        print(f"{count:5} {what}")
     for how, count in ended.most_common():
-        print(f"{count:5} {how}")
+        print(f"{count:5} ended: {how}")
     print(f"{arguments.trials} trials, {len(failed)} failed")
     return 1 if failed else 0
 

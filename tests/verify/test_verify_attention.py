@@ -14,6 +14,8 @@ from ckptq.checkpoint.open import open_checkpoint
 from ckptq.convert.run import write_quantized
 from ckptq.errors import UsageError
 from ckptq.plan.make import make_plan
+from ckptq.verify.attention import Watch
+from ckptq.verify.cache_diagnosis import diagnose_cache
 from ckptq.verify.heads import Choices, HeadSums, in_fp8
 from ckptq.verify.run import verify
 
@@ -185,3 +187,39 @@ def test_an_unquantized_folder_is_noted(source, tmp_path):
     report = verify(tmp_path)
     assert report.ok
     assert [note.code for note in report.notes] == ["not-quantized"]
+
+
+def watched(amax: list[float], scales: list[float]) -> Watch:
+    """Normal distributions of these sizes have passed through the heads of one k."""
+    generator = torch.Generator().manual_seed(0)
+    x_BHSD = torch.randn(1, len(amax), 256, HEAD_DIM, generator=generator).clamp(-3, 3) / 3
+    sums = HeadSums(Choices(stored=torch.tensor(scales)))
+    sums.add(x_BHSD * torch.tensor(amax)[:, None, None])
+    return Watch(choices={}, names={}, base=torch.nn.Identity(), heads={("self_attn", "k"): sums})
+
+
+ALIKE = [1.0, 2.5, 1.1, 0.9]
+"""Largest values of heads: none is far from another."""
+
+
+def test_heads_that_are_nearly_alike_are_exchanged():
+    """One is clipped, at an error of a fifth where the others have a fortieth."""
+    right = [amax / 448 for amax in ALIKE]
+    assert diagnose_cache(watched(ALIKE, right)) == []
+    [found] = diagnose_cache(watched(ALIKE, [right[1], right[0], *right[2:]]))
+    assert found.code == "heads-exchanged"
+    assert "head 0 holds 1, head 1 holds 0" in found.found
+
+
+def test_one_head_that_is_clipped_where_the_others_are_not():
+    right = [amax / 448 for amax in ALIKE]
+    [found] = diagnose_cache(watched(ALIKE, [right[0], right[1] / 2.5, *right[2:]]))
+    assert found.code == "head-saturates"
+    assert "head 1 reaches 2.5" in found.found
+
+
+@pytest.mark.parametrize("factor", [0.7, 1.5, 2.5])
+def test_text_that_is_larger_or_smaller_is_no_fault(factor):
+    """All heads alike: the text is another than that of the calibration."""
+    right = [amax / 448 for amax in ALIKE]
+    assert diagnose_cache(watched([factor * amax for amax in ALIKE], right)) == []

@@ -1,6 +1,7 @@
 """Every fault is caught and named: its code, and the tensor where there is one to name."""
 
 import faults_cache
+import faults_contradictions
 import faults_conventions
 import faults_rare
 import faults_round_trip
@@ -12,7 +13,10 @@ from verify_faults import Fault
 from ckptq.verify.kinds import KINDS
 from ckptq.verify.run import verify
 
-SECTIONS = (faults_structure, faults_cache, faults_round_trip, faults_rare, faults_conventions)
+SECTIONS = (
+    *(faults_structure, faults_cache, faults_round_trip, faults_rare, faults_conventions),
+    faults_contradictions,
+)
 FAULTS = [fault for section in SECTIONS for fault in section.FAULTS]
 
 CASES = [
@@ -21,6 +25,9 @@ CASES = [
     for family in fault.families
     for weights in fault.weights
 ]
+
+
+ALONE_CASES = [case for case in CASES if case.values[0].alone]
 
 
 @pytest.mark.parametrize(("fault", "family", "weights"), CASES)
@@ -35,6 +42,17 @@ def test_each_fault_is_named(broken, fault: Fault, family: str, weights: str):
     if named is not None:
         assert any(named in (f.tensor or "") for f in mine), [f.tensor for f in mine]
     assert all(f.repair for f in mine)
+
+
+@pytest.mark.parametrize(("fault", "family", "weights"), ALONE_CASES)
+def test_what_contradicts_itself_is_named_without_a_source(broken, fault, family, weights):
+    editor, _ = broken(family, weights, fault.kv)
+    named = fault.inject(editor)
+    report = verify(editor.save())
+    mine = [f for f in (*report.findings, *report.notes) if f.code == fault.code]
+    assert mine, f"found {report.counts}, {[note.code for note in report.notes]}"
+    assert {f.code for f in report.findings} <= {fault.code, *fault.also}
+    assert named is None or any(named in (f.tensor or "") for f in mine)
 
 
 ALONE = {

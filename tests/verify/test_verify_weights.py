@@ -236,7 +236,7 @@ def test_what_is_not_finite_needs_no_source(good, tmp_path):
 def test_bits_behind_the_last_code(tmp_path, sources):
     """12 columns of 4 bits leave half a word free."""
     from ckptq.quantize.packing import pack_words
-    from ckptq.verify.values import _padding
+    from ckptq.verify.codes import _padding
 
     word = pack_words(torch.zeros(3, 12, dtype=torch.int8), 4)
     assert not _padding(word, 12, 4)
@@ -267,6 +267,7 @@ def test_latent_attention_is_noted(good, tmp_path):
         if ".k_proj." in name:
             latent = name.replace("k_proj", "kv_b_proj")
             editor.tensors[latent] = editor.tensors.pop(name)
+    editor.config |= {"model_type": "latent", "architectures": ["LatentForCausalLM"]}
     report = verify(editor.save())
     assert {note.code for note in report.notes} == {"latent-cache"}
     assert report.findings == ()

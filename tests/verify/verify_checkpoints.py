@@ -96,6 +96,26 @@ def gemma4() -> transformers.PreTrainedModel:
     return transformers.Gemma4ForCausalLM(config)
 
 
+def gpt_oss() -> transformers.PreTrainedModel:
+    """Everything has a bias, the experts too."""
+    config = transformers.GptOssConfig(
+        **TEXT, num_local_experts=EXPERTS, num_experts_per_tok=2,
+        layer_types=["sliding_attention", "full_attention"],
+    )  # fmt: skip
+    return transformers.GptOssForCausalLM(config)
+
+
+def gemma3() -> transformers.PreTrainedModel:
+    """Calls its activation by a name of its own."""
+    types = ["sliding_attention", "full_attention"]
+    return transformers.Gemma3ForCausalLM(transformers.Gemma3TextConfig(**TEXT, layer_types=types))
+
+
+def qwen2() -> transformers.PreTrainedModel:
+    """q, k and v have biases."""
+    return transformers.Qwen2ForCausalLM(transformers.Qwen2Config(**TEXT))
+
+
 FAMILIES = {
     "llama": llama,
     "llama4": llama4,
@@ -103,6 +123,9 @@ FAMILIES = {
     "qwen3-moe": qwen3_moe,
     "gemma4": gemma4,
 }
+
+MORE = {"gpt-oss": gpt_oss, "gemma3": gemma3, "qwen2": qwen2}
+"""Families that a few faults need."""
 
 ATTENTION = {
     "LlamaForCausalLM": "LlamaAttention",
@@ -179,7 +202,7 @@ def kv_recipe() -> Recipe:
 
 def save_source(family: str, folder: Path, dtype: torch.dtype = torch.bfloat16) -> Path:
     torch.manual_seed(0)
-    model = FAMILIES[family]().to(dtype)
+    model = (FAMILIES | MORE)[family]().to(dtype)
     model.save_pretrained(folder)
     (folder / "tokenizer_config.json").write_text("{}\n")
     (folder / "tokenizer.json").write_text('{"version": "1.0"}\n')
@@ -198,8 +221,10 @@ def convert(
     plan = make_plan(ckpt, what, shard_bytes=shard_bytes, rope_proof=rope_proof)
 
     needed = plan.attention is not None or plan.inputs
-    attention = ATTENTION[ckpt.config["architectures"][0]]
-    scales = given(made_up_scales(plan, attention)) if needed else None
+    scales = None
+    if needed:
+        attention = ATTENTION[ckpt.config["architectures"][0]]
+        scales = given(made_up_scales(plan, attention))
     write_quantized(ckpt, plan, out, arguments={}, workers=2, scales=scales)
     return out
 

@@ -36,6 +36,8 @@ class Fault:
     kv: bool = False
     also: tuple[str, ...] = ()
     """Codes that may come along, because one thing that is wrong can be wrong in two ways."""
+    alone: bool = False
+    """Whether it is named without a source too, under the same code."""
 
 
 def collector(faults: list[Fault]):

@@ -72,9 +72,9 @@ def _refused(reason: str, where: str | None = None) -> Finding:
 
 def _judge(ckpt: Checkpoint, loaded: Loaded) -> Iterator[Finding]:
     """Causes first; what they explain is not told again."""
-    lacking = _lacking(loaded)
-    over = _left_over(loaded)
-    unlike = _unlike(loaded)
+    absent = lacking(loaded)
+    over = left_over(loaded)
+    other = unlike(loaded)
     failed = {place.rpartition(".")[0] for place in loaded.errors}
     if failed and _attention_first(loaded):
         yield finding(
@@ -86,20 +86,20 @@ def _judge(ckpt: Checkpoint, loaded: Loaded) -> Iterator[Finding]:
         for place, error in loaded.errors.items():
             yield _refused(_last_line(error), place)
     yield from _unmatched_attention(loaded)
-    for module in [m for m in {**lacking, **over, **unlike} if m not in failed]:
-        yield from _module(ckpt, loaded, module, lacking, over, unlike)
+    for module in [m for m in {**absent, **over, **other} if m not in failed]:
+        yield from _module(ckpt, loaded, module, absent, over, other)
 
 
 def _module(
     ckpt: Checkpoint,
     loaded: Loaded,
     module: str,
-    lacking: Mapping[str, list[str]],
+    without: Mapping[str, list[str]],
     over: Mapping[str, list[str]],
-    unlike: Mapping[str, list[str]],
+    other: Mapping[str, list[str]],
 ) -> Iterator[Finding]:
     """All that is wrong with one module, as one finding where one thing explains it."""
-    absent = lacking.get(module, [])
+    absent = without.get(module, [])
     cache = [local for local in absent if local in CACHE_SCALES]
     absent = [local for local in absent if local not in cache]
     for local in cache:
@@ -119,7 +119,7 @@ def _module(
             wanted="a tensor for every parameter",
         )  # fmt: skip
         return
-    unlike_here = unlike.get(module, [])
+    unlike_here = other.get(module, [])
     if any(_holds_codes(loaded, place) for place in unlike_here):
         yield finding(
             "never-quantized", module, found="transformers builds it unquantized; codes on disk",
@@ -156,7 +156,7 @@ def _not_ignored(loaded: Loaded, module: str) -> Finding:
 
 def _stored_plain(loaded: Loaded, module: str, extra: list[str]) -> bool:
     """Whether a module that is built quantized has the weight of an unquantized one."""
-    scheme = getattr(_submodule(loaded, module), "quantization_scheme", None)
+    scheme = getattr(submodule(loaded, module), "quantization_scheme", None)
     if scheme is None or scheme.weights is None:
         return False
     weight = loaded.found.get(f"{module}.weight")
@@ -188,7 +188,7 @@ def _unmatched_attention(loaded: Loaded) -> Iterator[Finding]:
             )  # fmt: skip
 
 
-def _lacking(loaded: Loaded) -> dict[str, list[str]]:
+def lacking(loaded: Loaded) -> dict[str, list[str]]:
     """Module -> its parameters that nothing fills."""
     found: dict[str, list[str]] = defaultdict(list)
     decoder = decoder_name(loaded.model)
@@ -199,7 +199,7 @@ def _lacking(loaded: Loaded) -> dict[str, list[str]]:
     return found
 
 
-def _left_over(loaded: Loaded) -> dict[str, list[str]]:
+def left_over(loaded: Loaded) -> dict[str, list[str]]:
     """The nearest module that there is -> tensors under it without a place.
 
     Whole layers and branches that transformers does not build (multi-token prediction, towers of a
@@ -218,7 +218,7 @@ def _left_over(loaded: Loaded) -> dict[str, list[str]]:
     return found
 
 
-def _unlike(loaded: Loaded) -> dict[str, list[str]]:
+def unlike(loaded: Loaded) -> dict[str, list[str]]:
     """Module -> places filled with another shape, or with codes where a float should be."""
     found: dict[str, list[str]] = defaultdict(list)
     for place, wanted in loaded.wanted.items():
@@ -245,7 +245,7 @@ def _under(module: str, decoder: str) -> bool:
     return not decoder or module.startswith(f"{decoder}.")
 
 
-def _submodule(loaded: Loaded, name: str) -> object:
+def submodule(loaded: Loaded, name: str) -> object:
     try:
         return loaded.model.get_submodule(name)
     except AttributeError:

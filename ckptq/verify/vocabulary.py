@@ -1,0 +1,100 @@
+"""The vocabulary: the same tokens under the same ids in all files that tell them, and the source.
+
+Files may be written otherwise and mean the same, so their tokens are compared and not their bytes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from ckptq.checkpoint.bounded import json_object
+from ckptq.errors import CkptqError
+from ckptq.verify.kinds import finding
+from ckptq.verify.report import Finding
+from ckptq.verify.subject import Subject
+
+TOKENIZER, VOCAB, ADDED, TOLD = (
+    "tokenizer.json",
+    "vocab.json",
+    "added_tokens.json",
+    "tokenizer_config.json",
+)
+MOST_BYTES, MOST_VALUES = 1 << 28, 1 << 23
+"""The largest tokenizers have 40 MB and a million values."""
+
+SHOWN = 3
+
+Ids = Mapping[str, int]
+
+
+def check_vocabulary(subject: Subject) -> Iterator[Finding]:
+    """tokenizer.json against the files beside it, and against the source's."""
+    if subject.quick:  # seconds of JSON
+        return
+    ours = read_vocabulary(subject.ckpt.path)
+    main = ours.get(TOKENIZER, {})
+    for name, told in ours.items():
+        if name != TOKENIZER and main:
+            yield from _differ(name, told, main, f"as {TOKENIZER} has them")
+    if subject.source is not None:
+        theirs = read_vocabulary(subject.source.path)
+        for name in sorted(ours.keys() & theirs.keys()):
+            yield from _differ(name, ours[name], theirs[name], "as in the source")
+
+
+def read_vocabulary(folder: Path) -> dict[str, Ids]:
+    """File -> its tokens; without files that cannot be read, which engines say better."""
+    readers = {
+        TOKENIZER: _of_tokenizer,
+        VOCAB: lambda value: value,
+        ADDED: lambda value: value,
+        TOLD: _of_config,
+    }
+    found: dict[str, Ids] = {}
+    for name, read in readers.items():
+        try:
+            value, _ = json_object(folder / name, MOST_BYTES, MOST_VALUES)
+        except CkptqError:
+            continue
+        ids = {str(t): i for t, i in read(value).items() if type(i) is int}
+        if ids:
+            found[name] = ids
+    return found
+
+
+def _of_tokenizer(value: Mapping[str, Any]) -> dict[str, Any]:
+    model = value.get("model")
+    vocab = model.get("vocab") if isinstance(model, dict) else None
+    found: dict[str, Any] = dict(vocab) if isinstance(vocab, dict) else {}
+    if isinstance(vocab, list):  # Unigram: [token, score], in the order of the ids
+        pairs = (entry for entry in vocab if isinstance(entry, list) and entry)
+        found = {str(entry[0]): index for index, entry in enumerate(pairs)}
+    added = value.get("added_tokens")
+    for entry in added if isinstance(added, list) else ():
+        if isinstance(entry, dict) and isinstance(entry.get("content"), str):
+            found[entry["content"]] = entry.get("id")
+    return found
+
+
+def _of_config(value: Mapping[str, Any]) -> dict[str, Any]:
+    """`added_tokens_decoder`: id -> token."""
+    decoder = value.get("added_tokens_decoder")
+    return {
+        entry["content"]: int(index)
+        for index, entry in (decoder.items() if isinstance(decoder, dict) else ())
+        if isinstance(entry, dict) and isinstance(entry.get("content"), str) and index.isdecimal()
+    }
+
+
+def _differ(name: str, ours: Ids, theirs: Ids, wanted: str) -> Iterator[Finding]:
+    """Tokens that both have, under other ids; what one lacks the other may add itself."""
+    wrong = [token for token, index in ours.items() if theirs.get(token, index) != index]
+    if wrong:
+        said = ", ".join(f"{token!r} is {ours[token]}" for token in wrong[:SHOWN])
+        right = ", ".join(f"{theirs[token]}" for token in wrong[:SHOWN])
+        yield finding(
+            "vocabulary", file=name, found=f"{len(wrong)} tokens have other ids: {said}"[:200],
+            wanted=f"{right}, {wanted}",
+        )  # fmt: skip
