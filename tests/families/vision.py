@@ -254,6 +254,22 @@ VISION: dict[str, tuple[str, Config]] = {
             eoi_token_index=502,
         ),
     ),
+    "llama_guard4": (
+        "llama4",
+        image_text(
+            text(
+                intermediate_size_mlp=512,
+                intermediate_size=256,
+                num_local_experts=0,
+                moe_layers=[],
+                no_rope_layers=[1, 1, 1, 0],
+            ),
+            TOWER
+            | {"projector_input_dim": 128, "projector_output_dim": 128, "vision_output_dim": 128},
+            boi_token_index=501,
+            eoi_token_index=502,
+        ),
+    ),
     "blip2": (
         "blip-2",
         {
