@@ -76,11 +76,12 @@ def make(config: transformers.PreTrainedConfig, kind: str) -> transformers.PreTr
     return model
 
 
-def save_variant(source: Path, out: Path, change: Change, extra: dict[str, Any]) -> None:
+def save_variant(source: Path, out: Path, change: Change, extra: dict[str, Any]) -> Path:
     """A family made from another one's tensors, and its config.json with something more."""
     torch.manual_seed(0)
     tensors = change(load_file(source / "model.safetensors"))
     write(out, tensors, json.loads((source / "config.json").read_text()) | extra)
+    return out
 
 
 def write(out: Path, tensors: dict[str, torch.Tensor], config: dict[str, Any]) -> None:
