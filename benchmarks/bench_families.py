@@ -24,7 +24,6 @@ from families.hub import FP8_BLOCK  # noqa: E402
 from families.sources import FAMILIES, save  # noqa: E402
 from families.vllm_cells import Cell, cell, load, quiet, warm  # noqa: E402
 
-
 Answers = dict[tuple[str, str], Cell]
 
 

@@ -6,7 +6,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 
 from ckptq.engines.transformers import loads_fused_experts
-from ckptq.engines.vllm import fills_whole_blocks
+from ckptq.engines.vllm import fills_whole_blocks, loads_with_plain_inputs
 from ckptq.models.experts import experts_of
 from ckptq.models.heads import OUTPUTS
 from ckptq.plan.permutable import keep_permutable
@@ -19,6 +19,7 @@ def vllm_doubts(plan: Plan) -> Iterator[str]:
     yield from _cache_scales_refused(plan)
     chosen = _chosen(plan)
     yield from _experts_refused(plan, chosen)
+    yield from _integers_unpacked(chosen)
     split = [name for name, group in chosen.items() if _splits_a_block(plan, name, group, chosen)]
     if split:
         rows = plan.layout.linears[split[0]].weight.spec.shape[0]
@@ -58,6 +59,16 @@ def _cache_scales_refused(plan: Plan) -> Iterator[str]:
         f"vLLM does not load KV-cache scales of {engine.name} ({reason}); use a scheme for "
         "weights alone there"
     )
+
+
+def _integers_unpacked(chosen: Mapping[str, Group]) -> Iterator[str]:
+    for group in {group.name: group for group in chosen.values()}.values():
+        alone = group.input_activations is None
+        if alone and not loads_with_plain_inputs(group.weights or {}, group.format):
+            yield (
+                f"group {group.name!r} is {group.format} and leaves its inputs as they are; vLLM "
+                "loads integers of weights alone only as pack-quantized"
+            )
 
 
 def _experts_refused(plan: Plan, chosen: Mapping[str, Group]) -> Iterator[str]:

@@ -117,6 +117,8 @@ def _expert_layouts(subject: Subject) -> Iterator[Finding]:
     """vLLM's flag for fused experts is sticky: no checkpoint may hold both layouts."""
     fused = [name for name in subject.ckpt.tensors if FUSED_WEIGHT.match(name)]
     single = [name for name in subject.modules if EXPERT.match(name)]
+    # an MTP block is another model to vLLM, and stays as it was
+    fused, single = (list(filter(subject.witnesses.in_layers, names)) for names in (fused, single))
     if fused and single:
         yield finding(
             "expert-layouts-mixed", fused[0], file=subject.ckpt.tensors[fused[0]].file,
@@ -275,7 +277,10 @@ def _template(name: str) -> str:
 
 
 def _unneeded(subject: Subject, attention: str, member: str) -> bool:
-    """Layers that read another one's cache make no keys and values; others have one for both."""
+    """Layers that read another one's cache make no keys and values; others have one for both, or
+    make them of a latent vector."""
+    if f"{attention}.kv_b_proj" in subject.modules:
+        return True
     if member in ("k_proj", "v_proj") and attention in subject.cache_owners:
         return True
     return member == "v_proj" and _keys_are_values(subject, attention)

@@ -50,7 +50,8 @@ def _heads(subject: Subject) -> Iterator[Finding]:
     }
     shape = rows.pop() if len(rows) == 1 else None
     config, heads = subject.ckpt.text_config, subject.heads
-    head_dim, hidden = config.get("head_dim"), config.get("hidden_size")
+    head_dim = config.get("head_dim", config.get("attention_head_dim"))
+    hidden = config.get("hidden_size")
     if head_dim is None and heads is not None and type(hidden) is int:
         head_dim = hidden // heads[0]
     if shape is None or heads is None or type(head_dim) is not int:

@@ -262,6 +262,7 @@ VISION: dict[str, tuple[str, Config]] = {
                 intermediate_size=256,
                 num_local_experts=0,
                 moe_layers=[],
+                interleave_moe_layer_step=0,
                 no_rope_layers=[1, 1, 1, 0],
             ),
             TOWER

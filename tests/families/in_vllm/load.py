@@ -2,9 +2,9 @@
 
 The class is built as it would be to serve, every parameter is filled with bytes that no checkpoint
 holds, and the real tensors go through its own `load_weights`: what still holds those bytes was
-filled by no tensor. Prints JSON, {"error": text or null, "unfilled": {parameter: [elements, size]}}.
-WORKER is ckptq/verify/engine/vllm_worker.py, of which only the stand-ins for kernels that this
-machine lacks are taken, and how a class is built.
+filled by no tensor. Prints JSON, {"error": text or null, "unfilled": {parameter: [elements,
+size]}}. WORKER is ckptq/verify/engine/vllm_worker.py, of which only the stand-ins for kernels that
+this machine lacks are taken, and how a class is built.
 """
 
 from __future__ import annotations

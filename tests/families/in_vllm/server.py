@@ -3,8 +3,8 @@
     VLLM_PYTHON server.py SOCKET
 
 A request is JSON {"arguments": [script, ...], "stdin": text}, up to the end of what is sent; the
-answer is {"code", "stdout", "stderr"}. One at a time: importing vLLM takes ten seconds, a fork none,
-and none sees what another has changed. It ends with the connection that sends nothing.
+answer is {"code", "stdout", "stderr"}. One at a time: importing vLLM takes ten seconds, a fork
+none, and none sees what another has changed. It runs until it is ended.
 """
 
 from __future__ import annotations
