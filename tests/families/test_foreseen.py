@@ -128,10 +128,10 @@ def test_a_towers_merged_linears_are_ignored_by_vllms_name_as_well(tmp_path: Pat
     assert not [n for n in ignore if n.startswith("model.language_model") and "qkv_proj" in n]
 
 
-@pytest.mark.parametrize("family", ["qwen3_5_moe_hub", "kimi_linear", "zamba2", "opt"])
+@pytest.mark.parametrize("family", ["qwen3_5_moe_hub", "kimi_linear", "zamba2", "opt", "mllama"])
 def test_verify_finds_nothing_where_vllm_loads_all(tmp_path: Path, family: str) -> None:
     """Fused experts of an MTP block, layers of latent attention beside others, heads of a size of
-    their own."""
+    their own, an embedding of more tokens than the vocabulary has."""
     source = save(family, tmp_path / "sources")
     made = make(source, "fp8-dynamic", tmp_path / "out", write_token_ids(tmp_path / "ids.jsonl"))
     assert made.out is not None
