@@ -276,6 +276,7 @@ VISION: dict[str, tuple[str, Config]] = {
         {
             "text_config": text(
                 model_type="opt",
+                num_key_value_heads=4,
                 ffn_dim=512,
                 word_embed_proj_dim=256,
                 max_position_embeddings=128,
