@@ -136,3 +136,11 @@ def test_verify_finds_nothing_where_vllm_loads_all(tmp_path: Path, family: str) 
     made = make(source, "fp8-dynamic", tmp_path / "out", write_token_ids(tmp_path / "ids.jsonl"))
     assert made.out is not None
     assert verify(made.out, source).findings == ()
+
+
+@pytest.mark.parametrize("scheme", ["fp8-dynamic", "w4a16-g32"])
+def test_a_family_that_vllm_alone_knows_has_decoder_layers(tmp_path: Path, scheme: str) -> None:
+    """EXAONE, whose modules are called by one name in vLLM and look schemes up by another."""
+    quantized = plan_of(save("exaone", tmp_path), scheme).quantized
+    assert [n for n in quantized if n.endswith("attn.attention.q_proj")]
+    assert [n for n in quantized if n.endswith("mlp.c_proj")]
