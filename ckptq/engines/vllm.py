@@ -17,9 +17,13 @@ COMMON_SETS: Mapping[str, tuple[str, ...]] = {
 """What vLLM calls a merged Linear -> its parts, in most architectures: for those that the table
 does not know (models/*.py, `packed_modules_mapping`)."""
 
-RESHAPED: Mapping[str, tuple[str, ...]] = {"BloomForCausalLM": ("query_key_value",)}
+RESHAPED: Mapping[str, tuple[str, ...]] = {
+    "BloomForCausalLM": ("query_key_value",),
+    "TeleChat2ForCausalLM": ("key_value",),
+}
 """Its class -> Linears of which it cuts every tensor by heads while loading, whatever it is
-(models/bloom.py, `_repack_qkv`): one without the weight's rows ends it."""
+(models/bloom.py, `_repack_qkv`; telechat2.py, `_split_key_value`): one without the weight's rows
+ends it."""
 
 LINEAR_CLASSES = ("columnparallellinear", "rowparallellinear", "replicatedlinear")
 """Its Linears, in lower case."""

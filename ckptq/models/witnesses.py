@@ -138,7 +138,8 @@ class Witnesses:
         name = engine.engine_module(module)
         if name is None or engine.experts(module) is not None:
             return None
-        by_parts = name.rpartition(".")[2] in engine.packed and self.in_layers(module)
+        parts = engine.packed.get(name.rpartition(".")[2], ())
+        by_parts = module.rpartition(".")[2] in parts and self.in_layers(module)
         return None if by_parts else name
 
     def expert_lookups(self, part: str) -> tuple[str, ...]:

@@ -102,6 +102,15 @@ def test_what_vllm_cuts_by_heads_stays_where_a_format_has_other_tensors(
     assert line.endswith("`--scheme fp8-dynamic` takes them")
 
 
+def test_what_vllm_merges_with_it_stays_as_well(tmp_path: Path) -> None:
+    """TeleChat2's query beside its key_value."""
+    plan = plan_of(save("telechat2", tmp_path), "w4a16-g32")
+    assert {n.rpartition(".")[2] for n in plan.quantized} == {
+        "dense", "gate_proj", "up_proj", "down_proj",
+    }  # fmt: skip
+    assert "TeleChat2ForCausalLM cuts every tensor of it by heads" in plan.told[0]
+
+
 def test_what_vllm_cuts_by_heads_is_quantized_where_all_tensors_have_them(tmp_path: Path) -> None:
     plan = plan_of(save("bloom", tmp_path), "fp8-dynamic")
     assert [n for n in plan.quantized if n.endswith("query_key_value")]
