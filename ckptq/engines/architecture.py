@@ -81,12 +81,14 @@ class Architecture:
     attentions: Mapping[str, Kind]
     heads: Mapping[str, str]
     """The engine's output heads: own, tied (to the embedding), or mixed: as the config says."""
+    unfilled: frozenset[str]
+    """Patterns of the engine's parameters that no tensor of an unquantized source filled."""
     shares_cache: bool
     """Whether some of its layers read another layer's KV cache."""
     refusals: Mapping[str, str]
     """weights, cache -> how its class failed to load them quantized; {} where it loads both."""
     cache_scales: str | None
-    """What k's scale is called in an attention on disk: k_scale, attn.k_scale; None: refused."""
+    """What k's scale is called in an attention on disk: k_scale, attn.k_scale; None: not loaded."""
     rename: Rename = field(repr=False)
     """From a name on disk to the engine's, as it renames `ignore` and targets."""
 
@@ -144,6 +146,10 @@ class Architecture:
         if module not in self.expert_names or module is None:
             return None
         return Experts(_fill(module, disk_module), self.expert_names[module])
+
+    def leaves_empty(self, parameter: str) -> bool:
+        """Whether the engine has such a parameter and no checkpoint of the family fills it."""
+        return NUMBER.sub("*", parameter) in self.unfilled
 
     def attention(self, disk_parent: str) -> AttentionModule | None:
         """The attention whose projections lie in this module: "model.layers.0.self_attn"."""

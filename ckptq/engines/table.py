@@ -96,6 +96,7 @@ def _read_architecture(name: str, found: Mapping[str, Any]) -> Architecture:
         expert_names={m: (n[0], n[1], n[2]) for m, n in found["experts"].items()},
         attentions=found["attention"],
         heads=found["heads"],
+        unfilled=frozenset(found["unfilled"]),
         shares_cache=bool(found["shares_cache"]),
         refusals=refusals,
         cache_scales=cache_scales,

@@ -76,7 +76,9 @@ def architecture_of(seen: Mapping[str, Any]) -> dict[str, Any]:
             pattern_of(asked_as[name]): f["experts"] for name, f in facts.items() if "experts" in f
         },
         "attention": agreed(
-            (pattern_of(name), f["attention"]) for name, f in facts.items() if "attention" in f
+            (pattern_of(asked_as[name]), f["attention"])
+            for name, f in facts.items()
+            if "attention" in f
         ),
         "heads": agreed(
             (pattern_of(name), "tied" if "tied_to" in f else "own")

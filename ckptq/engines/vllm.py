@@ -17,6 +17,14 @@ COMMON_SETS: Mapping[str, tuple[str, ...]] = {
 """What vLLM calls a merged Linear -> its parts, in most architectures: for those that the table
 does not know (models/*.py, `packed_modules_mapping`)."""
 
+RESHAPED: Mapping[str, tuple[str, ...]] = {
+    "BloomForCausalLM": ("query_key_value",),
+    "TeleChat2ForCausalLM": ("key_value",),
+}
+"""Its class -> Linears of which it cuts every tensor by heads while loading, whatever it is
+(models/bloom.py, `_repack_qkv`; telechat2.py, `_split_key_value`): one without the weight's rows
+ends it."""
+
 LINEAR_CLASSES = ("columnparallellinear", "rowparallellinear", "replicatedlinear")
 """Its Linears, in lower case."""
 
@@ -53,6 +61,12 @@ def means_every_linear(target: str) -> bool:
     """Class names are compared as parts of names, without case: "Linear" (compressed_tensors/
     utils.py, `find_matched_target`)."""
     return bool(target) and any(target.lower() in name for name in LINEAR_CLASSES)
+
+
+def loads_with_plain_inputs(weights: Mapping[str, Any], format: str | None) -> bool:
+    """Whether a group of this format may leave its inputs unquantized: integers only where they are
+    packed (compressed_tensors.py, `_quantization_scheme_map_from_config`, a bare assertion)."""
+    return format != "int-quantized" or weights.get("type") == "float"
 
 
 def kv_scheme_faults(

@@ -51,9 +51,11 @@ def fused_layouts(ckpt: Checkpoint, witnesses: Witnesses) -> dict[str, FusedExpe
 
 def why_whole(ckpt: Checkpoint, witnesses: Witnesses, name: str) -> str:
     """Why the 3-D tensor of this name is not cut into experts; "" where nothing objects."""
-    owner = witnesses.owner(name)
-    if not FUSED_WEIGHT.match(name):
+    match = FUSED_WEIGHT.match(name)
+    if not match:
         return "fused experts that no engine loads one by one"
+    name = f"{match['experts']}.gate_up_proj"  # down_proj alone is not cut either
+    owner = witnesses.owner(name)
     if owner is None or owner.fused is None:
         return "fused experts that transformers does not know"
     if not owner.fused.gated:

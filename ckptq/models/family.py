@@ -99,7 +99,7 @@ NEVER_QUANTIZED = tuple(
         ),
         (r"(^|.*\.)(multi_modal_projector|mm_projector|projector|connector)(\.|$)", "projector"),
         (r"(^|.*\.)(mtp|mtp_\w+|nextn\w*|eh_proj)(\.|$)", "multi-token prediction head"),
-        (r".*\.(router|gate|shared_expert_gate)(\.\w+)?$", "router"),
+        (r".*\.(router|gate|shared_expert_gate|modality_router)(\.\w+)?$", "router"),
         (r"(^|.*\.)lora_\w+(\.|$)", "LoRA adapter"),
         (r".*(norm|layernorm|ln_\w+)\d*$", "norm"),
         (

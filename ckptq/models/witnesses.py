@@ -130,13 +130,17 @@ class Witnesses:
             names += [engine_name] if engine_name else []
         return tuple(dict.fromkeys(names))
 
-    @staticmethod
-    def _engine_name(engine: Architecture, module: str) -> str | None:
-        """The engine's name, unless it finds the module by the names of the parts on disk."""
+    def _engine_name(self, engine: Architecture, module: str) -> str | None:
+        """The engine's name, unless it finds the module by the names of the parts on disk.
+
+        Towers of vLLM's may be built before it is told of any parts (lfm2_vl.py).
+        """
         name = engine.engine_module(module)
         if name is None or engine.experts(module) is not None:
             return None
-        return None if name.rpartition(".")[2] in engine.packed else name
+        parts = engine.packed.get(name.rpartition(".")[2], ())
+        by_parts = module.rpartition(".")[2] in parts and self.in_layers(module)
+        return None if by_parts else name
 
     def expert_lookups(self, part: str) -> tuple[str, ...]:
         """The names by which the engine looks up the scheme of the experts that this is a part of.

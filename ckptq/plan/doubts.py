@@ -6,7 +6,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 
 from ckptq.engines.transformers import loads_fused_experts
-from ckptq.engines.vllm import fills_whole_blocks
+from ckptq.engines.vllm import fills_whole_blocks, loads_with_plain_inputs
 from ckptq.models.experts import experts_of
 from ckptq.models.heads import OUTPUTS
 from ckptq.plan.permutable import keep_permutable
@@ -18,6 +18,8 @@ def vllm_doubts(plan: Plan) -> Iterator[str]:
     """A line for each reason why vLLM would refuse the result, or compute something else."""
     yield from _cache_scales_refused(plan)
     chosen = _chosen(plan)
+    yield from _experts_refused(plan, chosen)
+    yield from _integers_unpacked(chosen)
     split = [name for name, group in chosen.items() if _splits_a_block(plan, name, group, chosen)]
     if split:
         rows = plan.layout.linears[split[0]].weight.spec.shape[0]
@@ -47,11 +49,36 @@ def _chosen(plan: Plan) -> dict[str, Group]:
 
 def _cache_scales_refused(plan: Plan) -> Iterator[str]:
     engine = plan.layout.witnesses.engine
-    if plan.attention is not None and engine is not None and engine.cache_scales is None:
+    if plan.attention is None or engine is None or engine.cache_scales == "k_scale":
+        return
+    if engine.cache_scales is None:
         reason = engine.refusals.get("cache", "").partition(". ")[0]
+    else:
+        reason = f"it looks for {engine.cache_scales}, and transformers for k_scale"
+    yield (
+        f"vLLM does not load KV-cache scales of {engine.name} ({reason}); use a scheme for "
+        "weights alone there"
+    )
+
+
+def _integers_unpacked(chosen: Mapping[str, Group]) -> Iterator[str]:
+    for group in {group.name: group for group in chosen.values()}.values():
+        alone = group.input_activations is None
+        if alone and not loads_with_plain_inputs(group.weights or {}, group.format):
+            yield (
+                f"group {group.name!r} is {group.format} and leaves its inputs as they are; vLLM "
+                "loads integers of weights alone only as pack-quantized"
+            )
+
+
+def _experts_refused(plan: Plan, chosen: Mapping[str, Group]) -> Iterator[str]:
+    engine = plan.layout.witnesses.engine
+    reason = engine.refusals.get("weights") if engine is not None else None
+    first = next((n for n in chosen if engine and engine.experts(n)), None)
+    if engine is not None and reason is not None and first is not None:
         yield (
-            f"vLLM does not load KV-cache scales of {engine.name} ({reason}); use a scheme for "
-            "weights alone there"
+            f"{first}: vLLM does not load quantized experts of {engine.name} "
+            f"({reason.partition('. ')[0]}); --ignore 're:.*experts.*' leaves them as they are"
         )
 
 

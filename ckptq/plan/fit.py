@@ -7,7 +7,8 @@ has one scheme for: the set that vLLM merges, all experts of a layer. vLLM 0.32:
   it on a GPU, for block FP8 too, whose weights alone could end in half a block);
 - blocks of rows must be whole in every member of a merged set but the last, and in all of an
   expert's (`validate_fp8_block_shape`, `validate_fp8_block_shape_moe`);
-- packed integers fill whole words: along the columns, with zero points along the rows too.
+- packed integers fill whole words: along the columns, with zero points along the rows too;
+- where a class cuts every tensor of a Linear by heads (`RESHAPED`), each must have the rows.
 
 Shape letters: R rows, C columns.
 """
@@ -19,12 +20,14 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
-from ckptq.engines.vllm import fills_whole_blocks
+from ckptq.engines.vllm import RESHAPED, fills_whole_blocks
 from ckptq.errors import PlanError
 from ckptq.models.experts import experts_of
 from ckptq.models.family import LAYER
 from ckptq.models.modules import Layout, Linear
 from ckptq.plan.unit import Unit
+from ckptq.quantize.scheme import WeightScheme
+from ckptq.quantize.stored import stored
 from ckptq.recipes.group_size import sizes_of
 from ckptq.recipes.load import Args, Group, Recipe
 
@@ -39,6 +42,8 @@ class Misfit:
     why: str
     columns: int
     group: Group = field(hash=False, compare=False)
+    of_width: bool = True
+    """Whether another group size may help."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -116,7 +121,26 @@ def _misfit(
         height = (weights.get("block_structure") or [1])[0]
         why = f"{R} rows are no whole blocks of {height}, and vLLM merges no others"
         why = why if R % height else None
+    if why is None and _is_cut_by_heads(layout, name, group):
+        why = f"vLLM's {_engine_class(layout)} cuts every tensor of it by heads"
+        return Misfit(f"{why}, and {group.format} has some without its rows", C, group, False)
     return None if why is None else Misfit(why, C, group)
+
+
+def _is_cut_by_heads(layout: Layout, name: str, group: Group) -> bool:
+    linear = layout.linears[name]
+    if linear.projection not in RESHAPED.get(_engine_class(layout), ()):
+        return False
+    scheme = WeightScheme.from_args(group.weights or {}, group.format or "")
+    specs = stored(linear.weight.spec, scheme).values()
+    return bool(group.input_scale) or any(
+        spec.shape[:1] != linear.weight.spec.shape[:1] for spec in specs
+    )
+
+
+def _engine_class(layout: Layout) -> str:
+    engine = layout.witnesses.engine
+    return engine.engine_class if engine is not None else ""
 
 
 def _columns(C: int, weights: Args, inputs: Args) -> str | None:
@@ -178,6 +202,8 @@ def _kind(name: str) -> str:
 
 
 def _way_out(misfit: Misfit) -> str:
+    if not misfit.of_width:
+        return "`--scheme fp8-dynamic` takes them"
     now = (misfit.group.weights or {}).get("group_size")
     sizes = [n for n in sizes_of(misfit.group) if n != now and (n < 0 or misfit.columns % n == 0)]
     if not sizes:

@@ -117,6 +117,8 @@ def _expert_layouts(subject: Subject) -> Iterator[Finding]:
     """vLLM's flag for fused experts is sticky: no checkpoint may hold both layouts."""
     fused = [name for name in subject.ckpt.tensors if FUSED_WEIGHT.match(name)]
     single = [name for name in subject.modules if EXPERT.match(name)]
+    # an MTP block is another model to vLLM, and stays as it was
+    fused, single = (list(filter(subject.witnesses.in_layers, names)) for names in (fused, single))
     if fused and single:
         yield finding(
             "expert-layouts-mixed", fused[0], file=subject.ckpt.tensors[fused[0]].file,

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ckptq.checkpoint.open import CONFIG, Checkpoint
-from ckptq.engines.vllm import kv_scheme_faults, means_every_linear
+from ckptq.engines.vllm import kv_scheme_faults, loads_with_plain_inputs, means_every_linear
 from ckptq.errors import PlanError, SourceError
 from ckptq.quantize.scheme import FORMATS, WeightScheme
 from ckptq.verify.kinds import finding
@@ -187,6 +187,9 @@ def _scheme(
         choice = f"one of {', '.join(FORMATS)}"
         found.append(_wrong("format", f"{where}.format", format, choice))
         return None
+    if entry.get("input_activations") is None and not loads_with_plain_inputs(weights, format):
+        wanted = "pack-quantized, as vLLM loads integers of weights alone"
+        found.append(_wrong("format", f"{where}.format", format, wanted))
     kept = {key: value for key, value in weights.items() if value is not None}
     try:
         return WeightScheme.from_args(kept, format, stored=True)

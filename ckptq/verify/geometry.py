@@ -13,6 +13,9 @@ from ckptq.verify.kinds import finding
 from ckptq.verify.report import Finding
 from ckptq.verify.subject import Subject
 
+EXTRA_ROWS = {"mllama_text_model": 8}
+"""Rows of the embedding beyond the vocabulary: Llama-3.2 Vision's image tokens."""
+
 
 def check_geometry(subject: Subject) -> Iterator[Finding]:
     """One finding for each size that the tensors contradict."""
@@ -35,7 +38,8 @@ def _embedding(subject: Subject, name: str) -> Iterator[Finding]:
     config = subject.ckpt.text_config
     if len(shape) != 2:
         return
-    for field, size in zip(("vocab_size", "hidden_size"), shape, strict=True):
+    more = EXTRA_ROWS.get(str(config.get("model_type")), 0)
+    for field, size in zip(("vocab_size", "hidden_size"), (shape[0] - more, shape[1]), strict=True):
         said = config.get(field)
         if type(said) is int and said != size:
             yield _differs(field, said, f"{size} in {name}")
@@ -53,7 +57,8 @@ def _heads(subject: Subject) -> Iterator[Finding]:
     }
     shape = rows.pop() if len(rows) == 1 else None
     config, heads = subject.ckpt.text_config, subject.heads
-    head_dim, hidden = config.get("head_dim"), config.get("hidden_size")
+    head_dim = config.get("head_dim", config.get("attention_head_dim"))
+    hidden = config.get("hidden_size")
     if head_dim is None and heads is not None and type(hidden) is int:
         head_dim = hidden // heads[0]
     if shape is None or heads is None or type(head_dim) is not int:

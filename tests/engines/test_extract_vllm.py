@@ -20,7 +20,7 @@ SCRIPT = Path(ckptq.engines.__file__).parent / "extract_vllm"
 
 @pytest.mark.engine
 @pytest.mark.skipif(not VLLM_PYTHON, reason="VLLM_PYTHON names no Python that has vLLM")
-@pytest.mark.parametrize("family", ["qwen3_5_moe_fused"])
+@pytest.mark.parametrize("family", ["qwen3_5_moe_fused", "zamba2"])
 def test_the_table_is_what_vllm_says(family: str, tmp_path: Path) -> None:
     source = save(family, tmp_path)
     out = tmp_path / "observations.jsonl"
@@ -32,6 +32,7 @@ def test_the_table_is_what_vllm_says(family: str, tmp_path: Path) -> None:
     ((name, said),) = now["architectures"].items()
     committed = table.content["architectures"][name]
     assert said["modules"].items() <= committed["modules"].items()
+    assert said["written"].items() <= committed["written"].items()
     assert said["experts"].items() <= committed["experts"].items()
     assert {tuple(m) for m in said["merged"]} <= {tuple(m) for m in committed["merged"]}
     assert now["registry"] == table.content["registry"]

@@ -130,3 +130,36 @@ VARIANTS: dict[str, tuple[str, Change, dict[str, Any]]] = {
     "kimi_k2": ("deepseek_v3", dict, {"model_type": "kimi_k2"}),
 }
 """Family -> what it is made from, how, and what its config.json says more."""
+
+
+FP8_BLOCK: dict[str, str] = {
+    "qwen3_fp8": "qwen3",
+    "qwen3_moe_fp8": "qwen3_moe",
+    "deepseek_v3_fp8": "deepseek_v3",
+    "glm4_moe_fp8": "glm4_moe",
+    "minimax_m2_fp8": "minimax_m2",
+}
+"""Families as the hub has them in FP8 with a scale for each block -> what they are made from."""
+
+BLOCK = 128
+FP8_CONFIG = {
+    "quant_method": "fp8",
+    "fmt": "e4m3",
+    "activation_scheme": "dynamic",
+    "weight_block_size": [BLOCK, BLOCK],
+}
+KEPT_BY_FP8 = re.compile(r"embed|lm_head|norm|\.gate\.weight$")
+
+
+def in_fp8_blocks(tensors: Mapping[str, torch.Tensor]) -> Tensors:
+    """Every matrix of a decoder layer but routers as codes and `weight_scale_inv`."""
+    result: Tensors = {}
+    for name, tensor in tensors.items():
+        if tensor.dim() != 2 or KEPT_BY_FP8.search(name):
+            result[name] = tensor
+            continue
+        blocks = [-(-size // BLOCK) for size in tensor.shape]
+        scales = torch.full(blocks, float(tensor.abs().max()) / 448)
+        result[name] = (tensor.float() / scales[0, 0]).to(torch.float8_e4m3fn)
+        result[f"{name}_scale_inv"] = scales
+    return result

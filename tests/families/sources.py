@@ -17,7 +17,15 @@ import transformers
 from safetensors.torch import load_file, save_file
 
 from families.handmade import HANDMADE, tensors_of
-from families.hub import HUB_NAMES, VARIANTS, renamed
+from families.hub import (
+    FP8_BLOCK,
+    FP8_CONFIG,
+    HUB_NAMES,
+    VARIANTS,
+    Change,
+    in_fp8_blocks,
+    renamed,
+)
 from families.text import EXTRA, TEXT
 from families.vision import VISION, VISION_EXTRA
 
@@ -29,7 +37,11 @@ def save(family: str, folder: Path) -> Path:
     out = folder / family
     if not (out / "config.json").exists():
         if family in VARIANTS:
-            save_variant(family, folder, out)
+            base, change, extra = VARIANTS[family]
+            save_variant(save(base, folder), out, change, extra)
+        elif family in FP8_BLOCK:
+            source = save(FP8_BLOCK[family], folder)
+            save_variant(source, out, in_fp8_blocks, {"quantization_config": FP8_CONFIG})
         elif family in HANDMADE:
             config, shapes = HANDMADE[family]
             write(out, tensors_of(shapes), config)
@@ -64,13 +76,12 @@ def make(config: transformers.PreTrainedConfig, kind: str) -> transformers.PreTr
     return model
 
 
-def save_variant(family: str, folder: Path, out: Path) -> None:
-    """A family made from another one's tensors."""
-    base, change, extra = VARIANTS[family]
-    source = save(base, folder)
+def save_variant(source: Path, out: Path, change: Change, extra: dict[str, Any]) -> Path:
+    """A family made from another one's tensors, and its config.json with something more."""
     torch.manual_seed(0)
     tensors = change(load_file(source / "model.safetensors"))
     write(out, tensors, json.loads((source / "config.json").read_text()) | extra)
+    return out
 
 
 def write(out: Path, tensors: dict[str, torch.Tensor], config: dict[str, Any]) -> None:

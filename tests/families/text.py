@@ -106,7 +106,12 @@ TEXT: dict[str, tuple[str, Config]] = {
     "gpt2": ("gpt2", GPT2),
     "gptj": ("gptj", GPT2 | {"rotary_dim": 32, "tie_word_embeddings": False}),
     "gpt_bigcode": ("gpt_bigcode", GPT2),
-    "opt": ("opt", text(ffn_dim=512, word_embed_proj_dim=256, max_position_embeddings=128)),
+    "opt": (
+        "opt",
+        text(
+            num_key_value_heads=4, ffn_dim=512, word_embed_proj_dim=256, max_position_embeddings=128
+        ),
+    ),
     "bloom": ("bloom", text()),
     "mpt": ("mpt", {"d_model": 256, "n_heads": 4, "n_layers": 2, "vocab_size": 512}),
     "hrm_text": ("hrm_text", text(num_layers_per_stack=2)),

@@ -254,11 +254,29 @@ VISION: dict[str, tuple[str, Config]] = {
             eoi_token_index=502,
         ),
     ),
+    "llama_guard4": (
+        "llama4",
+        image_text(
+            text(
+                intermediate_size_mlp=512,
+                intermediate_size=256,
+                num_local_experts=0,
+                moe_layers=[],
+                interleave_moe_layer_step=0,
+                no_rope_layers=[1, 1, 1, 0],
+            ),
+            TOWER
+            | {"projector_input_dim": 128, "projector_output_dim": 128, "vision_output_dim": 128},
+            boi_token_index=501,
+            eoi_token_index=502,
+        ),
+    ),
     "blip2": (
         "blip-2",
         {
             "text_config": text(
                 model_type="opt",
+                num_key_value_heads=4,
                 ffn_dim=512,
                 word_embed_proj_dim=256,
                 max_position_embeddings=128,

@@ -16,6 +16,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from families.vllm_cells import warm
 from test_control_transformers import repaired
 from verify_checkpoints import EXPERTS, Editor, copy_of
 
@@ -31,7 +32,8 @@ pytestmark = [
 
 @dataclass(frozen=True)
 class Rule:
-    """One way to break a checkpoint, the code that names it, and a part of what it names."""
+    """One way to break a checkpoint, the code that names it, and a part of what is told: of the
+    tensor, or of vLLM's error where it has read all tensors before it refuses one."""
 
     code: str
     where: str
@@ -60,7 +62,8 @@ def ignores_a_part_of_a_merged_set(e: Editor) -> None:
     e.quantization["ignore"].append(e.named("layers.0.self_attn.q_proj.weight_scale")[:-13])
 
 
-@rule("engine-refuses", "gate", ("qwen3-moe", "fp8-channel"), ("mixtral", "fp8-channel"))
+@rule("engine-refuses", "gate", ("mixtral", "fp8-channel"))
+@rule("engine-unfilled", "layers.1.mlp.gate", ("qwen3-moe", "fp8-channel"))
 def quantizes_a_router(e: Editor) -> None:
     router = e.named("gate.weight")
     e.tensors[router] = e.tensors[router].to(torch.float8_e4m3fn)
@@ -113,8 +116,7 @@ def loses_a_half(e: Editor) -> None:
 @rule("engine-partly-filled", "w13_weight", ("mixtral", "fp8-channel"), ("qwen3-moe", "int4"))
 @rule("engine-partly-filled", "w2_weight", ("llama4", "int8"), ("qwen3-moe", "nvfp4"))
 def loses_an_expert(e: Editor) -> None:
-    layer = e.named(".experts.2.w1.weight" if "mixtral" in e.config["model_type"] else
-                    ".experts.2.gate_proj.weight").split(".experts.")[0]  # fmt: skip
+    layer = next(n for n in sorted(e.tensors) if ".experts.2." in n).split(".experts.")[0]
     for name in [n for n in e.tensors if n.startswith(f"{layer}.experts.2.")]:
         del e.tensors[name]
 
@@ -138,7 +140,7 @@ def ignores_codes(e: Editor) -> None:
     e.quantization["ignore"].append(name.removesuffix(".weight"))
 
 
-@rule("engine-refuses", "weight_scale", ("llama", "fp8-channel"), ("mixtral", "int4"))
+@rule("engine-refuses", "o_proj.weight", ("llama", "fp8-channel"), ("mixtral", "int4"))
 def leaves_an_orphan(e: Editor) -> None:
     name = e.named("layers.0.self_attn.o_proj.weight_scale")
     e.quantization["ignore"].append(name.removesuffix(".weight_scale"))
@@ -149,8 +151,9 @@ def loses_a_cache_scale(e: Editor) -> None:
     del e.tensors[e.named("layers.1.self_attn.v_scale")]
 
 
-@rule("engine-refuses", "k_scale", ("llama", "fp8-channel"), ("mixtral", "int8"), kv=True)
+@rule("kv-scale-shape", "k_scale", ("llama", "fp8-channel"), ("mixtral", "int8"), kv=True)
 def has_scales_of_other_heads(e: Editor) -> None:
+    """vLLM's loader takes them in any shape; it is verify itself that counts heads."""
     name = e.named("layers.0.self_attn.k_scale")
     e.tensors[name] = torch.cat([e.tensors[name], e.tensors[name][:1]])
 
@@ -160,17 +163,29 @@ def has_a_tensor_of_no_module(e: Editor) -> None:
     e.tensors["model.layers.0.mlp.stranger.weight"] = torch.ones(4, 4).bfloat16()
 
 
-def asked(folder: Path):
-    return verify(folder, headers_only=True, engine="vllm", vllm_python=Path(PYTHON or ""))
+@pytest.fixture(scope="module")
+def asked(tmp_path_factory):
+    """Asks vLLM, which is imported once."""
+    with warm(PYTHON or "", tmp_path_factory.mktemp("vllm")) as python:
+        yield lambda folder: verify(folder, headers_only=True, engine="vllm", vllm_python=python)
+
+
+def test_without_the_warm_one_it_answers_the_same(good, tmp_path, asked):
+    whole = repaired(good("llama", "fp8-channel")[0], tmp_path / "whole")
+    loses_a_scale(whole)
+    folder = whole.save()
+    cold = verify(folder, headers_only=True, engine="vllm", vllm_python=Path(PYTHON or ""))
+    assert cold.findings
+    assert cold.findings == asked(folder).findings
 
 
 @pytest.mark.parametrize("rule", RULES, ids=str)
-def test_a_broken_rule_is_named(good, tmp_path, rule):
+def test_a_broken_rule_is_named(good, tmp_path, asked, rule):
     folder, _ = good(rule.family, rule.weights, rule.kv)
     broken = repaired(folder, tmp_path / "broken")
     rule.breaks(broken)
     found = [f for f in asked(broken.save()).findings if f.code == rule.code]
-    assert any(rule.where in (f.tensor or "") for f in found), asked(broken.folder).findings
+    assert any(rule.where in (f.tensor or f.found) for f in found), found
 
 
 WHOLE = [
@@ -183,7 +198,7 @@ WHOLE = [
 
 
 @pytest.mark.parametrize(("family", "weights", "kv"), WHOLE)
-def test_what_is_whole_is_loaded_whole(good, tmp_path, family, weights, kv):
+def test_what_is_whole_is_loaded_whole(good, tmp_path, asked, family, weights, kv):
     folder, _ = good(family, weights, kv)
     report = asked(repaired(folder, tmp_path / "whole").save())
     assert report.counts == {}

@@ -8,10 +8,12 @@ from pathlib import Path
 import pytest
 import torch
 from torch import nn
+from verify_checkpoints import copy_of
 
+from ckptq.checkpoint.open import open_checkpoint
 from ckptq.errors import MachineError, UsageError
 from ckptq.verify.engine import vllm as ask
-from ckptq.verify.engine.vllm_worker import EXTRACT, Feed, Hollow, Writes, script
+from ckptq.verify.engine.vllm_worker import EXTRACT, Feed, Hollow, Writes, kernel_stand_in, script
 from ckptq.verify.run import verify
 
 LARGE = (8, 1024, 1024)
@@ -134,3 +136,33 @@ def test_the_checkpoints_tensors_take_no_memory():
     (_, large), (_, small) = list(terabyte)
     assert large.is_meta
     assert small.float().tolist() == [[1, 1], [1, 1]]
+
+
+def test_a_kernels_stand_in_has_a_name_called_or_not():
+    """vLLM keeps the class that it chose and logs its name."""
+    assert kernel_stand_in().__name__ == "StandIn"
+    assert kernel_stand_in(3, partition=4).__name__ == "StandIn"
+
+
+def found_in(folder: Path, parameter: str, dtype: str = "float32"):
+    one = {"name": parameter, "dtype": dtype, "shape": [4], "filled": 0, "rows": [], "sources": []}
+    return [f.code for f in ask._judge(open_checkpoint(folder), [one])]
+
+
+def test_scales_of_static_inputs_are_asked_for_only_where_inputs_are_quantized(good):
+    """vLLM makes them for NVFP4 experts of weights alone, too; nothing reads them there."""
+    scale = "model.layers.0.mlp.experts.routed_experts.w13_input_global_scale"
+    weights_alone, _ = good("qwen3-moe", "nvfp4")
+    inputs_too, _ = good("llama", "fp8-channel")
+    assert found_in(weights_alone, scale) == []
+    assert found_in(inputs_too, scale) == ["engine-unfilled"]
+    assert found_in(weights_alone, scale.replace("input", "weight")) == ["engine-unfilled"]
+
+
+def test_what_vllm_leaves_empty_of_the_source_as_well_is_no_fault(good, tmp_path):
+    bias = "model.layers.0.attention.query_layernorm.bias"
+    theirs = copy_of(good("llama", "int8")[0], tmp_path / "bailing")
+    theirs.config["architectures"] = ["BailingMoeV2ForCausalLM"]
+    assert found_in(theirs.save(), bias) == []
+    assert found_in(theirs.folder, bias.replace("bias", "weight")) == ["engine-unfilled"]
+    assert found_in(good("llama", "int8")[0], bias) == ["engine-unfilled"]

@@ -142,6 +142,7 @@ KV = FP8 | {"strategy": "attn_head", "observer": "static_minmax"}
 PER_TOKEN = {"num_bits": 8, "type": "float", "strategy": "token", "symmetric": True,
              "dynamic": True}  # fmt: skip
 INPUTS = {"fp8-channel": PER_TOKEN,
+          **dict.fromkeys(("int8", "int4-bytes"), PER_TOKEN | {"type": "int"}),
           "fp8-static": FP8 | {"strategy": "tensor", "observer": "static_minmax"}}  # fmt: skip
 WEIGHTS: dict[str, tuple[str, dict[str, Any]]] = {
     "fp8-channel": ("float-quantized", FP8 | {"strategy": "channel"}),

@@ -113,7 +113,8 @@ def cache_scales(places: Mapping[str, str], facts: Facts, inner: str) -> dict[st
         for module, f in facts.items()
         if f.get("attention") in ("heads", "latent")
     }
-    inside |= {module.rpartition(".")[0] for module in inside if module.endswith(".mla_attn")}
+    nested = (".mla_attn", ".dpa_list")  # Zamba-2 has one attention for each use of a shared block
+    inside |= {module.rpartition(".")[0] for module in inside if module.endswith(nested)}
     parents = {
         tensor.removesuffix(".weight").rpartition(".")[0]
         for tensor, parameter in places.items()

@@ -17,6 +17,7 @@ from textwrap import shorten
 from typing import Any
 
 from ckptq.checkpoint.open import CONFIG, Checkpoint
+from ckptq.engines.table import load_table
 from ckptq.errors import MachineError, UsageError
 from ckptq.spec import DTYPES, FLOATS
 from ckptq.verify.engine.result import Asked
@@ -30,6 +31,7 @@ SECONDS = 1800
 CACHE_SCALE = re.compile(r"^(?P<module>.+?)(\.attn)?\.(?P<local>[qkv]_scale)$")
 OPTIONAL = re.compile(r"\.(weight_shape|[qkv]_zero_point|prob_scale)$")
 """Parameters that vLLM makes and nobody has to fill: nothing reads them."""
+INPUT_SCALE = re.compile(r"\.(w\d+_)?input_(global_)?scale$")
 
 PLAIN = frozenset(DTYPES[name][0] for name in FLOATS)
 CODES = frozenset(DTYPES[name][0] for name in ("F8_E4M3", "F8_E5M2", "I8", "U8", "I32"))
@@ -110,14 +112,13 @@ def _refused(ckpt: Checkpoint, told: Mapping[str, Any]) -> Finding:
 
 
 def _judge(ckpt: Checkpoint, parameters: list[dict[str, Any]]) -> Iterator[Finding]:
-    cached = ckpt.quantization_config is not None and ckpt.quantization_config.get(
-        "kv_cache_scheme"
-    )
+    quantization = ckpt.quantization_config or {}
+    engine = load_table().architecture(ckpt.config.get("architectures") or ())
     empty: dict[str, list[str]] = defaultdict(list)
     for one in parameters:
         name, size = one["name"], prod(one["shape"])
         scale = CACHE_SCALE.match(name)
-        if OPTIONAL.search(name) or (scale and not cached):
+        if not _is_read(name, quantization) or (engine and engine.leaves_empty(name)):
             continue
         if scale and one["filled"] < size:
             yield finding(
@@ -141,6 +142,17 @@ def _judge(ckpt: Checkpoint, parameters: list[dict[str, Any]]) -> Iterator[Findi
             found=f"vllm: no tensor for {', '.join(locals_[:SHOWN])}{more}",
             wanted="a tensor for every parameter",
         )  # fmt: skip
+
+
+def _is_read(parameter: str, quantization: Mapping[str, Any]) -> bool:
+    """Whether anything reads it under this scheme: NVFP4 experts get scales of static inputs where
+    weights alone are quantized, too."""
+    if CACHE_SCALE.match(parameter):
+        return bool(quantization.get("kv_cache_scheme"))
+    if INPUT_SCALE.search(parameter):
+        groups = (quantization.get("config_groups") or {}).values()
+        return any(g.get("weights") and g.get("input_activations") for g in groups)
+    return not OPTIONAL.search(parameter)
 
 
 def _partly(one: Mapping[str, Any], size: int) -> Finding:

@@ -231,7 +231,6 @@ def stand_in_for_kernels() -> None:
     """Nothing is computed here: where this machine has no kernel for a format, its parameters are
     made all the same."""
     import pkgutil
-    from unittest.mock import MagicMock
 
     import vllm.model_executor.layers.quantization.compressed_tensors as formats
 
@@ -241,8 +240,7 @@ def stand_in_for_kernels() -> None:
             with contextlib.suppress(ImportError):
                 chosen = importlib.import_module(f"{folder.__name__}.{module.name}")
                 for name in [n for n in vars(chosen) if chooses(n)]:
-                    kernel = MagicMock(__name__="StandIn")
-                    instead = experts_stand_in if name.startswith("select_") else kernel
+                    instead = experts_stand_in if name.startswith("select_") else kernel_stand_in
                     setattr(chosen, name, or_instead(getattr(chosen, name), instead))
 
 
@@ -259,6 +257,13 @@ def or_instead(function: Any, instead: Any) -> Any:
             return instead(*args, **kwargs)
 
     return choose
+
+
+def kernel_stand_in(*args: Any, **kwargs: Any) -> Any:
+    """What is taken for a kernel, or for its class, whose name vLLM logs."""
+    from unittest.mock import MagicMock
+
+    return MagicMock(__name__="StandIn")
 
 
 def experts_stand_in(*args: Any, **kwargs: Any) -> tuple[Any, Any]:

@@ -1,0 +1,155 @@
+"""What vLLM does not load of some families: told, left or ignored by the plan, without a vLLM.
+
+Each of them was a wrong cell of `test_families_vllm.py` once.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from ckptq.checkpoint.open import open_checkpoint
+from ckptq.plan.doubts import vllm_doubts
+from ckptq.plan.make import make_plan
+from ckptq.plan.unit import Plan
+from ckptq.recipes.load import load_scheme
+from ckptq.verify.run import verify
+from families.cells import make, write_token_ids
+from families.sources import save, save_variant, write
+
+ONE_BY_ONE = "--ignore 're:.*experts.*' leaves them as they are"
+
+
+def plan_of(source: Path, scheme: str, ignore: tuple[str, ...] = ()) -> Plan:
+    return make_plan(open_checkpoint(source), load_scheme(scheme), ignore=ignore)
+
+
+def told(source: Path, scheme: str, ignore: tuple[str, ...] = ()) -> list[str]:
+    return list(vllm_doubts(plan_of(source, scheme, ignore)))
+
+
+@pytest.mark.parametrize("family", ["gpt_bigcode", "gptj"])
+def test_cache_scales_that_vllm_wants_under_another_name(tmp_path: Path, family: str) -> None:
+    (doubt,) = told(save(family, tmp_path), "fp8-per-head")
+    assert "looks for attn.k_scale" in doubt
+    assert told(save(family, tmp_path), "fp8-dynamic") == []
+    assert told(save("llama", tmp_path), "fp8-per-head") == []
+
+
+@pytest.mark.parametrize("family", ["lfm2", "jamba", "zamba2"])
+def test_cache_scales_that_vllm_refuses(tmp_path: Path, family: str) -> None:
+    (doubt,) = told(save(family, tmp_path), "fp8-per-head")
+    assert "no module or parameter named" in doubt
+    assert told(save(family, tmp_path), "fp8-dynamic") == []
+
+
+def one_by_one(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Aria's fc1 [E, H, 2I] and fc2 [E, I, H] as Linears of each expert."""
+    result = {}
+    for name, tensor in tensors.items():
+        experts, _, which = name.removesuffix(".weight").rpartition(".")
+        if not experts.endswith(".experts"):
+            result[name] = tensor
+            continue
+        for index, expert in enumerate(tensor.transpose(1, 2)):
+            parts = expert.chunk(2) if which == "fc1" else (expert,)
+            names = ("gate_proj", "up_proj") if which == "fc1" else ("down_proj",)
+            for local, part in zip(names, parts, strict=True):
+                result[f"{experts}.{index}.{local}.weight"] = part
+    return result
+
+
+def test_experts_whose_scales_vllm_loses(tmp_path: Path) -> None:
+    source = save_variant(save("aria", tmp_path), tmp_path / "split", one_by_one, {})
+    (doubt,) = told(source, "fp8-dynamic")
+    assert "vLLM does not load quantized experts of Aria" in doubt
+    assert "w13_weight_scale" in doubt
+    assert ONE_BY_ONE in doubt
+    assert told(source, "fp8-dynamic", ignore=("re:.*experts.*",)) == []
+
+
+def test_experts_whose_scales_vllm_loads_are_no_doubt(tmp_path: Path) -> None:
+    """Aria's own stay as one tensor; Mixtral's are quantized and load."""
+    assert told(save("aria", tmp_path), "fp8-dynamic") == []
+    assert told(save("mixtral", tmp_path), "fp8-dynamic") == []
+
+
+def test_half_of_fused_experts_stays_whole_and_says_why(tmp_path: Path) -> None:
+    """Without a gate_up_proj in transformers there is nothing to cut a down_proj by."""
+    source = save("qwen3_vl_moe", tmp_path)
+    tensors = load_file(source / "model.safetensors")
+    renamed = {n.replace(".experts.gate_up_proj", ".experts.w13"): t for n, t in tensors.items()}
+    write(tmp_path / "half", renamed, json.loads((source / "config.json").read_text()))
+    whole = plan_of(tmp_path / "half", "fp8-dynamic").layout.whole_experts
+    assert any(name.endswith("down_proj") for name in whole)
+    assert all(whole.values())
+
+
+@pytest.mark.parametrize("scheme", ["w4a16-g32", "nvfp4a16"])
+def test_what_vllm_cuts_by_heads_stays_where_a_format_has_other_tensors(
+    tmp_path: Path, scheme: str
+) -> None:
+    """Bloom's q, k and v: `weight_shape` and `weight_global_scale` have no heads."""
+    plan = plan_of(save("bloom", tmp_path), scheme)
+    assert not [n for n in plan.quantized if n.endswith("query_key_value")]
+    assert [n for n in plan.quantized if n.endswith("self_attention.dense")]
+    (line,) = plan.told
+    assert "4 x self_attention.query_key_value [768, 256]: vLLM's BloomForCausalLM cuts" in line
+    assert line.endswith("`--scheme fp8-dynamic` takes them")
+
+
+def test_what_vllm_merges_with_it_stays_as_well(tmp_path: Path) -> None:
+    """TeleChat2's query beside its key_value."""
+    plan = plan_of(save("telechat2", tmp_path), "w4a16-g32")
+    assert {n.rpartition(".")[2] for n in plan.quantized} == {
+        "dense", "gate_proj", "up_proj", "down_proj",
+    }  # fmt: skip
+    assert "TeleChat2ForCausalLM cuts every tensor of it by heads" in plan.told[0]
+
+
+def test_what_vllm_cuts_by_heads_is_quantized_where_all_tensors_have_them(tmp_path: Path) -> None:
+    plan = plan_of(save("bloom", tmp_path), "fp8-dynamic")
+    assert [n for n in plan.quantized if n.endswith("query_key_value")]
+    assert plan.told == ()
+    neox = plan_of(save("gpt_neox", tmp_path), "w4a16-g32")
+    assert [n for n in neox.quantized if n.endswith("query_key_value")]
+
+
+def test_a_router_that_vllm_takes_the_dtype_of_stays(tmp_path: Path) -> None:
+    """Gemma-3n: 1 / hidden_size in the dtype of its weight, which is 0 in FP8."""
+    plan = plan_of(save("gemma3n_text", tmp_path), "fp8-dynamic")
+    routers = [n for n in plan.layout.linears if n.endswith("altup.modality_router")]
+    assert routers
+    assert not set(routers) & set(plan.quantized)
+    assert set(routers) <= set(plan.ignore)
+
+
+def test_a_towers_merged_linears_are_ignored_by_vllms_name_as_well(tmp_path: Path) -> None:
+    """LFM2-VL builds its tower before the language model tells of q, k and v."""
+    ignore = plan_of(save("lfm2_vl", tmp_path), "fp8-dynamic").ignore
+    tower = "vision_tower.vision_model.encoder.layers.0.self_attn"
+    assert f"{tower}.qkv_proj" in ignore
+    assert f"model.{tower}.q_proj" in ignore
+    assert not [n for n in ignore if n.startswith("model.language_model") and "qkv_proj" in n]
+
+
+@pytest.mark.parametrize("family", ["qwen3_5_moe_hub", "kimi_linear", "zamba2", "opt", "mllama"])
+def test_verify_finds_nothing_where_vllm_loads_all(tmp_path: Path, family: str) -> None:
+    """Fused experts of an MTP block, layers of latent attention beside others, heads of a size of
+    their own, an embedding of more tokens than the vocabulary has."""
+    source = save(family, tmp_path / "sources")
+    made = make(source, "fp8-dynamic", tmp_path / "out", write_token_ids(tmp_path / "ids.jsonl"))
+    assert made.out is not None
+    assert verify(made.out, source).findings == ()
+
+
+@pytest.mark.parametrize("scheme", ["fp8-dynamic", "w4a16-g32"])
+def test_a_family_that_vllm_alone_knows_has_decoder_layers(tmp_path: Path, scheme: str) -> None:
+    """EXAONE, whose modules are called by one name in vLLM and look schemes up by another."""
+    quantized = plan_of(save("exaone", tmp_path), scheme).quantized
+    assert [n for n in quantized if n.endswith("attn.attention.q_proj")]
+    assert [n for n in quantized if n.endswith("mlp.c_proj")]
