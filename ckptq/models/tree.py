@@ -73,9 +73,9 @@ class ModuleTree:
     attention: frozenset[str] = field(repr=False)
     """What compressed-tensors takes for attention with a cache, and gives scales, by transformers'
     name."""
-    wants_weights: str | None
-    """The class whose initialization fails where Linears have no parameter called weight, as packed
-    ones have not; transformers runs it when it loads."""
+    wants_weights: frozenset[str] = field(repr=False)
+    """Linears, numbers as `*`, whose parents cannot be initialized where they have no parameter
+    called weight, as packed ones have not; transformers tries it on loading."""
 
     def owner(self, tensor: str) -> Owner | None:
         """Whose parameter a tensor becomes; None for one that the model has no place for."""
@@ -145,28 +145,34 @@ def _tree(model: PreTrainedModel, ckpt: Checkpoint) -> ModuleTree:
     )
 
 
-def _wants_weights(model: PreTrainedModel) -> str | None:
+def _wants_weights(model: PreTrainedModel) -> frozenset[str]:
     """Tried on the model itself: its Linears lose their weights, all else is initialized."""
+    from torch import nn
+
+    linears = {m: name for name, m in model.named_modules() if isinstance(m, nn.Linear)}
+    others = {type(m): m for m in model.modules() if m not in linears}
+    held = {linear: linear._parameters.pop("weight") for linear in linears}
+    found = set()
+    for module in others.values():
+        while (wanted := _wanted_linear(model, module)) is not None:
+            found.add(starred(linears[wanted]))
+            wanted._parameters["weight"] = held[wanted]
+    return frozenset(found)
+
+
+def _wanted_linear(model: PreTrainedModel, module: nn.Module) -> nn.Linear | None:
+    """The first Linear whose weight the module's initialization asks for in vain."""
     import torch
     from torch import nn
 
-    head = model.get_output_embeddings()
-    linears = [m for m in model.modules() if isinstance(m, nn.Linear) and m is not head]
-    for linear in linears:
-        del linear.weight
-    tried: set[type] = {type(linear) for linear in linears}
-    with torch.no_grad():
-        for module in model.modules():
-            if type(module) in tried:
-                continue
-            tried.add(type(module))
-            try:
-                model._init_weights(module)
-            except AttributeError as error:
-                if error.name == "weight" and error.obj in linears:
-                    return type(module).__name__
-            except Exception:  # a family's own code, on the meta device: not what is asked here
-                continue
+    try:
+        with torch.no_grad():
+            model._init_weights(module)
+    except AttributeError as error:
+        if error.name == "weight" and isinstance(error.obj, nn.Linear):
+            return error.obj
+    except Exception:  # a family's own code, on the meta device: not what is asked here
+        pass
     return None
 
 

@@ -9,6 +9,7 @@ from ckptq.engines.transformers import loads_fused_experts
 from ckptq.engines.vllm import fills_whole_blocks, loads_with_plain_inputs
 from ckptq.models.experts import experts_of
 from ckptq.models.heads import OUTPUTS
+from ckptq.numbered import starred
 from ckptq.plan.permutable import keep_permutable
 from ckptq.plan.unit import Plan
 from ckptq.recipes.load import Group
@@ -163,10 +164,10 @@ def _transformers_objection(plan: Plan, name: str, group: Group) -> str | None:
         )
     packed = group.format is not None and "pack" in group.format
     tree = witnesses.tree
-    if packed and tree is not None and tree.wants_weights is not None:
+    if packed and tree is not None and starred(tree.module(name)) in tree.wants_weights:
         return (
-            f"transformers cannot read packed weights of this model: {tree.wants_weights} is "
-            "initialized by way of the weights of its Linears; vLLM can"
+            f"transformers cannot read packed weights of this model: it initializes "
+            f"{starred(name)} by way of its weight; vLLM can"
         )
     if owner.own_forward and packed:
         return (

@@ -10,10 +10,10 @@ from statistics import median
 
 from ckptq.checkpoint.header import StoredTensor
 from ckptq.checkpoint.read import Files, read_tensor
+from ckptq.numbered import starred
 from ckptq.spec import FLOATS
 from ckptq.verify.heads import E4M3_MAX
 from ckptq.verify.kinds import finding
-from ckptq.verify.neighbours import template
 from ckptq.verify.report import Finding
 from ckptq.verify.stored_linear import StoredLinear
 from ckptq.verify.values import check_scale
@@ -48,7 +48,7 @@ def check_inputs(linears: Mapping[str, StoredLinear], files: Files) -> Iterator[
                 continue
             reach = _reach(linear, local, float(scale.float().abs().max()))
             yield from _possible(tensor, reach)
-            alike.setdefault(template(tensor.name), {})[tensor.name] = tensor, reach
+            alike.setdefault(starred(tensor.name), {})[tensor.name] = tensor, reach
     for layers in alike.values():
         yield from _outliers(layers)
 

@@ -13,6 +13,7 @@ from ckptq.engines.vllm import common_set
 from ckptq.models.experts import FUSED_WEIGHT
 from ckptq.models.family import LAYER
 from ckptq.models.witnesses import read_witnesses
+from ckptq.numbered import starred
 from ckptq.verify.kinds import finding
 from ckptq.verify.report import Finding
 from ckptq.verify.subject import (
@@ -254,7 +255,7 @@ def _siblings(subject: Subject) -> Iterator[Finding]:
     """Members of a fused set that this layer lacks and another has, and the source, if there is
     one, lacks too: `_missing` tells of the others."""
     theirs = subject.source.tensors if subject.source is not None else {}
-    templates = {_template(name) for name in subject.modules}
+    templates = {starred(name) for name in subject.modules}
     for name in subject.modules:
         parent, _, projection = name.rpartition(".")
         members = common_set(projection)
@@ -265,15 +266,11 @@ def _siblings(subject: Subject) -> Iterator[Finding]:
             sibling = f"{parent}.{member}"
             lacking = member not in there and f"{sibling}.weight" not in theirs
             lacking &= not _unneeded(subject, parent, member)
-            if lacking and _template(sibling) in templates:
+            if lacking and starred(sibling) in templates:
                 yield finding(
                     "tensor-missing", f"{sibling}.weight", found="no such tensor",
                     wanted=f"a weight, as beside {name} in other layers",
                 )  # fmt: skip
-
-
-def _template(name: str) -> str:
-    return ".".join("*" if part.isdigit() else part for part in name.split("."))
 
 
 def _unneeded(subject: Subject, attention: str, member: str) -> bool:

@@ -11,6 +11,7 @@ from torch import Tensor
 from ckptq.checkpoint.read import Files
 from ckptq.engines.vllm import common_set
 from ckptq.errors import PlanError
+from ckptq.numbered import starred
 from ckptq.permute.order import Heads
 from ckptq.permute.targets import head_geometry
 from ckptq.verify import nearest
@@ -28,7 +29,6 @@ from ckptq.verify.neighbours import (
     directory,
     explain,
     gather,
-    template,
 )
 from ckptq.verify.order import Undo, source_order
 from ckptq.verify.report import Finding
@@ -76,7 +76,7 @@ def diagnose(case: Case, suspects: list[str]) -> list[Finding]:
         if _damaged(tally):
             found[name] = undiagnosed(linear, tally)
             continue
-        before = tried.setdefault(template(name), [])
+        before = tried.setdefault(starred(name), [])
         owned = _owned(name, tally, known)
         if owned is not None and (owned.certain or len(before) >= TRIED):
             explained[name] = owned.explained

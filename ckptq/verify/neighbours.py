@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
+from ckptq.numbered import starred
 from ckptq.verify.compare import Tally
 from ckptq.verify.judge import CHOSEN_DB
 from ckptq.verify.kinds import finding
@@ -49,7 +50,7 @@ def directory(tallies: Mapping[str, Tally]) -> Directory:
             observed[tally.observed] = (*observed.get(tally.observed, ()), name)
         parent = name.rpartition(".")[0]
         siblings[parent] = (*siblings.get(parent, ()), name)
-        same = alike.setdefault(template(name), [])
+        same = alike.setdefault(starred(name), [])
         place[name] = len(same)
         same.append(name)
     return Directory(
@@ -64,7 +65,7 @@ def candidates(
     name: str, linears: Mapping[str, StoredLinear], tallies: Mapping[str, Tally], known: Directory
 ) -> list[str]:
     """Others of the same shape and scheme, the likeliest first: by digest, siblings, neighbours."""
-    same, at = known.alike[template(name)], known.place[name]
+    same, at = known.alike[starred(name)], known.place[name]
     near = same[max(at - MOST, 0) : at + MOST + 1]
     ordered = dict.fromkeys(
         (
@@ -75,11 +76,6 @@ def candidates(
     )
     fits = (n for n in ordered if n != name and _alike(linears[name], linears[n]))
     return [n for n, _ in zip(fits, range(MOST), strict=False)]
-
-
-def template(name: str) -> str:
-    """ "model.layers.3.mlp.up_proj" -> "model.layers.*.mlp.up_proj"."""
-    return ".".join("*" if part.isdigit() else part for part in name.split("."))
 
 
 def _alike(a: StoredLinear, b: StoredLinear) -> bool:

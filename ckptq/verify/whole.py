@@ -11,10 +11,10 @@ from typing import TYPE_CHECKING
 
 from ckptq.checkpoint.open import CONFIG, Checkpoint
 from ckptq.models.family import LAYER
+from ckptq.numbered import starred
 from ckptq.spec import TensorSpec
 from ckptq.verify.engine.transformers import lacking, left_over, submodule, unlike
 from ckptq.verify.kinds import finding
-from ckptq.verify.neighbours import template
 from ckptq.verify.report import Finding
 from ckptq.verify.subject import CODES, SCALES, Subject
 
@@ -97,7 +97,7 @@ def _sizes(loaded: Loaded, failed: Collection[str]) -> Iterator[Finding]:
     for module, places in unlike(loaded).items():
         for place in places if module not in failed and EXPERTS not in f".{module}" else ():
             found, wanted = loaded.found[place], loaded.wanted[place]
-            kind = template(place), found, wanted
+            kind = starred(place), found, wanted
             if found.shape == wanted.shape or place.rpartition(".")[2] in SCALES or kind in seen:
                 continue
             seen.add(kind)

@@ -201,7 +201,7 @@ def test_codes_that_no_scheme_explains_are_refused(
 def test_scales_of_activations_go_with_the_source_s_quantization(tmp_path: Path) -> None:
     more = {f"{name}.activation_scale": torch.tensor(0.5) for name in LINEARS}
     folder = source(tmp_path / "source", None, "BF16", {"activation_scheme": "static"}, more)
-    out = convert(folder, tmp_path / "out", recipe_of("int8 channel")).out
+    out = convert(folder, tmp_path / "out", load_scheme("w8a8")).out
     assert not [n for n in load_file(out / "model.safetensors") if n.endswith("activation_scale")]
     assert verify(out, folder).ok
 

@@ -77,7 +77,10 @@ def _rename(editor: Editor, name: str) -> None:
 
 DAMAGES = {
     "dropped": (_drop, {"input-scale-missing"}),
-    "named as FP8's": (_rename, {"input-scale-missing", "input-scale-extra"}),
+    "named as FP8's": (
+        _rename,
+        {"input-scale-missing", "input-scale-extra", "input-scale-implausible"},
+    ),
     "negative": (_set(torch.tensor([-5.0])), {"scale-not-positive"}),
     "zero": (_set(torch.tensor([0.0])), {"scale-not-positive"}),
     "not a number": (_set(torch.tensor([float("nan")])), {"scale-not-finite"}),
