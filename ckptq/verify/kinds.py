@@ -214,7 +214,6 @@ ROUND_TRIP = _faults(
     ("stale-shard", "a whole shard of other weights, as from another run", "convert it again"),
 ) + _notes(
     ("rounded-twice", "divided in the weight's dtype, as llm-compressor does on CPUs", "none"),
-    ("scale-shared", "rows that a RoPE permutation exchanges share their scales", "none"),
     ("scale-differs", "scales of another observer than the plain minimum and maximum", "none"),
     ("codes-not-nearest", "codes that GPTQ or a like method chose", "none"),
     ("columns-rescaled", "columns are rescaled, as AWQ and SmoothQuant do", "none"),
