@@ -182,8 +182,8 @@ def ckptq(shape: str, work: Path, ids: list[list[int]]) -> float:
     import torch
 
     from ckptq.calibrate.run import calibrate
-    from ckptq.calibrate.text import Samples
     from ckptq.checkpoint.open import open_checkpoint
+    from ckptq.text.samples import Samples
 
     warm_up = Samples(tuple(map(tuple, ids[:2])), "random tokens", len(ids[0]), 1)
     calibrate(open_checkpoint(work / "model"), warm_up, batch_size=1, device="cuda")

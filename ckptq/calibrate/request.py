@@ -100,7 +100,7 @@ def calibrate_plan(
     `note` hears that nobody chose the text, and that it was short.
     """
     from ckptq.calibrate.run import calibrate
-    from ckptq.calibrate.text import read_samples
+    from ckptq.text.samples import read_samples
 
     _check_calibrated(plan)
     device = str(find_device(wanted.device))

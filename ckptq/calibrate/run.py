@@ -14,21 +14,21 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
 
 from ckptq import __version__
-from ckptq.calibrate.attention import Tap, tapped
-from ckptq.calibrate.forward import LayerwiseModel, open_model
-from ckptq.calibrate.inputs import Inputs
 from ckptq.calibrate.journal import Journal
 from ckptq.calibrate.observers import Observer, Strategy, make_observer
 from ckptq.calibrate.ranks import ALONE, Ranks
 from ckptq.calibrate.result import scales_of
 from ckptq.calibrate.scales import Scales, source_fingerprint
 from ckptq.calibrate.statistics import Statistics, Wanted
-from ckptq.calibrate.text import Batch, Samples
 from ckptq.checkpoint.identity import Identity, check_unchanged, lasting
 from ckptq.checkpoint.open import Checkpoint
 from ckptq.errors import PlanError, SourceError, UsageError
+from ckptq.forward.layerwise import LayerwiseModel, open_model
+from ckptq.forward.linear_inputs import Inputs
+from ckptq.forward.tap import Tap, tapped
 from ckptq.models.refusals import WEIGHTS_ALONE
 from ckptq.spec import TensorSpec
+from ckptq.text.samples import Batch, Samples
 
 if TYPE_CHECKING:
     from torch import Tensor, nn

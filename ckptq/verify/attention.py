@@ -1,6 +1,6 @@
 """A short forward pass of the source: what its q, k and v become under the checkpoint's scales.
 
-The model is run layer by layer (ckptq.calibrate.forward), with an attention function that computes
+The model is run layer by layer (ckptq.forward.layerwise), with an attention function that computes
 each layer's attention four times: exactly, and with q, k and v rounded to FP8 under the stored
 scales, under 1.0, and under one scale for all heads. Only the exact result goes on.
 
@@ -26,7 +26,7 @@ from ckptq.verify.subject import Subject
 if TYPE_CHECKING:
     from torch import nn
 
-    from ckptq.calibrate.forward import LayerwiseModel
+    from ckptq.forward.layerwise import LayerwiseModel
 
 NAME = "ckptq_verify"
 
@@ -76,8 +76,8 @@ def _rounded(qkv: Mapping[str, Tensor], choices: Mapping[str, Choices], index: i
 
 def check_attention(subject: Subject, text: str | None = None, device: str = "cpu") -> Watch:
     """Run the source on a little text, built in if none is given."""
-    from ckptq.calibrate.forward import open_model
-    from ckptq.calibrate.text import read_samples
+    from ckptq.forward.layerwise import open_model
+    from ckptq.text.samples import read_samples
 
     assert subject.source is not None
     samples = read_samples(text, subject.source.path, samples=SAMPLES, seq_len=SEQ_LEN)
@@ -93,10 +93,10 @@ def _install(model: LayerwiseModel, choices: Mapping[str, dict[str, Choices]]) -
     """Put the watch in the place of the model's attention function; masks stay as they are."""
     from transformers.modeling_utils import AttentionInterface
 
-    from ckptq.calibrate import attention
+    from ckptq.forward import tap
 
     config = model.skeleton.model.config.get_text_config(decoder=True)
-    eager = config._attn_implementation == attention.NAME_EAGER
+    eager = config._attn_implementation == tap.NAME_EAGER
     modules = (
         (module, model.loader.stored_module(f"{layer}.{path}" if path else layer))
         for layer, root in model.skeleton.layers.items()
@@ -106,7 +106,7 @@ def _install(model: LayerwiseModel, choices: Mapping[str, dict[str, Choices]]) -
     watch = Watch(
         choices=choices,
         names={id(module): name for module, name in modules},
-        base=attention.eager_attention if eager else attention.attention,
+        base=tap.eager_attention if eager else tap.attention,
     )
     AttentionInterface.register(NAME, watch)
     config._attn_implementation = NAME

@@ -5,9 +5,9 @@ import torch
 import transformers
 from calibrate_models import FAMILIES, samples_of, token_rows
 
-from ckptq.calibrate import fused
-from ckptq.calibrate.forward import open_model
 from ckptq.calibrate.run import calibrate
+from ckptq.forward import kernel_attention
+from ckptq.forward.layerwise import open_model
 
 pytestmark = [
     pytest.mark.gpu,
@@ -21,14 +21,14 @@ ROWS = token_rows([24, 24, 13, 7])
 def kernel_calls(monkeypatch) -> list[bool]:
     """True for each attention that the kernel took."""
     calls: list[bool] = []
-    plain = fused.fused_attention
+    plain = kernel_attention.fused_attention
 
     def counted(*args):
         out = plain(*args)
         calls.append(out is not None)
         return out
 
-    monkeypatch.setattr(fused, "fused_attention", counted)
+    monkeypatch.setattr(kernel_attention, "fused_attention", counted)
     return calls
 
 

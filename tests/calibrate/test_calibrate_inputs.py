@@ -6,9 +6,9 @@ import transformers
 from calibrate_models import samples_of, token_rows
 from calibrate_oneshot import oneshot_inputs
 
-from ckptq.calibrate.inputs import real_tokens
 from ckptq.calibrate.run import calibrate
 from ckptq.errors import PlanError, UsageError
+from ckptq.forward.linear_inputs import real_tokens
 
 ROWS = token_rows([24] * 4)
 FP8, INT8 = 448.0, 127.5

@@ -232,7 +232,7 @@ import os, signal, sys
 from pathlib import Path
 from ckptq.calibrate import journal
 from ckptq.calibrate.run import calibrate
-from ckptq.calibrate.text import Samples
+from ckptq.text.samples import Samples
 from ckptq.checkpoint.open import open_checkpoint
 journal.SHARE_OF_TIME = float("inf")
 rows = eval(sys.argv[3])

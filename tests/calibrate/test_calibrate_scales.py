@@ -13,16 +13,16 @@ from calibrate_models import HEADS, KV_HEADS, make, samples_of, token_rows
 from calibrate_oneshot import oneshot_attention
 from safetensors.torch import load_file, save_file
 
-from ckptq.calibrate import attention
 from ckptq.calibrate.request import CalibrationRequest, calibrate_plan
 from ckptq.calibrate.run import calibrate
-from ckptq.calibrate.text import Samples
 from ckptq.checkpoint.open import Checkpoint, open_checkpoint
 from ckptq.errors import PlanError, SourceError, UsageError
+from ckptq.forward import tap
 from ckptq.plan.make import make_plan
 from ckptq.progress import silent
 from ckptq.recipes.load import load_scheme
 from ckptq.spec import spec_of
+from ckptq.text.samples import Samples
 
 ROWS = token_rows([24] * 8)
 
@@ -236,7 +236,7 @@ def test_all_zero_head_gets_the_dtypes_eps(tmp_path):
 def test_attention_past_the_interface_is_an_error(saved, monkeypatch):
     from ckptq.errors import PlanError
 
-    monkeypatch.setattr(attention, "_show", lambda *_: None)
+    monkeypatch.setattr(tap, "_show", lambda *_: None)
     with pytest.raises(PlanError, match="cannot be observed"):
         calibrate(saved("llama"), samples_of(ROWS[:2]))
 

@@ -9,11 +9,11 @@ from safetensors.torch import save_file
 from verify_checkpoints import HEAD_DIM, HEADS, KV_HEADS, LAYERS, TEXT, Editor, given, kv_recipe
 
 from ckptq.calibrate.run import calibrate
-from ckptq.calibrate.text import read_samples
 from ckptq.checkpoint.open import open_checkpoint
 from ckptq.convert.run import write_quantized
 from ckptq.errors import UsageError
 from ckptq.plan.make import make_plan
+from ckptq.text.samples import read_samples
 from ckptq.verify.heads import Choices, HeadSums, in_fp8
 from ckptq.verify.run import verify
 

@@ -13,11 +13,11 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from ckptq.calibrate.source import CheckpointWeights, WeightSource
 from ckptq.checkpoint.open import Checkpoint
 from ckptq.checkpoint.read import Files, read_tensor
 from ckptq.checkpoint.view import View, window
 from ckptq.errors import SourceError
+from ckptq.forward.source import CheckpointWeights, WeightSource
 from ckptq.models.encoded import BELONGS_TO_SCHEME, Encoded, decode_rows, read_encoded
 from ckptq.models.family import family_of
 from ckptq.models.published import Windows, windows_for, windows_of

@@ -4,11 +4,11 @@ import pytest
 import torch
 from calibrate_models import FAMILIES, make, samples_of, token_rows
 
-from ckptq.calibrate import fused
-from ckptq.calibrate.fused import says_the_same
 from ckptq.calibrate.run import calibrate
 from ckptq.checkpoint.open import open_checkpoint
 from ckptq.errors import SourceError
+from ckptq.forward import kernel_attention
+from ckptq.forward.kernel_attention import says_the_same
 from ckptq.kernels.mask import Mask
 
 ROWS = token_rows([24, 24, 13, 7])
@@ -20,7 +20,7 @@ FUSED = [family for family in FAMILIES if family != "gpt-oss"]
 def kernel_calls(monkeypatch) -> list[bool]:
     """Send every attention to the kernel's function; True for each that it took."""
     calls: list[bool] = []
-    plain = fused.fused_attention
+    plain = kernel_attention.fused_attention
 
     def counted(*args):
         out = plain(*args)
@@ -28,7 +28,7 @@ def kernel_calls(monkeypatch) -> list[bool]:
         return out
 
     monkeypatch.setattr("ckptq.kernels.dispatch.on_gpu", lambda x: True)
-    monkeypatch.setattr(fused, "fused_attention", counted)
+    monkeypatch.setattr(kernel_attention, "fused_attention", counted)
     return calls
 
 

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from ckptq.calibrate import fused
+from ckptq.forward import kernel_attention
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -61,7 +61,9 @@ def attention(
     if tap is not None and tap.maxima is not None and on_gpu(query):
         buffers = partial(tap.maxima, name, query, key)
         qkv = (query, key, value)
-        out = fused.fused_attention(module, buffers, tap.lengths, qkv, attention_mask, kwargs)
+        out = kernel_attention.fused_attention(
+            module, buffers, tap.lengths, qkv, attention_mask, kwargs
+        )
         if out is not None:
             return out, None
     _show(module, query, key, value)
