@@ -103,10 +103,10 @@ class Comparison:
                     stack.enter_context(spoiled(layer))
                 if variant is self.source and measured:
                     see = self._measuring(run, loader.stored_module)
-                    stack.enter_context(tapped(layer, name, Tap(run.lengths, see, None)))
+                    stack.enter_context(tapped(layer, name, Tap(run.lengths, see)))
                 elif variant.cache.mode != PLAIN:
                     see = through_cache(variant.cache, self.maxima, loader.stored_module)
-                    stack.enter_context(tapped(layer, name, Tap(run.lengths, see, None)))
+                    stack.enter_context(tapped(layer, name, Tap(run.lengths, see)))
                 inputs = self._static if variant is self.source else variant.inputs
                 rules = rules_of(layer, name, stored_names, self.consumed, inputs)
                 stack.enter_context(inputs_changed(dict(self._changes(run, rules))))
