@@ -190,9 +190,7 @@ def ckptq(shape: str, work: Path, ids: list[list[int]]) -> float:
     torch.cuda.reset_peak_memory_stats()
     samples = Samples(tuple(map(tuple, ids)), "random tokens", len(ids[0]), 1)
     began = time.perf_counter()
-    scales = calibrate(
-        open_checkpoint(work / "model"), samples, strategy="attn_head", batch_size=1, device="cuda"
-    )
+    scales = calibrate(open_checkpoint(work / "model"), samples, batch_size=1, device="cuda")
     seconds = time.perf_counter() - began
     ours = {n: t.float().cpu().flatten() for n, t in scales.tensors.items()}
     torch.save(ours, work / "ours")

@@ -55,7 +55,7 @@ def calibrated(source, text, tmp_path_factory):
     ckpt = open_checkpoint(source)
     out = tmp_path_factory.mktemp("calibrated") / "out"
     samples = read_samples(text, source, samples=6, seq_len=256)
-    scales = calibrate(ckpt, samples, strategy="attn_head", batch_size=2)
+    scales = calibrate(ckpt, samples, batch_size=2)
     plan = make_plan(ckpt, kv_recipe())
     write_quantized(ckpt, plan, out, arguments={}, scales=given(scales))
     return out
