@@ -30,11 +30,11 @@ from ckptq.calibrate.to_file import calibrate_to_file
 from ckptq.checkpoint.open import open_checkpoint
 from ckptq.convert.quantize import QuantizeRequest, quantize
 from ckptq.errors import CkptqError
-from ckptq.permute.order import RopeOrder
 from ckptq.permute.run import permute_checkpoint, plan_permute
 from ckptq.plan.make import make_plan
 from ckptq.progress import silent
 from ckptq.recipes.load import load_scheme
+from ckptq.rope_order import RopeOrder
 
 FAMILIES = (
     "llama",

@@ -270,8 +270,8 @@ def permute(
     from ckptq.checkpoint.beside import told_of
     from ckptq.checkpoint.open import open_checkpoint
     from ckptq.permute.effect import Part
-    from ckptq.permute.order import RopeOrder
     from ckptq.permute.run import permute_checkpoint, plan_permute
+    from ckptq.rope_order import RopeOrder
     from ckptq.show import show_permuted
 
     order = RopeOrder(one_of("--to", to, tuple(RopeOrder)))

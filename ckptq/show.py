@@ -9,9 +9,8 @@ from typing import TYPE_CHECKING, Any
 import yaml
 
 from ckptq import console
-from ckptq.console import size
 from ckptq.numbered import starred
-from ckptq.printable import shell_word
+from ckptq.printable import shell_word, size
 from ckptq.show_verify import show_report as show_report
 
 if TYPE_CHECKING:

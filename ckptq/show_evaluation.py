@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from ckptq import console
-from ckptq.console import size
+from ckptq.printable import size
 
 if TYPE_CHECKING:
     from ckptq.evaluate.engine import EngineRow

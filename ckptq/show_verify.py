@@ -13,7 +13,7 @@ from textwrap import wrap
 from typing import TYPE_CHECKING
 
 from ckptq import console
-from ckptq.console import size
+from ckptq.printable import size
 
 if TYPE_CHECKING:
     from ckptq.verify.report import EngineRun, Finding, Report

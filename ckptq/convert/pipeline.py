@@ -27,11 +27,11 @@ from ckptq.errors import SourceError
 from ckptq.models.encoded import Encoded, decode_rows
 from ckptq.models.weight import Reordered, Weight
 from ckptq.permute.apply import permute_rows
-from ckptq.permute.order import RopeOrder
 from ckptq.plan.unit import Part, Unit
 from ckptq.quantize.formats import constants, merge_statistic, needs_statistic
 from ckptq.quantize.stored import row_quantum
 from ckptq.quantize.tiles import NonFinite
+from ckptq.rope_order import RopeOrder
 
 COPY_BYTES = 1 << 24
 

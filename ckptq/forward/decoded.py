@@ -24,9 +24,9 @@ from ckptq.models.published import Windows, windows_for, windows_of
 from ckptq.models.readable import refuse_bare_codes
 from ckptq.models.witnesses import read_witnesses
 from ckptq.permute.effect import Part
-from ckptq.permute.order import Heads, RopeOrder
 from ckptq.permute.targets import PROJECTIONS, head_geometry
 from ckptq.plan.rope import read_marks
+from ckptq.rope_order import Heads, RopeOrder
 from ckptq.spec import TensorSpec, torch_dtype
 
 if TYPE_CHECKING:

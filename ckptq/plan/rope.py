@@ -10,8 +10,8 @@ from ckptq.errors import PlanError
 from ckptq.models.modules import Layout, Linear
 from ckptq.models.weight import Reordered
 from ckptq.permute import effect, marks
-from ckptq.permute.order import Heads, RopeOrder
 from ckptq.permute.targets import PROJECTIONS, head_geometry
+from ckptq.rope_order import Heads, RopeOrder
 
 
 def read_marks(ckpt: Checkpoint) -> marks.Marks:

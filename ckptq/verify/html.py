@@ -6,9 +6,8 @@ import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from ckptq.console import size
 from ckptq.files import text_bytes, write_whole
-from ckptq.printable import on_page
+from ckptq.printable import on_page, size
 from ckptq.verify.kinds import KINDS
 from ckptq.verify.report import Finding, HeadResult, Report
 from ckptq.verify.svg import Series, plot

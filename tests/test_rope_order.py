@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from ckptq.errors import PlanError
 from ckptq.permute.apply import permute_rows, row_permutation
-from ckptq.permute.order import Heads, RopeOrder, gather_indices, keeps_blocks
+from ckptq.rope_order import Heads, RopeOrder, gather_indices, keeps_blocks
 
 HALF, INTER = RopeOrder.HALF_SPLIT, RopeOrder.INTERLEAVED
 
