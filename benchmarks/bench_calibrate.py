@@ -182,17 +182,15 @@ def ckptq(shape: str, work: Path, ids: list[list[int]]) -> float:
     import torch
 
     from ckptq.calibrate.run import calibrate
-    from ckptq.calibrate.text import Samples
     from ckptq.checkpoint.open import open_checkpoint
+    from ckptq.text.samples import Samples
 
     warm_up = Samples(tuple(map(tuple, ids[:2])), "random tokens", len(ids[0]), 1)
     calibrate(open_checkpoint(work / "model"), warm_up, batch_size=1, device="cuda")
     torch.cuda.reset_peak_memory_stats()
     samples = Samples(tuple(map(tuple, ids)), "random tokens", len(ids[0]), 1)
     began = time.perf_counter()
-    scales = calibrate(
-        open_checkpoint(work / "model"), samples, strategy="attn_head", batch_size=1, device="cuda"
-    )
+    scales = calibrate(open_checkpoint(work / "model"), samples, batch_size=1, device="cuda")
     seconds = time.perf_counter() - began
     ours = {n: t.float().cpu().flatten() for n, t in scales.tensors.items()}
     torch.save(ours, work / "ours")

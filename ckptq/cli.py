@@ -78,10 +78,6 @@ def quantize(
         str,
         typer.Option(help="keep, or half-split: for engines that do not permute Llama-4's q/k."),
     ] = "keep",
-    rope_proof: Annotated[
-        str | None,
-        typer.Option(help="cycle or head: q/k scales that no engine can forget to permute."),
-    ] = None,
     as_written: Annotated[
         bool,
         typer.Option(
@@ -101,7 +97,6 @@ def quantize(
     from ckptq.checkpoint.beside import told_of
     from ckptq.convert.quantize import QuantizeRequest, plan_of
     from ckptq.convert.quantize import quantize as convert
-    from ckptq.permute.order import Sharing
     from ckptq.recipes.group_size import with_group_size
     from ckptq.recipes.load import load_either
     from ckptq.show.results import show_plan, show_quantized
@@ -125,7 +120,6 @@ def quantize(
         ),
         shard_bytes=nbytes(shard_size),
         rope_order=one_of("--rope-order", rope_order, ("keep", "half-split")),
-        rope_proof=one_of("--rope-proof", rope_proof, tuple(Sharing)) if rope_proof else None,
         as_written=as_written,
         restart=restart,
         workers=workers,
@@ -276,8 +270,8 @@ def permute(
     from ckptq.checkpoint.beside import told_of
     from ckptq.checkpoint.open import open_checkpoint
     from ckptq.permute.effect import Part
-    from ckptq.permute.order import RopeOrder
     from ckptq.permute.run import permute_checkpoint, plan_permute
+    from ckptq.rope_order import RopeOrder
     from ckptq.show.results import show_permuted
 
     order = RopeOrder(one_of("--to", to, tuple(RopeOrder)))

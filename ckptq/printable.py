@@ -1,4 +1,4 @@
-"""Text that a checkpoint brought along, as it may be shown: on a terminal, in a log, on a page.
+"""What a checkpoint brought along, as it may be shown: on a terminal, in a log, on a page.
 
 Names, values of a config and paths can hold anything: an escape sequence that clears the screen, a
 line break that forges a verdict, a mark that turns the rest of the line around.
@@ -31,3 +31,12 @@ def on_page(text: object) -> str:
 def shell_word(path: str | Path) -> str:
     """A path as a word of a command that can be copied."""
     return shlex.quote(str(path))
+
+
+def size(nbytes: float) -> str:
+    """Bytes as people read them: 1_500_000 -> "1.5 MB"."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if nbytes < 1000:
+            return f"{nbytes:.0f} {unit}" if unit == "B" else f"{nbytes:.1f} {unit}"
+        nbytes /= 1000
+    return f"{nbytes:.1f} TB"

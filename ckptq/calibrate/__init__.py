@@ -1,1 +1,1 @@
-"""Run a checkpoint's model layer by layer and fold what its attention sees into scales."""
+"""Fold what passes in a model into scales, and keep them in a file of their own."""

@@ -31,8 +31,8 @@ from ckptq.files import clear_unfinished, json_bytes, machine_errors, sync_folde
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from ckptq.calibrate.forward import Stream
     from ckptq.calibrate.statistics import Statistics
+    from ckptq.forward.layerwise import Stream
 
 RUN = "run.json"
 RESULT = "result"

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     import torch
 
     from ckptq.calibrate.statistics import Statistics
-    from ckptq.calibrate.text import Batch
+    from ckptq.text.samples import Batch
 
 IN_ORDER = ("minmax",)
 """Observers whose result depends on the order of the batches."""

@@ -100,7 +100,7 @@ def calibrate_plan(
     `note` hears that nobody chose the text, and that it was short.
     """
     from ckptq.calibrate.run import calibrate
-    from ckptq.calibrate.text import read_samples
+    from ckptq.text.samples import read_samples
 
     _check_calibrated(plan)
     device = str(find_device(wanted.device))
@@ -118,12 +118,9 @@ def calibrate_plan(
     made = calibrate(
         ckpt,
         samples,
-        strategy=plan.attention.strategy if plan.attention else None,
-        observer=plan.attention.observer if plan.attention else "static_minmax",
-        observer_arguments=plan.attention.observer_arguments if plan.attention else None,
-        input_observer=plan.input_observer,
+        attention=plan.attention,
         inputs=plan.inputs,
-        planned=plan.attention.scales if plan.attention else {},
+        input_observer=plan.input_observer,
         batch_size=wanted.batch_size,
         device=own_device(device),
         trust_remote_code=wanted.trust_remote_code,

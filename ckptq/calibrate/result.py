@@ -8,11 +8,11 @@ from typing import TYPE_CHECKING
 
 from ckptq.calibrate.scales import Record, Scales, source_fingerprint
 from ckptq.calibrate.statistics import Statistics
-from ckptq.calibrate.text import Samples
 from ckptq.checkpoint.open import Checkpoint
 from ckptq.models.attention import KEY_PROJECTIONS
 from ckptq.models.modules import read_layout
 from ckptq.spec import torch_dtype
+from ckptq.text.samples import Samples
 
 if TYPE_CHECKING:
     import torch

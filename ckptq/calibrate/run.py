@@ -11,24 +11,24 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, get_args
+from typing import TYPE_CHECKING, Any
 
 from ckptq import __version__
-from ckptq.calibrate.attention import Tap, tapped
-from ckptq.calibrate.forward import LayerwiseModel, open_model
-from ckptq.calibrate.inputs import Inputs
 from ckptq.calibrate.journal import Journal
-from ckptq.calibrate.observers import Observer, Strategy, make_observer
+from ckptq.calibrate.observers import Observer, make_observer
 from ckptq.calibrate.ranks import ALONE, Ranks
 from ckptq.calibrate.result import scales_of
 from ckptq.calibrate.scales import Scales, source_fingerprint
 from ckptq.calibrate.statistics import Statistics, Wanted
-from ckptq.calibrate.text import Batch, Samples
 from ckptq.checkpoint.identity import Identity, check_unchanged, lasting
 from ckptq.checkpoint.open import Checkpoint
 from ckptq.errors import PlanError, SourceError, UsageError
+from ckptq.forward.layerwise import LayerwiseModel, open_model
+from ckptq.forward.linear_inputs import Inputs
+from ckptq.forward.tap import Tap, tapped
 from ckptq.models.refusals import WEIGHTS_ALONE
-from ckptq.spec import TensorSpec
+from ckptq.plan.attention import AttentionPlan
+from ckptq.text.samples import Batch, Samples
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -40,22 +40,17 @@ Progress = Callable[[int, int], None]
 
 NOTHING: Mapping[str, float] = {}
 
-Planned = Mapping[str, Mapping[str, TensorSpec]]
-"""Attention module, as named on disk -> its scales and what they will look like."""
-
-NO_PLAN: Planned = {}
+PER_HEAD = AttentionPlan()
+"""A scale for every head of every attention layer, whichever these are."""
 
 
 def calibrate(
     ckpt: Checkpoint,
     samples: Samples,
     *,
-    strategy: str | None = "attn_head",
-    observer: str = "static_minmax",
-    observer_arguments: Mapping[str, Any] | None = None,
+    attention: AttentionPlan | None = PER_HEAD,
     inputs: Mapping[str, float] = NOTHING,
     input_observer: str = "static_minmax",
-    planned: Planned = NO_PLAN,
     batch_size: int = 8,
     device: str = "cpu",
     eager: bool = False,
@@ -68,10 +63,10 @@ def calibrate(
 
     `inputs` asks for scales of what goes into Linears too, [1] each: names on disk, with what the
     largest input becomes (448 for FP8, 127.5 for INT8; 448 * 6 for NVFP4, whose global scale is
-    that by which inputs are multiplied). A `strategy` of None leaves attention out.
+    that by which inputs are multiplied).
 
-    `planned` says which modules have to show their q, k and v, and how many heads of each:
-    PlanError after the first layer that does otherwise.
+    The modules that `attention` has scales for have to show their q, k and v, of as many heads:
+    PlanError after the first layer that does otherwise. None leaves attention out.
 
     `eager` runs attention as llm-compressor 0.14.0.1 does while it calibrates, for equal bits; its
     newer sources use SDPA, as is done here by default.
@@ -90,9 +85,10 @@ def calibrate(
     """
     if batch_size < 1:
         raise UsageError(f"batch_size must be at least 1, got {batch_size}")
+    observed = attention or PER_HEAD
     wanted = Wanted(
-        strategy=_strategy(strategy),
-        attention=_observer(observer, observer_arguments),
+        strategy=attention.strategy if attention else None,
+        attention=_observer(observed.observer, observed.observer_arguments),
         inputs=inputs,
         linear=_observer(input_observer, None),
     )
@@ -109,7 +105,7 @@ def calibrate(
     statistics = Statistics(wanted)
     _check_vocabulary(model, samples)
     batches = ranks.share(samples.batches(batch_size))
-    _run(model, batches, statistics, progress, kept, planned)
+    _run(model, batches, statistics, progress, kept, observed)
     check_unchanged(pinned)
     ranks.merge(statistics)
     classes = _classes(model, statistics)
@@ -118,16 +114,6 @@ def calibrate(
     if kept is not None and ranks.world == 1:
         kept.finish(scales)
     return scales
-
-
-def _strategy(name: str | None) -> Strategy | None:
-    if name is None:
-        return None
-    for known in get_args(Strategy):
-        if name == known:
-            strategy: Strategy = known
-            return strategy
-    raise UsageError(f"unknown strategy {name!r}; known: {', '.join(get_args(Strategy))}")
 
 
 def _observer(name: str, arguments: Mapping[str, Any] | None) -> Observer:
@@ -146,7 +132,7 @@ def _run(
     statistics: Statistics,
     progress: Progress,
     journal: Journal | None,
-    planned: Planned,
+    attention: AttentionPlan,
 ) -> None:
     """All layers, or those that are left."""
     stream = model.embed(batches)
@@ -157,7 +143,7 @@ def _run(
             model.run_layer(index, stream, _watch(model, name, statistics, inputs))
             statistics.settle()
             if stream.batches:
-                _check_layer(model, name, statistics, planned)
+                _check_layer(model, name, statistics, attention)
             statistics.check_finite(model.loader.label)
             if journal is not None and index + 1 < len(layers):
                 journal.keep(index + 1, stream, statistics)
@@ -165,11 +151,11 @@ def _run(
 
 
 def _check_layer(
-    model: LayerwiseModel, layer: str, statistics: Statistics, planned: Planned
+    model: LayerwiseModel, layer: str, statistics: Statistics, attention: AttentionPlan
 ) -> None:
     """The attention of a layer that has run has shown what the plan wants scales of."""
     inside, family = model.loader.stored_module(layer), type(model.skeleton.model).__name__
-    for module, scales in planned.items():
+    for module, scales in attention.scales.items():
         if not module.startswith(f"{inside}."):
             continue
         for name, spec in scales.items():

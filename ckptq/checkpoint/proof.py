@@ -14,21 +14,14 @@ from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
-
-from xxhash import xxh3_64 as Digest
+from typing import Any
 
 from ckptq.checkpoint.header import StoredTensor
 from ckptq.checkpoint.read import Files, read_into
+from ckptq.checkpoint.write import Digest, Shards
 from ckptq.files import chunks_of, machine_errors
 
-if TYPE_CHECKING:
-    from ckptq.checkpoint.write import Shards
-
 BUFFER = 1 << 22
-
-Piece = tuple[int, int, str]
-"""(first byte, number of bytes, digest) of a part of a tensor."""
 
 Pieces = Mapping[str, Sequence[Any]]
 """Tensor -> its pieces in order, as a journal holds them; a tensor that was copied has none."""

@@ -16,10 +16,11 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+from xxhash import xxh3_64 as Digest
+
 from ckptq.checkpoint.descriptors import Descriptors
 from ckptq.checkpoint.header import StoredTensor
 from ckptq.checkpoint.open import INDEX
-from ckptq.checkpoint.proof import Digest, Piece
 from ckptq.checkpoint.read import Files, read_bytes, read_into
 from ckptq.files import machine_errors, reading_errors, text_bytes, write_whole
 from ckptq.spec import TensorSpec
@@ -32,6 +33,9 @@ BY_HAND = (errno.EXDEV, errno.ENOSYS, errno.EINVAL, errno.EOPNOTSUPP, errno.EIO)
 """What the kernel's copy ends in where reading and writing may work, or tell what does not."""
 
 Specs = Mapping[str, TensorSpec]
+
+Piece = tuple[int, int, str]
+"""(first byte, number of bytes, digest) of a part of a tensor."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -15,7 +15,7 @@ from ckptq.checkpoint.read import Memory
 from ckptq.convert.blocks import CALL_ELEMENTS, RUN_ELEMENTS
 from ckptq.device import find_device
 from ckptq.errors import MachineError
-from ckptq.quantize.formats import Share, WeightScheme, constants, quantize, statistic
+from ckptq.quantize.formats import WeightScheme, constants, quantize, statistic
 from ckptq.quantize.scratch import BLOCK_ELEMENTS, Scratch
 from ckptq.quantize.tiles import NonFinite
 from ckptq.spec import spec_of
@@ -49,10 +49,8 @@ class OnCores:
     def statistic(self, w_RC: Tensor) -> Tensor:
         return statistic(w_RC, self.scratch)
 
-    def quantize(
-        self, w_RC: Tensor, scheme: WeightScheme, shared: Tensor | None, share: Share | None
-    ) -> Made:
-        return quantize(w_RC, scheme, shared, self.scratch, share)
+    def quantize(self, w_RC: Tensor, scheme: WeightScheme, shared: Tensor | None) -> Made:
+        return quantize(w_RC, scheme, shared, self.scratch)
 
 
 class OnGpu(OnCores):
@@ -67,12 +65,10 @@ class OnGpu(OnCores):
         self._device = device
         self._lane = _Lane(device)
 
-    def quantize(
-        self, w_RC: Tensor, scheme: WeightScheme, shared: Tensor | None, share: Share | None
-    ) -> Made:
+    def quantize(self, w_RC: Tensor, scheme: WeightScheme, shared: Tensor | None) -> Made:
         kernel = kernel_of(scheme)
-        if kernel is None or share is not None or w_RC.dtype == torch.float64:
-            return super().quantize(w_RC, scheme, shared, share)
+        if kernel is None or w_RC.dtype == torch.float64:
+            return super().quantize(w_RC, scheme, shared)
         try:
             with torch.cuda.stream(self._lane.stream):
                 x_RC = w_RC.to(self._device, non_blocking=True)

@@ -30,7 +30,7 @@ def run_oneshot(ckpt: Checkpoint, recipe: Recipe, made: Path, wanted: Calibratio
     import torch
     from datasets import Dataset
 
-    from ckptq.calibrate.text import read_samples
+    from ckptq.text.samples import read_samples
 
     shutil.rmtree(made, ignore_errors=True)
     samples = read_samples(

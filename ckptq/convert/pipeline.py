@@ -27,17 +27,11 @@ from ckptq.errors import SourceError
 from ckptq.models.encoded import Encoded, decode_rows
 from ckptq.models.weight import Reordered, Weight
 from ckptq.permute.apply import permute_rows
-from ckptq.permute.order import RopeOrder
-from ckptq.permute.proof import share_amax
 from ckptq.plan.unit import Part, Unit
-from ckptq.quantize.formats import (
-    Share,
-    constants,
-    merge_statistic,
-    needs_statistic,
-)
+from ckptq.quantize.formats import constants, merge_statistic, needs_statistic
 from ckptq.quantize.stored import row_quantum
 from ckptq.quantize.tiles import NonFinite
+from ckptq.rope_order import RopeOrder
 
 COPY_BYTES = 1 << 24
 
@@ -179,8 +173,7 @@ def _quantize_run(part: Part, rows: Rows, run: Span, shared: Tensor | None, ends
         written: dict[str, Run] = {}
         for start, stop in blocks(run, weight, part.quantum, ends.arithmetic.elements):
             with naming(part):
-                share = share_of(part)
-                made = ends.arithmetic.quantize(rows(start, stop), part.scheme, shared, share)
+                made = ends.arithmetic.quantize(rows(start, stop), part.scheme, shared)
             for local, tensor in made.items():
                 if local not in written:
                     spec = part.writes[local]
@@ -189,13 +182,6 @@ def _quantize_run(part: Part, rows: Rows, run: Span, shared: Tensor | None, ends
                     name = f"{part.linear.name}.{local}"
                     written[local] = stack.enter_context(ends.shards.run(name, at))
                 written[local].write(bytes_of(tensor.contiguous()))
-
-
-def share_of(part: Part) -> Share | None:
-    """How the magnitudes of rows, which are those of whole heads, are shared."""
-    if part.proof is None:
-        return None
-    return partial(share_amax, heads=part.proof.heads, sharing=part.proof.sharing)
 
 
 class naming:

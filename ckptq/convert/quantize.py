@@ -13,7 +13,6 @@ from ckptq.convert.fill import scale_tensors
 from ckptq.convert.handover import check_handed_over, write_handed_over
 from ckptq.convert.run import Result, default_output, write_quantized
 from ckptq.errors import UsageError
-from ckptq.permute.order import Sharing
 from ckptq.plan.doubts import transformers_doubts, vllm_doubts
 from ckptq.plan.left import left_alone
 from ckptq.plan.make import SHARD_BYTES, RopeChoice, make_plan
@@ -37,7 +36,6 @@ class QuantizeRequest:
     calibration: CalibrationRequest = field(default_factory=CalibrationRequest)
     shard_bytes: int = SHARD_BYTES
     rope_order: RopeChoice = "keep"
-    rope_proof: Sharing | None = None
     as_written: bool = False
     """Keep to the recipe where vLLM cannot permute (Llama-4's q/k/v) or merge blocks of rows."""
     restart: bool = False
@@ -50,7 +48,6 @@ class QuantizeRequest:
             "ignore": list(self.ignore),
             "shard_bytes": self.shard_bytes,
             "rope_order": self.rope_order,
-            "rope_proof": self.rope_proof,
             "as_written": self.as_written,
         }
 
@@ -70,7 +67,6 @@ def plan_of(request: QuantizeRequest) -> tuple[Checkpoint, Plan]:
         shard_bytes=request.shard_bytes,
         permutable=not request.as_written,
         rope_order=request.rope_order,
-        rope_proof=request.rope_proof,
     )
     return ckpt, plan
 
@@ -122,7 +118,7 @@ def _check_fit(plan: Plan, file: Path, source: ScalesSource) -> None:
 
 
 def _handed_over(request: QuantizeRequest, begin: Begin, note: Note) -> Result:
-    if request.rope_order != "keep" or request.rope_proof is not None:
+    if request.rope_order != "keep":
         raise UsageError(
             f"recipe {request.recipe.name!r} runs in llm-compressor, in the source's RoPE order; "
             "run `ckptq permute` on its result"

@@ -15,7 +15,6 @@ from ckptq.checkpoint.side_files import write_side_files
 from ckptq.convert import documents
 from ckptq.convert.fill import COMMIT_BYTES, Job, convert_plan, prove_renamed
 from ckptq.convert.preflight import check_disk, check_layers, slab_rooms
-from ckptq.convert.proof_cost import ProofCost, proof_cost
 from ckptq.device import find_device
 from ckptq.models.encoded import unquantized_config
 from ckptq.permute.marks import marked_config
@@ -45,8 +44,6 @@ class Result:
     linears: int
     layers_with_scales: int
     resumed_units: int
-    rope_proof: ProofCost | None = None
-    """What `--rope-proof` costs, where it was asked for."""
     serve: str | None
     """The command for vLLM; None where the checkpoint is for engines that do not permute q/k."""
 
@@ -107,7 +104,6 @@ def write_quantized(
             resumed = convert_plan(job, made, begin("quantize", plan.read_bytes), note)
             small = _documents(ckpt, plan, made, record)
             written = write_side_files(journal.scratch, ckpt, small, job.specs, pinned)
-        cost = proof_cost(plan)
         check_unchanged(pinned)
         journal.publish(job.specs, written)
     finally:
@@ -121,7 +117,6 @@ def write_quantized(
         linears=sum(len(names) for names in plan.groups.values()),
         layers_with_scales=len(plan.attention.scales) if plan.attention else 0,
         resumed_units=resumed,
-        rope_proof=cost,
         serve=serve_line(out, plan),
     )
 

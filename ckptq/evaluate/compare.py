@@ -14,9 +14,6 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING
 
-from ckptq.calibrate.attention import Tap, tapped
-from ckptq.calibrate.forward import LayerwiseModel, Stream
-from ckptq.calibrate.text import Batch
 from ckptq.errors import SourceError
 from ckptq.evaluate.inputs import InputMaxima, InputScheme, rules_of
 from ckptq.evaluate.kv_cache import PLAIN, Maxima, See, through_cache
@@ -25,7 +22,10 @@ from ckptq.evaluate.scores import Measures, Position, Scores
 from ckptq.evaluate.spoil import spoiled, spoiled_layer
 from ckptq.evaluate.text import Text
 from ckptq.evaluate.variant import Run, Track, Variant
+from ckptq.forward.layerwise import LayerwiseModel, Stream
+from ckptq.forward.tap import Tap, tapped
 from ckptq.progress import Report
+from ckptq.text.samples import Batch
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -103,10 +103,10 @@ class Comparison:
                     stack.enter_context(spoiled(layer))
                 if variant is self.source and measured:
                     see = self._measuring(run, loader.stored_module)
-                    stack.enter_context(tapped(layer, name, Tap(run.lengths, see, None)))
+                    stack.enter_context(tapped(layer, name, Tap(run.lengths, see)))
                 elif variant.cache.mode != PLAIN:
                     see = through_cache(variant.cache, self.maxima, loader.stored_module)
-                    stack.enter_context(tapped(layer, name, Tap(run.lengths, see, None)))
+                    stack.enter_context(tapped(layer, name, Tap(run.lengths, see)))
                 inputs = self._static if variant is self.source else variant.inputs
                 rules = rules_of(layer, name, stored_names, self.consumed, inputs)
                 stack.enter_context(inputs_changed(dict(self._changes(run, rules))))

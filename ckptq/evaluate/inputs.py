@@ -12,12 +12,12 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from ckptq.calibrate.inputs import real_tokens
 from ckptq.calibrate.observers import FP8_MAX, INT8_MAX, NVFP4_MAX
 from ckptq.checkpoint.open import Checkpoint
 from ckptq.checkpoint.read import read_tensor
 from ckptq.errors import PlanError, SourceError
 from ckptq.evaluate.microscaling import mxfp4, mxfp8, nvfp4
+from ckptq.forward.linear_inputs import real_tokens
 from ckptq.models.config_groups import ConfigGroup, block_structure, config_groups, group_of
 from ckptq.models.encoded import stored_scales
 

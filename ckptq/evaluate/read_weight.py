@@ -12,7 +12,7 @@ from ckptq.checkpoint.read import Files
 from ckptq.checkpoint.view import read_rows, read_slab, window
 from ckptq.models.encoded import Encoded, decode_rows
 from ckptq.models.weight import Reordered, Weight
-from ckptq.permute.order import RopeOrder
+from ckptq.rope_order import RopeOrder
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -110,9 +110,9 @@ def _evaluate(
     asked: EvaluationRequest,
     begin: Begin,
 ) -> Evaluation:
-    from ckptq.calibrate.text import read_samples
     from ckptq.evaluate.run import evaluate
     from ckptq.evaluate.text import read_questions, text_of
+    from ckptq.text.samples import read_samples
 
     base = source or ckpt
     questions = []

@@ -7,9 +7,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from ckptq.calibrate.decoded import DecodedWeights, weights_of
-from ckptq.calibrate.forward import LayerwiseModel, open_model
-from ckptq.calibrate.source import WeightSource
 from ckptq.checkpoint.open import Checkpoint
 from ckptq.errors import UsageError
 from ckptq.evaluate.compare import Comparison, Outcome
@@ -20,6 +17,9 @@ from ckptq.evaluate.result import Evaluation, Row, Thresholds
 from ckptq.evaluate.schemes import SchemeWeights, planned_cache, planned_inputs
 from ckptq.evaluate.text import Text
 from ckptq.evaluate.variant import Track, Variant
+from ckptq.forward.decoded import DecodedWeights, weights_of
+from ckptq.forward.layerwise import LayerwiseModel, open_model
+from ckptq.forward.source import WeightSource
 from ckptq.models.encoded import read_encoded
 from ckptq.models.heads import config_head_dim, config_heads
 from ckptq.models.modules import read_layout

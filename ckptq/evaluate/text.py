@@ -11,10 +11,10 @@ from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 
-from ckptq.calibrate.rows import read_rows
-from ckptq.calibrate.text import Batch, Samples
-from ckptq.calibrate.tokens import Tokenizer
 from ckptq.errors import SourceError, UsageError
+from ckptq.text.rows import read_rows
+from ckptq.text.samples import Batch, Samples
+from ckptq.text.tokens import Tokenizer
 
 MAX_QUESTIONS = 100_000
 

@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
-from ckptq.calibrate.forward import LayerwiseModel, Stream
-from ckptq.calibrate.text import Batch
 from ckptq.evaluate.inputs import InputScheme
 from ckptq.evaluate.kv_cache import BF16, KVCache
 from ckptq.evaluate.text import Line, Text
+from ckptq.forward.layerwise import LayerwiseModel, Stream
+from ckptq.text.samples import Batch
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -15,7 +15,7 @@ from torch import Tensor
 from ckptq.kernels.reference import int4 as int4_reference
 from ckptq.kernels.reference import linear as linear_reference
 from ckptq.kernels.reference import quantize as reference
-from ckptq.permute.order import Heads, RopeOrder
+from ckptq.rope_order import Heads, RopeOrder
 
 FP8 = torch.float8_e4m3fn
 Scaled = tuple[Tensor, Tensor]

@@ -20,7 +20,7 @@ from torch import Tensor
 from ckptq.kernels.codes import NARROW, absmax_of, extrema_of, integer_bits, or_eps, over, scale_of
 from ckptq.kernels.rounding import narrow, round_half_even, widen
 from ckptq.kernels.row_order import order_constexprs, source_row
-from ckptq.permute.order import Heads, RopeOrder
+from ckptq.rope_order import Heads, RopeOrder
 
 
 @triton.jit

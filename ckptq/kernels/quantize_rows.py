@@ -15,7 +15,7 @@ from torch import Tensor
 from ckptq.kernels.codes import HALF_RANGE, absmax_of, code, code_constexprs, empty_codes, scale_of
 from ckptq.kernels.rounding import narrow, widen
 from ckptq.kernels.row_order import order_constexprs, source_row
-from ckptq.permute.order import Heads, RopeOrder
+from ckptq.rope_order import Heads, RopeOrder
 
 LONGEST_ROW = 32768
 """Columns that one program still holds in its registers."""

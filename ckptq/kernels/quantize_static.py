@@ -14,7 +14,7 @@ from torch import Tensor
 from ckptq.kernels.codes import code, code_constexprs, empty_codes
 from ckptq.kernels.rounding import widen
 from ckptq.kernels.row_order import order_constexprs, source_row
-from ckptq.permute.order import Heads, RopeOrder
+from ckptq.rope_order import Heads, RopeOrder
 
 
 @triton.jit

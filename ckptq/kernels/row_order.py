@@ -1,12 +1,12 @@
 """The RoPE row permutation as address arithmetic, so that no pass over the rows is needed for it.
 
-The same permutation as `ckptq.permute.order.gather_indices`, which is what the tests hold it to.
+The same permutation as `ckptq.rope_order.gather_indices`, which is what the tests hold it to.
 """
 
 import triton
 import triton.language as tl
 
-from ckptq.permute.order import Heads, RopeOrder
+from ckptq.rope_order import Heads, RopeOrder
 
 
 def order_constexprs(heads: Heads | None, to: RopeOrder, rows: int) -> dict[str, int | bool]:

@@ -12,7 +12,7 @@ from math import lcm
 from ckptq.checkpoint.header import StoredTensor
 from ckptq.checkpoint.view import View
 from ckptq.models.encoded import Encoded
-from ckptq.permute.order import Heads
+from ckptq.rope_order import Heads
 from ckptq.spec import TensorSpec
 
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ckptq.permute.effect import Effect, Move, Part, Projection, effect_on, effect_on_attention
-from ckptq.permute.order import Heads, RopeOrder, gather_indices
+from ckptq.rope_order import Heads, RopeOrder, gather_indices
 from ckptq.spec import spec_of
 
 _WORD_BITS = 32

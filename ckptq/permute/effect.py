@@ -16,7 +16,7 @@ from enum import StrEnum
 from math import ceil
 
 from ckptq.errors import PlanError
-from ckptq.permute.order import Heads, keeps_blocks
+from ckptq.rope_order import Heads, keeps_blocks
 from ckptq.spec import TensorSpec
 
 

@@ -14,7 +14,7 @@ from typing import Any
 
 from ckptq.errors import SourceError, UsageError
 from ckptq.permute.effect import Part
-from ckptq.permute.order import RopeOrder
+from ckptq.rope_order import RopeOrder
 
 METADATA_KEY = "ckptq.rope_order"
 

@@ -30,8 +30,8 @@ from ckptq.models.family import family_of
 from ckptq.permute import marks
 from ckptq.permute.apply import permute_tensor
 from ckptq.permute.effect import Effect, Move, Part
-from ckptq.permute.order import RopeOrder
 from ckptq.permute.targets import plan_permutation
+from ckptq.rope_order import RopeOrder
 from ckptq.spec import TensorSpec
 
 COMMIT_BYTES = 1 << 29

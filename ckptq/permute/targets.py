@@ -16,8 +16,8 @@ from ckptq.models.config_groups import ConfigGroup, block_structure, config_grou
 from ckptq.models.heads import config_head_dim, config_heads
 from ckptq.models.witnesses import read_witnesses
 from ckptq.permute.effect import Effect, Projection, effect_on, effect_on_attention
-from ckptq.permute.order import Heads
 from ckptq.quantize.scheme import pair, whole
+from ckptq.rope_order import Heads
 from ckptq.spec import TensorSpec
 
 PROJECTIONS = {"q_proj": "q", "k_proj": "k"}

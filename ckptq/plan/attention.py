@@ -7,7 +7,7 @@ and v. The dtype is that of the attention module's weights.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 from ckptq.checkpoint.open import CONFIG, Checkpoint
@@ -25,12 +25,12 @@ KV_DEFAULTS: Args = {"symmetric": True, "dynamic": False, "strategy": "tensor"}
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class AttentionPlan:
-    """The q/k/v scales that calibration has to deliver."""
+    """The q/k/v scales that calibration has to deliver, and how it finds them."""
 
-    strategy: Literal["tensor", "attn_head"]
-    observer: str
-    observer_arguments: Mapping[str, Any]
-    scales: Mapping[str, Mapping[str, TensorSpec]]
+    strategy: Literal["tensor", "attn_head"] = "attn_head"
+    observer: str = "static_minmax"
+    observer_arguments: Mapping[str, Any] = field(default_factory=dict)
+    scales: Mapping[str, Mapping[str, TensorSpec]] = field(default_factory=dict)
     """Attention module -> full tensor name -> spec."""
     told: str | None = None
     """Why they are per tensor, where scales per head were asked for."""

@@ -14,7 +14,6 @@ from ckptq.checkpoint.open import Checkpoint
 from ckptq.errors import PlanError, UsageError
 from ckptq.models.modules import Layout, Linear, read_layout
 from ckptq.models.weight import Encoded, Reordered, View, Weight
-from ckptq.permute.order import Sharing
 from ckptq.plan.attention import AttentionPlan, as_planned, last_tensors, plan_attention
 from ckptq.plan.fit import UNCHOSEN, fit
 from ckptq.plan.left import left_names
@@ -27,7 +26,7 @@ from ckptq.plan.match import (
     refuse_unserved_experts,
 )
 from ckptq.plan.permutable import keep_permutable
-from ckptq.plan.rope import half_split, prove_scales, read_marks
+from ckptq.plan.rope import half_split, read_marks
 from ckptq.plan.stored_as_is import copied_units, kept_config
 from ckptq.plan.unit import Part, Plan, Unit
 from ckptq.quantize.formats import needs_statistic
@@ -53,7 +52,6 @@ def make_plan(
     shard_bytes: int = SHARD_BYTES,
     permutable: bool = True,
     rope_order: RopeChoice = "keep",
-    rope_proof: Sharing | None = None,
 ) -> Plan:
     """Decide every output tensor from headers, config and recipe; PlanError says what misfits.
 
@@ -61,10 +59,9 @@ def make_plan(
     permute, sets whose blocks of rows it cannot merge are left (`permutable`, `fit`).
     `rope_order` "half-split" writes q/k of interleaved models in the order that kernels use, and
     marks the checkpoint; engines that permute while loading must not be given such a one.
-    `rope_proof` makes q/k scales equal on the rows that the permutation exchanges.
     """
     if ckpt.quantization_config is not None and all(g.is_attention for g in recipe.groups):
-        if rope_order != "keep" or rope_proof is not None:
+        if rope_order != "keep":
             raise UsageError(
                 f"recipe {recipe.name!r} leaves quantized weights as they are stored; reorder them "
                 "with `ckptq permute` on its result"
@@ -90,8 +87,6 @@ def make_plan(
     fitted = fit(layout, recipe, chosen, whole_blocks=permutable)
     recipe, chosen = fitted.recipe, fitted.chosen
     units = tuple(map(fitted.told_in, _units(ckpt, layout, recipe, chosen, attention)))
-    if rope_proof is not None:
-        units = tuple(prove_scales(ckpt, layout, units, rope_proof))
     _refuse_twins(units)
     if not chosen and attention is None:
         raise PlanError(

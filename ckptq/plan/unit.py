@@ -11,20 +11,11 @@ from ckptq.checkpoint.header import StoredTensor
 from ckptq.models.modules import Layout, Linear
 from ckptq.models.weight import Weight
 from ckptq.permute.marks import Marks
-from ckptq.permute.order import Heads, Sharing
 from ckptq.plan.attention import AttentionPlan
 from ckptq.quantize.scheme import WeightScheme
 from ckptq.quantize.stored import row_quantum
 from ckptq.recipes.load import Recipe
 from ckptq.spec import TensorSpec
-
-
-@dataclass(frozen=True, slots=True)
-class Proof:
-    """The scales of a q/k projection are to survive an engine that forgets to permute them."""
-
-    heads: Heads
-    sharing: Sharing
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -35,13 +26,11 @@ class Part:
     scheme: WeightScheme
     writes: Mapping[str, TensorSpec]
     """Local names: "weight", "weight_scale", ..."""
-    proof: Proof | None = None
 
     @property
     def quantum(self) -> int:
-        """Where a block of rows may start: for what is read, what is written, whole heads."""
-        heads = self.proof.heads.head_dim if self.proof else 1
-        return lcm(self.linear.weight.quantum, row_quantum(self.scheme), heads)
+        """Where a block of rows may start: for what is read, and what is written."""
+        return lcm(self.linear.weight.quantum, row_quantum(self.scheme))
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

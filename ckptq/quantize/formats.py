@@ -12,8 +12,6 @@ P packed columns.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
 from torch import Tensor
 
@@ -40,10 +38,6 @@ __all__ = [
     "statistic",
     "stored",
 ]
-
-
-Share = Callable[[Tensor], Tensor]
-"""Magnitudes [R, N] of rows and their tiles -> the same, raised to the largest they share with."""
 
 
 def needs_statistic(scheme: WeightScheme) -> bool:
@@ -81,19 +75,17 @@ def quantize(
     scheme: WeightScheme,
     statistic: Tensor | None = None,
     scratch: Scratch | None = None,
-    share: Share | None = None,
 ) -> dict[str, Tensor]:
     """The tensors that belong to these rows; with `constants` they are all that is stored.
 
     Shapes and dtypes are those of `stored`, and so is the `PlanError` on rows that do not fit.
     `NonFinite` on NaN or Inf, from `statistic` already where the scheme needs one. With `scratch`
-    the codes are in its memory: the next call in this thread overwrites them. `share` raises the
-    magnitudes of rows that have to share a scale; only symmetric integers and FP8 have one.
+    the codes are in its memory: the next call in this thread overwrites them.
     """
     code = stored(spec_of(w_RC), scheme)[scheme.codes]
     scratch = scratch or Scratch(w_RC.device)
     x = tiled(w_RC.contiguous(), scheme)
-    scale, zero_point, divisor = _scale(x, scheme, statistic, scratch, share)
+    scale, zero_point, divisor = _scale(x, scheme, statistic, scratch)
     code_RP = scratch.tensor("stored", code.shape, torch_dtype(code.dtype))
     encode(x, divisor, zero_point, scheme, scratch, code_RP)
     if scheme.strategy == "tensor":
@@ -102,11 +94,7 @@ def quantize(
 
 
 def _scale(
-    x: Tensor,
-    scheme: WeightScheme,
-    statistic: Tensor | None,
-    scratch: Scratch,
-    share: Share | None,
+    x: Tensor, scheme: WeightScheme, statistic: Tensor | None, scratch: Scratch
 ) -> tuple[Tensor, Tensor | None, Tensor]:
     """Of each tile: the scale as it is stored, the zero point, and what weights are divided by."""
     if scheme.strategy == "tensor":
@@ -123,8 +111,6 @@ def _scale(
     if scheme.scale_dtype == "uint8":
         scale = scales.mx_exponent(amax, scheme.num_bits)
         return scale, None, scales.mx_scale(scale)
-    if share is not None:
-        amax = share(amax)
     scale = scales.symmetric(amax, scheme.half_range)
     return scale, None, scale
 

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from ckptq.errors import CkptqError
-from ckptq.printable import printable, printable_lines
+from ckptq.printable import printable, printable_lines, size
 from ckptq.progress import Begin, Report
 
 PIPE_COLUMNS = 10_000
@@ -80,15 +80,6 @@ def complain(error: CkptqError) -> int:
     """Show a user's error and return its exit code."""
     sys.stderr.write(f"error: {printable_lines(str(error))}\n")
     return error.exit_code
-
-
-def size(nbytes: float) -> str:
-    """Bytes as people read them: 1_500_000 -> "1.5 MB"."""
-    for unit in ("B", "kB", "MB", "GB"):
-        if nbytes < 1000:
-            return f"{nbytes:.0f} {unit}" if unit == "B" else f"{nbytes:.1f} {unit}"
-        nbytes /= 1000
-    return f"{nbytes:.1f} TB"
 
 
 @contextmanager

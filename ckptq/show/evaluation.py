@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from ckptq.printable import size
 from ckptq.show import console
-from ckptq.show.console import size
 
 if TYPE_CHECKING:
     from ckptq.evaluate.engine import EngineRow

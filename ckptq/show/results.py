@@ -9,13 +9,11 @@ from typing import TYPE_CHECKING, Any
 import yaml
 
 from ckptq.numbered import starred
-from ckptq.printable import shell_word
+from ckptq.printable import shell_word, size
 from ckptq.show import console
-from ckptq.show.console import size
 
 if TYPE_CHECKING:
     from ckptq.calibrate.scales import Scales
-    from ckptq.convert.proof_cost import ProofCost
     from ckptq.convert.run import Result
     from ckptq.inspect import Inspection
     from ckptq.permute.run import Permuted
@@ -42,17 +40,8 @@ def show_quantized(result: Result, json: bool) -> None:
         + (f", q/k/v scales in {layers} layers" if layers else "")
         + resumed,
         f"{size(result.source_bytes)} -> {size(result.output_bytes)} ({ratio:.0%})",
-        *([_proof_line(result.rope_proof)] if result.rope_proof else []),
         f"verify it:  ckptq verify {shell_word(result.out)} --source {shell_word(result.source)}",
         f"serve it:   {result.serve or NOT_IN_VLLM}",
-    )
-
-
-def _proof_line(cost: ProofCost) -> str:
-    lost = cost.own_db - cost.shared_db
-    return (
-        f"permutation-proof q/k scales: {cost.shared_db:.2f} dB instead of {cost.own_db:.2f} "
-        f"({lost:.2f} dB lost)"
     )
 
 

@@ -12,8 +12,8 @@ from statistics import median
 from textwrap import wrap
 from typing import TYPE_CHECKING
 
+from ckptq.printable import size
 from ckptq.show import console
-from ckptq.show.console import size
 
 if TYPE_CHECKING:
     from ckptq.verify.report import EngineRun, Finding, Report

@@ -7,9 +7,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from ckptq.files import text_bytes, write_whole
-from ckptq.printable import on_page
+from ckptq.printable import on_page, size
 from ckptq.show.charts import Chart, Series, svg
-from ckptq.show.console import size
 from ckptq.show.page import breakable, page, table
 from ckptq.verify.kinds import KINDS
 from ckptq.verify.report import Finding, HeadResult, Report

@@ -1,8 +1,8 @@
 """A short forward pass of the source: what its q, k and v become under the checkpoint's scales.
 
-The model is run layer by layer (ckptq.calibrate.forward), with an attention function that computes
-each layer's attention four times: exactly, and with q, k and v rounded to FP8 under the stored
-scales, under 1.0, and under one scale for all heads. Only the exact result goes on.
+The model is run layer by layer (ckptq.forward.layerwise), with a tap that computes each layer's
+attention three times more: with q, k and v rounded to FP8 under the stored scales, under 1.0, and
+under one scale for all heads. Only the exact result goes on.
 
 Shape letters: B batch, H query heads, K key/value heads, S positions, D head size.
 """
@@ -10,13 +10,16 @@ Shape letters: B batch, H query heads, K key/value heads, S positions, D head si
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from functools import partial
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from ckptq.checkpoint.read import Files, read_tensor
+from ckptq.forward.tap import Attend, Qkv, Tap, tapped
 from ckptq.models.heads import by_side
 from ckptq.spec import FLOATS
 from ckptq.verify.heads import Choices, HeadSums, OutputSums, in_fp8
@@ -26,9 +29,7 @@ from ckptq.verify.subject import Subject
 if TYPE_CHECKING:
     from torch import nn
 
-    from ckptq.calibrate.forward import LayerwiseModel
-
-NAME = "ckptq_verify"
+    from ckptq.text.samples import Batch
 
 SAMPLES, SEQ_LEN = 4, 256
 """Enough to excite every head; saturation needs no more."""
@@ -40,31 +41,25 @@ class Watch:
 
     choices: Mapping[str, dict[str, Choices]]
     """Attention module on disk -> "q", "k", "v" -> scales."""
-    names: dict[int, str]
-    """id of a module of the running model -> its name on disk."""
-    base: Callable[..., tuple[Tensor, Tensor | None]]
+    on_disk: Callable[[str], str]
+    """Name of a module of the running model -> its name on disk."""
     heads: dict[tuple[str, str], HeadSums] = field(default_factory=dict)
     outputs: dict[str, OutputSums] = field(default_factory=dict)
 
-    def __call__(
-        self, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None,
-        **kwargs: Any,
-    ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
-        """An attention function, as transformers calls it."""
-        result = self.base(module, query, key, value, mask, **kwargs)
-        name = self.names.get(id(module))
-        choices = self.choices.get(name, {}) if name is not None else {}
-        if name is not None and len(choices) == 3:
-            qkv = {"q": query, "k": key, "v": value}
-            for which, x_BHSD in qkv.items():
-                sums = self.heads.setdefault((name, which), HeadSums(choices[which]))
-                sums.add(x_BHSD)
-            others = [
-                self.base(module, *_rounded(qkv, choices, index), mask, **kwargs)[0]
-                for index in range(3)
-            ]
-            self.outputs.setdefault(name, OutputSums()).add(result[0], others)
-        return result
+    def layer(self, name: str, layer: nn.Module, batch: Batch) -> AbstractContextManager[None]:
+        """The context in which a decoder layer runs on a batch."""
+        return tapped(layer, name, Tap(batch.lengths, compare=self._compare))
+
+    def _compare(self, module: str, qkv: Qkv, exact: Tensor, attend: Attend) -> None:
+        name = self.on_disk(module)
+        choices = self.choices.get(name, {})
+        if len(choices) < len(qkv):
+            return
+        named = dict(zip("qkv", qkv, strict=True))
+        for which, x_BHSD in named.items():
+            self.heads.setdefault((name, which), HeadSums(choices[which])).add(x_BHSD)
+        others = [attend(*_rounded(named, choices, index))[0] for index in range(3)]
+        self.outputs.setdefault(name, OutputSums()).add(exact, others)
 
 
 def _rounded(qkv: Mapping[str, Tensor], choices: Mapping[str, Choices], index: int) -> list[Tensor]:
@@ -76,40 +71,16 @@ def _rounded(qkv: Mapping[str, Tensor], choices: Mapping[str, Choices], index: i
 
 def check_attention(subject: Subject, text: str | None = None, device: str = "cpu") -> Watch:
     """Run the source on a little text, built in if none is given."""
-    from ckptq.calibrate.forward import open_model
-    from ckptq.calibrate.text import read_samples
+    from ckptq.forward.layerwise import open_model
+    from ckptq.text.samples import read_samples
 
     assert subject.source is not None
     samples = read_samples(text, subject.source.path, samples=SAMPLES, seq_len=SEQ_LEN)
     model = open_model(subject.source, device)
     stream = model.embed(samples.batches(1))
-    watch = _install(model, _choices(subject))
-    for index in range(len(model.layer_names)):
-        model.run_layer(index, stream)
-    return watch
-
-
-def _install(model: LayerwiseModel, choices: Mapping[str, dict[str, Choices]]) -> Watch:
-    """Put the watch in the place of the model's attention function; masks stay as they are."""
-    from transformers.modeling_utils import AttentionInterface
-
-    from ckptq.calibrate import attention
-
-    config = model.skeleton.model.config.get_text_config(decoder=True)
-    eager = config._attn_implementation == attention.NAME_EAGER
-    modules = (
-        (module, model.loader.stored_module(f"{layer}.{path}" if path else layer))
-        for layer, root in model.skeleton.layers.items()
-        for path, module in root.named_modules()
-        if hasattr(module, "head_dim") and hasattr(module, "layer_idx")
-    )
-    watch = Watch(
-        choices=choices,
-        names={id(module): name for module, name in modules},
-        base=attention.eager_attention if eager else attention.attention,
-    )
-    AttentionInterface.register(NAME, watch)
-    config._attn_implementation = NAME
+    watch = Watch(_choices(subject), model.loader.stored_module)
+    for index, name in enumerate(model.layer_names):
+        model.run_layer(index, stream, partial(watch.layer, name))
     return watch
 
 

@@ -9,16 +9,13 @@ import hashlib
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import partial
 
 import torch
 from torch import Tensor
 
 from ckptq.checkpoint.read import bytes_of
-from ckptq.permute.order import Heads, Sharing
-from ckptq.permute.proof import share_amax
 from ckptq.quantize import scales
-from ckptq.quantize.formats import Share, needs_statistic, quantize, statistic
+from ckptq.quantize.formats import needs_statistic, quantize, statistic
 from ckptq.quantize.scheme import FORMATS, WeightScheme
 from ckptq.quantize.scratch import Scratch
 from ckptq.verify import nearest
@@ -47,8 +44,6 @@ class Tally:
     scales: int = 0
     scales_wrong: int = 0
     """Scales, or zero points, that the plain minimum and maximum do not give."""
-    scales_shared: int = 0
-    """Scales that are right because rows share them, and would not be the row's own."""
     zeros_wrong: int = 0
     """Of those, the ones of which only the zero point is another."""
     signal: float = 0.0
@@ -69,7 +64,6 @@ class Tally:
             foreign=self.foreign + other.foreign,
             scales=self.scales + other.scales,
             scales_wrong=self.scales_wrong + other.scales_wrong,
-            scales_shared=self.scales_shared + other.scales_shared,
             zeros_wrong=self.zeros_wrong + other.zeros_wrong,
             signal=self.signal + other.signal,
             noise=self.noise + other.noise,
@@ -107,18 +101,9 @@ def floor_db(scheme: WeightScheme, shape: tuple[int, int]) -> float:
     return 20 * math.log10(scheme.half_range * math.sqrt(12) / crest) - MARGIN_DB
 
 
-def compare(
-    w_RC: Tensor, held: Mapping[str, Tensor], scheme: WeightScheme, heads: Heads | None = None
-) -> Tally:
-    """Everything countable about these rows. Raises `NonFinite` where the source is NaN or Inf.
-
-    With `heads` the rows are those of whole heads, which may share their scales.
-    """
+def compare(w_RC: Tensor, held: Mapping[str, Tensor], scheme: WeightScheme) -> Tally:
+    """Everything countable about these rows. Raises `NonFinite` where the source is NaN or Inf."""
     made = observe(w_RC, held, scheme)
-    shared = 0
-    if heads is not None and (own := _scales_differ(made, held, scheme)).any():
-        made = observe(w_RC, held, scheme, _sharing(w_RC, held, scheme, heads))
-        shared = int((own & ~_scales_differ(made, held, scheme)).sum())
     dequantized = nearest.weights(held, scheme, w_RC.shape[1])
     wide_RC = w_RC.float()
     noise, signal = _energy(dequantized.sub_(wide_RC)), _energy(wide_RC)
@@ -139,7 +124,6 @@ def compare(
         foreign=foreign,
         scales=differ.numel(),
         scales_wrong=int(differ.sum()),
-        scales_shared=shared,
         zeros_wrong=int((differ & ~other_scale).sum()),
         signal=signal,
         noise=noise,
@@ -156,42 +140,14 @@ def _energy(x_RC: Tensor) -> float:
     return torch.dot(flat, flat).item()
 
 
-def observe(
-    w_RC: Tensor, held: Mapping[str, Tensor], scheme: WeightScheme, share: Share | None = None
-) -> dict[str, Tensor]:
+def observe(w_RC: Tensor, held: Mapping[str, Tensor], scheme: WeightScheme) -> dict[str, Tensor]:
     """What these rows alone determine: nothing more than codes under one scale for the tensor."""
     if scheme.strategy == "tensor":
         return {}
     if scheme.strategy == "tensor_group":
         amax = nearest.in_tiles(w_RC, scheme).abs().amax(-1)
         return {"weight_scale": scales.nvfp4(amax, held["weight_global_scale"])}
-    return quantize(w_RC, scheme, scratch=SCRATCH, share=share)
-
-
-def _sharing(
-    w_RC: Tensor, held: Mapping[str, Tensor], scheme: WeightScheme, heads: Heads
-) -> Share | None:
-    """How rows share their scales, where that explains most rows, and better than scales of their
-    own do; a few are explained by chance.
-
-    A row is explained by its scale, or by its codes where the scale is the one that is wrong.
-    """
-
-    def unexplained(share: Share | None) -> int:
-        made = observe(w_RC, held, scheme, share)
-        scale_R = _scales_differ(made, held, scheme).reshape(len(w_RC), -1).any(1)
-        codes = scheme.codes
-        code_R = (_as_bytes(made[codes]) != _as_bytes(held[codes])).any(1)
-        return min(int(scale_R.sum()), int(code_R.sum()))
-
-    ways: list[Share | None] = [None]
-    ways += [partial(share_amax, heads=heads, sharing=sharing) for sharing in Sharing]
-    rows, best = min(((unexplained(way), way) for way in ways), key=lambda pair: pair[0])
-    return best if rows < len(w_RC) / 2 else None
-
-
-def _as_bytes(code_RN: Tensor) -> Tensor:
-    return code_RN.contiguous().flatten().view(torch.uint8).view(len(code_RN), -1)
+    return quantize(w_RC, scheme, scratch=SCRATCH)
 
 
 def same_bytes(a: Tensor, b: Tensor) -> bool:

@@ -24,7 +24,6 @@ from ckptq.verify.report import Checked, Finding
 from ckptq.verify.rescaled import settle
 from ckptq.verify.round_trip import Part, result_of, tasks
 from ckptq.verify.shared_cache import check_shared_cache
-from ckptq.verify.shared_scales import heads_of, sharing_heads
 from ckptq.verify.stored_linear import StoredLinear, stored_linear
 from ckptq.verify.subject import Subject
 from ckptq.verify.tensors import check_module, comparable
@@ -94,9 +93,8 @@ def _judged(case: Case, values: list[Finding]) -> list[Finding]:
 
 def _sound(subject: Subject) -> list[StoredLinear]:
     """Quantized Linears whose tensors are as their scheme wants them."""
-    heads = sharing_heads(subject)
     return [
-        stored_linear(module, heads_of(module, heads))
+        stored_linear(module)
         for module in subject.modules.values()
         if comparable(module)
         and not any(f.code not in HARMLESS for f in check_module(module))

@@ -12,8 +12,8 @@ from ckptq.checkpoint.read import Files
 from ckptq.engines.vllm import common_set
 from ckptq.errors import PlanError
 from ckptq.numbered import starred
-from ckptq.permute.order import Heads
 from ckptq.permute.targets import head_geometry
+from ckptq.rope_order import Heads
 from ckptq.verify import nearest
 from ckptq.verify.compare import Tally
 from ckptq.verify.geometry import well_typed

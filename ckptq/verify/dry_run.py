@@ -18,8 +18,8 @@ from ckptq.checkpoint.read import Files, read_tensor
 from ckptq.engines.vllm import common_set
 from ckptq.permute.apply import permute_rows
 from ckptq.permute.effect import Part
-from ckptq.permute.order import Heads, RopeOrder
 from ckptq.permute.targets import head_geometry
+from ckptq.rope_order import Heads, RopeOrder
 from ckptq.spec import FLOATS
 from ckptq.verify import nearest
 from ckptq.verify.compare import Tally

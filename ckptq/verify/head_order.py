@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import torch
 
-from ckptq.permute.order import Heads
+from ckptq.rope_order import Heads
 from ckptq.verify.sample import Sample, snr_db
 
 

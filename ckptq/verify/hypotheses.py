@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ckptq.permute.apply import permute_tensor
 from ckptq.permute.effect import Effect, Move, Part, Projection, effect_on
-from ckptq.permute.order import Heads, RopeOrder
+from ckptq.rope_order import Heads, RopeOrder
 from ckptq.spec import spec_of
 from ckptq.verify.sample import Sample, snr_db
 from ckptq.verify.stored_linear import Held

@@ -66,9 +66,7 @@ def verdict(linear: StoredLinear, tally: Tally) -> list[Finding] | None:
                 "the nearest codes",
             )
         )  # fmt: skip
-    if tally.scales_shared:
-        notes.append(_shared(linear, tally))
-    elif tally.snr_db < floor:
+    if tally.snr_db < floor:
         notes.append(_low(linear, tally, floor))
     return notes
 
@@ -77,13 +75,6 @@ def _other_scales(linear: StoredLinear, tally: Tally, floor: float) -> Finding:
     code = "scale-differs" if tally.snr_db >= floor - CLIPPED_DB else "scale-clips"
     found = f"{tally.scales_wrong} of {tally.scales} scales, {tally.snr_db:.1f} dB"
     return _about(linear, code, found, f"scales of the plain extremes, {floor:.1f} dB or more")
-
-
-def _shared(linear: StoredLinear, tally: Tally) -> Finding:
-    found = f"{tally.scales_shared} of {tally.scales} scales are a larger row's"
-    return _about(
-        linear, "scale-shared", f"{found}, {tally.snr_db:.1f} dB", "shared scales, or rows' own"
-    )
 
 
 def _low(linear: StoredLinear, tally: Tally, floor: float) -> Finding:

@@ -228,7 +228,6 @@ ROUND_TRIP = _faults(
 ) + _notes(
     ("norm-rounded", "a norm of 1 + w that llm-compressor took apart and put back", "none"),
     ("rounded-twice", "divided in the weight's dtype, as llm-compressor does on CPUs", "none"),
-    ("scale-shared", "rows that a RoPE permutation exchanges share their scales", "none"),
     ("scale-differs", "scales of another observer than the plain minimum and maximum", "none"),
     ("codes-not-nearest", "codes that GPTQ or a like method chose", "none"),
     ("columns-rescaled", "columns are rescaled, as AWQ and SmoothQuant do", "none"),

@@ -1,6 +1,6 @@
 """What engines that permute q/k rows while loading can do with these tensors. Headers only.
 
-vLLM and SGLang permute Llama-4's q_proj and k_proj (ckptq.permute.order): weights, packed weights
+vLLM and SGLang permute Llama-4's q_proj and k_proj (ckptq.rope_order): weights, packed weights
 and scales of more than one element; not packed zero points, and block scales cannot follow.
 """
 
@@ -13,8 +13,8 @@ from ckptq.errors import PlanError, SourceError
 from ckptq.models.family import LAYER
 from ckptq.permute import marks
 from ckptq.permute.effect import Move, Part
-from ckptq.permute.order import RopeOrder
 from ckptq.permute.targets import plan_permutation
+from ckptq.rope_order import RopeOrder
 from ckptq.verify.geometry import well_typed
 from ckptq.verify.kinds import finding
 from ckptq.verify.report import Finding

@@ -103,7 +103,7 @@ def _compare(linear: StoredLinear, held: Held, rows: Rows | None, start: int, st
         if source is not None:
             w_RC = source[first - start : last - start]
             with naming(linear):
-                one = compare(w_RC, cut, linear.scheme, linear.heads)
+                one = compare(w_RC, cut, linear.scheme)
             tally += one
         if one is None or one.unproved:
             found += check_codes(linear, cut)

@@ -6,16 +6,12 @@ Shape letters: R rows, K columns of the sample, G groups.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import partial
 from math import lcm
 
 import torch
 from torch import Tensor
 
 from ckptq.checkpoint.read import Files
-from ckptq.permute.order import Sharing
-from ckptq.permute.proof import share_amax
-from ckptq.quantize.formats import quantize
 from ckptq.verify import nearest
 from ckptq.verify.compare import decibels, floor_db
 from ckptq.verify.order import Undo
@@ -43,13 +39,8 @@ class Sample:
 
     @property
     def floor(self) -> float:
-        """What the right tensors reach; less where heads may share a scale, and that costs."""
-        linear = self.linear
-        floor = floor_db(linear.scheme, linear.shape)
-        if linear.heads is None:
-            return floor
-        share = partial(share_amax, heads=linear.heads, sharing=Sharing.HEAD)
-        return min(floor, self.snr(quantize(self.w_RK, linear.scheme, share=share)))
+        """What the right tensors reach."""
+        return floor_db(self.linear.scheme, self.linear.shape)
 
     def snr(self, held: Held | None = None, against: Tensor | None = None) -> float:
         """How well these tensors (its own, if not given) stand for a weight (its own)."""

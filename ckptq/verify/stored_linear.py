@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from math import lcm
 from typing import TYPE_CHECKING
 
 from ckptq.checkpoint.header import StoredTensor
@@ -15,7 +14,6 @@ from ckptq.checkpoint.read import Files, read_range, read_tensor
 from ckptq.checkpoint.view import read_rows, read_slab, window
 from ckptq.models.encoded import Encoded, decode_rows
 from ckptq.models.weight import Reordered, Weight
-from ckptq.permute.order import Heads
 from ckptq.quantize.scheme import WeightScheme
 from ckptq.quantize.stored import row_quantum, stored
 from ckptq.spec import TensorSpec
@@ -48,8 +46,6 @@ class StoredLinear:
     """Those that its scheme names."""
     per_quantum: Mapping[str, int | None]
     """Local name -> rows of it that one quantum of weight rows makes; None: no rows."""
-    heads: Heads | None = None
-    """Where rows may share scales: q and k, per channel, of a model with interleaved RoPE."""
 
     @property
     def name(self) -> str:
@@ -59,15 +55,10 @@ class StoredLinear:
     def quantum(self) -> int:
         return row_quantum(self.scheme)
 
-    @property
-    def step(self) -> int:
-        """Rows that are compared together: a quantum, and whole heads where they share scales."""
-        return lcm(self.quantum, self.heads.head_dim if self.heads else 1)
-
     def runs(self, elements: int = RUN_ELEMENTS) -> list[tuple[int, int]]:
-        """Spans of rows of about so many elements, starting at multiples of `step`."""
+        """Spans of rows of about so many elements, starting at multiples of the quantum."""
         R, C = self.shape
-        step = max(elements // C // self.step, 1) * self.step
+        step = max(elements // C // self.quantum, 1) * self.quantum
         return [(start, min(start + step, R)) for start in range(0, R, step)]
 
     def read(self, files: Files, start: int, stop: int) -> dict[str, Tensor]:
@@ -104,8 +95,8 @@ class StoredLinear:
         return made
 
 
-def stored_linear(module: Module, heads: Heads | None = None) -> StoredLinear:
-    """From a module that `check_module` has nothing against; `heads` where its rows may share."""
+def stored_linear(module: Module) -> StoredLinear:
+    """From a module that `check_module` has nothing against."""
     assert module.group is not None
     scheme = module.group.scheme
     assert scheme is not None
@@ -122,7 +113,6 @@ def stored_linear(module: Module, heads: Heads | None = None) -> StoredLinear:
             local: None if len(spec.shape) == 1 else quantum[local].shape[0]
             for local, spec in wanted.items()
         },
-        heads=heads,
     )
 
 
@@ -154,6 +144,6 @@ def rows_of(matrix: Tensor) -> Rows:
 
 def blocks(linear: StoredLinear, start: int, stop: int) -> Iterator[tuple[int, int]]:
     """Spans of rows within a run that stay in the cache."""
-    step = max(BLOCK_ELEMENTS // linear.shape[1] // linear.step, 1) * linear.step
+    step = max(BLOCK_ELEMENTS // linear.shape[1] // linear.quantum, 1) * linear.quantum
     for first in range(start, stop, step):
         yield first, min(first + step, stop)

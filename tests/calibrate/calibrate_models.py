@@ -11,7 +11,7 @@ import transformers
 from torch import nn
 from transformers import PreTrainedModel
 
-from ckptq.calibrate.text import Samples
+from ckptq.text.samples import Samples
 
 HEADS, KV_HEADS, HEAD_DIM, VOCAB, LAYERS = 4, 2, 16, 128, 4
 

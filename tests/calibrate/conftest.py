@@ -4,8 +4,8 @@ from pathlib import Path
 import pytest
 from calibrate_models import make
 
-from ckptq.calibrate.forward import LayerwiseModel
 from ckptq.checkpoint.open import Checkpoint, open_checkpoint
+from ckptq.forward.layerwise import LayerwiseModel
 
 Saved = Callable[[str], Checkpoint]
 

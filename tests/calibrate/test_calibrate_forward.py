@@ -11,12 +11,12 @@ import torch
 import transformers
 from calibrate_models import FAMILIES, VOCAB, samples_of, token_rows
 
-from ckptq.calibrate.forward import open_model
-from ckptq.calibrate.skeleton import build_skeleton
-from ckptq.calibrate.source import CheckpointWeights
-from ckptq.calibrate.text import Batch
 from ckptq.checkpoint.open import open_checkpoint
 from ckptq.errors import PlanError, SourceError
+from ckptq.forward.layerwise import open_model
+from ckptq.forward.skeleton import build_skeleton
+from ckptq.forward.source import CheckpointWeights
+from ckptq.text.samples import Batch
 
 LENGTHS = [24, 17, 9, 24, 24, 24]
 """With a batch size of 3: one batch that is padded, one that is not."""

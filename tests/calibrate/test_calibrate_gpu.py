@@ -5,9 +5,10 @@ import torch
 import transformers
 from calibrate_models import FAMILIES, samples_of, token_rows
 
-from ckptq.calibrate import fused
-from ckptq.calibrate.forward import open_model
 from ckptq.calibrate.run import calibrate
+from ckptq.forward import kernel_attention
+from ckptq.forward.layerwise import open_model
+from ckptq.plan.attention import AttentionPlan
 
 pytestmark = [
     pytest.mark.gpu,
@@ -21,14 +22,14 @@ ROWS = token_rows([24, 24, 13, 7])
 def kernel_calls(monkeypatch) -> list[bool]:
     """True for each attention that the kernel took."""
     calls: list[bool] = []
-    plain = fused.fused_attention
+    plain = kernel_attention.fused_attention
 
     def counted(*args):
         out = plain(*args)
         calls.append(out is not None)
         return out
 
-    monkeypatch.setattr(fused, "fused_attention", counted)
+    monkeypatch.setattr(kernel_attention, "fused_attention", counted)
     return calls
 
 
@@ -59,8 +60,16 @@ def test_forward_equals_the_plain_forward_to_the_last_bit(saved, family):
 def test_scales_are_those_of_the_cpu(saved, kernel_calls, family, strategy):
     """Up to rounding, which grows with the layers of a random model."""
     ckpt = saved(family)
-    want = calibrate(ckpt, samples_of(ROWS), strategy=strategy, batch_size=2).tensors
-    got = calibrate(ckpt, samples_of(ROWS), strategy=strategy, batch_size=2, device="cuda").tensors
+    want = calibrate(
+        ckpt, samples_of(ROWS), attention=AttentionPlan(strategy=strategy), batch_size=2
+    ).tensors
+    got = calibrate(
+        ckpt,
+        samples_of(ROWS),
+        attention=AttentionPlan(strategy=strategy),
+        batch_size=2,
+        device="cuda",
+    ).tensors
     assert all(kernel_calls)
     assert bool(kernel_calls) is (family != "gpt-oss")
     assert got.keys() == want.keys()
@@ -76,7 +85,7 @@ def test_two_runs_give_the_same_bits(saved, family, strategy):
     ckpt = saved(family)
 
     def scales(rows):
-        run = {"strategy": strategy, "batch_size": 2, "device": "cuda"}
+        run = {"attention": AttentionPlan(strategy=strategy), "batch_size": 2, "device": "cuda"}
         return calibrate(ckpt, samples_of(rows), **run).tensors
 
     first, second, other = scales(ROWS), scales(ROWS), scales(token_rows([31, 5]))

@@ -6,9 +6,9 @@ import transformers
 from calibrate_models import samples_of, token_rows
 from calibrate_oneshot import oneshot_inputs
 
-from ckptq.calibrate.inputs import real_tokens
 from ckptq.calibrate.run import calibrate
 from ckptq.errors import PlanError, UsageError
+from ckptq.forward.linear_inputs import real_tokens
 
 ROWS = token_rows([24] * 4)
 FP8, INT8 = 448.0, 127.5
@@ -17,7 +17,7 @@ MIXTRAL_NAMES = {"gate_proj": "w1", "up_proj": "w3", "down_proj": "w2"}
 
 def input_scales(ckpt, linears, rows=ROWS, top=FP8, **options) -> dict[str, torch.Tensor]:
     """Linear -> its input scale."""
-    options = {"batch_size": 1, "strategy": None} | options
+    options = {"batch_size": 1, "attention": None} | options
     made = calibrate(ckpt, samples_of(rows), inputs=dict.fromkeys(linears, top), **options)
     assert made.attention_class is None
     return {name.removesuffix(".input_scale"): scale for name, scale in made.tensors.items()}

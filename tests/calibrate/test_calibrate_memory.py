@@ -12,8 +12,8 @@ SCRIPT = """
 import json, sys
 from pathlib import Path
 from ckptq.calibrate.run import calibrate
-from ckptq.calibrate.text import Samples
-from ckptq.calibrate.weights import Loader
+from ckptq.text.samples import Samples
+from ckptq.forward.loader import Loader
 from ckptq.checkpoint.open import open_checkpoint
 
 def peak(folder):

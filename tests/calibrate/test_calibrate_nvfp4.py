@@ -205,7 +205,7 @@ def test_nan_in_a_weight_is_refused_by_the_name_of_the_linear_it_reaches(saved, 
     (tmp_path / "config.json").write_text((source.path / "config.json").read_text())
     inputs = {"model.layers.1.mlp.down_proj": NVFP4_MAX}
     with pytest.raises(SourceError, match=r"model\.layers\.1\.mlp\.down_proj\.input is nan"):
-        calibrate(open_checkpoint(tmp_path), samples_of(ROWS), strategy=None, inputs=inputs)
+        calibrate(open_checkpoint(tmp_path), samples_of(ROWS), attention=None, inputs=inputs)
 
 
 def test_a_percentile_clips_the_outlier():
@@ -219,7 +219,7 @@ def test_a_percentile_clips_the_outlier():
 def test_an_expert_that_is_not_there_has_no_scale_and_is_named(saved):
     inputs = {"model.layers.0.mlp.experts.9.down_proj": NVFP4_MAX}
     with pytest.raises(PlanError, match=r"nothing went into model\.layers\.0\.mlp\.experts\.9"):
-        calibrate(saved("qwen3-moe"), samples_of(ROWS), strategy=None, inputs=inputs)
+        calibrate(saved("qwen3-moe"), samples_of(ROWS), attention=None, inputs=inputs)
 
 
 @pytest.mark.parametrize(

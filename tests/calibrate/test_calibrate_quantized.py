@@ -18,6 +18,7 @@ from ckptq.calibrate.scales import save_scales
 from ckptq.checkpoint.open import Checkpoint, open_checkpoint
 from ckptq.convert.quantize import QuantizeRequest, quantize
 from ckptq.errors import PlanError, UsageError
+from ckptq.plan.attention import AttentionPlan
 from ckptq.plan.make import make_plan
 from ckptq.recipes.load import load_scheme
 from ckptq.verify.run import verify
@@ -79,7 +80,7 @@ def test_scales_are_those_of_the_model_that_it_stands_for(saved, tmp_path, famil
 def with_cache(ckpt: Checkpoint, out: Path, strategy: str = "attn_head") -> Checkpoint:
     """The checkpoint with calibrated cache scales, its weights left as they are stored."""
     scales = out.with_suffix(".scales")
-    save_scales(scales, calibrate(ckpt, SAMPLES, strategy=strategy))
+    save_scales(scales, calibrate(ckpt, SAMPLES, attention=AttentionPlan(strategy=strategy)))
     scheme = "kv-fp8-per-head" if strategy == "attn_head" else "kv-fp8-per-tensor"
     request = QuantizeRequest(model=ckpt.path, recipe=load_scheme(scheme), out=out, scales=scales)
     return open_checkpoint(quantize(request).out)

@@ -16,6 +16,7 @@ from ckptq.calibrate.run import calibrate
 from ckptq.calibrate.scales import save_scales
 from ckptq.checkpoint.open import open_checkpoint
 from ckptq.errors import MachineError, SourceError, UsageError
+from ckptq.plan.attention import AttentionPlan
 
 SAMPLES = samples_of(token_rows([24, 11, 24, 24]))
 
@@ -36,7 +37,12 @@ def run(ckpt, folder: Path, die_after: int | None = None, observer="percentile")
             raise Killed
 
     return calibrate(
-        ckpt, SAMPLES, observer=observer, batch_size=2, journal=folder, progress=progress
+        ckpt,
+        SAMPLES,
+        attention=AttentionPlan(observer=observer),
+        batch_size=2,
+        journal=folder,
+        progress=progress,
     )
 
 
@@ -169,8 +175,11 @@ def test_a_source_that_changes_while_it_is_read_is_refused(saved, tmp_path):
     ("change", "named"),
     [
         ({"samples": samples_of(token_rows([24], seed=1))}, "samples was"),
-        ({"strategy": "tensor"}, "strategy was 'attn_head', is 'tensor'"),
-        ({"observer": "mse"}, "observer was"),
+        (
+            {"attention": AttentionPlan(strategy="tensor", observer="percentile")},
+            "strategy was 'attn_head', is 'tensor'",
+        ),
+        ({"attention": AttentionPlan(observer="mse")}, "observer was"),
         ({"batch_size": 1}, "batch_size was 2, is 1"),
     ],
 )
@@ -178,9 +187,10 @@ def test_a_different_run_is_refused_with_the_difference_named(saved, tmp_path, c
     ckpt = saved("llama")
     with pytest.raises(Killed):
         run(ckpt, tmp_path, 1)
-    arguments = {"samples": SAMPLES, "observer": "percentile", "batch_size": 2} | change
+    before = {"attention": AttentionPlan(observer="percentile"), "batch_size": 2}
+    arguments = before | {"samples": SAMPLES} | change
     with pytest.raises(UsageError, match=named):
-        calibrate(ckpt, arguments.pop("samples"), journal=tmp_path, **arguments)
+        calibrate(ckpt, journal=tmp_path, **arguments)
 
 
 def test_a_changed_source_is_refused(saved, tmp_path):
@@ -232,12 +242,13 @@ import os, signal, sys
 from pathlib import Path
 from ckptq.calibrate import journal
 from ckptq.calibrate.run import calibrate
-from ckptq.calibrate.text import Samples
+from ckptq.text.samples import Samples
 from ckptq.checkpoint.open import open_checkpoint
+from ckptq.plan.attention import AttentionPlan
 journal.SHARE_OF_TIME = float("inf")
 rows = eval(sys.argv[3])
-calibrate(open_checkpoint(Path(sys.argv[1])), Samples(rows, "test", 24, 0), observer="percentile",
-          batch_size=2, journal=Path(sys.argv[2]),
+calibrate(open_checkpoint(Path(sys.argv[1])), Samples(rows, "test", 24, 0),
+          attention=AttentionPlan(observer="percentile"), batch_size=2, journal=Path(sys.argv[2]),
           progress=lambda done, total: done == 2 and os.kill(os.getpid(), signal.SIGKILL))
 """
 

@@ -13,16 +13,17 @@ from calibrate_models import HEADS, KV_HEADS, make, samples_of, token_rows
 from calibrate_oneshot import oneshot_attention
 from safetensors.torch import load_file, save_file
 
-from ckptq.calibrate import attention
 from ckptq.calibrate.request import CalibrationRequest, calibrate_plan
 from ckptq.calibrate.run import calibrate
-from ckptq.calibrate.text import Samples
 from ckptq.checkpoint.open import Checkpoint, open_checkpoint
 from ckptq.errors import PlanError, SourceError, UsageError
+from ckptq.forward import tap
+from ckptq.plan.attention import AttentionPlan
 from ckptq.plan.make import make_plan
 from ckptq.progress import silent
 from ckptq.recipes.load import load_scheme
 from ckptq.spec import spec_of
+from ckptq.text.samples import Samples
 
 ROWS = token_rows([24] * 8)
 
@@ -156,8 +157,7 @@ def test_scales_are_llm_compressors(saved, family, strategy, observer, as_it_is)
         made = calibrate(
             ckpt,
             samples_of(ROWS),
-            strategy=strategy,
-            observer=observer,
+            attention=AttentionPlan(strategy=strategy, observer=observer),
             batch_size=1,
             eager=as_it_is,
         ).tensors
@@ -236,7 +236,7 @@ def test_all_zero_head_gets_the_dtypes_eps(tmp_path):
 def test_attention_past_the_interface_is_an_error(saved, monkeypatch):
     from ckptq.errors import PlanError
 
-    monkeypatch.setattr(attention, "_show", lambda *_: None)
+    monkeypatch.setattr(tap, "_shown", lambda name, tap, attend, qkv: attend(*qkv))
     with pytest.raises(PlanError, match="cannot be observed"):
         calibrate(saved("llama"), samples_of(ROWS[:2]))
 
@@ -247,10 +247,11 @@ def test_token_outside_the_vocabulary_is_named(saved):
 
 
 @pytest.mark.parametrize(
-    "wrong", [{"strategy": "channel"}, {"observer": "median"}, {"batch_size": 0}]
+    ("wrong", "named"),
+    [({"attention": AttentionPlan(observer="median")}, "median"), ({"batch_size": 0}, "got 0")],
 )
-def test_wrong_arguments_are_refused(saved, wrong):
-    with pytest.raises(UsageError, match=str(next(iter(wrong.values())))):
+def test_wrong_arguments_are_refused(saved, wrong, named):
+    with pytest.raises(UsageError, match=named):
         calibrate(saved("llama"), samples_of(ROWS[:1]), **wrong)
 
 
@@ -279,7 +280,7 @@ def test_attention_that_is_on_disk_and_does_not_run_is_named(saved, tmp_path):
 
 
 def planned(ckpt, scheme):
-    return make_plan(ckpt, load_scheme(scheme)).attention.scales
+    return make_plan(ckpt, load_scheme(scheme)).attention
 
 
 def test_heads_that_are_not_the_plan_s_are_told_after_one_layer(saved, run_layers):
@@ -287,18 +288,18 @@ def test_heads_that_are_not_the_plan_s_are_told_after_one_layer(saved, run_layer
     ckpt = saved("jetmoe")
     wanted = planned(ckpt, "fp8-per-head")
     module = "model.layers.0.self_attention"
-    assert wanted[module][f"{module}.k_scale"].shape == (KV_HEADS, 1, 1)
+    assert wanted.scales[module][f"{module}.k_scale"].shape == (KV_HEADS, 1, 1)
     with pytest.raises(PlanError, match=r"layers\.0\.self_attention of JetMoe.* hands 4 heads"):
-        calibrate(ckpt, samples_of(ROWS[:2]), planned=wanted)
+        calibrate(ckpt, samples_of(ROWS[:2]), attention=wanted)
     assert run_layers == [0]
     wanted = planned(ckpt, "fp8-per-tensor")
-    made = calibrate(ckpt, samples_of(ROWS[:2]), strategy="tensor", planned=wanted).tensors
-    assert made.keys() == {name for scales in wanted.values() for name in scales}
+    made = calibrate(ckpt, samples_of(ROWS[:2]), attention=wanted).tensors
+    assert made.keys() == {name for scales in wanted.scales.values() for name in scales}
 
 
 @pytest.mark.parametrize("family", ["xglm", "bloom"])
 def test_attention_outside_the_interface_is_told_after_one_layer(saved, run_layers, family):
     ckpt = saved(family)
     with pytest.raises(PlanError, match=r"did not run as attention.*scheme for weights alone"):
-        calibrate(ckpt, samples_of(ROWS[:2]), planned=planned(ckpt, "fp8-per-head"))
+        calibrate(ckpt, samples_of(ROWS[:2]), attention=planned(ckpt, "fp8-per-head"))
     assert run_layers == [0]

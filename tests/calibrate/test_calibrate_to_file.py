@@ -23,7 +23,7 @@ from ckptq.cli import app
 SELF_KILLING = """
 import os, signal, sys
 from ckptq.calibrate import journal
-from ckptq.calibrate.forward import LayerwiseModel
+from ckptq.forward.layerwise import LayerwiseModel
 from ckptq.cli import app
 journal.SHARE_OF_TIME = float("inf")
 run_layer, rank = LayerwiseModel.run_layer, int(os.environ.get("RANK", "0"))

@@ -15,9 +15,9 @@ from ckptq.checkpoint.open import open_checkpoint
 from ckptq.convert.quantize import QuantizeRequest, quantize
 from ckptq.errors import SourceError
 from ckptq.permute.effect import Part
-from ckptq.permute.order import RopeOrder
 from ckptq.permute.run import permute_checkpoint, plan_permute
 from ckptq.recipes.load import load_scheme
+from ckptq.rope_order import RopeOrder
 from ckptq.verify.run import verify
 
 H = 64

@@ -33,7 +33,7 @@ SURFACE = {
     "quantize": {
         "--scheme", "--recipe", "--output", "--revision", "--ignore", "--group-size", "--scales",
         "--data", "--samples", "--seq-len", "--batch-size", "--seed", "--device", "--shard-size",
-        "--max-ram", "--workers", "--rope-order", "--rope-proof", "--as-written",
+        "--max-ram", "--workers", "--rope-order", "--as-written",
         "--dry-run", "--restart", "--trust-remote-code", "--json",
     },
     "calibrate": {

@@ -21,7 +21,6 @@ from torch import Tensor
 
 from ckptq.checkpoint.open import open_checkpoint
 from ckptq.convert.run import Result, write_quantized
-from ckptq.permute.order import Sharing
 from ckptq.plan.make import make_plan
 from ckptq.quantize.formats import (
     WeightScheme,
@@ -231,11 +230,10 @@ def convert(
     recipe: Recipe,
     ignore: tuple[str, ...] = (),
     shard_bytes: int = 100_000,
-    rope_proof: Sharing | None = None,
     **kwargs: Any,
 ) -> Result:
     ckpt = open_checkpoint(source)
-    plan = make_plan(ckpt, recipe, ignore=ignore, shard_bytes=shard_bytes, rope_proof=rope_proof)
+    plan = make_plan(ckpt, recipe, ignore=ignore, shard_bytes=shard_bytes)
     return write_quantized(ckpt, plan, out, arguments={"ignore": list(ignore)}, **kwargs)
 
 

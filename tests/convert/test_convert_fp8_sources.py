@@ -16,11 +16,11 @@ from convert_cases import convert, recipe_of, scheme_of
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from ckptq.calibrate.decoded import weights_of
 from ckptq.checkpoint.open import open_checkpoint
 from ckptq.checkpoint.read import Files
 from ckptq.errors import SourceError
 from ckptq.evaluate.read_weight import read_weight
+from ckptq.forward.decoded import weights_of
 from ckptq.models.modules import read_layout
 from ckptq.plan.make import make_plan
 from ckptq.quantize.dequantize import dequantize

@@ -14,10 +14,10 @@ from convert_killed import Run, convert, digests, perform
 import ckptq.calibrate.journal
 from ckptq.calibrate.request import ScalesSource
 from ckptq.calibrate.run import calibrate
-from ckptq.calibrate.text import Samples
 from ckptq.checkpoint.open import Checkpoint
 from ckptq.checkpoint.partial import partial_of
 from ckptq.recipes.load import load_scheme
+from ckptq.text.samples import Samples
 
 LAYERS = 4
 
@@ -87,7 +87,7 @@ def test_killed_at_a_random_step(uninterrupted, case):
 
 
 def test_layers_that_were_calibrated_are_not_run_again(uninterrupted, monkeypatch):
-    from ckptq.calibrate.forward import LayerwiseModel
+    from ckptq.forward.layerwise import LayerwiseModel
 
     run, _ = uninterrupted
     run = replace(run, out=run.out.with_name("layers"), die_at=3, die_in="rename")

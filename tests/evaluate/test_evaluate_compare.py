@@ -2,12 +2,12 @@ import pytest
 import torch
 from evaluate_models import LAYERS, kl_by_torch, plain_logits, plain_model, token_rows
 
-from ckptq.calibrate.decoded import DecodedWeights
 from ckptq.errors import SourceError, UsageError
 from ckptq.evaluate import compare
 from ckptq.evaluate.run import evaluate
 from ckptq.evaluate.spoil import spoiled
 from ckptq.evaluate.text import Line, Text
+from ckptq.forward.decoded import DecodedWeights
 from ckptq.recipes.load import load_scheme
 
 ROWS = token_rows((24, 17, 31))

@@ -5,11 +5,11 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from ckptq.calibrate.decoded import DecodedWeights
-from ckptq.calibrate.source import CheckpointWeights
 from ckptq.checkpoint.open import open_checkpoint
 from ckptq.errors import SourceError
 from ckptq.evaluate.schemes import SchemeWeights
+from ckptq.forward.decoded import DecodedWeights
+from ckptq.forward.source import CheckpointWeights
 from ckptq.plan.make import make_plan
 from ckptq.recipes.load import built_in, load_scheme
 

@@ -21,6 +21,7 @@ import torch
 import transformers
 from transformers import CompressedTensorsConfig
 
+from ckptq.verify.run import verify
 from families.cells import NOISE, cells, make, write_token_ids
 from families.sources import FAMILIES, HANDMADE, save
 
@@ -57,6 +58,8 @@ def test_a_family_comes_back_in_transformers(
     if made.out is None:
         assert len(made.refusal) > 20
         return
+    for report in (verify(made.out), verify(made.out, source)):
+        assert not report.findings, "verify finds a fault in what quantize has written"
     ours = loaded(made.out)
     if any(said in note for note in made.notes for said in UNLOADABLE):
         assert ours is None or ours.missing or ours.unexpected, "said to be vLLM's alone, and loads"

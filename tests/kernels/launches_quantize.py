@@ -14,7 +14,7 @@ from ckptq.kernels.quantize_experts import quantize_experts
 from ckptq.kernels.quantize_rows import quantize_rows
 from ckptq.kernels.quantize_static import quantize_static
 from ckptq.kernels.quantize_tensor import quantize_tensor
-from ckptq.permute.order import Heads
+from ckptq.rope_order import Heads
 
 FP8, INT8 = torch.float8_e4m3fn, torch.int8
 

@@ -38,7 +38,7 @@ from ckptq.kernels.reference import kv, paged
 from ckptq.kernels.reference import quantize as meaning
 from ckptq.kernels.token_head_attention import token_head_attention
 from ckptq.kernels.token_head_cache import TokenHeadCache
-from ckptq.permute.order import Heads
+from ckptq.rope_order import Heads
 
 FP8 = torch.float8_e4m3fn
 LARGE = 12 << 30

@@ -10,7 +10,7 @@ from ckptq.kernels.quantize_rows import quantize_rows
 from ckptq.kernels.quantize_static import quantize_static
 from ckptq.kernels.quantize_tensor import quantize_heads, quantize_tensor
 from ckptq.kernels.reference import quantize as meaning
-from ckptq.permute.order import Heads, RopeOrder
+from ckptq.rope_order import Heads, RopeOrder
 
 FP8, INT8 = torch.float8_e4m3fn, torch.int8
 SHAPES = [(1, 1), (3, 62), (130, 257), (5, 4100)]

@@ -12,7 +12,7 @@ from torch import Tensor
 from ckptq.kernels import dispatch
 from ckptq.kernels.reference import int4 as int4_meaning
 from ckptq.kernels.reference import quantize as meaning
-from ckptq.permute.order import Heads, RopeOrder, gather_indices
+from ckptq.rope_order import Heads, RopeOrder, gather_indices
 
 FP8 = torch.float8_e4m3fn
 MODULES = (

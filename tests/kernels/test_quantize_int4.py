@@ -7,7 +7,7 @@ from torch import Tensor
 
 from ckptq.kernels.int4 import dequantize_int4, quantize_int4
 from ckptq.kernels.reference import int4 as meaning
-from ckptq.permute.order import Heads, RopeOrder
+from ckptq.rope_order import Heads, RopeOrder
 
 SYMMETRY = pytest.mark.parametrize("symmetric", [True, False], ids=["sym", "asym"])
 SOURCES = pytest.mark.parametrize(

@@ -9,8 +9,8 @@ from matrix_cells import FORMATS, Cell, convert, differences, tensors_in
 
 from ckptq.checkpoint.open import open_checkpoint
 from ckptq.errors import UsageError
-from ckptq.permute.order import RopeOrder
 from ckptq.permute.run import permute_checkpoint, plan_permute
+from ckptq.rope_order import RopeOrder
 from ckptq.verify.run import verify
 
 WEIGHTS = "model.safetensors"

@@ -14,7 +14,7 @@ from torch import Tensor
 from ckptq.errors import PlanError
 from ckptq.permute.apply import permute_projection
 from ckptq.permute.effect import Move, Projection, effect_on
-from ckptq.permute.order import Heads, RopeOrder
+from ckptq.rope_order import Heads, RopeOrder
 from ckptq.spec import spec_of
 
 HALF, INTER = RopeOrder.HALF_SPLIT, RopeOrder.INTERLEAVED

@@ -19,9 +19,9 @@ from ckptq.errors import MachineError, PlanError, SourceError, UsageError
 from ckptq.permute import marks
 from ckptq.permute.apply import permute_projection
 from ckptq.permute.effect import Part, Projection
-from ckptq.permute.order import Heads, RopeOrder
 from ckptq.permute.run import permute_checkpoint, plan_permute
 from ckptq.permute.targets import head_geometry, plan_permutation
+from ckptq.rope_order import Heads, RopeOrder
 
 HALF, INTER = RopeOrder.HALF_SPLIT, RopeOrder.INTERLEAVED
 LAYERS = 2

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from ckptq.errors import SourceError, UsageError
 from ckptq.permute import marks
 from ckptq.permute.effect import Part
-from ckptq.permute.order import RopeOrder
+from ckptq.rope_order import RopeOrder
 
 HALF, INTER = RopeOrder.HALF_SPLIT, RopeOrder.INTERLEAVED
 WHOLE = dict.fromkeys(Part, HALF)

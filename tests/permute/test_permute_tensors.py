@@ -18,7 +18,7 @@ from ckptq.permute.apply import (
     row_permutation,
 )
 from ckptq.permute.effect import Move, Part, Projection, effect_on, effect_on_attention
-from ckptq.permute.order import Heads, RopeOrder, keeps_blocks
+from ckptq.rope_order import Heads, RopeOrder, keeps_blocks
 from ckptq.spec import DTYPES, TensorSpec, torch_dtype
 
 HALF, INTER = RopeOrder.HALF_SPLIT, RopeOrder.INTERLEAVED

@@ -28,9 +28,9 @@ from verify_faults import (
 )
 
 from ckptq.permute.effect import Part
-from ckptq.permute.order import RopeOrder
 from ckptq.quantize.formats import quantize
 from ckptq.quantize.scheme import WeightScheme
+from ckptq.rope_order import RopeOrder
 
 FAULTS: list[Fault] = []
 fault = collector(FAULTS)

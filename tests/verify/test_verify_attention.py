@@ -9,11 +9,11 @@ from safetensors.torch import save_file
 from verify_checkpoints import HEAD_DIM, HEADS, KV_HEADS, LAYERS, TEXT, Editor, given, kv_recipe
 
 from ckptq.calibrate.run import calibrate
-from ckptq.calibrate.text import read_samples
 from ckptq.checkpoint.open import open_checkpoint
 from ckptq.convert.run import write_quantized
 from ckptq.errors import UsageError
 from ckptq.plan.make import make_plan
+from ckptq.text.samples import read_samples
 from ckptq.verify.attention import Watch
 from ckptq.verify.cache_diagnosis import diagnose_cache
 from ckptq.verify.heads import Choices, HeadSums, in_fp8
@@ -57,7 +57,7 @@ def calibrated(source, text, tmp_path_factory):
     ckpt = open_checkpoint(source)
     out = tmp_path_factory.mktemp("calibrated") / "out"
     samples = read_samples(text, source, samples=6, seq_len=256)
-    scales = calibrate(ckpt, samples, strategy="attn_head", batch_size=2)
+    scales = calibrate(ckpt, samples, batch_size=2)
     plan = make_plan(ckpt, kv_recipe())
     write_quantized(ckpt, plan, out, arguments={}, scales=given(scales))
     return out

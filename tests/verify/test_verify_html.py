@@ -8,8 +8,8 @@ import pytest
 from verify_checkpoints import copy_of
 
 from ckptq.checkpoint.open import open_checkpoint
-from ckptq.permute.order import RopeOrder
 from ckptq.permute.run import permute_checkpoint, plan_permute
+from ckptq.rope_order import RopeOrder
 from ckptq.show.page import breakable
 from ckptq.show.verify_page import html_report
 from ckptq.verify.report import HeadResult, LayerResult, Report

@@ -6,8 +6,8 @@ from verify_faults import turn
 
 from ckptq.checkpoint.open import open_checkpoint
 from ckptq.permute.effect import Part
-from ckptq.permute.order import RopeOrder
 from ckptq.permute.run import permute_checkpoint, plan_permute
+from ckptq.rope_order import RopeOrder
 from ckptq.verify.run import verify
 
 

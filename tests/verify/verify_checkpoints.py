@@ -17,7 +17,6 @@ from ckptq.calibrate.request import ScalesSource
 from ckptq.calibrate.scales import Record, Scales
 from ckptq.checkpoint.open import open_checkpoint
 from ckptq.convert.run import write_quantized
-from ckptq.permute.order import Sharing
 from ckptq.plan.make import make_plan
 from ckptq.recipes.load import Group, Recipe
 
@@ -215,11 +214,10 @@ def convert(
     out: Path,
     what: Recipe,
     shard_bytes: int = 1 << 40,
-    rope_proof: Sharing | None = None,
 ) -> Path:
     """As `ckptq quantize` does, with made-up scales in the place of calibrated ones."""
     ckpt = open_checkpoint(source)
-    plan = make_plan(ckpt, what, shard_bytes=shard_bytes, rope_proof=rope_proof)
+    plan = make_plan(ckpt, what, shard_bytes=shard_bytes)
 
     needed = plan.attention is not None or plan.inputs
     scales = None

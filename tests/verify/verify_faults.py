@@ -10,7 +10,7 @@ from verify_checkpoints import FAMILIES, HEAD_DIM, HEADS, KV_HEADS, Editor
 
 from ckptq.permute.apply import permute_tensor
 from ckptq.permute.effect import Move, Part, Projection, effect_on
-from ckptq.permute.order import Heads, RopeOrder
+from ckptq.rope_order import Heads, RopeOrder
 from ckptq.spec import spec_of
 
 ALL = tuple(FAMILIES)

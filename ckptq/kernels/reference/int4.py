@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ckptq.kernels.reference.quantize import nearest_int, scale_of
-from ckptq.permute.order import Heads, RopeOrder, gather_indices
+from ckptq.rope_order import Heads, RopeOrder, gather_indices
 
 
 def pack_columns(code_RC: Tensor) -> Tensor:

@@ -13,7 +13,7 @@ from itertools import product
 import torch
 from torch import Tensor
 
-from ckptq.permute.order import Heads, RopeOrder, gather_indices
+from ckptq.rope_order import Heads, RopeOrder, gather_indices
 
 HALF_RANGE = {torch.float8_e4m3fn: 448.0, torch.int8: 127.5}
 """By what the absolute maximum is divided: 127.5 for INT8, whose codes are -128 to 127."""

@@ -111,7 +111,7 @@ def _runs(linear: StoredLinear) -> list[tuple[int, int]]:
     R, C = linear.shape
     weight = linear.module.origin.weight if linear.module.origin is not None else None
     block = weight.scheme.block_structure if isinstance(weight, Encoded) else None
-    step = 32 * linear.step * (block[0] if block else 1)
+    step = 32 * linear.quantum * (block[0] if block else 1)
     step *= max(ELEMENTS // (C * step), 1)
     return [(start, min(start + step, R)) for start in range(0, R, step)]
 

@@ -34,15 +34,6 @@ class RopeOrder(StrEnum):
         return RopeOrder.HALF_SPLIT if self is RopeOrder.INTERLEAVED else RopeOrder.INTERLEAVED
 
 
-class Sharing(StrEnum):
-    """Which rows of a head share a permutation-proof scale."""
-
-    CYCLE = "cycle"
-    """Those of one cycle of the permutation: the least that is proof."""
-    HEAD = "head"
-    """All of a head: proof against any order of rows within heads."""
-
-
 @dataclass(frozen=True, slots=True)
 class Heads:
     """Geometry of the output rows of one projection: `count` heads of `head_dim` rows.
@@ -93,25 +84,6 @@ def _gather_within_head(rotary_dim: int, to: RopeOrder) -> list[int]:
         return [*range(0, rotary_dim, 2), *range(1, rotary_dim, 2)]
     half = rotary_dim // 2
     return [row // 2 + half * (row % 2) for row in range(rotary_dim)]
-
-
-def cycles(heads: Heads) -> list[list[int]]:
-    """The sets of rows that the permutation passes around among themselves, fixed rows as ones.
-
-    They are the same for both directions. Example: a head of 128 rows has 18 cycles of 7 rows and
-    2 fixed rows, because row r comes from row 2r modulo 127, and 2**7 = 1 modulo 127.
-    """
-    gather = gather_indices(heads, RopeOrder.HALF_SPLIT)
-    found, seen = [], [False] * len(gather)
-    for start in range(len(gather)):
-        cycle, row = [], start
-        while not seen[row]:
-            seen[row] = True
-            cycle.append(row)
-            row = gather[row]
-        if cycle:
-            found.append(cycle)
-    return found
 
 
 def keeps_blocks(heads: Heads, block_rows: int) -> bool:

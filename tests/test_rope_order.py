@@ -1,4 +1,4 @@
-"""Where rows go: against the loader's formula, transformers' own RoPE, and the cycles by hand."""
+"""Where rows go: against the loader's formula, and transformers' own RoPE."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from ckptq.errors import PlanError
 from ckptq.permute.apply import permute_rows, row_permutation
-from ckptq.permute.order import Heads, RopeOrder, cycles, gather_indices, keeps_blocks
+from ckptq.rope_order import Heads, RopeOrder, gather_indices, keeps_blocks
 
 HALF, INTER = RopeOrder.HALF_SPLIT, RopeOrder.INTERLEAVED
 
@@ -58,29 +58,6 @@ def test_pairs_of_one_order_become_pairs_of_the_other(heads):
     first, second = from_H_D[:, :half], from_H_D[:, half : heads.rotary_dim]
     assert torch.equal(second, first + 1)
     assert bool((first % heads.head_dim % 2 == 0).all())
-
-
-def test_cycles_of_128_rows():
-    sizes = sorted(len(cycle) for cycle in cycles(Heads(1, 128)))
-    assert sizes == [1, 1] + [7] * 18
-    assert len(cycles(Heads(40, 128))) == 40 * 20
-
-
-@given(geometries())
-def test_cycles_are_the_orbits_of_both_directions(heads):
-    found = cycles(heads)
-    assert sorted(row for cycle in found for row in cycle) == list(range(heads.rows))
-    number_R = torch.empty(heads.rows, dtype=torch.int64)
-    for number, cycle in enumerate(found):
-        number_R[cycle] = number
-    for to in RopeOrder:
-        gather = row_permutation(heads, to)
-        assert torch.equal(number_R[gather], number_R)
-        for cycle in found:
-            row = cycle[0]
-            for _ in cycle[1:]:
-                row = int(gather[row])
-                assert row != cycle[0], "a shorter orbit would share more than it must"
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""Calibration text becomes token ids, and token ids become padded batches.
+"""Text becomes token ids, and token ids become padded batches.
 
 What a row holds decides how it is read:
 
@@ -25,9 +25,9 @@ from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ckptq.calibrate.rows import builtin_corpus, read_rows, read_text
-from ckptq.calibrate.tokens import Row, Tokenizer
 from ckptq.errors import SourceError, UsageError
+from ckptq.text.rows import builtin_corpus, read_rows, read_text
+from ckptq.text.tokens import Row, Tokenizer
 
 if TYPE_CHECKING:
     from torch import Tensor

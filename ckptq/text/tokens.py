@@ -1,4 +1,4 @@
-"""A row of calibration text becomes token ids, by the checkpoint's tokenizer and chat template."""
+"""A row of text becomes token ids, by the checkpoint's tokenizer and chat template."""
 
 from __future__ import annotations
 

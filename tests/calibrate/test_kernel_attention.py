@@ -4,12 +4,13 @@ import pytest
 import torch
 from calibrate_models import FAMILIES, make, samples_of, token_rows
 
-from ckptq.calibrate import fused
-from ckptq.calibrate.fused import says_the_same
 from ckptq.calibrate.run import calibrate
 from ckptq.checkpoint.open import open_checkpoint
 from ckptq.errors import SourceError
+from ckptq.forward import kernel_attention
+from ckptq.forward.kernel_attention import says_the_same
 from ckptq.kernels.mask import Mask
+from ckptq.plan.attention import AttentionPlan
 
 ROWS = token_rows([24, 24, 13, 7])
 FUSED = [family for family in FAMILIES if family != "gpt-oss"]
@@ -20,7 +21,7 @@ FUSED = [family for family in FAMILIES if family != "gpt-oss"]
 def kernel_calls(monkeypatch) -> list[bool]:
     """Send every attention to the kernel's function; True for each that it took."""
     calls: list[bool] = []
-    plain = fused.fused_attention
+    plain = kernel_attention.fused_attention
 
     def counted(*args):
         out = plain(*args)
@@ -28,7 +29,7 @@ def kernel_calls(monkeypatch) -> list[bool]:
         return out
 
     monkeypatch.setattr("ckptq.kernels.dispatch.on_gpu", lambda x: True)
-    monkeypatch.setattr(fused, "fused_attention", counted)
+    monkeypatch.setattr(kernel_attention, "fused_attention", counted)
     return calls
 
 
@@ -37,9 +38,13 @@ def kernel_calls(monkeypatch) -> list[bool]:
 def test_scales_are_those_of_sdpa(saved, monkeypatch, request, family, strategy):
     """Equal in the first layer; rounding inside attention may move later ones by a step or two."""
     ckpt = saved(family)
-    want = calibrate(ckpt, samples_of(ROWS), strategy=strategy, batch_size=2).tensors
+    want = calibrate(
+        ckpt, samples_of(ROWS), attention=AttentionPlan(strategy=strategy), batch_size=2
+    ).tensors
     calls = request.getfixturevalue("kernel_calls")
-    got = calibrate(ckpt, samples_of(ROWS), strategy=strategy, batch_size=2).tensors
+    got = calibrate(
+        ckpt, samples_of(ROWS), attention=AttentionPlan(strategy=strategy), batch_size=2
+    ).tensors
     assert calls
     assert all(calls)
     assert got.keys() == want.keys()
@@ -55,7 +60,7 @@ def test_what_the_kernel_does_not_know_goes_to_sdpa(saved, kernel_calls):
     calibrate(ckpt, samples_of(ROWS), batch_size=2)
     assert kernel_calls
     kernel_calls.clear()
-    calibrate(ckpt, samples_of(ROWS), observer="percentile", batch_size=2)
+    calibrate(ckpt, samples_of(ROWS), attention=AttentionPlan(observer="percentile"), batch_size=2)
     assert not any(kernel_calls)
 
 

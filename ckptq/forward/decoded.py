@@ -13,20 +13,20 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from ckptq.calibrate.source import CheckpointWeights, WeightSource
 from ckptq.checkpoint.open import Checkpoint
 from ckptq.checkpoint.read import Files, read_tensor
 from ckptq.checkpoint.view import View, window
 from ckptq.errors import SourceError
+from ckptq.forward.source import CheckpointWeights, WeightSource
 from ckptq.models.encoded import BELONGS_TO_SCHEME, Encoded, decode_rows, read_encoded
 from ckptq.models.family import family_of
 from ckptq.models.published import Windows, windows_for, windows_of
 from ckptq.models.readable import refuse_bare_codes
 from ckptq.models.witnesses import read_witnesses
 from ckptq.permute.effect import Part
-from ckptq.permute.order import Heads, RopeOrder
 from ckptq.permute.targets import PROJECTIONS, head_geometry
 from ckptq.plan.rope import read_marks
+from ckptq.rope_order import Heads, RopeOrder
 from ckptq.spec import TensorSpec, torch_dtype
 
 if TYPE_CHECKING:

@@ -4,7 +4,7 @@ transformers looks attention up by name in `AttentionInterface`; a model built w
 comes here. The function shows q, k and v to the tap of its module, then computes what transformers'
 own SDPA would, to the last bit; on a GPU our kernel does both at once where it can. Models that
 SDPA cannot compute (attention sinks, soft caps) are built with "ckptq_eager", which goes on to the
-family's own eager attention.
+family's own eager attention. What a command wants to know of attention it asks by a tap.
 
 Shape letters: B batch, H query heads, K key/value heads, S positions, D head size.
 """
@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from ckptq.calibrate import fused
+from ckptq.forward import kernel_attention
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -31,6 +31,11 @@ _TAP = "ckptq_tap"
 
 Result = tuple["Tensor", "Tensor | None"]
 
+Qkv = tuple["Tensor", "Tensor", "Tensor"]
+
+Attend = Callable[["Tensor", "Tensor", "Tensor"], Result]
+"""The module's own attention of any q, k and v of the same batch: [B, S, H, D] comes first."""
+
 
 @dataclass(frozen=True)
 class Tap:
@@ -38,10 +43,12 @@ class Tap:
 
     lengths: Sequence[int]
     """How many positions of each row are real; the rest is padding."""
-    see: Callable[[str, Tensor, Tensor, Tensor], None]
+    see: Callable[[str, Tensor, Tensor, Tensor], None] | None = None
     """Gets (module name, q [B, H, S, D], k [B, K, S, D], v [B, K, S, D])."""
-    maxima: Callable[[str, Tensor, Tensor], Maxima] | None
+    maxima: Callable[[str, Tensor, Tensor], Maxima] | None = None
     """Gets (module name, q, k), gives buffers for a kernel to fold into; None if those don't do."""
+    compare: Callable[[str, Qkv, Tensor, Attend], None] | None = None
+    """Gets (module name, q, k and v, what attention made of them, how to compute it of others)."""
 
 
 def attention(
@@ -61,12 +68,16 @@ def attention(
     if tap is not None and tap.maxima is not None and on_gpu(query):
         buffers = partial(tap.maxima, name, query, key)
         qkv = (query, key, value)
-        out = fused.fused_attention(module, buffers, tap.lengths, qkv, attention_mask, kwargs)
+        out = kernel_attention.fused_attention(
+            module, buffers, tap.lengths, qkv, attention_mask, kwargs
+        )
         if out is not None:
             return out, None
-    _show(module, query, key, value)
-    result: Result = sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
-    return result
+
+    def attend(q: Tensor, k: Tensor, v: Tensor) -> Result:
+        return sdpa_attention_forward(module, q, k, v, attention_mask, **kwargs)
+
+    return _shown(name, tap, attend, (query, key, value))
 
 
 def eager_attention(
@@ -78,18 +89,24 @@ def eager_attention(
     **kwargs: Any,
 ) -> Result:
     """The `eager_attention_forward` of the module's own family, with its tap called first."""
-    _show(module, query, key, value)
     family = sys.modules[type(module).__module__]
-    result: Result = family.eager_attention_forward(
-        module, query, key, value, attention_mask, **kwargs
-    )
-    return result
-
-
-def _show(module: nn.Module, query: Tensor, key: Tensor, value: Tensor) -> None:
     name, tap = getattr(module, _TAP, ("", None))
-    if tap is not None:
-        tap.see(name, query, key, value)
+
+    def attend(q: Tensor, k: Tensor, v: Tensor) -> Result:
+        result: Result = family.eager_attention_forward(module, q, k, v, attention_mask, **kwargs)
+        return result
+
+    return _shown(name, tap, attend, (query, key, value))
+
+
+def _shown(name: str, tap: Tap | None, attend: Attend, qkv: Qkv) -> Result:
+    """What attention makes of q, k and v when the tap has seen them."""
+    if tap is not None and tap.see is not None:
+        tap.see(name, *qkv)
+    result = attend(*qkv)
+    if tap is not None and tap.compare is not None:
+        tap.compare(name, qkv, result[0], attend)
+    return result
 
 
 def register(eager: bool) -> str:

@@ -12,10 +12,10 @@ from contextlib import contextmanager
 from itertools import takewhile
 from typing import TYPE_CHECKING, Any
 
-from ckptq.calibrate.ahead import Ahead
-from ckptq.calibrate.skeleton import Skeleton, quiet
-from ckptq.calibrate.source import WeightSource
 from ckptq.errors import SourceError
+from ckptq.forward.ahead import Ahead
+from ckptq.forward.skeleton import Skeleton, quiet
+from ckptq.forward.source import WeightSource
 from ckptq.models.parameters import sources_of_parameters
 
 if TYPE_CHECKING:

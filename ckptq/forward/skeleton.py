@@ -11,9 +11,9 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from ckptq.calibrate import attention
 from ckptq.checkpoint.open import CONFIG, Checkpoint
 from ckptq.errors import PlanError, SourceError
+from ckptq.forward import tap
 from ckptq.models.refusals import WEIGHTS_ALONE, family_code, refusals
 from ckptq.models.transformers_model import (
     decoder_layers_of,
@@ -53,7 +53,7 @@ def build_skeleton(
     _check_has_heads(ckpt, config)
     dtype = _dtype(ckpt, config)
     model_class = model_class_of(ckpt, config, trust_remote_code)
-    config._attn_implementation = attention.register(eager or not model_class._supports_sdpa)
+    config._attn_implementation = tap.register(eager or not model_class._supports_sdpa)
     with refusals(f"{ckpt.path / CONFIG}: transformers makes no {model_class.__name__} of it"):
         model = _build(model_class, config, dtype)
     with family_code(str(ckpt.path), f"{model_class.__name__}'s own initialization"):

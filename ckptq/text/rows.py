@@ -1,4 +1,4 @@
-"""Where calibration text comes from: files, data sets, and the corpus that every Python carries."""
+"""Where text comes from: files, data sets, and the corpus that every Python carries."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
 
-from ckptq.calibrate.tokens import Row
 from ckptq.errors import SourceError, UsageError
+from ckptq.text.tokens import Row
 
 FILES = (".txt", ".jsonl", ".json", ".csv", ".tsv", ".parquet", ".arrow", ".gz", ".zst", ".zip")
 """Suffixes that no data set's name ends in."""

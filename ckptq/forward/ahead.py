@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
-    from ckptq.calibrate.source import WeightSource
+    from ckptq.forward.source import WeightSource
 
 SHARE_OF_FREE = 0.5
 """Of a GPU's free memory: what is read ahead may take this much."""

@@ -15,8 +15,10 @@ from contextlib import AbstractContextManager, ExitStack, contextmanager, nullco
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from ckptq.calibrate.decoded import weights_of
-from ckptq.calibrate.record import (
+from ckptq.checkpoint.open import Checkpoint
+from ckptq.forward.decoded import weights_of
+from ckptq.forward.loader import Loader
+from ckptq.forward.record import (
     AllLayersSeen,
     LayerArguments,
     Memo,
@@ -26,12 +28,10 @@ from ckptq.calibrate.record import (
     is_plain,
     layers_replaced,
 )
-from ckptq.calibrate.skeleton import Skeleton, build_skeleton
-from ckptq.calibrate.source import WeightSource
-from ckptq.calibrate.text import Batch
-from ckptq.calibrate.weights import Loader
-from ckptq.checkpoint.open import Checkpoint
+from ckptq.forward.skeleton import Skeleton, build_skeleton
+from ckptq.forward.source import WeightSource
 from ckptq.models.refusals import family_code
+from ckptq.text.samples import Batch
 
 if TYPE_CHECKING:
     import torch

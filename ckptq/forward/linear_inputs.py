@@ -14,8 +14,8 @@ from functools import partial
 from math import prod
 from typing import TYPE_CHECKING, Any
 
-from ckptq.calibrate.weights import Loader
 from ckptq.errors import UsageError
+from ckptq.forward.loader import Loader
 
 if TYPE_CHECKING:
     from torch import Tensor, nn

@@ -1,0 +1,1 @@
+"""Text of any kind becomes token ids, and these become batches."""

@@ -1,0 +1,111 @@
+"""Imports flow the way data does: no room imports one above it, no modules import each other."""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+import ckptq
+
+ORDER = (
+    *("errors", "interrupts", "numbered", "patterns", "printable", "progress", "spec"),
+    *("device", "files", "rope_order"),
+    *("kernels", "quantize", "checkpoint", "recipes", "engines", "models", "permute", "plan"),
+    *("text", "forward", "calibrate"),
+    *("verify", "convert", "evaluate", "inspect"),
+    *("show", "options", "cli", "__main__"),
+)
+"""The rooms of ckptq/, folders and modules at its top, from the bottom up."""
+
+Sources = Mapping[str, str]
+"""Module -> its text."""
+
+
+def sources() -> dict[str, str]:
+    root = Path(ckptq.__path__[0])
+    found = {}
+    for file in sorted(root.rglob("*.py")):
+        parts = file.relative_to(root.parent).with_suffix("").parts
+        found[".".join(parts).removesuffix(".__init__")] = file.read_text()
+    return found
+
+
+def imports(module: str, known: Sources) -> set[str]:
+    """The modules of ckptq that this one imports: anywhere in it, for types alone included."""
+    found = set()
+    for node in ast.walk(ast.parse(known[module])):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{module} has a relative import"
+            whole = [f"{node.module}.{alias.name}" for alias in node.names]
+            found |= {name if name in known else str(node.module) for name in whole}
+    return {name for name in found if name.split(".")[0] == "ckptq"} - {module, "ckptq"}
+
+
+def room(module: str) -> str:
+    return module.split(".")[1]
+
+
+def upward(known: Sources) -> list[str]:
+    """A line for each import of a room that is not below the module's own."""
+    rank = {name: number for number, name in enumerate(ORDER)}
+    return [
+        f"{module} imports {name}"
+        for module in known
+        if module != "ckptq"
+        for name in sorted(imports(module, known))
+        if room(name) != room(module) and rank[room(name)] > rank[room(module)]
+    ]
+
+
+def circle(known: Sources) -> list[str]:
+    """Modules of which each imports the next, and the last the first; empty where none do."""
+    below = {module: sorted(imports(module, known) & known.keys()) for module in known}
+    clear: set[str] = set()
+
+    def walk(path: list[str]) -> Iterator[list[str]]:
+        for name in below[path[-1]]:
+            if name in path:
+                yield path[path.index(name) :]
+            elif name not in clear:
+                yield from walk([*path, name])
+        clear.add(path[-1])
+
+    return next((found for module in known for found in walk([module])), [])
+
+
+def test_every_room_has_its_place():
+    rooms = {room(module) for module in sources() if module != "ckptq"}
+    assert rooms == set(ORDER)
+    assert len(ORDER) == len(set(ORDER))
+
+
+def test_no_room_imports_one_above_it():
+    assert upward(sources()) == []
+
+
+def test_no_modules_import_each_other():
+    assert circle(sources()) == []
+
+
+def test_an_import_that_climbs_is_noticed():
+    whole = sources()
+    for text in (
+        "from ckptq.plan.make import make_plan",
+        "import ckptq.plan.make",
+        "from ckptq.plan import make",
+        "if TYPE_CHECKING:\n    from ckptq.plan.make import make_plan",
+        "def late():\n    from ckptq.plan.make import make_plan",
+    ):
+        found = upward(whole | {"ckptq.models.fake": text})
+        assert found == ["ckptq.models.fake imports ckptq.plan.make"], text
+        assert upward(whole | {"ckptq.convert.fake": text}) == []
+
+
+def test_a_circle_is_noticed():
+    a, b, c = (f"ckptq.plan.fake_{letter}" for letter in "abc")
+    chain = {a: f"import {b}", b: f"from ckptq.plan import {c.rpartition('.')[2]}", c: ""}
+    assert circle(chain) == []
+    assert circle(chain | {c: f"def f():\n    from {a} import x"}) == [a, b, c]
