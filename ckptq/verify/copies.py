@@ -164,7 +164,8 @@ def judge_finite(subject: Subject, copy: Copy) -> Iterator[Finding]:
     tensor = subject.ckpt.tensors[copy.name]
     module = subject.modules.get(copy.name.rpartition(".")[0])
     share = copy.zeros / max(tensor.spec.numel, 1)
-    if module is not None and module.kept in TABLES and share > EMPTY:
+    table = module is not None and module.kept in TABLES and len(tensor.spec.shape) == 2
+    if table and share > EMPTY:
         yield finding(
             "rows-empty", copy.name, file=tensor.file, found=f"{share:.0%} of it is zero",
             wanted="a row for every token",

@@ -21,6 +21,8 @@ from ckptq.verify.subject import CODES, SCALES, Subject
 if TYPE_CHECKING:
     from ckptq.verify.engine.skeleton import Loaded
 
+ATTENTION = ("q_scale", "k_scale", "v_scale")
+
 EXPERTS = ".experts"
 """Merged on loading, and judged expert by expert elsewhere; their biases are not."""
 
@@ -68,10 +70,13 @@ def _missing(loaded: Loaded, failed: Collection[str]) -> Iterator[Finding]:
 
 
 def _of_scheme(loaded: Loaded, module: str, local: str) -> bool:
-    """Codes and scales, which are judged by what the config declares; and what is tied, whose codes
-    transformers does not tie."""
+    """Codes and scales, which are judged by what the config declares; scales of attention, which
+    compressed-tensors wants of other modules than vLLM; and what is tied, whose codes transformers
+    does not tie."""
     if local.endswith("bias"):
         return False
+    if local in ATTENTION:
+        return True
     if module in loaded.tied:
         return True
     quantized = getattr(submodule(loaded, module), "quantization_scheme", None) is not None
@@ -83,7 +88,7 @@ def _unknown(ckpt: Checkpoint, loaded: Loaded, failed: Collection[str]) -> Itera
         for name in names if module not in failed and EXPERTS not in f".{module}" else ():
             local = name.rpartition(".")[2]
             tensor = ckpt.tensors.get(name)
-            if tensor is not None and local not in (*CODES, *SCALES):
+            if tensor is not None and local not in (*CODES, *SCALES, *ATTENTION):
                 yield finding(
                     "tensor-extra" if local == "bias" else "tensor-unknown", name,
                     file=tensor.file, found=str(tensor.spec),

@@ -339,7 +339,7 @@ VISION: dict[str, tuple[str, Config]] = {
 """Family -> transformers' model type, and its config."""
 
 VISION_EXTRA: dict[str, dict[str, Config]] = {
-    "qwen3_vl_moe": {"text_config": {"norm_topk_prob": True}},
+    "qwen3_vl_moe": {"text_config": {"norm_topk_prob": True, "tie_word_embeddings": False}},
     "glm4v_moe": {"text_config": {"use_qk_norm": False}},
     "lfm2_vl": {"text_config": {"block_dim": 256, "conv_dim": 256, "conv_dim_out": 256}},
     "ernie4_5_vl_moe": {"vision_config": {"embed_dim": 128, "mlp_ratio": 2}},

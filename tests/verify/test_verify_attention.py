@@ -195,7 +195,7 @@ def watched(amax: list[float], scales: list[float]) -> Watch:
     x_BHSD = torch.randn(1, len(amax), 256, HEAD_DIM, generator=generator).clamp(-3, 3) / 3
     sums = HeadSums(Choices(stored=torch.tensor(scales)))
     sums.add(x_BHSD * torch.tensor(amax)[:, None, None])
-    return Watch(choices={}, names={}, base=torch.nn.Identity(), heads={("self_attn", "k"): sums})
+    return Watch(choices={}, on_disk=str, heads={("self_attn", "k"): sums})
 
 
 ALIKE = [1.0, 2.5, 1.1, 0.9]
