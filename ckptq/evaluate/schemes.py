@@ -5,7 +5,6 @@ Shape letters: R rows, C columns.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Collection
 from functools import reduce
 from typing import TYPE_CHECKING
@@ -29,6 +28,7 @@ from ckptq.quantize.formats import (
     statistic,
 )
 from ckptq.spec import torch_dtype
+from ckptq.verify.compare import decibels
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -55,7 +55,7 @@ class SchemeWeights:
         """Signal to quantization noise of all weights that were loaded so far, in dB."""
         if not self._counted:
             return None
-        return math.inf if self._noise == 0 else 10 * math.log10(self._signal / self._noise)
+        return decibels(self._signal, self._noise)
 
     def names(self) -> Collection[str]:
         """Plain tensors under their own names, those that the source stores quantized decoded."""
