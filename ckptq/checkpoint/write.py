@@ -22,6 +22,7 @@ from ckptq.checkpoint.descriptors import Descriptors
 from ckptq.checkpoint.header import StoredTensor
 from ckptq.checkpoint.open import INDEX
 from ckptq.checkpoint.read import Files, read_bytes, read_into
+from ckptq.errors import UsageError
 from ckptq.files import machine_errors, reading_errors, text_bytes, write_whole
 from ckptq.spec import TensorSpec
 
@@ -215,8 +216,13 @@ class Run:
 
 
 def _open_own(file: Path) -> int:
-    """A file of the run: never through a link, which would lead to one that is not."""
-    return os.open(file, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o644)
+    """A file of the run: never through a link, symbolic or hard, which would lead to one that is
+    not."""
+    descriptor = os.open(file, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o644)
+    if os.fstat(descriptor).st_nlink > 1:
+        os.close(descriptor)
+        raise UsageError(f"{file}: is a hard link to another file; remove it and rerun the command")
+    return descriptor
 
 
 def _open_finished(file: Path) -> int:

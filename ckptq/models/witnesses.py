@@ -19,7 +19,7 @@ from functools import lru_cache
 from ckptq.checkpoint.open import Checkpoint
 from ckptq.engines.architecture import Architecture
 from ckptq.engines.table import load_table
-from ckptq.engines.vllm import common_set
+from ckptq.engines.vllm import common_merged_name, common_set
 from ckptq.models.family import LAYER, NEVER_QUANTIZED, count_layers, declared_layers
 from ckptq.models.tree import ModuleTree, Owner, build_tree, plain_name
 
@@ -125,7 +125,12 @@ class Witnesses:
         names = [module]
         if self.tree is not None:
             names.append(self.tree.module(module))
-        if self.engine is not None and self.engine.fate(module) == "quantized":
+        if self.engine is None or self.engine.row(module) is None:
+            # a class that the table knows may merge what none of its sources had: the dense layers
+            # of a Qwen3-MoE with mlp_only_layers
+            merged = common_merged_name(module)
+            names += [merged] if merged else []
+        elif self.engine.fate(module) == "quantized":
             engine_name = self._engine_name(self.engine, module)
             names += [engine_name] if engine_name else []
         return tuple(dict.fromkeys(names))

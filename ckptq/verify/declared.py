@@ -87,6 +87,7 @@ def read_declared(ckpt: Checkpoint) -> tuple[Declared, list[Finding]]:
     names = read_names(ignore)
     found += [_bad_pattern("ignore", entry) for entry in names.broken]
     _status(config, found)
+    _beyond_groups(config, found)
     entries = _groups(config, found)
     attention = [name for name, entry in entries if is_attention(entry)]
     groups = tuple(
@@ -114,6 +115,14 @@ def _status(config: Mapping[str, Any], found: list[Finding]) -> None:
     status = config.get("quantization_status")
     if status != "compressed":
         found.append(_wrong("status", "quantization_status", status, '"compressed"'))
+
+
+def _beyond_groups(config: Mapping[str, Any], found: list[Finding]) -> None:
+    """Sparsity, which vLLM 0.32 has no more, and rotations: both written by llm-compressor."""
+    if config.get("sparsity_config"):
+        found.append(_wrong("sparsity", "sparsity_config", config["sparsity_config"], "none"))
+    if config.get("transform_config"):
+        found.append(_wrong("transforms", "transform_config", config["transform_config"], "none"))
 
 
 def _groups(config: Mapping[str, Any], found: list[Finding]) -> list[tuple[str, Mapping[str, Any]]]:

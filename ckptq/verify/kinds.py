@@ -45,6 +45,7 @@ FILES = _faults(
     ("side-file-differs", "a side file differs from the source's", "compare the two"),
     ("config-note", "a field of config.json differs from the source's", "compare the two"),
     ("not-quantized", "nothing is quantized here", "run `ckptq quantize`"),
+    ("transforms", "engines rotate what they multiply, which verify does not judge", "none"),
 )
 
 CONFIG = _faults(
@@ -57,6 +58,7 @@ CONFIG = _faults(
         "add config_groups, {} if there is no group",
     ),
     ("group-invalid", "compressed-tensors refuses the field", "correct config.json"),
+    ("sparsity", "vLLM refuses sparse checkpoints", "remove sparsity_config"),
     ("format", "engines find no scheme for the layers", "set the group's format"),
     ("actorder", "vLLM no longer supports it", "quantize with actorder static"),
     ("attention-target", "vLLM takes the group for one of Linears", "name the attention class"),

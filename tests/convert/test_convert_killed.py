@@ -167,6 +167,22 @@ def test_a_recorded_unit_is_proved_before_it_is_trusted(complete, damage, which)
     assert bool(again) == (damage != "longer"), "what is not part of a unit needs no unit again"
 
 
+def test_a_shard_that_is_another_file_s_too_is_not_written(complete, tmp_path):
+    run, shards = left_behind(complete, "linked")
+    other = tmp_path / "other.safetensors"
+    other.write_bytes(os.urandom(shards[0].stat().st_size))
+    before = other.read_bytes()
+    shards[0].unlink()
+    os.link(other, shards[0])
+    with pytest.raises(UsageError, match=f"{shards[0].name}: is a hard link to another file"):
+        convert(run)
+    assert other.read_bytes() == before
+    shards[0].unlink()
+    convert(run)
+    assert digests(run.out) == digests(run.out.with_name("whole"))
+    shutil.rmtree(run.out)
+
+
 def test_what_is_proved_is_not_made_again(complete):
     """The twin of the test above."""
     run, _ = left_behind(complete, "proved")

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import transformers
 from safetensors.torch import load_file
 
 from ckptq.checkpoint.open import open_checkpoint
@@ -153,3 +154,17 @@ def test_a_family_that_vllm_alone_knows_has_decoder_layers(tmp_path: Path, schem
     quantized = plan_of(save("exaone", tmp_path), scheme).quantized
     assert [n for n in quantized if n.endswith("attn.attention.q_proj")]
     assert [n for n in quantized if n.endswith("mlp.c_proj")]
+
+
+def test_what_the_table_has_not_seen_is_ignored_by_its_merged_name_too(tmp_path: Path) -> None:
+    """vLLM builds gate_up_proj of a dense layer among experts under that name alone."""
+    config = transformers.Qwen3MoeConfig(
+        hidden_size=64, intermediate_size=128, moe_intermediate_size=64, num_hidden_layers=2,
+        num_attention_heads=4, num_key_value_heads=2, head_dim=16, num_experts=4, vocab_size=128,
+        num_experts_per_tok=2, mlp_only_layers=[0], decoder_sparse_step=1,
+    )  # fmt: skip
+    model = transformers.Qwen3MoeForCausalLM._from_config(config, dtype=torch.bfloat16)
+    model.save_pretrained(tmp_path / "source")
+    plan = plan_of(tmp_path / "source", "fp8-dynamic")
+    left = {name.rpartition(".")[2] for name in plan.ignore if ".layers.0.mlp." in name}
+    assert left == {"gate_proj", "up_proj", "gate_up_proj", "down_proj"}

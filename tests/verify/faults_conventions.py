@@ -248,3 +248,17 @@ def spread_a_layers_scale_over_its_heads(e):
     for name in e.tensors:
         if name.endswith(("q_scale", "k_scale", "v_scale")):
             e.tensors[name] = e.tensors[name].amax().expand_as(e.tensors[name]).clone()
+
+
+@fault("sparsity", families=("llama", "mixtral"))
+def declare_sparsity(e):
+    e.quantization["sparsity_config"] = {"format": "dense", "sparsity_structure": "2:4"}
+    return "sparsity_config"
+
+
+@fault("transforms", families=("llama", "mixtral"))
+def declare_a_rotation(e):
+    apply = [{"targets": ["re:.*o_proj$"], "location": "input"}]
+    groups = {"R1": {"type": "hadamard", "apply": apply}}
+    e.quantization["transform_config"] = {"config_groups": groups}
+    return "transform_config"
