@@ -10,12 +10,12 @@ from ckptq.checkpoint.open import Checkpoint, Problems, open_checkpoint
 from ckptq.errors import SourceError, UsageError
 from ckptq.verify.declared import read_declared
 from ckptq.verify.engine.ask import ask_engine
-from ckptq.verify.engines import find_engine
+from ckptq.verify.loaders import find_engine
 from ckptq.verify.options import Options, Progress
 from ckptq.verify.report import Checked, Finding, HeadResult, LayerResult, Report, once
-from ckptq.verify.structure import check_structure
+from ckptq.verify.structure.checks import check_structure
+from ckptq.verify.structure.whole import check_whole
 from ckptq.verify.subject import Subject
-from ckptq.verify.whole import check_whole
 
 
 def verify(
@@ -34,7 +34,7 @@ def verify(
 
     `fast` compares a first, a middle and a last run of rows of each weight instead of all, and
     `headers_only` reads no tensor at all: a second or two for any size. With `engine` (a key of
-    `ckptq.verify.engines.ENGINES`) that engine is asked what it makes of the names, shapes and
+    `ckptq.verify.loaders.ENGINES`) that engine is asked what it makes of the names, shapes and
     dtypes, vLLM in the environment of `vllm_python` or not at all, and what loading does to the
     values is played. `attention` runs the source
     on a little text (`text`: a file or data set, else what Python carries) and shows what FP8 with
@@ -103,8 +103,8 @@ class Attention:
 
 
 def _attention(subject: Subject, text: str | None) -> Attention:
-    from ckptq.verify.attention import check_attention, head_results, layer_results
-    from ckptq.verify.cache_diagnosis import diagnose_cache
+    from ckptq.verify.attention.cache_diagnosis import diagnose_cache
+    from ckptq.verify.attention.watch import check_attention, head_results, layer_results
 
     watch = check_attention(subject, text)
     return Attention(
@@ -124,7 +124,7 @@ def _subject(
 
 def _data(subject: Subject, structure: list[Finding], options: Options) -> Checked:
     """Everything that reads tensors; a file that changes or ends under it is the user's to know."""
-    from ckptq.verify.data import check_data
+    from ckptq.verify.one_pass import check_data
 
     try:
         return check_data(subject, structure, options)

@@ -6,7 +6,7 @@ import time
 from ckptq.checkpoint.open import open_checkpoint
 from ckptq.spec import DTYPES
 from ckptq.verify.declared import read_declared
-from ckptq.verify.structure import check_structure
+from ckptq.verify.structure.checks import check_structure
 from ckptq.verify.subject import Subject
 
 LAYERS, EXPERTS, HIDDEN, INTERMEDIATE, SHARDS = 40, 64, 5120, 2560, 20

@@ -15,9 +15,9 @@ from ckptq.permute import marks
 from ckptq.permute.effect import Move, Part
 from ckptq.permute.targets import plan_permutation
 from ckptq.rope_order import RopeOrder
-from ckptq.verify.geometry import well_typed
 from ckptq.verify.kinds import finding
 from ckptq.verify.report import Finding
+from ckptq.verify.structure.geometry import well_typed
 from ckptq.verify.subject import Module, Subject
 
 TURNED = ("q_proj", "k_proj")

@@ -5,16 +5,16 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from ckptq.checkpoint.open import Problems
-from ckptq.verify.blocks import check_blocks
-from ckptq.verify.cache import check_cache
-from ckptq.verify.completeness import check_completeness
-from ckptq.verify.files import check_files
-from ckptq.verify.geometry import check_geometry
-from ckptq.verify.linears import check_linears
 from ckptq.verify.report import Finding
-from ckptq.verify.rope import check_rope
+from ckptq.verify.structure.cache_scales import check_cache
+from ckptq.verify.structure.completeness import check_completeness
+from ckptq.verify.structure.folder import check_files
+from ckptq.verify.structure.geometry import check_geometry
+from ckptq.verify.structure.linears import check_linears
+from ckptq.verify.structure.rope_readers import check_rope
+from ckptq.verify.structure.tensors import check_tensors
+from ckptq.verify.structure.whole_blocks import check_blocks
 from ckptq.verify.subject import Subject
-from ckptq.verify.tensors import check_tensors
 
 
 def check_structure(subject: Subject, problems: Problems) -> Iterator[Finding]:

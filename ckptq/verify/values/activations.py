@@ -11,12 +11,12 @@ from statistics import median
 from ckptq.checkpoint.header import StoredTensor
 from ckptq.checkpoint.read import Files, read_tensor
 from ckptq.numbered import starred
+from ckptq.quantize.scales import E4M3_MAX
 from ckptq.spec import FLOATS
-from ckptq.verify.heads import E4M3_MAX
 from ckptq.verify.kinds import finding
 from ckptq.verify.report import Finding
 from ckptq.verify.stored_linear import StoredLinear
-from ckptq.verify.values import check_scale
+from ckptq.verify.values.plausible import check_scale
 
 LOCALS = ("input_scale", "input_global_scale")
 

@@ -14,15 +14,7 @@ from ckptq.errors import PlanError
 from ckptq.numbered import starred
 from ckptq.permute.targets import head_geometry
 from ckptq.rope_order import Heads
-from ckptq.verify import nearest
-from ckptq.verify.compare import Tally
-from ckptq.verify.geometry import well_typed
-from ckptq.verify.head_order import match_heads
-from ckptq.verify.hypotheses import hypotheses, rescaled_columns
-from ckptq.verify.judge import CHOSEN_DB, DAMAGED, undiagnosed
-from ckptq.verify.kinds import finding
-from ckptq.verify.moved_rows import moved_rows
-from ckptq.verify.neighbours import (
+from ckptq.verify.diagnosis.exchanged import (
     Directory,
     Explained,
     candidates,
@@ -30,10 +22,18 @@ from ckptq.verify.neighbours import (
     explain,
     gather,
 )
-from ckptq.verify.order import Undo, source_order
+from ckptq.verify.diagnosis.head_order import match_heads
+from ckptq.verify.diagnosis.hypotheses import hypotheses, rescaled_columns
+from ckptq.verify.diagnosis.moved_rows import moved_rows
+from ckptq.verify.diagnosis.sample import Sample, read_sample, rows_of_source
+from ckptq.verify.kinds import finding
 from ckptq.verify.report import Finding
-from ckptq.verify.sample import Sample, read_sample, rows_of_source, snr_db
+from ckptq.verify.roundtrip import nearest
+from ckptq.verify.roundtrip.tally import Tally, snr_db
+from ckptq.verify.roundtrip.undo import Undo, source_order
+from ckptq.verify.roundtrip.verdict import CHOSEN_DB, DAMAGED, undiagnosed
 from ckptq.verify.stored_linear import StoredLinear
+from ckptq.verify.structure.geometry import well_typed
 from ckptq.verify.subject import EXPERT, Subject
 
 BETTER_DB = 3.0

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-E4M3_MAX = 448.0
+from ckptq.quantize.scales import E4M3_MAX
 
 
 def in_fp8(x: Tensor, scale: Tensor) -> Tensor:

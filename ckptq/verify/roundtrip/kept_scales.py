@@ -11,8 +11,8 @@ from collections.abc import Mapping
 from dataclasses import replace
 
 from ckptq.checkpoint.read import Files, read_tensor
-from ckptq.verify.compare import Tally, same_bytes
-from ckptq.verify.order import Undo
+from ckptq.verify.roundtrip.tally import Tally, same_bytes
+from ckptq.verify.roundtrip.undo import Undo
 from ckptq.verify.stored_linear import StoredLinear
 from ckptq.verify.subject import Subject
 

@@ -12,9 +12,9 @@ import torch
 
 from ckptq.quantize import scales
 from ckptq.spec import torch_dtype
-from ckptq.verify.compare import Tally, floor_db
 from ckptq.verify.kinds import finding
 from ckptq.verify.report import Finding
+from ckptq.verify.roundtrip.tally import Tally, floor_db
 from ckptq.verify.stored_linear import StoredLinear
 
 CLIPPED_DB = 3.0

@@ -10,11 +10,11 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 from ckptq.numbered import starred
-from ckptq.verify.compare import Tally
-from ckptq.verify.judge import CHOSEN_DB
+from ckptq.verify.diagnosis.sample import Sample
 from ckptq.verify.kinds import finding
 from ckptq.verify.report import Finding
-from ckptq.verify.sample import Sample
+from ckptq.verify.roundtrip.tally import Tally
+from ckptq.verify.roundtrip.verdict import CHOSEN_DB
 from ckptq.verify.stored_linear import Held, StoredLinear
 from ckptq.verify.subject import CODES, EXPERT
 

@@ -12,8 +12,8 @@ from ckptq.checkpoint.beside import WEIGHT_FORMATS
 from ckptq.checkpoint.open import CONFIG, INDEX, Checkpoint, Problems
 from ckptq.verify.kinds import AGAIN, finding
 from ckptq.verify.report import Finding
+from ckptq.verify.structure.vocabulary import check_vocabulary
 from ckptq.verify.subject import Subject
-from ckptq.verify.vocabulary import check_vocabulary
 
 SERVING = (
     "tokenizer.json",

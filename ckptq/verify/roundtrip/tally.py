@@ -18,7 +18,7 @@ from ckptq.quantize import scales
 from ckptq.quantize.formats import needs_statistic, quantize, statistic
 from ckptq.quantize.scheme import FORMATS, WeightScheme
 from ckptq.quantize.scratch import Scratch
-from ckptq.verify import nearest
+from ckptq.verify.roundtrip import nearest
 
 SCRATCH = Scratch()
 """What quantizing a block needs, each thread its own; its codes are looked at before the next."""
@@ -85,6 +85,12 @@ def decibels(signal: float, noise: float) -> float:
     if not math.isfinite(noise) or signal == 0:
         return -math.inf
     return 10 * math.log10(signal / noise)
+
+
+def snr_db(found: Tensor, wanted: Tensor) -> float:
+    """In decibels; -inf where something is not finite."""
+    noise = (found - wanted).square_().sum(dtype=torch.float64).item()
+    return decibels(wanted.square().sum(dtype=torch.float64).item(), noise)
 
 
 def floor_db(scheme: WeightScheme, shape: tuple[int, int]) -> float:

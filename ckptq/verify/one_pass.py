@@ -9,27 +9,27 @@ from ckptq.checkpoint.open import CONFIG
 from ckptq.checkpoint.read import Files, read_tensor
 from ckptq.models.witnesses import Witnesses
 from ckptq.quantize.formats import needs_statistic
-from ckptq.verify.activations import check_inputs
-from ckptq.verify.compare import Tally
-from ckptq.verify.copies import Copy, copy_tasks, finite_tasks, judge_copy, judge_finite
-from ckptq.verify.decoders.check import check_decoders
-from ckptq.verify.diagnose import Case, diagnose
-from ckptq.verify.dry_run import DryRun, dry_run
-from ckptq.verify.fused import check_fused_scales
-from ckptq.verify.judge import verdict, with_tensor_scales
-from ckptq.verify.kept import with_kept_scales
+from ckptq.verify.diagnosis.diagnose import Case, diagnose
+from ckptq.verify.diagnosis.rescaled import settle
 from ckptq.verify.options import Options, Progress
-from ckptq.verify.order import Undo, make_undo
 from ckptq.verify.report import Checked, Finding
-from ckptq.verify.rescaled import settle
-from ckptq.verify.round_trip import Part, result_of, tasks
-from ckptq.verify.shared_cache import check_shared_cache
+from ckptq.verify.roundtrip.copies import Copy, copy_tasks, finite_tasks, judge_copy, judge_finite
+from ckptq.verify.roundtrip.decoders.check import check_decoders
+from ckptq.verify.roundtrip.dry_run import DryRun, dry_run
+from ckptq.verify.roundtrip.kept_scales import with_kept_scales
+from ckptq.verify.roundtrip.stream import Part, result_of, tasks
+from ckptq.verify.roundtrip.tally import Tally
+from ckptq.verify.roundtrip.tied_head import check_tied_head
+from ckptq.verify.roundtrip.undo import Undo, make_undo
+from ckptq.verify.roundtrip.verdict import verdict, with_tensor_scales
+from ckptq.verify.roundtrip.work import in_order
 from ckptq.verify.stored_linear import StoredLinear, stored_linear
+from ckptq.verify.structure.tensors import check_module, comparable
 from ckptq.verify.subject import Subject
-from ckptq.verify.tensors import check_module, comparable
-from ckptq.verify.tied import check_tied_head
-from ckptq.verify.values import cache_values, check_linear_values
-from ckptq.verify.work import in_order
+from ckptq.verify.values.activations import check_inputs
+from ckptq.verify.values.fused_scales import check_fused_scales
+from ckptq.verify.values.plausible import cache_values, check_linear_values
+from ckptq.verify.values.shared_cache import check_shared_cache
 
 if TYPE_CHECKING:
     from torch import Tensor

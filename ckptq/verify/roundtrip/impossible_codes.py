@@ -9,9 +9,9 @@ import torch
 from torch.nn.functional import pad
 
 from ckptq.quantize.scheme import WeightScheme
-from ckptq.verify import nearest
 from ckptq.verify.kinds import finding
 from ckptq.verify.report import Finding
+from ckptq.verify.roundtrip import nearest
 from ckptq.verify.stored_linear import StoredLinear
 
 if TYPE_CHECKING:

@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 
 from ckptq.checkpoint.read import Files
-from ckptq.verify import nearest
-from ckptq.verify.compare import decibels, floor_db
-from ckptq.verify.order import Undo
+from ckptq.verify.roundtrip import nearest
+from ckptq.verify.roundtrip.tally import floor_db, snr_db
+from ckptq.verify.roundtrip.undo import Undo
 from ckptq.verify.stored_linear import Held, StoredLinear, source_rows
 
 COLUMNS = 256
@@ -53,12 +53,6 @@ class Sample:
     def with_tensors(self, **changed: Tensor) -> dict[str, Tensor]:
         """What is held, with some of it exchanged."""
         return {**self.held, **changed}
-
-
-def snr_db(found: Tensor, wanted: Tensor) -> float:
-    """In decibels; -inf where something is not finite."""
-    noise = (found - wanted).square_().sum(dtype=torch.float64).item()
-    return decibels(wanted.square().sum(dtype=torch.float64).item(), noise)
 
 
 def read_sample(linear: StoredLinear, files: Files, undo: Undo) -> Sample:

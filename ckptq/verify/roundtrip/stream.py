@@ -13,10 +13,10 @@ from ckptq.checkpoint.read import Files, read_tensor
 from ckptq.checkpoint.view import View, read_slab, window
 from ckptq.errors import SourceError
 from ckptq.quantize.formats import NonFinite
-from ckptq.verify.codes import check_codes
-from ckptq.verify.compare import Tally, compare, floor_db
-from ckptq.verify.order import Undo
 from ckptq.verify.report import Finding, TensorResult
+from ckptq.verify.roundtrip.impossible_codes import check_codes
+from ckptq.verify.roundtrip.tally import Tally, compare, floor_db
+from ckptq.verify.roundtrip.undo import Undo
 from ckptq.verify.stored_linear import Held, Rows, StoredLinear, blocks, rows_of, source_rows
 
 FAST_ELEMENTS = 1 << 16

@@ -14,10 +14,10 @@ from ckptq.checkpoint.read import Files, bytes_of, read_into, read_tensor
 from ckptq.checkpoint.view import View
 from ckptq.models.weight import Weight
 from ckptq.spec import FLOATS, torch_dtype
-from ckptq.verify.compare import same_bytes
 from ckptq.verify.kinds import finding
-from ckptq.verify.order import Undo
 from ckptq.verify.report import Finding
+from ckptq.verify.roundtrip.tally import same_bytes
+from ckptq.verify.roundtrip.undo import Undo
 from ckptq.verify.stored_linear import source_rows
 from ckptq.verify.subject import CODES, SCALES, Subject
 

@@ -19,7 +19,7 @@ from ckptq.verify.report import Finding
 from ckptq.verify.subject import CODES, SCALES, Subject
 
 if TYPE_CHECKING:
-    from ckptq.verify.engine.skeleton import Loaded
+    from ckptq.verify.engine.by_headers import Loaded
 
 ATTENTION = ("q_scale", "k_scale", "v_scale")
 
@@ -30,7 +30,7 @@ EXPERTS = ".experts"
 def check_whole(subject: Subject, told: Iterable[Finding]) -> Iterator[Finding]:
     """Places of the model that nothing fills, tensors that have none, sizes that differ; nothing of
     modules of which something was `told` already."""
-    from ckptq.verify.engine.skeleton import load_by_headers
+    from ckptq.verify.engine.by_headers import load_by_headers
 
     told = list(told)
     if not subject.declared.present or any(one.code == "names-moved" for one in told):

@@ -18,12 +18,12 @@ from torch import Tensor
 from ckptq.checkpoint.open import CONFIG
 from ckptq.checkpoint.read import Files
 from ckptq.models.encoded import Encoded
-from ckptq.verify import nearest
-from ckptq.verify.decoders.libraries import ct_scheme, decode_compressed, decode_source
 from ckptq.verify.kinds import finding
-from ckptq.verify.order import Undo
 from ckptq.verify.report import Finding
-from ckptq.verify.sample import snr_db
+from ckptq.verify.roundtrip import nearest
+from ckptq.verify.roundtrip.decoders.libraries import ct_scheme, decode_compressed, decode_source
+from ckptq.verify.roundtrip.tally import snr_db
+from ckptq.verify.roundtrip.undo import Undo
 from ckptq.verify.stored_linear import StoredLinear, source_rows
 from ckptq.verify.subject import EXPERT, Subject
 

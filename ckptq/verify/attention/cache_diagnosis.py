@@ -13,8 +13,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ckptq.verify.attention import Watch
-from ckptq.verify.heads import E4M3_MAX, HeadSums
+from ckptq.quantize.scales import E4M3_MAX
+from ckptq.verify.attention.fp8_heads import HeadSums
+from ckptq.verify.attention.watch import Watch
 from ckptq.verify.kinds import finding
 from ckptq.verify.report import Finding
 

@@ -11,7 +11,8 @@ from dataclasses import dataclass
 import torch
 
 from ckptq.rope_order import Heads
-from ckptq.verify.sample import Sample, snr_db
+from ckptq.verify.diagnosis.sample import Sample
+from ckptq.verify.roundtrip.tally import snr_db
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

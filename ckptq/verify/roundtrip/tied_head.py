@@ -11,9 +11,9 @@ import torch
 
 from ckptq.checkpoint.header import StoredTensor
 from ckptq.checkpoint.read import Files, bytes_of, read_into
-from ckptq.verify.compare import same_bytes
 from ckptq.verify.kinds import finding
 from ckptq.verify.report import Finding
+from ckptq.verify.roundtrip.tally import same_bytes
 from ckptq.verify.subject import Subject
 
 CHUNK = 1 << 22

@@ -22,7 +22,7 @@ from ckptq.checkpoint.read import Files, read_tensor
 from ckptq.forward.tap import Attend, Qkv, Tap, tapped
 from ckptq.models.heads import by_side
 from ckptq.spec import FLOATS
-from ckptq.verify.heads import Choices, HeadSums, OutputSums, in_fp8
+from ckptq.verify.attention.fp8_heads import Choices, HeadSums, OutputSums, in_fp8
 from ckptq.verify.report import HeadResult, LayerResult
 from ckptq.verify.subject import Subject
 

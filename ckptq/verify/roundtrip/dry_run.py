@@ -21,17 +21,16 @@ from ckptq.permute.effect import Part
 from ckptq.permute.targets import head_geometry
 from ckptq.rope_order import Heads, RopeOrder
 from ckptq.spec import FLOATS
-from ckptq.verify import nearest
-from ckptq.verify.compare import Tally
-from ckptq.verify.engines import Engine
-from ckptq.verify.geometry import well_typed
-from ckptq.verify.judge import arrival_floor_db
 from ckptq.verify.kinds import finding
-from ckptq.verify.order import source_order
+from ckptq.verify.loaders import Engine
 from ckptq.verify.report import Arrival, Finding
-from ckptq.verify.rope import order_of, turned_modules
-from ckptq.verify.sample import snr_db
+from ckptq.verify.roundtrip import nearest
+from ckptq.verify.roundtrip.tally import Tally, snr_db
+from ckptq.verify.roundtrip.undo import source_order
+from ckptq.verify.roundtrip.verdict import arrival_floor_db
 from ckptq.verify.stored_linear import StoredLinear, source_rows
+from ckptq.verify.structure.geometry import well_typed
+from ckptq.verify.structure.rope_readers import order_of, turned_modules
 from ckptq.verify.subject import Module, Subject
 
 MISSING, REFUSED, AS_IT_IS = "missing", "refused", "loads as it is"

@@ -18,10 +18,10 @@ from torch import Tensor
 from ckptq.checkpoint.read import read_tensor
 from ckptq.models.family import LAYER
 from ckptq.spec import FLOATS
-from ckptq.verify.diagnose import Case
+from ckptq.verify.diagnosis.diagnose import Case
+from ckptq.verify.diagnosis.sample import Sample
 from ckptq.verify.kinds import finding
 from ckptq.verify.report import Finding
-from ckptq.verify.sample import Sample
 
 TOLERANCE, OUTER = 0.03, 0.25
 """Of the product of two factors against 1: within the first for half of the channels, within the

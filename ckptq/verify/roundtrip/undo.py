@@ -17,8 +17,8 @@ from ckptq.permute.apply import permute_tensor
 from ckptq.permute.effect import Effect, Move, Part
 from ckptq.permute.targets import plan_permutation
 from ckptq.rope_order import RopeOrder
-from ckptq.verify.geometry import well_typed
-from ckptq.verify.rope import order_of
+from ckptq.verify.structure.geometry import well_typed
+from ckptq.verify.structure.rope_readers import order_of
 from ckptq.verify.subject import Subject
 
 if TYPE_CHECKING:

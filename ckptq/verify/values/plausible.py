@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING
 
 from ckptq.checkpoint.header import StoredTensor
 from ckptq.checkpoint.read import Files, read_tensor
+from ckptq.quantize.scales import E4M3_MAX
 from ckptq.spec import FLOATS
-from ckptq.verify.heads import E4M3_MAX
 from ckptq.verify.kinds import finding
 from ckptq.verify.report import Finding, ScaleRow
 from ckptq.verify.stored_linear import StoredLinear

@@ -18,7 +18,8 @@ from ckptq.permute.apply import permute_tensor
 from ckptq.permute.effect import Effect, Move, Part, Projection, effect_on
 from ckptq.rope_order import Heads, RopeOrder
 from ckptq.spec import spec_of
-from ckptq.verify.sample import Sample, snr_db
+from ckptq.verify.diagnosis.sample import Sample
+from ckptq.verify.roundtrip.tally import snr_db
 from ckptq.verify.stored_linear import Held
 
 AWQ = (0, 2, 4, 6, 1, 3, 5, 7)
