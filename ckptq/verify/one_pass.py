@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING
 
 from ckptq.checkpoint.open import CONFIG
@@ -24,7 +24,6 @@ from ckptq.verify.roundtrip.undo import Undo, make_undo
 from ckptq.verify.roundtrip.verdict import verdict, with_tensor_scales
 from ckptq.verify.roundtrip.work import in_order
 from ckptq.verify.stored_linear import StoredLinear, stored_linear
-from ckptq.verify.structure.tensors import check_module, comparable
 from ckptq.verify.subject import Subject
 from ckptq.verify.values.activations import check_inputs
 from ckptq.verify.values.fused_scales import check_fused_scales
@@ -38,10 +37,16 @@ HARMLESS = ("shape-missing", "input-scale-missing", "input-scale-extra", "g-idx"
 """Structural findings that do not keep a weight from being compared."""
 
 
-def check_data(subject: Subject, structure: Iterable[Finding], options: Options) -> Checked:
-    """Values, round trip and copies. Modules with structural faults are left out."""
+def check_data(
+    subject: Subject,
+    by_linear: Mapping[str, tuple[Finding, ...]],
+    structure: Iterable[Finding],
+    options: Options,
+) -> Checked:
+    """Values, round trip and copies. Linears whose tensors have faults in `by_linear` are left out;
+    `structure` holds all that headers told."""
     fast, progress = options.fast, options.progress
-    linears = {linear.name: linear for linear in _sound(subject)}
+    linears = {linear.name: linear for linear in _sound(subject, by_linear)}
     undo = make_undo(subject)
     with Files() as files:
         rows, found = cache_values(subject, files)
@@ -91,16 +96,15 @@ def _judged(case: Case, values: list[Finding]) -> list[Finding]:
     return found + diagnose(case, suspects)
 
 
-def _sound(subject: Subject) -> list[StoredLinear]:
+def _sound(
+    subject: Subject, by_linear: Mapping[str, tuple[Finding, ...]]
+) -> Iterator[StoredLinear]:
     """Quantized Linears whose tensors are as their scheme wants them."""
-    return [
-        stored_linear(module)
-        for module in subject.modules.values()
-        if comparable(module)
-        and not any(f.code not in HARMLESS for f in check_module(module))
-        and module.shape is not None
-        and 0 not in module.shape
-    ]
+    for name, wrong in by_linear.items():
+        module = subject.modules[name]
+        whole = module.shape is not None and 0 not in module.shape
+        if whole and all(f.code in HARMLESS for f in wrong):
+            yield stored_linear(module)
 
 
 def _round_trip(

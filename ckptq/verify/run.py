@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from ckptq.verify.loaders import find_engine
 from ckptq.verify.options import Options, Progress
 from ckptq.verify.report import Checked, Finding, HeadResult, LayerResult, Report, once
 from ckptq.verify.structure.checks import check_structure
+from ckptq.verify.structure.tensors import check_tensors
 from ckptq.verify.structure.whole import check_whole
 from ckptq.verify.subject import Subject
 
@@ -63,11 +65,12 @@ def verify(
     problems: Problems = []
     ckpt = open_checkpoint(path, problems=problems)
     subject, declared_wrong = _subject(ckpt, source, headers_only)
-    structure = [*declared_wrong, *check_structure(subject, problems)]
+    by_linear = check_tensors(subject)
+    structure = [*declared_wrong, *check_structure(subject, problems, by_linear)]
     asked = ask_engine(ckpt, engine, vllm_python) if engine is not None else None
     if source is None and not headers_only and engine != "transformers":
         structure += check_whole(subject, structure)
-    checked = Checked() if headers_only else _data(subject, structure, options)
+    checked = Checked() if headers_only else _data(subject, by_linear, structure, options)
     seen = _attention(subject, text) if attention else Attention()
     answers = asked.findings if asked is not None else ()
     everything = [*structure, *once([*answers, *checked.findings]), *seen.findings]
@@ -122,12 +125,17 @@ def _subject(
     return Subject(ckpt, original, declared, quick), found
 
 
-def _data(subject: Subject, structure: list[Finding], options: Options) -> Checked:
+def _data(
+    subject: Subject,
+    by_linear: Mapping[str, tuple[Finding, ...]],
+    structure: list[Finding],
+    options: Options,
+) -> Checked:
     """Everything that reads tensors; a file that changes or ends under it is the user's to know."""
     from ckptq.verify.one_pass import check_data
 
     try:
-        return check_data(subject, structure, options)
+        return check_data(subject, by_linear, structure, options)
     except OSError as error:
         raise SourceError(f"{subject.ckpt.path}: cannot be read: {error}") from error
 

@@ -45,19 +45,21 @@ DTYPE_HINTS = {
 """What codes of this dtype are, or how they become what they should be."""
 
 
-def check_tensors(subject: Subject) -> Iterator[Finding]:
-    """Every Linear that is quantized and should be."""
-    for module in subject.modules.values():
-        if comparable(module):
-            yield from check_module(module)
+def check_tensors(subject: Subject) -> dict[str, tuple[Finding, ...]]:
+    """Every Linear that is quantized and should be -> what is wrong with its tensors."""
+    return {
+        name: tuple(_check_module(module))
+        for name, module in subject.modules.items()
+        if _comparable(module)
+    }
 
 
-def comparable(module: Module) -> bool:
+def _comparable(module: Module) -> bool:
     """Whether a scheme says what this module's tensors must be."""
     return module.quantized and module.group is not None and module.group.scheme is not None
 
 
-def check_module(module: Module) -> Iterator[Finding]:
+def _check_module(module: Module) -> Iterator[Finding]:
     """The tensors of one quantized Linear against those of its scheme."""
     assert module.group is not None
     scheme = module.group.scheme

@@ -13,15 +13,13 @@ from ckptq.checkpoint.open import CONFIG, Checkpoint
 from ckptq.models.family import LAYER
 from ckptq.numbered import starred
 from ckptq.spec import TensorSpec
-from ckptq.verify.engine.transformers import lacking, left_over, submodule, unlike
+from ckptq.verify.engine.transformers import CACHE_SCALES, lacking, left_over, submodule, unlike
 from ckptq.verify.kinds import finding
 from ckptq.verify.report import Finding
 from ckptq.verify.subject import CODES, SCALES, Subject
 
 if TYPE_CHECKING:
     from ckptq.verify.engine.by_headers import Loaded
-
-ATTENTION = ("q_scale", "k_scale", "v_scale")
 
 EXPERTS = ".experts"
 """Merged on loading, and judged expert by expert elsewhere; their biases are not."""
@@ -75,7 +73,7 @@ def _of_scheme(loaded: Loaded, module: str, local: str) -> bool:
     does not tie."""
     if local.endswith("bias"):
         return False
-    if local in ATTENTION:
+    if local in CACHE_SCALES:
         return True
     if module in loaded.tied:
         return True
@@ -88,7 +86,7 @@ def _unknown(ckpt: Checkpoint, loaded: Loaded, failed: Collection[str]) -> Itera
         for name in names if module not in failed and EXPERTS not in f".{module}" else ():
             local = name.rpartition(".")[2]
             tensor = ckpt.tensors.get(name)
-            if tensor is not None and local not in (*CODES, *SCALES, *ATTENTION):
+            if tensor is not None and local not in (*CODES, *SCALES, *CACHE_SCALES):
                 yield finding(
                     "tensor-extra" if local == "bias" else "tensor-unknown", name,
                     file=tensor.file, found=str(tensor.spec),
