@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 def find_device(name: str | None) -> torch.device:
     """The device of that name; of None, the GPU where there is one.
 
-    UsageError for a name of nothing that ckptq runs on, MachineError for a GPU that is not here.
+    UsageError for an unsupported device, MachineError for a GPU that is not available.
     """
     import torch
 

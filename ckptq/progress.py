@@ -1,4 +1,4 @@
-"""How long work tells of itself; the console draws it, a caller without one stays silent."""
+"""Progress callbacks: the console draws them; without one, work is silent."""
 
 from __future__ import annotations
 

@@ -97,7 +97,7 @@ def calibrate_plan(
 ) -> Scales:
     """The scales that a plan needs, from the text that was asked for.
 
-    `note` hears that nobody chose the text, and that it was short.
+    `note` receives a message when no text was chosen, or when it was short.
     """
     from ckptq.calibrate.run import calibrate
     from ckptq.text.samples import read_samples

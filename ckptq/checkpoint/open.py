@@ -154,7 +154,9 @@ def _locate(source: str | Path, revision: str | None) -> tuple[Path, str]:
     path = Path(source)
     if path.is_dir():
         if revision is not None:
-            raise UsageError(f"--revision {revision}: is of a hub id, {source} is a folder here")
+            raise UsageError(
+                f"--revision {revision} applies only to hub ids; {source} is a local folder"
+            )
         return path, _folder_name(path.resolve())
     if path.exists():
         raise SourceError(f"{source}: is a file; wanted a checkpoint folder or a hub id")
@@ -169,8 +171,8 @@ def _refuse_unfinished(path: Path) -> None:
     """Say so where a run that was to write this folder has not ended."""
     if path.name and bears_mark(unfinished := partial_of(path)):
         raise SourceError(
-            f"{path}: no such folder; {unfinished} is of a run that has not finished, and the same "
-            "command goes on with it"
+            f"{path}: no such folder; {unfinished} holds an unfinished run: rerun the same command "
+            "to resume"
         )
 
 

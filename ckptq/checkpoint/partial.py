@@ -27,7 +27,7 @@ from ckptq.files import machine_errors, sync_folder
 LOCK = "lock"
 JOURNAL = "journal.jsonl"
 
-MARK = b"ckptq works in this folder: the same command goes on with it, and removes it at the end.\n"
+MARK = b"ckptq is using this folder: rerun the same command to resume; it is removed at the end.\n"
 
 OURS = re.compile(r"journal\.jsonl|checkpoint|calibration|oneshot|rank-\d+-of-\d+")
 """What a run makes here, beside the lock."""

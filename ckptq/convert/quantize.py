@@ -76,7 +76,7 @@ def quantize(
     begin: Begin = silent,
     note: Note = untold,
 ) -> Result:
-    """Quantize a model as the request says. `note` hears what a user should know on the way."""
+    """Quantize a model as the request says. `note` receives messages for the user."""
     if started().world > 1:
         raise UsageError(
             "conversion runs in one process, on all cores; under torchrun run `ckptq calibrate`, "

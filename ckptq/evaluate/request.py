@@ -55,7 +55,7 @@ def evaluate_request(
 ) -> Evaluation:
     """Open, read, compare. UsageError for what does not go together, before a model is built.
 
-    `note` hears what a user should know on the way.
+    `note` receives messages for the user.
     """
     from ckptq.evaluate.run import check_compared
 

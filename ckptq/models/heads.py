@@ -126,7 +126,7 @@ def _key_value_heads(config: Mapping[str, Any], index: int) -> int | None:
 
 
 def _is_multi_query(config: Mapping[str, Any]) -> bool:
-    """Falcon's newer architecture hears its number of key/value heads instead."""
+    """Falcon's newer architecture names its number of key/value heads differently."""
     return config.get("multi_query") is not False and not config.get("new_decoder_architecture")
 
 

@@ -139,8 +139,8 @@ def refuse_unserved_experts(chosen: Mapping[str, Group]) -> None:
                 (group.input_activations or {}).get("num_bits"),
             )
             raise PlanError(
-                f"{name}: group {group.name!r} is W{bits[0]}A{bits[1]}, which vLLM has for no "
-                "experts; it has W8A8, W4A8, W4AFP8 and integers of 2 to 8 bits without activations"
+                f"{name}: group {group.name!r}: vLLM cannot serve W{bits[0]}A{bits[1]} experts; "
+                "supported: W8A8, W4A8, W4AFP8, and integers of 2 to 8 bits without activations"
             )
 
 

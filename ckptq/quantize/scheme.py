@@ -159,7 +159,7 @@ def want(field: str, found: object, wanted: Collection[object]) -> None:
     """`PlanError` unless `found` is one of `wanted`."""
     if found not in wanted:
         choice = ", ".join(map(repr, wanted))
-        raise PlanError(f"weights ask for {field} {found!r}; what is done here is {choice}")
+        raise PlanError(f"unsupported weights.{field} {found!r}; expected {choice}")
 
 
 def word(value: object) -> object:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,6 +14,9 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 Row = Mapping[str, Any]
+
+MAX_PADDING = 1 << 24
+"""Tokens: more than the longest published context."""
 
 ROLES = {"human": "user", "gpt": "assistant", "system": "system", "tool": "tool"}
 """ShareGPT's names of the speakers, in the chat templates' words."""
@@ -91,6 +95,7 @@ class Tokenizer:
         if self._loaded is None:
             from transformers import AutoTokenizer
 
+            _refuse_endless_padding(self._checkpoint / "tokenizer.json")
             with refusals(f"{self._checkpoint}: no tokenizer that transformers can load"):
                 self._loaded = AutoTokenizer.from_pretrained(
                     self._checkpoint,
@@ -98,3 +103,19 @@ class Tokenizer:
                     trust_remote_code=self._trust_remote_code,
                 )
         return self._loaded
+
+
+def _refuse_endless_padding(file: Path) -> None:
+    """Loading pads a first text as tokenizer.json says, with all the memory that this takes."""
+    try:
+        padding = json.loads(file.read_bytes()).get("padding") or {}
+        strategy = padding.get("strategy")
+        asked = [strategy.get("Fixed")] if isinstance(strategy, dict) else []
+        asked.append(padding.get("pad_to_multiple_of"))
+    except (OSError, ValueError, AttributeError, RecursionError):
+        return  # none, or none that transformers can load: it says so
+    for length in asked:
+        if isinstance(length, int) and length > MAX_PADDING:
+            raise SourceError(
+                f"{file}: padding to {length:,} tokens; wanted at most {MAX_PADDING:,}"
+            )

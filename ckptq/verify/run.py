@@ -42,7 +42,7 @@ def verify(
     on a little text (`text`: a file or data set, else what Python carries) and shows what FP8 with
     the stored scales makes of its q, k and v.
 
-    The bytes that `progress` hears of add up to at most those of the checkpoint's tensors. Raises
+    The bytes reported to `progress` add up to at most those of the checkpoint's tensors. Raises
     SourceError for what cannot be read at all; all else is a finding.
     """
     if attention and source is None:

@@ -159,7 +159,7 @@ def test_what_an_interrupted_run_was_to_write_is_not_sought_in_the_hub(
     os.close(claim(tmp_path / "out.partial"))
     monkeypatch.chdir(tmp_path)
     message = refusal(tmp_path / "out" if spelling == "absolute" else "out")
-    assert "out.partial is of a run that has not finished" in message
+    assert "out.partial holds an unfinished run" in message
 
 
 @pytest.mark.parametrize("name", ["a b", "-x", "a..b", "a/b c"])

@@ -442,7 +442,7 @@ def test_an_output_without_a_name_is_refused(llama: Path, out: str) -> None:
 
 def test_a_revision_of_a_folder_is_refused(llama: Path) -> None:
     """It was ignored, and written into the model card."""
-    words = f"--revision v2: is of a hub id, {llama} is a folder here"
+    words = f"--revision v2 applies only to hub ids; {llama} is a local folder"
     refused(2, words, "quantize", llama, "-s", "fp8-dynamic", "--revision", "v2", "--dry-run")
     refused(2, words, "inspect", llama, "--revision", "v2")
 

@@ -190,6 +190,16 @@ def test_a_broken_tokenizer_is_named(checkpoint, tmp_path, file, text, said):
         read_samples(rows, tmp_path / "model")
 
 
+@pytest.mark.parametrize("how", [{"strategy": {"Fixed": 1 << 60}}, {"pad_to_multiple_of": 1 << 60}])
+def test_a_tokenizer_that_pads_without_end_is_refused(checkpoint, tmp_path, how):
+    """Loading it took all memory there was."""
+    rows = write(tmp_path / "rows.jsonl", {"text": "w3"})
+    shutil.copytree(checkpoint, tmp_path / "model")
+    (tmp_path / "model" / "tokenizer.json").write_text(json.dumps({"padding": how}))
+    with pytest.raises(SourceError, match=r"tokenizer\.json: padding to 1,152,921,504,606,846,976"):
+        read_samples(rows, tmp_path / "model")
+
+
 def test_token_ids_need_no_tokenizer(tmp_path):
     file = write(tmp_path / "rows.jsonl", {"input_ids": [3, 4]})
     assert read_samples(file, tmp_path).token_ids == ((3, 4),)
