@@ -28,7 +28,7 @@ from ckptq.quantize.formats import (
     statistic,
 )
 from ckptq.spec import torch_dtype
-from ckptq.verify.compare import decibels
+from ckptq.verify.roundtrip.tally import decibels
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -1,7 +1,7 @@
 """The config groups of a checkpoint that is quantized already, and which Linear falls to which.
 
 For commands that have to rely on them: what is odd is an error. `ckptq verify` reads the same data
-with `verify.declared`, which makes findings of it.
+with `ckptq.verify.declared`, which makes findings of it.
 """
 
 from __future__ import annotations

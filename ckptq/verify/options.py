@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from ckptq.verify.engines import Engine
+from ckptq.verify.loaders import Engine
 
 Progress = Callable[[str, int], None]
 """(what was checked, bytes of the checkpoint that are done since the last call)"""

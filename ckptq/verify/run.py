@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -10,12 +11,13 @@ from ckptq.checkpoint.open import Checkpoint, Problems, open_checkpoint
 from ckptq.errors import SourceError, UsageError
 from ckptq.verify.declared import read_declared
 from ckptq.verify.engine.ask import ask_engine
-from ckptq.verify.engines import find_engine
+from ckptq.verify.loaders import find_engine
 from ckptq.verify.options import Options, Progress
 from ckptq.verify.report import Checked, Finding, HeadResult, LayerResult, Report, once
-from ckptq.verify.structure import check_structure
+from ckptq.verify.structure.checks import check_structure
+from ckptq.verify.structure.tensors import check_tensors
+from ckptq.verify.structure.whole import check_whole
 from ckptq.verify.subject import Subject
-from ckptq.verify.whole import check_whole
 
 
 def verify(
@@ -34,7 +36,7 @@ def verify(
 
     `fast` compares a first, a middle and a last run of rows of each weight instead of all, and
     `headers_only` reads no tensor at all: a second or two for any size. With `engine` (a key of
-    `ckptq.verify.engines.ENGINES`) that engine is asked what it makes of the names, shapes and
+    `ckptq.verify.loaders.ENGINES`) that engine is asked what it makes of the names, shapes and
     dtypes, vLLM in the environment of `vllm_python` or not at all, and what loading does to the
     values is played. `attention` runs the source
     on a little text (`text`: a file or data set, else what Python carries) and shows what FP8 with
@@ -63,11 +65,12 @@ def verify(
     problems: Problems = []
     ckpt = open_checkpoint(path, problems=problems)
     subject, declared_wrong = _subject(ckpt, source, headers_only)
-    structure = [*declared_wrong, *check_structure(subject, problems)]
+    by_linear = check_tensors(subject)
+    structure = [*declared_wrong, *check_structure(subject, problems, by_linear)]
     asked = ask_engine(ckpt, engine, vllm_python) if engine is not None else None
     if source is None and not headers_only and engine != "transformers":
         structure += check_whole(subject, structure)
-    checked = Checked() if headers_only else _data(subject, structure, options)
+    checked = Checked() if headers_only else _data(subject, by_linear, structure, options)
     seen = _attention(subject, text) if attention else Attention()
     answers = asked.findings if asked is not None else ()
     everything = [*structure, *once([*answers, *checked.findings]), *seen.findings]
@@ -103,8 +106,8 @@ class Attention:
 
 
 def _attention(subject: Subject, text: str | None) -> Attention:
-    from ckptq.verify.attention import check_attention, head_results, layer_results
-    from ckptq.verify.cache_diagnosis import diagnose_cache
+    from ckptq.verify.attention.cache_diagnosis import diagnose_cache
+    from ckptq.verify.attention.watch import check_attention, head_results, layer_results
 
     watch = check_attention(subject, text)
     return Attention(
@@ -122,12 +125,17 @@ def _subject(
     return Subject(ckpt, original, declared, quick), found
 
 
-def _data(subject: Subject, structure: list[Finding], options: Options) -> Checked:
+def _data(
+    subject: Subject,
+    by_linear: Mapping[str, tuple[Finding, ...]],
+    structure: list[Finding],
+    options: Options,
+) -> Checked:
     """Everything that reads tensors; a file that changes or ends under it is the user's to know."""
-    from ckptq.verify.data import check_data
+    from ckptq.verify.one_pass import check_data
 
     try:
-        return check_data(subject, structure, options)
+        return check_data(subject, by_linear, structure, options)
     except OSError as error:
         raise SourceError(f"{subject.ckpt.path}: cannot be read: {error}") from error
 

@@ -96,7 +96,7 @@ class StoredLinear:
 
 
 def stored_linear(module: Module) -> StoredLinear:
-    """From a module that `check_module` has nothing against."""
+    """From a module that `check_tensors` has nothing against."""
     assert module.group is not None
     scheme = module.group.scheme
     assert scheme is not None

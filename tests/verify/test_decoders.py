@@ -9,8 +9,8 @@ from verify_checkpoints import WEIGHTS, convert, copy_of, recipe
 
 from ckptq.quantize import dequantize as decoding
 from ckptq.spec import torch_dtype
-from ckptq.verify import nearest
-from ckptq.verify.decoders.check import kind_of, samples
+from ckptq.verify.roundtrip import nearest
+from ckptq.verify.roundtrip.decoders.check import kind_of, samples
 from ckptq.verify.run import verify
 
 BLOCK = 64
@@ -77,7 +77,7 @@ def test_every_format_that_verify_would_decode_wrongly_is_found(good, weights, m
     assert verify(folder, source).counts == {}
     right = nearest.weights
     monkeypatch.setattr(
-        "ckptq.verify.decoders.check.nearest.weights",
+        "ckptq.verify.roundtrip.decoders.check.nearest.weights",
         lambda held, scheme, columns: right(held, scheme, columns) * 1.05,
     )
     assert verify(folder).counts["decoder-disagrees"] >= 3
@@ -103,7 +103,7 @@ def test_a_source_in_compressed_tensors_format_is_decoded_by_its_library(
 def test_the_cut_of_fused_experts_is_looked_at_too(good, monkeypatch):
     folder, source = good("llama4", "int8")
     assert verify(folder, source).counts == {}
-    from ckptq.verify.decoders import libraries
+    from ckptq.verify.roundtrip.decoders import libraries
 
     right = libraries._window
     monkeypatch.setattr(libraries, "_window", lambda view: right(view).flip(1))
@@ -114,8 +114,8 @@ def test_the_cut_of_fused_experts_is_looked_at_too(good, monkeypatch):
 def test_each_kind_has_its_samples(good):
     """First, last and one more of every kind; a kind is a scheme, dtypes, and where it is cut."""
     from ckptq.checkpoint.open import open_checkpoint
-    from ckptq.verify.data import _sound
     from ckptq.verify.declared import read_declared
+    from ckptq.verify.one_pass import _sound
     from ckptq.verify.subject import Subject
 
     folder, source = good("llama4", "int4")

@@ -14,9 +14,9 @@ from ckptq.convert.run import write_quantized
 from ckptq.errors import UsageError
 from ckptq.plan.make import make_plan
 from ckptq.text.samples import read_samples
-from ckptq.verify.attention import Watch
-from ckptq.verify.cache_diagnosis import diagnose_cache
-from ckptq.verify.heads import Choices, HeadSums, in_fp8
+from ckptq.verify.attention.cache_diagnosis import diagnose_cache
+from ckptq.verify.attention.fp8_heads import Choices, HeadSums, in_fp8
+from ckptq.verify.attention.watch import Watch
 from ckptq.verify.run import verify
 
 

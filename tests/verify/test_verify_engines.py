@@ -11,7 +11,7 @@ from ckptq.errors import UsageError
 from ckptq.permute.effect import Part
 from ckptq.permute.run import permute_checkpoint, plan_permute
 from ckptq.rope_order import RopeOrder
-from ckptq.verify.engines import ENGINES
+from ckptq.verify.loaders import ENGINES
 from ckptq.verify.run import verify
 
 RIGHT = [

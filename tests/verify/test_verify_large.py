@@ -6,7 +6,8 @@ import time
 from ckptq.checkpoint.open import open_checkpoint
 from ckptq.spec import DTYPES
 from ckptq.verify.declared import read_declared
-from ckptq.verify.structure import check_structure
+from ckptq.verify.structure.checks import check_structure
+from ckptq.verify.structure.tensors import check_tensors
 from ckptq.verify.subject import Subject
 
 LAYERS, EXPERTS, HIDDEN, INTERMEDIATE, SHARDS = 40, 64, 5120, 2560, 20
@@ -62,7 +63,7 @@ def test_structure_takes_two_seconds(tmp_path):
     ckpt = open_checkpoint(tmp_path, problems=problems)
     declared, wrong = read_declared(ckpt)
     subject = Subject(ckpt, None, declared)
-    found = [*wrong, *check_structure(subject, problems)]
+    found = [*wrong, *check_structure(subject, problems, check_tensors(subject))]
     seconds = time.process_time() - began
     assert found == []
     assert ckpt.nbytes > 100e9

@@ -12,8 +12,8 @@ from ckptq.quantize.formats import constants, needs_statistic, quantize, statist
 from ckptq.quantize.packing import pack_words
 from ckptq.quantize.scheme import WeightScheme
 from ckptq.spec import spec_of
-from ckptq.verify import nearest
-from ckptq.verify.compare import Tally, compare, decibels, floor_db
+from ckptq.verify.roundtrip import nearest
+from ckptq.verify.roundtrip.tally import Tally, compare, decibels, floor_db
 
 SCHEMES = {name: WeightScheme.from_args(args, form) for name, (form, args) in WEIGHTS.items()}
 

@@ -101,7 +101,7 @@ def test_scales_that_clip(good, tmp_path):
 
 
 def test_many_alike_are_named_without_being_tried_one_by_one(good, tmp_path, monkeypatch):
-    from ckptq.verify import diagnose
+    from ckptq.verify.diagnosis import diagnose
 
     folder, source = good("qwen3-moe", "int8")
     editor = copy_of(folder, tmp_path / "inverted")
@@ -236,7 +236,7 @@ def test_what_is_not_finite_needs_no_source(good, tmp_path):
 def test_bits_behind_the_last_code(tmp_path, sources):
     """12 columns of 4 bits leave half a word free."""
     from ckptq.quantize.packing import pack_words
-    from ckptq.verify.codes import _padding
+    from ckptq.verify.roundtrip.impossible_codes import _padding
 
     word = pack_words(torch.zeros(3, 12, dtype=torch.int8), 4)
     assert not _padding(word, 12, 4)

@@ -1,0 +1,133 @@
+"""A short forward pass of the source: what its q, k and v become under the checkpoint's scales.
+
+The model is run layer by layer (ckptq.forward.layerwise), with a tap that computes each layer's
+attention three times more: with q, k and v rounded to FP8 under the stored scales, under 1.0, and
+under one scale for all heads. Only the exact result goes on.
+
+Shape letters: B batch, H query heads, K key/value heads, S positions, D head size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
+from functools import partial
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from ckptq.checkpoint.read import Files, read_tensor
+from ckptq.forward.tap import Attend, Qkv, Tap, tapped
+from ckptq.models.heads import by_side
+from ckptq.spec import FLOATS
+from ckptq.verify.attention.fp8_heads import Choices, HeadSums, OutputSums, in_fp8
+from ckptq.verify.report import HeadResult, LayerResult
+from ckptq.verify.subject import Subject
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from ckptq.text.samples import Batch
+
+SAMPLES, SEQ_LEN = 4, 256
+"""Enough to excite every head; saturation needs no more."""
+
+
+@dataclass(slots=True)
+class Watch:
+    """What has been seen of every attention layer whose scales are on disk."""
+
+    choices: Mapping[str, dict[str, Choices]]
+    """Attention module on disk -> "q", "k", "v" -> scales."""
+    on_disk: Callable[[str], str]
+    """Name of a module of the running model -> its name on disk."""
+    heads: dict[tuple[str, str], HeadSums] = field(default_factory=dict)
+    outputs: dict[str, OutputSums] = field(default_factory=dict)
+
+    def layer(self, name: str, layer: nn.Module, batch: Batch) -> AbstractContextManager[None]:
+        """The context in which a decoder layer runs on a batch."""
+        return tapped(layer, name, Tap(batch.lengths, compare=self._compare))
+
+    def _compare(self, module: str, qkv: Qkv, exact: Tensor, attend: Attend) -> None:
+        name = self.on_disk(module)
+        choices = self.choices.get(name, {})
+        if len(choices) < len(qkv):
+            return
+        named = dict(zip("qkv", qkv, strict=True))
+        for which, x_BHSD in named.items():
+            self.heads.setdefault((name, which), HeadSums(choices[which])).add(x_BHSD)
+        others = [attend(*_rounded(named, choices, index))[0] for index in range(3)]
+        self.outputs.setdefault(name, OutputSums()).add(exact, others)
+
+
+def _rounded(qkv: Mapping[str, Tensor], choices: Mapping[str, Choices], index: int) -> list[Tensor]:
+    return [
+        in_fp8(x, choices[which].all()[index].to(x.device)[:, None, None]).to(x.dtype)
+        for which, x in qkv.items()
+    ]
+
+
+def check_attention(subject: Subject, text: str | None = None, device: str = "cpu") -> Watch:
+    """Run the source on a little text, built in if none is given."""
+    from ckptq.forward.layerwise import open_model
+    from ckptq.text.samples import read_samples
+
+    assert subject.source is not None
+    samples = read_samples(text, subject.source.path, samples=SAMPLES, seq_len=SEQ_LEN)
+    model = open_model(subject.source, device)
+    stream = model.embed(samples.batches(1))
+    watch = Watch(_choices(subject), model.loader.stored_module)
+    for index, name in enumerate(model.layer_names):
+        model.run_layer(index, stream, partial(watch.layer, name))
+    return watch
+
+
+def _choices(subject: Subject) -> dict[str, dict[str, Choices]]:
+    """Scales for each head, also where one is stored for all; 1.0 where there is none."""
+    found: dict[str, dict[str, Choices]] = {}
+    with Files() as files:
+        for module in subject.attention:
+            heads = subject.heads_in(module)
+            for which, count in by_side(heads).items() if heads else ():
+                tensor = subject.cache_scales.get((module, which))
+                scale = torch.ones(1)
+                if tensor is not None and tensor.spec.dtype in FLOATS:
+                    scale = read_tensor(tensor, files).reshape(-1).float()
+                usable = len(scale) in (1, count) and bool((scale.isfinite() & (scale > 0)).all())
+                if usable:
+                    stored = scale.expand(count) if len(scale) == 1 else scale
+                    found.setdefault(module, {})[which] = Choices(stored=stored)
+    return found
+
+
+def head_results(watch: Watch) -> list[HeadResult]:
+    """One row for each head, in the order of the layers."""
+    rows = []
+    for (module, which), sums in watch.heads.items():
+        errors = sums.errors_3H
+        for head in range(len(sums.amax_H)):
+            rows.append(
+                HeadResult(
+                    module=module,
+                    which=which,
+                    head=head,
+                    scale=float(sums.choices.stored[head]),
+                    amax=float(sums.amax_H[head]),
+                    saturated=float(sums.saturated_H[head]) / max(sums.counted, 1),
+                    underflowed=float(sums.underflowed_H[head] / sums.nonzero_H[head].clamp(min=1)),
+                    error=float(errors[0, head]),
+                    error_unscaled=float(errors[1, head]),
+                    error_shared=float(errors[2, head]),
+                )
+            )
+    return rows
+
+
+def layer_results(watch: Watch) -> list[LayerResult]:
+    """One row for each layer."""
+    return [
+        LayerResult(module=name, error=e[0], error_unscaled=e[1], error_shared=e[2])
+        for name, e in ((name, sums.errors) for name, sums in watch.outputs.items())
+    ]

@@ -1,0 +1,1 @@
+"""Every tensor, read back and held against the source's: counts, and the verdict on them."""

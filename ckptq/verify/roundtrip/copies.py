@@ -1,0 +1,172 @@
+"""Tensors that no scheme touches: byte for byte the source's."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from ckptq.checkpoint.header import StoredTensor
+from ckptq.checkpoint.read import Files, bytes_of, read_into, read_tensor
+from ckptq.checkpoint.view import View
+from ckptq.models.weight import Weight
+from ckptq.spec import FLOATS, torch_dtype
+from ckptq.verify.kinds import finding
+from ckptq.verify.report import Finding
+from ckptq.verify.roundtrip.tally import same_bytes
+from ckptq.verify.roundtrip.undo import Undo
+from ckptq.verify.stored_linear import source_rows
+from ckptq.verify.subject import CODES, SCALES, Subject
+
+CHUNK = 1 << 22
+FAST_BYTES = 1 << 16
+
+EMPTY = 0.25
+"""Share of an embedding that is zero: more than a vocabulary is padded by, or tokens are unused."""
+
+TABLES = ("embedding", "output head")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Copy:
+    """What became of some bytes of a copied tensor."""
+
+    name: str
+    nbytes: int
+    different: int
+    """Bytes that differ from the source's."""
+    not_finite: int = 0
+    zeros: int = 0
+    """Elements that are zero; counted where there is no source."""
+    through_one: int = 0
+    """Of the bytes that differ, those of a norm that is stored as (w + 1) - 1, in its own dtype."""
+
+
+def pairs(subject: Subject) -> Iterator[tuple[StoredTensor, StoredTensor | Weight]]:
+    """Unquantized tensors of the checkpoint with their counterpart in the source, specs equal."""
+    if subject.origin is None or subject.source is None:
+        return
+    for name, tensor in subject.ckpt.tensors.items():
+        module, _, local = name.rpartition(".")
+        known = subject.modules.get(module)
+        if known is not None and known.quantized and local in (*CODES, *SCALES):
+            continue  # judged together, also where the source has scales of its own
+        original = subject.source.tensors.get(name)
+        if original is not None and original.spec == tensor.spec:
+            yield tensor, original
+        elif known is not None and known.origin is not None:
+            weight = {"weight": known.origin.weight, "bias": known.origin.bias}.get(local)
+            if weight is not None and _same(weight, tensor):
+                yield tensor, weight
+
+
+def _same(view: Weight, tensor: StoredTensor) -> bool:
+    """A bias is cut out of its fused tensor as one row [1, R], and stored as [R]."""
+    spec = view.spec
+    shape = spec.shape[1:] if len(tensor.spec.shape) == 1 else spec.shape
+    return (spec.dtype, shape) == (tensor.spec.dtype, tensor.spec.shape)
+
+
+def copy_tasks(
+    subject: Subject, files: Files, undo: Undo, fast: bool
+) -> Iterator[Callable[[], Copy]]:
+    """Tasks that compare chunk by chunk; views and permuted tensors are held whole."""
+    for tensor, original in pairs(subject):
+        if isinstance(original, StoredTensor) and tensor.name not in undo:
+            for start in _starts(tensor.nbytes, fast):
+                count = min(FAST_BYTES if fast else CHUNK, tensor.nbytes - start)
+                yield partial(_chunk, tensor, original, files, start, count)
+        else:
+            weight = View(original) if isinstance(original, StoredTensor) else original
+            yield partial(_whole, tensor, weight, files, undo)
+
+
+def _starts(nbytes: int, fast: bool) -> list[int]:
+    if not fast:
+        return list(range(0, nbytes, CHUNK))
+    return sorted({0, max(nbytes - FAST_BYTES, 0)}) if nbytes else []
+
+
+def _chunk(
+    tensor: StoredTensor, original: StoredTensor, files: Files, start: int, count: int
+) -> Copy:
+    ours, theirs = torch.empty(count, dtype=torch.uint8), torch.empty(count, dtype=torch.uint8)
+    read_into(files, tensor, start, bytes_of(ours))
+    read_into(files, original, start, bytes_of(theirs))
+    different = 0 if same_bytes(ours, theirs) else int((ours != theirs).sum())
+    norm = "norm" in tensor.name and len(tensor.spec.shape) == 1 and tensor.spec.dtype in FLOATS
+    through = different if different and norm and _through_one(ours, theirs, tensor) else 0
+    return Copy(name=tensor.name, nbytes=count, different=different, through_one=through)
+
+
+def _through_one(ours: Tensor, theirs: Tensor, tensor: StoredTensor) -> bool:
+    """Whether all of it is what adding one and taking it away again makes of the source: what
+    llm-compressor does to norms that multiply by 1 + w (Gemma, Qwen3-Next)."""
+    dtype = torch_dtype(tensor.spec.dtype)
+    return same_bytes(ours, ((theirs.view(dtype) + 1) - 1).view(torch.uint8))
+
+
+def _whole(tensor: StoredTensor, weight: Weight, files: Files, undo: Undo) -> Copy:
+    ours = undo.restore(tensor.name, read_tensor(tensor, files))
+    if len(weight.stored.spec.shape) == 1:
+        theirs = read_tensor(weight.stored, files)
+    else:
+        theirs = source_rows(files, weight)(0, weight.spec.shape[0]).contiguous()
+    a, b = (torch.frombuffer(bytes_of(t), dtype=torch.uint8) for t in (ours, theirs))
+    different = 0 if same_bytes(a, b) else int((a != b).sum())
+    return Copy(name=tensor.name, nbytes=tensor.nbytes, different=different)
+
+
+def judge_copy(subject: Subject, copy: Copy) -> Iterator[Finding]:
+    """A copy with anything different in it; a note where that is rounding alone."""
+    if copy.different and copy.different == copy.through_one:
+        yield finding(
+            "norm-rounded", copy.name, file=subject.ckpt.tensors[copy.name].file,
+            found="(w + 1) - 1 of the source's, rounded", wanted="the source's bytes",
+        )  # fmt: skip
+    elif copy.different:
+        yield finding(
+            "copy-differs", copy.name, file=subject.ckpt.tensors[copy.name].file,
+            found=f"{copy.different} of {copy.nbytes} bytes differ", wanted="the source's bytes",
+        )  # fmt: skip
+
+
+def finite_tasks(subject: Subject, files: Files, fast: bool) -> Iterator[Callable[[], Copy]]:
+    """Without a source there is only this to ask of an unquantized tensor."""
+    for tensor in subject.ckpt.tensors.values():
+        module = subject.modules.get(tensor.name.rpartition(".")[0])
+        if tensor.spec.dtype in FLOATS and (module is None or not module.quantized):
+            for start in _starts(tensor.nbytes, fast):
+                count = min(FAST_BYTES if fast else CHUNK, tensor.nbytes - start)
+                yield partial(_finite, tensor, files, start, count)
+
+
+def _finite(tensor: StoredTensor, files: Files, start: int, count: int) -> Copy:
+    size = tensor.spec.itemsize
+    start, count = start // size * size, count // size * size
+    data = torch.empty(count // size, dtype=torch_dtype(tensor.spec.dtype))
+    read_into(files, tensor, start, bytes_of(data))
+    bad = int((~data.isfinite()).sum())
+    zeros = int((data == 0).sum())
+    return Copy(name=tensor.name, nbytes=count, different=0, not_finite=bad, zeros=zeros)
+
+
+def judge_finite(subject: Subject, copy: Copy) -> Iterator[Finding]:
+    """NaN or Inf in a norm, an embedding, an unquantized weight; a table that is half zeros."""
+    if copy.not_finite:
+        yield finding(
+            "not-finite", copy.name, file=subject.ckpt.tensors[copy.name].file,
+            found=f"{copy.not_finite} NaN or Inf", wanted="finite numbers",
+        )  # fmt: skip
+    tensor = subject.ckpt.tensors[copy.name]
+    module = subject.modules.get(copy.name.rpartition(".")[0])
+    share = copy.zeros / max(tensor.spec.numel, 1)
+    table = module is not None and module.kept in TABLES and len(tensor.spec.shape) == 2
+    if table and share > EMPTY:
+        yield finding(
+            "rows-empty", copy.name, file=tensor.file, found=f"{share:.0%} of it is zero",
+            wanted="a row for every token",
+        )  # fmt: skip

@@ -1,0 +1,199 @@
+"""Samples of every kind of weight, decoded by ckptq and by the libraries that define the formats.
+
+What writes and what verifies share ckptq's reading of a format; where that is wrong, both are, and
+agree. So the first, the last and one other weight of each kind go through compressed-tensors (its
+own formats) and transformers (sources of other tools), and both must say the same of the stored
+weight, of the source, and of how far apart they are.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from random import Random
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from ckptq.checkpoint.open import CONFIG
+from ckptq.checkpoint.read import Files
+from ckptq.models.encoded import Encoded
+from ckptq.verify.kinds import finding
+from ckptq.verify.report import Finding
+from ckptq.verify.roundtrip import nearest
+from ckptq.verify.roundtrip.decoders.libraries import ct_scheme, decode_compressed, decode_source
+from ckptq.verify.roundtrip.tally import snr_db
+from ckptq.verify.roundtrip.undo import Undo
+from ckptq.verify.stored_linear import StoredLinear, source_rows
+from ckptq.verify.subject import EXPERT, Subject
+
+if TYPE_CHECKING:
+    from compressed_tensors.quantization import QuantizationScheme
+
+ELEMENTS = 1 << 20
+"""Of a sample, about."""
+
+RELATIVE = 2.0**-6
+"""What rounding to bf16 twice may change."""
+
+ABSOLUTE = 2.0**-16
+"""Of the largest: where products leave the range of float16."""
+
+CLOSE_DB = 3.0
+EXACT_DB = 60.0
+"""From here on only rounding is left."""
+
+
+def check_decoders(
+    subject: Subject, linears: Mapping[str, StoredLinear], files: Files, undo: Undo
+) -> Iterator[Finding]:
+    """A finding for each sample of which the libraries make something else than ckptq, and for each
+    config group that compressed-tensors does not take."""
+    schemes: dict[str, QuantizationScheme | None] = {}
+    for linear, start, stop in samples(linears):
+        group = linear.module.group
+        assert group is not None
+        if group.name not in schemes:
+            schemes[group.name], refused = _scheme(subject, group.name)
+            yield from refused
+        if (scheme := schemes[group.name]) is not None:
+            yield from _compared(subject, linear, scheme, files, undo, start, stop)
+
+
+def _scheme(subject: Subject, group: str) -> tuple[QuantizationScheme | None, list[Finding]]:
+    try:
+        return ct_scheme(subject.ckpt, group), []
+    except MemoryError:
+        raise
+    except Exception as error:  # pydantic's, and whatever validators of compressed-tensors raise
+        said = " ".join(str(error).split())[:200]
+        return None, [
+            finding(
+                "group-invalid", f"config_groups.{group}", file=CONFIG, found=said,
+                wanted="a scheme that compressed-tensors takes",
+            )
+        ]  # fmt: skip
+
+
+def samples(linears: Mapping[str, StoredLinear]) -> list[tuple[StoredLinear, int, int]]:
+    """(Linear, first row, last row): of each kind the first, the last, and one at random, which is
+    the same one each time."""
+    kinds: dict[object, list[StoredLinear]] = {}
+    for linear in linears.values():
+        kinds.setdefault(kind_of(linear), []).append(linear)
+    random = Random(len(linears))
+    chosen = []
+    for alike in kinds.values():
+        for linear, which in ((alike[0], 0), (alike[-1], -1), (random.choice(alike), None)):
+            runs = _runs(linear)
+            start, stop = random.choice(runs) if which is None else runs[which]
+            chosen.append((linear, start, stop))
+    return list({(c[0].name, c[1]): c for c in chosen}.values())
+
+
+def kind_of(linear: StoredLinear) -> object:
+    """What tells apart how weights are decoded: the scheme and the dtypes of what is stored, and
+    the same of the source; experts, which may be cut out of a fused tensor, on their own."""
+    stored = tuple((local, tensor.spec.dtype) for local, tensor in sorted(linear.tensors.items()))
+    origin = linear.module.origin
+    source: object = None
+    if origin is not None and isinstance(origin.weight, Encoded):
+        held = sorted(origin.weight.tensors.items())
+        source = (str(origin.weight.scheme), tuple((n, t.spec.dtype) for n, t in held))
+    elif origin is not None:
+        view = origin.weight
+        source = (view.spec.dtype, view.index is None, view.streams)
+    return str(linear.scheme), stored, source, EXPERT.match(linear.name) is not None
+
+
+def _runs(linear: StoredLinear) -> list[tuple[int, int]]:
+    """Spans of rows that begin where both the stored codes and the source's may be cut."""
+    R, C = linear.shape
+    weight = linear.module.origin.weight if linear.module.origin is not None else None
+    block = weight.scheme.block_structure if isinstance(weight, Encoded) else None
+    step = 32 * linear.quantum * (block[0] if block else 1)
+    step *= max(ELEMENTS // (C * step), 1)
+    return [(start, min(start + step, R)) for start in range(0, R, step)]
+
+
+def _compared(
+    subject: Subject,
+    linear: StoredLinear,
+    scheme: QuantizationScheme,
+    files: Files,
+    undo: Undo,
+    start: int,
+    stop: int,
+) -> Iterator[Finding]:
+    name = linear.name
+    held = linear.read(files, start, stop)
+    ours = nearest.weights(held, linear.scheme, linear.shape[1])
+    theirs = _or_error(lambda: decode_compressed(linear.tensors, scheme, linear.shape, start, stop))
+    yield from _differ(name, "what is stored", "compressed-tensors", ours, theirs)
+    origin = linear.module.origin
+    if origin is None or subject.source is None:
+        return
+    source, weight = subject.source, origin.weight
+    ours_there = source_rows(files, weight)(start, stop).float()
+    theirs_there = _or_error(lambda: decode_source(source, weight, start, stop))
+    library = "compressed-tensors" if _is_ct(subject) else "transformers"
+    yield from _differ(weight.stored.name, "the source", library, ours_there, theirs_there)
+    both = isinstance(theirs, Tensor) and isinstance(theirs_there, Tensor)
+    if both and not undo.module(name, linear.tensors):
+        assert isinstance(theirs, Tensor)
+        assert isinstance(theirs_there, Tensor)
+        yield from _apart(name, snr_db(ours, ours_there), snr_db(theirs, theirs_there))
+
+
+def _is_ct(subject: Subject) -> bool:
+    config = subject.source.quantization_config if subject.source is not None else None
+    return (config or {}).get("quant_method") == "compressed-tensors"
+
+
+def _or_error(decode: Callable[[], Tensor | None]) -> Tensor | Exception | None:
+    """What a library makes of it; its error, of whatever kind, is an answer too."""
+    try:
+        return decode()
+    except MemoryError:
+        raise
+    except Exception as error:
+        return error
+
+
+def _differ(
+    name: str, what: str, library: str, ours: Tensor, theirs: Tensor | Exception | None
+) -> Iterator[Finding]:
+    if theirs is None:
+        return
+    if isinstance(theirs, Exception):
+        said = f"{type(theirs).__name__}: {str(theirs)[:200]}"
+    elif theirs.shape != ours.shape:
+        said = f"{list(theirs.shape)} instead of {list(ours.shape)}"
+    else:
+        apart = int((~_equal(ours, theirs)).sum())
+        said = f"{apart:,} of {ours.numel():,} elements, {snr_db(ours, theirs):.1f} dB"
+        if apart == 0:
+            return
+    yield finding(
+        "decoder-disagrees", name, found=f"{library} decodes {what} otherwise: {said}",
+        wanted="the same weight from both",
+    )  # fmt: skip
+
+
+def _equal(ours: Tensor, theirs: Tensor) -> Tensor:
+    """Element by element, up to rounding; what is not finite is so in both."""
+    finite = ours.isfinite() & theirs.isfinite()
+    reach = ours[finite].abs().max() if finite.any() else torch.zeros(())
+    slack = RELATIVE * ours.abs() + ABSOLUTE * reach
+    same = ((ours - theirs).abs() <= slack) & finite
+    return same | (~ours.isfinite() & ~theirs.isfinite())
+
+
+def _apart(name: str, ours_db: float, theirs_db: float) -> Iterator[Finding]:
+    """Whether the libraries find the stored weight further from the source than ckptq does."""
+    if theirs_db < ours_db - CLOSE_DB and theirs_db < EXACT_DB:
+        yield finding(
+            "decoder-disagrees", name,
+            found=f"{theirs_db:.1f} dB from the source by its libraries, {ours_db:.1f} dB by ckptq",
+            wanted="the same distance from both",
+        )  # fmt: skip

@@ -1,0 +1,54 @@
+"""Weights that a quantized source holds already: their scales are right as they stand there.
+
+`quantize --scheme kv-fp8-...` leaves such weights as they are stored. What made them may have
+chosen scales in other ways than by the plain extremes, and what codes and scales stand for does
+not always reach the extremes that they were made of.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+
+from ckptq.checkpoint.read import Files, read_tensor
+from ckptq.verify.roundtrip.tally import Tally, same_bytes
+from ckptq.verify.roundtrip.undo import Undo
+from ckptq.verify.stored_linear import StoredLinear
+from ckptq.verify.subject import Subject
+
+SCALES = ("weight_scale", "weight_zero_point", "weight_global_scale")
+
+
+def with_kept_scales(
+    subject: Subject,
+    linears: Mapping[str, StoredLinear],
+    tallies: Mapping[str, Tally],
+    files: Files,
+    undo: Undo,
+) -> dict[str, Tally]:
+    """The tallies, without wrong scales where codes are right and the scales are the source's."""
+    return {
+        name: replace(tally, scales_wrong=0, zeros_wrong=0)
+        if tally.scales_wrong
+        and tally.wrong <= tally.twice
+        and _kept(subject, linears[name], files, undo)
+        else tally
+        for name, tally in tallies.items()
+    }
+
+
+def _kept(subject: Subject, linear: StoredLinear, files: Files, undo: Undo) -> bool:
+    """Whether its scales and zero points are the source's of these names, byte for byte."""
+    if subject.source is None or linear.module.origin is None:
+        return False
+    for local in SCALES:
+        ours = linear.tensors.get(local)
+        theirs = subject.source.tensors.get(f"{linear.module.origin.name}.{local}")
+        if ours is None and theirs is None:
+            continue
+        if ours is None or theirs is None or ours.spec != theirs.spec:
+            return False
+        if not same_bytes(undo.restore(ours.name, read_tensor(ours, files)),
+                          read_tensor(theirs, files)):  # fmt: skip
+            return False
+    return True

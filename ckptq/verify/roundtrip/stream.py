@@ -1,0 +1,147 @@
+"""Every quantized Linear against its source, streamed; memory is a few runs of rows, or a slab.
+
+Shape letters: R rows, C columns.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
+from functools import partial
+
+from ckptq.checkpoint.read import Files, read_tensor
+from ckptq.checkpoint.view import View, read_slab, window
+from ckptq.errors import SourceError
+from ckptq.quantize.formats import NonFinite
+from ckptq.verify.report import Finding, TensorResult
+from ckptq.verify.roundtrip.impossible_codes import check_codes
+from ckptq.verify.roundtrip.tally import Tally, compare, floor_db
+from ckptq.verify.roundtrip.undo import Undo
+from ckptq.verify.stored_linear import Held, Rows, StoredLinear, blocks, rows_of, source_rows
+
+FAST_ELEMENTS = 1 << 16
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Part:
+    """What some rows of a Linear gave."""
+
+    name: str
+    nbytes: int
+    tally: Tally | None
+    """None where there is no source to compare with."""
+    findings: tuple[Finding, ...] = field(default_factory=tuple)
+
+
+def tasks(
+    linears: Iterable[StoredLinear], files: Files, undo: Undo, fast: bool
+) -> Iterator[Callable[[], list[Part]]]:
+    """One task for a run of rows; one for all Linears that are cut out of the same slab."""
+    slabs: dict[object, list[StoredLinear]] = {}
+    for linear in linears:
+        origin = linear.module.origin
+        if origin is not None and undo.module(linear.name, linear.tensors):
+            yield partial(_permuted, linear, files, undo)
+        elif origin is None or origin.weight.streams:
+            for start, stop in spans(linear, fast):
+                yield partial(_run, linear, files, start, stop)
+        else:
+            slabs.setdefault(origin.weight.slab, []).append(linear)
+    for group in slabs.values():
+        yield partial(_slab, group, files, fast)
+
+
+def spans(linear: StoredLinear, fast: bool) -> list[tuple[int, int]]:
+    """All runs of rows, or with `fast` a first, a middle and a last one of few rows."""
+    if not fast:
+        return linear.runs()
+    runs = linear.runs(FAST_ELEMENTS)
+    return [runs[i] for i in sorted({0, len(runs) // 2, len(runs) - 1})]
+
+
+def _run(linear: StoredLinear, files: Files, start: int, stop: int) -> list[Part]:
+    origin = linear.module.origin
+    rows = source_rows(files, origin.weight) if origin is not None else None
+    return [_compare(linear, linear.read(files, start, stop), rows, start, stop)]
+
+
+def _slab(linears: list[StoredLinear], files: Files, fast: bool) -> list[Part]:
+    """gate and up of one expert share a slab: read it once."""
+    views = [one.module.origin.weight for one in linears if one.module.origin is not None]
+    first = views[0]
+    assert isinstance(first, View)
+    slab = read_slab(files, first)
+    parts = []
+    for linear, view in zip(linears, views, strict=True):
+        assert isinstance(view, View)
+        rows = rows_of(window(slab, view))
+        for start, stop in spans(linear, fast):
+            parts.append(_compare(linear, linear.read(files, start, stop), rows, start, stop))
+    return parts
+
+
+def _permuted(linear: StoredLinear, files: Files, undo: Undo) -> list[Part]:
+    """Whole, because rows of one head move about."""
+    origin = linear.module.origin
+    assert origin is not None
+    held = {
+        local: undo.restore(tensor.name, read_tensor(tensor, files))
+        for local, tensor in linear.tensors.items()
+    }
+    held = {k: t.reshape(-1) if linear.per_quantum[k] is None else t for k, t in held.items()}
+    rows = source_rows(files, origin.weight)
+    return [_compare(linear, held, rows, 0, linear.shape[0])]
+
+
+def _compare(linear: StoredLinear, held: Held, rows: Rows | None, start: int, stop: int) -> Part:
+    """Block by block, so that everything stays in the cache."""
+    source = rows(start, stop) if rows is not None else None
+    tally, found = Tally(), list[Finding]()
+    for first, last in blocks(linear, start, stop):
+        cut = linear.cut(held, start, first, last)
+        one = None
+        if source is not None:
+            w_RC = source[first - start : last - start]
+            with naming(linear):
+                one = compare(w_RC, cut, linear.scheme)
+            tally += one
+        if one is None or one.unproved:
+            found += check_codes(linear, cut)
+    return Part(
+        name=linear.name,
+        nbytes=sum(tensor.nbytes for tensor in held.values()),
+        tally=tally if source is not None else None,
+        findings=tuple(found),
+    )
+
+
+class naming:
+    """Say which source tensor held the NaN that no scheme can bring into range."""
+
+    def __init__(self, linear: StoredLinear) -> None:
+        self.linear = linear
+
+    def __enter__(self) -> None:
+        return None
+
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
+        origin = self.linear.module.origin
+        if isinstance(error, NonFinite) and origin is not None:
+            stored = origin.weight.stored
+            raise SourceError(
+                f"{stored.file}: tensor {stored.name!r} (for {self.linear.name}): {error}"
+            ) from error
+
+
+def result_of(linear: StoredLinear, tally: Tally) -> TensorResult:
+    """The row of the report's table."""
+    return TensorResult(
+        name=linear.name,
+        scheme=str(linear.scheme),
+        elements=tally.elements,
+        snr_db=tally.snr_db,
+        floor_db=floor_db(linear.scheme, linear.shape),
+        codes_wrong=tally.wrong,
+        codes_rounded_twice=tally.twice,
+        scales_wrong=tally.scales_wrong,
+    )

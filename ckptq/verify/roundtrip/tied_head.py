@@ -1,0 +1,58 @@
+"""An output head that is stored although config.json ties it to the embedding.
+
+Engines then serve the embedding in its place and never look at what is stored.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+
+from ckptq.checkpoint.header import StoredTensor
+from ckptq.checkpoint.read import Files, bytes_of, read_into
+from ckptq.verify.kinds import finding
+from ckptq.verify.report import Finding
+from ckptq.verify.roundtrip.tally import same_bytes
+from ckptq.verify.subject import Subject
+
+CHUNK = 1 << 22
+
+
+def check_tied_head(subject: Subject, files: Files) -> Iterator[Finding]:
+    """A head that is not the embedding, unless the source is stored and declared so too."""
+    if not tied(subject.ckpt.config, subject.ckpt.text_config):
+        return
+    source = subject.source
+    if source is not None and tied(source.config, source.text_config):
+        return
+    ends = {
+        name.rpartition(".")[0].rpartition(".")[2]: tensor
+        for name, tensor in subject.ckpt.tensors.items()
+        if name.endswith(".weight")
+    }
+    head, embedding = ends.get("lm_head"), ends.get("embed_tokens")
+    if head is None or embedding is None or head.spec != embedding.spec:
+        return
+    if not _equal(head, embedding, files):
+        yield finding(
+            "tied-head", head.name, file=head.file,
+            found=f"another weight than {embedding.name}, and tie_word_embeddings true",
+            wanted="the embedding's weight", repair="set tie_word_embeddings to false",
+        )  # fmt: skip
+
+
+def tied(*configs: object) -> bool:
+    """Whether any of a model's configs says so."""
+    return any(isinstance(c, dict) and c.get("tie_word_embeddings") is True for c in configs)
+
+
+def _equal(a: StoredTensor, b: StoredTensor, files: Files) -> bool:
+    for start in range(0, a.nbytes, CHUNK):
+        count = min(CHUNK, a.nbytes - start)
+        ours, theirs = torch.empty(count, dtype=torch.uint8), torch.empty(count, dtype=torch.uint8)
+        read_into(files, a, start, bytes_of(ours))
+        read_into(files, b, start, bytes_of(theirs))
+        if not same_bytes(ours, theirs):
+            return False
+    return True

@@ -1,0 +1,143 @@
+"""From counts to a verdict: right, right with a note, or suspect.
+
+A checkpoint of another maker may have scales of another observer, or codes of GPTQ: both are
+right as long as the weight is still there, which its signal-to-noise ratio says.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+
+from ckptq.quantize import scales
+from ckptq.spec import torch_dtype
+from ckptq.verify.kinds import finding
+from ckptq.verify.report import Finding
+from ckptq.verify.roundtrip.tally import Tally, floor_db
+from ckptq.verify.stored_linear import StoredLinear
+
+CLIPPED_DB = 3.0
+"""Another observer's scales cost less than this against the floor."""
+
+CHOSEN_DB = 6.0
+"""GPTQ's codes cost less than this against the floor."""
+
+ARRIVED_DB = 1.0
+"""A weight that arrives as it is stored is no further than this from its tally, which `fast` takes
+of a few rows."""
+
+DAMAGED = 0.005
+"""GPTQ changes more of the codes than this share; damage to a file less."""
+
+
+def expected_scales(dtype: str, tally: Tally, linear: StoredLinear) -> torch.Tensor:
+    """The scale of strategy "tensor", or the global scale, from the source's extremes."""
+    amax = torch.tensor([max(-tally.low, tally.high)], dtype=torch_dtype(dtype))
+    if linear.scheme.strategy == "tensor_group":
+        return scales.nvfp4_global(amax)
+    if linear.scheme.symmetric:
+        return scales.symmetric(amax, linear.scheme.half_range)
+    low, high = torch.tensor([[tally.low], [tally.high]], dtype=torch_dtype(dtype))
+    return scales.asymmetric(low, high, linear.scheme.num_bits)[0]
+
+
+def arrival_floor_db(linear: StoredLinear, tally: Tally | None) -> float:
+    """What a weight in an engine must reach: the format's own, or what a right weight reaches as it
+    is stored, where the format suits it badly."""
+    floor = floor_db(linear.scheme, linear.shape) - CHOSEN_DB
+    if tally is None or tally.wrong > tally.twice:
+        return floor
+    return min(floor, tally.snr_db - ARRIVED_DB)
+
+
+def verdict(linear: StoredLinear, tally: Tally) -> list[Finding] | None:
+    """Notes on a weight that is right, a fault that counts alone prove; None for a suspect."""
+    floor = floor_db(linear.scheme, linear.shape)
+    if tally.wrong > tally.twice:
+        return None
+    if tally.scales_wrong:
+        return [_other_scales(linear, tally, floor)]
+    notes = []
+    if tally.twice:
+        notes.append(
+            _about(
+                linear, "rounded-twice", f"{tally.twice} of {tally.elements} codes, a step beside",
+                "the nearest codes",
+            )
+        )  # fmt: skip
+    if tally.snr_db < floor:
+        notes.append(_low(linear, tally, floor))
+    return notes
+
+
+def _other_scales(linear: StoredLinear, tally: Tally, floor: float) -> Finding:
+    code = "scale-differs" if tally.snr_db >= floor - CLIPPED_DB else "scale-clips"
+    found = f"{tally.scales_wrong} of {tally.scales} scales, {tally.snr_db:.1f} dB"
+    return _about(linear, code, found, f"scales of the plain extremes, {floor:.1f} dB or more")
+
+
+def _low(linear: StoredLinear, tally: Tally, floor: float) -> Finding:
+    return _about(
+        linear, "low-snr", f"{tally.snr_db:.1f} dB with every code the nearest",
+        f"{floor:.1f} dB, as on Gaussian weights",
+    )  # fmt: skip
+
+
+def undiagnosed(linear: StoredLinear, tally: Tally) -> Finding:
+    """What can be said of a suspect that no hypothesis explains."""
+    floor = floor_db(linear.scheme, linear.shape)
+    unexplained = tally.wrong - tally.twice
+    share, snr = unexplained / max(tally.elements, 1), tally.snr_db
+    if tally.scales_wrong and tally.foreign == 0:
+        if tally.zeros_wrong == tally.scales_wrong:
+            found = f"{tally.zeros_wrong} of {tally.scales} zero points are not those of the codes"
+            return _about(linear, "zero-points-wrong", found, "the codes' zero points")
+        few = tally.scales_wrong / tally.scales < 0.25
+        found = f"{tally.scales_wrong} of {tally.scales} scales are not those of the codes"
+        return _about(linear, "scale-corrupt" if few else "scale-wrong", found, "the codes' scales")
+    if share < DAMAGED:
+        found = f"{unexplained} of {tally.elements} codes are not the nearest"
+        return _about(linear, "codes-corrupt", found, "the nearest codes")
+    found = f"{snr:.1f} dB, {share:.0%} of the codes are not the nearest"
+    if snr >= floor - CHOSEN_DB:
+        return _about(linear, "codes-not-nearest", found, f"near {floor:.1f} dB")
+    return _about(linear, "weight-wrong", found, f"{floor:.1f} dB or more")
+
+
+def _about(linear: StoredLinear, code: str, found: str, wanted: str) -> Finding:
+    local = "weight_scale" if code.startswith("scale") else linear.scheme.codes
+    local = "weight_zero_point" if code.startswith("zero") else local
+    tensor = linear.tensors[local]
+    return finding(code, tensor.name, file=tensor.file, found=found, wanted=wanted)
+
+
+def with_tensor_scales(
+    linears: Mapping[str, StoredLinear],
+    tallies: Mapping[str, Tally],
+    held: Mapping[str, torch.Tensor],
+    sets: Mapping[str, tuple[str, ...]],
+) -> dict[str, Tally]:
+    """Tallies that also count a wrong scale of a whole tensor.
+
+    Right is the scale of the weight alone, and the one that its fused set shares.
+    """
+    made = {}
+    for name, tally in tallies.items():
+        linear = linears[name]
+        made[name] = tally
+        if name not in held or linear.module.origin is None:
+            continue
+        together = tally
+        for member in sets.get(name, ()):
+            other = tallies.get(member)
+            if other is not None:
+                together = Tally(
+                    low=min(together.low, other.low), high=max(together.high, other.high)
+                )
+        dtype = linear.module.origin.weight.spec.dtype
+        right = [expected_scales(dtype, t, linear) for t in (tally, together)]
+        found = held[name].reshape(-1).float()
+        if not any(torch.equal(found, r.reshape(-1).float()) for r in right):
+            made[name] = tally + Tally(scales=1, scales_wrong=1)
+    return made

@@ -1,0 +1,172 @@
+"""Files beside the tensors: the index's sums, side files, and config.json against the source's."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from ckptq.checkpoint.beside import WEIGHT_FORMATS
+from ckptq.checkpoint.open import CONFIG, INDEX, Checkpoint, Problems
+from ckptq.verify.kinds import AGAIN, finding
+from ckptq.verify.report import Finding
+from ckptq.verify.structure.vocabulary import check_vocabulary
+from ckptq.verify.subject import Subject
+
+SERVING = (
+    "tokenizer.json",
+    "tokenizer.model",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "vocab.json",
+    "merges.txt",
+    "chat_template.jinja",
+    "chat_template.json",
+    "preprocessor_config.json",
+    "processor_config.json",
+    "generation_config.json",
+)
+"""What an engine looks for."""
+
+FREE = (
+    "quantization_config",
+    "compression_config",
+    "ckptq",
+    "transformers_version",
+    "_name_or_path",
+    "dtype",
+    "torch_dtype",
+    "use_cache",
+)
+"""Fields that a conversion may change."""
+
+WHOLE = ("rope_scaling", "rope_parameters")
+"""Objects that mean something as a whole."""
+
+HARMLESS = re.compile(
+    r"_token_id$|dropout|^initializer|init_std|aux_loss|jitter|^output_|^return_dict|^max_position"
+    r"|^architectures$|^pretraining_tp$|label|^gradient_|^auto_map$|^tie_word_embeddings$|^name$"
+    r"|^use_bfloat16$|^chunk_size_feed_forward$|^task_specific|^problem_type$|^is_decoder$|_version$"
+)
+"""Fields that change nothing that is computed: of training, tokens that the tokenizer knows better,
+lengths. A tie is judged by what is stored. Any other field may change it."""
+
+ABSENT = object()
+
+
+def check_files(subject: Subject, problems: Problems) -> Iterator[Finding]:
+    """Everything that can be said without looking at a Linear."""
+    yield from _twice(problems)
+    yield from _index(subject.ckpt)
+    yield from _stray_shards(subject)
+    yield from check_vocabulary(subject)
+    if subject.source is not None:
+        yield from _side_files(subject.ckpt, subject.source)
+        yield from _config(subject.ckpt.config, subject.source.config, "")
+
+
+def _twice(problems: Problems) -> Iterator[Finding]:
+    """Tensors that two files hold."""
+    for problem in problems:
+        file, _, what = problem.partition(": ")
+        if "is also in" in what:
+            yield finding(
+                "index-mismatch", what.split("'")[1], file=Path(file), found=what,
+                wanted="each tensor once", repair="delete the file that is not of this run",
+            )  # fmt: skip
+
+
+def _index(ckpt: Checkpoint) -> Iterator[Finding]:
+    file = ckpt.path / INDEX
+    if file.exists():
+        index = json.loads(file.read_bytes())
+        yield from _misplaced(ckpt, index["weight_map"])
+        yield from _total_size(ckpt, index.get("metadata"))
+
+
+def _misplaced(ckpt: Checkpoint, weight_map: Mapping[str, str]) -> Iterator[Finding]:
+    """One finding for all tensors that the index seeks in one file and another holds."""
+    held = {name: tensor.file.name for name, tensor in ckpt.tensors.items()}
+    moved: dict[tuple[str | None, str | None], list[str]] = {}
+    for name in held.keys() | weight_map.keys():
+        places = weight_map.get(name), held.get(name)
+        if places[0] != places[1]:
+            moved.setdefault(places, []).append(name)
+    for (said, real), names in moved.items():
+        if len(names) > 1 and (real, said) in moved:
+            repair = f"{said} and {real} may have been renamed: exchange their names"
+        else:
+            repair = "write the index anew" if real else "find the file that holds it, or " + AGAIN
+        said, real = said or "no file", f"it is in {real}" if real else "no file holds it"
+        more = f", and {len(names) - 1} more like it" if len(names) > 1 else ""
+        yield finding(
+            "index-mismatch", min(names), file=INDEX, found=f"index: {said}; {real}{more}",
+            wanted="the file that holds it", repair=repair,
+        )  # fmt: skip
+
+
+def _total_size(ckpt: Checkpoint, metadata: object) -> Iterator[Finding]:
+    total = metadata.get("total_size") if isinstance(metadata, dict) else None
+    if total is not None and total != ckpt.nbytes:
+        yield finding(
+            "total-size", "metadata.total_size", file=INDEX, found=str(total)[:40],
+            wanted=f"{ckpt.nbytes} bytes of tensors",
+        )  # fmt: skip
+
+
+def _stray_shards(subject: Subject) -> Iterator[Finding]:
+    """Files at the top that are no shards, and that did not come along from the source."""
+    known = {header.file.name for header in subject.ckpt.headers}
+    known |= {str(path) for path in (subject.source or subject.ckpt).side_files()}
+    for path in sorted(subject.ckpt.path.glob("*.safetensors")):
+        if path.name not in known:
+            yield finding(
+                "stray-shard", file=path, found="a file that the index does not name",
+                wanted="only the index's files",
+            )  # fmt: skip
+
+
+def _side_files(ckpt: Checkpoint, source: Checkpoint) -> Iterator[Finding]:
+    weights = [str(path) for path in source.side_files() if path.suffix in WEIGHT_FORMATS]
+    for name in (*SERVING, *weights):
+        there, original = ckpt.path / name, source.path / name
+        if not original.is_file():
+            continue
+        if not there.is_file():
+            yield finding(
+                "side-file-missing", file=name, found="no such file", wanted="the source's",
+                repair=f"copy {name} from the source",
+            )  # fmt: skip
+        elif name not in weights and there.read_bytes() != original.read_bytes():
+            yield finding(
+                "side-file-differs", file=name, found=f"{there.stat().st_size} bytes",
+                wanted=f"the source's {original.stat().st_size} bytes",
+            )  # fmt: skip
+
+
+def _config(found: Mapping[str, Any], wanted: Mapping[str, Any], prefix: str) -> Iterator[Finding]:
+    for key in sorted(found.keys() | wanted.keys()):
+        ours, theirs = found.get(key, ABSENT), wanted.get(key, ABSENT)
+        if key in FREE or _same(ours, theirs):
+            continue
+        if isinstance(ours, dict) and isinstance(theirs, dict) and key not in WHOLE:
+            yield from _config(ours, theirs, f"{prefix}{key}.")
+            continue
+        both = ours is not ABSENT and theirs is not ABSENT
+        code = "config-note" if not both or HARMLESS.search(key) else "config-differs"
+        yield finding(
+            code, f"{prefix}{key}", file=CONFIG, found=_shown(ours), wanted=_shown(theirs)
+        )
+
+
+def _same(ours: object, theirs: object) -> bool:
+    """NaN is no number, and yet the same field."""
+    if ABSENT in (ours, theirs):
+        return False
+    return ours == theirs or json.dumps(ours, sort_keys=True) == json.dumps(theirs, sort_keys=True)
+
+
+def _shown(value: object) -> str:
+    return "nothing" if value is ABSENT else json.dumps(value, default=str)[:120]

@@ -1,0 +1,119 @@
+"""Without a source: the model that transformers builds of config.json says what there should be.
+
+Only what no scheme explains is asked of it: norms, biases, embeddings, tensors without a place, and
+sizes. Headers only. A family that transformers lacks, or a config that it refuses, is not judged.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable, Iterator
+from typing import TYPE_CHECKING
+
+from ckptq.checkpoint.open import CONFIG, Checkpoint
+from ckptq.models.family import LAYER
+from ckptq.numbered import starred
+from ckptq.spec import TensorSpec
+from ckptq.verify.engine.transformers import CACHE_SCALES, lacking, left_over, submodule, unlike
+from ckptq.verify.kinds import finding
+from ckptq.verify.report import Finding
+from ckptq.verify.subject import CODES, SCALES, Subject
+
+if TYPE_CHECKING:
+    from ckptq.verify.engine.by_headers import Loaded
+
+EXPERTS = ".experts"
+"""Merged on loading, and judged expert by expert elsewhere; their biases are not."""
+
+
+def check_whole(subject: Subject, told: Iterable[Finding]) -> Iterator[Finding]:
+    """Places of the model that nothing fills, tensors that have none, sizes that differ; nothing of
+    modules of which something was `told` already."""
+    from ckptq.verify.engine.by_headers import load_by_headers
+
+    told = list(told)
+    if not subject.declared.present or any(one.code == "names-moved" for one in told):
+        return
+    try:
+        loaded = load_by_headers(subject.ckpt)
+    except MemoryError:
+        raise
+    except Exception:  # any: families and validators of configs raise what they like
+        return
+    failed = {place.rpartition(".")[0] for place in loaded.errors}
+    named = {one.tensor for one in told if one.tensor is not None}
+    failed |= named | {name.rpartition(".")[0] for name in named}
+    if any(one.code == "layer-missing" for one in told):
+        failed |= _in_missing_layers(subject.ckpt, loaded)
+    yield from _missing(loaded, failed)
+    yield from _unknown(subject.ckpt, loaded, failed)
+    yield from _sizes(loaded, failed)
+
+
+def _in_missing_layers(ckpt: Checkpoint, loaded: Loaded) -> set[str]:
+    """Modules of layers of which nothing is stored."""
+    there = {m[0] for name in ckpt.tensors if (m := LAYER.match(name))}
+    names = (name for name, _ in loaded.model.named_modules())
+    return {name for name in names if (m := LAYER.match(f"{name}.")) and m[0] not in there}
+
+
+def _missing(loaded: Loaded, failed: Collection[str]) -> Iterator[Finding]:
+    for module, locals_ in lacking(loaded).items():
+        for local in locals_ if module not in failed else ():
+            if _of_scheme(loaded, module, local):
+                continue
+            yield finding(
+                "tensor-missing", f"{module}.{local}" if module else local, found="no such tensor",
+                wanted=f"{loaded.wanted[_joined(module, local)]}, as {_class(loaded)} has it",
+            )  # fmt: skip
+
+
+def _of_scheme(loaded: Loaded, module: str, local: str) -> bool:
+    """Codes and scales, which are judged by what the config declares; scales of attention, which
+    compressed-tensors wants of other modules than vLLM; and what is tied, whose codes transformers
+    does not tie."""
+    if local.endswith("bias"):
+        return False
+    if local in CACHE_SCALES:
+        return True
+    if module in loaded.tied:
+        return True
+    quantized = getattr(submodule(loaded, module), "quantization_scheme", None) is not None
+    return local in SCALES or EXPERTS in f".{module}" or (quantized and local in CODES)
+
+
+def _unknown(ckpt: Checkpoint, loaded: Loaded, failed: Collection[str]) -> Iterator[Finding]:
+    for module, names in left_over(loaded).items():
+        for name in names if module not in failed and EXPERTS not in f".{module}" else ():
+            local = name.rpartition(".")[2]
+            tensor = ckpt.tensors.get(name)
+            if tensor is not None and local not in (*CODES, *SCALES, *CACHE_SCALES):
+                yield finding(
+                    "tensor-extra" if local == "bias" else "tensor-unknown", name,
+                    file=tensor.file, found=str(tensor.spec),
+                    wanted=f"no such tensor: {_class(loaded)} has no place for it",
+                )  # fmt: skip
+
+
+def _sizes(loaded: Loaded, failed: Collection[str]) -> Iterator[Finding]:
+    """One finding for all tensors that differ in their numbers alone."""
+    seen: set[tuple[str, TensorSpec, TensorSpec]] = set()
+    for module, places in unlike(loaded).items():
+        for place in places if module not in failed and EXPERTS not in f".{module}" else ():
+            found, wanted = loaded.found[place], loaded.wanted[place]
+            kind = starred(place), found, wanted
+            if found.shape == wanted.shape or place.rpartition(".")[2] in SCALES or kind in seen:
+                continue
+            seen.add(kind)
+            yield finding(
+                "config-shapes", place, file=CONFIG, found=f"{list(found.shape)} on disk",
+                wanted=f"{list(wanted.shape)} in a {_class(loaded)} of these sizes",
+                repair="restore the config.json of this model",
+            )  # fmt: skip
+
+
+def _class(loaded: Loaded) -> str:
+    return f"transformers' {type(loaded.model).__name__}"
+
+
+def _joined(module: str, local: str) -> str:
+    return f"{module}.{local}" if module else local

@@ -1,0 +1,82 @@
+"""Scales of static activations: numbers that can be, and like those of the other layers.
+
+Nothing but text through the model can tell what they should be; what no model has is told here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from statistics import median
+
+from ckptq.checkpoint.header import StoredTensor
+from ckptq.checkpoint.read import Files, read_tensor
+from ckptq.numbered import starred
+from ckptq.quantize.scales import E4M3_MAX
+from ckptq.spec import FLOATS
+from ckptq.verify.kinds import finding
+from ckptq.verify.report import Finding
+from ckptq.verify.stored_linear import StoredLinear
+from ckptq.verify.values.plausible import check_scale
+
+LOCALS = ("input_scale", "input_global_scale")
+
+LARGEST, SMALLEST = 1e6, 1e-7
+"""Of the inputs of a Linear, the largest: behind a norm it is 1 to 1,000, and where it grows, as
+before a down projection, 100,000. A Linear that calibration never reached has an epsilon."""
+
+OUTLIER = 1e4
+"""Times the median of the same Linear in the other layers."""
+
+FEWEST = 3
+"""Layers, without which there is no other that is usual."""
+
+NVFP4_REACH = E4M3_MAX * 6.0
+
+
+def check_inputs(linears: Mapping[str, StoredLinear], files: Files) -> Iterator[Finding]:
+    """Finite, positive, of a possible size; a note for a layer unlike the others."""
+    alike: dict[str, dict[str, tuple[StoredTensor, float]]] = {}
+    for linear in linears.values():
+        for local in LOCALS:
+            tensor = linear.module.tensors.get(local)
+            if tensor is None or tensor.spec.dtype not in FLOATS or not tensor.spec.numel:
+                continue
+            scale = read_tensor(tensor, files)
+            wrong = list(check_scale(tensor, scale, (0.0, float("inf"))))
+            if wrong:
+                yield from wrong
+                continue
+            reach = _reach(linear, local, float(scale.float().abs().max()))
+            yield from _possible(tensor, reach)
+            alike.setdefault(starred(tensor.name), {})[tensor.name] = tensor, reach
+    for layers in alike.values():
+        yield from _outliers(layers)
+
+
+def _reach(linear: StoredLinear, local: str, scale: float) -> float:
+    """The largest input that it was made of; NVFP4's global scale is a divisor."""
+    if local == "input_global_scale":
+        return NVFP4_REACH / scale
+    group = linear.module.group
+    return scale * (group.input_reach if group is not None else E4M3_MAX)
+
+
+def _possible(tensor: StoredTensor, reach: float) -> Iterator[Finding]:
+    low = SMALLEST if tensor.name.endswith("input_global_scale") else 0.0
+    if not low <= reach <= LARGEST:
+        yield finding(
+            "input-scale-implausible", tensor.name, file=tensor.file,
+            found=f"inputs that reach {reach:.3g}", wanted=f"at most {LARGEST:g}",
+        )  # fmt: skip
+
+
+def _outliers(layers: Mapping[str, tuple[StoredTensor, float]]) -> Iterator[Finding]:
+    if len(layers) < FEWEST:
+        return
+    middle = median(reach for _, reach in layers.values())
+    for tensor, reach in layers.values():
+        if reach > middle * OUTLIER:
+            yield finding(
+                "scale-outlier", tensor.name, file=tensor.file, found=f"inputs reach {reach:.3g}",
+                wanted=f"near {middle:.3g}, as in the other layers",
+            )  # fmt: skip
