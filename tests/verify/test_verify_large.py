@@ -11,7 +11,8 @@ from ckptq.verify.structure.tensors import check_tensors
 from ckptq.verify.subject import Subject
 
 LAYERS, EXPERTS, HIDDEN, INTERMEDIATE, SHARDS = 40, 64, 5120, 2560, 20
-SECONDS = 2.0
+SECONDS = 30.0
+"""It takes 2 to 4; work that grows with the square of the tensors takes minutes."""
 
 
 def tensors():
@@ -56,7 +57,7 @@ def write(folder):
     (folder / "config.json").write_text(json.dumps(config))
 
 
-def test_structure_takes_two_seconds(tmp_path):
+def test_structure_of_experts_by_the_thousand_is_no_long_work(tmp_path):
     write(tmp_path)
     began = time.process_time()
     problems = []
