@@ -201,3 +201,9 @@ def pack_all_codes_without_the_offset(e):
         word = e.tensors[name].contiguous()
         e.tensors[name] = (word.view(torch.uint8) ^ 128).view(word.dtype)
     return codes(e, module(e, "self_attn.o_proj"))
+
+
+@fault("config-differs", families=("llama",))
+def add_a_scaling_of_rope(e):
+    e.config["rope_scaling"] = {"rope_type": "linear", "factor": 4.0}
+    return "rope_scaling"

@@ -147,3 +147,29 @@ def test_any_tokenizer_is_read(told, text):
     (out / "tokenizer.json").write_text(text)
     (out / "vocab.json").write_text(text)
     assert verify(out).findings == ()
+
+
+ROPE = {"rope_type": "default", "rope_theta": 5e5}
+DEFAULT_ROPE = {"rope_type": "default", "rope_theta": 10000.0}
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "codes"),
+    [
+        ("rms_norm_eps", 0.01, {"config-differs"}),
+        ("rms_norm_eps", 1e-6, set()),
+        ("rope_parameters", ROPE, {"config-differs"}),
+        ("rope_parameters", DEFAULT_ROPE, set()),
+    ],
+)
+def test_a_field_that_got_lost_means_its_default(broken, tmp_path, field, value, codes):
+    """And is a fault where that is another model than the source's."""
+    editor, source = broken("llama", "fp8-channel")
+    original = tmp_path / "source"
+    shutil.copytree(source, original)
+    config = json.loads((original / "config.json").read_text()) | {field: value}
+    (original / "config.json").write_text(json.dumps(config))
+    editor.config.pop(field, None)
+    report = verify(editor.save(), original)
+    assert {one.code for one in report.findings} == codes
+    assert codes or "config-note" in {one.code for one in report.notes}

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
 from ckptq.checkpoint.beside import WEIGHT_FORMATS
 from ckptq.checkpoint.open import CONFIG, INDEX, Checkpoint, Problems
+from ckptq.errors import CkptqError
 from ckptq.verify.kinds import AGAIN, finding
 from ckptq.verify.report import Finding
 from ckptq.verify.structure.vocabulary import check_vocabulary
@@ -55,6 +57,10 @@ lengths. A tie is judged by what is stored. Any other field may change it."""
 
 ABSENT = object()
 
+Configs = tuple[dict[str, Any], dict[str, Any]]
+Resolved = Callable[[], Configs | None]
+"""The checkpoint's and the source's config as transformers reads them, when they are needed."""
+
 
 def check_files(subject: Subject, problems: Problems) -> Iterator[Finding]:
     """Everything that can be said without looking at a Linear."""
@@ -64,7 +70,8 @@ def check_files(subject: Subject, problems: Problems) -> Iterator[Finding]:
     yield from check_vocabulary(subject)
     if subject.source is not None:
         yield from _side_files(subject.ckpt, subject.source)
-        yield from _config(subject.ckpt.config, subject.source.config, "")
+        resolved = cache(partial(_resolved, subject.ckpt, subject.source))
+        yield from _config(subject.ckpt.config, subject.source.config, "", resolved)
 
 
 def _twice(problems: Problems) -> Iterator[Finding]:
@@ -146,26 +153,59 @@ def _side_files(ckpt: Checkpoint, source: Checkpoint) -> Iterator[Finding]:
             )  # fmt: skip
 
 
-def _config(found: Mapping[str, Any], wanted: Mapping[str, Any], prefix: str) -> Iterator[Finding]:
+def _config(
+    found: Mapping[str, Any], wanted: Mapping[str, Any], prefix: str, resolved: Resolved
+) -> Iterator[Finding]:
     for key in sorted(found.keys() | wanted.keys()):
         ours, theirs = found.get(key, ABSENT), wanted.get(key, ABSENT)
         if key in FREE or _same(ours, theirs):
             continue
         if isinstance(ours, dict) and isinstance(theirs, dict) and key not in WHOLE:
-            yield from _config(ours, theirs, f"{prefix}{key}.")
+            yield from _config(ours, theirs, f"{prefix}{key}.", resolved)
             continue
         both = ours is not ABSENT and theirs is not ABSENT
-        code = "config-note" if not both or HARMLESS.search(key) else "config-differs"
+        differs = not HARMLESS.search(key) and (both or _means_another(prefix, key, resolved()))
+        code = "config-differs" if differs else "config-note"
         yield finding(
             code, f"{prefix}{key}", file=CONFIG, found=_shown(ours), wanted=_shown(theirs)
         )
+
+
+def _resolved(ckpt: Checkpoint, source: Checkpoint) -> Configs | None:
+    """Both configs with transformers' defaults; None where it reads one of them not."""
+    from ckptq.models.transformers_model import read_config
+
+    try:
+        return read_config(ckpt).to_dict(), read_config(source).to_dict()
+    except CkptqError:
+        return None
+
+
+def _means_another(prefix: str, key: str, configs: Configs | None) -> bool:
+    """Whether a field that one of the two lacks makes another model of it, by its default there.
+    What the family has no default for is read by nobody.
+
+    Everything about RoPE ends in one field, whatever it was called.
+    """
+    if configs is None:
+        return False
+    values: list[Any] = []
+    for config in configs:
+        value: Any = config
+        for name in prefix.split(".")[:-1]:
+            value = value.get(name) if isinstance(value, dict) else None
+        about = "rope_parameters" if key.startswith("rope") else key
+        values.append(value.get(about, ABSENT) if isinstance(value, dict) else ABSENT)
+    return ABSENT not in values and not _same(values[0], values[1])
 
 
 def _same(ours: object, theirs: object) -> bool:
     """NaN is no number, and yet the same field."""
     if ABSENT in (ours, theirs):
         return False
-    return ours == theirs or json.dumps(ours, sort_keys=True) == json.dumps(theirs, sort_keys=True)
+    return ours == theirs or json.dumps(ours, sort_keys=True, default=str) == json.dumps(
+        theirs, sort_keys=True, default=str
+    )
 
 
 def _shown(value: object) -> str:
