@@ -19,10 +19,10 @@ from pathlib import Path
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent / "tests"))
 
-from families.cells import NOISE, write_token_ids  # noqa: E402
+from families.cells import NOISE, quiet, write_token_ids  # noqa: E402
 from families.hub import FP8_BLOCK  # noqa: E402
 from families.sources import FAMILIES, save  # noqa: E402
-from families.vllm_cells import Cell, cell, load, quiet, warm  # noqa: E402
+from families.vllm_cells import Cell, cell, load, warm  # noqa: E402
 
 Answers = dict[tuple[str, str], Cell]
 

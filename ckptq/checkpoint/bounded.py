@@ -26,6 +26,9 @@ CONFIG_BYTES = 1 << 24
 INDEX_BYTES = 1 << 27
 """Of an index: a million tensors."""
 
+TOKENIZER_BYTES = 1 << 28
+"""Of tokenizer.json. The largest have 40 MB."""
+
 CONFIG_VALUES = 1 << 20
 INDEX_VALUES = 1 << 21
 

@@ -101,10 +101,15 @@ class Witnesses:
         return tuple(name for name in members if name in present) or (module,)
 
     def _members(self, module: str) -> tuple[str, ...]:
-        if self.engine is not None and self.engine.row(module) is not None:
-            return self.engine.fused_set(module)
+        if (engine := self._engine_that_saw(module)) is not None:
+            return engine.fused_set(module)
         parent, _, projection = module.rpartition(".")
         return tuple(f"{parent}.{name}" for name in common_set(projection))
+
+    def _engine_that_saw(self, module: str) -> Architecture | None:
+        """The table, where it has a row for the module; elsewhere the common names hold."""
+        seen = self.engine is not None and self.engine.row(module) is not None
+        return self.engine if seen else None
 
     def merged_name(self, module: str) -> str | None:
         """What the engine calls the fused set of this module; None where it stands alone."""
@@ -125,13 +130,14 @@ class Witnesses:
         names = [module]
         if self.tree is not None:
             names.append(self.tree.module(module))
-        if self.engine is None or self.engine.row(module) is None:
+        engine = self._engine_that_saw(module)
+        if engine is None:
             # a class that the table knows may merge what none of its sources had: the dense layers
             # of a Qwen3-MoE with mlp_only_layers
             merged = common_merged_name(module)
             names += [merged] if merged else []
-        elif self.engine.fate(module) == "quantized":
-            engine_name = self._engine_name(self.engine, module)
+        elif engine.fate(module) == "quantized":
+            engine_name = self._engine_name(engine, module)
             names += [engine_name] if engine_name else []
         return tuple(dict.fromkeys(names))
 

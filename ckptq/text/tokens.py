@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ckptq.checkpoint.bounded import TOKENIZER_BYTES, parse, read_bounded
 from ckptq.errors import SourceError
 from ckptq.models.refusals import refusals
 
@@ -107,13 +107,16 @@ class Tokenizer:
 
 def _refuse_endless_padding(file: Path) -> None:
     """Loading pads a first text as tokenizer.json says, with all the memory that this takes."""
+    if not file.exists():
+        return
+    data, _ = read_bounded(file, TOKENIZER_BYTES)
     try:
-        padding = json.loads(file.read_bytes()).get("padding") or {}
+        padding = parse(str(file), data).get("padding") or {}
         strategy = padding.get("strategy")
         asked = [strategy.get("Fixed")] if isinstance(strategy, dict) else []
         asked.append(padding.get("pad_to_multiple_of"))
-    except (OSError, ValueError, AttributeError, RecursionError):
-        return  # none, or none that transformers can load: it says so
+    except (SourceError, AttributeError):
+        return  # transformers cannot load it, and says so
     for length in asked:
         if isinstance(length, int) and length > MAX_PADDING:
             raise SourceError(

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import logging
 import os
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+import transformers
 
 from ckptq.calibrate.request import CalibrationRequest
 from ckptq.convert.quantize import QuantizeRequest, plan_of, quantize
@@ -77,3 +80,14 @@ def write_token_ids(file: Path) -> Path:
     lines = [torch.randint(3, 200, (16,), generator=generator).tolist() for _ in range(2)]
     file.write_text("\n".join(json.dumps({"input_ids": line}) for line in lines))
     return file
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """transformers and llm-compressor warn of random weights and missing tokenizers."""
+    transformers.logging.disable_progress_bar()
+    logging.disable(logging.WARNING)
+    try:
+        yield
+    finally:
+        logging.disable(logging.NOTSET)

@@ -7,9 +7,7 @@ transformers cannot load has to be said by the plan before the work, or refused 
 
 from __future__ import annotations
 
-import contextlib
 import json
-import logging
 import re
 from collections.abc import Iterator
 from functools import cache
@@ -22,7 +20,7 @@ import transformers
 from transformers import CompressedTensorsConfig
 
 from ckptq.verify.run import verify
-from families.cells import NOISE, cells, make, write_token_ids
+from families.cells import NOISE, cells, make, quiet, write_token_ids
 from families.sources import FAMILIES, HANDMADE, save
 
 TOWER_SCALE = re.compile(r"vision.*\.[kv]_scale$")
@@ -136,13 +134,3 @@ def _of_experts(name: str, wanted: torch.Tensor, ours: dict[str, torch.Tensor]) 
         return float("inf")
     found = torch.stack([torch.cat([ours[n].t() for n in expert], dim=1) for expert in names])
     return float((found.float() - wanted.float()).norm() / wanted.float().norm())
-
-
-@contextlib.contextmanager
-def quiet() -> Iterator[None]:
-    transformers.logging.disable_progress_bar()
-    logging.disable(logging.WARNING)
-    try:
-        yield
-    finally:
-        logging.disable(logging.NOTSET)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import logging
 import re
 import socket
 import subprocess
@@ -127,16 +126,3 @@ def cell(python: Path, source: Path, scheme: str, data: Path, out: Path, theirs:
         return judge(python, source, theirs, made, scheme)
     except Exception as error:
         return Cell("WRONG", f"verify ends in {type(error).__name__}: {str(error)[:200]}")
-
-
-@contextlib.contextmanager
-def quiet() -> Iterator[None]:
-    """transformers and llm-compressor warn of random weights and missing tokenizers."""
-    import transformers
-
-    transformers.logging.disable_progress_bar()
-    logging.disable(logging.WARNING)
-    try:
-        yield
-    finally:
-        logging.disable(logging.NOTSET)

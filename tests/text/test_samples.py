@@ -1,6 +1,7 @@
 """Every kind of calibration text becomes the token ids that it should."""
 
 import json
+import os
 import shutil
 from pathlib import Path
 
@@ -197,6 +198,15 @@ def test_a_tokenizer_that_pads_without_end_is_refused(checkpoint, tmp_path, how)
     shutil.copytree(checkpoint, tmp_path / "model")
     (tmp_path / "model" / "tokenizer.json").write_text(json.dumps({"padding": how}))
     with pytest.raises(SourceError, match=r"tokenizer\.json: padding to 1,152,921,504,606,846,976"):
+        read_samples(rows, tmp_path / "model")
+
+
+def test_a_tokenizer_without_end_is_not_read(checkpoint, tmp_path):
+    rows = write(tmp_path / "rows.jsonl", {"text": "w3"})
+    shutil.copytree(checkpoint, tmp_path / "model")
+    (tmp_path / "model" / "tokenizer.json").unlink()
+    os.mkfifo(tmp_path / "model" / "tokenizer.json")
+    with pytest.raises(SourceError, match=r"tokenizer\.json: is a pipe, wanted a file"):
         read_samples(rows, tmp_path / "model")
 
 

@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from ckptq.checkpoint.bounded import json_object
+from ckptq.checkpoint.bounded import TOKENIZER_BYTES, json_object
 from ckptq.errors import CkptqError
 from ckptq.verify.kinds import finding
 from ckptq.verify.report import Finding
@@ -21,8 +21,8 @@ TOKENIZER, VOCAB, ADDED, TOLD = (
     "added_tokens.json",
     "tokenizer_config.json",
 )
-MOST_BYTES, MOST_VALUES = 1 << 28, 1 << 23
-"""The largest tokenizers have 40 MB and a million values."""
+MOST_VALUES = 1 << 23
+"""The largest tokenizers have a million."""
 
 SHOWN = 3
 
@@ -55,7 +55,7 @@ def read_vocabulary(folder: Path) -> dict[str, Ids]:
     found: dict[str, Ids] = {}
     for name, read in readers.items():
         try:
-            value, _ = json_object(folder / name, MOST_BYTES, MOST_VALUES)
+            value, _ = json_object(folder / name, TOKENIZER_BYTES, MOST_VALUES)
         except CkptqError:
             continue
         ids = {str(t): i for t, i in read(value).items() if type(i) is int}
