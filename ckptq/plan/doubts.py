@@ -174,10 +174,10 @@ def _transformers_objection(plan: Plan, name: str, group: Group) -> str | None:
             f"transformers cannot read packed weights of {owner.class_name}, whose forward pass "
             "uses the weight itself; vLLM can"
         )
-    if owner.tied and packed:
+    if owner.tied:
         return (
-            "transformers cannot read packed weights that layers share: it ties parameters that "
-            "are called weight"
+            "transformers cannot read quantized weights that layers share: it ties what is called "
+            "weight, and not its scales; vLLM can"
         )
     return None
 
