@@ -111,6 +111,12 @@ def _attention_unlike_transformers(plan: Plan) -> Iterator[str]:
     tree = plan.layout.witnesses.tree
     if plan.attention is None or tree is None:
         return
+    if not tree.runs_attention_groups and any(g.is_attention for g in plan.recipe.groups):
+        yield (
+            f"transformers cannot run {tree.model_class} with attention scales: it has eager "
+            "attention alone, which compressed-tensors does not hook into; vLLM can (both can with "
+            "cache scales alone, kv-fp8-per-head)"
+        )
     inside = {linear.parent: name for name, linear in plan.layout.linears.items()}
     scaled = {
         tree.module(inside.get(module, f"{module}.")).rpartition(".")[0]: module

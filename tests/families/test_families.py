@@ -33,8 +33,8 @@ FARTHER = 3.0
 
 IDS = torch.randint(3, 60, (1, 12), generator=torch.Generator().manual_seed(1))
 
-UNLOADABLE = ("transformers loads the experts", "transformers cannot read")
-"""How the plan says that the result is for vLLM alone."""
+UNLOADABLE = ("transformers loads the experts", "transformers cannot r")
+"""How the plan says that the result is for vLLM alone: transformers cannot read it, or run it."""
 
 
 @pytest.fixture(scope="module")
