@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,7 +10,7 @@ from typing import Annotated, TypeVar
 import typer
 
 from ckptq import __version__
-from ckptq.errors import MachineError, UsageError
+from ckptq.errors import UsageError
 from ckptq.show import console
 
 Word = TypeVar("Word", bound=str)
@@ -49,7 +48,7 @@ Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
 ShardSize = Annotated[str, typer.Option(help="Size of an output shard, e.g. 5GB, 500MB.")]
 MaxRam = Annotated[str | None, typer.Option(help="Refuse to need more memory than this.")]
 Workers = Annotated[
-    int | None, typer.Option(min=1, help="Threads; default: one a core, at most 8 to quantize.")
+    int | None, typer.Option(min=1, help="Threads; default: one a core, at most 8.")
 ]
 Data = Annotated[
     str | None,
@@ -63,7 +62,12 @@ Samples = Annotated[int, typer.Option(min=1, help="How many samples of the text 
 SeqLen = Annotated[int, typer.Option(min=1, help="Tokens a sample is cut to.")]
 BatchSize = Annotated[int, typer.Option(min=1, help="Samples in one forward pass.")]
 Seed = Annotated[int, typer.Option(help="Which samples are taken, and in which order.")]
-Device = Annotated[str | None, typer.Option(help="Where the model runs: cpu, cuda, cuda:1.")]
+Device = Annotated[
+    str | None,
+    typer.Option(
+        help="Where weights are quantized and models run: cpu, cuda, cuda:1; default: a GPU if any."
+    ),
+]
 Restart = Annotated[
     bool, typer.Option("--restart", help="Discard what an interrupted run has done.")
 ]
@@ -88,17 +92,6 @@ def words(given: Sequence[str] | None) -> list[str]:
     """Options that are given several times, with commas, or both; each once."""
     found = (word.strip() for text in given or () for word in text.split(","))
     return list(dict.fromkeys(word for word in found if word))
-
-
-def new_file(option: str, file: Path) -> None:
-    """Before any work is done, for a file that could not be written after it: UsageError for a
-    place that is none, MachineError without the right to write there."""
-    if file.is_dir():
-        raise UsageError(f"{option} {file}: is a folder, wanted a file")
-    if not file.parent.is_dir():
-        raise UsageError(f"{option} {file}: there is no folder {file.parent}")
-    if not os.access(file.parent, os.W_OK):
-        raise MachineError(f"{option} {file}: no permission to write in {file.parent}")
 
 
 def nbytes(text: str) -> int:
