@@ -34,6 +34,7 @@ from ckptq.options import (
     Version,
     Workers,
     nbytes,
+    new_file,
     one_of,
     words,
 )
@@ -179,6 +180,7 @@ def calibrate(
         device=device,
         restart=restart,
     )
+    new_file("--output", output)
     with console.progress() as begin:
         made = calibrate_to_file(request, begin, console.note)
         ignore_signals()
@@ -217,13 +219,12 @@ def verify(
     json: Json = False,
 ) -> None:
     """Prove that a checkpoint is right, or name what is wrong and how to mend it (exit code 1)."""
-    from ckptq.files import check_new_file
     from ckptq.show.verification import show_report
     from ckptq.show.verify_page import write_html_report
     from ckptq.verify.run import verify as check
 
     if html is not None:
-        check_new_file("--html", html)
+        new_file("--html", html)
     with console.progress() as begin:
         found = check(
             path,

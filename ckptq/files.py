@@ -182,14 +182,3 @@ def read_small(file: Path, limit: int) -> bytes:
     if len(data) > limit:
         raise UsageError(f"{file}: more than {limit:,} bytes; that is no file of this kind")
     return data
-
-
-def check_new_file(option: str, file: Path) -> None:
-    """Before any work is done, for a file that could not be written after it: UsageError for a
-    place that is none, MachineError without the right to write there."""
-    if file.is_dir():
-        raise UsageError(f"{option} {file}: is a folder, wanted a file")
-    if not file.parent.is_dir():
-        raise UsageError(f"{option} {file}: there is no folder {file.parent}")
-    if not os.access(file.parent, os.W_OK):
-        raise MachineError(f"{option} {file}: no permission to write in {file.parent}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -10,7 +11,7 @@ from typing import Annotated, TypeVar
 import typer
 
 from ckptq import __version__
-from ckptq.errors import UsageError
+from ckptq.errors import MachineError, UsageError
 from ckptq.show import console
 
 Word = TypeVar("Word", bound=str)
@@ -92,6 +93,17 @@ def words(given: Sequence[str] | None) -> list[str]:
     """Options that are given several times, with commas, or both; each once."""
     found = (word.strip() for text in given or () for word in text.split(","))
     return list(dict.fromkeys(word for word in found if word))
+
+
+def new_file(option: str, file: Path) -> None:
+    """Before any work is done, for a file that could not be written after it: UsageError for a
+    place that is none, MachineError without the right to write there."""
+    if file.is_dir():
+        raise UsageError(f"{option} {file}: is a folder, wanted a file")
+    if not file.parent.is_dir():
+        raise UsageError(f"{option} {file}: there is no folder {file.parent}")
+    if not os.access(file.parent, os.W_OK):
+        raise MachineError(f"{option} {file}: no permission to write in {file.parent}")
 
 
 def nbytes(text: str) -> int:

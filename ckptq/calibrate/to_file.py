@@ -22,7 +22,6 @@ from ckptq.calibrate.scales import Scales, check_replaceable, save_scales
 from ckptq.checkpoint.open import Checkpoint, open_checkpoint
 from ckptq.checkpoint.partial import JOURNAL, claim, discard, made_by_runs, partial_of, remove
 from ckptq.errors import MachineError, UsageError
-from ckptq.files import check_new_file
 from ckptq.plan.make import make_plan
 from ckptq.plan.unit import Plan
 from ckptq.progress import Begin, Note, silent, untold
@@ -56,7 +55,6 @@ def calibrate_to_file(
     """
     ckpt = open_checkpoint(request.model, request.revision)
     plan = make_plan(ckpt, request.recipe)
-    check_new_file("--output", request.output)
     with together() as ranks:
         if not ranks.leads:
             begin, note = silent, untold
