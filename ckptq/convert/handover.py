@@ -20,8 +20,8 @@ from ckptq.checkpoint.seal import is_whole
 from ckptq.checkpoint.side_files import render_json
 from ckptq.convert import documents
 from ckptq.convert.oneshot import run_oneshot
-from ckptq.convert.output import Job, RunOptions, write_output
-from ckptq.convert.run import RUN, Result, serve_line
+from ckptq.convert.output import DEFAULTS, Job, RunOptions, write_output
+from ckptq.convert.run import Result, serve_line
 from ckptq.errors import FoundWrong, UsageError
 from ckptq.models.encoded import read_encoded, unquantized_config
 from ckptq.models.modules import read_layout
@@ -59,7 +59,7 @@ def write_handed_over(
     *,
     arguments: Mapping[str, Any],
     shard_bytes: int = SHARD_BYTES,
-    options: RunOptions = RUN,
+    options: RunOptions = DEFAULTS,
     begin: Begin = silent,
     note: Note = untold,
 ) -> Result:
@@ -68,12 +68,8 @@ def write_handed_over(
     The whole model is in memory while it works. FoundWrong if the result is not right.
     """
     check_handed_over(recipe)
-    record = {
-        "arguments": {**arguments, "handed_over": list(recipe.handed_over)},
-        "recipe": recipe.text,
-        "source": documents.source_record(ckpt),
-        "versions": documents.versions(),
-    }
+    arguments = {**arguments, "handed_over": list(recipe.handed_over)}
+    record = documents.run_record(ckpt, arguments, recipe)
     render_json(ckpt.path / CONFIG, unquantized_config(ckpt.config))  # else it would fail last
 
     def prepare(journal: Journal) -> Job:
@@ -142,8 +138,7 @@ def _documents(
 ) -> dict[str, bytes]:
     quantization = open_checkpoint(made).quantization_config
     config = {**unquantized_config(ckpt.config), "quantization_config": quantization}
-    provenance = {key: value for key, value in record.items() if key != "recipe"}
-    return documents.render(ckpt, config, plan, provenance)
+    return documents.render(ckpt, config, plan, record)
 
 
 def _verify(out: Path, ckpt: Checkpoint) -> None:

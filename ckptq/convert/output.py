@@ -55,6 +55,9 @@ class RunOptions:
         return self.workers or min(len(os.sched_getaffinity(0)), MOST_WORKERS)
 
 
+DEFAULTS = RunOptions()
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Job:
     """What is to be written, and with what."""

@@ -6,14 +6,14 @@ Every tensor is a unit that is copied, or read in the new order; shards keep the
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 from ckptq.checkpoint.beside import told_of
 from ckptq.checkpoint.open import CONFIG, Checkpoint, open_checkpoint
 from ckptq.checkpoint.side_files import render_json
-from ckptq.convert.documents import source_record, versions
-from ckptq.convert.output import METADATA, Job, RunOptions, write_output
+from ckptq.convert.documents import run_record
+from ckptq.convert.output import DEFAULTS, METADATA, Job, RunOptions, write_output
 from ckptq.convert.preflight import check_disk, slab_rooms
 from ckptq.permute import marks
 from ckptq.permute.effect import Part
@@ -31,7 +31,7 @@ class PermuteRequest:
     to: RopeOrder
     only: Collection[Part] = ALL
     revision: str | None = None
-    options: RunOptions = field(default_factory=RunOptions)
+    options: RunOptions = DEFAULTS
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -69,15 +69,10 @@ def permute(request: PermuteRequest, begin: Begin = silent, note: Note = untold)
         workers=workers,
         rooms=slab_rooms(units, request.options.max_ram, workers),
     )
-    depends = {
-        "command": "permute",
-        "to": str(request.to),
-        "only": sorted(request.only),
-        "source": source_record(ckpt),
-        "versions": versions(),
-    }
+    arguments = {"to": str(request.to), "only": sorted(request.only)}
+    record = run_record(ckpt, {"command": "permute", **arguments})
     restart = request.options.restart
-    write_output(ckpt, request.out, depends, lambda _: job, restart=restart, begin=begin, note=note)
+    write_output(ckpt, request.out, record, lambda _: job, restart=restart, begin=begin, note=note)
     moved = plan.moved
     return Permuted(
         out=request.out,

@@ -10,8 +10,8 @@ from ckptq.calibrate.request import NO_DATA, CalibrationRequest, ScalesSource, s
 from ckptq.checkpoint.beside import told_of
 from ckptq.checkpoint.open import Checkpoint, open_checkpoint
 from ckptq.convert.handover import check_handed_over, write_handed_over
-from ckptq.convert.output import RunOptions
-from ckptq.convert.run import RUN, Result, default_output, scale_tensors, write_quantized
+from ckptq.convert.output import DEFAULTS, RunOptions
+from ckptq.convert.run import Result, default_output, scale_tensors, write_quantized
 from ckptq.errors import UsageError
 from ckptq.plan.doubts import transformers_doubts, vllm_doubts
 from ckptq.plan.left import left_alone
@@ -38,7 +38,7 @@ class QuantizeRequest:
     rope_order: RopeChoice = "keep"
     as_written: bool = False
     """Keep to the recipe where vLLM cannot permute (Llama-4's q/k/v) or merge blocks of rows."""
-    options: RunOptions = RUN
+    options: RunOptions = DEFAULTS
 
     def arguments(self) -> dict[str, object]:
         """What the output depends on beyond source, recipe and scales, as JSON data."""
@@ -76,11 +76,7 @@ def _opened(request: QuantizeRequest, note: Note) -> tuple[Checkpoint, Plan]:
     return ckpt, plan
 
 
-def quantize(
-    request: QuantizeRequest,
-    begin: Begin = silent,
-    note: Note = untold,
-) -> Result:
+def quantize(request: QuantizeRequest, begin: Begin = silent, note: Note = untold) -> Result:
     """Quantize a model as the request says. `note` receives messages for the user."""
     if started().world > 1:
         raise UsageError(

@@ -1,4 +1,4 @@
-"""`ckptq quantize`, as one function: open, plan, check, calibrate, convert, publish."""
+"""A plan of `ckptq quantize`, carried out: check, calibrate, convert, publish."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from ckptq.checkpoint.journal import Journal
 from ckptq.checkpoint.open import Checkpoint
 from ckptq.convert import documents
-from ckptq.convert.output import Job, RunOptions, write_output
+from ckptq.convert.output import DEFAULTS, Job, RunOptions, write_output
 from ckptq.convert.preflight import check_disk, check_layers, slab_rooms
 from ckptq.device import find_device
 from ckptq.errors import UsageError
@@ -28,8 +28,6 @@ if TYPE_CHECKING:
 
     from ckptq.calibrate.request import ScalesSource
     from ckptq.calibrate.scales import Scales
-
-RUN = RunOptions()
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -55,7 +53,7 @@ def write_quantized(
     *,
     arguments: Mapping[str, Any],
     scales: ScalesSource | None = None,
-    options: RunOptions = RUN,
+    options: RunOptions = DEFAULTS,
     begin: Begin = silent,
     note: Note = untold,
 ) -> Result:
@@ -69,12 +67,8 @@ def write_quantized(
     rooms = slab_rooms(plan.units, options.max_ram, options.threads)
     if scales is not None and scales.runs_model:
         check_layers(ckpt, plan, options.device)
-    record = {
-        "arguments": {**arguments, **(scales.arguments if scales is not None else {})},
-        "recipe": plan.recipe.text,
-        "source": documents.source_record(ckpt),
-        "versions": documents.versions(),
-    }
+    arguments = {**arguments, **(scales.arguments if scales is not None else {})}
+    record = documents.run_record(ckpt, arguments, plan.recipe)
     _documents(ckpt, plan, None, record)  # what cannot be written is found out now
 
     def prepare(journal: Journal) -> Job:
@@ -116,10 +110,8 @@ def _documents(
     config = {**unquantized_config(ckpt.config), "quantization_config": quantization}
     if plan.marks:
         config = marked_config(config, plan.marks)
-    provenance = {k: v for k, v in record.items() if k != "recipe"}
-    if scales is not None:
-        provenance["calibration"] = scales.record()
-    return documents.render(ckpt, config, plan, provenance)
+    made = {"calibration": scales.record()} if scales is not None else {}
+    return documents.render(ckpt, config, plan, {**record, **made})
 
 
 def default_output(ckpt: Checkpoint, recipe: Recipe) -> Path:

@@ -77,8 +77,3 @@ def reordered_tensor(stored: StoredTensor, effect: Effect, to: RopeOrder) -> Reo
     rows = stored.spec.shape[0] if packed else effect.heads.rows
     matrix = TensorSpec(stored.spec.dtype, (rows, stored.spec.numel // rows))
     return Reordered(View(replace(stored, spec=matrix)), effect, to, stored.spec)
-
-
-def reordered_weight(weight: View | Encoded, effect: Effect, to: RopeOrder) -> Reordered:
-    """A Linear's weight [R, C], dequantized where it is stored quantized."""
-    return Reordered(weight, effect, to, weight.written)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Collection, Iterable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 from ckptq.checkpoint.header import StoredTensor
 from ckptq.checkpoint.open import SINGLE, Checkpoint
@@ -15,7 +15,7 @@ from ckptq.errors import UsageError
 from ckptq.models.family import family_of
 from ckptq.permute import marks
 from ckptq.permute.effect import Effect, Move, Part
-from ckptq.permute.reordered import Reordered, Source, reordered_tensor, reordered_weight
+from ckptq.permute.reordered import Reordered, Source, reordered_tensor
 from ckptq.permute.targets import Permutation, read_permutation
 from ckptq.plan.unit import Unit
 from ckptq.rope_order import RopeOrder
@@ -23,14 +23,21 @@ from ckptq.rope_order import RopeOrder
 ALL = tuple(Part)
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
+@dataclass(frozen=True, slots=True)
 class Reordering:
-    """Which parts of q/k get which order, and the marks that say so."""
+    """Which parts of q/k get which order, and the marks that say so afterwards."""
 
     permutation: Permutation
     to: RopeOrder
     only: frozenset[Part]
-    marks: marks.Marks
+    marks: marks.Marks = field(default_factory=dict)
+
+    def effect_on(self, stored: StoredTensor) -> Effect | None:
+        """How a tensor's rows move; None where they stay."""
+        effect = self.permutation.effect_on(stored)
+        if effect is None or effect.move is Move.KEPT or not stored.nbytes:
+            return None
+        return effect if effect.part in self.only else None
 
     def units(self, units: Iterable[Unit]) -> tuple[Unit, ...]:
         """The same units, each reading what it reads in the wanted order.
@@ -41,7 +48,7 @@ class Reordering:
 
     def _unit(self, unit: Unit) -> Unit:
         views = {name: self._source(view) for name, view in unit.views.items()}
-        moved = {n: effect for n, t in unit.copies.items() if (effect := self._effect(t))}
+        moved = {n: effect for n, t in unit.copies.items() if (effect := self.effect_on(t))}
         views |= {n: reordered_tensor(unit.copies[n], e, self.to) for n, e in moved.items()}
         turned = any(isinstance(view, Reordered) for view in views.values())
         return replace(
@@ -53,17 +60,10 @@ class Reordering:
         )
 
     def _source(self, source: Source) -> Source:
-        effect = self._effect(source.stored)
+        effect = self.effect_on(source.stored)
         if effect is None or isinstance(source, Reordered):
             return source
-        return reordered_weight(source, effect, self.to)
-
-    def _effect(self, stored: StoredTensor) -> Effect | None:
-        """How a tensor's rows move; None where they stay."""
-        effect = self.permutation.effect_on(stored)
-        if effect is None or effect.move is Move.KEPT or not stored.nbytes:
-            return None
-        return effect if effect.part in self.only else None
+        return Reordered(source, effect, self.to, source.written)
 
 
 def reordering(ckpt: Checkpoint, to: RopeOrder, only: Collection[Part] = ALL) -> Reordering:
@@ -74,7 +74,7 @@ def reordering(ckpt: Checkpoint, to: RopeOrder, only: Collection[Part] = ALL) ->
     """
     family = RopeOrder(family_of(ckpt.config).rope)
     now = marks.applied(read_marks(ckpt), to, only, family)
-    return Reordering(permutation=read_permutation(ckpt), to=to, only=frozenset(only), marks=now)
+    return Reordering(read_permutation(ckpt), to, frozenset(only), now)
 
 
 def read_marks(ckpt: Checkpoint) -> marks.Marks:
