@@ -16,7 +16,7 @@ from ckptq.calibrate.observers import scale_of
 from ckptq.checkpoint.open import Checkpoint
 from ckptq.checkpoint.read import read_tensor
 from ckptq.errors import UsageError
-from ckptq.kernels.kv_format import FORMATS, Rotation
+from ckptq.kernels.token_head.kv_format import FORMATS, Rotation
 from ckptq.models.encoded import stored_scales
 
 if TYPE_CHECKING:
@@ -216,12 +216,12 @@ def cut_toward_zero(x_BHSD: Tensor, scale_H: Tensor) -> Tensor:
 
 
 def _static(x_BHSD: Tensor, scale_H: Tensor) -> Tensor:
-    from ckptq.kernels.kv_simulate import fake_quantize_kv
+    from ckptq.kernels.token_head.kv_simulate import fake_quantize_kv
 
     return fake_quantize_kv(x_BHSD, "fp8_per_head", scale=scale_H)
 
 
 def _dynamic(x_BHSD: Tensor, cache: KVCache) -> Tensor:
-    from ckptq.kernels.kv_simulate import fake_quantize_kv
+    from ckptq.kernels.token_head.kv_simulate import fake_quantize_kv
 
     return fake_quantize_kv(x_BHSD, cache.mode.replace("-", "_"), rotation=cache.rotation)

@@ -17,8 +17,8 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor, nn
 
-    from ckptq.kernels.mask import Mask
-    from ckptq.kernels.maxima import Maxima
+    from ckptq.kernels.attention.mask import Mask
+    from ckptq.kernels.attention.maxima import Maxima
 
 UNDERSTOOD = ("scaling", "softcap", "sliding_window", "dropout", "is_causal")
 HARMLESS = ("position_ids", "cache_position", "position_embeddings")
@@ -37,7 +37,7 @@ def fused_attention(
 
     `lengths` says how many positions of each row are real.
     """
-    from ckptq.kernels.calibration_attention import attention_with_maxima
+    from ckptq.kernels.attention.calibration_attention import attention_with_maxima
 
     query, key, value = qkv_BHSD
     if _unknown(kwargs) or query.shape[2] != key.shape[2]:
@@ -67,7 +67,7 @@ def _unknown(kwargs: Mapping[str, Any]) -> bool:
 
 def mask_in_words(module: Any, kwargs: Mapping[str, Any]) -> Mask:
     """What the config says about the attention of a module's layer."""
-    from ckptq.kernels.mask import Mask
+    from ckptq.kernels.attention.mask import Mask
 
     config = getattr(module, "config", None)
     kinds, index = getattr(config, "layer_types", None), getattr(module, "layer_idx", None)
@@ -100,8 +100,8 @@ def says_the_same(
     """
     import torch
 
-    from ckptq.kernels.mask import Mask
-    from ckptq.kernels.reference.attention import seen
+    from ckptq.kernels.attention.mask import Mask
+    from ckptq.kernels.attention.reference import seen
 
     if attention_mask is None:
         full = spans_of((S,), torch.device("cpu"))

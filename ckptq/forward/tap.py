@@ -23,7 +23,7 @@ from ckptq.forward import kernel_attention
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
-    from ckptq.kernels.maxima import Maxima
+    from ckptq.kernels.attention.maxima import Maxima
 
 NAME = "ckptq"
 NAME_EAGER = "ckptq_eager"
@@ -62,7 +62,7 @@ def attention(
     """transformers' `sdpa_attention_forward`, with the module's tap called first."""
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-    from ckptq.kernels.dispatch import on_gpu
+    from ckptq.kernels.gpu import on_gpu
 
     name, tap = getattr(module, _TAP, ("", None))
     if tap is not None and tap.maxima is not None and on_gpu(query):
