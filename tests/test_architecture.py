@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
@@ -235,3 +236,17 @@ def test_an_import_that_climbs_within_kernels_is_noticed():
 def test_the_folders_of_kernels_are_small():
     root = Path(ckptq.__path__[0]) / "kernels"
     assert max(len(list(folder.glob("*.py"))) for folder in (root, *root.iterdir())) <= 14
+
+
+PATTERNS = {"__init__.py", "__main__.py", "reference.py", "dispatch.py"}
+TWICE = {"attention.py", "journal.py", "options.py", "request.py", "result.py", "run.py"}
+TWICE |= {"scales.py", "transformers.py", "vllm.py", "vllm_worker.py"}
+"""Names that stand twice in ckptq/ and are no pattern. They only become fewer."""
+
+
+def test_a_file_name_stands_twice_only_where_it_is_a_pattern():
+    root = Path(ckptq.__path__[0])
+    seen = Counter(file.name for file in root.rglob("*.py"))
+    assert {name for name, count in seen.items() if count > 1} <= PATTERNS | TWICE
+    beside = Counter(file.name for file in Path(__file__).parent.rglob("*.py"))
+    assert {name for name, count in beside.items() if count > 1} == {"__init__.py", "conftest.py"}

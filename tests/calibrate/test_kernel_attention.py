@@ -2,7 +2,8 @@
 
 import pytest
 import torch
-from calibrate_models import FAMILIES, make, samples_of, token_rows
+from calibrate_models import FAMILIES, make, samples_of
+from tiny.rows import token_rows
 
 from ckptq.calibrate.run import calibrate
 from ckptq.checkpoint.open import open_checkpoint

@@ -5,13 +5,12 @@ SIGKILL, an error of the disk, or by what a user does meanwhile; in between some
 or put in its way. It has to end in the bytes of an undisturbed run, or in a refusal that says what
 to do; when that is done, in those bytes. Nothing of the user's may have changed.
 
-    python tests/convert/ordeal.py --trials 200
+    PYTHONPATH=tests python tests/convert/ordeal.py --trials 200
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import random
 import shutil
 import sys
@@ -25,6 +24,7 @@ from typing import Any
 
 from ordeal_others import MEANWHILE, MEDDLING, TICK, Garden, Undo, damage, settle
 from ordeal_process import ERRORS, SABOTAGE, Accident, Ended, ckptq
+from tiny.rows import write_rows
 
 LAYERS = 3
 REFUSED = (2, 3, 4)
@@ -70,7 +70,7 @@ class Trials:
         self.commands = commands
         self.rows = folder / "rows.jsonl"
         rows = [[3 + (i * j) % 90 for j in range(1, 18)] for i in range(1, 5)]
-        self.rows.write_text("".join(json.dumps({"input_ids": row}) + "\n" for row in rows))
+        write_rows(self.rows, rows)
         self.sources = make_sources(folder)
         self.whole: dict[str, Ended] = {}
         self.wanted: dict[str, dict[str, str]] = {}

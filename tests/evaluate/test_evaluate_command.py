@@ -2,7 +2,8 @@ import json
 import shutil
 
 import pytest
-from evaluate_models import WORDS, plain_logits, plain_model, token_rows, write_rows
+from evaluate_models import WORDS, plain_logits, plain_model, rows_of
+from tiny.rows import write_rows
 from typer.testing import CliRunner
 
 from ckptq.cli import app
@@ -20,7 +21,7 @@ def run(*words) -> tuple[int, str]:
 
 @pytest.fixture
 def data(tmp_path):
-    return write_rows(tmp_path / "text.jsonl", token_rows((20, 15)))
+    return write_rows(tmp_path / "text.jsonl", rows_of((20, 15)))
 
 
 @pytest.fixture
@@ -28,7 +29,7 @@ def task(saved, tmp_path):
     """Three questions that the source answers, by greedy decoding, and one that it gets wrong."""
     model = plain_model(saved("llama").path)
     lines = []
-    for number, row in enumerate(token_rows((5, 6, 7, 8), seed=5)):
+    for number, row in enumerate(rows_of((5, 6, 7, 8), seed=5)):
         ids = [1, *row]
         for _ in range(3):
             ids.append(int(plain_logits(model, ids)[-1].argmax()))

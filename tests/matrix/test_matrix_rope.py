@@ -5,7 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from matrix_cells import FORMATS, Cell, convert, differences, tensors_in
+from matrix_cells import FORMATS, Cell, convert
+from tiny.tensors import differences, tensors_in
 
 from ckptq.checkpoint.open import open_checkpoint
 from ckptq.errors import UsageError
