@@ -219,17 +219,17 @@ class Trial:
             undo()
         if self._undos:
             how, ended = f"{how}, undone", self._run()
-        if ended.code and "is there, and is not what the run" in ended.said:
+        if ended.code and "not what the run" in ended.said:
             self._garden.move(self._garden.out)
             how, ended = f"{how}, output moved away", self._run()
-        if ended.code and "exists already; remove it" in ended.said:
+        if ended.code and "already exists; remove it" in ended.said:
             whole = any(" out/" in hit for hit in self._hit) or self._garden.made() == self._wanted
             assert whole, "an output that nobody damaged is not whole"
             return f"{how}: the output is there, its journal is not"
         if ended.code:
             assert "--restart" in ended.said, f"{ended.said} ({self._hit})"
             how, ended = f"{how}, --restart", self._run("--restart")
-        if ended.code and "exists already" in ended.said and "move it away" in ended.said:
+        if ended.code and "already exists" in ended.said and "move it away" in ended.said:
             self._garden.move(self._garden.out)
             how, ended = f"{how}, output moved away", self._run("--restart")
         assert ended.code == 0, f"{how}: {ended.said} ({self._hit})"

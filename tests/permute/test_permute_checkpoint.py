@@ -255,7 +255,7 @@ def test_a_source_that_changes_while_it_is_read_is_refused(tmp_path, name):
 def test_an_existing_output_is_never_touched(tmp_path):
     source = write_checkpoint(tmp_path / "source")
     (tmp_path / "out").mkdir()
-    with pytest.raises(UsageError, match="exists already"):
+    with pytest.raises(UsageError, match="already exists"):
         permute(source, tmp_path / "out")
 
 

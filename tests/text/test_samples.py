@@ -132,8 +132,8 @@ def test_empty_text_names_the_file(checkpoint, tmp_path, name, content):
     [
         ('{"text": "w3"}\n{"text": ', "line 2: not valid JSON"),
         ("[1, 2]", "line 1: not a JSON object"),
-        ('{"prompt": "w3"}', "sample 1 has the fields prompt; wanted text"),
-        ('{"text": 3}', "sample 1: text is int, wanted a string"),
+        ('{"prompt": "w3"}', "sample 1 has the fields prompt; expected text"),
+        ('{"text": 3}', "sample 1: text is int, expected a string"),
         ('{"input_ids": [3, "x"]}', "sample 1: input_ids must be a list of integers"),
         ('{"messages": [{"content_": "w3"}]}', "a turn needs role and content"),
     ],
@@ -175,7 +175,7 @@ def test_checkpoint_without_tokenizer_is_named(tmp_path):
         (
             "tokenizer_config.json",
             '{"model_max_length": "x"}',
-            "its tokenizer does not take text",
+            "its tokenizer does not accept text",
         ),
     ],
 )
@@ -204,7 +204,7 @@ def test_a_tokenizer_without_end_is_not_read(checkpoint, tmp_path):
     shutil.copytree(checkpoint, tmp_path / "model")
     (tmp_path / "model" / "tokenizer.json").unlink()
     os.mkfifo(tmp_path / "model" / "tokenizer.json")
-    with pytest.raises(SourceError, match=r"tokenizer\.json: is a pipe, wanted a file"):
+    with pytest.raises(SourceError, match=r"tokenizer\.json: is a pipe, expected a file"):
         read_samples(rows, tmp_path / "model")
 
 
