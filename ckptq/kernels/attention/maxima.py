@@ -25,7 +25,7 @@ class Maxima:
         return cls(*(torch.zeros(n, device=device) for n in (heads, kv_heads, kv_heads)))
 
     def check(self, heads: int, kv_heads: int, device: torch.device) -> None:
-        """Raise ValueError unless these buffers fit so many heads on that device."""
+        """Raise ValueError unless these buffers fit this many heads on this device."""
         named = (("q", self.q_H, heads), ("k", self.k_K, kv_heads), ("v", self.v_K, kv_heads))
         for name, x, n in named:
             if x.shape != (n,) or x.dtype != torch.float32 or x.device != device:

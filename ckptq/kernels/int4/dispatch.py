@@ -40,7 +40,7 @@ def dequantize_int4(
 
 
 def quantize_int4_experts(x_EKN: Tensor, group: int = 128, symmetric: bool = True) -> Packed:
-    """Fused experts turned and packed: [E, N, K / 8], [E, N, G], [E, N / 8, G] or None."""
+    """Fused experts transposed and packed: [E, N, K / 8], [E, N, G], [E, N / 8, G] or None."""
     if on_gpu(x_EKN):
         from ckptq.kernels.int4.quantize_int4_experts import quantize_int4_experts as fast
 

@@ -92,7 +92,7 @@ def dequantize(code_RC: Tensor, scale_GK: Tensor, tile: tuple[int, int]) -> Tens
 
 
 def quantize_experts(x_EKN: Tensor, dtype: torch.dtype = FP8) -> Scaled:
-    """Fused experts turned, per output channel: codes [E, N, K], scales [E, N, 1]."""
+    """Fused experts transposed, per output channel: codes [E, N, K], scales [E, N, 1]."""
     if on_gpu(x_EKN):
         from ckptq.kernels.quantize.quantize_experts import quantize_experts as fast
 
@@ -101,7 +101,7 @@ def quantize_experts(x_EKN: Tensor, dtype: torch.dtype = FP8) -> Scaled:
 
 
 def quantize_expert_blocks(x_EKN: Tensor, dtype: torch.dtype = FP8, block: int = 128) -> Scaled:
-    """Fused experts turned, per block: codes [E, N, K], scales [E, ceil(N / 128), same of K]."""
+    """Fused experts, per block: codes [E, N, K], scales [E, ceil(N/128), ceil(K/128)]."""
     if on_gpu(x_EKN):
         from ckptq.kernels.quantize.quantize_expert_blocks import quantize_expert_blocks as fast
 

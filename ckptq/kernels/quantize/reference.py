@@ -135,7 +135,7 @@ def quantize_blocks(
 def quantize_experts(
     x_EKN: Tensor, dtype: torch.dtype = torch.float8_e4m3fn
 ) -> tuple[Tensor, Tensor]:
-    """Fused experts turned: codes [E, N, K] and scales [E, N, 1] of the rows of x[e].T."""
+    """Fused experts transposed: codes [E, N, K] and scales [E, N, 1] of the rows of x[e].T."""
     pairs = [quantize_rows(x_KN.t(), dtype) for x_KN in x_EKN]
     return torch.stack([code for code, _ in pairs]), torch.stack([scale for _, scale in pairs])
 
@@ -143,7 +143,7 @@ def quantize_experts(
 def quantize_expert_blocks(
     x_EKN: Tensor, dtype: torch.dtype = torch.float8_e4m3fn, block: int = 128
 ) -> tuple[Tensor, Tensor]:
-    """Fused experts turned: codes [E, N, K] and scales [E, ceil(N / 128), ceil(K / 128)]."""
+    """Fused experts transposed: codes [E, N, K] and scales [E, ceil(N / 128), ceil(K / 128)]."""
     pairs = [quantize_blocks(x_KN.t(), dtype, (block, block)) for x_KN in x_EKN]
     return torch.stack([code for code, _ in pairs]), torch.stack([scale for _, scale in pairs])
 

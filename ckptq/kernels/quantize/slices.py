@@ -147,7 +147,7 @@ def scale_of(amax, HALF_RANGE: tl.constexpr, dtype: tl.constexpr):
 
 @triton.jit
 def ratio(x, scale, NARROW: tl.constexpr):
-    """x / scale in fp32, near enough to round to E4M3 rightly. `scale` broadcasts to x."""
+    """x / scale in fp32, near enough to round to E4M3 correctly. `scale` broadcasts to x."""
     if NARROW:
         lift, reciprocal = lift_and_reciprocal(scale)
         return divide_16bit(x, lift, reciprocal)
