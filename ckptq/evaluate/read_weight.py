@@ -1,4 +1,4 @@
-"""One Linear's weight, read whole, whatever way the checkpoint holds it.
+"""One Linear's weight, read whole, however the checkpoint stores it.
 
 Shape letters: R rows, C columns.
 """
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 
 def read_weight(files: Files, weight: Weight) -> Tensor:
-    """[R, C] in memory of its own, dequantized and reordered where the window asks for it."""
+    """[R, C] in new memory, dequantized and reordered if needed."""
     rows = weight.spec.shape[0]
     if isinstance(weight, Reordered):
         from ckptq.permute.apply import permute_rows

@@ -71,7 +71,7 @@ def test_the_ci_job_refuses_a_bad_checkpoint_for_its_numbers_alone(
     done = run(job, model, tmp_path, "fp8-per-tensor", MAX_PPL_RATIO="100", **settings)
     assert done.returncode == 1, done.stderr + done.stdout
     refused = [line for line in done.stdout.splitlines() if line.startswith("FAIL")]
-    assert any("accuracy is 0, wanted at least 0.1" in line for line in refused)
+    assert any("accuracy is 0, expected at least 0.1" in line for line in refused)
     assert "accuracy is 0" in (tmp_path / "report/evaluate.html").read_text()
     assert '"findings": []' in (tmp_path / "report/verify.json").read_text()
 
