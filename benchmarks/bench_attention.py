@@ -26,19 +26,20 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 
-from ckptq.kernels.attention import Tile, attention
-from ckptq.kernels.kv_cache import write_cache
-from ckptq.kernels.kv_format import FORMATS, INT2, INT4, Rotation
-from ckptq.kernels.kv_simulate import fake_quantize_kv
-from ckptq.kernels.kv_token_head import write_token_head
-from ckptq.kernels.mask import Mask
-from ckptq.kernels.maxima import Maxima
-from ckptq.kernels.paged_attention import paged_attention
-from ckptq.kernels.paging import Layout, Sequences
-from ckptq.kernels.reference import attention as dense
-from ckptq.kernels.reference import kv, paged
-from ckptq.kernels.token_head_attention import token_head_attention
-from ckptq.kernels.token_head_cache import TokenHeadCache
+from ckptq.kernels.attention import reference as dense
+from ckptq.kernels.attention.dense_attention import Tile, attention
+from ckptq.kernels.attention.mask import Mask
+from ckptq.kernels.attention.maxima import Maxima
+from ckptq.kernels.cache import reference as paged
+from ckptq.kernels.cache.paged_attention import paged_attention
+from ckptq.kernels.cache.paging import Layout, Sequences
+from ckptq.kernels.cache.write_cache import write_cache
+from ckptq.kernels.token_head import reference as kv
+from ckptq.kernels.token_head.kv_format import FORMATS, INT2, INT4, Rotation
+from ckptq.kernels.token_head.kv_simulate import fake_quantize_kv
+from ckptq.kernels.token_head.token_head_attention import token_head_attention
+from ckptq.kernels.token_head.token_head_cache import TokenHeadCache
+from ckptq.kernels.token_head.write_token_head import write_token_head
 
 FP8 = torch.float8_e4m3fn
 H, K, D, BLOCK = 32, 8, 128, 16

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import ast
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import pytest
+import reach
 
 import ckptq
 
@@ -27,8 +29,34 @@ ROOMS = {
         *("engine", "structure", "values", "roundtrip", "attention", "diagnosis"),
         *("one_pass", "run"),
     ),
+    "ckptq.kernels": (
+        *("gpu", "shared_memory", "rounding", "product_rows"),
+        *("quantize", "int4", "linear", "attention", "cache", "token_head"),
+    ),
 }
 """House -> the rooms in it, from the bottom up."""
+
+WAITING = {
+    "the validation forward: dequantized weights": (
+        *("quantize.dequantize_codes:dequantize", "int4.quantize_int4:dequantize_int4"),
+        *("quantize.quantize_tensor:scales_of_maxima", "quantize.quantize_tensor:scale_columns"),
+    ),
+    "the validation forward: fused experts": (
+        *("quantize.quantize_experts:quantize_experts",),
+        *("quantize.quantize_expert_blocks:quantize_expert_blocks",),
+        *("int4.quantize_int4_experts:quantize_int4_experts",),
+    ),
+    "the validation forward: quantized products": (
+        *("linear.linear_w8a8:linear_w8a8", "linear.linear_fp8_block:linear_fp8_block"),
+        *("linear.linear_w4a16:linear_w4a16",),
+    ),
+    "the validation forward: KV caches": (
+        *("cache.write_cache:write_cache", "cache.paged_attention:paged_attention"),
+        *("token_head.write_token_head:write_token_head", "token_head.kv_lifted:write_lifted"),
+        *("token_head.token_head_attention:token_head_attention", "token_head.hadamard:rotate"),
+    ),
+}
+"""Purpose -> the launchers that no command reaches yet. It only shrinks."""
 
 Sources = Mapping[str, str]
 """Module -> its text."""
@@ -46,7 +74,7 @@ def sources() -> dict[str, str]:
 def imports(module: str, known: Sources) -> set[str]:
     """The modules of ckptq that this one imports: anywhere in it, for types alone included."""
     found = set()
-    for node in ast.walk(ast.parse(known[module])):
+    for node in ast.walk(reach.parsed(known[module])):
         if isinstance(node, ast.Import):
             found |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
@@ -141,3 +169,90 @@ def test_a_circle_is_noticed():
     chain = {a: f"import {b}", b: f"from ckptq.plan import {c.rpartition('.')[2]}", c: ""}
     assert circle(chain) == []
     assert circle(chain | {c: f"def f():\n    from {a} import x"}) == [a, b, c]
+
+
+def not_waiting(known: Sources) -> list[str]:
+    """A line for each kernel and launcher that neither a command nor a listed launcher reaches,
+    and for each listed one that a command does reach, or that is gone."""
+    named = reach.names(known)
+    commands = [name for name in named if name.startswith(("ckptq.cli:", "ckptq.__main__:"))]
+    served = reach.reached(named, commands)
+    waiting = {f"ckptq.kernels.{name}" for names in WAITING.values() for name in names}
+    needed = served | reach.reached(named, waiting)
+    launchers = reach.launchers(known)
+    return [
+        *(f"{name} is reached by no command" for name in reach.kernels(known) - needed),
+        *(f"{name} is reached by no command" for name in launchers - served - waiting),
+        *(f"{name} waits for nothing: a command reaches it" for name in waiting & served),
+        *(f"{name} is no launcher" for name in waiting - launchers),
+    ]
+
+
+def test_every_kernel_is_reached_by_a_command():
+    known = sources()
+    launchers = reach.launchers(known)
+    assert "ckptq.kernels.attention.dense_attention:attention" in launchers
+    assert all(launcher.startswith("ckptq.kernels.") for launcher in launchers)
+    assert all(kernel.startswith("ckptq.kernels.") for kernel in reach.kernels(known))
+    assert not_waiting(known) == []
+
+
+KERNEL = """
+import triton
+
+@triton.jit
+def _copy_kernel(x): ...
+
+def copy(x):
+    _copy_kernel[(1,)](x)
+"""
+
+
+def test_a_kernel_that_serves_no_command_is_noticed():
+    whole = sources() | {"ckptq.kernels.fake": KERNEL}
+    assert sorted(not_waiting(whole)) == [
+        "ckptq.kernels.fake:_copy_kernel is reached by no command",
+        "ckptq.kernels.fake:copy is reached by no command",
+    ]
+    use = "\n\ndef use():\n    from ckptq.kernels.fake import copy as fast\n    fast(1)\n"
+    unused = whole["ckptq.convert.arithmetic"] + use
+    assert len(not_waiting(whole | {"ckptq.convert.arithmetic": unused})) == 2
+    used = f"{unused}\nKERNELS = (use,)\n"
+    assert not_waiting(whole | {"ckptq.convert.arithmetic": used}) == []
+
+
+def test_a_waiting_kernel_that_came_or_went_is_noticed():
+    whole = sources()
+    listed = "ckptq.kernels.linear.linear_w8a8:linear_w8a8"
+    use = "\nfrom ckptq.kernels.linear import dispatch\nTABLE = {'w8a8': dispatch.linear_w8a8}\n"
+    served = whole | {"ckptq.cli": whole["ckptq.cli"] + use}
+    assert not_waiting(served) == [f"{listed} waits for nothing: a command reaches it"]
+    gone = {name: text for name, text in whole.items() if name != listed.partition(":")[0]}
+    assert f"{listed} is no launcher" in not_waiting(gone)
+
+
+def test_an_import_that_climbs_within_kernels_is_noticed():
+    whole = sources()
+    text = "def late():\n    from ckptq.kernels.token_head.hadamard import rotate"
+    found = upward(whole | {"ckptq.kernels.attention.fake": text}, "ckptq.kernels")
+    assert found == ["ckptq.kernels.attention.fake imports ckptq.kernels.token_head.hadamard"]
+    assert upward(whole | {"ckptq.kernels.token_head.fake": text}, "ckptq.kernels") == []
+
+
+def test_the_folders_of_kernels_are_small():
+    root = Path(ckptq.__path__[0]) / "kernels"
+    assert max(len(list(folder.glob("*.py"))) for folder in (root, *root.iterdir())) <= 14
+
+
+PATTERNS = {"__init__.py", "__main__.py", "reference.py", "dispatch.py"}
+TWICE = {"attention.py", "journal.py", "options.py", "request.py", "result.py", "run.py"}
+TWICE |= {"scales.py", "transformers.py", "vllm.py", "vllm_worker.py"}
+"""Names that stand twice in ckptq/ and are no pattern. They only become fewer."""
+
+
+def test_a_file_name_stands_twice_only_where_it_is_a_pattern():
+    root = Path(ckptq.__path__[0])
+    seen = Counter(file.name for file in root.rglob("*.py"))
+    assert {name for name, count in seen.items() if count > 1} <= PATTERNS | TWICE
+    beside = Counter(file.name for file in Path(__file__).parent.rglob("*.py"))
+    assert {name for name, count in beside.items() if count > 1} == {"__init__.py", "conftest.py"}

@@ -18,7 +18,7 @@ from pathlib import Path
 
 from engines import HERE, Engines, Questions, distance, said
 
-sys.path.insert(0, str(HERE.parents[1] / "tests" / "matrix"))
+sys.path[:0] = [str(HERE.parents[1] / "tests"), str(HERE.parents[1] / "tests" / "matrix")]
 
 QUESTIONS = Questions(
     prompts=[

@@ -33,7 +33,7 @@ from ckptq.text.samples import Batch, Samples
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
-    from ckptq.kernels.maxima import Maxima
+    from ckptq.kernels.attention.maxima import Maxima
 
 Progress = Callable[[int, int], None]
 """(layers done, layers in all)"""

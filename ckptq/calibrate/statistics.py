@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
-    from ckptq.kernels.maxima import Maxima
+    from ckptq.kernels.attention.maxima import Maxima
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,7 +74,7 @@ class Statistics:
 
     def maxima(self, module: str, q_BHSD: Tensor, k_BKSD: Tensor) -> Maxima:
         """Buffers for the largest |q|, |k| and |v| of a module, which a kernel folds into."""
-        from ckptq.kernels.maxima import Maxima
+        from ckptq.kernels.attention.maxima import Maxima
 
         if module not in self._maxima:
             H, K = q_BHSD.shape[1], k_BKSD.shape[1]

@@ -1,8 +1,8 @@
-"""Files beside the weights: which belong to a checkpoint, and which are its weights again.
+"""Files beside the weights: which belong to a checkpoint, and which are copies of its weights.
 
-A suffix does not tell. sentence-transformers keeps a Dense layer in `2_Dense/model.safetensors`,
+Suffixes do not show it. sentence-transformers keeps a Dense layer in `2_Dense/model.safetensors`,
 speech models a dictionary of speakers in a `.pt`, multimodal ones adapters in folders: without them
-a model computes something else. What is not carried is named, with the reason.
+a model computes something else. What is left out is reported with the reason.
 """
 
 from __future__ import annotations
@@ -25,12 +25,12 @@ ADAPTERS = "adapter_model*.safetensors"
 TRAINING = "they are the state of a training run"
 
 AGAIN: Mapping[str, tuple[str, ...]] = {
-    "they are these weights as a pickle": ("pytorch_model*.bin", "model*.bin"),
-    "they are these weights in the layout of their makers": (
+    "they hold the same weights as a pickle": ("pytorch_model*.bin", "model*.bin"),
+    "they hold the same weights in the original authors' layout": (
         *("consolidated*.safetensors", "consolidated*.pth", "consolidated*.pt"),
         *("original/*", "metal/*"),
     ),
-    "they are these weights in another format": (
+    "they hold the same weights in another format": (
         *("*.gguf", "*/*.gguf", "tf_model*.h5", "flax_model*.msgpack", "rust_model.ot", "*.tflite"),
         *("onnx/*", "model*.onnx", "decoder*_model*.onnx", "openvino/*", "openvino_model*.bin"),
         *("coreml/*",),
@@ -40,7 +40,7 @@ AGAIN: Mapping[str, tuple[str, ...]] = {
         *("training_args.bin", "checkpoint-*/*", "global_step*/*"),
     ),
 }
-"""Reason -> patterns of paths in a checkpoint; those without a slash are of files at its top."""
+"""Reason -> patterns of paths in a checkpoint; without a slash, of files at its top only."""
 
 SHARDS = ("model.safetensors", "model-*-of-*.safetensors")
 """What the shards of an output are called."""
@@ -48,7 +48,7 @@ SHARDS = ("model.safetensors", "model-*-of-*.safetensors")
 THE_SAME_TENSORS = "their tensors are in the model's own files"
 
 SHOWN = 4
-"""How many files a line names."""
+"""The most files that a line names."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,11 +57,11 @@ class Beside:
 
     carried: tuple[Path, ...]
     left: Mapping[Path, str]
-    """What is not carried, with the reason."""
+    """What is left out, with the reason."""
 
 
 def sort_files(folder: Path, own: Collection[str], tensors: Collection[str]) -> Beside:
-    """Sort what lies beside the files `own`, which hold `tensors`; nothing that is hidden."""
+    """Sort what lies beside the files `own`, which hold `tensors`; hidden files excluded."""
     carried, left = [], {}
     for path in sorted(p.relative_to(folder) for p in folder.rglob("*") if p.is_file()):
         if any(part.startswith(".") for part in path.parts) or str(path) in own:
@@ -75,7 +75,7 @@ def sort_files(folder: Path, own: Collection[str], tensors: Collection[str]) -> 
 
 
 def told_of(folder: Path, beside: Beside) -> Iterator[str]:
-    """A line for each reason why files are not carried. An index goes with its weights, unsaid."""
+    """A line per reason why files are not carried; indexes of such weights are not mentioned."""
     by_reason: dict[str, list[Path]] = {}
     for path, reason in beside.left.items():
         if not path.name.endswith(INDEX_SUFFIX):
@@ -87,13 +87,13 @@ def told_of(folder: Path, beside: Beside) -> Iterator[str]:
 
 
 def shards_among(files: Sequence[Path]) -> list[Path]:
-    """Of the safetensors files at the top, those that may be the model's; all where none is."""
+    """Of the safetensors files at the top, those named like the model's; all if none is."""
     found = [f for f in files if not is_adapter(f.name) and _matched(Path(f.name)) is None]
     return found or list(files)
 
 
 def is_adapter(name: str) -> bool:
-    """Whether a file at the top is a PEFT adapter's, by its name."""
+    """Whether the name is that of a PEFT adapter's file at the top."""
     return fnmatchcase(name, ADAPTERS)
 
 
@@ -112,7 +112,7 @@ def refuse_adapter(folder: Path) -> None:
 
 
 def refuse_adapter_tensors(folder: Path, tensors: Collection[str]) -> None:
-    """SourceError where all that a checkpoint holds are the matrices of an adapter."""
+    """SourceError if a checkpoint holds only the matrices of an adapter."""
     first = next(iter(tensors), "")
     if tensors and all(".lora_" in name or ".ia3_" in name for name in tensors):
         raise SourceError(f"{folder}: is a PEFT adapter ({first}, ...){_MERGE}")
@@ -128,13 +128,13 @@ def _why_left(folder: Path, path: Path, tensors: Collection[str]) -> str | None:
     at_top = len(path.parts) == 1
     if path.name.endswith(INDEX_SUFFIX):
         stem = path.name.removesuffix(INDEX_SUFFIX)
-        return "it is an index of other weights" if at_top else _matched(path.with_name(stem))
+        return "it is an index for other weights" if at_top else _matched(path.with_name(stem))
     if path.suffix not in WEIGHT_FORMATS:
         return None
     if (reason := _matched(path)) is not None:
         return reason
     if at_top and any(fnmatchcase(path.name, pattern) for pattern in SHARDS):
-        return "no index names them, though they are called like shards"
+        return "no index names them, although they are named like shards"
     if at_top and path.suffix == ".safetensors" and _holds_only(folder / path, tensors):
         return THE_SAME_TENSORS
     return None
@@ -150,7 +150,7 @@ def _matched(path: Path) -> str | None:
 
 
 def _holds_only(file: Path, tensors: Collection[str]) -> bool:
-    """A file that cannot be read is no copy of anything."""
+    """A file that cannot be read counts as no copy."""
     try:
         return read_header(file).tensors.keys() <= set(tensors)
     except SourceError:

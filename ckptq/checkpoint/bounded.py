@@ -1,4 +1,4 @@
-"""Files that a stranger made, within bounds: regular files only, and JSON that fits the memory.
+"""Untrusted files, read within bounds: regular files only, and JSON that fits in memory.
 
 A number that a file gives is checked before anything is allocated for it. Parsed JSON takes up to
 a hundred times its bytes (`[[],[],...]`), so its values are counted before it is parsed.
@@ -21,7 +21,7 @@ from ckptq.errors import SourceError
 from ckptq.files import CHUNK, reading_errors
 
 CONFIG_BYTES = 1 << 24
-"""Of config.json. The largest that are known name 50,000 Linears to leave alone, in 4 MB."""
+"""Of config.json. The largest known ones ignore 50,000 Linears, in 4 MB."""
 
 INDEX_BYTES = 1 << 27
 """Of an index: a million tensors."""
@@ -42,14 +42,14 @@ Pairs = list[tuple[str, Any]]
 
 @dataclass(frozen=True, slots=True)
 class Opened:
-    """A regular file that is open for reading."""
+    """A regular file, open for reading."""
 
     file: Path
     descriptor: int
     identity: Identity
 
     def read(self, start: int, count: int) -> bytes:
-        """These bytes, fewer where the file ends."""
+        """These bytes, fewer if the file ends."""
         with reading_errors(self.file):
             parts = []
             while count and (got := os.pread(self.descriptor, count, start)):
@@ -67,20 +67,20 @@ class Opened:
 
 @contextmanager
 def opened(file: Path) -> Iterator[Opened]:
-    """The file; SourceError for a folder, a device or a pipe, which need not have an end."""
+    """The file; SourceError for a folder, a device or a pipe, which may never end."""
     with reading_errors(file):
         descriptor = os.open(file, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
     try:
         found = os.fstat(descriptor)
         if not stat.S_ISREG(found.st_mode):
-            raise SourceError(f"{file}: is {kind_of(found.st_mode)}, wanted a file")
+            raise SourceError(f"{file}: is {kind_of(found.st_mode)}, expected a file")
         yield Opened(file, descriptor, Identity.of(found))
     finally:
         os.close(descriptor)
 
 
 def kind_of(mode: int) -> str:
-    """What is there instead of a file, in words."""
+    """What is there instead of a regular file, in words."""
     names = {stat.S_IFDIR: "a folder", stat.S_IFIFO: "a pipe", stat.S_IFSOCK: "a socket"}
     return names.get(stat.S_IFMT(mode), "a device")
 
@@ -104,7 +104,7 @@ def json_object(
     check_values(file, data, values)
     value = parse(str(file), data)
     if not isinstance(value, dict):
-        raise SourceError(f"{file}: holds a JSON {type(value).__name__}, wanted an object")
+        raise SourceError(f"{file}: expected a JSON object, found {type(value).__name__}")
     return value, identity
 
 

@@ -1,7 +1,7 @@
-"""Open files that all threads share, never more of them than the system lets a process have.
+"""Open files shared by all threads, never more than the system allows a process.
 
-A checkpoint may have more shards than `ulimit -n` allows; those that nobody uses are closed, the
-longest unused first, and opened again when they are asked for.
+A checkpoint may have more shards than `ulimit -n` allows; unused ones are closed, least
+recently used first, and reopened on demand.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ MOST = 512
 
 
 def most_open() -> int:
-    """A quarter of what the process may have: sources and outputs are open at once, and others."""
+    """A quarter of what the process may have: sources, outputs and other files are open at once."""
     soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
     return MOST if soft == resource.RLIM_INFINITY else max(min(soft // 4, MOST), 1)
 
@@ -36,7 +36,7 @@ class Descriptors:
     """File descriptors by path."""
 
     def __init__(self, opener: Callable[[Path], int], most: int | None = None) -> None:
-        """`opener` opens a file that is asked for; what it raises, `lease` raises."""
+        """`opener` opens a file on demand; what it raises, `lease` raises."""
         self._opener = opener
         self._most = most_open() if most is None else most
         self._held: OrderedDict[Path, _Held] = OrderedDict()
@@ -55,7 +55,7 @@ class Descriptors:
                 held.users -= 1
 
     def close(self) -> None:
-        """Close all of them; nobody may have a lease."""
+        """Close all of them; there must be no lease left."""
         with self._lock:
             while self._held:
                 os.close(self._held.popitem()[1].descriptor)
@@ -75,7 +75,7 @@ class Descriptors:
         return held
 
     def _close_idle(self, count: int) -> int:
-        """Close up to so many that nobody uses; how many were closed."""
+        """Close up to this many unused ones; returns how many were closed."""
         idle = [file for file, held in self._held.items() if not held.users][: max(count, 0)]
         for file in idle:
             os.close(self._held.pop(file).descriptor)

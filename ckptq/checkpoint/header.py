@@ -42,7 +42,7 @@ class StoredTensor:
     file: Path
     offset: int
     identity: Identity | None = field(default=None, compare=False, repr=False)
-    """Of the file when its header was read; None for what is no tensor of a file."""
+    """Of the file when its header was read; None for a tensor that is in no file."""
 
     @property
     def nbytes(self) -> int:
@@ -51,7 +51,7 @@ class StoredTensor:
 
 @dataclass(frozen=True, slots=True)
 class Header:
-    """What one safetensors file says of itself."""
+    """The header of one safetensors file."""
 
     file: Path
     tensors: Mapping[str, StoredTensor]
@@ -68,7 +68,7 @@ def by_place(header: Header) -> list[StoredTensor]:
 
 
 class _Entry(NamedTuple):
-    """An object that has the fields of a tensor, with whatever is in them."""
+    """The fields of a tensor, not checked yet."""
 
     dtype: Any
     shape: Any
@@ -78,9 +78,9 @@ class _Entry(NamedTuple):
 def read_header(file: Path) -> Header:
     """Read and check the header of `file`; reads no tensor data.
 
-    Raises SourceError for a truncated file, a header that is no JSON object, unknown dtypes, shapes
-    that do not fit their byte range, ranges that overlap, leave gaps or leave the file, and for
-    more tensors, axes or letters than any checkpoint has.
+    Raises SourceError for a truncated file, a header that is not a JSON object, unknown dtypes,
+    shapes that do not fit their byte range, ranges that overlap, leave gaps or leave the file, and
+    for more tensors, axes or characters than any checkpoint has.
     """
     with opened(file) as found:
         raw = _header_bytes(found)
@@ -94,7 +94,7 @@ def read_header(file: Path) -> Header:
 
 
 def _drained(entries: dict[str, Any]) -> Any:
-    """The items in their order; each is let go when the next is asked for."""
+    """The items in order; each is released when the next is requested."""
     for name in list(entries):
         yield name, entries.pop(name)
 
@@ -125,12 +125,12 @@ def _parse(file: Path, raw: bytes) -> dict[str, Any]:
     parsed = parse(f"{file}: the header", raw, _compact)
     if not isinstance(parsed, dict):
         kind = "dict" if isinstance(parsed, _Entry) else type(parsed).__name__
-        raise SourceError(f"{file}: the header is a JSON {kind}, wanted an object of tensors")
+        raise SourceError(f"{file}: the header is a JSON {kind}, expected an object of tensors")
     return parsed
 
 
 def _check_counts(file: Path, raw: bytes) -> None:
-    """SourceError for a header that no number of tensors up to the limit can fill."""
+    """SourceError for a header that holds more than the allowed number of tensors can."""
     if len(raw) <= SMALL:
         return
     lists, objects, commas = count_values(raw)
@@ -141,14 +141,14 @@ def _check_counts(file: Path, raw: bytes) -> None:
     if lists > 2 * objects or commas > 10 * objects + MAX_LABELS:
         raise SourceError(
             f"{file}: the header holds {lists:,} lists and {commas:,} commas in {objects:,} "
-            "objects; those are no tensors"
+            "objects, which is not a table of tensors"
         )
 
 
 def _compact(pairs: Pairs) -> dict[str, Any] | _Entry:
-    """A tensor's fields in the least memory, as they come.
+    """A tensor's fields, in as little memory as possible.
 
-    ValueError for a key that is there twice, or that is no text (half of a surrogate pair).
+    ValueError for a key that appears twice, or that is not text (half of a surrogate pair).
     """
     found = dict(pairs)
     for name in found:
@@ -176,7 +176,7 @@ def _first_twice(pairs: Pairs) -> str:
         if name in seen:
             return name
         seen.add(name)
-    raise AssertionError("no key is there twice")
+    raise AssertionError("no key appears twice")
 
 
 def _metadata(file: Path, value: object) -> dict[str, str]:
@@ -190,7 +190,9 @@ def _stored(found: Opened, name: str, value: object, start: int, size: int) -> S
     _check_name(file, name)
     where = f"{file}: tensor {name!r}"
     if not isinstance(value, _Entry):
-        raise SourceError(f"{where}: wanted dtype, shape and data_offsets, found {str(value)[:80]}")
+        raise SourceError(
+            f"{where}: expected dtype, shape and data_offsets, found {str(value)[:80]}"
+        )
     dtype, shape, offsets = value
     if not isinstance(dtype, str) or dtype not in DTYPES:
         raise SourceError(f"{where}: unknown dtype {str(dtype)[:40]!r}; known: {', '.join(DTYPES)}")
@@ -216,16 +218,14 @@ def _stored(found: Opened, name: str, value: object, start: int, size: int) -> S
 
 
 def _check_name(file: Path, name: str) -> None:
-    """Names go to terminals, logs and pages: one that moves the cursor or forges a line is none."""
+    """Names go to terminals, logs and pages, so they must not move the cursor or forge a line."""
     if len(name) > MAX_NAME:
         raise SourceError(
             f"{file}: a tensor's name has {len(name):,} characters ({name[:40]!r}...); it may have "
             f"up to {MAX_NAME:,}"
         )
     if not name.isprintable():
-        raise SourceError(
-            f"{file}: tensor {name[:200]!r}: the name holds characters that cannot be printed"
-        )
+        raise SourceError(f"{file}: tensor {name[:200]!r}: the name has unprintable characters")
 
 
 def _listed(value: object) -> str:
@@ -233,17 +233,17 @@ def _listed(value: object) -> str:
 
 
 def _number(value: int) -> str:
-    """A product of sizes may have hundreds of digits."""
+    """For messages: a product of sizes may have hundreds of digits."""
     return str(value) if value < 1 << 64 else "more than 2**64"
 
 
 def _counts(values: tuple[Any, ...] | list[Any]) -> bool:
-    """True for non-negative integers that fit 64 bits (bool is no integer here)."""
+    """True for non-negative integers that fit 64 bits (a bool is not an integer here)."""
     return all(type(x) is int and 0 <= x < 1 << 63 for x in values)
 
 
 def _check_ranges(file: Path, stored: Mapping[str, StoredTensor], start: int, size: int) -> None:
-    """The tensors must tile the data exactly, as the format demands."""
+    """The tensors must cover the data exactly, as the format requires."""
     at = start
     for tensor in sorted(stored.values(), key=lambda t: (t.offset, t.nbytes)):
         if tensor.offset != at:
@@ -251,7 +251,7 @@ def _check_ranges(file: Path, stored: Mapping[str, StoredTensor], start: int, si
                 "overlaps the tensor before it" if tensor.offset < at else "leaves a gap before it"
             )
             raise SourceError(
-                f"{file}: tensor {tensor.name!r} {kind}: starts at {tensor.offset}, wanted {at}"
+                f"{file}: tensor {tensor.name!r} {kind}: starts at {tensor.offset}, expected {at}"
             )
         at += tensor.nbytes
     if at != size:

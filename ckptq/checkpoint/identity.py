@@ -1,4 +1,4 @@
-"""Which file it is: the one that the plan was made of, from then to its last byte."""
+"""Whether a file is still the one that the plan was made from."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from ckptq.files import reading_errors
 
 @dataclass(frozen=True, slots=True)
 class Identity:
-    """What changes when another file takes the name, or somebody writes into this one.
+    """What changes when the file is replaced or written to.
 
-    The time of the last change of the inode is what no tool sets back: an edit that keeps size and
-    time of modification still moves it.
+    No tool can reset the inode's change time: an edit that keeps size and
+    modification time still moves it.
     """
 
     device: int
@@ -34,24 +34,24 @@ class Identity:
 
 
 def check_same(file: Path, wanted: Identity, now: Identity) -> None:
-    """SourceError where these are not the same file in the same state."""
+    """SourceError unless these are the same file in the same state."""
     if now == wanted:
         return
     if now.size != wanted.size:
-        what = f"it had {wanted.size:,} bytes and has {now.size:,}"
+        what = f"its size changed from {wanted.size:,} to {now.size:,} bytes"
     elif (now.device, now.inode) != (wanted.device, wanted.inode):
-        what = "another file has its name now"
+        what = "it was replaced by another file"
     else:
         what = "it was written to"
     raise SourceError(
-        f"{file}: changed while it was read: {what}; let whoever writes it finish, and run the "
-        "command again"
+        f"{file}: changed while it was read: {what}; wait until nothing writes to it, "
+        "and run the command again"
     )
 
 
 def lasting(folder: Path, files: Mapping[Path, Identity]) -> dict[str, list[int]]:
-    """What holds from one run to the next, as JSON data; devices are numbered anew when they are
-    mounted. A journal may know of times, the output may not."""
+    """What stays the same from one run to the next, as JSON data (device numbers change with each
+    mount). Times may be in the journal, but not in the output."""
     return {
         str(file.relative_to(folder)): [found.size, found.modified, found.changed]
         for file, found in files.items()
@@ -59,7 +59,7 @@ def lasting(folder: Path, files: Mapping[Path, Identity]) -> dict[str, list[int]
 
 
 def check_unchanged(files: Mapping[Path, Identity]) -> None:
-    """The same for the files that lie at these paths now."""
+    """The same for the files that are at these paths now."""
     for file, wanted in files.items():
         with reading_errors(file):
             now = Identity.of(os.stat(file))

@@ -1,13 +1,13 @@
-"""A run that can be killed at any moment: what it has done, and what its output is proved by.
+"""A run that can be killed at any moment: what is done, and how to prove it.
 
     {"run": fingerprint}                    what the output depends on
     {"done": {unit: {tensor: pieces}}}      bytes that are on the disk, with their digests
-    {"publishing": {file: digest}}          all shards are; these are the other files
+    {"publishing": {file: digest}}          all shards are done; these are the other files
 
 A unit is journalled only after its bytes are on the disk, and trusted only when its digests prove
-it (`ckptq.checkpoint.proof`). A unit's bytes do not depend on when or by whom they are made, so
-doing one again is harmless, and the result is the same to the byte. The output is published by one
-rename, to a name that nothing has.
+it (`ckptq.checkpoint.proof`). A unit's bytes do not depend on when or where they are made, so
+repeating it is harmless, and the result is byte-identical. The output is published by one
+rename, to an unused name.
 """
 
 from __future__ import annotations
@@ -36,12 +36,12 @@ Fingerprint = Mapping[str, Any]
 
 @dataclass(slots=True)
 class Said:
-    """What a journal says."""
+    """The contents of a journal."""
 
     run: Fingerprint | None = None
     done: dict[str, Pieces] = field(default_factory=dict)
     published: dict[str, str] | None = None
-    """The files beside the shards, when all was ready for the rename."""
+    """The files beside the shards, once everything was ready for the rename."""
 
 
 class Journal:
@@ -53,20 +53,20 @@ class Journal:
         self.scratch = self.partial / "checkpoint"
         self.calibration = self.partial / "calibration"
         self.done = said.done
-        """What the journal says; the files have to prove it."""
+        """What the journal says is done; the files have to prove it."""
         self.renamed = renamed
-        """A former run has come to the rename, by the journal, and died before it had cleaned up:
-        `out` is there. `prove_renamed` says whether it is that."""
+        """By the journal, an earlier run had reached the rename and died before cleaning up, and
+        `out` exists. `prove_renamed` checks that it is that run's."""
         self._published = said.published
         self._lock = lock
 
     @classmethod
     def open(cls, out: Path, fingerprint: Fingerprint, *, restart: bool = False) -> Journal:
-        """Begin a run on `out`, or go on with the one that an identical command left behind.
+        """Begin a run on `out`, or resume the one that an identical command left behind.
 
-        UsageError if the output exists, another run holds it, the folder in which it is made is not
-        a run's, or the journal is of a different run that has done something: one that failed
-        before that is in nobody's way.
+        UsageError if the output exists, another run holds it, its working folder was not made by a
+        run, or the journal belongs to a different run that has finished some work. A different
+        run that had not is simply replaced.
         """
         partial = partial_of(out) if out.name else out  # the current folder, or the root
         if os.path.lexists(out) and not (partial / JOURNAL).exists():
@@ -83,14 +83,14 @@ class Journal:
         return cls(out, lock, said, renamed)
 
     def record(self, done: Mapping[str, Pieces]) -> None:
-        """These units' bytes are on the disk."""
+        """Record that these units' bytes are on disk."""
         _append(self.partial / JOURNAL, {"done": done})
         self.done.update(done)
 
     def publish(self, shards: Iterable[str], documents: Iterable[str]) -> None:
-        """The scratch folder becomes the output, at once and whole; these are its files.
+        """Rename the scratch folder, which holds these files, to the output in one step.
 
-        UsageError where somebody has put a file into it, or has taken the output's name.
+        UsageError if it holds other files, or if the output's name is taken.
         """
         if not self.renamed:
             documents = set(documents)
@@ -109,7 +109,7 @@ class Journal:
         files: Files,
         pool: ThreadPoolExecutor,
     ) -> None:
-        """UsageError unless every byte of a renamed output is as it was written."""
+        """UsageError unless a renamed output is byte for byte as it was written."""
         documents = self._published or {}
         found = digests(self.out, documents)
         wrong = [name for name, digest in documents.items() if found.get(name) != digest]
@@ -121,10 +121,10 @@ class Journal:
             raise self._not_ours(wrong[0])
 
     def _not_ours(self, what: str) -> UsageError:
-        """The output's name is taken by something that this run did not write."""
+        """The output's name is taken by something else."""
         return UsageError(
-            f"{self.out}: is there, and is not what the run in {self.partial} wrote: {what} "
-            "differs; move it away and give the same command, or remove the folder of the run"
+            f"{self.out}: not what the run in {self.partial} wrote: {what} differs; move it away "
+            "and rerun the same command, or remove the run's folder"
         )
 
     def _check_files(self, wanted: set[str]) -> None:
@@ -135,11 +135,11 @@ class Journal:
         }
         for name in sorted(held - wanted):
             raise UsageError(
-                f"{self.scratch / name}: was not written by this run; move it away, and give the "
-                "same command again"
+                f"{self.scratch / name}: not written by this run; move it away and rerun the same "
+                "command"
             )
         for name in sorted(wanted - held):
-            raise MachineError(f"{self.scratch / name}: was written, and is gone")
+            raise MachineError(f"{self.scratch / name}: was written, but no longer exists")
 
     def _rename(self) -> None:
         try:
@@ -156,22 +156,22 @@ class Journal:
 
 
 def check_apart(source: Path, out: Path) -> None:
-    """UsageError for an output inside its source: it would be among the files that are copied."""
+    """UsageError for an output inside its source: it would be copied into itself."""
     if out.resolve().is_relative_to(source.resolve()):
         raise UsageError(f"{out}: lies inside the source {source}; choose an output outside it")
 
 
 def _taken(out: Path, partial: Path | None = None) -> UsageError:
     if partial is None:
-        return UsageError(f"{out}: exists already; remove it, or choose another output")
+        return UsageError(f"{out}: already exists; remove it, or choose another output")
     return UsageError(
-        f"{out}: exists already, and was not made by the run in {partial}, which keeps what it has "
-        "done; move it away, and the same command goes on"
+        f"{out}: already exists, but was not made by the run in {partial}, whose work is kept; "
+        "move it away and rerun the same command to resume"
     )
 
 
 def _begin(out: Path, partial: Path, fingerprint: Fingerprint, restart: bool) -> tuple[Said, bool]:
-    """What has been done, and whether it is the output already; the folder is ready for more."""
+    """What is done, and whether the output is published already; prepares the folder for more."""
     file = partial / JOURNAL
     if restart and os.path.lexists(out):  # before the journal is read, which may be damaged
         raise _taken(out, partial)
@@ -186,8 +186,8 @@ def _begin(out: Path, partial: Path, fingerprint: Fingerprint, restart: bool) ->
     works = bool(said.done) or _holds_work(partial)
     if said.run is None and works:
         raise UsageError(
-            f"{partial}: holds the work of another command, or its journal is gone; --restart "
-            "begins anew"
+            f"{partial}: holds the work of another command, or has lost its journal; --restart "
+            "starts over"
         )
     if said.run is None or (said.run != fingerprint and not works):
         discard(partial)
@@ -196,8 +196,8 @@ def _begin(out: Path, partial: Path, fingerprint: Fingerprint, restart: bool) ->
         said = Said(run=fingerprint)
     elif said.run != fingerprint:
         raise UsageError(
-            f"{partial}: was begun by a different run: {_difference(said.run, fingerprint)}; "
-            "give the same command to go on, or --restart to begin anew"
+            f"{partial}: started by a different run: {_difference(said.run, fingerprint)}; rerun "
+            "the same command to resume, or use --restart to start over"
         )
     if not renamed:
         with machine_errors(partial):
@@ -206,8 +206,7 @@ def _begin(out: Path, partial: Path, fingerprint: Fingerprint, restart: bool) ->
 
 
 def _holds_work(partial: Path) -> bool:
-    """Whether there is more than a run leaves that has just begun: layers that are calibrated, or
-    the result of another tool."""
+    """Whether there is work worth keeping: calibrated layers, or the result of another tool."""
     work = (partial / "calibration", partial / "oneshot")
     files = (path for folder in work for path in folder.rglob("*") if path.is_file())
     return any(path != partial / "calibration" / "run.json" for path in files)
@@ -226,9 +225,9 @@ def _append(file: Path, line: Mapping[str, Any]) -> None:
 
 
 def _read(file: Path) -> Said:
-    """A journal, or nothing where there is none.
+    """A journal, empty if there is none.
 
-    A last line without its end was being written when the run died; what it says was not recorded.
+    An incomplete last line was being written when the run died, and does not count.
     """
     with machine_errors(file):
         try:
@@ -244,13 +243,13 @@ def _read(file: Path) -> Said:
             _hear(said, json.loads(line))
     except (ValueError, TypeError, AttributeError, KeyError, RecursionError) as error:
         raise MachineError(
-            f"{file}: the journal is damaged ({error}); --restart begins anew"
+            f"{file}: the journal is damaged ({error}); --restart starts over"
         ) from error
     return said
 
 
 def _hear(said: Said, line: Mapping[str, Any]) -> None:
-    """Take up what one line says."""
+    """Apply one line."""
     if said.run is None:
         said.run = dict(line["run"])
     said.done.update(line.get("done", {}))
@@ -267,7 +266,7 @@ def _difference(before: Fingerprint, now: Fingerprint, path: str = "") -> str:
             if isinstance(old, dict) and isinstance(new, dict):
                 return _difference(old, new, name + ".")
             return f"{name} was {_short(old)}, is {_short(new)}"
-    return "nothing that can be named"
+    return "no single field"
 
 
 def _short(value: object) -> str:

@@ -1,4 +1,4 @@
-"""Open a checkpoint: a folder or a hub id becomes names, shapes and places. Headers only, no data.
+"""Open a checkpoint, a folder or a hub id: names, shapes and places. Headers only, no data.
 
 Only safetensors is read, never pickle; file names that an index gives must stay inside the folder.
 """
@@ -33,7 +33,7 @@ SINGLE = "model.safetensors"
 
 
 MAX_TENSORS = 1 << 21
-"""In all files of a checkpoint; the largest known has 210,000."""
+"""In all files of a checkpoint; the largest known one has 210,000."""
 
 Problems = list[str]
 
@@ -73,7 +73,7 @@ class Checkpoint:
         return found if isinstance(found, dict) else None
 
     def beside(self) -> Beside:
-        """The files of the folder that are no shards of it, sorted into its own and others."""
+        """The files of the folder that are not its shards, sorted into its own and others."""
         own = {CONFIG, INDEX, *(header.file.name for header in self.headers)}
         return sort_files(self.path, own, self.tensors.keys())
 
@@ -83,12 +83,12 @@ class Checkpoint:
         return list(self.beside().carried)
 
     def side_bytes(self) -> int:
-        """What the side files take."""
+        """Bytes of the side files."""
         return sum((self.path / side).stat().st_size for side in self.side_files())
 
     def pinned(self) -> dict[Path, Identity]:
-        """Every file of the checkpoint as it was when it was opened, side files as they are now:
-        what `check_unchanged` is asked at the end of a run."""
+        """Every file of the checkpoint as it was when it was opened, side files as they are now,
+        for `check_unchanged` at the end of a run."""
         sides = {}
         for side in self.side_files():
             with reading_errors(self.path / side):
@@ -102,7 +102,7 @@ def open_checkpoint(
     """Open a folder, or a hub id that huggingface_hub finds in its cache or downloads.
 
     With a `problems` list, disagreements between index and files are appended to it instead of
-    raised, so that `verify` can report them all; an unreadable checkpoint is raised all the same.
+    raised, so that `verify` can report them all; an unreadable checkpoint is still an error.
     """
     path, name = _locate(source, revision)
     refuse_adapter(path)
@@ -159,7 +159,7 @@ def _locate(source: str | Path, revision: str | None) -> tuple[Path, str]:
             )
         return path, _folder_name(path.resolve())
     if path.exists():
-        raise SourceError(f"{source}: is a file; wanted a checkpoint folder or a hub id")
+        raise SourceError(f"{source}: is a file; expected a checkpoint folder or a hub id")
     _refuse_unfinished(path)
     text = str(source)
     if text.count("/") > 1 or text.startswith((".", "/", "~")) or "\\" in text:
@@ -168,7 +168,7 @@ def _locate(source: str | Path, revision: str | None) -> tuple[Path, str]:
 
 
 def _refuse_unfinished(path: Path) -> None:
-    """Say so where a run that was to write this folder has not ended."""
+    """Mention an unfinished run that was to write this folder."""
     if path.name and bears_mark(unfinished := partial_of(path)):
         raise SourceError(
             f"{path}: no such folder; {unfinished} holds an unfinished run: rerun the same command "
@@ -209,7 +209,7 @@ def _download(hub_id: str, revision: str | None) -> Path:
 
 def _config(path: Path) -> tuple[dict[str, Any], Identity]:
     if not os.path.lexists(path / CONFIG):
-        raise SourceError(f"{path}: no {CONFIG}; wanted a Hugging Face checkpoint")
+        raise SourceError(f"{path}: no {CONFIG}; expected a Hugging Face checkpoint")
     return json_object(path / CONFIG)
 
 
@@ -227,17 +227,17 @@ def _index(path: Path, identities: dict[Path, Identity]) -> dict[str, str] | Non
     for name, target in weight_map.items():
         if not target.isprintable():
             raise SourceError(
-                f"{file}: tensor {name!r} is said to be in {target!r}, no name of a file"
+                f"{file}: tensor {name!r} is mapped to {target!r}, which is not a file name"
             )
         if "/" in target or "\\" in target or target in ("", ".", "..") or "\0" in target:
             raise SourceError(
-                f"{file}: tensor {name!r} is said to be in {target!r}, outside the folder {path}"
+                f"{file}: tensor {name!r} is mapped to {target!r}, outside the folder {path}"
             )
     return weight_map
 
 
 def read_index(file: Path) -> tuple[dict[str, Any], Identity]:
-    """An index as it is written."""
+    """The contents of an index file."""
     return json_object(file, INDEX_BYTES, INDEX_VALUES)
 
 
@@ -257,18 +257,18 @@ def _shards(path: Path, index: Mapping[str, str] | None) -> list[Path]:
     if len(found) == 1:
         return found
     if found:
-        raise SourceError(f"{path}: {len(found)} safetensors files and no {INDEX} that names them")
+        raise SourceError(f"{path}: {len(found)} safetensors files but no {INDEX} that lists them")
     pickled = sorted(p.name for p in path.iterdir() if p.suffix in PICKLES)
     if pickled:
         raise SourceError(
-            f"{path}: only pickled weights ({pickled[0]}); ckptq reads safetensors alone, because "
-            "a pickle can run any code. Save it anew with transformers' save_pretrained"
+            f"{path}: only pickled weights ({pickled[0]}); ckptq reads only safetensors, because "
+            "a pickle can run any code. Save it again with transformers' save_pretrained"
         )
     raise SourceError(f"{path}: no safetensors file")
 
 
 def _disagreements(path: Path, index: Mapping[str, str], headers: tuple[Header, ...]) -> Problems:
-    """Where the index and the files' own headers differ."""
+    """The differences between the index and the files' own headers."""
     held = {(header.file.name, name) for header in headers for name in header.tensors}
     promised = {(file, name) for name, file in index.items()}
     missing = [

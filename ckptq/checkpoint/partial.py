@@ -1,4 +1,4 @@
-"""The folder in which a run works: marked before anything is in it, held while the run lasts.
+"""The folder in which a run works: marked before anything is in it, locked while the run lasts.
 
     OUT.partial/lock            the mark, and the lock on it
     OUT.partial/journal.jsonl   \\
@@ -8,7 +8,7 @@
     OUT.partial/rank-0-of-4/    /
 
 Only a folder with the mark is written to and removed, and in it only what a run makes: a folder of
-that name that somebody else has made is refused, and so is a link.
+that name without the mark is refused, and so is a link.
 """
 
 from __future__ import annotations
@@ -30,10 +30,10 @@ JOURNAL = "journal.jsonl"
 MARK = b"ckptq is using this folder: rerun the same command to resume; it is removed at the end.\n"
 
 OURS = re.compile(r"journal\.jsonl|checkpoint|calibration|oneshot|rank-\d+-of-\d+")
-"""What a run makes here, beside the lock."""
+"""What a run makes here, besides the lock."""
 
 ATTEMPTS = 100
-"""Times that the lock may vanish under our hands, because a run ends just then."""
+"""How often the lock may disappear while it is taken, because another run ends."""
 
 
 def partial_of(out: Path) -> Path:
@@ -42,10 +42,10 @@ def partial_of(out: Path) -> Path:
 
 
 def claim(partial: Path, *, shared: bool = False) -> int:
-    """Make the folder, mark it, and hold it: the descriptor of its lock, to be closed at the end.
+    """Make the folder, mark it and lock it; returns the lock's descriptor, to be closed at the end.
 
-    `shared` lets other processes of the same run in. UsageError for a folder that is there without
-    the mark, and where another run holds it.
+    `shared` lets other processes of the same run in. UsageError for an existing folder
+    without the mark, or one that another run has locked.
     """
     for _ in range(ATTEMPTS):
         check_ours(partial)
@@ -55,11 +55,11 @@ def claim(partial: Path, *, shared: bool = False) -> int:
             if held is not None:
                 _mark(partial, held)
                 return held
-    raise MachineError(f"{partial}: its lock vanishes as often as it is taken")
+    raise MachineError(f"{partial}: its lock keeps disappearing")
 
 
 def check_ours(partial: Path) -> None:
-    """UsageError for what is there and was not made by a run."""
+    """UsageError for anything there that was not made by a run."""
     if not os.path.lexists(partial):
         return
     if partial.is_symlink() or not partial.is_dir():
@@ -69,7 +69,7 @@ def check_ours(partial: Path) -> None:
     mark = _read_mark(partial / LOCK)
     begun = names in ([], [LOCK]) and mark is not None and MARK.startswith(mark.rstrip(b"\0"))
     if mark != MARK and not begun:
-        raise _foreign(partial, "was not made by a run of ckptq: it does not bear its mark")
+        raise _foreign(partial, "not made by ckptq (its mark is missing)")
     for name in names:
         if OURS.fullmatch(name) and (partial / name).is_symlink():
             raise _foreign(partial / name, "is a link")
@@ -81,8 +81,8 @@ def bears_mark(partial: Path) -> bool:
 
 
 def discard(partial: Path) -> None:
-    """Everything that a run has made but the lock, the journal first: without it the rest means
-    nothing."""
+    """Remove everything that a run has made except the lock; the journal first, because the rest
+    means nothing without it."""
     with machine_errors(partial):
         (partial / JOURNAL).unlink(missing_ok=True)
         for path in made_by_runs(partial):
@@ -90,8 +90,8 @@ def discard(partial: Path) -> None:
 
 
 def remove(partial: Path) -> None:
-    """The folder, when its run has ended. The journal goes after all that it tells of: until then
-    the same command ends this. What no run has made stays where it is, and so does the folder."""
+    """Remove the folder of a finished run. The journal goes last: until then the same command can
+    finish the removal. Files that no run has made stay, and so does the folder then."""
     with machine_errors(partial):
         for path in made_by_runs(partial):
             shutil.rmtree(path)
@@ -107,7 +107,7 @@ def made_by_runs(partial: Path) -> list[Path]:
 
 
 def _read_mark(lock: Path) -> bytes | None:
-    """What the file says, b"" where there is none; None where it is no file."""
+    """The file's bytes, b"" if there is none; None if it is not a file."""
     try:
         descriptor = os.open(lock, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
     except FileNotFoundError:
@@ -122,7 +122,7 @@ def _read_mark(lock: Path) -> bytes | None:
 
 
 def _hold(partial: Path, how: int) -> int | None:
-    """The lock, taken; None where it was removed in between."""
+    """The lock, taken; None if it was removed in the meantime."""
     lock = partial / LOCK
     try:
         descriptor = os.open(lock, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o644)
@@ -136,13 +136,13 @@ def _hold(partial: Path, how: int) -> int | None:
         pass
     except BlockingIOError as error:
         os.close(descriptor)
-        raise UsageError(f"{partial}: another run is writing this output right now") from error
+        raise UsageError(f"{partial}: another run is writing this output") from error
     os.close(descriptor)
     return None
 
 
 def _mark(partial: Path, lock: int) -> None:
-    """On the disk before anything else is in the folder."""
+    """Write the mark to disk before anything else is in the folder."""
     if os.pread(lock, len(MARK) + 1, 0) != MARK:
         os.pwrite(lock, MARK, 0)
         os.ftruncate(lock, len(MARK))

@@ -1,10 +1,10 @@
-"""What a run wrote is there, byte for byte: asked of the files before anything in them is trusted.
+"""Proof that what a run wrote is still there, byte for byte, before anything of it is trusted.
 
-A crashed machine can leave holes of zeros where the journal says that a unit is done, a shard can
-be cut, or lost. So bytes that went through memory have a digest, taken while they were in the
+A crashed machine can leave zeros where the journal says that a unit is done, and a shard can
+be cut or lost. So bytes that went through memory have a digest, taken while they were in the
 processor's cache (xxh3: 50 GB/s on one core, where sha256 takes 2 and crc32 4; damage is to be
-found, not an adversary kept out). Bytes that the kernel copied are held against their source, which
-is still the same file (`ckptq.checkpoint.identity`).
+found, not an adversary kept out). Bytes that the kernel copied are compared with their source,
+which is still the same file (`ckptq.checkpoint.identity`).
 """
 
 from __future__ import annotations
@@ -29,12 +29,12 @@ Pieces = Mapping[str, Sequence[Any]]
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Promise:
-    """A unit of work, as far as its proof goes."""
+    """What proves a unit of work."""
 
     key: str
     tensors: tuple[str, ...]
     copies: Mapping[str, StoredTensor] = field(default_factory=dict)
-    """Those of the tensors that are the same bytes elsewhere."""
+    """The tensors that are copies, and what they are copies of."""
 
 
 def proven(promise: Promise, pieces: Pieces, shards: Shards, files: Files) -> bool:
@@ -92,7 +92,7 @@ def same_as_source(shards: Shards, name: str, stored: StoredTensor, files: Files
 
 
 def digests(folder: Path, names: Iterable[str]) -> dict[str, str]:
-    """The digest of each file that is there, by the names given."""
+    """The digest of each existing file, by the names given."""
     found = {}
     for name in sorted(names):
         file = folder / name
@@ -107,7 +107,7 @@ def digests(folder: Path, names: Iterable[str]) -> dict[str, str]:
 
 
 def _is_piece(value: object) -> bool:
-    """A journal is a file, and files can say anything."""
+    """A journal is a file, and can contain anything."""
     return (
         isinstance(value, list | tuple)
         and len(value) == 3

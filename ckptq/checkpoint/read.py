@@ -32,7 +32,7 @@ MAX_READ = 1 << 30
 class Files:
     """The files of a checkpoint while it is read, shared by all threads, closed together.
 
-    Whenever one is opened, again or for the first time, it has to be the one whose header was read.
+    Whenever one is opened, it must be the one whose header was read.
     """
 
     def __init__(self) -> None:
@@ -43,7 +43,7 @@ class Files:
     def reading(self, stored: StoredTensor) -> Iterator[int]:
         """A descriptor of the tensor's file, open inside the block.
 
-        SourceError where the file changed since its header was read, MachineError where the machine
+        SourceError if the file has changed since its header was read, MachineError if the machine
         fails.
         """
         if stored.identity is not None:
@@ -52,7 +52,7 @@ class Files:
             yield descriptor
 
     def check_unchanged(self) -> None:
-        """SourceError where a file that was read is not the same any more."""
+        """SourceError if a file that was read has changed."""
         check_unchanged(dict(self._wanted))
 
     def _open_same(self, file: Path) -> int:
@@ -76,7 +76,7 @@ class Files:
 
 
 def read_into(files: Files, stored: StoredTensor, start: int, buffer: memoryview) -> None:
-    """Fill `buffer` with the tensor's bytes from byte `start` on."""
+    """Fill `buffer` with the tensor's bytes, from byte `start` on."""
     with files.reading(stored) as descriptor:
         read_bytes(stored, descriptor, stored.offset + start, buffer)
 
@@ -103,16 +103,16 @@ def bytes_of(tensor: Tensor) -> memoryview:
 
 
 class Memory(threading.local):
-    """Memory that each thread uses again and again: faulting fresh pages in takes longer than to
-    copy into them."""
+    """Memory that each thread reuses: faulting in fresh pages takes longer than copying into
+    them."""
 
     def __init__(self, pinned: bool = False) -> None:
         self._held: Tensor | None = None
         self._pinned = pinned
-        """Whether a GPU may read it beside the thread's work."""
+        """Whether a GPU may read it while the thread works."""
 
     def tensor(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-        """A dense tensor of unknown content. What this thread got before is lost."""
+        """A dense tensor of unknown content, in the memory of this thread's last one."""
         import torch
 
         nbytes = prod(shape) * dtype.itemsize
@@ -126,7 +126,7 @@ def read_range(
 ) -> Tensor:
     """Entries start..stop along the first axis, as a tensor [stop - start, ...].
 
-    In memory of its own, or in `memory`.
+    In new memory, or in `memory`.
     """
     import torch
 
@@ -138,7 +138,7 @@ def read_range(
 
 
 def read_tensor(stored: StoredTensor, files: Files | None = None) -> Tensor:
-    """The whole tensor on the CPU, in memory of its own."""
+    """The whole tensor on the CPU, in new memory."""
     import torch
 
     tensor = torch.empty(stored.spec.shape, dtype=torch_dtype(stored.spec.dtype))

@@ -1,6 +1,6 @@
-"""A folder that is whole, and can prove it: digests of its files, written when all are on the disk.
+"""A folder that can prove it is complete: digests of its files, written once all are on disk.
 
-For what a run keeps to go on with, and others wrote: hidden states, another tool's checkpoint.
+For what a run keeps in order to resume: hidden states, another tool's checkpoint.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ SEAL = "seal.json"
 
 
 def seal(folder: Path) -> None:
-    """Make everything in a folder last, and then say so in it."""
+    """Sync everything in a folder, then write its digests."""
     names = _names(folder)
     for name in names:
         sync_file(folder / name)
@@ -25,7 +25,7 @@ def seal(folder: Path) -> None:
 
 
 def is_whole(folder: Path) -> bool:
-    """Whether the folder was sealed, and every file in it is as it was then."""
+    """Whether the folder was sealed and no file has changed since."""
     file = folder / SEAL
     if not file.is_file():
         return False

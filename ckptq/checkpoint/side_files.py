@@ -1,4 +1,4 @@
-"""What stands beside the shards of an output: documents that are made, files of the source."""
+"""The files beside the shards of an output: new documents, and copies of the source's files."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from ckptq.files import clear_unfinished, json_bytes, write_whole
 
 
 def render_json(source: Path, value: Mapping[str, Any]) -> bytes:
-    """What becomes of a JSON file of the source; SourceError where it cannot be written again."""
+    """A JSON file for the output; SourceError if it cannot be written."""
     try:
         return json_bytes(value)
     except RecursionError as error:
-        raise SourceError(f"{source}: nested too deep to be written again") from error
+        raise SourceError(f"{source}: nested too deeply to be written again") from error
 
 
 def write_side_files(
@@ -29,7 +29,7 @@ def write_side_files(
     shards: Mapping[str, Specs],
     pinned: Mapping[Path, Identity],
 ) -> list[str]:
-    """Everything but the shards: what was made, the index, the source's other files. Their names.
+    """Write everything but the shards: new documents, index, the source's other files; their names.
 
     `pinned` are the files of the source as they were when the run began.
     """
@@ -44,7 +44,7 @@ def write_side_files(
 def _copy_others(
     folder: Path, ckpt: Checkpoint, pinned: Mapping[Path, Identity], made: Collection[str]
 ) -> list[str]:
-    """The pinned files that are neither config, index nor shard, nor made anew; their names."""
+    """Copy the pinned files that are not config, index, shard or a new document; their names."""
     sides = (path for path in pinned if path not in ckpt.identities)
     names = {str(path.relative_to(ckpt.path)): path for path in sides}
     others = {name: path for name, path in names.items() if name not in made}

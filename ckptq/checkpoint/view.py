@@ -28,10 +28,10 @@ class View:
     index: int | None = None
     rows: range | None = None
     columns: range | None = None
-    """Along the stored axes, before the transpose; None is all of them."""
+    """Along the stored axes, before the transpose; None means all."""
     transposed: bool = False
     vector: bool = False
-    """One row that is written without its first axis: the bias of one expert."""
+    """A single row written without its first axis: the bias of one expert."""
 
     @property
     def written(self) -> TensorSpec:
@@ -50,18 +50,18 @@ class View:
 
     @property
     def streams(self) -> bool:
-        """Whether runs of its rows are runs of bytes, so that no slab has to be held."""
+        """Whether its rows are contiguous on disk, so that no slab has to be held."""
         dense = self.rows is None or self.rows.step == 1
         return dense and self.columns is None and not self.transposed
 
     @property
     def quantum(self) -> int:
-        """Rows may be read from anywhere on."""
+        """Rows may be read starting anywhere."""
         return 1
 
     @property
     def slab(self) -> tuple[StoredTensor, int | None, int, int]:
-        """What has to be held whole where the view does not stream: a run of rows of one matrix.
+        """The run of rows that has to be in memory whole if the view does not stream.
 
         Equal for views that are cut from the same bytes, as gate and up of one expert are.
         """
@@ -86,7 +86,7 @@ def read_rows(
 ) -> Tensor:
     """Rows start..stop of a view that streams, as [stop - start, C].
 
-    With `memory`, the tensor is lost when the same thread uses that memory again.
+    With `memory`, the tensor is overwritten when the same thread uses that memory again.
     """
     assert view.streams
     first = view.rows.start if view.rows is not None else 0
@@ -94,13 +94,13 @@ def read_rows(
 
 
 def read_slab(files: Files, view: View) -> Tensor:
-    """The whole slab, in memory of its own."""
+    """The whole slab, in new memory."""
     _, _, first, last = view.slab
     return read_range(files, _matrix(view), first, last)
 
 
 def read_slab_rows(files: Files, view: View, slab: Tensor, start: int, stop: int) -> None:
-    """Fill rows start..stop of a slab whose memory exists already."""
+    """Fill rows start..stop of an existing slab."""
     _, _, first, _ = view.slab
     step = view.slab_spec.nbytes // view.slab_spec.shape[0]
     read_into(files, _matrix(view), (first + start) * step, bytes_of(slab[start:stop]))
@@ -115,7 +115,7 @@ def window(slab: Tensor, view: View) -> Tensor:
 
 
 def _matrix(view: View) -> StoredTensor:
-    """The 2-D tensor that the view is a window on, as if it were stored alone."""
+    """The 2-D tensor of which the view is a window, as if it were stored alone."""
     stored = view.stored
     if view.index is None:
         return stored

@@ -1,8 +1,8 @@
-"""The one door out: shards with every tensor at its planned place, and a folder that appears whole.
+"""The only writer of checkpoints: every tensor at its planned place, the folder in one step.
 
 Names, shapes and offsets are known before the first byte, so a shard's header is written first and
-its tensors land where they belong, in any order and from any thread. What arrives is held against
-what was promised. Layout of a file: ckptq.checkpoint.header.
+its tensors land where they belong, in any order and from any thread. What arrives is compared
+with what was promised. Layout of a file: ckptq.checkpoint.header.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ COPY_CHUNK = 1 << 26
 BUFFER = 1 << 22
 
 BY_HAND = (errno.EXDEV, errno.ENOSYS, errno.EINVAL, errno.EOPNOTSUPP, errno.EIO)
-"""What the kernel's copy ends in where reading and writing may work, or tell what does not."""
+"""Errors of the kernel's copy after which reading and writing may work, or show what does not."""
 
 Specs = Mapping[str, TensorSpec]
 
@@ -41,7 +41,7 @@ Piece = tuple[int, int, str]
 
 @dataclass(frozen=True, slots=True)
 class Place:
-    """Where a tensor goes: its shard and its first byte there."""
+    """Where a tensor goes: its shard, and its first byte there."""
 
     shard: str
     offset: int
@@ -75,8 +75,8 @@ def lay_out(specs: Specs, metadata: Mapping[str, str]) -> tuple[bytes, dict[str,
 class Shards:
     """The output's safetensors files while they are being filled.
 
-    Opened anew on a folder that an interrupted run left behind, it keeps what is there. What went
-    through memory has a digest (`ckptq.checkpoint.proof`); what was copied, its source.
+    Reopened on the folder of an interrupted run, it keeps what is there. What went
+    through memory is proved by digests (`ckptq.checkpoint.proof`), what was copied by its source.
     """
 
     def __init__(
@@ -87,7 +87,7 @@ class Shards:
         *,
         finished: bool = False,
     ) -> None:
-        """`finished` shards are read back only: none is made or changed."""
+        """`finished` shards are only read: none is made or changed."""
         self.folder = folder
         self.places: dict[str, Place] = {}
         self.sizes: dict[str, int] = {}
@@ -112,7 +112,7 @@ class Shards:
             write_at(descriptor, 0, memoryview(self._heads[shard]))
 
     def intact(self, shard: str) -> bool:
-        """Whether the file is there with its size and header; of the tensors this says nothing."""
+        """Whether the file exists with its size and header; says nothing about the tensors."""
         file, head = self.folder / shard, self._heads[shard]
         if file.is_symlink() or not file.is_file():
             return False
@@ -121,13 +121,13 @@ class Shards:
             return size == self.sizes[shard] and os.pread(descriptor, len(head), 0) == head
 
     def write(self, name: str, start: int, data: memoryview) -> None:
-        """Bytes of tensor `name` from its byte `start` on."""
+        """Write bytes of tensor `name`, from its byte `start` on."""
         with self.run(name, start) as run:
             run.write(data)
 
     @contextmanager
     def run(self, name: str, start: int) -> Iterator[Run]:
-        """The same for bytes that come one after the other, and get one digest."""
+        """The same for consecutive chunks, which get one digest."""
         run = Run(self, name, start)
         yield run
         with self._lock:
@@ -141,7 +141,7 @@ class Shards:
             write_at(descriptor, place.offset + start, data)
 
     def copy(self, name: str, stored: StoredTensor, files: Files, start: int, count: int) -> None:
-        """The same bytes of a stored tensor, inside the kernel where it can."""
+        """Copy a stored tensor, inside the kernel if possible."""
         place = self._arrive(name, start, count)
         file = self.folder / place.shard
         with (
@@ -152,7 +152,7 @@ class Shards:
             copy_bytes(stored, source, start, target, place.offset + start, count)
 
     def read_back(self, name: str, start: int, count: int) -> bytes:
-        """What the file holds of a tensor; less where it was cut."""
+        """What the file holds of a tensor; less if the file was cut."""
         place = self.places[name]
         file = self.folder / place.shard
         with machine_errors(file), self._open.lease(file) as descriptor:
@@ -161,7 +161,7 @@ class Shards:
     def copy_through(
         self, name: str, stored: StoredTensor, files: Files, start: int, count: int
     ) -> None:
-        """The same through memory, with a digest: for a source that does not outlast the run."""
+        """The same through memory, with a digest: for a source that is removed during the run."""
         with self.run(name, start) as run:
             for at in range(start, start + count, BUFFER):
                 buffer = memoryview(bytearray(min(BUFFER, start + count - at)))
@@ -176,18 +176,18 @@ class Shards:
         return place
 
     def check_complete(self, names: Iterable[str]) -> None:
-        """Every byte that was promised for these tensors has arrived once."""
+        """Check that every byte promised for these tensors has arrived once."""
         for name in names:
             got, want = self._arrived.get(name, 0), self.places[name].spec.nbytes
             assert got == want, f"{name}: {got} of {want} bytes arrived"
 
     def pieces(self, names: Iterable[str]) -> dict[str, list[Piece]]:
-        """The digests of these tensors, in the order of their bytes; asked for once."""
+        """The digests of these tensors, in the order of their bytes; may be taken once."""
         with self._lock:
             return {name: sorted(self._pieces.pop(name)) for name in names if name in self._pieces}
 
     def sync(self, shards: Iterable[str]) -> None:
-        """Wait until these files' data are on the disk."""
+        """Wait until these files' data are on disk."""
         for shard in shards:
             file = self.folder / shard
             with machine_errors(file), self._open.lease(file) as descriptor:
@@ -216,8 +216,7 @@ class Run:
 
 
 def _open_own(file: Path) -> int:
-    """A file of the run: never through a link, symbolic or hard, which would lead to one that is
-    not."""
+    """Open a file of the run, never through a symbolic or hard link to another."""
     descriptor = os.open(file, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o644)
     if os.fstat(descriptor).st_nlink > 1:
         os.close(descriptor)
@@ -230,7 +229,7 @@ def _open_finished(file: Path) -> int:
 
 
 def write_at(descriptor: int, at: int, data: memoryview) -> None:
-    """All of the data, from this byte of the file on."""
+    """Write all of the data from this byte of the file on."""
     done = 0
     while done < len(data):
         done += os.pwrite(descriptor, data[done:], at + done)
@@ -239,8 +238,8 @@ def write_at(descriptor: int, at: int, data: memoryview) -> None:
 def copy_bytes(
     stored: StoredTensor, source: int, start: int, target: int, at: int, count: int
 ) -> None:
-    """Copy a range of a tensor between two open files; by the kernel, or through memory where it
-    refuses, or does not say which of the files failed."""
+    """Copy a range of a tensor between two open files: by the kernel, or through memory if it
+    refuses, or does not say which file failed."""
     done = 0
     while done < count:
         chunk = min(COPY_CHUNK, count - done)
@@ -257,7 +256,7 @@ def copy_bytes(
 def _copy_by_hand(
     stored: StoredTensor, source: int, first: int, target: int, at: int, count: int
 ) -> int:
-    """A part of it; SourceError where the source has ended."""
+    """Copy a part of it; SourceError if the source has ended."""
     buffer = memoryview(bytearray(min(count, BUFFER)))
     with reading_errors(stored.file):
         read_bytes(stored, source, first, buffer)
@@ -266,9 +265,9 @@ def _copy_by_hand(
 
 
 def write_index(folder: Path, shards: Mapping[str, Specs], *, always: bool = False) -> list[str]:
-    """The index of a sharded checkpoint; a single file has none, as with save_pretrained, unless
-    `always`: beside other safetensors files engines know the model's by the index. The names
-    of what was written."""
+    """Write the index of a sharded checkpoint. A single file has none, as with save_pretrained,
+    unless `always`: next to other safetensors files, engines need the index to find the model's.
+    Returns the names written."""
     if len(shards) == 1 and not always:
         return []
     total = sum(spec.nbytes for specs in shards.values() for spec in specs.values())

@@ -120,14 +120,14 @@ def kernel_of(scheme: WeightScheme) -> Kernel | None:
 
 
 def _rows(x_RC: Tensor, scheme: WeightScheme, _: Tensor | None) -> Made:
-    from ckptq.kernels.dispatch import quantize_rows
+    from ckptq.kernels.quantize.dispatch import quantize_rows
 
     code_RC, scale_R1 = quantize_rows(x_RC, _code_dtype(scheme))
     return {"weight": code_RC, "weight_scale": scale_R1}
 
 
 def _blocks(x_RC: Tensor, scheme: WeightScheme, _: Tensor | None) -> Made:
-    from ckptq.kernels.dispatch import quantize_blocks
+    from ckptq.kernels.quantize.dispatch import quantize_blocks
 
     assert scheme.block_structure is not None
     code_RC, scale_GK = quantize_blocks(x_RC, _code_dtype(scheme), scheme.block_structure)
@@ -135,7 +135,7 @@ def _blocks(x_RC: Tensor, scheme: WeightScheme, _: Tensor | None) -> Made:
 
 
 def _tensor(x_RC: Tensor, scheme: WeightScheme, shared: Tensor | None) -> Made:
-    from ckptq.kernels.dispatch import quantize_static
+    from ckptq.kernels.quantize.dispatch import quantize_static
 
     scale = constants(spec_of(x_RC), scheme, shared)["weight_scale"].to(x_RC.device)
     tile = (x_RC.shape[0], x_RC.shape[1])
@@ -143,7 +143,7 @@ def _tensor(x_RC: Tensor, scheme: WeightScheme, shared: Tensor | None) -> Made:
 
 
 def _packed(x_RC: Tensor, scheme: WeightScheme, _: Tensor | None) -> Made:
-    from ckptq.kernels.dispatch import quantize_int4
+    from ckptq.kernels.int4.dispatch import quantize_int4
 
     packed_RP, scale_RG, zero_ZG = quantize_int4(x_RC, scheme.group_size, scheme.symmetric)
     made = {"weight_packed": packed_RP, "weight_scale": scale_RG}

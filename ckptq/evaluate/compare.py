@@ -1,7 +1,7 @@
 """Run models side by side over the same tokens, one layer of each in memory at a time.
 
 The first variant of the first track is the source; everything is measured against it. Its layer
-runs first, so that caches whose scales are not stored get them from what passes there.
+runs first, and gives scales to caches that have none stored.
 
 Shape letters: B batch, S positions, E hidden size, N positions of a chunk, V vocabulary.
 """
@@ -44,25 +44,25 @@ class Outcome:
 
     measures: Measures
     layers: tuple[float, ...]
-    """Relative error of the hidden states after each decoder layer, a mean over tokens."""
+    """Relative error of the hidden states after each decoder layer, mean over tokens."""
     tokens: Tokens = field(default_factory=dict, compare=False, repr=False)
 
 
 @dataclass
 class Comparison:
-    """A comparison under way."""
+    """A comparison in progress."""
 
     tracks: Sequence[Track]
     text: Text
     consumed: Mapping[str, tuple[str, ...]]
-    """Tensor of the source -> the Linears that are cut out of it."""
+    """Tensor of the source -> the Linears that it contains."""
     batch_size: int = 1
     maxima: Maxima = field(default_factory=Maxima)
     input_maxima: InputMaxima = field(default_factory=InputMaxima)
     errors: dict[str, list[float]] = field(default_factory=dict)
 
     def run(self, report: Report) -> dict[str, Outcome]:
-        """By name of the variant. SourceError for tokens that the vocabulary lacks."""
+        """Results by name of the variant. SourceError for tokens outside the vocabulary."""
         _check_vocabulary(self.tracks[0].model, self.text)
         for track in self.tracks:
             experts_one_by_one(track.model.skeleton.model)
@@ -88,7 +88,7 @@ class Comparison:
     def _watch(
         self, track: Track, index: int
     ) -> Callable[[nn.Module, Batch], AbstractContextManager[None]]:
-        """What is done to a layer while one batch of one variant runs through it."""
+        """What happens to a layer while one batch of one variant runs through it."""
         name = track.model.layer_names[index]
         loader = track.model.loader
         stored_names = loader.stored_names(name)
@@ -117,7 +117,7 @@ class Comparison:
     def _changes(
         self, run: Run, rules: Mapping[str, tuple[Tensor, InputScheme]]
     ) -> Iterator[tuple[Tensor, Change]]:
-        """The source's inputs are measured, the others' rounded."""
+        """Measure the source's inputs, round the others'."""
         for parameter, (weight, rule) in rules.items():
             if run.variant is self.source:
                 yield weight, partial(self.input_maxima.see, parameter, run.lengths)
@@ -126,7 +126,7 @@ class Comparison:
 
     @property
     def _static(self) -> dict[str, InputScheme]:
-        """Linears whose static scales no checkpoint gives."""
+        """Linears whose static scales no checkpoint has."""
         every = (v.inputs.items() for track in self.tracks for v in track.variants)
         return {name: rule for inputs in every for name, rule in inputs if rule.static}
 
@@ -140,7 +140,7 @@ class Comparison:
         return see
 
     def _note_errors(self) -> None:
-        """After a layer: how far each variant's hidden states are from the source's."""
+        """After a layer: the distance of each variant's hidden states from the source's."""
         count = len(self.tracks[0].stream.batches) // len(self.tracks[0].variants)
         reference = self.tracks[0].stream.hidden_BSE[:count]
         for track in self.tracks:
@@ -151,7 +151,7 @@ class Comparison:
                 self.errors.setdefault(variant.name, []).append(error)
 
     def _scores(self) -> dict[str, Scores]:
-        """Logits in chunks, the source's first, the others' one after the other."""
+        """Score logits in chunks: the source's first, then each variant's."""
         first = self.tracks[0]
         pieces = list(_pieces(first, self.text, _chunk(first.model)))
         heads = [track.model.head(_cut(track, pieces)) for track in self.tracks]

@@ -1,4 +1,4 @@
-"""The same tokens in a real vLLM, in another interpreter: does it see what ckptq computes?"""
+"""The same tokens in a real vLLM, in another interpreter: does it agree with ckptq?"""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class EngineRow:
     tokens: int
     perplexity: float
     perplexity_here: float
-    """In ckptq's own forward, with the cache as that engine holds it."""
+    """In ckptq's own forward, with the cache as the engine stores it."""
     agreement: float
     """Share of tokens for which it and the source (in ckptq) have the same most likely token."""
     accuracy: float | None
@@ -44,7 +44,7 @@ class EngineRow:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class EngineRun:
-    """What a checkpoint has said in vLLM."""
+    """A checkpoint's results in vLLM."""
 
     engine: str
     device: str
@@ -53,7 +53,7 @@ class EngineRun:
     """Processes that share the heads."""
 
     def holds(self, cache: KVCache) -> KVCache:
-        """What becomes of a cache there: on a CPU one scale a process, and q in 16 bits."""
+        """The cache as vLLM stores it: on a CPU, one scale per process, and q in 16 bits."""
         if self.device != "cpu":
             return cache
         return on_cpu(cache, heads_apart=self.ranks == heads_with_scales(cache))
@@ -62,8 +62,8 @@ class EngineRun:
 def in_vllm(python: Path, ckpt: Checkpoint, text: Text, timeout: float = TIMEOUT) -> EngineRun:
     """Log-probabilities of every token of the text but the first of a line.
 
-    Environment variables are handed on, PYTHONPATH is not. MachineError with vLLM's own error
-    where it does not start or fails.
+    Environment variables are passed on, except PYTHONPATH. MachineError with vLLM's own error
+    if it does not start, or fails.
     """
     with tempfile.TemporaryDirectory(prefix="ckptq-") as folder:
         job, result = Path(folder, "job.json"), Path(folder, "result.json")
@@ -91,7 +91,7 @@ def in_vllm(python: Path, ckpt: Checkpoint, text: Text, timeout: float = TIMEOUT
 
 
 def heads_with_scales(cache: KVCache) -> int | None:
-    """KV heads, where each has a static scale of its own and every layer has as many."""
+    """Number of KV heads, if each has its own static scale and every layer has the same number."""
     if cache.mode != PER_HEAD or cache.scales is None:
         return None
     counts = {scales["k"].numel() for scales in cache.scales.values() if "k" in scales}
@@ -101,7 +101,7 @@ def heads_with_scales(cache: KVCache) -> int | None:
 def engine_row(
     weights: str, run: EngineRun, text: Text, ours: Outcome, source: Outcome
 ) -> EngineRow:
-    """What vLLM's log-probabilities come to, on the tokens that are scored."""
+    """The measures from vLLM's log-probabilities, on the scored tokens."""
     found = run.tokens
     gaps = sorted(abs(found[place][0] - ours.tokens[place][0]) for place in ours.tokens)
     losses = [-found[place][0] for place in ours.tokens]
@@ -129,5 +129,5 @@ def engine_row(
 
 
 def _arguments(ckpt: Checkpoint) -> Mapping[str, Any]:
-    """No images: a text is compared, and vLLM wants a processor for a tower that may be called."""
+    """No images: only text is compared, and a tower that may be called needs a processor."""
     return {"limit_mm_per_prompt": {"image": 0}} if "vision_config" in ckpt.config else {}

@@ -30,13 +30,13 @@ class TaskScore:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Benchmarks:
-    """What to ask lm-eval for."""
+    """What to run in lm-eval."""
 
     names: Sequence[str]
     folder: Path | None = None
-    """Tasks of one's own, as lm-eval's YAML; what they name by a relative path lies there."""
+    """A folder with the user's own tasks in lm-eval's YAML; their relative paths start there."""
     limit: int | None = None
-    """Questions of each task; None asks all."""
+    """Questions per task; None means all."""
     batch_size: int = 1
     device: str = "cpu"
     vllm_python: Path | None = None
@@ -46,9 +46,9 @@ class Benchmarks:
 
 
 def run_benchmarks(checkpoint: Path, asked: Benchmarks) -> tuple[TaskScore, ...]:
-    """Every metric of every task, from a process of lm-eval's own.
+    """Every metric of every task, from lm-eval in its own process.
 
-    UsageError where lm-eval is not installed, MachineError with its own error where it fails.
+    UsageError if lm-eval is not installed, MachineError with its own error if it fails.
     """
     check_installed(asked)
     with tempfile.TemporaryDirectory(prefix="ckptq-") as folder:
@@ -60,7 +60,7 @@ def run_benchmarks(checkpoint: Path, asked: Benchmarks) -> tuple[TaskScore, ...]
 
 
 def check_installed(asked: Benchmarks) -> None:
-    """UsageError that says what to install where."""
+    """UsageError that says what to install, and where."""
     if asked.vllm_python is None:
         if importlib.util.find_spec("lm_eval") is None:
             raise UsageError(
@@ -95,7 +95,7 @@ def command(checkpoint: Path, asked: Benchmarks, out: Path) -> list[str]:
 
 
 def scores(results: Mapping[str, Any], engine: str) -> tuple[TaskScore, ...]:
-    """Numbers out of lm-eval's results file, whose keys are like "exact_match,none"."""
+    """The numbers in lm-eval's results file, with keys like "exact_match,none"."""
     found = []
     for task, metrics in results["results"].items():
         asked = results.get("n-samples", {}).get(task, {}).get("effective")

@@ -1,4 +1,4 @@
-"""What an engine does to activations: round what goes into a quantized Linear.
+"""Rounding of the inputs of quantized Linears, as an engine does it.
 
 Scales as vLLM computes them: amax / 448 for FP8, amax / 127 for INT8, amax / 7 for INT4, per token,
 per group of columns of a token, or static; NVFP4, MXFP4 and MXFP8 in groups of their own.
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 LARGEST = {"float": 448.0, "int": 127.0, "int4": 7.0}
 INPUT_SCALES = ("input_scale", "activation_scale", "input_global_scale")
-"""What the scales of static activations are called; the second in FP8 sources."""
+"""Names of the scales of static activations; the second in FP8 sources."""
 
 MICROSCALED = {"mxfp4": mxfp4, "mxfp8": mxfp8}
 SMALLEST_SCALE = 1 / (448.0 * 512.0)
@@ -42,18 +42,18 @@ class InputScheme:
     type: str
     """ "float" (E4M3), "int" (INT8), "int4", or "nvfp4", "mxfp4", "mxfp8" with their own groups."""
     group: int | None = None
-    """Columns that share a scale; None is the whole token."""
+    """Columns that share a scale; None means the whole token."""
     scale: float | None = None
-    """Of a static scheme: inputs are divided by it. NVFP4's is global, and multiplies."""
+    """Of a static scheme: inputs are divided by it. NVFP4's is global, and a factor."""
     static: bool = False
-    """Whether the scale has to be found on the source, where none is given."""
+    """Whether the scale has to be measured on the source, if none is given."""
 
     def round(self, x_TC: Tensor) -> Tensor:
         """x as the matrix product sees it, in its own dtype."""
         if self.type in MICROSCALED:
             return MICROSCALED[self.type](x_TC)
         if self.type == "nvfp4":
-            assert self.scale is not None, "a static scheme waits for its scale"
+            assert self.scale is not None, "a static scheme has no scale yet"
             return nvfp4(x_TC, self.scale)
         if self.scale is not None:
             return _rounded(x_TC, _like(x_TC, self.scale), self.type)
@@ -65,9 +65,9 @@ class InputScheme:
 
 
 def input_scheme(args: Args, name: str, scale: float | None = None) -> InputScheme:
-    """From a QuantizationArgs; PlanError for what vLLM would not run either.
+    """From QuantizationArgs; PlanError for what vLLM would not run either.
 
-    A static scheme without `scale` is `static` and waits for one.
+    A static scheme without `scale` is `static`, and gets its scale later.
     """
     kind = _kind(args)
     if kind is None or args.get("symmetric", True) is not True:
@@ -79,7 +79,7 @@ def input_scheme(args: Args, name: str, scale: float | None = None) -> InputSche
 
 
 def _kind(args: Args) -> str | None:
-    """The `type` of an InputScheme; None for what has none."""
+    """The `type` of an InputScheme; None if it has none."""
     bits, dynamic = args.get("num_bits", 8), args.get("dynamic", False)
     grouped = args.get("strategy"), args.get("group_size")
     if args.get("type", "int") == "int":
@@ -95,7 +95,7 @@ def _kind(args: Args) -> str | None:
 
 
 def declared_inputs(ckpt: Checkpoint, linears: Collection[str]) -> dict[str, InputScheme]:
-    """Of each quantized Linear, by name: what the group that quantizes it says of its input."""
+    """Quantized Linear -> the input scheme of its group."""
     groups = config_groups(ckpt)
     stored = {m: t for local in INPUT_SCALES for m, t in stored_scales(ckpt, local).items()}
     scales = {module: float(read_tensor(tensor)) for module, tensor in stored.items()}
@@ -121,7 +121,7 @@ def _input_args(
 
 
 def _fp8_inputs(ckpt: Checkpoint, config: Mapping[str, Any]) -> Args:
-    """Of FP8 sources: in groups of the blocks' columns; without blocks, static or per token."""
+    """For FP8 sources: in groups of the blocks' columns; without blocks, static or per token."""
     block = block_structure(ckpt)
     if block:
         return {"type": "float", "dynamic": True, "strategy": "group", "group_size": block[1]}
@@ -136,10 +136,10 @@ def rules_of(
     consumed: Mapping[str, tuple[str, ...]],
     inputs: Mapping[str, InputScheme],
 ) -> dict[str, tuple[Tensor, InputScheme]]:
-    """Parameter of a layer called `name` -> its weight, and the rule of the Linears cut out of it.
+    """Parameter of a layer called `name` -> its weight, and the input scheme of its Linears.
 
     `stored_names`: parameter -> tensors on disk; `consumed`: tensor on disk -> Linears. PlanError
-    where experts that share a tensor are rounded by different schemes.
+    if experts that share a tensor have different schemes.
     """
     found: dict[str, tuple[Tensor, InputScheme]] = {}
     for local, weight in layer.named_parameters() if inputs else ():
@@ -152,7 +152,7 @@ def rules_of(
 
 
 def _shared(rules: Collection[InputScheme], name: str) -> InputScheme:
-    """Of static scales, that of the largest input: vLLM gives it to all experts of one call."""
+    """The largest of static scales, which vLLM uses for all experts of one call."""
     if len(rules) == 1:
         return next(iter(rules))
     scales = [rule.scale for rule in rules if rule.scale is not None]
@@ -163,19 +163,19 @@ def _shared(rules: Collection[InputScheme], name: str) -> InputScheme:
 
 
 class InputMaxima:
-    """Largest magnitude of what is multiplied with each weight, as the source passes by."""
+    """Largest magnitude of each weight's input, taken while the source runs."""
 
     def __init__(self) -> None:
         self._amax: dict[str, float] = {}
 
     def see(self, parameter: str, lengths: Sequence[int], x: Tensor) -> Tensor:
-        """Fold one input in and hand it on; padding does not count."""
+        """Fold one input in and return it; padding does not count."""
         amax = real_tokens(x, lengths, parameter).abs().amax().item()
         self._amax[parameter] = max(amax, self._amax.get(parameter, 0.0))
         return x
 
     def filled(self, parameter: str, rule: InputScheme) -> InputScheme:
-        """A static rule without a scale gets the one that calibration on this text would find."""
+        """Give a static rule without a scale the one that calibration on this text would find."""
         if not rule.static:
             return rule
         if rule.type == "nvfp4":
@@ -185,7 +185,7 @@ class InputMaxima:
 
 
 def _global_scale(amax: float) -> float:
-    """1 where nothing but zeros came in, as calibration has it."""
+    """1 if all inputs were zero, as in calibration."""
     return NVFP4_MAX / amax if amax > 0 else 1.0
 
 
@@ -194,8 +194,8 @@ def _like(x: Tensor, value: float) -> Tensor:
 
 
 def _in_groups(x_TC: Tensor, size: int) -> Tensor:
-    """[T, G, size]; a last group that is not full is filled up with zeros, as vLLM's torch path for
-    FP8 does."""
+    """[T, G, size]; an incomplete last group is padded with zeros, as in vLLM's torch path for
+    FP8."""
     from torch.nn.functional import pad
 
     return pad(x_TC, (0, -x_TC.shape[-1] % size)).unflatten(-1, (-1, size))

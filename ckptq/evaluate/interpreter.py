@@ -1,4 +1,4 @@
-"""Programs in another Python: started without this one's modules, and quoted when they fail."""
+"""Programs in another Python, without this one's modules; their errors are quoted."""
 
 from __future__ import annotations
 
@@ -17,20 +17,20 @@ VLLM = {
     "VLLM_LOGGING_LEVEL": "WARNING",
     "VLLM_NO_USAGE_STATS": "1",
 }
-"""What vLLM starts with where the environment does not say otherwise: on a CPU, a cache of 1 GiB
-that leaves room for others, and threads wherever they fit."""
+"""Defaults for vLLM if the environment has none: on a CPU, a cache of 1 GiB, which
+leaves room for others, and threads that are not bound to cores."""
 
 CAUSE = re.compile(r"^(?:.*[\]:] )?((?:\w+\.)*\w+(?:Error|Exception): .+)$", re.MULTILINE)
-"""The end of a traceback, behind whatever a logger puts in front of it."""
+"""The end of a traceback, after any logger's prefix."""
 
 
 def run_python(
     command: Sequence[str], *, folder: Path | None = None, timeout: float | None = None
 ) -> None:
-    """Run to the end, in `folder`; PYTHONPATH is not handed on, other variables are.
+    """Run to the end, in `folder`, with the environment except PYTHONPATH.
 
-    MachineError where it does not start, takes longer than `timeout` seconds, or fails: then with
-    the error that it said first, which is the cause where processes pull each other down.
+    MachineError if it does not start, takes longer than `timeout` seconds, or fails; with
+    its first error, which is the cause if several processes fail together.
     """
     environment = VLLM | {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
     try:
@@ -53,7 +53,7 @@ def run_python(
 
 
 def last_words(stdout: str, stderr: str) -> str:
-    """The first error that a program named, a line; without one, the end of what it said."""
+    """The first error that a program printed, in one line; without one, the end of its output."""
     found = CAUSE.search(stdout + "\n" + stderr)
     if found is not None:
         return found[1]

@@ -1,7 +1,7 @@
-"""KV caches to choose from, and where their scales come from.
+"""The KV caches that `--kv-cache` offers, and where their scales come from.
 
 Static FP8 rounds q as well, as FlashAttention 3 does with an FP8 cache; q's scale is the largest of
-its KV head's group, as vLLM's loader has it. The other caches leave q alone.
+its KV head's group, as in vLLM's loader. The other caches leave q alone.
 
 Shape letters: B batch, H heads of any kind, K KV heads, S positions, D head size.
 """
@@ -16,7 +16,7 @@ from ckptq.calibrate.observers import scale_of
 from ckptq.checkpoint.open import Checkpoint
 from ckptq.checkpoint.read import read_tensor
 from ckptq.errors import UsageError
-from ckptq.kernels.kv_format import FORMATS, Rotation
+from ckptq.kernels.token_head.kv_format import FORMATS, Rotation
 from ckptq.models.encoded import stored_scales
 
 if TYPE_CHECKING:
@@ -28,7 +28,7 @@ STATIC = (PER_TENSOR, PER_HEAD, SCALE_1)
 DYNAMIC = tuple(name.replace("_", "-") for name in FORMATS)
 UNROTATED, ROTATED = "-unrotated", "-rotated"
 MODES = (PLAIN, *STATIC, *DYNAMIC)
-"""Values of `--kv-cache`. Those per token and head take "-unrotated" or "-rotated" behind them."""
+"""Values of `--kv-cache`. Those per token and head may end in "-unrotated" or "-rotated"."""
 
 See = Callable[[str, "Tensor", "Tensor", "Tensor"], None]
 """Gets (module name, q [B, H, S, D], k and v [B, K, S, D]) on their way into attention."""
@@ -39,28 +39,28 @@ AttentionScales = Mapping[str, "Tensor"]
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class KVCache:
-    """How keys and values are held between tokens."""
+    """How keys and values are stored between tokens."""
 
     mode: str
     rotation: Rotation | None = None
     """Instead of the format's own."""
     scales: Mapping[str, AttentionScales] | None = None
-    """By attention module; None takes them from the text that the source is run on."""
+    """By attention module; None measures them on the text with the source."""
     query: bool = True
-    """Whether a static FP8 cache has q rounded too."""
+    """Whether q is rounded too with a static FP8 cache."""
     toward_zero: bool = False
-    """Whether a static FP8 cache drops the bits that it has no place for, instead of rounding."""
+    """Whether a static FP8 cache truncates instead of rounding."""
     origin: str = "-"
     """Where scales come from, for the table."""
 
     @property
     def name(self) -> str:
-        """As `--kv-cache` takes it."""
+        """Its name for `--kv-cache`."""
         suffixes = {None: "", Rotation.NONE: UNROTATED, Rotation.SIGNED: ROTATED}
         return self.mode + suffixes[self.rotation]
 
     def bits(self, head_dim: int) -> float:
-        """Of a cached value: its code, and its share of a scale and a zero point per head."""
+        """Per cached value: its code, and its share of the scale and zero point per head."""
         if self.mode == PLAIN:
             return 16.0
         if self.mode in STATIC:
@@ -78,13 +78,13 @@ BF16 = KVCache(mode=PLAIN)
 
 
 class Maxima:
-    """Largest magnitude of q, k and v per head, by attention module, as the source passes by."""
+    """Largest magnitude of q, k and v per head, by attention module, as the source runs."""
 
     def __init__(self) -> None:
         self._amax: dict[str, dict[str, Tensor]] = {}
 
     def see(self, module: str, qkv: Mapping[str, Tensor], real_BS: Tensor) -> None:
-        """Fold a batch in. [B, H, S, D] each; padding does not count."""
+        """Fold a batch in, [B, H, S, D] each; padding does not count."""
         import torch
 
         seen = self._amax.setdefault(module, {})
@@ -94,15 +94,15 @@ class Maxima:
             seen[which] = torch.maximum(seen[which], amax_H) if which in seen else amax_H
 
     def scales(self, module: str) -> dict[str, Tensor]:
-        """amax / 448 per head, in the dtype of q, k and v, as calibration would store it."""
+        """amax / 448 per head in the dtype of q, k and v, as in calibration."""
         return {w: scale_of(amax_H, amax_H.dtype) for w, amax_H in self._amax[module].items()}
 
 
 def parse_cache(name: str, ckpt: Checkpoint | None) -> KVCache:
-    """One value of `--kv-cache`. `ckpt` is where scales are looked for, if anywhere.
+    """The cache for one value of `--kv-cache`, with scales from `ckpt` if it is given and has them.
 
-    A checkpoint with scales per head gives the largest of them to fp8-per-tensor, as vLLM does on
-    CPUs; one with scales per tensor has none for fp8-per-head.
+    With scales per head, fp8-per-tensor takes the largest, as vLLM does on CPUs; scales
+    per tensor are of no use to fp8-per-head.
     """
     for suffix, rotation in ((UNROTATED, Rotation.NONE), (ROTATED, Rotation.SIGNED)):
         mode = name.removesuffix(suffix)
@@ -110,7 +110,7 @@ def parse_cache(name: str, ckpt: Checkpoint | None) -> KVCache:
             return KVCache(mode=mode, rotation=rotation, origin="per token and head")
     if name not in MODES:
         raise UsageError(
-            f"--kv-cache {name!r}: wanted {', '.join(MODES)}; those per token and head also with "
+            f"--kv-cache {name!r}: expected {', '.join(MODES)}; those per token and head also with "
             f"{UNROTATED} or {ROTATED}"
         )
     if name in DYNAMIC:
@@ -128,7 +128,7 @@ def parse_cache(name: str, ckpt: Checkpoint | None) -> KVCache:
 
 
 def declared_cache(ckpt: Checkpoint) -> KVCache:
-    """What an engine takes when it is not told: FP8 where the config has a KV scheme."""
+    """An engine's default: FP8 if the config has a KV scheme."""
     scheme = (ckpt.quantization_config or {}).get("kv_cache_scheme")
     if not scheme:
         return BF16
@@ -136,15 +136,15 @@ def declared_cache(ckpt: Checkpoint) -> KVCache:
     found = _stored(ckpt)
     if not found:
         # engines start from 1.0 and say nothing where a checkpoint declares scales it lacks
-        return KVCache(mode=SCALE_1, origin="1.0: the checkpoint lacks its scales")
+        return KVCache(mode=SCALE_1, origin="1.0: the checkpoint lacks these scales")
     return KVCache(mode=mode, scales=found, origin="checkpoint")
 
 
 def on_cpu(cache: KVCache, *, heads_apart: bool) -> KVCache:
-    """A static FP8 cache as vLLM's CPU backend holds it: the largest head's scale, q in 16 bits, k
-    and v cut to E4M3 toward zero (so its kernel of 0.32 does for every bf16 value).
+    """A static FP8 cache as in vLLM's CPU backend: the largest head's scale, q in 16 bits, k
+    and v truncated to E4M3 (measured for every bf16 value with vLLM 0.32).
 
-    With `heads_apart` each process has one head, and so its scale.
+    With `heads_apart`, each process has one head and its scale.
     """
     if cache.mode not in STATIC:
         return cache
@@ -161,7 +161,7 @@ def _stored(ckpt: Checkpoint) -> dict[str, dict[str, Tensor]]:
 
 
 def through_cache(cache: KVCache, maxima: Maxima, on_disk: Callable[[str], str]) -> See:
-    """Writes into q, k and v what attention would read back from such a cache."""
+    """Replaces q, k and v by what attention would read from such a cache."""
 
     def see(module: str, q_BHSD: Tensor, k_BHSD: Tensor, v_BHSD: Tensor) -> None:
         name = on_disk(module)
@@ -180,9 +180,9 @@ def through_cache(cache: KVCache, maxima: Maxima, on_disk: Callable[[str], str])
 
 
 def effective(mode: str, scales: AttentionScales, heads: int, kv_heads: int) -> dict[str, Tensor]:
-    """Scale of every head of q, k and v, [heads] and twice [kv_heads], as vLLM makes use of them.
+    """Scale of every head of q, k and v, [heads] and twice [kv_heads], as vLLM uses them.
 
-    A scale that is missing is 1.0, as in vLLM.
+    A missing scale is 1.0, as in vLLM.
     """
     import torch
 
@@ -203,7 +203,7 @@ def effective(mode: str, scales: AttentionScales, heads: int, kv_heads: int) -> 
 
 
 def cut_toward_zero(x_BHSD: Tensor, scale_H: Tensor) -> Tensor:
-    """To E4M3 and back, to the nearest code that is not larger in magnitude."""
+    """To E4M3 and back, truncated."""
     import torch
 
     scale_H11 = scale_H.view(-1, 1, 1).to(x_BHSD.device)
@@ -216,12 +216,12 @@ def cut_toward_zero(x_BHSD: Tensor, scale_H: Tensor) -> Tensor:
 
 
 def _static(x_BHSD: Tensor, scale_H: Tensor) -> Tensor:
-    from ckptq.kernels.kv_simulate import fake_quantize_kv
+    from ckptq.kernels.token_head.kv_simulate import fake_quantize_kv
 
     return fake_quantize_kv(x_BHSD, "fp8_per_head", scale=scale_H)
 
 
 def _dynamic(x_BHSD: Tensor, cache: KVCache) -> Tensor:
-    from ckptq.kernels.kv_simulate import fake_quantize_kv
+    from ckptq.kernels.token_head.kv_simulate import fake_quantize_kv
 
     return fake_quantize_kv(x_BHSD, cache.mode.replace("-", "_"), rotation=cache.rotation)

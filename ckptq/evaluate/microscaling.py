@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 E4M3_MAX, E2M1_MAX = 448.0, 6.0
 ZERO_SCALE = 1e8
-"""What vLLM divides by where a scale is zero, which makes codes of zero."""
+"""What vLLM divides by if a scale is zero, which makes all codes zero."""
 
 
 def nvfp4(x_TC: Tensor, global_scale: float) -> Tensor:

@@ -1,7 +1,7 @@
-"""See and change what goes into matrix products with certain weights.
+"""Observe and change the inputs of matrix products with certain weights.
 
-Done where the model multiplies, whichever way that is written, and not where a module is called:
-experts that are fused in one tensor are no modules, but each multiplies with a part of it.
+This happens where the model multiplies, however that is written, and not where a module is called:
+fused experts are not modules, but each multiplies with a part of one tensor.
 """
 
 from __future__ import annotations
@@ -18,9 +18,9 @@ Change = Callable[["Tensor"], "Tensor"]
 
 @contextmanager
 def inputs_changed(changes: Mapping[Tensor, Change]) -> Iterator[None]:
-    """In the block, what is multiplied with one of these weights, or a part of it, is changed.
+    """In the block, change the inputs of products with these weights, or parts of them.
 
-    Parts are told by their storage: `gate_up_proj[3]` is a window on `gate_up_proj`.
+    Parts are recognized by their storage: `gate_up_proj[3]` is a window on `gate_up_proj`.
     """
     if not changes:
         yield
@@ -51,7 +51,7 @@ def inputs_changed(changes: Mapping[Tensor, Change]) -> Iterator[None]:
 
 
 def experts_one_by_one(model: Any) -> None:
-    """Let fused experts multiply one after the other: other ways sort tokens into one product."""
+    """Make fused experts multiply one by one; other ways sort all tokens into one product."""
     if model._can_set_experts_implementation():
         model.set_experts_implementation("eager")
 

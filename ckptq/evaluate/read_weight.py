@@ -1,4 +1,4 @@
-"""One Linear's weight, read whole, whatever way the checkpoint holds it.
+"""One Linear's weight, read whole, however the checkpoint stores it.
 
 Shape letters: R rows, C columns.
 """
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 def read_weight(files: Files, weight: Weight) -> Tensor:
-    """[R, C] in memory of its own, dequantized where it is stored quantized."""
+    """[R, C] in new memory, dequantized if it is stored quantized."""
     rows = weight.spec.shape[0]
     if isinstance(weight, Encoded):
         return decode_rows(files, weight, 0, rows)

@@ -1,4 +1,4 @@
-"""From what a user asks to an evaluation: open checkpoints, read text and questions, compare."""
+"""From a user's request to an evaluation: open checkpoints, read text and questions, compare."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ from ckptq.recipes.load import Recipe, load_scheme
 
 NOTHING = Thresholds()
 
-NO_TEXT = "evaluating on the built-in corpus; give --data or --task with text of your own domain"
+NO_TEXT = "evaluating on the built-in corpus; use --data or --task for text from your own domain"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class EvaluationRequest:
-    """What is compared, on which text, and how bad is too bad."""
+    """What to compare, on which text, and the thresholds."""
 
     source: str | None = None
     caches: Sequence[str] = ()
@@ -32,16 +32,16 @@ class EvaluationRequest:
     samples: int = 32
     seq_len: int = 512
     questions: int | None = None
-    """Of each task; None asks all."""
+    """Questions per task; None means all."""
     tasks: Sequence[str] = ()
-    """lm-eval's, by name."""
+    """Names of lm-eval's tasks."""
     tasks_path: Path | None = None
-    """A folder of tasks of one's own, as lm-eval's YAML."""
+    """A folder with the user's own tasks in lm-eval's YAML."""
     batch_size: int = 1
     seed: int = 0
     device: str | None = None
     vllm_python: Path | None = None
-    """An interpreter that has vLLM, to run source and checkpoint in it as well."""
+    """An interpreter with vLLM, to run source and checkpoint there as well."""
     thresholds: Thresholds = NOTHING
 
 
@@ -53,7 +53,7 @@ def evaluate_request(
     begin: Begin = silent,
     note: Note = untold,
 ) -> Evaluation:
-    """Open, read, compare. UsageError for what does not go together, before a model is built.
+    """Open, read, compare. UsageError for options that do not fit together, before any work.
 
     `note` receives messages for the user.
     """
@@ -80,12 +80,10 @@ def _check(asked: EvaluationRequest) -> None:
     asked.thresholds.check()
     find_device(asked.device)
     if asked.thresholds.min_accuracy is not None and asked.task is None and not asked.tasks:
-        raise UsageError(
-            "--min-accuracy is a share of questions; give --task FILE or --tasks NAMES"
-        )
+        raise UsageError("--min-accuracy needs questions: --task FILE or --tasks NAMES")
     if asked.tasks_path is not None:
         if not asked.tasks:
-            raise UsageError(f"--tasks-path {asked.tasks_path}: name its tasks with --tasks NAMES")
+            raise UsageError(f"--tasks-path {asked.tasks_path}: needs --tasks NAMES")
         if not asked.tasks_path.is_dir():
             raise UsageError(f"--tasks-path {asked.tasks_path}: no such folder")
     if asked.tasks:

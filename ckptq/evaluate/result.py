@@ -1,4 +1,4 @@
-"""What an evaluation comes to, and whether it is good enough."""
+"""The results of an evaluation, and whether they are good enough."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from ckptq.evaluate.harness import TaskScore
 from ckptq.evaluate.scores import Measures
 
 ACCURACIES = ("acc", "exact_match")
-"""How lm-eval's names of shares of right answers begin."""
+"""Prefixes of lm-eval's metrics that are shares of right answers."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -29,9 +29,9 @@ class Row:
     """Where the cache's scales come from."""
     nbytes: int
     cache_bits: float = 16.0
-    """Of a cached value, its share of the scales included."""
+    """Per cached value, scales included."""
     snr_db: float | None = None
-    """Of all quantized weights together, in dB; None where they were not quantized here."""
+    """Of all quantized weights together, in dB; None if they were not quantized here."""
     outcome: Outcome
 
     @property
@@ -57,7 +57,7 @@ class Row:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Thresholds:
-    """How bad is too bad. None does not ask."""
+    """Limits; None means no limit."""
 
     max_kl: float | None = None
     min_agreement: float | None = None
@@ -66,29 +66,29 @@ class Thresholds:
 
     @property
     def any(self) -> bool:
-        """Whether something is asked at all."""
+        """Whether there is any limit."""
         return any(limit is not None for limit in astuple(self))
 
     def check(self) -> None:
-        """UsageError for a limit that is no number, or that no row could miss or meet."""
+        """UsageError for a limit that is not a number, or out of range."""
         for name, limit in asdict(self).items():
             option = f"--{name.replace('_', '-')}"
             share = name.startswith("min_")
             if limit is not None and not 0 <= limit <= (1 if share else sys.float_info.max):
                 wanted = "a share, from 0 to 1" if share else "a number from 0 on"
-                raise UsageError(f"{option} {limit:g}: wanted {wanted}")
+                raise UsageError(f"{option} {limit:g}: expected {wanted}")
 
     def failures(self, row: Row, source: Row) -> Iterator[str]:
-        """A line for each number that is out of bounds, NaN among them."""
+        """A line for each number beyond its limit; NaN always is."""
         yield from _above(row.label, "KL divergence", row.measures.kl, self.max_kl)
         yield from self._common(row.label, row.measures, source)
 
     def engine_failures(self, row: EngineRow, source: Row) -> Iterator[str]:
-        """The same of a run in an engine, which gives no KL."""
+        """The same for a run in an engine, which has no KL."""
         yield from self._common(f"{row.weights} in {row.engine}", row, source)
 
     def benchmark_failures(self, scores: Sequence[TaskScore]) -> Iterator[str]:
-        """Of benchmarks, what they count as right answers has to be so often right."""
+        """The same for benchmarks, by their metrics of right answers."""
         for score in scores:
             if score.metric.startswith(ACCURACIES):
                 label = f"{score.task} in {score.engine}"
@@ -111,19 +111,19 @@ class Evaluation:
     zero: Row
     """The source against itself."""
     control: Row
-    """The first row, or the source where the rows are schemes, with one layer spoiled."""
+    """The first row (the source if the rows are schemes) with one layer spoiled."""
     text: str
     samples: int
     engines: tuple[EngineRow, ...] = ()
-    """The source, and then the checkpoint, in vLLM; empty where it was not asked for."""
+    """The source, then the checkpoint, in vLLM; empty if not requested."""
     benchmarks: tuple[TaskScore, ...] = ()
-    """The checkpoint in lm-eval's tasks; empty where they were not asked for."""
+    """The checkpoint in lm-eval's tasks; empty if not requested."""
     thresholds: Thresholds = field(default_factory=Thresholds)
     seconds: float = 0.0
 
     @property
     def failures(self) -> tuple[str, ...]:
-        """Why the answer is no: the numbers that are out of bounds."""
+        """A line for each number beyond its limit."""
         found = [f for row in self.rows for f in self.thresholds.failures(row, self.source)]
         for row in self.engines[1:]:
             found += self.thresholds.engine_failures(row, self.source)
@@ -136,7 +136,7 @@ class Evaluation:
 
     @property
     def warnings(self) -> tuple[str, ...]:
-        """What makes the numbers doubtful."""
+        """What makes the numbers unreliable."""
         best = min(row.measures.kl for row in self.rows)
         if self.control.measures.kl > 2 * best:
             return ()
@@ -148,8 +148,8 @@ class Evaluation:
 
     @property
     def recommended(self) -> Row | None:
-        """The smallest row within the thresholds, of equals the one with the smallest cache, of
-        those the one nearest to the source."""
+        """The smallest row within the thresholds; of equals, the one with the smallest cache, then
+        the one nearest to the source."""
         good = [r for r in self.rows if not any(self.thresholds.failures(r, self.source))]
         return min(good, key=lambda r: (r.nbytes, r.cache_bits, r.measures.kl), default=None)
 
@@ -185,12 +185,12 @@ class Evaluation:
 
 def _above(label: str, name: str, value: float, limit: float | None) -> Iterator[str]:
     if limit is not None and not value <= limit:
-        yield f"{label}: {name} is {value:.4g}, wanted at most {limit:g}"
+        yield f"{label}: {name} is {value:.4g}, expected at most {limit:g}"
 
 
 def _below(label: str, name: str, value: float, limit: float | None) -> Iterator[str]:
     if limit is not None and not value >= limit:
-        yield f"{label}: {name} is {value:.4g}, wanted at least {limit:g}"
+        yield f"{label}: {name} is {value:.4g}, expected at least {limit:g}"
 
 
 def _finite(value: Any) -> Any:

@@ -1,4 +1,4 @@
-"""`ckptq evaluate`, as one function: which models and caches to run, and what they come to."""
+"""`ckptq evaluate` as one function: which models and caches to run, and their results."""
 
 from __future__ import annotations
 
@@ -33,10 +33,10 @@ NOTHING = Thresholds()
 def check_compared(
     ckpt: Checkpoint, source: Checkpoint | None, caches: Sequence[str], schemes: Sequence[Recipe]
 ) -> None:
-    """UsageError where there is nothing to compare a checkpoint with."""
+    """UsageError if there is nothing to compare a checkpoint with."""
     if source is None and not caches and not schemes:
         raise UsageError(
-            f"{ckpt.path}: nothing to compare with: give --source for a quantized checkpoint, "
+            f"{ckpt.path}: nothing to compare with: use --source for a quantized checkpoint, "
             "--kv-cache or --schemes for one that is not"
         )
 
@@ -56,11 +56,11 @@ def evaluate(
 ) -> Evaluation:
     """Compare a quantized checkpoint, caches or schemes with the unquantized model on some text.
 
-    With `source`, `ckpt` is the quantized checkpoint: its row has the cache that its config asks
-    for, and each of `caches` adds one. Without, `ckpt` is compared with itself: once for each of
+    With `source`, `ckpt` is the quantized checkpoint: its row has its config's
+    cache, and each of `caches` adds one. Without, `ckpt` is compared with itself: once for each of
     `caches`, and once for each of `schemes`, whose weights are quantized in memory.
 
-    `vllm_python` is an interpreter that has vLLM: source and checkpoint run there as well.
+    `vllm_python` is an interpreter with vLLM: source and checkpoint run there as well.
 
     Memory: one layer of one model at a time, its logits in chunks, and the hidden states of all
     text for every row: rows * tokens * hidden_size * 2 bytes in bf16.
@@ -116,7 +116,7 @@ class _Draft:
 
 @dataclass
 class _Bench:
-    """The tracks of one evaluation, as they are put together."""
+    """Builds the tracks of one evaluation."""
 
     base: Checkpoint
     device: str
@@ -164,7 +164,7 @@ class _Bench:
         self._track(weights, [variant])
 
     def add_engine(self, python: Path, text: Text, ckpt: Checkpoint) -> None:
-        """Source and checkpoint in vLLM, each to be held against the same caches in ckptq."""
+        """Source and checkpoint in vLLM, to be compared with the same caches in ckptq."""
         self._engines.append((self.source, in_vllm(python, self.base, text)))
         if ckpt is self.base:
             return
@@ -177,7 +177,7 @@ class _Bench:
         self._engines.append((first, run))
 
     def engines(self, text: Text, outcomes: Mapping[str, Outcome]) -> tuple[EngineRow, ...]:
-        """The source, whose gap says how far apart engines are anyway, then the checkpoint."""
+        """The source, whose gap is the difference between engines, then the checkpoint."""
         source = outcomes[self.source.variant.name]
         return tuple(
             engine_row(draft.weights, run, text, outcomes[draft.variant.name], source)
@@ -205,7 +205,7 @@ class _Bench:
 
 
 def _distinct(variants: Sequence[Variant]) -> list[Variant]:
-    """The cache that a checkpoint asks for may be asked for by name too: run it once."""
+    """The checkpoint's own cache may be requested by name too: run it once."""
     found: dict[str, Variant] = {}
     for variant in variants:
         found.setdefault(variant.name, variant)

@@ -1,4 +1,4 @@
-"""A scheme tried on a source without writing a checkpoint: weights there and back, layer by layer.
+"""A scheme applied to a source in memory: weights quantized and dequantized, layer by layer.
 
 Shape letters: R rows, C columns.
 """
@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 
 
 class SchemeWeights:
-    """The source's tensors as a plan would leave them, dequantized."""
+    """The source's tensors, quantized by a plan and dequantized."""
 
     def __init__(self, ckpt: Checkpoint, plan: Plan) -> None:
         self._ckpt = ckpt
@@ -52,13 +52,13 @@ class SchemeWeights:
 
     @property
     def snr_db(self) -> float | None:
-        """Signal to quantization noise of all weights that were loaded so far, in dB."""
+        """Signal to quantization noise of all weights loaded so far, in dB."""
         if not self._counted:
             return None
         return decibels(self._signal, self._noise)
 
     def names(self) -> Collection[str]:
-        """Plain tensors under their own names, those that the source stores quantized decoded."""
+        """Plain tensors under their own names; quantized ones are decoded."""
         encoded = [
             each for each in self._layout.linears.values() if isinstance(each.weight, Encoded)
         ]
@@ -82,7 +82,7 @@ class SchemeWeights:
         return read_tensor(self._ckpt.tensors[name], files)
 
     def _fused(self, files: Files, name: str, linears: Collection[str]) -> Tensor:
-        """Experts in one tensor: each part is written back where it was cut out."""
+        """Experts in one tensor: each part is quantized and written back to its place."""
         made = read_tensor(self._ckpt.tensors[name], files)
         for linear in linears:
             view = self._layout.linears[linear].weight
@@ -94,7 +94,7 @@ class SchemeWeights:
         return made
 
     def _weight(self, files: Files, linear: str) -> Tensor:
-        """One weight [R, C], quantized and back where the plan quantizes it."""
+        """One weight [R, C], quantized and dequantized if the plan quantizes it."""
         weight = self._layout.linears[linear].weight
         w_RC = read_weight(files, weight)
         if linear not in self._parts:
@@ -129,7 +129,7 @@ class SchemeWeights:
 
 
 def planned_cache(plan: Plan) -> KVCache:
-    """The cache that a plan's recipe asks for, its scales measured on the text at hand."""
+    """The cache of a plan's recipe, with scales measured on the given text."""
     if plan.attention is None:
         return BF16
     mode = PER_HEAD if plan.attention.strategy == "attn_head" else PER_TENSOR
@@ -137,7 +137,7 @@ def planned_cache(plan: Plan) -> KVCache:
 
 
 def planned_inputs(plan: Plan) -> dict[str, InputScheme]:
-    """How the recipe rounds what goes into each Linear that it quantizes."""
+    """How the recipe rounds the input of each Linear that it quantizes."""
     found: dict[str, InputScheme] = {}
     for group in plan.recipe.groups:
         if group.weights is not None and group.input_activations is not None:

@@ -16,12 +16,12 @@ if TYPE_CHECKING:
 
 
 IN_CACHE = 1 << 18
-"""Log-probabilities that a CPU works on at once: 2 MiB in float64."""
+"""Log-probabilities per step on a CPU: 2 MiB in float64."""
 
 
 @dataclass(frozen=True, slots=True)
 class Position:
-    """A position whose next token is known."""
+    """A position with a known next token."""
 
     line: int
     """Which line of the text."""
@@ -37,7 +37,7 @@ class Position:
 
 @dataclass
 class Scores:
-    """What one variant has shown so far."""
+    """One variant's results so far."""
 
     kl: list[Tensor] = field(default_factory=list)
     """Of each token, source‖variant, in nats."""
@@ -49,10 +49,10 @@ class Scores:
     places: list[tuple[int, int]] = field(default_factory=list)
     """Line and position of each token that is scored."""
     questions: dict[int, bool] = field(default_factory=dict)
-    """Line of the question -> whether greedy decoding answers it without a mistake."""
+    """Line of the question -> whether greedy decoding answers it exactly."""
 
     def add(self, positions: list[Position], reference_NV: Tensor, logits_NV: Tensor) -> None:
-        """Fold in the logits of some positions, and the source's at the same."""
+        """Fold in the logits of some positions, with the source's."""
         kept = [i for i, position in enumerate(positions) if position.scored]
         step = _rows_at_once(logits_NV)
         for start in range(0, len(kept), step):
@@ -104,24 +104,24 @@ class Scores:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Measures:
-    """What a variant comes to."""
+    """A variant's results."""
 
     tokens: int
     kl: float
     """Mean over tokens of KL(source‖variant), in nats."""
     kl_reverse: float
     kl_99: float
-    """99 of 100 tokens diverge less."""
+    """The 99th percentile over tokens."""
     kl_max: float
     perplexity: float
     agreement: float
     """Share of tokens for which both models have the same most likely next token."""
     accuracy: float | None
-    """Share of the task's questions answered without a mistake."""
+    """Share of the task's questions answered exactly."""
 
 
 def _rows_at_once(logits_NV: Tensor) -> int:
-    """A GPU takes all; on a CPU float64 copies that leave its cache cost more than the sums."""
+    """All at once on a GPU; on a CPU, float64 copies beyond its cache cost more than the sums."""
     if logits_NV.device.type != "cpu":
         return len(logits_NV)
     return max(1, IN_CACHE // logits_NV.shape[1])
@@ -144,5 +144,5 @@ def divergence(p_NV: Tensor, q_NV: Tensor) -> Tensor:
 
 
 def share(questions: dict[int, bool]) -> float | None:
-    """Right answers among the questions; None where nothing was asked."""
+    """Share of right answers; None if there are no questions."""
     return sum(questions.values()) / len(questions) if questions else None

@@ -1,4 +1,4 @@
-"""The control: a layer that computes with the rows of its weights out of place."""
+"""The control: a layer whose weights have their rows shifted."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ def spoiled_layer(layers: int) -> int:
 
 @contextmanager
 def spoiled(layer: nn.Module) -> Iterator[None]:
-    """In the block, every matrix of the layer has each row where its neighbour belongs.
+    """In the block, every matrix of the layer has its rows shifted by one.
 
-    Same numbers, same scales: nothing that counts tensors or measures their size would notice.
+    The numbers and scales are the same, so only computing with them shows it.
     """
     matrices = [p for p in layer.parameters() if p.ndim >= 2]
     kept = [p.data for p in matrices]

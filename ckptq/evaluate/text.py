@@ -1,4 +1,4 @@
-"""What models are compared on: lines of token ids, some of them questions with an answer.
+"""The text to compare on: lines of token ids, some of them questions with an answer.
 
 Shape letters: B batch, S positions.
 """
@@ -25,7 +25,7 @@ class Line:
 
     token_ids: tuple[int, ...]
     scored: int | None = 1
-    """The first token on which divergence and perplexity are measured; None for a line without."""
+    """The first token on which divergence and perplexity are measured; None for none."""
     answer: int | None = None
     """Where the answer begins, if the line is a question of a task."""
 
@@ -39,7 +39,7 @@ class Text:
 
     def __post_init__(self) -> None:
         if not self.tokens:
-            raise SourceError(f"{self.source}: no line of two tokens or more to compare models on")
+            raise SourceError(f"{self.source}: no line of at least two tokens to compare models on")
 
     @property
     def tokens(self) -> int:
@@ -58,7 +58,7 @@ class Text:
 
 
 def text_of(samples: Samples | None, questions: Sequence[Line], source: str = "") -> Text:
-    """Text to compare on, and questions. Without text their answers are compared on."""
+    """Text to compare on, and questions. Without text, their answers are used."""
     if samples is None:
         lines = (Line(q.token_ids, scored=q.answer, answer=q.answer) for q in questions)
         return Text(tuple(lines), source)
@@ -70,15 +70,15 @@ def text_of(samples: Samples | None, questions: Sequence[Line], source: str = ""
 def read_questions(
     file: Path, checkpoint: Path, *, limit: int | None = None, seed: int = 0
 ) -> list[Line]:
-    """A task file: one {"prompt": ..., "answer": ...} a line of .jsonl.
+    """A task file in .jsonl: one {"prompt": ..., "answer": ...} per line.
 
-    Prompt and answer are joined by a blank unless one of them has one there; the answer begins
-    where the tokens of the whole leave those of the prompt. `limit` draws that many by `seed`, in
-    their order. SourceError for a file that is not there, a line that lacks a field or whose answer
-    has no token of its own.
+    Prompt and answer are joined by a space unless one of them has one there; the answer begins
+    at the first token that is not the prompt's. `limit` draws that many with `seed`, in
+    order. SourceError for a missing file, a line without a field, or an answer without a
+    token of its own.
     """
     if not file.is_file():
-        raise SourceError(f"{file}: no such file; --task wants a .jsonl of prompt and answer")
+        raise SourceError(f"{file}: no such file; --task expects a .jsonl with prompt and answer")
     rows = list(enumerate(read_rows(file, "test", MAX_QUESTIONS), start=1))
     if not rows:
         raise SourceError(f"{file}: no question in it")
@@ -93,7 +93,7 @@ def _question(file: Path, number: int, row: object, tokenizer: Tokenizer) -> Lin
     prompt = row.get("prompt") if isinstance(row, dict) else None
     answer = row.get("answer") if isinstance(row, dict) else None
     if not isinstance(prompt, str) or not isinstance(answer, str) or not answer.strip():
-        raise SourceError(f"{file}: question {number} wants a prompt and an answer, both text")
+        raise SourceError(f"{file}: question {number} needs a prompt and an answer, both text")
     blank = "" if prompt[-1:].isspace() or answer[:1].isspace() else " "
     asked = tokenizer.row({"text": prompt.rstrip() or prompt}, number)
     whole = tokenizer.row({"text": prompt + blank + answer}, number)

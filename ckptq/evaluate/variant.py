@@ -19,14 +19,14 @@ class Variant:
     name: str
     cache: KVCache = BF16
     inputs: Mapping[str, InputScheme] = field(default_factory=dict)
-    """Linear -> how what goes into it is rounded."""
+    """Linear -> how its input is rounded."""
     spoiled: bool = False
-    """The control: one layer computes with its weights' rows out of place."""
+    """The control: one layer with the rows of its weights shifted."""
 
 
 @dataclass(frozen=True)
 class Run(Batch):
-    """A batch on its way through one variant."""
+    """A batch in one variant."""
 
     variant: Variant
     lines: tuple[Line, ...]

@@ -51,9 +51,9 @@ def main() -> None:
 
 
 def ranks_for(kv_heads: int | None, device: str) -> int:
-    """As many processes as a cache has scales, where they can share the cores of a CPU.
+    """As many processes as a cache has scales, if there are enough CPU cores.
 
-    vLLM's CPU backend knows one scale a layer and process: with a head for each it is exact.
+    vLLM's CPU backend has one scale per layer and process: with one head each, it is exact.
     """
     if device != "cpu" or kv_heads is None or kv_heads > (os.cpu_count() or 1):
         return 1
@@ -62,7 +62,7 @@ def ranks_for(kv_heads: int | None, device: str) -> int:
 
 
 def scored(token: int, logprobs: dict) -> tuple[float, int]:
-    """The token's log-probability, and which token is the most likely one."""
+    """The token's log-probability, and the most likely token."""
     best = max(logprobs, key=lambda each: logprobs[each].logprob)
     return logprobs[token].logprob, best
 

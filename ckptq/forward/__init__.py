@@ -1,1 +1,1 @@
-"""A model that runs layer by layer, one in memory at a time, and taps on what passes in it."""
+"""A model that runs layer by layer, one layer in memory at a time, and taps into it."""

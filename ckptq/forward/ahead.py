@@ -1,7 +1,7 @@
 """Weights of the next layer on their way to a GPU while this one computes.
 
-Read by several threads into pinned memory, copied on a stream of their own; whoever takes them
-waits for the copy on the device, not here.
+They are read by several threads into pinned memory and copied on a stream of their own; the
+device, not the host, waits for the copy.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from ckptq.forward.source import WeightSource
 
 SHARE_OF_FREE = 0.5
-"""Of a GPU's free memory: what is read ahead may take this much."""
+"""The share of a GPU's free memory that reading ahead may take."""
 
 
 @dataclass(frozen=True)
@@ -30,7 +30,7 @@ class Arriving:
 
 
 class Ahead:
-    """Reads sets of tensors before they are asked for, in the order of their announcement."""
+    """Reads sets of tensors before they are needed, in the order in which they are announced."""
 
     def __init__(self, source: WeightSource, device: torch.device) -> None:
         import torch
@@ -41,13 +41,13 @@ class Ahead:
         self._under_way: dict[frozenset[str], Future[Arriving]] = {}
 
     def begin(self, names: Collection[str]) -> None:
-        """Start to read these tensors."""
+        """Start reading these tensors."""
         key = frozenset(names)
         if key and key not in self._under_way:
             self._under_way[key] = self._thread.submit(self._bring, key)
 
     def take(self, names: Collection[str]) -> dict[str, Tensor]:
-        """The tensors, on the device: those that were announced, or read now."""
+        """The tensors on the device: announced before, or read now."""
         import torch
 
         begun = self._under_way.pop(frozenset(names), None)
@@ -59,7 +59,7 @@ class Ahead:
         return arriving.tensors
 
     def room_for(self, nbytes: int) -> bool:
-        """Whether this much can be read ahead without crowding the layer that computes."""
+        """Whether this much can be read ahead beside the layer that computes."""
         import torch
 
         free, _ = torch.cuda.mem_get_info(self._device)

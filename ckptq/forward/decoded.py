@@ -1,8 +1,8 @@
 """A quantized checkpoint as a source of weights: every tensor of the unquantized model, decoded.
 
-Experts that the source fuses in one 3-D tensor and the output stores one by one are put together
-again through the windows that cut them apart. q/k that were written in half-split RoPE order go
-back to the order of the source, which is the one that transformers computes with.
+Experts that the source fuses in one 3-D tensor and the output stores one by one are joined again
+through the views that split them. q/k in half-split RoPE order are returned
+to the order of the source, which transformers computes with.
 
 Shape letters: R rows, C columns.
 """
@@ -35,9 +35,9 @@ if TYPE_CHECKING:
 class DecodedWeights:
     """Weights of a quantized checkpoint under the names of the unquantized one.
 
-    `like` is that unquantized checkpoint: its names and shapes are given. Without it the names are
-    those that the family is published under: the checkpoint's own with the quantization taken off
-    ("q_proj.weight" for "q_proj.weight_packed" and its scales), experts fused where it fuses them.
+    `like` is that unquantized checkpoint, whose names and shapes are used. Without it, names are
+    those that the family is published under: the checkpoint's own without the quantization
+    ("q_proj.weight" for "q_proj.weight_packed" and its scales), with the family's fused experts.
     """
 
     def __init__(self, ckpt: Checkpoint, like: Checkpoint | None = None) -> None:
@@ -61,12 +61,12 @@ class DecodedWeights:
         return self._names
 
     def load(self, names: Collection[str]) -> dict[str, Tensor]:
-        """These tensors on the CPU. SourceError names one that the checkpoint does not hold."""
+        """These tensors on the CPU. SourceError for one that the checkpoint does not hold."""
         with Files() as files:
             return {name: self._tensor(files, name) for name in names}
 
     def _own_specs(self) -> dict[str, TensorSpec]:
-        """The checkpoint's tensors, quantized ones as what they stand for."""
+        """The checkpoint's tensors, quantized ones decoded."""
         plain = [
             stored
             for name, stored in self._ckpt.tensors.items()
@@ -85,7 +85,7 @@ class DecodedWeights:
         raise SourceError(f"{self.label}: holds no tensor for {name!r} of the unquantized model")
 
     def _whole(self, files: Files, name: str) -> Tensor | None:
-        """A tensor that is one Linear's weight, or is stored as it is; None where it is neither."""
+        """A tensor that is one Linear's weight, or is stored unchanged; None if it is neither."""
         module, _, local = name.rpartition(".")
         encoded = self._encoded.get(module) if local == "weight" else None
         if encoded is not None:
@@ -96,7 +96,7 @@ class DecodedWeights:
         return None
 
     def _assembled(self, files: Files, name: str) -> Tensor:
-        """A fused tensor, from what its Linears are stored as."""
+        """A fused tensor, from its stored Linears."""
         import torch
 
         stored = self._windows[name][0][1].stored
@@ -108,7 +108,7 @@ class DecodedWeights:
             place = _place(made, view)
             if found.numel() != place.numel():
                 raise SourceError(
-                    f"{self.label}: {part!r} is {list(found.shape)}, wanted {list(place.shape)}"
+                    f"{self.label}: {part!r} is {list(found.shape)}, expected {list(place.shape)}"
                 )
             place.copy_(found.view(place.shape))
         return made
@@ -130,9 +130,9 @@ def _published(own: Collection[str], windows: Windows) -> tuple[str, ...]:
 
 
 def weights_of(ckpt: Checkpoint, pinned: bool = False) -> WeightSource:
-    """The weights that a checkpoint stands for: as they are stored, or dequantized.
+    """The weights of a checkpoint: as stored, or dequantized.
 
-    `pinned` reads them into memory that a GPU fetches from by itself, where they are not decoded.
+    `pinned` reads them into memory that a GPU can copy from directly, if they are not decoded.
     """
     if ckpt.quantization_config is None:
         return CheckpointWeights(ckpt, pinned)
@@ -144,7 +144,7 @@ def _decoded(files: Files, encoded: Encoded) -> Tensor:
 
 
 def _place(made: Tensor, view: View) -> Tensor:
-    """Where a part lies in the fused tensor."""
+    """The place of a part in the fused tensor."""
     _, _, first, last = view.slab
     matrix = made if view.index is None else made[view.index]
     return window(matrix[first:last], view)

@@ -1,8 +1,8 @@
-"""Attention by our kernel, which takes the maxima of q, k and v while it computes.
+"""Attention by our kernel, which records the maxima of q, k and v while it computes.
 
-The kernel wants a mask in words (causal, a window, chunks), transformers hands over a tensor. The
-words are read from the config and believed only when they say what the tensor says; where they do
-not, or where attention has something that the kernel does not know, the caller goes another way.
+The kernel takes a mask as parameters (causal, a window, chunks); transformers hands over a tensor.
+The parameters are read from the config and used only if they agree with the tensor. If they do
+not, or if attention uses something that the kernel does not support, the caller falls back.
 
 Shape letters: B batch, H query heads, K key/value heads, S positions, D head size.
 """
@@ -17,12 +17,12 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor, nn
 
-    from ckptq.kernels.mask import Mask
-    from ckptq.kernels.maxima import Maxima
+    from ckptq.kernels.attention.mask import Mask
+    from ckptq.kernels.attention.maxima import Maxima
 
 UNDERSTOOD = ("scaling", "softcap", "sliding_window", "dropout", "is_causal")
 HARMLESS = ("position_ids", "cache_position", "position_embeddings")
-"""Reach attention in some families, which does not read them; so do flags that are off."""
+"""Arguments that some families pass to attention, which ignores them; so are flags that are off."""
 
 
 def fused_attention(
@@ -33,11 +33,11 @@ def fused_attention(
     attention_mask: Tensor | None,
     kwargs: Mapping[str, Any],
 ) -> Tensor | None:
-    """Attention [B, S, H, D], its maxima folded into `buffers`; None if it must be SDPA.
+    """Attention [B, S, H, D], its maxima folded into `buffers`; None if SDPA has to do it.
 
-    `lengths` says how many positions of each row are real.
+    `lengths` is the number of real positions in each row.
     """
-    from ckptq.kernels.calibration_attention import attention_with_maxima
+    from ckptq.kernels.attention.calibration_attention import attention_with_maxima
 
     query, key, value = qkv_BHSD
     if _unknown(kwargs) or query.shape[2] != key.shape[2]:
@@ -58,7 +58,7 @@ def fused_attention(
 
 
 def _unknown(kwargs: Mapping[str, Any]) -> bool:
-    """Whether attention is asked for something beyond what the kernel does (sinks, a bias)."""
+    """Whether attention has arguments that the kernel does not support (sinks, a bias)."""
     if kwargs.get("dropout") or kwargs.get("is_causal") is False:
         return True
     on = (key for key, value in kwargs.items() if value is not None and value is not False)
@@ -67,7 +67,7 @@ def _unknown(kwargs: Mapping[str, Any]) -> bool:
 
 def mask_in_words(module: Any, kwargs: Mapping[str, Any]) -> Mask:
     """What the config says about the attention of a module's layer."""
-    from ckptq.kernels.mask import Mask
+    from ckptq.kernels.attention.mask import Mask
 
     config = getattr(module, "config", None)
     kinds, index = getattr(config, "layer_types", None), getattr(module, "layer_idx", None)
@@ -93,15 +93,15 @@ def spans_of(lengths: tuple[int, ...], device: torch.device) -> tuple[Tensor, Te
 def says_the_same(
     mask: Mask, attention_mask: Tensor | None, lengths: tuple[int, ...], S: int
 ) -> bool:
-    """Whether words and tensor let every real position see the same.
+    """Whether parameters and tensor let every real position see the same.
 
-    Asked anew only for another mask: a layer gets one tensor for all batches of a shape, and an
-    answer from the device makes the host wait for all that was queued there.
+    Compared again only for another mask: a layer gets one tensor for all batches of a shape, and
+    reading a result back makes the host wait for everything queued on the device.
     """
     import torch
 
-    from ckptq.kernels.mask import Mask
-    from ckptq.kernels.reference.attention import seen
+    from ckptq.kernels.attention.mask import Mask
+    from ckptq.kernels.attention.reference import seen
 
     if attention_mask is None:
         full = spans_of((S,), torch.device("cpu"))

@@ -1,6 +1,6 @@
 """A model's forward pass, one layer in memory at a time, equal to transformers' to the last bit.
 
-The model runs once per batch with recorders in the place of its decoder layers: they keep the
+The model runs once per batch with recorders in place of its decoder layers: they keep the
 arguments (mask, position embeddings) that each layer would get. Then every layer in turn is
 loaded, run on all batches and dropped. Between layers only the hidden states of all batches are
 kept.
@@ -39,7 +39,7 @@ if TYPE_CHECKING:
 
 
 SHARE_OF_GPU = 0.25
-"""Of a GPU's free memory: up to this, hidden states stay there, which saves two copies a layer."""
+"""Share of a GPU's free memory up to which hidden states stay there, saving two copies a layer."""
 
 
 @dataclass
@@ -50,13 +50,13 @@ class Stream:
     hidden_BSE: list[Tensor]
     """One per batch, on `place`; replaced as layers run."""
     arguments: list[list[LayerArguments]]
-    """[batch][layer]: what the model passes to the layer besides the hidden states."""
+    """[batch][layer]: arguments of the layer besides the hidden states."""
     place: torch.device | str = "cpu"
     """Where hidden states stay between layers."""
 
     @property
     def resumable(self) -> bool:
-        """False where layers hand something on beside the hidden states (shared keys, values)."""
+        """False if layers pass on more than the hidden states (shared keys, values)."""
         return all(is_plain(call) for calls in self.arguments for call in calls)
 
 
@@ -69,7 +69,7 @@ class LayerwiseModel:
         self.device = device
         self._layers = list(skeleton.layers.values())
         self._tuples = False
-        """Whether the model wants tuples from its layers, as older families do."""
+        """Whether the model expects tuples from its layers, as older families do."""
 
     @property
     def _family(self) -> str:
@@ -81,7 +81,7 @@ class LayerwiseModel:
         return list(self.skeleton.layers)
 
     def embed(self, batches: Iterable[Batch]) -> Stream:
-        """Everything before the first decoder layer, and the arguments that the layers will get."""
+        """Run everything before the first decoder layer, and record the layers' arguments."""
         given, memo = list(batches), Memo()
         stream = Stream(given, [], [], self._place(given))
         with self._outer_weights(), _no_grad():
@@ -99,7 +99,7 @@ class LayerwiseModel:
     ) -> None:
         """Load one decoder layer, run every batch through it, drop it.
 
-        `watch` gives the context in which the layer runs on a batch: there hooks are set.
+        `watch` makes the context in which the layer runs on a batch, for hooks.
         """
         name = self.layer_names[index]
         layer = self.skeleton.layers[name]
@@ -134,7 +134,7 @@ class LayerwiseModel:
                 yield self._finish(batch, stream.hidden_BSE[number].to(self.device))
 
     def _place(self, batches: list[Batch]) -> torch.device:
-        """Where hidden states stay between layers: on a GPU only when they take little of it."""
+        """Where hidden states stay between layers: on a GPU only if they take little of it."""
         import torch
 
         if self.device.type != "cuda":
@@ -146,7 +146,7 @@ class LayerwiseModel:
         return self.device if fits else torch.device("cpu")
 
     def _record(self, batch: Batch) -> tuple[Tensor, list[LayerArguments]]:
-        """Run the model up to its last layer; every layer only notes its arguments."""
+        """Run the model up to its last layer; the layers only record their arguments."""
         try:
             recorder = self._recorded(batch)
         except WantsTuples:
@@ -161,7 +161,7 @@ class LayerwiseModel:
         return recorder
 
     def _finish(self, batch: Batch, hidden_BSE: Tensor) -> Tensor:
-        """Run the model with layers that hand on the hidden states which the last one gave."""
+        """Run the model with layers that only return the last layer's hidden states."""
 
         def given(*_: Any, **__: Any) -> Any:
             return (hidden_BSE,) if self._tuples else hidden_BSE
@@ -177,9 +177,9 @@ class LayerwiseModel:
 
     @contextmanager
     def _outer_weights(self) -> Iterator[None]:
-        """Modules outside the decoder layers get their weights when called, and lose them after.
+        """Modules outside the decoder layers have weights only while they are called.
 
-        So a vision tower that text never enters is never read.
+        So a vision tower that text never reaches is never read.
         """
         inner = {id(m) for layer in self.skeleton.layers.values() for m in layer.modules()}
         loaded: list[str] = []
@@ -214,7 +214,7 @@ def open_model(
     """Open a checkpoint for running, dequantized if it is quantized; reads only the headers now.
 
     `weights` replaces the checkpoint's own tensors: same names and shapes, other values. `eager`
-    takes the family's eager attention in place of SDPA: the same up to rounding, slower.
+    uses the family's eager attention instead of SDPA: the same up to rounding, but slower.
     """
     import torch
 

@@ -1,6 +1,6 @@
-"""What goes into Linears, for static activation scales; into experts fused in one tensor too.
+"""The inputs of Linears, for static activation scales; of experts fused in one tensor too.
 
-Every expert is shown every token, routed to it or not, as llm-compressor's calibration does: so no
+Every expert sees every token, routed to it or not, as in llm-compressor's calibration, so that no
 expert is left without a scale. That costs one pass of all tokens through each expert's gate and up.
 
 Shape letters: B batch, S positions, F features in, T tokens that are real, I intermediate size.
@@ -24,7 +24,7 @@ Fold = Callable[[Sequence[str], "Tensor"], None]
 """Gets the names of the Linears that share an input, and that input's real tokens [T, F]."""
 
 INTO_HIDDEN = ("gate_proj", "up_proj", "w1", "w3")
-"""Projections of an expert that read its input; the others read what those two make."""
+"""Projections of an expert that read its input; the other reads their result."""
 
 
 class Inputs:
@@ -109,7 +109,7 @@ def _reads_input(name: str) -> bool:
 
 
 def _between(experts: Any, number: int, x_TF: Tensor) -> Tensor:
-    """What the down projection of one expert reads, [T, I]: activation(gate) * up."""
+    """The input of one expert's down projection, [T, I]: activation(gate) * up."""
     import torch
 
     transposed = getattr(experts, "is_transposed", not hasattr(experts, "has_gate"))
@@ -131,7 +131,7 @@ def _is_fused_experts(module: nn.Module) -> bool:
 
 
 def real_tokens(x: Tensor, lengths: Sequence[int], name: str) -> Tensor:
-    """The tokens of [B, S, F], [B * S, F] or [n * B * S, F] that are no padding, as [T, F]."""
+    """The tokens of [B, S, F], [B * S, F] or [n * B * S, F] that are not padding, as [T, F]."""
     import torch
 
     B, S, F = len(lengths), max(lengths), x.shape[-1]
@@ -140,7 +140,7 @@ def real_tokens(x: Tensor, lengths: Sequence[int], name: str) -> Tensor:
     if prod(x.shape[:-1]) % (B * S):
         raise UsageError(
             f"{name}: gets {prod(x.shape[:-1])} of a batch's {B} x {S} positions, so padding "
-            "cannot be told from text; use a batch size of 1"
+            "cannot be told from text; use --batch-size 1"
         )
     real_BS = torch.arange(S, device=x.device) < torch.tensor(lengths, device=x.device)[:, None]
     return x.reshape(-1, B * S, F)[:, real_BS.reshape(-1)].reshape(-1, F)

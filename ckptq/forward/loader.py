@@ -1,4 +1,4 @@
-"""Put a part of a checkpoint's weights into the model that has none, and take them out again.
+"""Put a part of a checkpoint's weights into a model on the meta device, and take them out again.
 
 Names on disk become parameters by transformers' own conversion (renamed prefixes, experts fused
 into one tensor, ...), applied to one part of the model at a time: a decoder layer, an embedding, a
@@ -42,7 +42,7 @@ class Loader:
         return {p: names for p, names in self._sources.items() if p.startswith(module + ".")}
 
     def stored_module(self, module: str) -> str:
-        """What a module is called on disk.
+        """A module's name on disk.
 
         Example, Gemma-3 with images: "model.language_model.layers.0.self_attn" is
         "language_model.model.layers.0.self_attn" there.
@@ -63,12 +63,12 @@ class Loader:
 
     @property
     def label(self) -> str:
-        """What messages call the source of the weights."""
+        """The name of the weights' source in messages."""
         return self._source.label
 
     @contextmanager
     def loaded(self, module: str) -> Iterator[None]:
-        """The module has its weights inside the block and none after it."""
+        """The module has its weights inside the block, and none after it."""
         self.load(module)
         try:
             yield
@@ -78,7 +78,7 @@ class Loader:
     def load(self, module: str, recurse: bool = True) -> None:
         """Read the weights of a module and put them on the device.
 
-        `recurse=False` takes the module's own parameters only. Raises SourceError where the
+        `recurse=False` takes the module's own parameters only. Raises SourceError if the
         checkpoint lacks one or has it in another shape.
         """
         wanted = [name for name in self._own(module, recurse) if not self._share(name)]
@@ -97,7 +97,7 @@ class Loader:
         assert not bare, f"transformers' conversion left {bare} without weights"
 
     def announce(self, module: str) -> None:
-        """Read the weights of a module while another computes, where there is room for them."""
+        """Read the weights of a module while another computes, if there is room for them."""
         if self._ahead is None:
             return
         own = self._own(module, recurse=True)
@@ -110,7 +110,7 @@ class Loader:
         return self._source.load(names) if self._ahead is None else self._ahead.take(names)
 
     def unload(self, module: str, recurse: bool = True) -> None:
-        """Give the memory of a module's weights back."""
+        """Release the memory of a module's weights."""
         for parameter in self._own(module, recurse):
             _set(self._skeleton.model, parameter, _empty_on_meta(self._skeleton.model, parameter))
         _return_free_memory()
@@ -121,7 +121,7 @@ class Loader:
         return [name for name in under if recurse or "." not in name.removeprefix(prefix)]
 
     def _portions(self, wanted: Iterable[str]) -> list[set[str]]:
-        """What is read at once: a parameter that is made of many tensors (experts) has one alone.
+        """What is read together: a parameter made of many tensors (experts) is read alone.
 
         While it is made, the tensors and the parameter are both in memory.
         """
@@ -133,13 +133,13 @@ class Loader:
         return self._sources.get(parameter) or self._sources.get(self._twin(parameter), ())
 
     def _twin(self, parameter: str) -> str:
-        """The parameter whose weights this one shares where only one of the two is stored."""
+        """The parameter whose weights this one shares, if only one of the two is stored."""
         tied: dict[str, str] = self._skeleton.model.all_tied_weights_keys
         twins = tied | {source: target for target, source in tied.items()}
         return twins.get(parameter, parameter)
 
     def _share(self, parameter: str) -> bool:
-        """Use the weights of a tied parameter that is loaded already."""
+        """Use the weights of a tied parameter that is already loaded."""
         model, twin = self._skeleton.model, self._twin(parameter)
         shared = parameter not in self._sources and not _get(model, twin).is_meta
         if shared:
@@ -147,7 +147,7 @@ class Loader:
         return shared
 
     def _take_from_twins(self, wanted: Iterable[str]) -> None:
-        """What was read under a tied parameter's name belongs to the one that was asked for."""
+        """Give what was read under a tied parameter's name to the requested one."""
         model = self._skeleton.model
         for parameter in wanted:
             if parameter not in self._sources:
@@ -183,7 +183,7 @@ class Loader:
 
 
 class HandedOver:
-    """Stands for a tensor until transformers' loader takes it with `[...]`, and then lets go."""
+    """Holds a tensor until transformers' loader takes it with `[...]`, and then releases it."""
 
     def __init__(self, tensors: dict[str, Tensor], name: str) -> None:
         self._tensors = tensors
@@ -194,7 +194,7 @@ class HandedOver:
 
 
 def handed_over(tensors: dict[str, Tensor]) -> dict[str, Any]:
-    """The tensors for a loader that would else keep all of them until the last is converted."""
+    """Lazy tensors for a loader that would otherwise keep all until the last is converted."""
     return {name: HandedOver(tensors, name) for name in tensors}
 
 
@@ -210,7 +210,7 @@ def _set(model: nn.Module, name: str, tensor: Tensor) -> None:
 
 
 def _return_free_memory() -> None:
-    """Hand free heap pages to the system, or the holes in the heap grow with every layer."""
+    """Return free heap pages to the system; otherwise the heap's holes grow with every layer."""
     import ctypes
 
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc alone has it

@@ -1,4 +1,4 @@
-"""Stand-ins for decoder layers that note how the model calls them, and keepers of those notes.
+"""Stand-ins for decoder layers that record how the model calls them.
 
 Shape letters: B batch, S positions, E hidden size.
 """
@@ -21,15 +21,15 @@ LayerArguments = tuple[tuple[Any, ...], dict[str, Any]]
 
 
 class AllLayersSeen(Exception):
-    """Ends a recording run: what follows the layers is not needed and has no weights."""
+    """Ends a recording run: what follows the layers is not needed, and has no weights."""
 
 
 class WantsTuples(Exception):
-    """The model took the first row of what its layer returned: older families return a tuple."""
+    """The model indexed its layer's result: older families return a tuple."""
 
 
 class Recorder:
-    """Stands in for the decoder layers of one run and notes how each is called.
+    """Stands in for the decoder layers of one run and records how each is called.
 
     With `tuples` it returns what it hands on as the first of a tuple.
     """
@@ -51,7 +51,7 @@ class Recorder:
         return (hidden_states,) if self._tuples else hidden_states
 
     def _refuse(self, given: Tensor) -> NoReturn:
-        """What comes to a layer is not what the one before it handed on."""
+        """A layer's input is not the output of the one before it."""
         assert self._hidden_BSE is not None
         whole = self._hidden_BSE
         if given.shape == whole.shape[1:] and given.data_ptr() == whole.data_ptr():
@@ -63,7 +63,7 @@ class Recorder:
         )
 
     def hidden_states(self) -> Tensor:
-        """What the first layer gets, [B, S, E]. PlanError when some layer was never called."""
+        """What the first layer gets, [B, S, E]. PlanError if some layer was never called."""
         if self._hidden_BSE is None or len(self.calls) < self._stop_after:
             raise PlanError(
                 f"{self._model_name} called {len(self.calls)} of its {self._stop_after} decoder "
@@ -79,7 +79,7 @@ class Memo:
         self._kept: dict[tuple[Any, ...], Tensor] = {}
 
     def keep(self, calls: Sequence[LayerArguments]) -> list[LayerArguments]:
-        """What the layers get for one batch; many get the very same tensors."""
+        """The layers' arguments for one batch; many share the same tensors."""
         known: dict[int, Tensor] = {}
 
         def one(tensor: Tensor) -> Tensor:
@@ -100,7 +100,7 @@ class Memo:
 
 
 class Moved:
-    """Layer arguments on the device; a tensor that comes again is not moved again."""
+    """Layer arguments on the device; repeated tensors are moved once."""
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
@@ -117,7 +117,7 @@ class Moved:
 
 
 def _map_tensors(change: Callable[[Tensor], Tensor], value: Any) -> Any:
-    """Apply to every tensor in tuples, lists and dicts; other containers are handed on as they are.
+    """Apply to every tensor in tuples, lists and dicts; other containers are passed on unchanged.
 
     A model may share such a container between layers on purpose (Gemma-3n's shared keys and
     values).
@@ -134,7 +134,7 @@ def _map_tensors(change: Callable[[Tensor], Tensor], value: Any) -> Any:
 
 
 def is_plain(value: Any) -> bool:
-    """Whether arguments hold nothing that a layer could change for the layers after it."""
+    """Whether no layer could change these arguments for later layers."""
     import torch
 
     if type(value) in (tuple, list):
@@ -146,7 +146,7 @@ def is_plain(value: Any) -> bool:
 
 @contextmanager
 def layers_replaced(layers: Sequence[nn.Module], stand_in: Callable[..., Any]) -> Iterator[None]:
-    """Each layer's `forward` is another function inside the block; its attributes stay."""
+    """Replaces each layer's `forward` inside the block; its attributes stay."""
     for layer in layers:
         vars(layer)["forward"] = stand_in
     try:

@@ -76,7 +76,7 @@ def _check_has_heads(ckpt: Checkpoint, config: PreTrainedConfig) -> None:
 
 
 def _dtype(ckpt: Checkpoint, config: PreTrainedConfig) -> torch.dtype:
-    """What `from_pretrained(dtype="auto")` takes: the config's, else the first weight's."""
+    """As `from_pretrained(dtype="auto")`: the config's, else the first weight's."""
     import torch
 
     dtype = config.dtype
@@ -107,7 +107,7 @@ def _build(
 
 
 def _make_buffers(model: PreTrainedModel, device: torch.device) -> None:
-    """Compute the buffers that no checkpoint stores, by the model's own initialization.
+    """Compute the buffers that no checkpoint stores, with the model's own initialization.
 
     Parameters are marked as initialized, so that `initialize_weights` leaves them on the meta
     device.

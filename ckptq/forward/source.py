@@ -1,4 +1,4 @@
-"""Where a model's weights come from: a checkpoint, or something that stands for one."""
+"""Where a model's weights come from: a checkpoint, or something that acts like one."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ READ_BYTES = 1 << 24
 
 
 class WeightSource(Protocol):
-    """Where weights come from: the checkpoint itself, or something that dequantizes another one."""
+    """A source of weights: the checkpoint itself, or something that dequantizes it."""
 
     @property
     def label(self) -> str:
-        """What messages call it: a path."""
+        """Its name in messages: a path."""
         ...
 
     def names(self) -> Collection[str]:
@@ -57,7 +57,7 @@ class CheckpointWeights:
 
 
 def read_pinned(stored: Mapping[str, StoredTensor]) -> dict[str, Tensor]:
-    """Whole tensors in pinned memory, read by several threads; a GPU fetches them by itself."""
+    """Whole tensors in pinned memory, read by several threads; a GPU copies from it directly."""
     import torch
 
     tensors = {

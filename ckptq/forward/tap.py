@@ -23,7 +23,7 @@ from ckptq.forward import kernel_attention
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
-    from ckptq.kernels.maxima import Maxima
+    from ckptq.kernels.attention.maxima import Maxima
 
 NAME = "ckptq"
 NAME_EAGER = "ckptq_eager"
@@ -39,7 +39,7 @@ Attend = Callable[["Tensor", "Tensor", "Tensor"], Result]
 
 @dataclass(frozen=True)
 class Tap:
-    """What attention shows its q, k and v of one batch to."""
+    """Receives the q, k and v of one batch from attention."""
 
     lengths: Sequence[int]
     """How many positions of each row are real; the rest is padding."""
@@ -62,7 +62,7 @@ def attention(
     """transformers' `sdpa_attention_forward`, with the module's tap called first."""
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-    from ckptq.kernels.dispatch import on_gpu
+    from ckptq.kernels.gpu import on_gpu
 
     name, tap = getattr(module, _TAP, ("", None))
     if tap is not None and tap.maxima is not None and on_gpu(query):
@@ -100,7 +100,7 @@ def eager_attention(
 
 
 def _shown(name: str, tap: Tap | None, attend: Attend, qkv: Qkv) -> Result:
-    """What attention makes of q, k and v when the tap has seen them."""
+    """The attention of q, k and v after the tap has seen them."""
     if tap is not None and tap.see is not None:
         tap.see(name, *qkv)
     result = attend(*qkv)
@@ -110,7 +110,7 @@ def _shown(name: str, tap: Tap | None, attend: Attend, qkv: Qkv) -> Result:
 
 
 def register(eager: bool) -> str:
-    """Make the functions known to transformers and return the name to put in a model's config.
+    """Register the functions with transformers; returns the name for a model's config.
 
     Masks are made as for SDPA (None where plain causal attention is meant, else booleans), or as
     for eager attention (0 and the lowest number).

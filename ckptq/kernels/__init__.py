@@ -1,1 +1,1 @@
-"""Triton kernels, one operation a file, each with its meaning in plain torch under reference/."""
+"""Triton kernels by operation, each with its meaning in plain torch in the folder's reference."""

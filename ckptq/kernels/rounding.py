@@ -92,7 +92,7 @@ def e4m3_value(code, NATIVE: tl.constexpr = False):
 
 @triton.jit
 def round_half_even(x):
-    """fp32 -> the nearest int32, ties to even. Asks |x| <= 2^22."""
+    """fp32 -> the nearest int32, ties to even. Needs |x| <= 2^22."""
     # adding 1.5 * 2^23 leaves no bits below one; its own low 22 bits are zero
     return (x + 12582912.0).to(tl.int32, bitcast=True) - 0x4B400000
 
@@ -116,7 +116,7 @@ def lift_and_reciprocal(scale):
 
 @triton.jit
 def divide_16bit(x, lift, reciprocal):
-    """x / scale where both were bf16 or fp16: near enough to round to E4M3 rightly.
+    """x / scale where both were bf16 or fp16: near enough to round to E4M3 correctly.
 
     An IEEE division is ten instructions, this is four. The product is within two units in the
     last place of the quotient. A quotient of two numbers of 11 bits that is not a tie (a number

@@ -1,6 +1,6 @@
 """Charts by matplotlib, as SVG text for a page or as a PNG.
 
-Names come from checkpoints: matplotlib is kept from reading mathematics into them.
+Names come from checkpoints, so matplotlib must not parse them as mathematics.
 """
 
 from __future__ import annotations
@@ -24,25 +24,25 @@ if TYPE_CHECKING:
 SIZE = (9.0, 3.4)
 """Inches, without the legend."""
 LEGEND_LINE = 0.19
-"""Inches that a name takes in the legend."""
+"""Inches per name in the legend."""
 MARKERS = "osD^vPX*"
 LIMITS = (":", "--")
 COLORS = 10
-"""How many matplotlib has before it begins again; then the next marker."""
+"""Colors before matplotlib repeats them; then the next marker is used."""
 SPREAD = 0.5
-"""Of the distance between whole numbers: series stand side by side, not on top of each other."""
+"""Share of the distance between whole numbers over which series are spread side by side."""
 MOST_SHAPES = 4000
-"""Points of a series beyond which a picture of them takes their place."""
+"""Points of a series beyond which they are drawn as a bitmap."""
 
 SETTINGS: dict[Any, Any] = {"svg.fonttype": "none", "svg.hashsalt": "ckptq", "font.size": 9.0}
-"""Text stays text, and the same chart gives the same bytes."""
+"""Keeps text as text, and the same chart byte-identical."""
 NAMES = re.compile(r' id="[A-Za-z0-9.]+_\d+"')
-"""That matplotlib gives its groups: the same in every chart of a page, and referred to by none."""
+"""Ids that matplotlib gives its groups: repeated in every chart of a page, and never used."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Series:
-    """What shares a color and a name: points, or a line through them."""
+    """Points, or a line through them, with one color and name."""
 
     name: str
     points: Sequence[tuple[float, float]]
@@ -52,8 +52,8 @@ class Series:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Chart:
-    """Series over one pair of axes. Values that are not finite have no place; `log` has one for
-    zero, below the smallest that is larger."""
+    """Series over one pair of axes. Values that are not finite are left out; with `log`, zero is
+    drawn below the smallest positive value."""
 
     series: Sequence[Series]
     x_label: str
@@ -62,14 +62,14 @@ class Chart:
     by_layer: bool = False
     """Whether x counts layers: whole numbers, points of several series side by side."""
     limits: Sequence[tuple[str, float]] = ()
-    """(name, y) of lines across."""
+    """(name, y) of horizontal lines."""
 
     @property
     def empty(self) -> bool:
         return not any(self.shown(one) for one in self.series)
 
     def shown(self, one: Series) -> list[tuple[float, float]]:
-        """The points of a series that have a place."""
+        """The points of a series that can be drawn."""
         return [
             (x, y)
             for x, y in one.points
@@ -78,7 +78,7 @@ class Chart:
 
 
 def svg(chart: Chart) -> str:
-    """The chart as one <svg> element; "" where there is nothing to show."""
+    """The chart as one <svg> element; "" if there is nothing to show."""
     if chart.empty:
         return ""
     file = io.StringIO()
@@ -92,7 +92,7 @@ def svg(chart: Chart) -> str:
 
 
 def png(chart: Chart, file: Path) -> None:
-    """The chart as a picture of twice its size."""
+    """The chart as a PNG, twice as large."""
     with _settings():
         _figure(chart).savefig(
             file, format="png", dpi=200, bbox_inches="tight", metadata={"Software": "ckptq"}
@@ -133,7 +133,7 @@ def _figure(chart: Chart) -> Figure:
 
 
 def _draw(axes: Axes, chart: Chart, number: int) -> Any:
-    """One series; what stands for it in the legend."""
+    """Draw one series; returns its handle for the legend."""
     one = chart.series[number]
     points = chart.shown(one)
     aside = SPREAD * ((number + 0.5) / len(chart.series) - 0.5)

@@ -1,4 +1,4 @@
-"""The only place that prints: results to stdout, progress and complaints to stderr.
+"""The only place that prints: results to stdout, progress and errors to stderr.
 
 Results are dataclasses; `--json` prints them as data, otherwise a table or a few lines are shown.
 """
@@ -21,7 +21,7 @@ from ckptq.progress import Begin, Report
 PIPE_COLUMNS = 10_000
 
 PLAIN_SECONDS = 5.0
-"""How often progress is written as a line where stderr is no terminal."""
+"""Seconds between lines of progress if stderr is not a terminal."""
 
 
 def to_data(value: Any) -> Any:
@@ -38,17 +38,17 @@ def to_data(value: Any) -> Any:
 
 
 def show_json(value: Any) -> None:
-    """In ASCII: for machines, whatever encoding and terminal are in between."""
+    """In ASCII, whatever encoding and terminal are in between."""
     sys.stdout.write(json.dumps(to_data(value), indent=2) + "\n")
 
 
 def show_lines(*lines: str) -> None:
-    """Each stays one line, whatever a checkpoint has put into it."""
+    """Each stays on one line, whatever a checkpoint put into it."""
     sys.stdout.write("\n".join(map(printable, lines)) + "\n")
 
 
 def show_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
-    """A table on stdout; numbers to the right. Never cut: a pipe gets whole names."""
+    """A table on stdout, numbers right-aligned. Never cut: a pipe gets whole names."""
     from rich.console import Console
     from rich.table import Table
 
@@ -109,7 +109,7 @@ def progress() -> Iterator[Begin]:
 
 
 class Meter:
-    """How much of a task is done, how fast it goes, and what that leaves."""
+    """How much of a task is done, its rate, and the time left."""
 
     def __init__(self, total: int, unit: str) -> None:
         self.total, self.unit = total, unit
@@ -132,7 +132,7 @@ class Meter:
 
 
 class _Lines:
-    """Progress for logs: a line now and then, and one at the end."""
+    """Progress for logs: a line at intervals, and one at the end."""
 
     def __init__(self, task: str, total: int, unit: str = "bytes") -> None:
         self.task, self.meter = task, Meter(total, unit)

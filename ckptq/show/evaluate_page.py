@@ -1,4 +1,4 @@
-"""An evaluation as a file to look at: HTML with its charts inside, an SVG, or a PNG."""
+"""An evaluation as a file: HTML with charts, an SVG, or a PNG."""
 
 from __future__ import annotations
 
@@ -17,16 +17,16 @@ from ckptq.show.page import page, table
 SUFFIXES = (".html", ".svg", ".png")
 
 Table = tuple[str, Sequence[str], Sequence[Sequence[object]]]
-"""Title, columns, rows: as the console shows them."""
+"""Title, columns and rows, as on the console."""
 
 
 def check_report(file: Path) -> None:
-    """Before anything is computed, for a file that could not be written at the end: UsageError for
-    a name or place that is none, MachineError where the machine does not let it be written."""
+    """Checked before anything is computed: UsageError for a name or folder that cannot be right,
+    MachineError if the file cannot be written."""
     if file.suffix not in SUFFIXES:
-        raise UsageError(f"--report {file}: wanted a name that ends in {', '.join(SUFFIXES)}")
+        raise UsageError(f"--report {file}: expected a name that ends in {', '.join(SUFFIXES)}")
     if not file.parent.is_dir():
-        raise UsageError(f"--report {file}: {file.parent} is no folder")
+        raise UsageError(f"--report {file}: {file.parent} is not a folder")
     if file.is_dir():
         raise UsageError(f"--report {file}: is a folder")
     try:
@@ -36,7 +36,7 @@ def check_report(file: Path) -> None:
 
 
 def write_report(file: Path, found: Evaluation, tables: Iterable[Table]) -> None:
-    """What `--report` asks for, by the ending of the file's name."""
+    """Write `--report`, in the format of the file's suffix."""
     if file.suffix == ".png":
         png(quality_chart(found), file)
     elif file.suffix == ".svg":
@@ -55,15 +55,15 @@ def html(found: Evaluation, tables: Iterable[Table]) -> str:
             _verdict(found),
             *(f"<p>{on_page(warning)}</p>" for warning in found.warnings),
             *(_shown(*each) for each in tables),
-            f"<h2>Quality against bytes</h2>{svg(quality_chart(found))}",
+            f"<h2>Quality against size</h2>{svg(quality_chart(found))}",
             f"<h2>Layer by layer</h2>{svg(layer_chart(found))}",
         ),
     )
 
 
 def quality_chart(found: Evaluation) -> Chart:
-    """KL of every row against the bytes of its weights, or, where all have the same weights, the
-    bits of a cached value; a line through those that no other row beats in both."""
+    """KL of every row over the bytes of its weights or, if all have the same weights, the
+    bits of a cached value; a line through the rows that no other beats in both."""
     rows = found.rows
     same = len({row.nbytes for row in rows}) == 1 and len({row.cache_bits for row in rows}) > 1
     points = [(row.cache_bits if same else row.nbytes / 1e6, row.measures.kl) for row in rows]
@@ -73,11 +73,11 @@ def quality_chart(found: Evaluation) -> Chart:
         for name, (x, kl) in zip(names_of(rows), points, strict=True)
     ]
     if len(best) > 1:
-        line = Series(name="none is both smaller and nearer", points=best, line=True, dashed=True)
+        line = Series(name="none is both smaller and closer", points=best, line=True, dashed=True)
         series.append(line)
     return Chart(
         series=series,
-        x_label="cache, bits a value" if same else "size, MB",
+        x_label="cache, bits per value" if same else "size, MB",
         y_label="KL divergence, nats",
         log=True,
         limits=list(_limits(found)),
@@ -85,7 +85,7 @@ def quality_chart(found: Evaluation) -> Chart:
 
 
 def layer_chart(found: Evaluation) -> Chart:
-    """Error of the hidden states after every layer, a line a row; the control is dashed."""
+    """Error of the hidden states after every layer, a line per row; the control is dashed."""
     named = [(*each, False) for each in zip(names_of(found.rows), found.rows, strict=True)]
     named.append(("control: a layer spoiled", found.control, True))
     return Chart(
@@ -106,7 +106,7 @@ def layer_chart(found: Evaluation) -> Chart:
 
 
 def names_of(rows: Sequence[Row]) -> list[str]:
-    """What tells the rows apart: their weights, their caches, or both."""
+    """The rows' names: their weights, their caches, or both."""
     weights, caches = [row.weights for row in rows], [row.kv_cache for row in rows]
     if len(set(weights)) == len(rows) > 1:
         return weights
@@ -116,7 +116,7 @@ def names_of(rows: Sequence[Row]) -> list[str]:
 
 
 def frontier(points: Sequence[tuple[float, float]]) -> Iterator[int]:
-    """Which points are beaten by none in one coordinate without losing in the other."""
+    """Which points no other beats in both coordinates."""
     for i, (x, y) in enumerate(points):
         others = (other for j, other in enumerate(points) if j != i)
         beaten = any(u <= x and v <= y and (u, v) != (x, y) for u, v in others)
@@ -125,12 +125,12 @@ def frontier(points: Sequence[tuple[float, float]]) -> Iterator[int]:
 
 
 def _named(name: str, values: Iterable[float]) -> str:
-    """What has no place on a chart is named in its legend."""
+    """What cannot be drawn is named in the legend."""
     return name if any(map(math.isfinite, values)) else f"{name} (not finite)"
 
 
 def _limits(found: Evaluation) -> Iterator[tuple[str, float]]:
-    """Lines across: how bad a broken model is, and what was asked for."""
+    """Horizontal lines: the control, and the threshold."""
     control, asked = found.control.measures.kl, found.thresholds.max_kl
     if math.isfinite(control) and control > 0:
         yield "control: a layer spoiled", control
@@ -139,7 +139,7 @@ def _limits(found: Evaluation) -> Iterator[tuple[str, float]]:
 
 
 def _verdict(found: Evaluation) -> str:
-    """What the thresholds say; nothing where none was given and nothing failed."""
+    """The verdict; empty if there is no threshold and nothing failed."""
     lines = "".join(f"<li>{on_page(failure)}</li>" for failure in found.failures)
     said = f'<ul class="bad">{lines}</ul>' if lines else ""
     if not found.thresholds.any:

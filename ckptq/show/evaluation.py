@@ -1,4 +1,4 @@
-"""How an evaluation looks as text: the table with its zero and its control, then the verdict."""
+"""An evaluation as text: the table with its zero and its control, then the verdict."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ BENCHMARK_COLUMNS = ("task", "metric", "value", "standard error", "questions", "
 
 
 def show_evaluation(found: Evaluation, json: bool) -> None:
-    """`evaluate`: every row beside the source, the verdict, and what would be recommended."""
+    """`evaluate`: every row beside the source, the verdict, and the recommended row."""
     if json:
         console.show_json(found)
         return
@@ -44,7 +44,7 @@ def show_evaluation(found: Evaluation, json: bool) -> None:
 
 
 def evaluation_tables(found: Evaluation) -> list[Table]:
-    """What is shown and reported: the comparison, and the engine where it was asked for."""
+    """The tables: the comparison, and the engine if requested."""
     named = [("source", found.source), ("source again", found.zero)]
     named += [(row.weights, row) for row in found.rows]
     named += [(f"{found.control.weights}, a layer spoiled", found.control)]
@@ -68,7 +68,7 @@ def evaluation_tables(found: Evaluation) -> list[Table]:
 def _without_empty(
     columns: Sequence[str], rows: Sequence[Sequence[object]]
 ) -> tuple[list[str], list[list[object]]]:
-    """Without the columns that hold a dash in every row."""
+    """Without columns that have a dash in every row."""
     kept = [i for i in range(len(columns)) if any(row[i] != "-" for row in rows)]
     return [columns[i] for i in kept], [[row[i] for i in kept] for row in rows]
 
@@ -105,7 +105,7 @@ def _benchmark_cells(score: TaskScore) -> tuple[object, ...]:
 
 
 def _verdict(found: Evaluation) -> list[str]:
-    """Nothing where no threshold was given: then only the reader can judge."""
+    """Nothing if there is no threshold."""
     if not found.thresholds.any:
         return []
     if len(found.rows) == 1:

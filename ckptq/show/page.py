@@ -1,4 +1,4 @@
-"""The page that reports are: one file that opens anywhere, without scripts or a network."""
+"""The page of a report: one file that opens anywhere, without scripts or network access."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def page(title: str, sections: Iterable[str]) -> str:
 
 
 def table(head: Sequence[str], rows: Iterable[Sequence[object]], numbers: int) -> str:
-    """Text in cells; the last `numbers` columns are set to the right."""
+    """Text in cells; the last `numbers` columns are right-aligned."""
     first = len(head) - numbers
     classes = ["n" if index >= first else "" for index in range(len(head))]
     top = "".join(f'<th class="{c}">{on_page(h)}</th>' for c, h in zip(classes, head, strict=True))
@@ -58,5 +58,5 @@ def table(head: Sequence[str], rows: Iterable[Sequence[object]], numbers: int) -
 
 
 def breakable(name: str) -> str:
-    """Escaped, and broken after a dot where it must be."""
+    """Escaped, with line breaks allowed after dots."""
     return re.sub(r"\.(?=[a-z])", ".<wbr>", on_page(name))

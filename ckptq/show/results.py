@@ -1,4 +1,4 @@
-"""How each result looks as text: a table or a few lines. `--json` prints the same as data."""
+"""Each result as text: a table or a few lines. `--json` prints the same as data."""
 
 from __future__ import annotations
 
@@ -22,18 +22,22 @@ if TYPE_CHECKING:
 
 
 MOST_KINDS = 1000
-"""Rows of `inspect`'s table; the largest known checkpoint has 60 kinds of tensors."""
+"""Rows of `inspect`'s table; the largest known checkpoint needs 60."""
 
 NOT_IN_VLLM = "with an engine that takes rows and blocks as they are written; vLLM does not"
 
 
 def show_quantized(result: Result, json: bool) -> None:
-    """The end of `quantize`: what was made, and the command that serves it."""
+    """The result of `quantize`, and the command that serves it."""
     if json:
         console.show_json(result)
         return
     ratio = result.output_bytes / result.source_bytes
-    resumed = f", {result.resumed_units} units were done before" if result.resumed_units else ""
+    resumed = (
+        f", {result.resumed_units} units were done by an earlier run"
+        if result.resumed_units
+        else ""
+    )
     layers = result.layers_with_scales
     console.show_lines(
         f"{result.out}: {result.scheme}, {result.linears} Linears quantized"
@@ -46,7 +50,7 @@ def show_quantized(result: Result, json: bool) -> None:
 
 
 def show_plan(plan: Plan, json: bool) -> None:
-    """`--dry-run`: units with their rule and bytes, alike ones together; `--json` has each."""
+    """`--dry-run`: units with their rule and bytes, similar ones together; `--json` has each."""
     if json:
         console.show_json(plan_data(plan))
         return
@@ -99,7 +103,7 @@ def plan_data(plan: Plan) -> dict[str, Any]:
 
 
 def show_inspection(found: Inspection, json: bool) -> None:
-    """`inspect`: the checkpoint at a glance, then its tensors, alike ones together."""
+    """`inspect`: a summary of the checkpoint, then its tensors, similar ones together."""
     if json:
         console.show_json(found)
         return
@@ -124,11 +128,11 @@ def show_inspection(found: Inspection, json: bool) -> None:
         ],
     )
     if len(found.kinds) > MOST_KINDS:
-        console.show_lines(f"and {len(found.kinds) - MOST_KINDS:,} kinds more; --json has all")
+        console.show_lines(f"and {len(found.kinds) - MOST_KINDS:,} more kinds; see --json")
 
 
 def show_scales(file: Path, scales: Scales, json: bool) -> None:
-    """The end of `calibrate`: how many scales, between which values."""
+    """The result of `calibrate`: how many scales, and their range."""
     if json:
         console.show_json({"file": file, **scales.record(), "scales": len(scales.tensors)})
         return
@@ -145,7 +149,7 @@ def show_scales(file: Path, scales: Scales, json: bool) -> None:
 
 
 def show_recipes(found: Mapping[str, str], json: bool) -> None:
-    """`recipes`: names and what each does."""
+    """`recipes`: each name, and what it does."""
     if json:
         console.show_json(dict(found))
     else:
@@ -153,7 +157,7 @@ def show_recipes(found: Mapping[str, str], json: bool) -> None:
 
 
 def show_recipe(recipe: Recipe, json: bool) -> None:
-    """`recipes NAME`: the YAML that a recipe file would hold, or what it says as data."""
+    """`recipes NAME`: the recipe as YAML, or as data."""
     if json:
         console.show_json(yaml.safe_load(recipe.text))
     else:
@@ -161,7 +165,7 @@ def show_recipe(recipe: Recipe, json: bool) -> None:
 
 
 def show_permuted(done: Permuted, json: bool) -> None:
-    """The end of `permute`: what moved, and the mark that says so."""
+    """The result of `permute`: what moved, and the mark."""
     if json:
         console.show_json(done)
         return

@@ -1,4 +1,4 @@
-"""How the report of `verify` looks as text: faults and notes by kind, what was proved, the verdict.
+"""The report of `verify` as text: faults and notes by kind, what was proved, the verdict.
 
 On a terminal long lines are wrapped at its width; elsewhere every finding stays on one line.
 """
@@ -19,14 +19,14 @@ if TYPE_CHECKING:
     from ckptq.verify.report import EngineRun, Finding, Report
 
 SHOWN = 5
-"""Findings of one kind; `--json` has all."""
+"""Findings shown per kind; `--json` has all."""
 
 RATED = 100_000_000
-"""Bytes from which on a rate says something."""
+"""Bytes from which on a rate is shown."""
 
 
 def show_report(found: Report, json: bool) -> None:
-    """`verify`: what is wrong and what mends it, then what was proved."""
+    """`verify`: what is wrong and how to repair it, then what was proved."""
     if json:
         console.show_json(found)
         return
@@ -36,7 +36,7 @@ def show_report(found: Report, json: bool) -> None:
 
 
 def _findings(label: str, findings: Sequence[Finding]) -> Iterator[str]:
-    """Grouped by kind, in the order in which each kind came up first."""
+    """Grouped by kind, in order of first appearance."""
     from ckptq.verify.kinds import KINDS
 
     by_code: dict[str, list[Finding]] = {}
@@ -97,7 +97,7 @@ def _tables(found: Report) -> None:
 
 
 def _checked(found: Report) -> Iterator[str]:
-    """What was looked at; a check that saw nothing proves nothing."""
+    """What was checked: a check that saw nothing proves nothing."""
     checks = found.checks
     yield from _wrapped(
         f"checked: {checks['linears quantized']} Linears quantized, "

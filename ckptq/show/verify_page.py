@@ -1,4 +1,4 @@
-"""The report as one page that opens without a network: verdict, findings, plots, figures."""
+"""The report as one page: verdict, findings, charts, figures."""
 
 from __future__ import annotations
 
@@ -16,16 +16,16 @@ from ckptq.verify.report import Finding, HeadResult, Report
 Points = list[tuple[float, float]]
 
 MOST_ROWS = 500
-"""A table longer than this is read by nobody, and JSON has it all."""
+"""Longer tables are not read; JSON has everything."""
 
 
 def write_html_report(file: Path, report: Report) -> None:
-    """Write the page; MachineError names the file that the machine would not take."""
+    """Write the page; MachineError names the file if it cannot be written."""
     write_whole(file, text_bytes(html_report(report)))
 
 
 def html_report(report: Report) -> str:
-    """The whole page. Everything that came from the checkpoint is escaped."""
+    """The whole page. Everything from the checkpoint is escaped."""
     sections = (
         _head(report),
         _findings("Faults", report.findings),
@@ -109,16 +109,16 @@ def _scales(report: Report) -> str:
     for row in report.scales:
         which = row.tensor.rpartition(".")[2].removesuffix("_scale")
         found.setdefault(f"{which} scales", []).extend((_layer(row.tensor), v) for v in row.values)
-    drawn = _over_layers("scale, one point a head", found, log=True)
+    drawn = _over_layers("scale, one point per head", found, log=True)
     return f"<h2>Cache and attention scales</h2>{drawn}" if drawn else ""
 
 
 def _heads(report: Report) -> str:
-    """What FP8 loses on each head, and what a scale per tensor would."""
+    """What FP8 loses on each head, and what it would lose with one scale per tensor."""
     if not report.heads:
         return ""
     errors = _over_layers(
-        "relative error of q, k, v in FP8, one point a head",
+        "relative error of q, k, v in FP8, one point per head",
         {
             "as stored": [(_layer(one.module), one.error) for one in report.heads],
             "one scale for all heads": [(_layer(h.module), h.error_shared) for h in report.heads],
@@ -127,7 +127,7 @@ def _heads(report: Report) -> str:
     )
     clipped = [(_layer(one.module), one.saturated) for one in report.heads if one.saturated > 0]
     saturation = _over_layers(
-        "saturation, heads that have any", {"share of values clipped": clipped}, log=True
+        "saturation, of heads that have any", {"share of values clipped": clipped}, log=True
     )
     saturation = saturation or '<p class="soft">No value of any head is clipped.</p>'
     return f"<h2>Heads under load</h2>{errors}{saturation}{_matter(report.heads)}"
@@ -188,7 +188,7 @@ def _arrivals(report: Report) -> str:
 
 def _checks(report: Report) -> str:
     rows = [(name, f"{count:,}") for name, count in report.checks.items()]
-    return f"<h2>What was looked at</h2>{table(('', ''), rows, numbers=1)}"
+    return f"<h2>What was checked</h2>{table(('', ''), rows, numbers=1)}"
 
 
 def _layer(name: str) -> float:

@@ -1,4 +1,4 @@
-"""Where text comes from: files, data sets, and the corpus that every Python carries."""
+"""Where text comes from: files, data sets, and a corpus that comes with Python."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ from ckptq.errors import SourceError, UsageError
 from ckptq.text.tokens import Row
 
 FILES = (".txt", ".jsonl", ".json", ".csv", ".tsv", ".parquet", ".arrow", ".gz", ".zst", ".zip")
-"""Suffixes that no data set's name ends in."""
+"""Suffixes that data sets' names do not have."""
 
 
 MOST_LETTERS = 1 << 27
-"""Of a row of a .jsonl file; a book has a million."""
+"""Of a row of a .jsonl file. A book has a million characters."""
 
 
 def builtin_corpus() -> str:
-    """English about Python, 0.7 MB. A stopgap: text like the traffic to be served is better."""
+    """English about Python, 0.7 MB. A stopgap: text like the expected traffic is better."""
     from pydoc_data.topics import topics
 
     return "\n\n".join(topics[name] for name in sorted(topics))
@@ -35,7 +35,7 @@ def read_text(path: Path, limit: int) -> str:
 
 
 def read_rows(path: Path, split: str, limit: int) -> Iterator[Row]:
-    """At most `limit` rows of a .jsonl or .parquet file, or of a data set by id or folder."""
+    """At most `limit` rows of a .jsonl or .parquet file, or of a data set given by id or folder."""
     if path.suffix == ".jsonl":
         return islice(_jsonl(path), limit)
     if path.suffix == ".parquet":
@@ -48,7 +48,7 @@ def read_rows(path: Path, split: str, limit: int) -> Iterator[Row]:
 
 
 def _may_be_an_id(path: Path) -> bool:
-    """A data set on the hub is NAME or OWNER/NAME; asking for a path there takes half a minute."""
+    """A data set on the hub is NAME or OWNER/NAME; looking up a path there takes half a minute."""
     return len(path.parts) <= 2 and path.suffix not in FILES and path.parts[0] not in ("..", "/")
 
 
@@ -59,7 +59,7 @@ def _jsonl(path: Path) -> Iterator[Row]:
             for number, line in enumerate(lines, start=1):
                 if len(line) == MOST_LETTERS:
                     raise SourceError(
-                        f"{path}, line {number}: longer than {MOST_LETTERS:,} letters"
+                        f"{path}, line {number}: longer than {MOST_LETTERS:,} characters"
                     )
                 if line.strip():
                     row = json.loads(line)
@@ -91,7 +91,7 @@ def _dataset(name: str, split: str) -> Iterator[Row]:
         import datasets
     except ImportError as error:
         raise UsageError(
-            f"{name}: is no .txt, .jsonl or .parquet file; a data set needs datasets: "
+            f"{name}: not a .txt, .jsonl or .parquet file; a data set needs datasets: "
             "pip install datasets"
         ) from error
     try:
@@ -99,6 +99,6 @@ def _dataset(name: str, split: str) -> Iterator[Row]:
     except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
         reason = str(error).strip().splitlines()
         raise SourceError(
-            f"{name}: no such file, and no data set (split {split!r}): "
+            f"{name}: no such file or data set (split {split!r}): "
             f"{reason[0] if reason else type(error).__name__}"
         ) from error

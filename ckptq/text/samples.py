@@ -4,11 +4,11 @@ What a row holds decides how it is read:
 
     text         prose. A row of .jsonl, .parquet or a data set is one sample, cut at `seq_len`.
                  A .txt file and the built-in corpus are one long text, cut into pieces of `seq_len`
-                 tokens, each beginning with what the tokenizer puts before a text (BOS).
+                 tokens, each starting with the tokenizer's prefix (BOS).
     messages     a conversation, through the chat template (`conversations`: ShareGPT's spelling).
     input_ids    token ids, taken as they are.
 
-Which rows are taken is drawn with `seed`; they keep their order. Padding is on the right, behind
+Rows are drawn with `seed` and keep their order. Padding is on the right, after
 everything that attention can see, and is masked.
 
 Shape letters: B batch, S positions.
@@ -33,14 +33,14 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 CHARACTERS_PER_TOKEN = 64
-"""A .txt file is read no further than this many characters per token that is wanted."""
+"""At most this many characters of a .txt file are read per requested token."""
 
 ROWS_PER_SAMPLE = 64
-"""A data set is read no further than this many rows per sample that is wanted."""
+"""At most this many rows of a data set are read per requested sample."""
 
 
 OTHER_FIELDS = {"input_ids", "messages", "conversations"}
-"""What a row is read by before its text."""
+"""Fields that are used before a row's text."""
 
 
 @dataclass(frozen=True)
@@ -66,7 +66,7 @@ class Samples:
             raise SourceError(f"{self.source}: no calibration text in it")
 
     def batches(self, batch_size: int) -> Iterator[Batch]:
-        """In the samples' order, `batch_size` at a time, padded to the longest of each batch."""
+        """In order, `batch_size` at a time, padded to the longest of each batch."""
         import torch
 
         rows = iter(self.token_ids)
@@ -93,10 +93,10 @@ def read_samples(
     split: str = "train",
     trust_remote_code: bool = False,
 ) -> Samples:
-    """Samples from a file, a data set's id, or (None) the corpus that every Python carries.
+    """Samples from a file, a data set, or (None) the corpus that comes with Python.
 
     Raises SourceError for a file that does not exist, cannot be parsed or holds no text,
-    UsageError for numbers that make no sense.
+    UsageError for numbers below 1.
     """
     if samples < 1 or seq_len < 1:
         raise UsageError(f"samples and seq_len must be at least 1, got {samples} and {seq_len}")
@@ -113,7 +113,7 @@ def read_samples(
 
 @dataclass(frozen=True)
 class Draw:
-    """How many samples of which length to take, and by which seed."""
+    """How many samples of which length to take, and the seed."""
 
     samples: int
     seq_len: int
@@ -132,7 +132,7 @@ class Draw:
         return self._take(pieces)
 
     def from_rows(self, rows: Iterator[Row], tokenizer: Tokenizer) -> Samples:
-        """Take some of the rows; each is one sample. Blank ones, as wikitext has, are none."""
+        """Take some of the rows; each is one sample. Blank rows, as in wikitext, do not count."""
         chosen = self._choose([row for row in rows if not _is_blank(row)])
         ids = [tokenizer.row(row, number) for number, row in enumerate(chosen, start=1)]
         return self._samples([piece[: self.seq_len] for piece in ids if piece])

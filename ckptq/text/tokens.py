@@ -1,4 +1,4 @@
-"""A row of text becomes token ids, by the checkpoint's tokenizer and chat template."""
+"""From a row of text to token ids, with the checkpoint's tokenizer and chat template."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ MAX_PADDING = 1 << 24
 """Tokens: more than the longest published context."""
 
 ROLES = {"human": "user", "gpt": "assistant", "system": "system", "tool": "tool"}
-"""ShareGPT's names of the speakers, in the chat templates' words."""
+"""ShareGPT's names of speakers -> those of chat templates."""
 
 
 class Tokenizer:
-    """The checkpoint's own tokenizer, loaded when the first text needs it: token ids need none."""
+    """The checkpoint's own tokenizer, loaded when the first text needs it: token ids do not."""
 
     def __init__(self, checkpoint: Path, label: str, trust_remote_code: bool = False) -> None:
         self._checkpoint = checkpoint
@@ -41,10 +41,10 @@ class Tokenizer:
             return self._ids(row["text"])
         if "text" in row:
             found = type(row["text"]).__name__
-            raise SourceError(f"{self._label}: sample {number}: text is {found}, wanted a string")
+            raise SourceError(f"{self._label}: sample {number}: text is {found}, expected a string")
         raise SourceError(
             f"{self._label}: sample {number} has the fields {', '.join(sorted(row)) or 'none'}; "
-            "wanted text, messages, conversations or input_ids"
+            "expected text, messages, conversations or input_ids"
         )
 
     def plain(self, text: str) -> list[int]:
@@ -52,13 +52,13 @@ class Tokenizer:
         return self._ids(text, add_special_tokens=False, verbose=False)
 
     def prefix(self) -> list[int]:
-        """The special tokens that the tokenizer puts before a text."""
+        """The special tokens that the tokenizer puts before every text."""
         plain, full = self.plain("a"), self._ids("a")
         return full[: full.index(plain[0])] if plain and plain[0] in full else []
 
     def _ids(self, text: str, **options: bool) -> list[int]:
         tokenizer = self._tokenizer
-        with refusals(f"{self._checkpoint}: its tokenizer does not take text"):
+        with refusals(f"{self._checkpoint}: its tokenizer does not accept text"):
             return list(tokenizer(text, **options)["input_ids"])
 
     def _given(self, value: object, number: int) -> list[int]:
@@ -82,10 +82,10 @@ class Tokenizer:
             ) from error
         if not self._tokenizer.chat_template:
             raise SourceError(
-                f"{self._label}: sample {number} is a conversation, and the tokenizer in "
+                f"{self._label}: sample {number} is a conversation, but the tokenizer in "
                 f"{self._checkpoint} has no chat template"
             )
-        what = f"the chat template in {self._checkpoint} does not take this conversation"
+        what = f"the chat template in {self._checkpoint} does not accept this conversation"
         with refusals(f"{self._label}: sample {number}: {what}"):
             ids: Any = self._tokenizer.apply_chat_template(messages, return_dict=False)
         return list(ids)
@@ -106,7 +106,7 @@ class Tokenizer:
 
 
 def _refuse_endless_padding(file: Path) -> None:
-    """Loading pads a first text as tokenizer.json says, with all the memory that this takes."""
+    """Loading pads a first text as tokenizer.json says, whatever memory that takes."""
     if not file.exists():
         return
     data, _ = read_bounded(file, TOKENIZER_BYTES)
@@ -120,5 +120,5 @@ def _refuse_endless_padding(file: Path) -> None:
     for length in asked:
         if isinstance(length, int) and length > MAX_PADDING:
             raise SourceError(
-                f"{file}: padding to {length:,} tokens; wanted at most {MAX_PADDING:,}"
+                f"{file}: padding to {length:,} tokens; expected at most {MAX_PADDING:,}"
             )

@@ -10,12 +10,10 @@ from collections.abc import Iterator
 import torch
 import transformers
 from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
-from datasets import Dataset
 from llmcompressor import oneshot
 from llmcompressor.modifiers.quantization import QuantizationModifier
 from llmcompressor.utils import helpers
-from tokenizers import Tokenizer, models
-from transformers import PreTrainedTokenizerFast
+from tiny.oneshot import calibration
 
 from ckptq.checkpoint.open import Checkpoint
 
@@ -60,17 +58,7 @@ def _run(
 ) -> Tensors:
     model_class = getattr(transformers, ckpt.config["architectures"][0])
     model = model_class.from_pretrained(ckpt.path, dtype="auto")
-    core = Tokenizer(models.WordLevel({"<pad>": 0, "<s>": 1}, unk_token="<pad>"))
-    data = {"input_ids": rows, "attention_mask": [[1] * len(row) for row in rows]}
     with contextlib.nullcontext() if as_it_is else no_eager_switch():
-        oneshot(
-            model=model,
-            dataset=Dataset.from_dict(data),
-            recipe=recipe,
-            max_seq_length=len(rows[0]),
-            num_calibration_samples=len(rows),
-            processor=PreTrainedTokenizerFast(tokenizer_object=core, pad_token="<pad>"),
-            shuffle_calibration_samples=False,
-        )
+        oneshot(model=model, recipe=recipe, **calibration(rows))
     state = model.state_dict()
     return {name: state[name].detach().clone() for name in state if name.endswith(endings)}

@@ -2,8 +2,9 @@
 
 import pytest
 import torch
-from calibrate_models import samples_of, token_rows
+from calibrate_models import samples_of
 from safetensors.torch import save_file
+from tiny.rows import token_rows
 
 from ckptq.calibrate.run import calibrate
 from ckptq.calibrate.scales import load_scales, save_scales, source_fingerprint

@@ -9,7 +9,8 @@ from dataclasses import replace
 import pytest
 import torch
 import transformers
-from calibrate_models import FAMILIES, VOCAB, samples_of, token_rows
+from calibrate_models import FAMILIES, VOCAB, samples_of
+from tiny.rows import token_rows
 
 from ckptq.checkpoint.open import open_checkpoint
 from ckptq.errors import PlanError, SourceError

@@ -3,7 +3,8 @@
 import pytest
 import torch
 import transformers
-from calibrate_models import FAMILIES, samples_of, token_rows
+from calibrate_models import FAMILIES, samples_of
+from tiny.rows import token_rows
 
 from ckptq.calibrate.run import calibrate
 from ckptq.forward import kernel_attention

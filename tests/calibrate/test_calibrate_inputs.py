@@ -3,8 +3,9 @@
 import pytest
 import torch
 import transformers
-from calibrate_models import samples_of, token_rows
+from calibrate_models import samples_of
 from calibrate_oneshot import oneshot_inputs
+from tiny.rows import token_rows
 
 from ckptq.calibrate.run import calibrate
 from ckptq.errors import PlanError, UsageError

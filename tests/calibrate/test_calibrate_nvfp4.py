@@ -8,12 +8,15 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
-from calibrate_models import samples_of, token_rows
+from calibrate_models import samples_of
 from calibrate_oneshot import Tensors, no_eager_switch
 from hypothesis import example, given
 from hypothesis import strategies as st
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from test_calibrate_inputs import on_disk
+from tiny.oneshot import calibration
+from tiny.rows import token_rows, write_rows
+from tiny.tensors import tensors_in
 
 from ckptq.calibrate.observers import NVFP4_MAX, make_observer
 from ckptq.calibrate.request import CalibrationRequest
@@ -30,12 +33,9 @@ GLOBAL = ".input_global_scale"
 
 def oneshot_folder(ckpt: Checkpoint, out: Path) -> Path:
     """What `oneshot` with the preset NVFP4 and `save_pretrained` write."""
-    from datasets import Dataset
     from llmcompressor import oneshot
     from llmcompressor.modifiers.quantization import QuantizationModifier
-    from tokenizers import Tokenizer, models
 
-    core = Tokenizer(models.WordLevel({"<pad>": 0, "<s>": 1}, unk_token="<pad>"))
     model_class = getattr(transformers, ckpt.config["architectures"][0])
     model = model_class.from_pretrained(ckpt.path, dtype="auto")
     with no_eager_switch():
@@ -44,15 +44,7 @@ def oneshot_folder(ckpt: Checkpoint, out: Path) -> Path:
             recipe=QuantizationModifier(
                 targets="Linear", scheme="NVFP4", ignore=["lm_head", "re:.*gate$"]
             ),
-            dataset=Dataset.from_dict(
-                {"input_ids": ROWS, "attention_mask": [[1] * len(row) for row in ROWS]}
-            ),
-            max_seq_length=24,
-            num_calibration_samples=len(ROWS),
-            processor=transformers.PreTrainedTokenizerFast(
-                tokenizer_object=core, pad_token="<pad>"
-            ),
-            shuffle_calibration_samples=False,
+            **calibration(ROWS),
         )
     model.save_pretrained(out)
     return out
@@ -61,15 +53,11 @@ def oneshot_folder(ckpt: Checkpoint, out: Path) -> Path:
 def our_folder(ckpt: Checkpoint, out: Path) -> Path:
     """`ckptq quantize --scheme nvfp4` on the same tokens."""
     data = out.with_suffix(".jsonl")
-    data.write_text("".join(json.dumps({"input_ids": row}) + "\n" for row in ROWS))
+    write_rows(data, ROWS)
     wanted = CalibrationRequest(data=str(data), samples=len(ROWS), seq_len=24)
     recipe = load_scheme("nvfp4")
     quantize(QuantizeRequest(model=ckpt.path, recipe=recipe, out=out, calibration=wanted))
     return out
-
-
-def tensors_of(folder: Path) -> Tensors:
-    return {n: t for file in folder.glob("*.safetensors") for n, t in load_file(file).items()}
 
 
 def wrong(ours: Tensors, theirs: Tensors) -> list[str]:
@@ -105,7 +93,7 @@ def both(saved, tmp_path_factory):
 
 @pytest.mark.parametrize(("family", "linears"), [("llama", 4 * 7), ("qwen3-moe", 4 * (4 + 3 * 4))])
 def test_a_checkpoint_is_llm_compressors_bit_for_bit(both, family, linears):
-    ours, theirs = map(tensors_of, both(family))
+    ours, theirs = map(tensors_in, both(family))
     assert sum(name.endswith(GLOBAL) for name in ours) == linears
     assert len({t.item() for n, t in ours.items() if n.endswith(GLOBAL)}) > 4
     assert wrong(ours, theirs) == []
@@ -114,7 +102,7 @@ def test_a_checkpoint_is_llm_compressors_bit_for_bit(both, family, linears):
 def test_global_scales_of_a_mixtral_are_llm_compressors(both):
     """It sums experts in another order, so inputs of later layers may differ by a bf16 step."""
     ours, theirs = (
-        {name: t for name, t in tensors_of(folder).items() if name.endswith(GLOBAL)}
+        {name: t for name, t in tensors_in(folder).items() if name.endswith(GLOBAL)}
         for folder in both("mixtral")
     )
     assert len(ours) == 4 * (4 + 3 * 4)
@@ -126,7 +114,7 @@ def test_global_scales_of_a_mixtral_are_llm_compressors(both):
 
 def test_a_scale_the_other_way_round_is_not_llm_compressors(both):
     """The twin: what FP8 stores, amax / top, is seen in every Linear."""
-    ours, theirs = map(tensors_of, both("llama"))
+    ours, theirs = map(tensors_in, both("llama"))
     inverted = {n: 1 / t if n.endswith(GLOBAL) else t for n, t in ours.items()}
     assert wrong(inverted, theirs) == [name for name in theirs if name.endswith(GLOBAL)]
 
@@ -146,7 +134,7 @@ def test_the_config_says_what_llm_compressors_says(both):
 
 
 def test_members_of_a_fused_set_have_one_scale(both):
-    scales = {n: t.item() for n, t in tensors_of(both("qwen3-moe")[0]).items() if GLOBAL in n}
+    scales = {n: t.item() for n, t in tensors_in(both("qwen3-moe")[0]).items() if GLOBAL in n}
     for name, scale in scales.items():
         for first, others in (("q_proj", ("k_proj", "v_proj")), ("gate_proj", ("up_proj",))):
             if f".{first}." in name:
@@ -199,7 +187,7 @@ def test_an_input_that_is_not_finite_is_refused_by_name(bad):
 
 def test_nan_in_a_weight_is_refused_by_the_name_of_the_linear_it_reaches(saved, tmp_path):
     source = saved("llama")
-    tensors = tensors_of(source.path)
+    tensors = tensors_in(source.path)
     tensors["model.layers.1.mlp.up_proj.weight"][3, 5] = float("nan")
     save_file(tensors, tmp_path / "model.safetensors", {"format": "pt"})
     (tmp_path / "config.json").write_text((source.path / "config.json").read_text())

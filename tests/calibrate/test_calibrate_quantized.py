@@ -10,8 +10,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from calibrate_models import samples_of, token_rows
+from calibrate_models import samples_of
 from safetensors.torch import load_file, save_file
+from tiny.rows import token_rows
 
 from ckptq.calibrate.run import calibrate
 from ckptq.calibrate.scales import save_scales

@@ -1,13 +1,12 @@
 """Two processes under torchrun, on CPUs: the file that one process writes, to the last byte."""
 
-import json
 import os
 import subprocess
 import sys
 
 import pytest
 import torch
-from calibrate_models import token_rows
+from tiny.rows import token_rows, write_rows
 from typer.testing import CliRunner
 
 from ckptq.calibrate.observers import make_observer
@@ -25,7 +24,7 @@ TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--np
 def test_two_processes_write_what_one_does(saved, tmp_path, family, scheme):
     text = tmp_path / "rows.jsonl"
     rows = token_rows([24, 17, 9, 24, 24])
-    text.write_text("".join(json.dumps({"input_ids": row}) + "\n" for row in rows))
+    write_rows(text, rows)
     command = ["calibrate", str(saved(family).path), "--scheme", scheme, "--data", str(text)]
     command += ["--batch-size", "2", "--device", "cpu", "-o"]
     alone = CliRunner().invoke(app, [*command, str(tmp_path / "alone")])

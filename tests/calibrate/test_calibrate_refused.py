@@ -6,8 +6,9 @@ import shutil
 import sys
 
 import pytest
-from calibrate_models import samples_of, token_rows
+from calibrate_models import samples_of
 from remote_code import save
+from tiny.rows import token_rows
 
 from ckptq.calibrate.run import calibrate
 from ckptq.checkpoint.open import open_checkpoint

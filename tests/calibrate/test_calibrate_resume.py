@@ -9,7 +9,8 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from calibrate_models import LAYERS, samples_of, token_rows
+from calibrate_models import LAYERS, samples_of
+from tiny.rows import token_rows
 
 from ckptq.calibrate import journal as journal_module
 from ckptq.calibrate.run import calibrate

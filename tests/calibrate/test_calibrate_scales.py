@@ -9,9 +9,10 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
-from calibrate_models import HEADS, KV_HEADS, make, samples_of, token_rows
+from calibrate_models import HEADS, KV_HEADS, make, samples_of
 from calibrate_oneshot import oneshot_attention
 from safetensors.torch import load_file, save_file
+from tiny.rows import token_rows
 
 from ckptq.calibrate.request import CalibrationRequest, calibrate_plan
 from ckptq.calibrate.run import calibrate

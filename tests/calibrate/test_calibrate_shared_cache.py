@@ -8,6 +8,7 @@ import pytest
 import torch
 from calibrate_models import HEADS, KV_HEADS
 from safetensors.torch import load_file, save_file
+from tiny.rows import write_rows
 
 from ckptq.calibrate.request import CalibrationRequest
 from ckptq.checkpoint.open import open_checkpoint
@@ -28,7 +29,7 @@ def written(ckpt, tmp_path, scheme):
     """The whole way, on text that is made up here."""
     text = tmp_path / "rows.jsonl"
     rows = [[(7 * i + 3 * j) % 120 + 3 for j in range(24)] for i in range(4)]
-    text.write_text("\n".join(json.dumps({"input_ids": row}) for row in rows))
+    write_rows(text, rows)
     calibration = CalibrationRequest(data=str(text), samples=4, seq_len=24)
     request = QuantizeRequest(
         model=ckpt.path, recipe=load_scheme(scheme), out=tmp_path / "out", calibration=calibration

@@ -2,14 +2,15 @@
 
 import pytest
 import torch
-from calibrate_models import FAMILIES, make, samples_of, token_rows
+from calibrate_models import FAMILIES, make, samples_of
+from tiny.rows import token_rows
 
 from ckptq.calibrate.run import calibrate
 from ckptq.checkpoint.open import open_checkpoint
 from ckptq.errors import SourceError
 from ckptq.forward import kernel_attention
 from ckptq.forward.kernel_attention import says_the_same
-from ckptq.kernels.mask import Mask
+from ckptq.kernels.attention.mask import Mask
 from ckptq.plan.attention import AttentionPlan
 
 ROWS = token_rows([24, 24, 13, 7])
@@ -28,7 +29,7 @@ def kernel_calls(monkeypatch) -> list[bool]:
         calls.append(out is not None)
         return out
 
-    monkeypatch.setattr("ckptq.kernels.dispatch.on_gpu", lambda x: True)
+    monkeypatch.setattr("ckptq.kernels.gpu.on_gpu", lambda x: True)
     monkeypatch.setattr(kernel_attention, "fused_attention", counted)
     return calls
 

@@ -6,7 +6,6 @@ import json
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -36,8 +35,3 @@ def write_sharded(folder: Path, shards: list[dict[str, Tensor]], **index: Any) -
     (folder / INDEX).write_text(json.dumps({"metadata": {}, "weight_map": weight_map, **index}))
     (folder / "config.json").write_text(json.dumps({"model_type": "llama"}))
     return folder
-
-
-def raw(tensor: Tensor) -> Tensor:
-    """The bytes of a tensor, so that NaN and -0.0 are told apart too."""
-    return tensor.contiguous().reshape(-1).view(torch.uint8)

@@ -117,7 +117,8 @@ def test_what_belongs_to_the_model_arrives_and_the_rest_is_named(tmp_path: Path)
     said = "flax_model.msgpack, onnx/model.onnx, q4/model-q4.gguf, rust_model.ot, ... "
     assert any(said in line and "in another format" in line for line in lines)
     assert any(
-        "original/consolidated.00.pth" in line and "of their makers" in line for line in lines
+        "original/consolidated.00.pth" in line and "original authors' layout" in line
+        for line in lines
     )
     assert verify(out, folder).ok
 

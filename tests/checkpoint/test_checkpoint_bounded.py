@@ -40,7 +40,7 @@ def in_place_of(file: Path, what: str) -> None:
 @pytest.mark.parametrize("name", ["config.json", INDEX])
 def test_what_is_no_file_is_refused_at_once(folder, name, what):
     in_place_of(folder / name, what)
-    with pytest.raises(SourceError, match=rf"{name}: is a {what}, wanted a file"):
+    with pytest.raises(SourceError, match=rf"{name}: is a {what}, expected a file"):
         open_checkpoint(folder)
 
 
@@ -50,7 +50,7 @@ def test_a_shard_that_is_no_file_is_refused_at_once(folder, what):
     in_place_of(shard, what)
     with pytest.raises(SourceError, match=shard.name):
         open_checkpoint(folder)
-    with pytest.raises(SourceError, match=f"is a {what}, wanted a file"):
+    with pytest.raises(SourceError, match=f"is a {what}, expected a file"):
         read_header(shard)
 
 

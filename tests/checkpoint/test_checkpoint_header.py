@@ -87,9 +87,13 @@ WRONG = {
     "shape overflows": ({"a": entry("U8", [1 << 62] * 64, 0, 4)}, 4, ["'a'", "more than 2**64"]),
     "too many axes": ({"a": entry("U8", [1] * 65, 0, 1)}, 1, ["'a'", "65 axes"]),
     "name too long": ({"a" * 4097: A}, 4, ["4,097 characters", "'aaa"]),
-    "name that moves the cursor": ({"a\x1b[2J": A}, 4, [r"'a\x1b[2J'", "cannot be printed"]),
-    "name of two lines": ({"a\nerror: b": A}, 4, [r"'a\nerror: b'", "cannot be printed"]),
-    "name that turns the line around": ({"a\u202eb": A}, 4, [r"'a\u202eb'", "cannot be printed"]),
+    "name that moves the cursor": ({"a\x1b[2J": A}, 4, [r"'a\x1b[2J'", "unprintable characters"]),
+    "name of two lines": ({"a\nerror: b": A}, 4, [r"'a\nerror: b'", "unprintable characters"]),
+    "name that turns the line around": (
+        {"a\u202eb": A},
+        4,
+        [r"'a\u202eb'", "unprintable characters"],
+    ),
     "range backwards": ({"a": entry("U8", [4], 4, 0)}, 4, ["'a'", "not a range"]),
     "range of three": ({"a": {**A, "data_offsets": [0, 4, 8]}}, 4, ["'a'", "not a range"]),
     "range negative": ({"a": {**A, "data_offsets": [-4, 0]}}, 4, ["'a'", "not a range"]),
@@ -145,7 +149,7 @@ def test_a_file_that_is_no_safetensors_file_is_refused(tmp_path, content, wanted
 
 def test_a_file_that_cannot_be_read_is_refused(tmp_path):
     assert "No such file" in refusal(tmp_path / "none.safetensors")
-    assert "is a folder, wanted a file" in refusal(tmp_path)
+    assert "is a folder, expected a file" in refusal(tmp_path)
 
 
 def test_whatever_is_accepted_of_a_damaged_file_the_library_accepts_too(tmp_path):

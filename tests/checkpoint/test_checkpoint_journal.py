@@ -155,7 +155,7 @@ def test_an_output_that_exists_is_refused_and_left_alone(out, kind):
     else:
         out.symlink_to("nothing")
     for restart in (False, True):
-        assert "exists already" in refusal(out, restart=restart)
+        assert "already exists" in refusal(out, restart=restart)
     assert os.listdir(out.parent) == ["out"]
 
 
@@ -167,14 +167,14 @@ def test_an_output_that_somebody_else_made_is_refused_and_the_work_kept(out, mad
     (journal.scratch / "config.json").write_text("{}")
     if when != "before the rename":
         make(out, made)
-        with pytest.raises(UsageError, match=r"exists already, and was not made by the run"):
+        with pytest.raises(UsageError, match=r"already exists, but was not made by the run"):
             journal.publish([], ["config.json"])
     journal.close()
     if when == "before the rename":
         make(out, made)
     before = sorted(str(p) for p in out.parent.rglob("*"))
     for restart in (False, True):
-        assert "keeps what it has done" in refusal(out, restart=restart)
+        assert "whose work is kept" in refusal(out, restart=restart)
     assert sorted(str(p) for p in out.parent.rglob("*")) == before
     out.rename(out.with_name("theirs"))
     again = begin(out)
@@ -250,7 +250,7 @@ def test_what_a_user_has_put_into_the_output_in_the_making_is_not_published(out)
     journal = begin(out, "a")
     (journal.scratch / "config.json").write_text("{}")
     (journal.scratch / "thesis.txt").write_text("mine")
-    with pytest.raises(UsageError, match=r"thesis.txt: was not written by this run; move it away"):
+    with pytest.raises(UsageError, match=r"thesis.txt: not written by this run; move it away"):
         journal.publish([], ["config.json"])
     assert not out.exists()
     (journal.scratch / "thesis.txt").unlink()
@@ -265,7 +265,7 @@ def test_work_without_a_journal_is_not_thrown_away_unasked(out):
     state.parent.mkdir(parents=True)
     state.write_text("hours")
     file.unlink()
-    assert "its journal is gone; --restart" in refusal(out)
+    assert "has lost its journal; --restart" in refusal(out)
     assert state.exists()
     begin(out, restart=True).close()
     assert not state.exists()
@@ -379,7 +379,7 @@ def test_restart_says_what_is_in_its_way_where_the_journal_is_damaged_too(out):
     begin(out, "a").close()
     (partial_of(out) / "journal.jsonl").write_bytes(b"\x89")
     out.mkdir()
-    with pytest.raises(UsageError, match=r"exists already.*move it away"):
+    with pytest.raises(UsageError, match=r"already exists.*move it away"):
         begin(out, restart=True)
     out.rmdir()
     begin(out, restart=True).close()

@@ -44,7 +44,7 @@ def test_a_sharded_folder_and_a_single_file(tmp_path):
     save_file(A, single / "model.safetensors")
     save_file(B, single / "other.safetensors")
     opened = open_checkpoint(str(single))
-    assert list(opened.tensors) == ["a"], "as transformers does, model.safetensors alone is read"
+    assert list(opened.tensors) == ["a"], "as transformers does, model.only safetensors is read"
     assert opened.text_config == {"num_hidden_layers": 3}
 
 
@@ -105,7 +105,7 @@ def test_the_damaged_shard_is_named(tmp_path):
     ("index", "wanted"),
     [
         ("{", "not valid JSON"),
-        ("[]", "holds a JSON list"),
+        ("[]", "expected a JSON object, found list"),
         ("{}", "weight_map must map"),
         ('{"weight_map": {"a": 3}}', "weight_map must map"),
         ('{"weight_map": {}}', "weight_map is empty"),
@@ -121,7 +121,11 @@ def test_a_damaged_index(tmp_path, index, wanted):
 
 @pytest.mark.parametrize(
     ("config", "wanted"),
-    [(None, "no config.json"), ("{'a': 1}", "not valid JSON"), ("3", "holds a JSON int")],
+    [
+        (None, "no config.json"),
+        ("{'a': 1}", "not valid JSON"),
+        ("3", "expected a JSON object, found int"),
+    ],
 )
 def test_a_damaged_config(tmp_path, config, wanted):
     folder = write_sharded(tmp_path / "m", [A])
@@ -136,7 +140,7 @@ def test_pickled_weights_are_refused_and_never_opened(tmp_path):
     (tmp_path / "pytorch_model.bin").write_bytes(b"\x80\x02cos\nsystem\n.")
     message = refusal(tmp_path)
     assert "pytorch_model.bin" in message
-    assert "safetensors alone" in message
+    assert "only safetensors" in message
 
 
 def test_folders_that_hold_no_checkpoint(tmp_path):

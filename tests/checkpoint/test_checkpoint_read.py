@@ -7,8 +7,8 @@ import threading
 
 import pytest
 import torch
-from checkpoint_files import raw
 from safetensors.torch import save_file
+from tiny.tensors import raw
 
 from ckptq.checkpoint.header import read_header
 from ckptq.checkpoint.read import Files, Memory, bytes_of, read_range, read_tensor, read_tensors

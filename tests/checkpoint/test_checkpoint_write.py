@@ -11,9 +11,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from checkpoint_files import INDEX, raw
+from checkpoint_files import INDEX
 from safetensors import safe_open
 from safetensors.torch import load_file, save
+from tiny.tensors import differences
 from torch import Tensor
 
 import ckptq.checkpoint.write as module
@@ -57,12 +58,6 @@ def pieces(tensors: dict[str, Tensor], size: int) -> list[tuple[str, int, memory
     return found
 
 
-def same(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
-    return a.keys() == b.keys() and all(
-        spec_of(a[n]) == spec_of(b[n]) and torch.equal(raw(a[n]), raw(b[n])) for n in a
-    )
-
-
 def test_the_library_reads_what_arrived_in_pieces_from_many_threads(tmp_path, tensors):
     shards = Shards(tmp_path, {"m.safetensors": specs(tensors)}, PT)
     todo = pieces(tensors, 3)
@@ -77,7 +72,7 @@ def test_the_library_reads_what_arrived_in_pieces_from_many_threads(tmp_path, te
     shards.check_complete(tensors)
     shards.sync(["m.safetensors"])
     shards.close()
-    assert same(load_file(tmp_path / "m.safetensors"), tensors)
+    assert differences(load_file(tmp_path / "m.safetensors"), tensors) == []
     with safe_open(tmp_path / "m.safetensors", "pt") as library:
         assert library.metadata() == PT
     assert read_header(tmp_path / "m.safetensors").tensors.keys() == tensors.keys()
@@ -123,7 +118,7 @@ def test_a_run_that_goes_on_keeps_what_is_there(tmp_path, tensors):
         for name in part:
             shards.write(name, 0, bytes_of(tensors[name]))
         shards.close()
-    assert same(load_file(tmp_path / "m"), tensors)
+    assert differences(load_file(tmp_path / "m"), tensors) == []
 
 
 @pytest.mark.parametrize(

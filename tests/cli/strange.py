@@ -3,7 +3,7 @@
 Each case makes a small input by a strategy, runs one command on it, and has to end in an exit code
 of ckptq's: no traceback, no hang, no memory without end.
 
-    python tests/cli/strange.py --cases 10000
+    PYTHONPATH=tests python tests/cli/strange.py --cases 10000
 """
 
 from __future__ import annotations
@@ -13,10 +13,8 @@ import importlib
 import io
 import os
 import random
-import re
 import resource
 import shutil
-import signal
 import sys
 import tempfile
 import time
@@ -41,20 +39,13 @@ from strange_inputs import (
     strange_task,
     strange_tokenizer,
 )
+from tiny.trials import memory, reset_peak, within
 
 SECONDS = 10
 GROWTH = 1000
 """MB."""
 
 Words = list[str]
-
-
-class TooSlow(BaseException):
-    """No error that a command might catch by mistake."""
-
-
-def alarmed(*_: object) -> None:
-    raise TooSlow(f"took more than {SECONDS} s")
 
 
 ON_ANY = (
@@ -148,11 +139,11 @@ class Outcome:
         if any("{sound}" in word for word in words):
             sound(root / "sound")
         words = [w.format(ckpt=root / "ckpt", root=root, sound=root / "sound") for w in words]
-        held, began = _reset_peak(), time.monotonic()
+        held, began = reset_peak(), time.monotonic()
         try:
             code, said = run(words)
             self.seconds = max(self.seconds, time.monotonic() - began)
-            growth = _memory("VmHWM") - held
+            growth = memory("VmHWM") - held
             self.growth_mb = max(self.growth_mb, growth)
             assert code in range(5), f"exit code {code}"
             assert growth < GROWTH, f"took {growth} MB"
@@ -191,28 +182,14 @@ def run(words: Words) -> tuple[int, str]:
 
     said = io.StringIO()
     argv, sys.argv = sys.argv, ["ckptq", *words]
-    signal.setitimer(signal.ITIMER_REAL, SECONDS)
     try:
-        with redirect_stdout(said), redirect_stderr(said):
+        with within(SECONDS), redirect_stdout(said), redirect_stderr(said):
             main()
     except SystemExit as end:
         return (end.code if isinstance(end.code, int) else int(bool(end.code))), said.getvalue()
     finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
         sys.argv = argv
     raise AssertionError("main returned")
-
-
-def _reset_peak() -> int:
-    """Forget the process's peak; MB that it holds now."""
-    Path("/proc/self/clear_refs").write_text("5")
-    return _memory("VmRSS")
-
-
-def _memory(what: str) -> int:
-    found = re.search(rf"{what}:\s+(\d+) kB", Path("/proc/self/status").read_text())
-    assert found is not None
-    return int(found[1]) >> 10
 
 
 def main() -> int:
@@ -224,7 +201,6 @@ def main() -> int:
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     warnings.simplefilter("ignore")
     _import_all()
-    signal.signal(signal.SIGALRM, alarmed)
     names = (arguments.strategy,) if arguments.strategy else tuple(STRATEGIES)
     outcome, began = Outcome(), time.monotonic()
     with tempfile.TemporaryDirectory() as folder:

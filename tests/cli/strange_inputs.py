@@ -11,6 +11,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from tiny.trials import places
+
 Json = Any
 
 # Values
@@ -51,10 +53,10 @@ def mutated(rng: random.Random, value: Json, times: int = 1) -> Json:
     """The same JSON with some of its places changed, taken away, or doubled."""
     value = json.loads(json.dumps(value))
     for _ in range(times):
-        places = list(_places(value))
-        if not places:
+        found = places(value)
+        if not found:
             return junk(rng)
-        holder, key = rng.choice(places)
+        holder, key = rng.choice(found)
         how = rng.choice(("junk", "junk", "drop", "grow", "rename", "deep"))
         if how == "drop":
             del holder[key]
@@ -68,18 +70,6 @@ def mutated(rng: random.Random, value: Json, times: int = 1) -> Json:
         else:
             holder[key] = junk(rng)
     return value
-
-
-def _places(value: Json) -> list[tuple[Any, Any]]:
-    found, todo = [], [value]
-    while todo:
-        holder = todo.pop()
-        items = holder.items() if isinstance(holder, dict) else enumerate(holder)
-        for key, item in list(items):
-            found.append((holder, key))
-            if isinstance(item, dict | list):
-                todo.append(item)
-    return found
 
 
 def text_of(rng: random.Random, value: Json) -> bytes:

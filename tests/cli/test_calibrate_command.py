@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import pytest
 import torch
 from test_cli import run
+from tiny.rows import write_rows
 from transformers import LlamaConfig, LlamaForCausalLM
 
 
@@ -32,7 +32,7 @@ def text(tmp_path: Path) -> Path:
     """Three samples of four tokens; ids need no tokenizer."""
     file = tmp_path / "text.jsonl"
     rows = ([number, 2, 3, 4] for number in range(3))
-    file.write_text("".join(json.dumps({"input_ids": row}) + "\n" for row in rows))
+    write_rows(file, rows)
     return file
 
 

@@ -270,7 +270,7 @@ def test_bad_input_is_named(llama: Path, tmp_path: Path) -> None:
             "--shard-size", "5 apples")  # fmt: skip
     out = tmp_path / "taken"
     out.mkdir()
-    refused(2, "exists already", "quantize", llama, "-s", "fp8-dynamic", "-o", out)
+    refused(2, "already exists", "quantize", llama, "-s", "fp8-dynamic", "-o", out)
 
 
 @pytest.mark.parametrize(
@@ -394,7 +394,7 @@ def test_a_taken_output_is_said_in_every_commands_words(
     out = tmp_path / "taken"
     out.mkdir()
     rest = {"quantize": ("-s", "w8a8", "-o", out), "permute": (out, "--to", "half-split")}
-    words = f"error: {out}: exists already; remove it, or choose another output\n"
+    words = f"error: {out}: already exists; remove it, or choose another output\n"
     refused(2, words, command, llama, *rest[command])
 
 
@@ -437,7 +437,7 @@ def test_a_file_that_could_not_be_written_is_refused_before_the_work(
 
 @pytest.mark.parametrize("out", ["", ".", "/", ".."])
 def test_an_output_without_a_name_is_refused(llama: Path, out: str) -> None:
-    refused(2, "exists already", "quantize", llama, "-s", "fp8-dynamic", "-o", out)
+    refused(2, "already exists", "quantize", llama, "-s", "fp8-dynamic", "-o", out)
 
 
 def test_a_revision_of_a_folder_is_refused(llama: Path) -> None:

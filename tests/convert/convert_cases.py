@@ -16,7 +16,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
+from tiny.formats import FORMATS as ALL
+from tiny.formats import RARE, Format
+from tiny.tensors import Tensors
 from torch import Tensor
 
 from ckptq.checkpoint.open import open_checkpoint
@@ -38,47 +41,17 @@ E, H, I = 4, 128, 192
 LAYERS = 2
 FUSED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 
-Tensors = dict[str, Tensor]
-
-E4M3: dict[str, Any] = {"num_bits": 8, "type": "float"}
-FORMATS: dict[str, tuple[str, dict[str, Any]]] = {
-    "fp8 channel": ("float-quantized", {**E4M3, "strategy": "channel"}),
-    "fp8 tensor": ("float-quantized", {**E4M3, "strategy": "tensor"}),
-    "fp8 block": (
-        "float-quantized",
-        {**E4M3, "strategy": "block", "block_structure": [64, 64]},
-    ),
-    "int8 channel": ("int-quantized", {"num_bits": 8, "strategy": "channel"}),
-    "int4 channel": ("pack-quantized", {"num_bits": 4, "strategy": "channel"}),
-    "int8 tensor asym": (
-        "int-quantized",
-        {"num_bits": 8, "strategy": "tensor", "symmetric": False},
-    ),
-    "int4 group": ("pack-quantized", {"num_bits": 4, "strategy": "group", "group_size": 32}),
-    "int4 group asym": (
-        "pack-quantized",
-        {"num_bits": 4, "strategy": "group", "group_size": 32, "symmetric": False},
-    ),
-    "mxfp4": (
-        "mxfp4-pack-quantized",
-        {
-            "num_bits": 4,
-            "type": "float",
-            "strategy": "group",
-            "group_size": 32,
-            "scale_dtype": "torch.uint8",
-        },
-    ),
-    "nvfp4": (
-        "nvfp4-pack-quantized",
-        {
-            "num_bits": 4,
-            "type": "float",
-            "strategy": "tensor_group",
-            "group_size": 16,
-            "scale_dtype": "torch.float8_e4m3fn",
-        },
-    ),
+FORMATS: dict[str, Format] = {
+    "fp8 channel": ALL["fp8-channel"],
+    "fp8 tensor": ALL["fp8-tensor"],
+    "fp8 block": ALL["fp8-block"],
+    "int8 channel": ALL["int8"],
+    "int4 channel": ALL["int4-channel"],
+    "int8 tensor asym": RARE["int8-tensor-asym"],
+    "int4 group": ALL["int4"],
+    "int4 group asym": ALL["int4-asym"],
+    "mxfp4": ALL["mxfp4"],
+    "nvfp4": ALL["nvfp4"],
 }
 
 
@@ -268,26 +241,3 @@ def fused_set(name: str, layout: Layout) -> list[str]:
         if projection in names:
             return [f"{parent}.{n}" for n in names if f"{parent}.{n}" in layout.linears]
     return [name]
-
-
-def tensors_in(folder: Path) -> Tensors:
-    """All tensors, as the safetensors library reads them."""
-    return {
-        n: t for file in sorted(folder.glob("*.safetensors")) for n, t in load_file(file).items()
-    }
-
-
-def raw(tensor: Tensor) -> Tensor:
-    return tensor.contiguous().reshape(-1).view(torch.uint8)
-
-
-def differences(ours: Tensors, theirs: Tensors) -> list[str]:
-    """Names of tensors that are not the same in dtype, shape and every bit."""
-    return sorted(
-        name
-        for name in ours.keys() | theirs.keys()
-        if name not in ours
-        or name not in theirs
-        or spec_of(ours[name]) != spec_of(theirs[name])
-        or not torch.equal(raw(ours[name]), raw(theirs[name]))
-    )

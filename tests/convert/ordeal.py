@@ -5,13 +5,12 @@ SIGKILL, an error of the disk, or by what a user does meanwhile; in between some
 or put in its way. It has to end in the bytes of an undisturbed run, or in a refusal that says what
 to do; when that is done, in those bytes. Nothing of the user's may have changed.
 
-    python tests/convert/ordeal.py --trials 200
+    PYTHONPATH=tests python tests/convert/ordeal.py --trials 200
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import random
 import shutil
 import sys
@@ -25,6 +24,7 @@ from typing import Any
 
 from ordeal_others import MEANWHILE, MEDDLING, TICK, Garden, Undo, damage, settle
 from ordeal_process import ERRORS, SABOTAGE, Accident, Ended, ckptq
+from tiny.rows import write_rows
 
 LAYERS = 3
 REFUSED = (2, 3, 4)
@@ -70,7 +70,7 @@ class Trials:
         self.commands = commands
         self.rows = folder / "rows.jsonl"
         rows = [[3 + (i * j) % 90 for j in range(1, 18)] for i in range(1, 5)]
-        self.rows.write_text("".join(json.dumps({"input_ids": row}) + "\n" for row in rows))
+        write_rows(self.rows, rows)
         self.sources = make_sources(folder)
         self.whole: dict[str, Ended] = {}
         self.wanted: dict[str, dict[str, str]] = {}
@@ -219,17 +219,17 @@ class Trial:
             undo()
         if self._undos:
             how, ended = f"{how}, undone", self._run()
-        if ended.code and "is there, and is not what the run" in ended.said:
+        if ended.code and "not what the run" in ended.said:
             self._garden.move(self._garden.out)
             how, ended = f"{how}, output moved away", self._run()
-        if ended.code and "exists already; remove it" in ended.said:
+        if ended.code and "already exists; remove it" in ended.said:
             whole = any(" out/" in hit for hit in self._hit) or self._garden.made() == self._wanted
             assert whole, "an output that nobody damaged is not whole"
             return f"{how}: the output is there, its journal is not"
         if ended.code:
             assert "--restart" in ended.said, f"{ended.said} ({self._hit})"
             how, ended = f"{how}, --restart", self._run("--restart")
-        if ended.code and "exists already" in ended.said and "move it away" in ended.said:
+        if ended.code and "already exists" in ended.said and "move it away" in ended.said:
             self._garden.move(self._garden.out)
             how, ended = f"{how}, output moved away", self._run("--restart")
         assert ended.code == 0, f"{how}: {ended.said} ({self._hit})"

@@ -86,7 +86,7 @@ def test_a_second_run_is_refused_while_the_first_one_writes(slow, tmp_path):
         second = quantize(slow, tmp_path / "out", *SLOW)
         _, said = second.communicate(timeout=SECONDS)
     assert second.returncode == 2
-    assert f"{partial}: another run is writing this output right now" in said
+    assert f"{partial}: another run is writing this output" in said
     assert os.listdir(partial) == ["lock"]
 
 

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
-from convert_cases import FORMATS, LAYOUTS, convert, differences, recipe_of, save, scheme_of
+from convert_cases import FORMATS, LAYOUTS, convert, recipe_of, save, scheme_of
 from convert_killed import digests
+from tiny.tensors import differences
 
 from ckptq.convert import arithmetic
 from ckptq.errors import MachineError, SourceError

@@ -124,7 +124,7 @@ def test_an_output_that_exists_is_refused_whatever_the_disk(source, tmp_path, mo
     before = digests(tmp_path / "out")
     monkeypatch.setattr(shutil, "disk_usage", lambda path: Usage(0, 0, 0))
     for restart in (False, True):
-        with pytest.raises(UsageError, match="exists already"):
+        with pytest.raises(UsageError, match="already exists"):
             convert(source, tmp_path / "out", FP8, restart=restart)
     assert digests(tmp_path / "out") == before
 

@@ -83,7 +83,11 @@ def append(file: Path) -> None:
         handle.write(b" ")
 
 
-EDITS = {"written to": edit_in_place, "another file has its name": replace_file, "it had": append}
+EDITS = {
+    "written to": edit_in_place,
+    "it was replaced by another file": replace_file,
+    "its size changed": append,
+}
 FILES = (FIRST, "model.safetensors.index.json", "config.json", "tokenizer.json")
 
 
@@ -112,7 +116,9 @@ def test_an_edit_between_two_lives_of_a_run_is_refused(source, tmp_path, file):
     interrupted(source, tmp_path / "out")
     shutil.copytree(partial_of(tmp_path / "out"), tmp_path / "kept")
     edit_in_place(source / file)
-    with pytest.raises((UsageError, SourceError), match=r"begun by a different run|not valid JSON"):
+    with pytest.raises(
+        (UsageError, SourceError), match=r"started by a different run|not valid JSON"
+    ):
         quantize(source, tmp_path / "out")
     assert not (tmp_path / "out").exists()
     assert digests(partial_of(tmp_path / "out")) == digests(tmp_path / "kept")

@@ -6,17 +6,8 @@ from dataclasses import replace
 
 import pytest
 import torch
-from convert_cases import (
-    FORMATS,
-    LAYOUTS,
-    convert,
-    differences,
-    expected,
-    recipe_of,
-    save,
-    scheme_of,
-    tensors_in,
-)
+from convert_cases import FORMATS, LAYOUTS, convert, expected, recipe_of, save, scheme_of
+from tiny.tensors import differences, tensors_in
 
 from ckptq.convert import blocks, slabs
 

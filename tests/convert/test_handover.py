@@ -10,6 +10,7 @@ import pytest
 import torch
 from convert_killed import digests
 from safetensors.torch import load_file
+from tiny.words import word_tokenizer
 
 from ckptq.calibrate.request import NO_DATA, CalibrationRequest
 from ckptq.checkpoint import journal
@@ -33,8 +34,7 @@ KV = "{num_bits: 8, type: float, strategy: tensor, symmetric: true, dynamic: fal
 
 @pytest.fixture
 def llama(tmp_path: Path) -> Path:
-    from tokenizers import Tokenizer, models, pre_tokenizers
-    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+    from transformers import LlamaConfig, LlamaForCausalLM
 
     torch.manual_seed(0)
     config = LlamaConfig(
@@ -49,9 +49,8 @@ def llama(tmp_path: Path) -> Path:
     )
     folder = tmp_path / "llama"
     LlamaForCausalLM(config).to(torch.bfloat16).save_pretrained(folder)
-    words = Tokenizer(models.WordLevel({f"w{i}": i for i in range(64)}, unk_token="w0"))
-    words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    PreTrainedTokenizerFast(tokenizer_object=words, pad_token="w0").save_pretrained(folder)
+    words = [f"w{i}" for i in range(64)]
+    word_tokenizer(words, "w0", pad_token="w0").save_pretrained(folder)
     text = "\n".join(" ".join(f"w{(i * j) % 64}" for j in range(32)) for i in range(1, 40))
     (tmp_path / "text.txt").write_text(text)
     return folder

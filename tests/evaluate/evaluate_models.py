@@ -5,11 +5,15 @@ Shape letters: B batch, S positions, V vocabulary.
 
 from __future__ import annotations
 
-import json
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import torch
 import transformers
+from tiny.models import TOKENS, causal, image_tokens, llama4
+from tiny.rows import token_rows, write_rows
+from tiny.words import word_tokenizer
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -28,57 +32,28 @@ TEXT = {
     "intermediate_size": 128,
     "vocab_size": VOCAB,
     "max_position_embeddings": 256,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
-    "pad_token_id": 0,
+    **TOKENS,
     "tie_word_embeddings": False,
 }
 
 
-def llama() -> PreTrainedModel:
-    return transformers.LlamaForCausalLM(transformers.LlamaConfig(**TEXT))
-
-
-def llama4() -> PreTrainedModel:
-    """Multimodal; the second layer has experts that are fused and transposed, its RoPE pairs
-    neighbours, one layer has none."""
-    text = TEXT | {
-        "intermediate_size_mlp": 128,
-        "num_local_experts": 2,
-        "interleave_moe_layer_step": 2,
-        "no_rope_layers": [1, 1, 0],
-        "attention_chunk_size": 16,
-        "use_qk_norm": True,
-        "floor_scale": 8,
-    }
-    vision = {
-        "hidden_size": 32,
-        "num_hidden_layers": 1,
-        "num_attention_heads": 2,
-        "intermediate_size": 64,
-        "image_size": 28,
-        "patch_size": 14,
-        "projector_input_dim": 32,
-        "projector_output_dim": 32,
-        "vision_output_dim": 32,
-    }
-    config = transformers.Llama4Config(
-        text_config=text,
-        vision_config=vision,
-        boi_token_index=61,
-        eoi_token_index=62,
-        image_token_index=63,
-    )
-    return transformers.Llama4ForConditionalGeneration(config)
-
-
-def mixtral() -> PreTrainedModel:
-    """Experts one by one on disk, fused in transformers."""
-    config = transformers.MixtralConfig(**TEXT, num_local_experts=2, num_experts_per_tok=1)
-    return transformers.MixtralForCausalLM(config)
-
-
-FAMILIES = {"llama": llama, "llama4": llama4, "mixtral": mixtral}
+LLAMA4 = TEXT | {
+    "intermediate_size_mlp": 128,
+    "num_local_experts": 2,
+    "interleave_moe_layer_step": 2,
+    "no_rope_layers": [1, 1, 0],
+    "attention_chunk_size": 16,
+    "use_qk_norm": True,
+    "floor_scale": 8,
+}
+"""The second layer has experts that are fused and transposed, its RoPE pairs neighbours, one layer
+has none."""
+FAMILIES: dict[str, Callable[[], PreTrainedModel]] = {
+    "llama": partial(causal, "Llama", TEXT),
+    "llama4": partial(llama4, LLAMA4, **image_tokens(63, 61, 62)),
+    # experts one by one on disk, fused in transformers
+    "mixtral": partial(causal, "Mixtral", TEXT, num_local_experts=2, num_experts_per_tok=1),
+}
 
 
 def save_family(family: str, folder: Path) -> Path:
@@ -99,39 +74,18 @@ def save_family(family: str, folder: Path) -> Path:
                 v_proj.weight[:HEAD_DIM] *= 2.0**16
                 o_proj.weight[:, : HEADS // KV_HEADS * HEAD_DIM] /= 2.0**16
     model.to(torch.bfloat16).save_pretrained(folder)
-    save_tokenizer(folder)
+    special = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
+    word_tokenizer(WORDS, "<unk>", begin="<s>", **special).save_pretrained(folder)
     return folder
 
 
-def save_tokenizer(folder: Path) -> None:
-    from tokenizers import Tokenizer
-    from tokenizers.models import WordLevel
-    from tokenizers.pre_tokenizers import WhitespaceSplit
-    from tokenizers.processors import TemplateProcessing
-
-    words = Tokenizer(WordLevel({w: i for i, w in enumerate(WORDS)}, unk_token="<unk>"))
-    words.pre_tokenizer = WhitespaceSplit()
-    words.post_processor = TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
-    fast = transformers.PreTrainedTokenizerFast(
-        tokenizer_object=words, bos_token="<s>", eos_token="</s>", unk_token="<unk>"
-    )
-    fast.save_pretrained(folder)
-
-
-def token_rows(lengths: tuple[int, ...], seed: int = 7) -> list[list[int]]:
-    """Random token ids, below those that stand for images."""
-    generator = torch.Generator().manual_seed(seed)
-    return [torch.randint(4, 60, (n,), generator=generator).tolist() for n in lengths]
-
-
-def write_rows(file: Path, rows: list[list[int]]) -> Path:
-    file.write_text("".join(json.dumps({"input_ids": row}) + "\n" for row in rows))
-    return file
+rows_of = partial(token_rows, ids=(4, 60))
+"""Below the ids that stand for images."""
 
 
 def quantized(source: Path, scheme: str, out: Path, **changes) -> Path:
     """The source converted by a built-in recipe."""
-    rows = write_rows(out.with_suffix(".jsonl"), token_rows((20, 20), seed=1))
+    rows = write_rows(out.with_suffix(".jsonl"), rows_of((20, 20), seed=1))
     wanted = CalibrationRequest(data=str(rows), samples=2, seq_len=32)
     recipe = load_scheme(scheme)
     quantize(QuantizeRequest(model=source, recipe=recipe, out=out, calibration=wanted, **changes))

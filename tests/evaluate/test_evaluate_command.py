@@ -2,7 +2,8 @@ import json
 import shutil
 
 import pytest
-from evaluate_models import WORDS, plain_logits, plain_model, token_rows, write_rows
+from evaluate_models import WORDS, plain_logits, plain_model, rows_of
+from tiny.rows import write_rows
 from typer.testing import CliRunner
 
 from ckptq.cli import app
@@ -20,7 +21,7 @@ def run(*words) -> tuple[int, str]:
 
 @pytest.fixture
 def data(tmp_path):
-    return write_rows(tmp_path / "text.jsonl", token_rows((20, 15)))
+    return write_rows(tmp_path / "text.jsonl", rows_of((20, 15)))
 
 
 @pytest.fixture
@@ -28,7 +29,7 @@ def task(saved, tmp_path):
     """Three questions that the source answers, by greedy decoding, and one that it gets wrong."""
     model = plain_model(saved("llama").path)
     lines = []
-    for number, row in enumerate(token_rows((5, 6, 7, 8), seed=5)):
+    for number, row in enumerate(rows_of((5, 6, 7, 8), seed=5)):
         ids = [1, *row]
         for _ in range(3):
             ids.append(int(plain_logits(model, ids)[-1].argmax()))
@@ -50,7 +51,7 @@ def test_a_good_checkpoint_passes_and_a_bad_number_is_named(saved, data):
     code, text = run(*words, "--max-kl", 1e-9)
     assert code == 1
     assert "KL divergence is" in text
-    assert "wanted at most 1e-09" in text
+    assert "expected at most 1e-09" in text
 
 
 def test_json_is_data_with_zero_and_control(saved, data):
@@ -95,7 +96,7 @@ def test_exact_match_is_asked_for_by_name(saved, task):
     assert found["rows"][0]["tokens"] == 12
     code, text = run(*words, "--min-accuracy", 0.8)
     assert code == 1
-    assert "accuracy is 0.75, wanted at least 0.8" in json.loads(text)["failures"][0]
+    assert "accuracy is 0.75, expected at least 0.8" in json.loads(text)["failures"][0]
 
 
 def test_text_and_task_are_measured_side_by_side(saved, data, task):
@@ -144,7 +145,7 @@ def test_questions_are_split_where_the_answer_begins(saved, tmp_path):
 def test_a_question_without_an_answer_is_refused(saved, tmp_path, row):
     file = tmp_path / "task.jsonl"
     file.write_text(json.dumps(row) + "\n")
-    with pytest.raises(SourceError, match="question 1 wants a prompt and an answer"):
+    with pytest.raises(SourceError, match="question 1 needs a prompt and an answer"):
         read_questions(file, saved("llama").path)
 
 
@@ -167,7 +168,7 @@ def test_a_limit_that_means_nothing_is_refused(saved, data, option, limit, wante
 
 BAD_TASKS = {
     '{"prompt": "w1", "answer": "w2"}\n{"prompt": "w1", answer}\n': "line 2: not valid JSON",
-    '{"prompt": "w1", "answer": "w2"}\n{"prompt": "w1"}\n': "question 2 wants a prompt",
+    '{"prompt": "w1", "answer": "w2"}\n{"prompt": "w1"}\n': "question 2 needs a prompt",
     '{"prompt": "w1", "answer": "w2"}\n[1]\n': "line 2: not a JSON object",
     "\n": "no question in it",
 }

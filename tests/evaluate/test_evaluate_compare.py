@@ -1,6 +1,6 @@
 import pytest
 import torch
-from evaluate_models import LAYERS, kl_by_torch, plain_logits, plain_model, token_rows
+from evaluate_models import LAYERS, kl_by_torch, plain_logits, plain_model, rows_of
 
 from ckptq.errors import SourceError, UsageError
 from ckptq.evaluate import compare
@@ -10,7 +10,7 @@ from ckptq.evaluate.text import Line, Text
 from ckptq.forward.decoded import DecodedWeights
 from ckptq.recipes.load import load_scheme
 
-ROWS = token_rows((24, 17, 31))
+ROWS = rows_of((24, 17, 31))
 TEXT = Text(tuple(Line(tuple(row)) for row in ROWS), "test")
 
 
@@ -140,7 +140,7 @@ def test_answers_are_right_when_greedy_decoding_gives_them(saved):
     source = saved("llama")
     model = plain_model(source.path)
     answers = []
-    for row in token_rows((6, 9), seed=3):
+    for row in rows_of((6, 9), seed=3):
         ids = list(row)
         for _ in range(4):
             ids.append(int(plain_logits(model, ids)[-1].argmax()))

@@ -4,6 +4,7 @@ import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+from tiny.tensors import tensors_in
 
 from ckptq.checkpoint.open import open_checkpoint
 from ckptq.errors import SourceError
@@ -31,10 +32,6 @@ def whole(weights):
     return weights.load(weights.names())
 
 
-def tensors_of(ckpt):
-    return {k: t for file in ckpt.path.glob("*.safetensors") for k, t in load_file(file).items()}
-
-
 @pytest.mark.parametrize("family", ["llama", "llama4", "mixtral"])
 def test_every_tensor_of_the_source_comes_back_in_its_shape(saved, family):
     source, ckpt = saved(family), saved(family, "fp8-dynamic")
@@ -53,7 +50,7 @@ def test_every_tensor_of_the_source_comes_back_in_its_shape(saved, family):
 def test_an_expert_lies_where_it_was_cut_out(saved):
     """By hand: codes times scales of gate and up of each expert, turned and side by side."""
     ckpt = saved("llama4", "fp8-dynamic")
-    stored = tensors_of(ckpt)
+    stored = tensors_in(ckpt.path)
 
     def part(expert: int, name: str) -> torch.Tensor:
         module = f"{FUSED.removesuffix('.gate_up_proj')}.{expert}.{name}"
@@ -73,8 +70,8 @@ def test_half_split_q_and_k_come_back_in_the_source_s_order(saved):
     assert equal(whole(DecodedWeights(split, source)), whole(keep)) == []
     q_proj = "language_model.model.layers.0.self_attn.q_proj"
     assert not torch.equal(
-        tensors_of(split)[f"{q_proj}.weight_packed"],
-        tensors_of(saved("llama4", "w4a16"))[f"{q_proj}.weight_packed"],
+        tensors_in(split.path)[f"{q_proj}.weight_packed"],
+        tensors_in(saved("llama4", "w4a16").path)[f"{q_proj}.weight_packed"],
     )
 
 

@@ -171,7 +171,7 @@ def test_numbers_are_read_out_of_lm_eval_s_results():
         ("exact_match,flexible", 0.875, None, 32),
     ]
     failures = list(Thresholds(min_accuracy=0.8).benchmark_failures(found))
-    assert failures == ["reverse in transformers: exact_match is 0.75, wanted at least 0.8"]
+    assert failures == ["reverse in transformers: exact_match is 0.75, expected at least 0.8"]
 
 
 def test_without_lm_eval_it_is_said_what_to_install(saved):

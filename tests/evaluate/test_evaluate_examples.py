@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from evaluate_models import WORDS, plain_logits, plain_model, save_family, token_rows
+from evaluate_models import WORDS, plain_logits, plain_model, rows_of, save_family
 
 from ckptq.checkpoint.open import open_checkpoint
 from ckptq.plan.make import make_plan
@@ -24,7 +24,7 @@ def model(tmp_path_factory) -> Path:
     """A tiny model with calibration text, and questions that it answers."""
     folder = save_family("llama", tmp_path_factory.mktemp("example") / "model")
     plain, questions, text = plain_model(folder), [], []
-    for row in token_rows((5, 6, 7, 8), seed=5):
+    for row in rows_of((5, 6, 7, 8), seed=5):
         ids = [1, *row]
         for _ in range(2):
             ids.append(int(plain_logits(plain, ids)[-1].argmax()))
@@ -71,7 +71,7 @@ def test_the_ci_job_refuses_a_bad_checkpoint_for_its_numbers_alone(
     done = run(job, model, tmp_path, "fp8-per-tensor", MAX_PPL_RATIO="100", **settings)
     assert done.returncode == 1, done.stderr + done.stdout
     refused = [line for line in done.stdout.splitlines() if line.startswith("FAIL")]
-    assert any("accuracy is 0, wanted at least 0.1" in line for line in refused)
+    assert any("accuracy is 0, expected at least 0.1" in line for line in refused)
     assert "accuracy is 0" in (tmp_path / "report/evaluate.html").read_text()
     assert '"findings": []' in (tmp_path / "report/verify.json").read_text()
 

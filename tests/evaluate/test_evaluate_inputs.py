@@ -3,7 +3,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from evaluate_models import kl_by_torch, plain_logits, plain_model, token_rows
+from evaluate_models import kl_by_torch, plain_logits, plain_model, rows_of
 from safetensors.torch import save_file
 from test_evaluate_compare import ROWS, TEXT, with_weights
 
@@ -162,7 +162,7 @@ def test_static_scales_come_from_the_checkpoint(saved):
 def test_static_scales_that_no_checkpoint_gives_are_those_of_calibration_on_this_text(saved):
     """Calibrating on the text and evaluating on it comes to the same, up to the scale's bf16."""
     source, ckpt = saved("llama"), saved("llama", "fp8-static")
-    rows = token_rows((20, 20), seed=1)
+    rows = rows_of((20, 20), seed=1)
     text = Text(tuple(Line(tuple(row)) for row in rows), "test")
     tried = evaluate(source, text, schemes=[load_scheme("fp8-static")]).rows[0].measures
     written = evaluate(ckpt, text, source=source).rows[0].measures

@@ -103,7 +103,7 @@ def test_caches_of_one_model_are_told_apart_by_their_bits():
         replace(each, weights="model") for each in rows([(1, 0.01), (1, 0.1)], cache_bits=(8, 2))
     )
     made = quality_chart(compared(caches))
-    assert made.x_label == "cache, bits a value"
+    assert made.x_label == "cache, bits per value"
     assert [(one.name, one.points[0][0]) for one in made.series[:2]] == [
         ("cache 0", 8), ("cache 1", 2),
     ]  # fmt: skip

@@ -12,12 +12,9 @@ import pytest
 import torch
 import transformers
 from safetensors.torch import load_file
+from tiny.plans import plan_of
 
-from ckptq.checkpoint.open import open_checkpoint
 from ckptq.plan.doubts import transformers_doubts, vllm_doubts
-from ckptq.plan.make import make_plan
-from ckptq.plan.unit import Plan
-from ckptq.recipes.load import load_scheme
 from ckptq.verify.run import verify
 from families.cells import make, write_token_ids
 from families.sources import save, save_variant, write
@@ -25,12 +22,8 @@ from families.sources import save, save_variant, write
 ONE_BY_ONE = "--ignore 're:.*experts.*' leaves them as they are"
 
 
-def plan_of(source: Path, scheme: str, ignore: tuple[str, ...] = ()) -> Plan:
-    return make_plan(open_checkpoint(source), load_scheme(scheme), ignore=ignore)
-
-
 def told(source: Path, scheme: str, ignore: tuple[str, ...] = ()) -> list[str]:
-    return list(vllm_doubts(plan_of(source, scheme, ignore)))
+    return list(vllm_doubts(plan_of(source, scheme, ignore=ignore)))
 
 
 @pytest.mark.parametrize("family", ["gpt_bigcode", "gptj"])

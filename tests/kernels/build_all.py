@@ -68,11 +68,10 @@ def compiled_kernels(capability: int) -> dict[str, dict[str, list[Any]]]:
 def kernel_names() -> set[str]:
     """Every kernel there is: the jitted functions called `*_kernel` in the package."""
     names = set()
-    for module in pkgutil.iter_modules(ckptq.kernels.__path__, "ckptq.kernels."):
-        if not module.ispkg:
-            for value in vars(importlib.import_module(module.name)).values():
-                if isinstance(value, JITFunction) and value.fn.__name__.endswith("_kernel"):
-                    names.add(value.fn.__name__)
+    for module in pkgutil.walk_packages(ckptq.kernels.__path__, "ckptq.kernels."):
+        for value in vars(importlib.import_module(module.name)).values():
+            if isinstance(value, JITFunction) and value.fn.__name__.endswith("_kernel"):
+                names.add(value.fn.__name__)
     return names
 
 

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from ckptq.kernels.paging import Sequences
+from ckptq.kernels.cache.paging import Sequences
 
 BLOCK = 8
 BLOCKS = 11

@@ -2,19 +2,19 @@
 
 import torch
 
-from ckptq.kernels.attention import attention
-from ckptq.kernels.hadamard import rotate
-from ckptq.kernels.kv_cache import write_cache
-from ckptq.kernels.kv_format import FP8 as KVFP8
-from ckptq.kernels.kv_format import INT2, INT4, Rotation
-from ckptq.kernels.kv_format import INT8 as KV8
-from ckptq.kernels.kv_token_head import write_token_head
-from ckptq.kernels.mask import Mask
-from ckptq.kernels.maxima import Maxima
-from ckptq.kernels.paged_attention import paged_attention
-from ckptq.kernels.paging import Layout, Sequences
-from ckptq.kernels.token_head_attention import token_head_attention
-from ckptq.kernels.token_head_cache import TokenHeadCache
+from ckptq.kernels.attention.dense_attention import attention
+from ckptq.kernels.attention.mask import Mask
+from ckptq.kernels.attention.maxima import Maxima
+from ckptq.kernels.cache.paged_attention import paged_attention
+from ckptq.kernels.cache.paging import Layout, Sequences
+from ckptq.kernels.cache.write_cache import write_cache
+from ckptq.kernels.token_head.hadamard import rotate
+from ckptq.kernels.token_head.kv_format import FP8 as KVFP8
+from ckptq.kernels.token_head.kv_format import INT2, INT4, Rotation
+from ckptq.kernels.token_head.kv_format import INT8 as KV8
+from ckptq.kernels.token_head.token_head_attention import token_head_attention
+from ckptq.kernels.token_head.token_head_cache import TokenHeadCache
+from ckptq.kernels.token_head.write_token_head import write_token_head
 
 FP8 = torch.float8_e4m3fn
 ONE = (1.0, 1.0, 1.0)

@@ -1,22 +1,22 @@
 """No rows and no tokens: an expert that nothing was routed to. Both sides of each door agree."""
 
-from collections.abc import Callable
-
 import pytest
 import torch
+from doors import WEIGHTS, doors, take
 from kernel_cases import same, weights
 from torch import Tensor
 
-from ckptq.kernels import dispatch
-from ckptq.kernels.attention import attention
-from ckptq.kernels.hadamard import rotate
-from ckptq.kernels.kv_format import Rotation
-from ckptq.kernels.reference import quantize as meaning
+from ckptq.kernels.attention.dense_attention import attention
+from ckptq.kernels.int4 import dispatch as int4
+from ckptq.kernels.quantize import dispatch
+from ckptq.kernels.quantize import reference as meaning
+from ckptq.kernels.token_head.hadamard import rotate
+from ckptq.kernels.token_head.kv_format import Rotation
 
 EMPTY, W = weights((1, 256))[:0], weights((16, 256))
 W8, W_SCALE = meaning.quantize_rows(W)
 WB, WB_SCALE = meaning.quantize_blocks(W)
-W4, W4_SCALE, W4_ZERO = dispatch.quantize_int4(W, 32, False)
+W4, W4_SCALE, W4_ZERO = int4.quantize_int4(W, 32, False)
 NO_CODES, NO_SCALE = EMPTY.to(torch.float8_e4m3fn), W_SCALE[:0]
 CALLS: dict[str, tuple] = {
     "quantize_rows": (EMPTY,),
@@ -35,10 +35,10 @@ CALLS: dict[str, tuple] = {
 
 @pytest.mark.parametrize("name", CALLS)
 def test_no_rows(device: torch.device, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
-    door: Callable[..., Tensor | tuple] = getattr(dispatch, name)
+    door = doors(WEIGHTS)[name]
     results = []
     for gpu in (False, True):
-        monkeypatch.setattr(dispatch, "on_gpu", lambda _x, gpu=gpu: gpu)
+        take(monkeypatch, gpu)
         args = (x.to(device) if gpu and isinstance(x, Tensor) else x for x in CALLS[name])
         made = door(*args)
         results.append((made,) if isinstance(made, Tensor) else made)

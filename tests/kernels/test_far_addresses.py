@@ -15,29 +15,30 @@ from kernel_cases import both_same, same, weights
 from kv_cases import BLOCK, heads, sequences, slots
 from torch import Tensor
 
-from ckptq.kernels.attention import Tile, attention
-from ckptq.kernels.dequantize import dequantize
-from ckptq.kernels.int4 import dequantize_int4, quantize_int4
-from ckptq.kernels.int4_experts import quantize_int4_experts
-from ckptq.kernels.kv_cache import write_cache
-from ckptq.kernels.kv_format import FORMATS, KVFormat
-from ckptq.kernels.kv_token_head import write_token_head
-from ckptq.kernels.linear_fp8_block import linear_fp8_block
-from ckptq.kernels.linear_w4a16 import linear_w4a16
-from ckptq.kernels.linear_w8a8 import linear_w8a8
-from ckptq.kernels.paged_attention import paged_attention
-from ckptq.kernels.paging import Layout
-from ckptq.kernels.quantize_blocks import quantize_blocks
-from ckptq.kernels.quantize_expert_blocks import quantize_expert_blocks
-from ckptq.kernels.quantize_experts import quantize_experts
-from ckptq.kernels.quantize_rows import quantize_rows
-from ckptq.kernels.quantize_static import quantize_static
-from ckptq.kernels.quantize_tensor import quantize_tensor
-from ckptq.kernels.reference import int4 as int4_meaning
-from ckptq.kernels.reference import kv, paged
-from ckptq.kernels.reference import quantize as meaning
-from ckptq.kernels.token_head_attention import token_head_attention
-from ckptq.kernels.token_head_cache import TokenHeadCache
+from ckptq.kernels.attention.dense_attention import Tile, attention
+from ckptq.kernels.cache import reference as paged
+from ckptq.kernels.cache.paged_attention import paged_attention
+from ckptq.kernels.cache.paging import Layout
+from ckptq.kernels.cache.write_cache import write_cache
+from ckptq.kernels.int4 import reference as int4_meaning
+from ckptq.kernels.int4.quantize_int4 import dequantize_int4, quantize_int4
+from ckptq.kernels.int4.quantize_int4_experts import quantize_int4_experts
+from ckptq.kernels.linear.linear_fp8_block import linear_fp8_block
+from ckptq.kernels.linear.linear_w4a16 import linear_w4a16
+from ckptq.kernels.linear.linear_w8a8 import linear_w8a8
+from ckptq.kernels.quantize import reference as meaning
+from ckptq.kernels.quantize.dequantize_codes import dequantize
+from ckptq.kernels.quantize.quantize_blocks import quantize_blocks
+from ckptq.kernels.quantize.quantize_expert_blocks import quantize_expert_blocks
+from ckptq.kernels.quantize.quantize_experts import quantize_experts
+from ckptq.kernels.quantize.quantize_rows import quantize_rows
+from ckptq.kernels.quantize.quantize_static import quantize_static
+from ckptq.kernels.quantize.quantize_tensor import quantize_tensor
+from ckptq.kernels.token_head import reference as kv
+from ckptq.kernels.token_head.kv_format import FORMATS, KVFormat
+from ckptq.kernels.token_head.token_head_attention import token_head_attention
+from ckptq.kernels.token_head.token_head_cache import TokenHeadCache
+from ckptq.kernels.token_head.write_token_head import write_token_head
 from ckptq.rope_order import Heads
 
 FP8 = torch.float8_e4m3fn

@@ -18,7 +18,8 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from tiny.rows import write_rows
+from tiny.tensors import Tensors, tensors_in
 from torch import Tensor
 
 from ckptq.calibrate.request import CalibrationRequest, scales_source
@@ -28,7 +29,6 @@ from ckptq.convert.run import write_quantized
 from ckptq.plan.make import make_plan
 from ckptq.progress import silent
 from ckptq.recipes.load import load_scheme
-from ckptq.spec import spec_of
 
 FORMATS = (
     "fp8-dynamic",
@@ -65,15 +65,13 @@ NO_LINEARS = ("re:.*embed_tokens$", r"re:.*layernorm_\w+$")
 ROWS, LENGTH = 4, 32
 """Of the calibration data."""
 
-Tensors = dict[str, Tensor]
-
 
 def convert(source: Path, out: Path, format: str, **choices: Any) -> Path:
     """As `ckptq quantize --scheme FORMAT` does; what must be calibrated is, on random tokens."""
     ckpt = open_checkpoint(source)
     plan = make_plan(ckpt, load_scheme(format), **choices)
     text = out.with_name(f"{out.name}-tokens.jsonl")
-    text.write_text("".join(json.dumps({"input_ids": row}) + "\n" for row in token_rows()))
+    write_rows(text, sample_rows())
     wanted = CalibrationRequest(data=str(text), samples=ROWS, seq_len=LENGTH)
     scales = scales_source(ckpt, plan, wanted, None, "cpu", silent)
     write_quantized(
@@ -82,38 +80,17 @@ def convert(source: Path, out: Path, format: str, **choices: Any) -> Path:
     return out
 
 
-def token_rows() -> list[list[int]]:
+def sample_rows() -> list[list[int]]:
     """Enough of them for each expert to see some."""
-    generator = torch.Generator().manual_seed(1)
-    rows: list[list[int]] = torch.randint(3, 500, (ROWS, LENGTH), generator=generator).tolist()
-    return rows
-
-
-def tensors_in(folder: Path) -> Tensors:
-    files = sorted(folder.glob("*.safetensors"))
-    return {name: tensor for file in files for name, tensor in load_file(file).items()}
+    return torch.randint(
+        3, 500, (ROWS, LENGTH), generator=torch.Generator().manual_seed(1)
+    ).tolist()
 
 
 def weights_only(tensors: Mapping[str, Tensor]) -> Tensors:
     """Without the scales that calibration makes."""
     made = (".input_scale", ".input_global_scale")
     return {name: t for name, t in tensors.items() if not name.endswith(made)}
-
-
-def raw(tensor: Tensor) -> Tensor:
-    return tensor.contiguous().reshape(-1).view(torch.uint8)
-
-
-def differences(ours: Mapping[str, Tensor], theirs: Mapping[str, Tensor]) -> list[str]:
-    """Names of tensors that are not the same in dtype, shape and every bit."""
-    return sorted(
-        name
-        for name in ours.keys() | theirs.keys()
-        if name not in ours
-        or name not in theirs
-        or spec_of(ours[name]) != spec_of(theirs[name])
-        or not torch.equal(raw(ours[name]), raw(theirs[name]))
-    )
 
 
 @contextmanager

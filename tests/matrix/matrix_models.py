@@ -8,8 +8,11 @@ Only q and k are larger, because attention that looks everywhere alike would hid
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from tiny.models import TOKENS, TOWER, causal, image_tokens, llama4
 
 if TYPE_CHECKING:
     import torch
@@ -29,97 +32,41 @@ TEXT: dict[str, Any] = {
     "vocab_size": VOCAB,
     "max_position_embeddings": 256,
     "tie_word_embeddings": False,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
-    "pad_token_id": 0,
+    **TOKENS,
 }
-VISION: dict[str, Any] = {
-    "hidden_size": 128,
+VISION = TOWER | {"hidden_size": 128, "intermediate_size": 256}
+
+
+QWEN3_MOE = {"num_experts": EXPERTS, "num_experts_per_tok": 2, "moe_intermediate_size": 256}
+MIXTRAL = {"intermediate_size": 256, "num_local_experts": EXPERTS}
+LLAMA4 = TEXT | {
+    "intermediate_size_mlp": 384,
+    "attn_temperature_tuning": False,
+    "no_rope_layers": [1, 0],
+}
+LLAMA4_MOE = LLAMA4 | {
     "intermediate_size": 256,
-    "num_hidden_layers": 1,
-    "num_attention_heads": 2,
-    "image_size": 28,
-    "patch_size": 14,
-    "projector_input_dim": 128,
-    "projector_output_dim": 128,
-    "vision_output_dim": 128,
+    "num_local_experts": EXPERTS,
+    "num_experts_per_tok": 1,
+    "moe_layers": [1],
+    "interleave_moe_layer_step": 2,
 }
+"""A dense layer and one of experts, with and without RoPE.
 
-
-def llama() -> PreTrainedModel:
-    import transformers
-
-    return transformers.LlamaForCausalLM(transformers.LlamaConfig(**TEXT))
-
-
-def qwen3() -> PreTrainedModel:
-    import transformers
-
-    return transformers.Qwen3ForCausalLM(transformers.Qwen3Config(**TEXT))
-
-
-def qwen3_moe() -> PreTrainedModel:
-    import transformers
-
-    config = transformers.Qwen3MoeConfig(
-        **TEXT, num_experts=EXPERTS, num_experts_per_tok=2, moe_intermediate_size=256
-    )
-    return transformers.Qwen3MoeForCausalLM(config)
-
-
-def mixtral() -> PreTrainedModel:
-    import transformers
-
-    text = TEXT | {"intermediate_size": 256, "num_local_experts": EXPERTS}
-    return transformers.MixtralForCausalLM(transformers.MixtralConfig(**text))
-
-
-def llama4_moe() -> PreTrainedModel:
-    """Multimodal, a dense layer and one of experts, with and without RoPE.
-
-    The experts' down_proj is square: a forgotten transpose would show in values only.
-    """
-    return _llama4(
-        intermediate_size=256,
-        num_local_experts=EXPERTS,
-        num_experts_per_tok=1,
-        moe_layers=[1],
-        interleave_moe_layer_step=2,
-        no_rope_layers=[1, 0],
-    )
-
-
-def llama4_dense() -> PreTrainedModel:
-    """Like Llama Guard 4: Llama-4's classes and names, and no experts."""
-    return _llama4(
-        num_local_experts=0, moe_layers=[], interleave_moe_layer_step=0, no_rope_layers=[1, 0]
-    )
-
-
-def _llama4(**changes: Any) -> PreTrainedModel:
-    import transformers
-
-    text = TEXT | {"intermediate_size_mlp": 384, "attn_temperature_tuning": False} | changes
-    tokens = {key: TEXT[key] for key in ("bos_token_id", "eos_token_id", "pad_token_id")}
-    config = transformers.Llama4Config(
-        text_config=text,
-        vision_config=VISION,
-        image_token_index=VOCAB - 1,
-        boi_token_index=VOCAB - 2,
-        eoi_token_index=VOCAB - 3,
-        **tokens,
-    )
-    return transformers.Llama4ForConditionalGeneration(config)
-
+The experts' down_proj is square: a forgotten transpose would show in values only.
+"""
+LLAMA4_DENSE = LLAMA4 | {"num_local_experts": 0, "moe_layers": [], "interleave_moe_layer_step": 0}
+"""Like Llama Guard 4: Llama-4's classes and names, and no experts."""
+TOP = {**image_tokens(VOCAB - 1, VOCAB - 2, VOCAB - 3), **TOKENS}
 
 FAMILIES: dict[str, tuple[Callable[[], PreTrainedModel], str]] = {
-    "llama": (llama, "bfloat16"),
-    "llama fp32": (llama, "float32"),
-    "qwen3": (qwen3, "bfloat16"),
-    "qwen3-moe": (qwen3_moe, "bfloat16"),
-    "mixtral": (mixtral, "bfloat16"),
-    "llama4 dense": (llama4_dense, "bfloat16"),
-    "llama4 moe": (llama4_moe, "bfloat16"),
+    "llama": (partial(causal, "Llama", TEXT), "bfloat16"),
+    "llama fp32": (partial(causal, "Llama", TEXT), "float32"),
+    "qwen3": (partial(causal, "Qwen3", TEXT), "bfloat16"),
+    "qwen3-moe": (partial(causal, "Qwen3Moe", TEXT, **QWEN3_MOE), "bfloat16"),
+    "mixtral": (partial(causal, "Mixtral", TEXT, **MIXTRAL), "bfloat16"),
+    "llama4 dense": (partial(llama4, LLAMA4_DENSE, VISION, **TOP), "bfloat16"),
+    "llama4 moe": (partial(llama4, LLAMA4_MOE, VISION, **TOP), "bfloat16"),
 }
 """Name -> how it is built, and its dtype."""
 

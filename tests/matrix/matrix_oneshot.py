@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 import transformers
-from matrix_cells import LENGTH, token_rows
+from matrix_cells import sample_rows
+from tiny.oneshot import calibration
 
 from ckptq.recipes.load import built_in
 
@@ -28,23 +29,10 @@ def oneshot_folder(source: Path, format: str, out: Path) -> Path:
     with pytest.MonkeyPatch.context() as patch:
         # 0.14.0.1 calibrates with eager attention, whose outputs differ from SDPA's in a last bit
         patch.setattr(helpers, "use_eager_attention", lambda model: nullcontext())
-        oneshot(model=model, recipe=recipe, **(dataset() if format == "fp8-static" else {}))
+        oneshot(
+            model=model,
+            recipe=recipe,
+            **(calibration(sample_rows()) if format == "fp8-static" else {}),
+        )
         model.save_pretrained(out)
     return out
-
-
-def dataset() -> dict[str, object]:
-    from datasets import Dataset
-    from tokenizers import Tokenizer, models
-
-    rows = token_rows()
-    core = Tokenizer(models.WordLevel({"<pad>": 0, "<s>": 1}, unk_token="<pad>"))
-    return {
-        "dataset": Dataset.from_dict(
-            {"input_ids": rows, "attention_mask": [[1] * len(row) for row in rows]}
-        ),
-        "max_seq_length": LENGTH,
-        "num_calibration_samples": len(rows),
-        "processor": transformers.PreTrainedTokenizerFast(tokenizer_object=core, pad_token="<pad>"),
-        "shuffle_calibration_samples": False,
-    }

@@ -11,17 +11,9 @@ from dataclasses import dataclass
 
 import pytest
 import torch
-from matrix_cells import (
-    FORMATS,
-    Cell,
-    as_a_user_gets_it,
-    as_it_should_be,
-    convert,
-    differences,
-    tensors_in,
-    weights_only,
-)
+from matrix_cells import FORMATS, Cell, as_a_user_gets_it, as_it_should_be, convert, weights_only
 from matrix_models import FAMILIES
+from tiny.tensors import differences, tensors_in
 
 LLAMA4 = ("llama4 dense", "llama4 moe")
 

@@ -6,15 +6,9 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from matrix_cells import (
-    Cell,
-    Tensors,
-    differences,
-    division_in_float32,
-    tensors_in,
-    weights_only,
-)
+from matrix_cells import Cell, Tensors, division_in_float32, weights_only
 from matrix_oneshot import oneshot_folder
+from tiny.tensors import differences, tensors_in
 
 
 def oneshot_tensors(source: Path, format: str, out: Path) -> Tensors:

@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from matrix_cells import FORMATS, Cell, convert, differences, tensors_in
+from matrix_cells import FORMATS, Cell, convert
+from tiny.tensors import differences, tensors_in
 from transformers import Llama4ForCausalLM, Llama4TextConfig
 
 from ckptq.convert.permute import PermuteRequest, permute

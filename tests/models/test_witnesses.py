@@ -11,12 +11,12 @@ import pytest
 import torch
 from families.sources import save
 from safetensors.torch import load_file, save_file
+from tiny.plans import plan_of
 
 from ckptq.checkpoint.open import open_checkpoint
 from ckptq.errors import PlanError, SourceError
 from ckptq.models.witnesses import UNKNOWN, read_witnesses
 from ckptq.plan.make import make_plan
-from ckptq.plan.unit import Plan
 from ckptq.recipes.load import load_scheme, load_text
 
 NAMED = """
@@ -33,10 +33,6 @@ quantization_stage:
 @pytest.fixture(scope="module")
 def families(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("families")
-
-
-def plan_of(folder: Path, scheme: str = "fp8-dynamic", **options: Any) -> Plan:
-    return make_plan(open_checkpoint(folder), load_scheme(scheme), **options)
 
 
 def changed(folder: Path, to: Path, **config: Any) -> Path:

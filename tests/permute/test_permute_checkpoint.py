@@ -11,6 +11,7 @@ import torch
 from permute_formats import BLOCK, FORMATS, permute_projection
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+from tiny.tensors import differences, tensors_in
 from torch import Tensor
 
 import ckptq.checkpoint.journal
@@ -80,23 +81,8 @@ def permute(source: Path, out: Path, to: RopeOrder = HALF, only: tuple = tuple(P
     return run_permute(PermuteRequest(model=source, out=out, to=to, only=only), **kwargs)
 
 
-def tensors_of(folder: Path) -> dict[str, Tensor]:
-    return {
-        n: t for file in sorted(folder.glob("*.safetensors")) for n, t in load_file(file).items()
-    }
-
-
-def bits(tensor: Tensor) -> Tensor:
-    return tensor.contiguous().reshape(-1).view(torch.uint8)
-
-
 def same(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
-    return a.keys() == b.keys() and all(
-        a[n].dtype == b[n].dtype
-        and a[n].shape == b[n].shape
-        and torch.equal(bits(a[n]), bits(b[n]))
-        for n in a
-    )
+    return differences(a, b) == []
 
 
 def bytes_in(folder: Path) -> dict[str, bytes]:
@@ -106,7 +92,7 @@ def bytes_in(folder: Path) -> dict[str, bytes]:
 @pytest.mark.parametrize("name", FORMATS)
 def test_every_format_streams_as_the_library_says(tmp_path, name):
     source = write_checkpoint(tmp_path / "source", name)
-    before = tensors_of(source)
+    before = tensors_in(source)
     permute(source, tmp_path / "half")
     expected = dict(before)
     for layer in range(LAYERS):
@@ -116,7 +102,7 @@ def test_every_format_streams_as_the_library_says(tmp_path, name):
             made = permute_projection(local, Projection(prefix, heads, (BLOCK, BLOCK)), HALF)
             expected |= {f"{prefix}{n}": t for n, t in made.items()}
     assert not same(expected, before)
-    assert same(tensors_of(tmp_path / "half"), expected)
+    assert same(tensors_in(tmp_path / "half"), expected)
 
 
 @pytest.mark.parametrize("name", ["bf16-bias", "fp8-block", "int4-group-asym", "nvfp4"])
@@ -124,7 +110,7 @@ def test_half_split_and_back_is_byte_identical(tmp_path, name):
     source = write_checkpoint(tmp_path / "source", name)
     permute(source, tmp_path / "half")
     permute(tmp_path / "half", tmp_path / "back", INTER)
-    assert same(tensors_of(tmp_path / "back"), tensors_of(source))
+    assert same(tensors_in(tmp_path / "back"), tensors_in(source))
     assert (tmp_path / "back" / "tokenizer.json").read_text() == "{}"
 
 
@@ -270,7 +256,7 @@ def test_a_source_that_changes_while_it_is_read_is_refused(tmp_path, name):
 def test_an_existing_output_is_never_touched(tmp_path):
     source = write_checkpoint(tmp_path / "source")
     (tmp_path / "out").mkdir()
-    with pytest.raises(UsageError, match="exists already"):
+    with pytest.raises(UsageError, match="already exists"):
         permute(source, tmp_path / "out")
 
 

@@ -9,11 +9,10 @@ from typing import Any
 
 import pytest
 from plan_shapes import Save, weights
+from tiny.plans import plan_of
 
-from ckptq.checkpoint.open import open_checkpoint
 from ckptq.convert.quantize import QuantizeRequest, quantize
 from ckptq.errors import PlanError, UsageError
-from ckptq.plan.make import make_plan
 from ckptq.plan.unit import Plan
 from ckptq.recipes.group_size import SIZES, with_group_size
 from ckptq.recipes.load import Recipe, load_scheme, load_text
@@ -90,11 +89,6 @@ def mixtral(hidden: int, intermediate: int) -> dict[str, Any]:
 def narrow_experts(save: Save) -> Path:
     """Experts of 96 in a model of 256."""
     return save(weights(*experts_of(256, 96)), mixtral(256, 96))
-
-
-def plan_of(folder: Path, recipe: str | Recipe, **options: Any) -> Plan:
-    recipe = load_scheme(recipe) if isinstance(recipe, str) else recipe
-    return make_plan(open_checkpoint(folder), recipe, **options)
 
 
 def quantized(plan: Plan) -> set[str]:

@@ -7,6 +7,7 @@ import re
 from pathlib import Path
 
 import pytest
+from tiny.plans import plan_of
 
 from ckptq.checkpoint.open import open_checkpoint
 from ckptq.errors import PlanError, SourceError, UsageError
@@ -16,12 +17,8 @@ from ckptq.plan.doubts import vllm_doubts
 from ckptq.plan.make import fill_shards, make_plan
 from ckptq.plan.match import matches
 from ckptq.plan.unit import Plan, Unit
-from ckptq.recipes.load import load_scheme, load_text
+from ckptq.recipes.load import load_text
 from ckptq.spec import TensorSpec
-
-
-def plan_of(folder: Path, scheme: str, **options: object) -> Plan:
-    return make_plan(open_checkpoint(folder), load_scheme(scheme), **options)  # type: ignore[arg-type]
 
 
 def rules(plan: Plan) -> dict[str, str]:

@@ -6,22 +6,15 @@ from pathlib import Path
 
 import pytest
 from compressed_tensors.quantization.quant_scheme import PRESET_SCHEMES
+from tiny.plans import plan_of
 
-from ckptq.checkpoint.open import open_checkpoint
 from ckptq.errors import PlanError
-from ckptq.plan.make import make_plan
-from ckptq.plan.unit import Plan
-from ckptq.recipes.load import load_scheme
 from ckptq.recipes.preset import EMPTY
 from ckptq.spec import TensorSpec
 
 PRESETS = [name for name in PRESET_SCHEMES if name != EMPTY]
 NO_EXPERTS = ["W2A4", "W2A8", "W3A4", "W3A8", "W4A4", "W5A8", "W6A8", "W7A8"]
 """vLLM 0.32: "Unsupported FusedMoe scheme"."""
-
-
-def plan_of(folder: Path, scheme: str, **options: object) -> Plan:
-    return make_plan(open_checkpoint(folder), load_scheme(scheme), **options)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("name", PRESETS)

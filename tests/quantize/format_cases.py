@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 
 import torch
+from tiny.formats import CHANNEL, FP4, FP8, INT4, INT8, MX, NV, TENSOR, Format, blocks, groups
 from torch import Tensor
 
 from ckptq.quantize.formats import (
@@ -20,40 +21,34 @@ from ckptq.spec import spec_of
 Judge = Callable[[Mapping[str, Tensor], str, dict[str, object]], dict[str, dict[str, Tensor]]]
 """(module name: weight, format, QuantizationArgs) -> the stored tensors of each module."""
 
+ASYMMETRIC = {"symmetric": False}
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
-def int_args(num_bits: int, group_size: int | None, symmetric: bool) -> dict[str, object]:
-    strategy = "group" if group_size else "channel"
-    args = {"num_bits": num_bits, "strategy": strategy, "symmetric": symmetric}
-    return {**args, "group_size": group_size} if group_size else args
-
-
-E4M3 = {"num_bits": 8, "type": "float"}
-MX = {"type": "float", "strategy": "group", "group_size": 32, "scale_dtype": "torch.uint8"}
-NV = {"type": "float", "strategy": "tensor_group", "group_size": 16}
-
 # (format, the weights' QuantizationArgs as a recipe spells them)
-ARGS: list[tuple[str, dict[str, object]]] = [
-    ("float-quantized", {**E4M3, "strategy": "channel"}),
-    ("float-quantized", {**E4M3, "strategy": "tensor"}),
-    ("float-quantized", {**E4M3, "strategy": "group", "group_size": 64}),
-    ("float-quantized", {**E4M3, "strategy": "block", "block_structure": [128, 128]}),
-    ("float-quantized", {**E4M3, "strategy": "block", "block_structure": [16, 64]}),
-    ("int-quantized", {"num_bits": 8, "strategy": "channel"}),
-    ("int-quantized", {"num_bits": 8, "strategy": "tensor"}),
-    ("int-quantized", {"num_bits": 8, "strategy": "channel", "symmetric": False}),
-    ("int-quantized", {"num_bits": 8, "strategy": "tensor", "symmetric": False}),
-    ("int-quantized", int_args(4, 32, True)),
+ARGS: list[Format] = [
+    ("float-quantized", FP8 | CHANNEL),
+    ("float-quantized", FP8 | TENSOR),
+    ("float-quantized", FP8 | groups(64)),
+    ("float-quantized", FP8 | blocks(128, 128)),
+    ("float-quantized", FP8 | blocks(16, 64)),
+    ("int-quantized", INT8 | CHANNEL),
+    ("int-quantized", INT8 | TENSOR),
+    ("int-quantized", INT8 | CHANNEL | ASYMMETRIC),
+    ("int-quantized", INT8 | TENSOR | ASYMMETRIC),
+    ("int-quantized", INT4 | groups(32)),
     *[
-        ("pack-quantized", int_args(num_bits, group_size, symmetric))
-        for num_bits, group_size in ((4, 128), (4, 32), (4, None), (8, 128), (8, None))
-        for symmetric in (True, False)
+        ("pack-quantized", args | (groups(size) if size else CHANNEL) | symmetry)
+        for args, size in ((INT4, 128), (INT4, 32), (INT4, None), (INT8, 128), (INT8, None))
+        for symmetry in ({}, ASYMMETRIC)
     ],
-    *[("pack-quantized", int_args(num_bits, 32, False)) for num_bits in (2, 3, 5, 6, 7)],
-    ("mxfp8-quantized", {"num_bits": 8, **MX}),
-    ("mxfp4-pack-quantized", {"num_bits": 4, **MX}),
-    ("nvfp4-pack-quantized", {"num_bits": 4, **NV, "scale_dtype": "torch.float8_e4m3fn"}),
+    *[
+        ("pack-quantized", INT4 | groups(32) | ASYMMETRIC | {"num_bits": n})
+        for n in (2, 3, 5, 6, 7)
+    ],
+    ("mxfp8-quantized", FP8 | MX),
+    ("mxfp4-pack-quantized", FP4 | MX),
+    ("nvfp4-pack-quantized", FP4 | NV),
 ]
 SCHEMES = [WeightScheme.from_args(args, format) for format, args in ARGS]
 
@@ -95,20 +90,3 @@ def convert_fused(weights: dict[str, Tensor], scheme: WeightScheme) -> dict[str,
         name: {**quantize(w_RC, scheme, found), **constants(spec_of(w_RC), scheme, found)}
         for name, w_RC in weights.items()
     }
-
-
-def raw(tensor: Tensor) -> Tensor:
-    """The bytes of a tensor, so that NaN and -0.0 are told apart too."""
-    return tensor.clone(memory_format=torch.contiguous_format).view(-1).view(torch.uint8)
-
-
-def differences(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> list[str]:
-    """Names of tensors that are not the same in dtype, shape and every bit."""
-    return sorted(
-        name
-        for name in ours.keys() | theirs.keys()
-        if name not in ours
-        or name not in theirs
-        or spec_of(ours[name]) != spec_of(theirs[name])
-        or not torch.equal(raw(ours[name]), raw(theirs[name]))
-    )

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
-from format_cases import SCHEMES, awkward, case_name, convert, differences
+from format_cases import SCHEMES, awkward, case_name, convert
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from tiny.tensors import differences
 from torch import Tensor
 
 from ckptq.quantize import scratch

@@ -4,17 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-from format_cases import (
-    ARGS,
-    DTYPES,
-    SCHEMES,
-    Judge,
-    awkward,
-    case_name,
-    convert,
-    convert_fused,
-    differences,
-)
+from format_cases import ARGS, DTYPES, SCHEMES, Judge, awkward, case_name, convert, convert_fused
+from tiny.tensors import differences
 from torch import Tensor
 
 from ckptq.quantize import encode, formats, scales

@@ -7,25 +7,19 @@ from pathlib import Path
 
 import pytest
 import torch
-from tokenizers import Tokenizer, models, pre_tokenizers, processors
-from transformers import PreTrainedTokenizerFast
+from tiny.words import word_tokenizer
 
 from ckptq.errors import SourceError, UsageError
 from ckptq.text.samples import Samples, read_samples
 
-WORDS = {"<pad>": 0, "<s>": 1, "</s>": 2} | {f"w{i}": i for i in range(3, 60)}
+WORDS = ["<pad>", "<s>", "</s>", *(f"w{i}" for i in range(3, 60)), "user", "assistant"]
 TEMPLATE = "{% for m in messages %}<s> {{ m['role'] }} {{ m['content'] }} {% endfor %}"
 
 
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a word-level tokenizer that puts <s> before a text; word i is token i."""
-    core = Tokenizer(models.WordLevel(WORDS | {"user": 60, "assistant": 61}, unk_token="<pad>"))
-    core.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    core.post_processor = processors.TemplateProcessing(
-        single="<s> $A", special_tokens=[("<s>", 1)]
-    )
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=core, bos_token="<s>", pad_token="<pad>")
+    tokenizer = word_tokenizer(WORDS, "<pad>", begin="<s>", bos_token="<s>", pad_token="<pad>")
     tokenizer.chat_template = TEMPLATE
     path = tmp_path_factory.mktemp("tokenizer")
     tokenizer.save_pretrained(path)
@@ -138,8 +132,8 @@ def test_empty_text_names_the_file(checkpoint, tmp_path, name, content):
     [
         ('{"text": "w3"}\n{"text": ', "line 2: not valid JSON"),
         ("[1, 2]", "line 1: not a JSON object"),
-        ('{"prompt": "w3"}', "sample 1 has the fields prompt; wanted text"),
-        ('{"text": 3}', "sample 1: text is int, wanted a string"),
+        ('{"prompt": "w3"}', "sample 1 has the fields prompt; expected text"),
+        ('{"text": 3}', "sample 1: text is int, expected a string"),
         ('{"input_ids": [3, "x"]}', "sample 1: input_ids must be a list of integers"),
         ('{"messages": [{"content_": "w3"}]}', "a turn needs role and content"),
     ],
@@ -178,7 +172,11 @@ def test_checkpoint_without_tokenizer_is_named(tmp_path):
         ("tokenizer.json", "{", "no tokenizer that transformers can load: "),
         ("tokenizer.json", '{"version": 3}', "no tokenizer that transformers can load: "),
         ("tokenizer_config.json", '{"bos_token": 1.5}', "no tokenizer that transformers can load"),
-        ("tokenizer_config.json", '{"model_max_length": "x"}', "its tokenizer does not take text"),
+        (
+            "tokenizer_config.json",
+            '{"model_max_length": "x"}',
+            "its tokenizer does not accept text",
+        ),
     ],
 )
 def test_a_broken_tokenizer_is_named(checkpoint, tmp_path, file, text, said):
@@ -206,7 +204,7 @@ def test_a_tokenizer_without_end_is_not_read(checkpoint, tmp_path):
     shutil.copytree(checkpoint, tmp_path / "model")
     (tmp_path / "model" / "tokenizer.json").unlink()
     os.mkfifo(tmp_path / "model" / "tokenizer.json")
-    with pytest.raises(SourceError, match=r"tokenizer\.json: is a pipe, wanted a file"):
+    with pytest.raises(SourceError, match=r"tokenizer\.json: is a pipe, expected a file"):
         read_samples(rows, tmp_path / "model")
 
 

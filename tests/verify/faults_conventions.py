@@ -7,7 +7,8 @@ import re
 
 import torch
 from safetensors.torch import save_file
-from verify_checkpoints import FAMILIES, WEIGHTS, Editor
+from tiny.formats import FORMATS
+from verify_checkpoints import FAMILIES, Editor
 from verify_faults import ALL, ASYM, Fault, codes, collector, k_proj, mlp, module, q_proj
 
 FAULTS: list[Fault] = []
@@ -139,7 +140,7 @@ def take_the_scales_of_the_next_layer(e):
     return name
 
 
-@fault("codes-empty", families=ALL, weights=tuple(w for w in WEIGHTS if w not in LONE_SCALES))
+@fault("codes-empty", families=ALL, weights=tuple(w for w in FORMATS if w not in LONE_SCALES))
 def lose_the_end_of_a_download(e):
     """The file has its full length, and zeros where nothing arrived."""
     name = codes(e, mlp(e))

@@ -7,7 +7,8 @@ import re
 from pathlib import Path
 
 import torch
-from verify_checkpoints import HEAD_DIM, HEADS, WEIGHTS, Editor
+from tiny.formats import FORMATS
+from verify_checkpoints import HEAD_DIM, HEADS, Editor
 from verify_faults import (
     ALL,
     ASYM,
@@ -36,7 +37,7 @@ FAULTS: list[Fault] = []
 fault = collector(FAULTS)
 
 
-@fault("codes-corrupt", weights=tuple(WEIGHTS), families=ALL)
+@fault("codes-corrupt", weights=tuple(FORMATS), families=ALL)
 def flip_a_bit_of_the_codes(e):
     name = codes(e, mlp(e))
     bits = e.tensors[name].view(torch.uint8)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import torch
-from verify_checkpoints import HEAD_DIM, HEADS, WEIGHTS
+from tiny.formats import FORMATS
+from verify_checkpoints import HEAD_DIM, HEADS
 from verify_faults import (
     ALL,
     ASYM,
@@ -27,7 +28,7 @@ FAULTS: list[Fault] = []
 fault = collector(FAULTS)
 
 
-@fault("scale-missing", weights=tuple(WEIGHTS), families=ALL)
+@fault("scale-missing", weights=tuple(FORMATS), families=ALL)
 def drop_a_scale(e):
     name = f"{mlp(e)}.weight_scale"
     del e.tensors[name]

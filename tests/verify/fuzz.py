@@ -1,8 +1,9 @@
 """Damage of any kind, anywhere in a checkpoint: `verify` reports it or says what it cannot read.
 
-Never a traceback, never a hang, never memory beyond a bound; every format in every family. By
-hand, in numbers: `python tests/verify/fuzz.py --cases 10000`. The default run of the tests does a
-few hundred.
+Never a traceback, never a hang, never memory beyond a bound; every format in every family. The
+default run of the tests does a few hundred; by hand, in numbers:
+
+    PYTHONPATH=tests python tests/verify/fuzz.py --cases 10000
 """
 
 from __future__ import annotations
@@ -10,18 +11,18 @@ from __future__ import annotations
 import argparse
 import json
 import random
-import re
 import shutil
-import signal
 import sys
 import tempfile
 import time
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+
+from tiny.trials import memory, places, reset_peak, within
 
 from ckptq.errors import CkptqError
 from ckptq.verify.run import verify
@@ -39,10 +40,6 @@ JUNK: tuple[Any, ...] = (
     None, True, -1, 0, 1, 7, 1 << 40, -(1 << 70), 1e308, "", "x", "re:(", "re:.*", "Linear", [], {},
     [[]], [None], {"a": {}}, "\ud800".encode("utf-8", "replace").decode(), "float", "channel", 128,
 )  # fmt: skip
-
-
-class TooSlow(BaseException):
-    """No error that a check might catch by mistake."""
 
 
 def a_file(rng: random.Random, folder: Path) -> Path:
@@ -105,23 +102,15 @@ def edit_json(rng: random.Random, folder: Path) -> None:
     """One value of config.json or of the index becomes something else, or goes."""
     file = folder / rng.choice([name for name in READ if (folder / name).exists()])
     value = json.loads(file.read_text())
-    places = list(_places(value))
-    if not places:
+    found = places(value)
+    if not found:
         return
-    container, key = rng.choice(places)
+    container, key = rng.choice(found)
     if rng.random() < 0.2:
         del container[key]
     else:
         container[key] = rng.choice(JUNK)
     file.write_text(json.dumps(value))
-
-
-def _places(value: Any) -> Iterator[tuple[Any, Any]]:
-    items = value.items() if isinstance(value, dict) else enumerate(value)
-    for key, item in list(items):
-        yield value, key
-        if isinstance(item, dict | list):
-            yield from _places(item)
 
 
 def exchange_files(rng: random.Random, folder: Path) -> None:
@@ -151,21 +140,16 @@ def run_case(good: Path, source: Path, scratch: Path, seed: int) -> str:
         shutil.rmtree(scratch)
     shutil.copytree(good, scratch)
     rng.choice(DAMAGE)(rng, scratch)
-    signal.setitimer(signal.ITIMER_REAL, SECONDS)
     try:
-        report = verify(scratch, source if rng.random() < 0.7 else None, fast=rng.random() < 0.3)
+        with within(SECONDS):
+            whole = source if rng.random() < 0.7 else None
+            report = verify(scratch, whole, fast=rng.random() < 0.3)
         json.dumps(report.to_dict(), allow_nan=False)
         return "found" if report.findings else "no finding"
     except CkptqError as error:
         if not str(error):
             raise RuntimeError(f"{type(error).__name__} without a message") from error
         return type(error).__name__
-    finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
-
-
-def alarmed(*_: object) -> None:
-    raise TooSlow(f"took more than {SECONDS} s")
 
 
 class TooLarge(Exception):
@@ -186,10 +170,10 @@ class Outcome:
 
     def one(self, good: Path, source: Path, scratch: Path, seed: int) -> None:
         """Run one case and count it."""
-        held, began = _reset_peak(), time.monotonic()
+        held, began = reset_peak(), time.monotonic()
         try:
             how = run_case(good, source, scratch, seed)
-            growth = _memory("VmHWM") - held
+            growth = memory("VmHWM") - held
             self.growth_mb = max(self.growth_mb, growth)
             self.seconds = max(self.seconds, time.monotonic() - began)
             if growth > GROWTH:
@@ -202,26 +186,13 @@ class Outcome:
 
 
 def run_cases(made: Sequence[tuple[Path, Path]], scratch: Path, seeds: range) -> Outcome:
-    """Cases over (checkpoint, its source), taken in turn. Needs `alarmed` as SIGALRM's handler."""
+    """Cases over (checkpoint, its source), taken in turn."""
     outcome = Outcome()
     for case, seed in enumerate(seeds):
         outcome.one(*made[case % len(made)], scratch, seed)
         if case % 500 == 499:
             print(f"{case + 1} cases, {len(outcome.failed)} failed", file=sys.stderr, flush=True)
     return outcome
-
-
-def _reset_peak() -> int:
-    """Forget the process's peak; MB that it holds now."""
-    Path("/proc/self/clear_refs").write_text("5")
-    return _memory("VmRSS")
-
-
-def _memory(what: str) -> int:
-    """MB, of this process: VmHWM is the peak, VmRSS what it holds."""
-    found = re.search(rf"{what}:\s+(\d+) kB", Path("/proc/self/status").read_text())
-    assert found is not None
-    return int(found[1]) >> 10
 
 
 def make_all(folder: Path, families: Sequence[str], weights: Sequence[str]):
@@ -238,19 +209,19 @@ def make_all(folder: Path, families: Sequence[str], weights: Sequence[str]):
 
 
 def main() -> int:
-    from verify_checkpoints import FAMILIES, WEIGHTS
+    from tiny.formats import FORMATS
+    from verify_checkpoints import FAMILIES
 
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--cases", type=int, default=10_000)
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
     warnings.simplefilter("ignore")
-    signal.signal(signal.SIGALRM, alarmed)
     with tempfile.TemporaryDirectory() as folder:
-        made = list(make_all(Path(folder), tuple(FAMILIES), tuple(WEIGHTS)))
+        made = list(make_all(Path(folder), tuple(FAMILIES), tuple(FORMATS)))
         for good, source in made:
             assert verify(good, source).findings == (), good
-        held, began = _reset_peak(), time.monotonic()
+        held, began = reset_peak(), time.monotonic()
         seeds = range(arguments.seed, arguments.seed + arguments.cases)
         outcome = run_cases(made, Path(folder) / "case", seeds)
         seconds = time.monotonic() - began
@@ -259,7 +230,7 @@ def main() -> int:
     print(f"{arguments.cases} cases over {len(made)} checkpoints in {seconds:.0f} s")
     print(f"{dict(outcome.ended)}, {len(outcome.failed)} failed")
     print(f"slowest {outcome.seconds:.2f} s, largest {outcome.growth_mb} MB for one case")
-    print(f"{held} MB before all, {_memory('VmRSS')} MB after")
+    print(f"{held} MB before all, {memory('VmRSS')} MB after")
     return 1 if outcome.failed else 0
 
 

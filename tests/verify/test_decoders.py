@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 from safetensors.torch import load_file
-from verify_checkpoints import WEIGHTS, convert, copy_of, recipe
+from tiny.formats import FORMATS
+from verify_checkpoints import convert, copy_of, recipe
 
 from ckptq.quantize import dequantize as decoding
 from ckptq.spec import torch_dtype
@@ -70,7 +71,7 @@ def test_a_decoder_that_is_wrong_in_quantize_and_verify_alike_is_found(
     )
 
 
-@pytest.mark.parametrize("weights", [w for w in WEIGHTS if w != "fp8-static"])
+@pytest.mark.parametrize("weights", [w for w in FORMATS if w != "fp8-static"])
 def test_every_format_that_verify_would_decode_wrongly_is_found(good, weights, monkeypatch):
     """ckptq's own decoding, off in the same way for what is stored and for what is wanted."""
     folder, source = good("llama", weights)

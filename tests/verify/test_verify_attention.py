@@ -6,6 +6,7 @@ import pytest
 import torch
 import transformers
 from safetensors.torch import save_file
+from tiny.words import word_tokenizer
 from verify_checkpoints import HEAD_DIM, HEADS, KV_HEADS, LAYERS, TEXT, Editor, given, kv_recipe
 
 from ckptq.calibrate.run import calibrate
@@ -33,8 +34,6 @@ def text(tmp_path_factory):
 @pytest.fixture(scope="module")
 def source(tmp_path_factory):
     """A Llama whose heads differ: by powers of 8 within a layer, and from layer to layer."""
-    from tokenizers import Tokenizer, models, pre_tokenizers
-
     folder = tmp_path_factory.mktemp("attention") / "source"
     torch.manual_seed(0)
     model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**TEXT)).bfloat16()
@@ -46,9 +45,7 @@ def source(tmp_path_factory):
                 sizes = 1 / sizes
             rows.mul_(sizes[:, None, None].bfloat16())
     model.save_pretrained(folder)
-    core = Tokenizer(models.WordLevel({f"w{i}": i for i in range(128)}, unk_token="w0"))
-    core.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    transformers.PreTrainedTokenizerFast(tokenizer_object=core).save_pretrained(folder)
+    word_tokenizer([f"w{i}" for i in range(128)], "w0").save_pretrained(folder)
     return folder
 
 

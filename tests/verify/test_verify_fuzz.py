@@ -1,7 +1,6 @@
 """Random damage: a report or a clear error, never anything else (`fuzz.py` does more of it)."""
 
 import random
-import signal
 import time
 
 import fuzz
@@ -12,13 +11,6 @@ from verify_checkpoints import FAMILIES, copy_of
 from ckptq.verify import run
 from ckptq.verify.run import verify
 from ckptq.verify.values import plausible
-
-
-@pytest.fixture(autouse=True)
-def no_hang():
-    before = signal.signal(signal.SIGALRM, fuzz.alarmed)
-    yield
-    signal.signal(signal.SIGALRM, before)
 
 
 @pytest.fixture(scope="module")

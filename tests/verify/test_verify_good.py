@@ -1,21 +1,13 @@
 """A good checkpoint has no finding: every format, every family, with its source and without."""
 
 import pytest
-from verify_checkpoints import (
-    FAMILIES,
-    HEADS,
-    KV_HEADS,
-    WEIGHTS,
-    Editor,
-    convert,
-    kv_recipe,
-    recipe,
-)
+from tiny.formats import FORMATS
+from verify_checkpoints import FAMILIES, HEADS, KV_HEADS, Editor, convert, kv_recipe, recipe
 
 from ckptq.verify.run import verify
 
 
-@pytest.mark.parametrize("weights", WEIGHTS)
+@pytest.mark.parametrize("weights", FORMATS)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_our_own_have_no_finding(good, family, weights):
     folder, source = good(family, weights)

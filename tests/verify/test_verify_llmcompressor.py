@@ -3,7 +3,9 @@
 import pytest
 import torch
 import transformers
-from verify_checkpoints import FP8, INT4, Editor
+from tiny.formats import FP8, INT4
+from tiny.oneshot import calibration
+from verify_checkpoints import Editor
 
 from ckptq.verify.run import verify
 
@@ -76,17 +78,9 @@ def test_its_checkpoints_have_no_fault(sources, tmp_path, args, inputs):
 @pytest.fixture
 def data():
     """Token ids to calibrate on."""
-    from datasets import Dataset
-    from tokenizers import Tokenizer, models
-
-    rows = torch.randint(3, 128, (8, 32), generator=torch.Generator().manual_seed(0)).tolist()
-    core = Tokenizer(models.WordLevel({"<pad>": 0, "<s>": 1}, unk_token="<pad>"))
-    return {
-        "dataset": Dataset.from_dict({"input_ids": rows, "attention_mask": [[1] * 32] * 8}),
-        "processor": transformers.PreTrainedTokenizerFast(tokenizer_object=core, pad_token="<pad>"),
-        "max_seq_length": 32,
-        "num_calibration_samples": 8,
-    }
+    return calibration(
+        torch.randint(3, 128, (8, 32), generator=torch.Generator().manual_seed(0)).tolist()
+    )
 
 
 def codes_of(report):

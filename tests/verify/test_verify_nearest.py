@@ -6,7 +6,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from verify_checkpoints import WEIGHTS
+from tiny.formats import FORMATS
 
 from ckptq.quantize.formats import constants, needs_statistic, quantize, statistic
 from ckptq.quantize.packing import pack_words
@@ -15,7 +15,7 @@ from ckptq.spec import spec_of
 from ckptq.verify.roundtrip import nearest
 from ckptq.verify.roundtrip.tally import Tally, compare, decibels, floor_db
 
-SCHEMES = {name: WeightScheme.from_args(args, form) for name, (form, args) in WEIGHTS.items()}
+SCHEMES = {name: WeightScheme.from_args(args, form) for name, (form, args) in FORMATS.items()}
 
 
 def stored(w_RC, scheme):

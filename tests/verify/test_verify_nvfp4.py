@@ -1,10 +1,10 @@
 """NVFP4 with calibrated inputs: the global scale of every Linear is there, alike in fused sets."""
 
-import json
 from collections.abc import Callable
 
 import pytest
 import torch
+from tiny.rows import write_rows
 from verify_checkpoints import Editor, copy_of
 
 from ckptq.calibrate.request import CalibrationRequest
@@ -25,7 +25,7 @@ def calibrated(tmp_path_factory, sources):
     root, made = tmp_path_factory.mktemp("nvfp4"), {}
     rows = torch.randint(3, 110, (4, 24), generator=torch.Generator().manual_seed(3)).tolist()
     data = root / "rows.jsonl"
-    data.write_text("".join(json.dumps({"input_ids": row}) + "\n" for row in rows))
+    write_rows(data, rows)
     wanted = CalibrationRequest(data=str(data), samples=4, seq_len=24)
 
     def checkpoint(family: str):

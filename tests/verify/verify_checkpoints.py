@@ -5,13 +5,15 @@ from __future__ import annotations
 import json
 import shutil
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
 from safetensors import safe_open
 from safetensors.torch import save_file
+from tiny.formats import FORMATS, FP8, RARE
+from tiny.models import TOKENS, causal, image_tokens, llama4
 
 from ckptq.calibrate.request import ScalesSource
 from ckptq.calibrate.scales import Record, Scales
@@ -31,100 +33,49 @@ TEXT = {
     "head_dim": HEAD_DIM,
     "intermediate_size": 256,
     "vocab_size": 128,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
-    "pad_token_id": 0,
+    **TOKENS,
 }
 
 
-def llama() -> transformers.PreTrainedModel:
-    return transformers.LlamaForCausalLM(transformers.LlamaConfig(**TEXT))
-
-
-def llama4() -> transformers.PreTrainedModel:
-    """Multimodal, with a dense and an MoE layer; its experts are square, so that a forgotten
-    transpose shows in no shape."""
-    text = TEXT | {
-        "intermediate_size": 128,
-        "intermediate_size_mlp": 256,
-        "num_local_experts": EXPERTS,
-        "interleave_moe_layer_step": 2,
-        "no_rope_layers": [1, 0],
-    }
-    vision = {
-        "hidden_size": 32,
-        "num_hidden_layers": 1,
-        "num_attention_heads": 2,
-        "intermediate_size": 64,
-        "image_size": 28,
-        "patch_size": 14,
-        "projector_input_dim": 32,
-        "projector_output_dim": 32,
-        "vision_output_dim": 32,
-    }
-    config = transformers.Llama4Config(
-        text_config=text, vision_config=vision, boi_token_index=121, eoi_token_index=122,
-        image_token_index=120,
-    )  # fmt: skip
-    return transformers.Llama4ForConditionalGeneration(config)
-
-
-def mixtral() -> transformers.PreTrainedModel:
-    config = transformers.MixtralConfig(**(TEXT | {"num_local_experts": EXPERTS}))
-    return transformers.MixtralForCausalLM(config)
-
-
-def qwen3_moe() -> transformers.PreTrainedModel:
-    config = transformers.Qwen3MoeConfig(
-        **TEXT, num_experts=EXPERTS, num_experts_per_tok=2, moe_intermediate_size=128
-    )
-    return transformers.Qwen3MoeForCausalLM(config)
-
-
-def gemma4() -> transformers.PreTrainedModel:
-    """The last layer is global: one key/value head of twice the size, whose keys are its values."""
-    config = transformers.Gemma4TextConfig(
-        **TEXT,
-        layer_types=["sliding_attention", "full_attention"],
-        global_head_dim=2 * HEAD_DIM,
-        num_global_key_value_heads=1,
-        attention_k_eq_v=True,
-        num_kv_shared_layers=0,
-        vocab_size_per_layer_input=TEXT["vocab_size"],
-        hidden_size_per_layer_input=0,
-    )
-    return transformers.Gemma4ForCausalLM(config)
-
-
-def gpt_oss() -> transformers.PreTrainedModel:
-    """Everything has a bias, the experts too."""
-    config = transformers.GptOssConfig(
-        **TEXT, num_local_experts=EXPERTS, num_experts_per_tok=2,
-        layer_types=["sliding_attention", "full_attention"],
-    )  # fmt: skip
-    return transformers.GptOssForCausalLM(config)
-
-
-def gemma3() -> transformers.PreTrainedModel:
-    """Calls its activation by a name of its own."""
-    types = ["sliding_attention", "full_attention"]
-    return transformers.Gemma3ForCausalLM(transformers.Gemma3TextConfig(**TEXT, layer_types=types))
-
-
-def qwen2() -> transformers.PreTrainedModel:
-    """q, k and v have biases."""
-    return transformers.Qwen2ForCausalLM(transformers.Qwen2Config(**TEXT))
-
+TURNS = ["sliding_attention", "full_attention"]
+LLAMA4 = TEXT | {
+    "intermediate_size": 128,
+    "intermediate_size_mlp": 256,
+    "num_local_experts": EXPERTS,
+    "interleave_moe_layer_step": 2,
+    "no_rope_layers": [1, 0],
+}
+"""A dense and an MoE layer; the experts are square, so that a forgotten transpose shows in no
+shape."""
+QWEN3_MOE = {"num_experts": EXPERTS, "num_experts_per_tok": 2, "moe_intermediate_size": 128}
+GEMMA4 = {
+    "layer_types": TURNS,
+    "global_head_dim": 2 * HEAD_DIM,
+    "num_global_key_value_heads": 1,
+    "attention_k_eq_v": True,
+    "num_kv_shared_layers": 0,
+    "vocab_size_per_layer_input": TEXT["vocab_size"],
+    "hidden_size_per_layer_input": 0,
+}
+"""The last layer is global: one key/value head of twice the size, whose keys are its values."""
+GPT_OSS = {"num_local_experts": EXPERTS, "num_experts_per_tok": 2, "layer_types": TURNS}
 
 FAMILIES = {
-    "llama": llama,
-    "llama4": llama4,
-    "mixtral": mixtral,
-    "qwen3-moe": qwen3_moe,
-    "gemma4": gemma4,
+    "llama": partial(causal, "Llama", TEXT),
+    "llama4": partial(llama4, LLAMA4, **image_tokens(120, 121, 122)),
+    "mixtral": partial(causal, "Mixtral", TEXT, num_local_experts=EXPERTS),
+    "qwen3-moe": partial(causal, "Qwen3Moe", TEXT, **QWEN3_MOE),
+    "gemma4": partial(causal, "Gemma4", TEXT, **GEMMA4),
 }
 
-MORE = {"gpt-oss": gpt_oss, "gemma3": gemma3, "qwen2": qwen2}
+MORE = {
+    # everything has a bias, the experts too
+    "gpt-oss": partial(causal, "GptOss", TEXT, **GPT_OSS),
+    # calls its activation by a name of its own
+    "gemma3": partial(causal, "Gemma3", TEXT, layer_types=TURNS),
+    # q, k and v have biases
+    "qwen2": partial(causal, "Qwen2", TEXT),
+}
 """Families that a few faults need."""
 
 ATTENTION = {
@@ -136,47 +87,17 @@ ATTENTION = {
 }
 """The class that calibration would have found, by architecture."""
 
-FP8 = {"num_bits": 8, "type": "float", "symmetric": True, "dynamic": False}
-INT4 = {"num_bits": 4, "type": "int", "symmetric": True, "dynamic": False}
 KV = FP8 | {"strategy": "attn_head", "observer": "static_minmax"}
 PER_TOKEN = {"num_bits": 8, "type": "float", "strategy": "token", "symmetric": True,
              "dynamic": True}  # fmt: skip
 INPUTS = {"fp8-channel": PER_TOKEN,
           **dict.fromkeys(("int8", "int4-bytes"), PER_TOKEN | {"type": "int"}),
           "fp8-static": FP8 | {"strategy": "tensor", "observer": "static_minmax"}}  # fmt: skip
-WEIGHTS: dict[str, tuple[str, dict[str, Any]]] = {
-    "fp8-channel": ("float-quantized", FP8 | {"strategy": "channel"}),
-    "fp8-tensor": ("float-quantized", FP8 | {"strategy": "tensor"}),
-    "fp8-static": ("float-quantized", FP8 | {"strategy": "tensor"}),
-    "fp8-block": ("float-quantized", FP8 | {"strategy": "block", "block_structure": [64, 64]}),
-    "int8": ("int-quantized", {**INT4, "num_bits": 8, "strategy": "channel"}),
-    "int4": ("pack-quantized", INT4 | {"strategy": "group", "group_size": 32}),
-    "int4-asym": (
-        "pack-quantized",
-        INT4 | {"strategy": "group", "group_size": 32, "symmetric": False, "zp_dtype": "int8"},
-    ),
-    "int4-channel": ("pack-quantized", INT4 | {"strategy": "channel"}),
-    "int8-packed": ("pack-quantized", {**INT4, "num_bits": 8, "strategy": "group",
-                                       "group_size": 128}),
-    "mxfp8": ("mxfp8-quantized", FP8 | {"strategy": "group", "group_size": 32,
-                                        "scale_dtype": "torch.uint8"}),
-    "mxfp4": ("mxfp4-pack-quantized", FP8 | {"num_bits": 4, "strategy": "group", "group_size": 32,
-                                             "scale_dtype": "torch.uint8"}),
-    "nvfp4": ("nvfp4-pack-quantized", FP8 | {"num_bits": 4, "strategy": "tensor_group",
-                                             "group_size": 16,
-                                             "scale_dtype": "torch.float8_e4m3fn"}),
-}  # fmt: skip
-"""Format and weights of each kind of group."""
-
-RARE: dict[str, tuple[str, dict[str, Any]]] = {
-    "int4-bytes": ("int-quantized", INT4 | {"strategy": "channel", "symmetric": False}),
-}
-"""Kinds that one test needs; no engine reads them."""
 
 
 def recipe(weights: str, *, kv: bool = False, ignore: tuple[str, ...] = ()) -> Recipe:
     """Linears in one format; with `kv`, scales of attention and cache per head."""
-    format, args = (WEIGHTS | RARE)[weights]
+    format, args = (FORMATS | RARE)[weights]
     linear = Group(
         name="linear",
         targets=("Linear",),

@@ -1,0 +1,1 @@
+"""Attention over whole keys and values, with the maxima that calibration takes."""

@@ -1,0 +1,80 @@
+"""What attention means: a dense mask, a whole score matrix, a softmax, in float64.
+
+Shape letters: B batch, H query heads, K key/value heads, S positions, D head dimension of q and k,
+E of v.
+"""
+
+import torch
+from torch import Tensor
+
+from ckptq.kernels.attention.mask import Mask
+from ckptq.kernels.attention.maxima import Maxima
+
+
+def seen(
+    mask: Mask,
+    queries: int,
+    keys: int,
+    spans: tuple[Tensor, Tensor] | None = None,
+    device: torch.device | str = "cpu",
+) -> Tensor:
+    """[B or 1, 1, Sq, S] bool: who attends to whom. The last query stands at the last key.
+
+    On the device of `spans`, or on `device` without them.
+    """
+    spans = spans or (torch.tensor([0], device=device), torch.tensor([keys], device=device))
+    start_B11, length_B11 = (x.view(-1, 1, 1) for x in spans)
+    k_pos = torch.arange(keys, device=start_B11.device).view(1, 1, keys) - start_B11
+    q_pos = (torch.arange(queries, device=start_B11.device) + keys - queries).view(1, queries, 1)
+    q_pos = q_pos - start_B11
+    ok = (k_pos >= 0) & (k_pos < length_B11) & (q_pos >= 0) & (q_pos < length_B11)
+    if mask.causal:
+        ok = ok & (k_pos <= q_pos)
+    if mask.sliding_window is not None:
+        ok = ok & (q_pos - k_pos < mask.sliding_window)
+    if mask.chunk is not None:
+        same = q_pos.div(mask.chunk, rounding_mode="floor") == k_pos.div(
+            mask.chunk, rounding_mode="floor"
+        )
+        ok = ok & same
+    return ok[:, None]
+
+
+def attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    seen_B1SS: Tensor,
+    *,
+    scaling: float,
+    softcap: float | None = None,
+    dtype: torch.dtype = torch.float64,
+) -> Tensor:
+    """[B, Sq, H, E] in `dtype`, which is also computed in. Queries that see nothing give zeros."""
+    group = query.shape[1] // key.shape[1]
+    key, value = (x.to(dtype).repeat_interleave(group, 1) for x in (key, value))
+    score = query.to(dtype) @ key.mT * scaling
+    if softcap is not None:
+        score = torch.tanh(score / softcap) * softcap
+    score = score.masked_fill(~seen_B1SS, float("-inf"))
+    weight = score.softmax(-1).nan_to_num(0.0)
+    return (weight @ value).transpose(1, 2)
+
+
+def fold_maxima(
+    maxima: Maxima,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    spans: tuple[Tensor, Tensor] | None = None,
+) -> None:
+    """Fold the absolute maxima of the real tokens of q, k, v [B, heads, S, D] into `maxima`."""
+    real_B1S1 = torch.ones(1, dtype=torch.bool, device=query.device)
+    if spans is not None:
+        start_B1, length_B1 = (x.view(-1, 1) for x in spans)
+        position_S = torch.arange(query.shape[2], device=query.device)
+        real_BS = (position_S >= start_B1) & (position_S < start_B1 + length_B1)
+        real_B1S1 = real_BS[:, None, :, None]
+    for x, buffer in ((query, maxima.q_H), (key, maxima.k_K), (value, maxima.v_K)):
+        amax = torch.where(real_B1S1, x.float().abs(), 0.0).amax((0, 2, 3))
+        buffer.copy_(torch.maximum(buffer, amax))  # unlike max of floats elsewhere, keeps NaN

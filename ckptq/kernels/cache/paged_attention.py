@@ -1,0 +1,204 @@
+"""Attention over a paged KV cache, in the model's dtype or E4M3 under static scales.
+
+Meaning: `reference.attention`. A program takes some queries of one sequence with all query
+heads that share a key/value head, so that a decode step (one query) still fills a tile, and walks
+over the keys that these queries see, found through the block table.
+
+E4M3 keys and values are decoded to the query's dtype, which holds every E4M3 value; an E4M3 query
+is decoded too. Their scales are folded into the softmax and the result.
+
+Shape letters: T queries of all sequences, H query heads, K key/value heads, D head dimension,
+M rows of a tile (queries x heads of a group), N keys of a tile.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ckptq.kernels.attention.dense_attention import head_scales
+from ckptq.kernels.attention.mask import Mask, cap_height
+from ckptq.kernels.attention.online_softmax import (
+    cap,
+    dot,
+    finish,
+    fold,
+    key_bounds,
+    oldest_key,
+    visible,
+)
+from ckptq.kernels.cache.paged_addresses import key_offset, query_rows
+from ckptq.kernels.cache.paging import Layout, Sequences
+from ckptq.kernels.rounding import e4m3_value, narrow
+
+FP8 = torch.float8_e4m3fn
+
+
+@triton.jit
+def _decoded(x, dtype: tl.constexpr):
+    if x.dtype == tl.uint8:
+        return narrow(e4m3_value(x), dtype)
+    else:
+        return x
+
+
+@triton.jit
+def _paged_attention_kernel(
+    q_ptr,
+    k_ptr,
+    v_ptr,
+    out_ptr,
+    starts_ptr,
+    length_ptr,
+    table_ptr,
+    q_descale_ptr,
+    k_descale_ptr,
+    v_descale_ptr,
+    scaling,
+    softcap,
+    q_stride_t,
+    q_stride_h,
+    stride_block,
+    stride_token,
+    stride_head,
+    table_stride,
+    H,
+    D: tl.constexpr,
+    GROUP: tl.constexpr,
+    BLOCK: tl.constexpr,
+    CAUSAL: tl.constexpr,
+    WINDOW: tl.constexpr,
+    CHUNK: tl.constexpr,
+    CAPPED: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+):
+    DTYPE: tl.constexpr = out_ptr.dtype.element_ty
+    K = H // GROUP
+    sequence, kv = tl.program_id(1) // K, tl.program_id(1) % K
+    length = tl.load(length_ptr + sequence)
+    token_M, member_M, real_M, q_pos_M, first, last = query_rows(
+        starts_ptr, sequence, tl.program_id(0) * (ROWS // GROUP), length, GROUP, ROWS
+    )
+    head_M = kv * GROUP + member_M
+    o_D = tl.arange(0, BLOCK_D)
+    o_N = tl.arange(0, COLUMNS)
+    m_MD = real_M[:, None] & (o_D < D)[None, :]
+    q_ptrs = q_ptr + (token_M * q_stride_t + head_M * q_stride_h)[:, None] + o_D[None, :]
+    q_MD = _decoded(tl.load(q_ptrs, mask=m_MD, other=0.0), DTYPE)
+
+    descale_M = tl.load(q_descale_ptr + head_M, mask=real_M, other=1.0)
+    descale_M *= tl.load(k_descale_ptr + kv)
+    slope = scaling / softcap if CAPPED else 0.0
+    factor = (softcap if CAPPED else scaling) * 1.4426950408889634  # log2 e
+    begin, _, _, end = key_bounds(first, last, length, CAUSAL, WINDOW, CHUNK, COLUMNS)
+    oldest = oldest_key(first, WINDOW, CHUNK)
+    acc_MD = tl.zeros([ROWS, BLOCK_D], tl.float32)
+    max_M = tl.full([ROWS], float("-inf"), tl.float32)
+    sum_M = tl.zeros([ROWS], tl.float32)
+    for k_first in tl.range(begin, end, COLUMNS):
+        k_pos_N = k_first + o_N
+        seen_N = k_pos_N < length
+        if WINDOW or CHUNK:
+            seen_N = seen_N & (k_pos_N >= oldest)
+        m_ND = seen_N[:, None] & (o_D < D)[None, :]
+        o_row_N = key_offset(
+            table_ptr + sequence * table_stride, k_pos_N, seen_N, stride_block, stride_token, BLOCK
+        )
+        o_ND = (o_row_N + kv.to(tl.int64) * stride_head)[:, None] + o_D[None, :]
+        k_ND = _decoded(tl.load(k_ptr + o_ND, mask=m_ND, other=0.0), DTYPE)
+        v_ND = _decoded(tl.load(v_ptr + o_ND, mask=m_ND, other=0.0), DTYPE)
+        score_MN = dot(q_MD, tl.trans(k_ND), tl.zeros([ROWS, COLUMNS], tl.float32))
+        score_MN *= descale_M[:, None]
+        if CAPPED:
+            score_MN = cap(score_MN, slope)
+        seen_MN = visible(q_pos_M, k_pos_N, length, CAUSAL, WINDOW, CHUNK)
+        score_MN = tl.where(seen_MN, score_MN, float("-inf"))
+        weight_MN, decay_M, max_M, sum_M = fold(score_MN, max_M, sum_M, factor, 0, True)
+        acc_MD = dot(narrow(weight_MN, DTYPE), v_ND, acc_MD * decay_M[:, None])
+
+    out_MD = finish(acc_MD, sum_M) * tl.load(v_descale_ptr + kv)
+    out_ptrs = out_ptr + ((token_M * H + head_M) * D)[:, None] + o_D[None, :]
+    tl.store(out_ptrs, narrow(out_MD, out_ptr.dtype.element_ty), mask=m_MD)
+
+
+def paged_tile(group: int) -> dict[str, int]:
+    """Launch arguments by the query heads that share a key/value head: rows, keys, warps, stages.
+
+    A few queries with the heads of a group fill a tile, as many as products need; of a large group
+    one, or its rows would leave the registers and, of 128 heads, shared memory.
+    """
+    whole = triton.next_power_of_2(group)
+    rows = max(16, whole, min(64, triton.next_power_of_2(4 * group)))
+    return {"ROWS": rows, "COLUMNS": 32, "num_warps": 4 if rows <= 64 else 8, "num_stages": 2}
+
+
+def _check(query_THD: Tensor, key_cache: Tensor, value_cache: Tensor, layout: Layout) -> None:
+    _, H, D = query_THD.shape
+    shapes = f"{list(key_cache.shape)} and {list(value_cache.shape)}"
+    if key_cache.shape != value_cache.shape or key_cache.dtype != value_cache.dtype:
+        raise ValueError(f"caches {shapes}, {key_cache.dtype} and {value_cache.dtype}: no pair")
+    if H % layout.sizes(key_cache)[1] or key_cache.shape[3] != D:
+        raise ValueError(f"{layout} caches {shapes} do not fit queries {list(query_THD.shape)}")
+    if key_cache.stride() != value_cache.stride() or key_cache.stride(3) != 1:
+        strides = f"{key_cache.stride()} and {value_cache.stride()}"
+        raise ValueError(f"caches must be laid out alike, their heads dense: strides {strides}")
+
+
+def paged_attention(
+    query_THD: Tensor,
+    key_cache: Tensor,
+    value_cache: Tensor,
+    sequences: Sequences,
+    *,
+    scaling: float,
+    layout: Layout = Layout.NHD,
+    mask: Mask = Mask(),  # noqa: B008, frozen
+    softcap: float | None = None,
+    descales: tuple[Tensor | float, Tensor | float, Tensor | float] | None = None,
+    dtype: torch.dtype = torch.bfloat16,
+) -> Tensor:
+    """Attention of the queries [T, H, D] of all sequences over their cached keys: [T, H, D].
+
+    Caches are as `Layout.shape` says, with K heads of D; the queries stand at the end of their
+    sequence. Only keys that a query sees are read, and only their blocks need an entry in the
+    table. A query without keys gives zeros; what is beyond the last sequence's queries is not
+    written. Caches in E4M3 need `descales` of q [1 or H], k and v [1 or K]; the query may be E4M3
+    as well, and then comes out in `dtype`; a query that is not has a descale of 1.
+
+    Raises ValueError for shapes, dtypes or descales that do not fit.
+    """
+    T, H, D = query_THD.shape
+    block, K = layout.sizes(key_cache)
+    fp8, fp8_query = key_cache.dtype == FP8, query_THD.dtype == FP8
+    _check(query_THD, key_cache, value_cache, layout)
+    if fp8 != (descales is not None) or (fp8_query and not fp8):
+        raise ValueError("descales are for E4M3 caches, and E4M3 queries for those")
+    if not fp8 and query_THD.dtype != key_cache.dtype:
+        raise ValueError(f"queries of {query_THD.dtype} over a cache of {key_cache.dtype}")
+    sequences.check(key_cache, K)
+    heads = zip(descales or (1.0, 1.0, 1.0), (H, K, K), strict=True)
+    scales = [head_scales(descale, n, query_THD.device) for descale, n in heads]
+    dtype = dtype if fp8_query else query_THD.dtype
+    out = torch.empty(T, H, D, dtype=dtype, device=query_THD.device)
+    if query_THD.stride(2) != 1:
+        query_THD = query_THD.contiguous()
+    group, tile = H // K, paged_tile(H // K)
+    tiles = triton.cdiv(sequences.longest, tile["ROWS"] // group)
+    _paged_attention_kernel[(tiles, len(sequences.lengths) * K)](
+        query_THD.view(torch.uint8) if fp8_query else query_THD,
+        *(x.view(torch.uint8) if fp8 else x for x in (key_cache, value_cache)),
+        *(out, sequences.query_starts, sequences.lengths, sequences.block_table, *scales),
+        *(float(scaling), cap_height(softcap)),
+        *(*query_THD.stride()[:2], *layout.strides(key_cache), sequences.block_table.stride(0)),
+        H,
+        D=D,
+        GROUP=group,
+        BLOCK=block,
+        **mask.constexprs(),
+        CAPPED=softcap is not None,
+        BLOCK_D=max(16, triton.next_power_of_2(D)),
+        **tile,
+    )
+    return out

@@ -1,0 +1,240 @@
+"""What the quantize kernels share: a scale from a maximum, a code from a value and its scale.
+
+Scales are rounded to the source's dtype as llm-compressor does, so both helpers take that dtype.
+Every value is finite; the reader refuses others.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ckptq.kernels.rounding import (
+    INTERPRETED,
+    divide_16bit,
+    e4m3_code,
+    has_native_e4m3,
+    lift_and_reciprocal,
+    narrow,
+    widen,
+)
+
+HALF_RANGE = {torch.float8_e4m3fn: 448.0, torch.int8: 127.5}
+"""By what the absolute maximum is divided."""
+
+NARROW = (torch.bfloat16, torch.float16)
+
+
+def code_constexprs(x: Tensor, scale_dtype: torch.dtype, dtype: torch.dtype) -> dict[str, bool]:
+    """The compile-time switches of `code`, as launchers pass them."""
+    return {
+        "FP8": dtype == torch.float8_e4m3fn,
+        "NARROW": x.dtype in NARROW and scale_dtype in NARROW,
+        "NATIVE": has_native_e4m3(x.device),
+    }
+
+
+def empty_codes(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Memory for codes as the kernels write them: uint8 for FP8 (a view makes it FP8), or int8."""
+    plain = torch.uint8 if dtype == torch.float8_e4m3fn else torch.int8
+    return torch.empty(shape, dtype=plain, device=device)
+
+
+@triton.jit
+def load_slices(ptrs, stride, mask, COUNT: tl.constexpr, EVICTION: tl.constexpr):
+    """COUNT tensors, each `stride` elements after the one before, as a tuple.
+
+    Not one tensor with an axis of COUNT: then the compiler would choose whether that axis lies in
+    one thread, as it must where its elements are put together into a word (3.6 chose otherwise).
+    """
+    slices = (tl.load(ptrs, mask=mask, other=0.0, eviction_policy=EVICTION),)
+    for i in tl.static_range(1, COUNT):
+        x = tl.load(ptrs + i * stride, mask=mask, other=0.0, eviction_policy=EVICTION)
+        slices = slices + (x,)  # type: ignore[assignment]  # noqa: RUF005
+    return slices
+
+
+@triton.jit
+def _absmax_bf16x2(a, b):
+    """The larger absolute value of two bf16 tensors, the first without signs, as bits."""
+    return tl.inline_asm_elementwise(
+        "{.reg .b32 q; and.b32 q, $2, 0x7FFF7FFF; max.bf16x2 $0, $1, q;}",
+        "=r,r,r",
+        [a, b.to(tl.int16, bitcast=True)],
+        dtype=tl.int16,
+        is_pure=True,
+        pack=2,
+    )
+
+
+@triton.jit
+def _extreme_bf16x2(a, b, OP: tl.constexpr):
+    """The smaller or the larger of bf16 tensors, as bits. OP is min or max."""
+    return tl.inline_asm_elementwise(
+        OP + ".bf16x2 $0, $1, $2;",
+        "=r,r,r",
+        [a, b.to(tl.int16, bitcast=True)],
+        dtype=tl.int16,
+        is_pure=True,
+        pack=2,
+    )
+
+
+@triton.jit
+def absmax_of(slices, COUNT: tl.constexpr):
+    """Elementwise maximum of the absolute values of COUNT tensors, in fp32."""
+    if slices[0].dtype == tl.bfloat16 and not INTERPRETED:
+        # two values an instruction: maxima run at half the rate of additions
+        bits = tl.zeros(slices[0].shape, tl.int16)
+        for i in tl.static_range(COUNT):
+            bits = _absmax_bf16x2(bits, slices[i])
+        return bits.to(tl.bfloat16, bitcast=True).to(tl.float32)
+    else:
+        amax = tl.abs(widen(slices[0]))
+        for i in tl.static_range(1, COUNT):
+            amax = tl.maximum(amax, tl.abs(widen(slices[i])))
+        return amax
+
+
+@triton.jit
+def extrema_of(slices, COUNT: tl.constexpr):
+    """Elementwise minimum and maximum of COUNT tensors, in fp32."""
+    if slices[0].dtype == tl.bfloat16 and not INTERPRETED:
+        low = slices[0].to(tl.int16, bitcast=True)
+        high = low
+        for i in tl.static_range(1, COUNT):
+            low = _extreme_bf16x2(low, slices[i], "min")
+            high = _extreme_bf16x2(high, slices[i], "max")
+        low = low.to(tl.bfloat16, bitcast=True).to(tl.float32)
+        high = high.to(tl.bfloat16, bitcast=True).to(tl.float32)
+    else:
+        low, high = widen(slices[0]), widen(slices[0])
+        for i in tl.static_range(1, COUNT):
+            low, high = tl.minimum(low, widen(slices[i])), tl.maximum(high, widen(slices[i]))
+    return low, high
+
+
+@triton.jit
+def or_eps(scale, dtype: tl.constexpr):
+    """A scale that came out as zero becomes its dtype's eps: zeros divide by it to zeros."""
+    if dtype == tl.bfloat16:
+        return tl.where(scale == 0.0, 0.0078125, scale)
+    elif dtype == tl.float16:
+        return tl.where(scale == 0.0, 0.0009765625, scale)
+    else:
+        return tl.where(scale == 0.0, 1.1920928955078125e-07, scale)
+
+
+@triton.jit
+def over(x, DIVISOR: tl.constexpr, dtype: tl.constexpr):
+    """x / DIVISOR rounded to `dtype`, x a value of `dtype`; both fp32.
+
+    By 15 and its halves a product with the reciprocal does, except in fp32: fifteen times a
+    midpoint between two results has more bits than x can have, so there are no ties to miss.
+    """
+    if DIVISOR * 2 % 15 == 0 and dtype != tl.float32:
+        quotient = x * (1.0 / DIVISOR)
+    else:
+        quotient = tl.math.div_rn(x, DIVISOR)
+    return widen(narrow(quotient, dtype))
+
+
+@triton.jit
+def scale_of(amax, HALF_RANGE: tl.constexpr, dtype: tl.constexpr):
+    """fp32 maxima -> scales rounded to `dtype`, still fp32."""
+    return or_eps(over(amax, HALF_RANGE, dtype), dtype)
+
+
+@triton.jit
+def ratio(x, scale, NARROW: tl.constexpr):
+    """x / scale in fp32, near enough to round to E4M3 correctly. `scale` broadcasts to x."""
+    if NARROW:
+        lift, reciprocal = lift_and_reciprocal(scale)
+        return divide_16bit(x, lift, reciprocal)
+    else:
+        return tl.math.div_rn(x, scale)
+
+
+@triton.jit
+def integer_bits_narrow(
+    x,
+    lift,
+    reciprocal,
+    zero,
+    LOW: tl.constexpr,
+    HIGH: tl.constexpr,
+    OFFSET: tl.constexpr,
+):
+    """`integer_bits` where x and scale were bf16 or fp16, by `lift_and_reciprocal` of the scale.
+
+    Adding 768 to a product with the reciprocal rounds it to a multiple of 2^-14. It is within 2^-15
+    of the quotient, so a tie becomes one again; what is no tie is 2^-13 away from any and becomes
+    none.
+    """
+    shifted = tl.fma(x * lift, reciprocal, 768.0 + zero)
+    whole = tl.clamp(shifted, 768.0 + LOW, 768.0 + HIGH) + (12582144.0 + OFFSET)
+    return whole.to(tl.int32, bitcast=True)
+
+
+@triton.jit
+def integer_bits(
+    x,
+    scale,
+    zero,
+    LOW: tl.constexpr,
+    HIGH: tl.constexpr,
+    OFFSET: tl.constexpr,
+    NARROW: tl.constexpr,
+):
+    """0x4B400000 + OFFSET + the integer in [LOW, HIGH] nearest to x / scale + zero, ties to even.
+
+    These are the bits of a float, from which a caller takes the low byte or a sum of shifted
+    nibbles: integer instructions are what packing is short of, and this needs the clamp's two.
+    """
+    if NARROW:
+        lift, reciprocal = lift_and_reciprocal(scale)
+        return integer_bits_narrow(x, lift, reciprocal, zero, LOW, HIGH, OFFSET)
+    else:
+        quotient = tl.math.div_rn(x, scale) + zero
+        whole = tl.clamp(quotient, 0.0 + LOW, 0.0 + HIGH) + (12582912.0 + OFFSET)
+        return whole.to(tl.int32, bitcast=True)
+
+
+@triton.jit
+def code(x, scale, FP8: tl.constexpr, NARROW: tl.constexpr, NATIVE: tl.constexpr):
+    """The FP8 (uint8) or INT8 code nearest to x / scale, both fp32, ties to even, saturating."""
+    if FP8:
+        return e4m3_code(ratio(x, scale, NARROW), NATIVE)
+    else:
+        return integer_bits(x, scale, 0.0, -128, 127, 0, NARROW).to(tl.int8)
+
+
+@triton.jit
+def word_of_codes(slices, scale, FP8: tl.constexpr, NARROW: tl.constexpr, NATIVE: tl.constexpr):
+    """The codes of four tensors as one of int32, the first in the lowest byte."""
+    if FP8 and NATIVE:
+        # two conversions and a move; compilers make a dozen shifts of it
+        return tl.inline_asm_elementwise(
+            """{
+            .reg .b16 low, high;
+            cvt.rn.satfinite.e4m3x2.f32 low, $2, $1;
+            cvt.rn.satfinite.e4m3x2.f32 high, $4, $3;
+            mov.b32 $0, {low, high};
+            }""",
+            "=r,f,f,f,f",
+            [
+                ratio(widen(slices[0]), scale, NARROW),
+                ratio(widen(slices[1]), scale, NARROW),
+                ratio(widen(slices[2]), scale, NARROW),
+                ratio(widen(slices[3]), scale, NARROW),
+            ],
+            dtype=tl.int32,
+            is_pure=True,
+            pack=1,
+        )
+    else:
+        word = code(widen(slices[0]), scale, FP8, NARROW, NATIVE).to(tl.int32) & 0xFF
+        for i in tl.static_range(1, 4):
+            byte = code(widen(slices[i]), scale, FP8, NARROW, NATIVE).to(tl.int32) & 0xFF
+            word = word | (byte << (8 * i))
+        return word

@@ -1,0 +1,1 @@
+"""KV caches with scales per token and head, rotated or not: written, and attended to."""

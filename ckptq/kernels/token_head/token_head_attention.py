@@ -1,0 +1,285 @@
+"""Attention over a paged cache of INT8, FP8, INT4 or INT2 codes with a scale per token and head.
+
+Meaning: `cache.reference.attention` over `reference.dequantize`. The query is rotated as the
+keys were, and the result is rotated back as the values need; in between nothing is unpacked to
+memory:
+
+- A byte holds 1, 2 or 4 neighbouring dimensions, so the query is read as as many interleaved
+  streams (the dimensions 4j, 4j + 1, ... for INT2): each is multiplied with the codes at its place
+  in the bytes, and the products are summed. The result leaves as interleaved stripes.
+- Codes are multiplied as they are. With a zero point z, q . (code - z) is q . code - z * sum(q), so
+  scores lose z times the query's sum, and the result loses the sum of weight * scale * z over keys.
+- The scale of a key multiplies its scores, that of a value its weight.
+
+Shape letters: T queries of all sequences, H query heads, K key/value heads, D head dimension,
+W bytes of a head; M rows of a tile (queries x heads of a group), N keys of a tile.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ckptq.kernels.attention.mask import Mask, cap_height
+from ckptq.kernels.attention.online_softmax import (
+    cap,
+    dot,
+    finish,
+    fold,
+    key_bounds,
+    oldest_key,
+    visible,
+)
+from ckptq.kernels.cache.paged_addresses import key_offset, query_rows
+from ckptq.kernels.cache.paged_attention import paged_tile
+from ckptq.kernels.cache.paging import Sequences
+from ckptq.kernels.rounding import e4m3_value, narrow, widen
+from ckptq.kernels.token_head.hadamard import rotate
+from ckptq.kernels.token_head.kv_format import CENTROIDS
+from ckptq.kernels.token_head.token_head_cache import TokenHeadCache
+
+
+@triton.jit
+def _stream(
+    byte_NW, PLACE: tl.constexpr, KIND: tl.constexpr, NEAR: tl.constexpr, FAR: tl.constexpr
+):
+    """What the bytes hold at one place, fp32: codes; for FP8 and INT2 what the codes stand for."""
+    if KIND == "int8":
+        return byte_NW.to(tl.int8, bitcast=True).to(tl.float32)
+    elif KIND == "fp8":
+        return e4m3_value(byte_NW)
+    elif KIND == "int4":
+        return ((byte_NW >> (4 * PLACE)) & 15).to(tl.float32)
+    else:
+        code_NW = (byte_NW >> (2 * PLACE)) & 3
+        magnitude_NW = tl.where((code_NW == 0) | (code_NW == 3), FAR, NEAR)
+        return tl.where(code_NW < 2, -magnitude_NW, magnitude_NW)
+
+
+@triton.jit
+def _load_query(q_ptrs, m_MW, PLACE: tl.constexpr, STREAMS: tl.constexpr):
+    """One stream of the query, [M, W]; a stream that the format lacks is zero, and folded away."""
+    if PLACE < STREAMS:
+        return tl.load(q_ptrs + PLACE, mask=m_MW, other=0.0)
+    else:
+        return tl.zeros(q_ptrs.shape, q_ptrs.dtype.element_ty)
+
+
+@triton.jit
+def _add_score(
+    score_MN,
+    q_MW,
+    byte_NW,
+    PLACE: tl.constexpr,
+    STREAMS: tl.constexpr,
+    KIND: tl.constexpr,
+    NEAR: tl.constexpr,
+    FAR: tl.constexpr,
+):
+    if PLACE < STREAMS:
+        k_NW = narrow(_stream(byte_NW, PLACE, KIND, NEAR, FAR), q_MW.dtype)
+        return dot(q_MW, tl.trans(k_NW), score_MN)
+    else:
+        return score_MN
+
+
+@triton.jit
+def _add_value(
+    acc_MW,
+    decay_M,
+    weight_MN,
+    byte_NW,
+    PLACE: tl.constexpr,
+    STREAMS: tl.constexpr,
+    KIND: tl.constexpr,
+    NEAR: tl.constexpr,
+    FAR: tl.constexpr,
+):
+    if PLACE < STREAMS:
+        v_NW = narrow(_stream(byte_NW, PLACE, KIND, NEAR, FAR), weight_MN.dtype)
+        return dot(weight_MN, v_NW, acc_MW * decay_M[:, None])
+    else:
+        return acc_MW
+
+
+@triton.jit
+def _store_stripe(
+    acc_MW, sum_M, zeros_M, out_ptrs, m_MW, PLACE: tl.constexpr, STREAMS: tl.constexpr
+):
+    if PLACE < STREAMS:
+        tl.store(out_ptrs + PLACE, finish(acc_MW - zeros_M[:, None], sum_M), mask=m_MW)
+
+
+@triton.jit
+def _token_head_attention_kernel(
+    q_ptr,
+    k_ptr,
+    v_ptr,
+    k_scale_ptr,
+    v_scale_ptr,
+    k_zero_ptr,
+    v_zero_ptr,
+    out_ptr,
+    starts_ptr,
+    length_ptr,
+    table_ptr,
+    scaling,
+    softcap,
+    code_stride_block,
+    code_stride_token,
+    code_stride_head,
+    scale_stride_block,
+    scale_stride_token,
+    scale_stride_head,
+    table_stride,
+    H,
+    D: tl.constexpr,
+    GROUP: tl.constexpr,
+    BLOCK: tl.constexpr,
+    CAUSAL: tl.constexpr,
+    WINDOW: tl.constexpr,
+    CHUNK: tl.constexpr,
+    CAPPED: tl.constexpr,
+    KIND: tl.constexpr,
+    STREAMS: tl.constexpr,
+    ASYMMETRIC: tl.constexpr,
+    NEAR: tl.constexpr,
+    FAR: tl.constexpr,
+    BLOCK_W: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+):
+    K = H // GROUP
+    sequence, kv = tl.program_id(1) // K, tl.program_id(1) % K
+    length = tl.load(length_ptr + sequence)
+    token_M, member_M, real_M, q_pos_M, first, last = query_rows(
+        starts_ptr, sequence, tl.program_id(0) * (ROWS // GROUP), length, GROUP, ROWS
+    )
+    o_W = tl.arange(0, BLOCK_W)
+    o_N = tl.arange(0, COLUMNS)
+    m_MW = real_M[:, None] & (o_W < D // STREAMS)[None, :]
+    o_MW = ((token_M * H + kv * GROUP + member_M) * D)[:, None] + (o_W * STREAMS)[None, :]
+    q0_MW = _load_query(q_ptr + o_MW, m_MW, 0, STREAMS)
+    q1_MW = _load_query(q_ptr + o_MW, m_MW, 1, STREAMS)
+    q2_MW = _load_query(q_ptr + o_MW, m_MW, 2, STREAMS)
+    q3_MW = _load_query(q_ptr + o_MW, m_MW, 3, STREAMS)
+    # of the query as it is multiplied, so that a zero point cancels in full
+    q_sum_M = tl.sum(widen(q0_MW) + widen(q1_MW) + widen(q2_MW) + widen(q3_MW), 1)
+
+    slope = scaling / softcap if CAPPED else 0.0
+    factor = (softcap if CAPPED else scaling) * 1.4426950408889634  # log2 e
+    begin, _, _, end = key_bounds(first, last, length, CAUSAL, WINDOW, CHUNK, COLUMNS)
+    oldest = oldest_key(first, WINDOW, CHUNK)
+    acc0_MW = tl.zeros([ROWS, BLOCK_W], tl.float32)
+    acc1_MW = tl.zeros([ROWS, BLOCK_W], tl.float32)
+    acc2_MW = tl.zeros([ROWS, BLOCK_W], tl.float32)
+    acc3_MW = tl.zeros([ROWS, BLOCK_W], tl.float32)
+    zeros_M = tl.zeros([ROWS], tl.float32)
+    max_M = tl.full([ROWS], float("-inf"), tl.float32)
+    sum_M = tl.zeros([ROWS], tl.float32)
+    table_ptr += sequence * table_stride
+    k_ptr += kv.to(tl.int64) * code_stride_head
+    v_ptr += kv.to(tl.int64) * code_stride_head
+    for k_first in tl.range(begin, end, COLUMNS):
+        k_pos_N = k_first + o_N
+        m_N = k_pos_N < length
+        if WINDOW or CHUNK:
+            m_N = m_N & (k_pos_N >= oldest)
+        m_NW = m_N[:, None] & (o_W < D // STREAMS)[None, :]
+        row_N = key_offset(table_ptr, k_pos_N, m_N, code_stride_block, code_stride_token, BLOCK)
+        o_NW = row_N[:, None] + o_W[None, :]
+        scale_N = key_offset(table_ptr, k_pos_N, m_N, scale_stride_block, scale_stride_token, BLOCK)
+        scale_N += kv.to(tl.int64) * scale_stride_head
+        k_NW = tl.load(k_ptr + o_NW, mask=m_NW, other=0)
+        v_NW = tl.load(v_ptr + o_NW, mask=m_NW, other=0)
+        k_scale_N = tl.load(k_scale_ptr + scale_N, mask=m_N, other=0.0)
+        v_scale_N = tl.load(v_scale_ptr + scale_N, mask=m_N, other=0.0)
+
+        score_MN = tl.zeros([ROWS, COLUMNS], tl.float32)
+        score_MN = _add_score(score_MN, q0_MW, k_NW, 0, STREAMS, KIND, NEAR, FAR)
+        score_MN = _add_score(score_MN, q1_MW, k_NW, 1, STREAMS, KIND, NEAR, FAR)
+        score_MN = _add_score(score_MN, q2_MW, k_NW, 2, STREAMS, KIND, NEAR, FAR)
+        score_MN = _add_score(score_MN, q3_MW, k_NW, 3, STREAMS, KIND, NEAR, FAR)
+        if ASYMMETRIC:
+            k_zero_N = tl.load(k_zero_ptr + scale_N, mask=m_N, other=0).to(tl.float32)
+            score_MN -= q_sum_M[:, None] * k_zero_N[None, :]
+        score_MN *= k_scale_N[None, :]
+        if CAPPED:
+            score_MN = cap(score_MN, slope)
+        seen_MN = visible(q_pos_M, k_pos_N, length, CAUSAL, WINDOW, CHUNK)
+        score_MN = tl.where(seen_MN, score_MN, float("-inf"))
+        weight_MN, decay_M, max_M, sum_M = fold(score_MN, max_M, sum_M, factor, 0, True)
+
+        weight_MN = narrow(weight_MN * v_scale_N[None, :], q0_MW.dtype)
+        acc0_MW = _add_value(acc0_MW, decay_M, weight_MN, v_NW, 0, STREAMS, KIND, NEAR, FAR)
+        acc1_MW = _add_value(acc1_MW, decay_M, weight_MN, v_NW, 1, STREAMS, KIND, NEAR, FAR)
+        acc2_MW = _add_value(acc2_MW, decay_M, weight_MN, v_NW, 2, STREAMS, KIND, NEAR, FAR)
+        acc3_MW = _add_value(acc3_MW, decay_M, weight_MN, v_NW, 3, STREAMS, KIND, NEAR, FAR)
+        if ASYMMETRIC:
+            v_zero_N = tl.load(v_zero_ptr + scale_N, mask=m_N, other=0).to(tl.float32)
+            zeros_M = zeros_M * decay_M + tl.sum(widen(weight_MN) * v_zero_N[None, :], 1)
+
+    _store_stripe(acc0_MW, sum_M, zeros_M, out_ptr + o_MW, m_MW, 0, STREAMS)
+    _store_stripe(acc1_MW, sum_M, zeros_M, out_ptr + o_MW, m_MW, 1, STREAMS)
+    _store_stripe(acc2_MW, sum_M, zeros_M, out_ptr + o_MW, m_MW, 2, STREAMS)
+    _store_stripe(acc3_MW, sum_M, zeros_M, out_ptr + o_MW, m_MW, 3, STREAMS)
+
+
+def _check(query_THD: Tensor, key: TokenHeadCache, value: TokenHeadCache) -> None:
+    _, H, D = query_THD.shape
+    K = key.layout.sizes(key.code)[1]
+    if H % K or key.head_dim != D:
+        raise ValueError(f"{H} heads of {D} over a cache of {K} heads of {key.head_dim}")
+    alike = ("fmt", "layout", "head_dim")
+    if any(getattr(key, a) != getattr(value, a) for a in alike):
+        raise ValueError("the caches of keys and values differ in format, layout or head size")
+    if key.code.stride() != value.code.stride() or key.scale.stride() != value.scale.stride():
+        raise ValueError("the caches of keys and values must be laid out alike")
+
+
+def token_head_attention(
+    query_THD: Tensor,
+    key: TokenHeadCache,
+    value: TokenHeadCache,
+    sequences: Sequences,
+    *,
+    scaling: float,
+    mask: Mask = Mask(),  # noqa: B008, frozen
+    softcap: float | None = None,
+) -> Tensor:
+    """Attention of the queries [T, H, D] of all sequences over their cached keys: [T, H, D].
+
+    The queries stand at the end of their sequence and are not rotated yet. What is read and written
+    is as `paged_attention` says. Raises ValueError where
+    heads, head sizes or caches do not fit each other.
+    """
+    _check(query_THD, key, value)
+    T, H, D = query_THD.shape
+    block, K = key.layout.sizes(key.code)
+    sequences.check(key.code, K)
+    group, streams = H // K, key.fmt.per_byte
+    tile = paged_tile(group)
+    query = rotate(query_THD, key.rotation).contiguous()
+    out = torch.empty(T, H, D, dtype=torch.float32, device=query.device)
+    tiles = triton.cdiv(sequences.longest, tile["ROWS"] // group)
+    _token_head_attention_kernel[(tiles, len(sequences.lengths) * K)](
+        *(query, key.code, value.code, key.scale, value.scale, key.zero, value.zero, out),
+        *(sequences.query_starts, sequences.lengths, sequences.block_table),
+        *(float(scaling), cap_height(softcap)),
+        *key.layout.strides(key.code),
+        *key.layout.strides(key.scale),
+        *(sequences.block_table.stride(0), H),
+        D=D,
+        GROUP=group,
+        BLOCK=block,
+        **mask.constexprs(),
+        CAPPED=softcap is not None,
+        KIND=key.fmt.name.partition("_")[0],
+        STREAMS=streams,
+        ASYMMETRIC=key.fmt.asymmetric,
+        NEAR=CENTROIDS[0],
+        FAR=CENTROIDS[1],
+        BLOCK_W=max(16, triton.next_power_of_2(D // streams)),
+        **tile,
+    )
+    return rotate(out, value.rotation, query_THD.dtype, inverse=True)

@@ -1,0 +1,153 @@
+"""Writing static caches, and attention over them: layouts, scales, skipped slots, block tables."""
+
+import pytest
+import torch
+from kernel_cases import same
+from kv_cases import BLOCK, BLOCKS, heads, per_sequence, sequences, slots
+from torch import Tensor
+
+from ckptq.kernels.attention.mask import Mask
+from ckptq.kernels.cache import reference as meaning
+from ckptq.kernels.cache.paged_attention import paged_attention
+from ckptq.kernels.cache.paging import Layout
+from ckptq.kernels.cache.write_cache import write_cache
+
+FP8 = torch.float8_e4m3fn
+LAYOUTS = pytest.mark.parametrize("layout", list(Layout))
+
+
+def scales(x_TKD: Tensor, per_head: bool, dtype: torch.dtype) -> Tensor:
+    amax_K = x_TKD.float().abs().amax((0, 2))
+    return ((amax_K if per_head else amax_K.amax()[None]) / 448).to(dtype)
+
+
+def error(got: Tensor, want: Tensor) -> float:
+    return ((got.cpu().double() - want).norm() / want.norm()).item()
+
+
+@LAYOUTS
+@pytest.mark.parametrize("held", ["plain", "per-tensor", "per-head", "per-head-bf16"])
+@pytest.mark.parametrize("D", [64, 80])
+def test_write(device: torch.device, layout: Layout, held: str, D: int) -> None:
+    k, v = heads(46, 3, D, torch.bfloat16), heads(46, 3, D, torch.bfloat16, seed=1)
+    slot_T = slots()
+    slot_T[[0, 7, 45]] = -1
+    scale_dtype = torch.bfloat16 if held.endswith("bf16") else torch.float32
+    pair = [None, None]
+    if held != "plain":
+        pair = [scales(x, "head" in held, scale_dtype) for x in (k, v)]
+        pair[0] = pair[0] / 2  # too small on purpose: the largest values saturate
+    dtype = torch.bfloat16 if held == "plain" else FP8
+    caches = []
+    for x, scale in zip((k, v), pair, strict=True):
+        cache = torch.full(layout.shape(BLOCKS, BLOCK, 3, D), 0.5).to(dtype)
+        meaning.write(x, cache, slot_T, layout, scale)
+        caches.append(cache)
+    got = [torch.full(layout.shape(BLOCKS, BLOCK, 3, D), 0.5).to(dtype).to(device) for _ in "kv"]
+    on_device = [None if s is None else s.view(-1, 1, 1).to(device) for s in pair]
+    write_cache(
+        *(k.to(device), v.to(device), *got, slot_T.to(device)),
+        layout=layout,
+        k_scale=on_device[0],
+        v_scale=on_device[1],
+    )
+    assert same(got[0], caches[0])
+    assert same(got[1], caches[1])
+
+
+def test_another_heads_scale_is_noticed(device: torch.device) -> None:
+    x = heads(46, 3, 64, torch.bfloat16)
+    scale = scales(x, True, torch.float32).to(device)
+    written = []
+    for s in (scale, scale.roll(1)):
+        cache = torch.zeros(BLOCKS, BLOCK, 3, 64, dtype=FP8, device=device)
+        write_cache(
+            *(x.to(device), x.to(device), cache, cache.clone(), slots().to(device)),
+            k_scale=s,
+            v_scale=s,
+        )
+        written.append(cache)
+    assert not same(written[0], written[1].cpu())
+
+
+@LAYOUTS
+@pytest.mark.parametrize(
+    ("D", "mask", "softcap"),
+    [
+        (64, Mask(), None),
+        (80, Mask(sliding_window=11), None),
+        (96, Mask(chunk=16), 20.0),
+        (128, Mask(), None),
+    ],
+    ids=str,
+)
+def test_attention(
+    device: torch.device, layout: Layout, D: int, mask: Mask, softcap: float | None
+) -> None:
+    q, k, v = heads(6, 6, D, seed=2), heads(46, 2, D), heads(46, 2, D, seed=1)
+    caches = [torch.zeros(layout.shape(BLOCKS, BLOCK, 2, D), device=device) for _ in "kv"]
+    write_cache(k.to(device), v.to(device), *caches, slots().to(device), layout=layout)
+    run = {"scaling": D**-0.5, "mask": mask, "softcap": softcap}
+    got = paged_attention(q.to(device), *caches, sequences(device), layout=layout, **run)
+    want = meaning.attention(
+        q, per_sequence(k), per_sequence(v), sequences(torch.device("cpu")), **run
+    )
+    assert error(got, want) < 1e-6
+
+
+@pytest.mark.parametrize("per_head", [True, False], ids=["per-head", "per-tensor"])
+@pytest.mark.parametrize("query", ["bf16", "fp8"])
+def test_attention_over_fp8(device: torch.device, per_head: bool, query: str) -> None:
+    D = 64
+    q, k, v = heads(6, 4, D, torch.bfloat16, 2), heads(46, 2, D), heads(46, 2, D, seed=1)
+    k[:, 1] *= 5
+    v[:, 1] *= 5
+    k_scale, v_scale = scales(k, per_head, torch.float32), scales(v, per_head, torch.float32)
+    q_scale = torch.ones(1)
+    if query == "fp8":
+        q_scale = scales(q, per_head, torch.float32)
+        q = (q.float() / q_scale.view(-1, 1)).to(FP8)
+    codes = [(k / k_scale.view(-1, 1)).to(FP8), (v / v_scale.view(-1, 1)).to(FP8)]
+    caches = [torch.zeros(BLOCKS, BLOCK, 2, D, dtype=FP8) for _ in "kv"]
+    for x, cache in zip(codes, caches, strict=True):
+        meaning.slots(cache, Layout.NHD)  # NHD: rows of the cache are the slots themselves
+        cache.view(-1, 2, D)[slots()] = x
+    value = [
+        x.double() * s.view(-1, 1)
+        for x, s in zip((q, *codes), (q_scale, k_scale, v_scale), strict=True)
+    ]
+    cpu = sequences(torch.device("cpu"))
+    want = meaning.attention(
+        value[0], per_sequence(value[1]), per_sequence(value[2]), cpu, scaling=0.1
+    )
+
+    def run(*descales: Tensor) -> Tensor:
+        return paged_attention(
+            q.to(device),
+            *(cache.to(device) for cache in caches),
+            sequences(device),
+            scaling=0.1,
+            descales=tuple(d.to(device) for d in descales),
+        )
+
+    assert error(run(q_scale, k_scale, v_scale), want) < 6e-3
+    if per_head:
+        assert error(run(q_scale, k_scale.flip(0), v_scale), want) > 0.05
+        assert error(run(q_scale, k_scale, v_scale.flip(0)), want) > 0.5
+
+
+def test_what_does_not_fit_is_refused(device: torch.device) -> None:
+    x, slot_T = heads(46, 3, 64).to(device), slots().to(device)
+    cache = torch.zeros(BLOCKS, BLOCK, 3, 64, device=device)
+    three = torch.ones(3, device=device)
+    with pytest.raises(ValueError, match="does not hold 3 heads of 64"):
+        write_cache(x, x, cache[:, :, :2], cache[:, :, :2], slot_T)
+    with pytest.raises(ValueError, match="scales are for E4M3"):
+        write_cache(x, x, cache, cache, slot_T, k_scale=three, v_scale=three)
+    codes = cache.to(FP8)
+    with pytest.raises(ValueError, match="2 scales for 3 heads"):
+        write_cache(x, x, codes, codes, slot_T, k_scale=three[:2], v_scale=three)
+    with pytest.raises(ValueError, match="do not fit queries"):
+        paged_attention(x[:6, :2], cache, cache, sequences(device), scaling=1.0)
+    with pytest.raises(ValueError, match="descales"):
+        paged_attention(x[:6], codes, codes, sequences(device), scaling=1.0)

@@ -1,0 +1,32 @@
+"""The doors to the kernels: the public functions of every `dispatch.py`, and their two sides."""
+
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+from ckptq.kernels.cache import dispatch as cache
+from ckptq.kernels.int4 import dispatch as int4
+from ckptq.kernels.linear import dispatch as linear
+from ckptq.kernels.quantize import dispatch as quantize
+from ckptq.kernels.token_head import dispatch as token_head
+
+WEIGHTS = (quantize, int4, linear)
+CACHES = (cache, token_head)
+
+
+def doors(modules: tuple[Any, ...]) -> dict[str, Callable[..., Any]]:
+    return {
+        name: function
+        for module in modules
+        for name, function in vars(module).items()
+        if inspect.isfunction(function) and function.__module__ == module.__name__
+        if not name.startswith("_")
+    }
+
+
+def take(monkeypatch: pytest.MonkeyPatch, gpu: bool) -> None:
+    """Take the kernel's side of every door, or the other; without a GPU the former interprets."""
+    for module in (*WEIGHTS, *CACHES):
+        monkeypatch.setattr(module, "on_gpu", lambda _x: gpu)

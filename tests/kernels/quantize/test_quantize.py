@@ -1,0 +1,174 @@
+"""FP8 and INT8 kernels against their meaning in plain torch: equal codes, equal scales."""
+
+import pytest
+import torch
+from kernel_cases import both_same, same, weights
+
+from ckptq.kernels.quantize import reference as meaning
+from ckptq.kernels.quantize.dequantize_codes import dequantize
+from ckptq.kernels.quantize.quantize_blocks import quantize_blocks
+from ckptq.kernels.quantize.quantize_rows import quantize_rows
+from ckptq.kernels.quantize.quantize_static import quantize_static
+from ckptq.kernels.quantize.quantize_tensor import quantize_heads, quantize_tensor
+from ckptq.rope_order import Heads, RopeOrder
+
+FP8, INT8 = torch.float8_e4m3fn, torch.int8
+SHAPES = [(1, 1), (3, 62), (130, 257), (5, 4100)]
+CODES = pytest.mark.parametrize("codes", [FP8, INT8], ids=["fp8", "int8"])
+SOURCES = pytest.mark.parametrize(
+    "source", [torch.bfloat16, torch.float16, torch.float32], ids=["bf16", "fp16", "fp32"]
+)
+ORDERS = pytest.mark.parametrize("to", list(RopeOrder))
+
+
+@CODES
+@SOURCES
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_rows(
+    device: torch.device, shape: tuple[int, int], source: torch.dtype, codes: torch.dtype
+) -> None:
+    x = weights(shape, source)
+    assert both_same(quantize_rows(x.to(device), codes), meaning.quantize_rows(x, codes))
+
+
+@CODES
+def test_rows_too_long_for_one_program(device: torch.device, codes: torch.dtype) -> None:
+    x = weights((3, 33_000))
+    assert both_same(quantize_rows(x.to(device), codes), meaning.quantize_rows(x, codes))
+
+
+@pytest.mark.parametrize("source", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
+def test_every_sixteen_bit_value_as_a_row_maximum_and_as_a_code(
+    device: torch.device, source: torch.dtype
+) -> None:
+    """Scales from subnormal to infinite, and all codes under a scale of one."""
+    every = torch.arange(1 << 16, dtype=torch.int32).to(torch.int16).view(source)
+    every = torch.where(every.isfinite(), every, 0)
+    x = torch.stack([every, every / 3, every / 100], 1)
+    assert both_same(quantize_rows(x.to(device)), meaning.quantize_rows(x))
+    x, one = every.view(256, 256), torch.ones(1, 1, dtype=source)
+    for codes in (FP8, INT8):
+        got = quantize_static(x.to(device), one.to(device), (256, 256), codes)
+        assert same(got, meaning.quantize_static(x, one, (256, 256), codes))
+
+
+@CODES
+@SOURCES
+@pytest.mark.parametrize("shape", [(1, 1), (130, 257), (256, 128)], ids=str)
+def test_blocks(
+    device: torch.device, shape: tuple[int, int], source: torch.dtype, codes: torch.dtype
+) -> None:
+    x = weights(shape, source)
+    assert both_same(quantize_blocks(x.to(device), codes), meaning.quantize_blocks(x, codes))
+
+
+@CODES
+@SOURCES
+@pytest.mark.parametrize("shape", [(1, 1), (37, 2500)], ids=str)
+def test_tensor(
+    device: torch.device, shape: tuple[int, int], source: torch.dtype, codes: torch.dtype
+) -> None:
+    x = weights(shape, source)
+    assert both_same(quantize_tensor(x.to(device), codes), meaning.quantize_tensor(x, codes))
+
+
+@CODES
+@pytest.mark.parametrize("shape", [(1, 1, 2), (70, 3, 80), (5, 2, 128)], ids=str)
+def test_heads(device: torch.device, shape: tuple[int, int, int], codes: torch.dtype) -> None:
+    x = weights(shape)
+    x[:, 0] *= 9  # heads of different sizes
+    assert both_same(quantize_heads(x.to(device), codes), meaning.quantize_heads(x, codes))
+
+
+@CODES
+@SOURCES
+@pytest.mark.parametrize("scales", [torch.bfloat16, torch.float32], ids=["bf16", "fp32"])
+@pytest.mark.parametrize("tile", [(70, 240), (1, 240), (70, 80), (32, 32)], ids=str)
+def test_static_scales_and_back(
+    device: torch.device,
+    tile: tuple[int, int],
+    scales: torch.dtype,
+    source: torch.dtype,
+    codes: torch.dtype,
+) -> None:
+    """Per tensor, channel, head and block; small scales, so that codes saturate."""
+    x = weights((70, 240), source)
+    grid = [-(-size // side) for size, side in zip(x.shape, tile, strict=True)]
+    scale = (torch.rand(grid, generator=torch.Generator().manual_seed(1)) * 0.001).to(scales)
+    got = quantize_static(x.to(device), scale.to(device), tile, codes)
+    want = meaning.quantize_static(x, scale, tile, codes)
+    assert same(got, want)
+    assert same(dequantize(got, scale.to(device), tile), meaning.dequantize(want, scale, tile))
+
+
+@ORDERS
+@pytest.mark.parametrize("heads", [Heads(3, 10), Heads(2, 16, 6)], ids=str)
+def test_rows_in_rope_order(device: torch.device, heads: Heads, to: RopeOrder) -> None:
+    x = weights((heads.rows, 70))
+    want = meaning.quantize_rows(x, FP8, heads, to)
+    assert both_same(quantize_rows(x.to(device), FP8, heads, to), want)
+    scale = want[1].to(device)
+    assert same(quantize_static(x.to(device), scale, (1, 70), FP8, heads, to), want[0])
+
+
+def test_the_wrong_order_or_no_order_is_noticed(device: torch.device) -> None:
+    x, heads = weights((32, 70)), Heads(2, 16)
+    want = meaning.quantize_rows(x, FP8, heads, RopeOrder.HALF_SPLIT)
+    wrong = quantize_rows(x.to(device), FP8, heads, RopeOrder.INTERLEAVED)
+    assert not same(wrong[0], want[0])
+    assert not same(wrong[1], want[1])
+    assert not same(quantize_rows(x.to(device))[0], want[0])
+
+
+def test_long_rows_and_blocks_in_rope_order(device: torch.device) -> None:
+    heads = Heads(1, 6)
+    x = weights((6, 33_000))
+    want = meaning.quantize_rows(x, INT8, heads)
+    assert both_same(quantize_rows(x.to(device), INT8, heads), want)
+    x = x[:, :100].contiguous()
+    ordered = x[torch.tensor([0, 2, 4, 1, 3, 5])]
+    want = meaning.quantize_blocks(ordered, FP8, (4, 32))
+    assert both_same(quantize_blocks(x.to(device), FP8, (4, 32), heads), want)
+    assert both_same(meaning.quantize_blocks(x, FP8, (4, 32), heads), want)
+    assert not both_same(meaning.quantize_blocks(x, FP8, (4, 32)), want)
+
+
+def test_a_strided_input_is_read_by_its_strides(device: torch.device) -> None:
+    whole = weights((9, 300))
+    x = whole[:, 100:200]
+    for got, want in (
+        (quantize_rows, meaning.quantize_rows),
+        (quantize_blocks, meaning.quantize_blocks),
+        (quantize_tensor, meaning.quantize_tensor),
+    ):
+        assert both_same(got(whole.to(device)[:, 100:200]), want(x))
+
+
+def test_golden_bytes(device: torch.device) -> None:
+    """By hand: amax 448 gives scale 1, codes 0x78 + ... ; amax 7 gives INT8 scale 7 / 127.5."""
+    x = torch.tensor([[448.0, -1.0, 17.0, 19.0], [0.0, -0.0, 0.0, 0.0]]).bfloat16()
+    code, scale = quantize_rows(x.to(device))
+    assert code.view(torch.uint8).tolist() == [[0x7E, 0xB8, 0x58, 0x5A], [0, 0x80, 0, 0]]
+    assert scale.tolist() == [[1.0], [0.0078125]]
+    x = torch.tensor([[127.5, -127.5, 2.5, 3.5, -0.5]])
+    code, scale = quantize_rows(x.to(device), INT8)
+    assert code.tolist() == [[127, -128, 2, 4, 0]]
+    assert scale.tolist() == [[1.0]]
+
+
+def test_a_scale_off_by_one_row_is_noticed(device: torch.device) -> None:
+    x = weights((40, 64))
+    _, scale = meaning.quantize_rows(x)
+    moved = scale.roll(1, 0)
+    got = quantize_static(x.to(device), moved.to(device), (1, 64))
+    assert not same(got, meaning.quantize_static(x, scale, (1, 64), FP8))
+
+
+def test_shapes_that_do_not_fit_are_refused(device: torch.device) -> None:
+    x = weights((8, 64)).to(device)
+    with pytest.raises(ValueError, match="do not tile"):
+        quantize_static(x, torch.ones(7, 1, device=device), (1, 64))
+    with pytest.raises(ValueError, match="dense columns"):
+        quantize_rows(x.t())
+    with pytest.raises(ValueError, match="rows"):
+        quantize_rows(x, FP8, Heads(3, 4))

@@ -1,0 +1,110 @@
+"""The doors of weights: one per kernel, and both sides of each give the same."""
+
+import importlib
+import inspect
+
+import pytest
+import torch
+from doors import WEIGHTS, doors, take
+from kernel_cases import both_same, same, weights
+from torch import Tensor
+
+from ckptq.kernels.gpu import on_gpu
+from ckptq.kernels.int4 import dispatch as int4
+from ckptq.kernels.int4 import reference as int4_meaning
+from ckptq.kernels.quantize import dispatch
+from ckptq.kernels.quantize import reference as meaning
+from ckptq.rope_order import Heads, RopeOrder, gather_indices
+
+FP8 = torch.float8_e4m3fn
+KERNELS = {
+    "quantize": (
+        *("quantize_rows", "quantize_tensor", "quantize_blocks", "quantize_static"),
+        *("dequantize_codes", "quantize_experts", "quantize_expert_blocks"),
+    ),
+    "int4": ("quantize_int4", "quantize_int4_experts"),
+    "linear": ("linear_w8a8", "linear_fp8_block", "linear_w4a16"),
+}
+DOORS = doors(WEIGHTS)
+A, W = weights((5, 256), seed=1), weights((9, 256), seed=2)
+EXPERTS = weights((2, 128, 24))
+(A8, A_SCALE), (W8, W_SCALE) = meaning.quantize_rows(A), meaning.quantize_rows(W)
+(AB, AB_SCALE), (WB, WB_SCALE) = (
+    meaning.quantize_blocks(A, block=(1, 128)),
+    meaning.quantize_blocks(W),
+)
+W4, W4_SCALE, W4_ZERO = int4.quantize_int4(W, 32, False)
+CALLS: dict[str, tuple] = {
+    "quantize_rows": (W,),
+    "quantize_tensor": (W,),
+    "quantize_heads": (weights((7, 2, 24)),),
+    "quantize_blocks": (W,),
+    "quantize_static": (W, W_SCALE, (1, 256)),
+    "dequantize": (W8, W_SCALE, (1, 256)),
+    "quantize_experts": (EXPERTS,),
+    "quantize_expert_blocks": (EXPERTS,),
+    "quantize_int4": (W, 32, False),
+    "dequantize_int4": (W4, W4_SCALE, 256, W4_ZERO),
+    "quantize_int4_experts": (EXPERTS, 32),
+    "linear_w8a8": (A8, A_SCALE, W8, W_SCALE),
+    "linear_fp8_block": (AB, AB_SCALE, WB, WB_SCALE),
+    "linear_w4a16": (A, W4, W4_SCALE, W4_ZERO),
+}
+
+
+def test_no_door_is_forgotten() -> None:
+    assert DOORS.keys() == CALLS.keys()
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_both_sides_of_a_door(
+    device: torch.device, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    """Without a GPU, the kernel's side is taken by saying that there is one."""
+    door = DOORS[name]
+    take(monkeypatch, gpu=False)
+    want = door(*CALLS[name])
+    take(monkeypatch, gpu=True)
+    got = door(*(arg.to(device) if isinstance(arg, Tensor) else arg for arg in CALLS[name]))
+    if name.startswith("linear"):
+        torch.testing.assert_close(got.cpu(), want, rtol=2**-7, atol=1e-4 * want.abs().max().item())
+    else:
+        pairs = [(got, want)] if isinstance(want, Tensor) else zip(got, want, strict=True)
+        assert all(same(g, w) for g, w in pairs if w is not None)
+
+
+def test_doors_take_the_arguments_of_their_kernels() -> None:
+    """Names, order and defaults; a door may not leave out what a kernel can do."""
+    for name in CALLS:
+        room = DOORS[name].__module__.split(".")[2]
+        kernels = (importlib.import_module(f"ckptq.kernels.{room}.{m}") for m in KERNELS[room])
+        kernel = next(vars(module)[name] for module in kernels if name in vars(module))
+        want = inspect.signature(kernel).parameters.values()
+        got = inspect.signature(DOORS[name]).parameters.values()
+        assert [(p.name, p.default) for p in got] == [(p.name, p.default) for p in want], name
+
+
+@pytest.mark.parametrize("gpu", [False, True])
+def test_doors_pass_the_row_order_on(
+    device: torch.device, monkeypatch: pytest.MonkeyPatch, gpu: bool
+) -> None:
+    take(monkeypatch, gpu)
+    x, heads, to = weights((24, 64)), Heads(2, 12), RopeOrder.INTERLEAVED
+    scale = torch.full((24, 1), 0.01, dtype=x.dtype)
+    scale[::2] = 0.02
+    ordered, on = x[gather_indices(heads, to)], x.to(device) if gpu else x
+    got = dispatch.quantize_blocks(on, FP8, (8, 32), heads, to)
+    assert both_same(got, meaning.quantize_blocks(ordered, FP8, (8, 32)))
+    got = dispatch.quantize_static(on, scale.to(on.device), (1, 64), FP8, heads, to)
+    assert same(got, meaning.quantize_static(ordered, scale, (1, 64)))
+    assert both_same(dispatch.quantize_rows(on, FP8, heads, to), meaning.quantize_rows(ordered))
+    got = int4.quantize_int4(on, 32, True, heads, to)[:2]
+    assert both_same(got, int4_meaning.quantize_int4(ordered, 32)[:2])
+
+
+def test_the_rule(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert not on_gpu(W)
+    if torch.cuda.is_available():
+        assert on_gpu(W.cuda())
+        monkeypatch.setenv("CKPTQ_EAGER", "1")
+        assert not on_gpu(W.cuda())

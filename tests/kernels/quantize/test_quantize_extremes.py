@@ -1,0 +1,107 @@
+"""The ends of each dtype, values that are no numbers, and the way back from fused experts."""
+
+import pytest
+import torch
+from kernel_cases import both_same, same, weights
+
+from ckptq.kernels.int4 import reference as int4_meaning
+from ckptq.kernels.int4.quantize_int4 import dequantize_int4, quantize_int4
+from ckptq.kernels.int4.quantize_int4_experts import quantize_int4_experts
+from ckptq.kernels.quantize import dispatch
+from ckptq.kernels.quantize import reference as meaning
+from ckptq.kernels.quantize.dequantize_codes import dequantize
+from ckptq.kernels.quantize.quantize_expert_blocks import quantize_expert_blocks
+from ckptq.kernels.quantize.quantize_experts import quantize_experts
+from ckptq.kernels.quantize.quantize_rows import quantize_rows
+from ckptq.kernels.quantize.quantize_static import quantize_static
+
+FP8, INT8 = torch.float8_e4m3fn, torch.int8
+CODES = pytest.mark.parametrize("codes", [FP8, INT8], ids=["fp8", "int8"])
+LARGEST = torch.finfo(torch.float32).max
+
+
+def every_size() -> torch.Tensor:
+    """fp32 rows of 32 values alike in size, from the smallest subnormal, 2^-149, to 2^126."""
+    row = torch.randn(276, 32, generator=torch.Generator().manual_seed(4))
+    return torch.ldexp(row, torch.arange(-149, 127)[:, None])
+
+
+@CODES
+def test_fp32_of_every_size(device: torch.device, codes: torch.dtype) -> None:
+    """Nothing is flushed: subnormal scales of subnormal rows, then eps where they vanish."""
+    x = every_size()
+    want = meaning.quantize_rows(x, codes)
+    assert both_same(quantize_rows(x.to(device), codes), want)
+    smallest = torch.finfo(torch.float32).tiny
+    assert ((want[1] > 0) & (want[1] < smallest)).any()
+    assert (want[1] == torch.finfo(torch.float32).eps).any()
+    assert ((want[1] < smallest) & (want[0].float().abs().amax(1, keepdim=True) > 100)).any()
+
+
+@pytest.mark.parametrize("symmetric", [True, False], ids=["sym", "asym"])
+def test_int4_of_every_size(device: torch.device, symmetric: bool) -> None:
+    x = every_size()
+    want = int4_meaning.quantize_int4(x, 32, symmetric)
+    got = quantize_int4(x.to(device), 32, symmetric)
+    assert all(same(g, w) for g, w in zip(got, want, strict=True) if w is not None)
+
+
+@CODES
+@pytest.mark.parametrize("source", [torch.bfloat16, torch.float32], ids=["bf16", "fp32"])
+def test_infinities_saturate_and_spoil_nothing_beside_them(
+    device: torch.device, source: torch.dtype, codes: torch.dtype
+) -> None:
+    """Under static scales, where a source is not asked for a maximum. NaN gets some code."""
+    x = weights((4, 64), source)
+    spoilt = x.clone()
+    spoilt[1, 3], spoilt[2, 5], spoilt[3, 7] = torch.inf, -torch.inf, torch.nan
+    scale = torch.full((1, 1), 0.0123, dtype=source)
+    want = meaning.quantize_static(x, scale, (4, 64), codes)
+    got = quantize_static(spoilt.to(device), scale.to(device), (4, 64), codes).cpu()
+    ends = [448.0, -448.0] if codes == FP8 else [127.0, -128.0]
+    assert [got[1, 3].float().item(), got[2, 5].float().item()] == ends
+    beside = x.isfinite() & spoilt.isfinite()
+    assert torch.equal(got.view(torch.uint8)[beside], want.view(torch.uint8)[beside])
+
+
+@pytest.mark.parametrize("block", [(96, 40), (128, 512)], ids=str)
+def test_blocks_that_no_program_holds_are_taken_by_the_reference(
+    device: torch.device, monkeypatch: pytest.MonkeyPatch, block: tuple[int, int]
+) -> None:
+    x = weights((130, 600))
+    monkeypatch.setattr(dispatch, "on_gpu", lambda _x: True)
+    got = dispatch.quantize_blocks(x.to(device), FP8, block)
+    assert both_same(got, meaning.quantize_blocks(x, FP8, block))
+
+
+@CODES
+def test_experts_and_back(device: torch.device, codes: torch.dtype) -> None:
+    """Rows of all experts are rows of one matrix: error at most half a step, E4M3's being 1/16."""
+    x = weights((3, 128, 256), torch.float32)
+    code, scale = quantize_experts(x.to(device), codes)
+    back = dequantize(code.flatten(0, 1), scale.flatten(0, 1), (1, 128)).view(3, 256, 128)
+    turned = x.transpose(1, 2)
+    step = turned.abs() / 16 if codes == FP8 else 0.0
+    bound = torch.maximum(torch.as_tensor(step), scale.cpu() / 2) * 1.001
+    assert ((back.cpu() - turned).abs() <= bound).all()
+    assert not ((back.cpu() - turned.roll(1, 0)).abs() <= bound).all()
+    code, scale = quantize_expert_blocks(x.to(device), codes)
+    back = dequantize(code.flatten(0, 1), scale.flatten(0, 1), (128, 128)).view(3, 256, 128)
+    spread = scale.cpu().repeat_interleave(128, 1).repeat_interleave(128, 2)
+    bound = torch.maximum(torch.as_tensor(step), spread / 2) * 1.001
+    assert ((back.cpu() - turned).abs() <= bound).all()
+
+
+@pytest.mark.parametrize("symmetric", [True, False], ids=["sym", "asym"])
+def test_int4_experts_and_back(device: torch.device, symmetric: bool) -> None:
+    x = weights((3, 128, 64), torch.float32)
+    packed, scale, zero = (
+        None if part is None else part.flatten(0, 1)
+        for part in quantize_int4_experts(x.to(device), 32, symmetric)
+    )
+    back = dequantize_int4(packed, scale, 128, zero).view(3, 64, 128).cpu()
+    step = scale.view(3, 64, 4).cpu().repeat_interleave(32, 2)
+    turned = x.transpose(1, 2)
+    # 7.5 is rounded to 7 or 8, and 8 is clamped to 7; a zero point may be half a step off
+    assert ((back - turned).abs() <= step * 1.01).all()
+    assert not ((back - turned.roll(1, 1)).abs() <= step * 1.01).all()
