@@ -151,7 +151,7 @@ def test_folders_that_hold_no_checkpoint(tmp_path):
     assert "is a file" in refusal(tmp_path / "config.json")
     save_file(A, tmp_path / "x.safetensors")
     save_file(B, tmp_path / "y.safetensors")
-    assert f"2 safetensors files and no {INDEX}" in refusal(tmp_path)
+    assert f"2 safetensors files but no {INDEX}" in refusal(tmp_path)
     write_raw(tmp_path / "model.safetensors", {})
     assert "no tensor" in refusal(tmp_path)
 
