@@ -118,7 +118,7 @@ def test_text_and_task_are_measured_side_by_side(saved, data, task):
         (("{s}", "--source", "{s}"), "is not quantized"),
         (("{s}", "--kv-cache", "fp9"), "--kv-cache 'fp9'"),
         (("{s}", "--schemes", "w99"), "unknown scheme 'w99'"),
-        (("{q}", "--source", "{s}", "--min-accuracy", "0.5"), "give --task"),
+        (("{q}", "--source", "{s}", "--min-accuracy", "0.5"), "needs questions"),
     ],
 )
 def test_what_does_not_go_together_is_refused(saved, data, words, message):
@@ -160,7 +160,7 @@ LIMITS = [
 @pytest.mark.parametrize(("option", "limit", "wanted"), LIMITS)
 def test_a_limit_that_means_nothing_is_refused(saved, data, option, limit, wanted):
     words = (saved("llama", "fp8-dynamic").path, "--source", saved("llama").path, "--data", data)
-    with pytest.raises(UsageError, match=f"{option} .*: wanted {wanted}"):
+    with pytest.raises(UsageError, match=f"{option} .*: expected {wanted}"):
         run(*words, option, limit)
     code, _ = run(*words, option, "0" if option.startswith("--min") else "1e9")
     assert code == 0
