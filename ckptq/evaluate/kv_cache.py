@@ -18,6 +18,7 @@ from ckptq.checkpoint.read import read_tensor
 from ckptq.errors import UsageError
 from ckptq.kernels.kv_format import FORMATS, Rotation
 from ckptq.models.encoded import stored_scales
+from ckptq.recipes.declared import declared
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -129,10 +130,10 @@ def parse_cache(name: str, ckpt: Checkpoint | None) -> KVCache:
 
 def declared_cache(ckpt: Checkpoint) -> KVCache:
     """What an engine takes when it is not told: FP8 where the config has a KV scheme."""
-    scheme = (ckpt.quantization_config or {}).get("kv_cache_scheme")
-    if not scheme:
+    scheme = declared(ckpt).kv_cache_scheme
+    if scheme is None:
         return BF16
-    mode = PER_HEAD if scheme.get("strategy") == "attn_head" else PER_TENSOR
+    mode = PER_HEAD if scheme.strategy == "attn_head" else PER_TENSOR
     found = _stored(ckpt)
     if not found:
         # engines start from 1.0 and say nothing where a checkpoint declares scales it lacks

@@ -140,7 +140,7 @@ def planned_inputs(plan: Plan) -> dict[str, InputScheme]:
     """How the recipe rounds what goes into each Linear that it quantizes."""
     found: dict[str, InputScheme] = {}
     for group in plan.recipe.groups:
-        if group.weights is not None and group.input_activations is not None:
-            scheme = input_scheme(group.input_activations, group.name)
+        if group.inputs is not None:
+            scheme = input_scheme(group.inputs, group.name)
             found |= dict.fromkeys(plan.groups[group.name], scheme)
     return found

@@ -9,18 +9,19 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from ckptq.checkpoint.header import StoredTensor
 from ckptq.checkpoint.open import CONFIG, Checkpoint
 from ckptq.checkpoint.read import Files, read_range, read_tensor
+from ckptq.engines.vllm import group_of
 from ckptq.errors import PlanError, SourceError
-from ckptq.models.config_groups import ConfigGroup, block_structure, config_groups, group_of
 from ckptq.models.readable import check_readable
 from ckptq.quantize.scheme import WeightScheme
 from ckptq.quantize.stored import row_quantum, stored
+from ckptq.recipes.declared import Declared, declared
 from ckptq.spec import TensorSpec, torch_dtype
 
 if TYPE_CHECKING:
@@ -101,13 +102,12 @@ def read_encoded(ckpt: Checkpoint) -> dict[str, Encoded]:
         raise PlanError(
             f"{ckpt.path}: {indexed}: groups in activation order (g_idx) cannot be read back"
         )
-    dtype, groups = _weight_dtype(ckpt), config_groups(ckpt)
+    dtype, said = _weight_dtype(ckpt), declared(ckpt)
     found = {}
-    foreign = config if config["quant_method"] == "fp8" else None
     for module, tensors in _modules(ckpt):
-        scheme = _scheme(ckpt, groups, module, tensors[SCALE])
+        scheme = _scheme(ckpt, said, module, tensors[SCALE])
         spec = TensorSpec(dtype, _shape(module, tensors, scheme))
-        check_readable(module, tensors, scheme, spec, foreign)
+        check_readable(module, tensors, scheme, spec, said if said.is_fp8 else None)
         found[module] = Encoded(module=module, tensors=tensors, scheme=scheme, spec=spec)
     return found
 
@@ -155,25 +155,19 @@ def _modules(ckpt: Checkpoint) -> Iterator[tuple[str, dict[str, StoredTensor]]]:
         yield module, tensors
 
 
-def _scheme(
-    ckpt: Checkpoint, groups: Sequence[ConfigGroup], module: str, scale: StoredTensor
-) -> WeightScheme:
-    config = ckpt.quantization_config or {}
-    if config.get("quant_method") == "compressed-tensors":
-        return _declared(ckpt, groups, module)
-    block = block_structure(ckpt)
-    if block is None and scale.spec.numel != 1:
+def _scheme(ckpt: Checkpoint, said: Declared, module: str, scale: StoredTensor) -> WeightScheme:
+    group = group_of(said, module)
+    if group is None:
+        raise SourceError(
+            f"{ckpt.path}: {module} has a weight_scale, but no config group targets it"
+        )
+    scheme = group.weight_scheme(stored=True)
+    if said.is_fp8 and scheme.strategy == "tensor" and scale.spec.numel != 1:
         raise SourceError(
             f"{scale.file}: tensor {scale.name!r} is {scale.spec}, and config.json has no "
             "weight_block_size; wanted the sides of the blocks there, or one scale for the tensor"
         )
-    return WeightScheme(
-        format="float-quantized",
-        num_bits=8,
-        type="float",
-        strategy="block" if block else "tensor",
-        block_structure=block,
-    )
+    return scheme
 
 
 def _unreadable(ckpt: Checkpoint, config: Mapping[str, Any]) -> str:
@@ -182,17 +176,6 @@ def _unreadable(ckpt: Checkpoint, config: Mapping[str, Any]) -> str:
         "back; it reads compressed-tensors and FP8 with a scale for a block or for the tensor "
         "(quant_method fp8)"
     )
-
-
-def _declared(ckpt: Checkpoint, groups: Sequence[ConfigGroup], module: str) -> WeightScheme:
-    group = group_of(groups, module)
-    if group is None:
-        raise SourceError(
-            f"{ckpt.path}: {module} has a weight_scale, but no config group targets it"
-        )
-    args = {k: v for k, v in group.weights.items() if v not in (None, {})}
-    form = group.format or (ckpt.quantization_config or {}).get("format")
-    return WeightScheme.from_args(args, str(form), stored=True)
 
 
 def _shape(

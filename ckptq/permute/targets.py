@@ -7,16 +7,15 @@ and the attention modules that hold them; vision towers have a RoPE of their own
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Any
 
 from ckptq.checkpoint.open import Checkpoint
+from ckptq.engines.vllm import group_of
 from ckptq.errors import PlanError
-from ckptq.models.config_groups import ConfigGroup, block_structure, config_groups, group_of
 from ckptq.models.heads import config_head_dim, config_heads
 from ckptq.models.witnesses import read_witnesses
 from ckptq.permute.effect import Effect, Projection, effect_on, effect_on_attention
-from ckptq.quantize.scheme import pair, whole
+from ckptq.recipes.declared import Declared, declared
 from ckptq.rope_order import Heads
 from ckptq.spec import TensorSpec
 
@@ -39,36 +38,27 @@ def plan_permutation(ckpt: Checkpoint, *, skip_unfit: bool = False) -> dict[str,
             "other layout of attention"
         )
     heads = head_geometry(ckpt.text_config)
-    declared = Declared(config_groups(ckpt), block_structure(ckpt))
+    said = declared(ckpt)
     effects = {}
     for name, stored in ckpt.tensors.items():
         module, local = _split(name, modules)
         if module is None or local.startswith(tuple(f"{p}." for p in _UNTURNED)):
             continue
         try:
-            effects[name] = _effect(declared, module, local, stored.spec, heads)
+            effects[name] = _effect(said, module, local, stored.spec, heads)
         except PlanError:
             if not skip_unfit:
                 raise
     return effects
 
 
-@dataclass(frozen=True, slots=True)
-class Declared:
-    """What the quantization config says of the weights' layout; empty where there is none."""
-
-    groups: tuple[ConfigGroup, ...]
-    block: tuple[int, int] | None
-    """Of all weights, in FP8 as DeepSeek ships it."""
-
-
 def _effect(
-    declared: Declared, module: str, local: str, spec: TensorSpec, heads: Mapping[str, Heads]
+    said: Declared, module: str, local: str, spec: TensorSpec, heads: Mapping[str, Heads]
 ) -> Effect:
     """What happens to one tensor of an attention module: "q_proj.weight", "k_scale", ..."""
     child, _, rest = local.partition(".")
     if child in PROJECTIONS:
-        projection = _projection(declared, f"{module}.{child}", heads[PROJECTIONS[child]])
+        projection = _projection(said, f"{module}.{child}", heads[PROJECTIONS[child]])
         return effect_on(rest, spec, projection)
     sides = {side: Projection(module, heads[side]) for side in heads}
     return effect_on_attention(local, spec, sides)
@@ -134,12 +124,9 @@ def _split(name: str, modules: set[str]) -> tuple[str | None, str]:
     return None, name
 
 
-def _projection(declared: Declared, name: str, heads: Heads) -> Projection:
-    group = group_of(declared.groups, name)
-    weights = group.weights if group else {}
-    return Projection(
-        name,
-        heads,
-        block=pair(weights.get("block_structure")) or declared.block,
-        bits=whole("num_bits", weights.get("num_bits")),
-    )
+def _projection(said: Declared, name: str, heads: Heads) -> Projection:
+    group = group_of(said, name)
+    weights = group.weights if group else None
+    if weights is None:
+        return Projection(name, heads)
+    return Projection(name, heads, block=weights.block_structure, bits=weights.num_bits)

@@ -97,8 +97,7 @@ class StoredLinear:
 
 def stored_linear(module: Module) -> StoredLinear:
     """From a module that `check_tensors` has nothing against."""
-    assert module.group is not None
-    scheme = module.group.scheme
+    scheme = module.scheme
     assert scheme is not None
     shape = module.shape
     assert shape is not None

@@ -12,13 +12,15 @@ from functools import cached_property
 
 from ckptq.checkpoint.header import StoredTensor
 from ckptq.checkpoint.open import Checkpoint
+from ckptq.engines.vllm import group_of
 from ckptq.models.attention import AttentionKind, attention_kind, cache_owners, layer_index
 from ckptq.models.family import Family, family_of
 from ckptq.models.heads import Heads, config_heads, heads_in, layer_heads
 from ckptq.models.modules import Layout, Linear, read_layout
 from ckptq.models.witnesses import Witnesses, read_witnesses
 from ckptq.quantize.scheme import WeightScheme
-from ckptq.verify.declared import Declared, Group
+from ckptq.recipes.declared import Declared
+from ckptq.recipes.scheme import Group
 
 CODES = ("weight", "weight_packed")
 SCALES = (
@@ -58,6 +60,11 @@ class Module:
     """The same Linear in the source, where a source is given and has it."""
 
     @property
+    def scheme(self) -> WeightScheme | None:
+        """That of its group; None without one, and where what is declared cannot be."""
+        return self.group.scheme if self.group is not None else None
+
+    @property
     def codes(self) -> StoredTensor | None:
         return self.tensors.get("weight_packed") or self.tensors.get("weight")
 
@@ -85,7 +92,7 @@ class Module:
         R, C = codes.spec.shape
         if "weight_packed" not in self.tensors or self.group is None:
             return R, C
-        return (R, _columns(self, self.group.scheme, C)) if self.group.scheme else None
+        return (R, _columns(self, self.scheme, C)) if self.scheme else None
 
 
 def _columns(module: Module, scheme: WeightScheme, words: int) -> int:
@@ -150,7 +157,7 @@ class Subject:
                 name=name,
                 tensors=tensors,
                 kept=self.witnesses.why_kept(name),
-                group=self.declared.group_of(name),
+                group=group_of(self.declared, name),
                 origin=self._origin(name),
             )
             for name, tensors in self._by_module().items()

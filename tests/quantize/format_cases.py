@@ -15,6 +15,7 @@ from ckptq.quantize.formats import (
     quantize,
     statistic,
 )
+from ckptq.recipes.args import Args
 from ckptq.spec import spec_of
 
 Judge = Callable[[Mapping[str, Tensor], str, dict[str, object]], dict[str, dict[str, Tensor]]]
@@ -55,7 +56,7 @@ ARGS: list[tuple[str, dict[str, object]]] = [
     ("mxfp4-pack-quantized", {"num_bits": 4, **MX}),
     ("nvfp4-pack-quantized", {"num_bits": 4, **NV, "scale_dtype": "torch.float8_e4m3fn"}),
 ]
-SCHEMES = [WeightScheme.from_args(args, format) for format, args in ARGS]
+SCHEMES = [Args.read(args).weight_scheme(format) for format, args in ARGS]
 
 
 def case_name(case: object) -> str:

@@ -29,7 +29,7 @@ from verify_faults import (
 
 from ckptq.permute.effect import Part
 from ckptq.quantize.formats import quantize
-from ckptq.quantize.scheme import WeightScheme
+from ckptq.recipes.args import Args
 from ckptq.rope_order import RopeOrder
 
 FAULTS: list[Fault] = []
@@ -190,7 +190,7 @@ def forget_the_transpose(e):
     view = read_layout(open_checkpoint(source)).linears[name].weight
     with Files() as files:
         weight = source_rows(files, view)(0, 128).t().contiguous()
-    scheme = WeightScheme.from_args(e.group["weights"], e.group["format"], stored=True)
+    scheme = Args.read(e.group["weights"]).weight_scheme(e.group["format"], stored=True)
     for local, tensor in quantize(weight, scheme).items():
         e.tensors[f"{name}.{local}"] = tensor
     return name

@@ -233,7 +233,7 @@ def _scale(subject: Subject, engine: Engine, files: Files, module: str, which: s
     tensor = subject.cache_scales.get((module, which))
     if tensor is None:
         return Arrival(tensor=name, done=f"{MISSING}: 1.0 is used", snr_db=None, ok=False)
-    if which == "q" and engine.needs_attention_group and not subject.declared.attention_group:
+    if which == "q" and engine.needs_attention_group and not subject.declared.has_attention_group:
         done = "ignored: no config group quantizes attention"
         return Arrival(tensor=name, done=done, snr_db=None, ok=True)
     per_head = subject.declared.kv_strategy == "attn_head"
