@@ -19,7 +19,6 @@ from ckptq.engines.vllm import group_of
 from ckptq.errors import PlanError, SourceError
 from ckptq.evaluate.microscaling import mxfp4, mxfp8, nvfp4
 from ckptq.forward.linear_inputs import real_tokens
-from ckptq.models.encoded import stored_scales
 from ckptq.recipes.args import Args
 from ckptq.recipes.declared import declared
 
@@ -95,8 +94,8 @@ def _kind(args: Args) -> str | None:
 def declared_inputs(ckpt: Checkpoint, linears: Collection[str]) -> dict[str, InputScheme]:
     """Of each quantized Linear, by name: what the group that quantizes it says of its input."""
     said = declared(ckpt)
-    stored = {m: t for local in INPUT_SCALES for m, t in stored_scales(ckpt, local).items()}
-    scales = {module: float(read_tensor(tensor)) for module, tensor in stored.items()}
+    split = ((*name.rpartition("."), tensor) for name, tensor in ckpt.tensors.items())
+    scales = {m: float(read_tensor(tensor)) for m, _, n, tensor in split if n in INPUT_SCALES}
     found = {}
     for name in linears:
         group = group_of(said, name)

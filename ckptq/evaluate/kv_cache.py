@@ -17,7 +17,7 @@ from ckptq.checkpoint.open import Checkpoint
 from ckptq.checkpoint.read import read_tensor
 from ckptq.errors import UsageError
 from ckptq.kernels.kv_format import FORMATS, Rotation
-from ckptq.models.encoded import stored_scales
+from ckptq.models.attention import cache_scales
 from ckptq.recipes.declared import declared
 
 if TYPE_CHECKING:
@@ -155,9 +155,8 @@ def on_cpu(cache: KVCache, *, heads_apart: bool) -> KVCache:
 
 def _stored(ckpt: Checkpoint) -> dict[str, dict[str, Tensor]]:
     found: dict[str, dict[str, Tensor]] = {}
-    for which in ("q", "k", "v"):
-        for module, tensor in stored_scales(ckpt, f"{which}_scale").items():
-            found.setdefault(module, {})[which] = read_tensor(tensor)
+    for (module, which), tensor in cache_scales(ckpt.tensors).items():
+        found.setdefault(module, {})[which] = read_tensor(tensor)
     return found
 
 

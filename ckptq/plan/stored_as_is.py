@@ -6,17 +6,15 @@ quantization config goes on to describe the weights.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator
 
 from ckptq.checkpoint.open import Checkpoint
 from ckptq.errors import PlanError
+from ckptq.models.attention import OF_CACHE
 from ckptq.models.modules import Layout
 from ckptq.plan.attention import AttentionPlan, last_tensors
 from ckptq.plan.unit import Unit
 from ckptq.recipes.declared import Declared, declared
-
-CACHE_SCALE = re.compile(r".*\.([qkv]_scale|[qkv]_zero_point|kv_scale)$")
 
 
 def kept_config(ckpt: Checkpoint) -> Declared:
@@ -39,7 +37,7 @@ def copied_units(ckpt: Checkpoint, layout: Layout, attention: AttentionPlan) -> 
     """Every tensor of the source as it is, and behind each attention module its new scales."""
     ends = last_tensors(ckpt, attention)
     for name, tensor in ckpt.tensors.items():
-        if CACHE_SCALE.match(name):
+        if OF_CACHE.match(name):
             yield Unit(key=name, rule="dropped: calibrated anew")
         else:
             consumers = layout.consumed.get(name)

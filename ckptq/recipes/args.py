@@ -147,34 +147,12 @@ def _whole(value: object) -> int:
     raise ValueError
 
 
-def _size(value: object) -> int:
-    return -1 if type(value) is int and value == -1 else _whole(value)
-
-
 def _word(value: object) -> str:
     """The plain string of an enum's member, or of a name in capitals."""
     plain = getattr(value, "value", value)
     if isinstance(plain, str):
         return plain.lower()
     raise ValueError
-
-
-def _truth(value: object) -> bool:
-    if isinstance(value, bool):
-        return value
-    raise ValueError
-
-
-def _dynamic(value: object) -> bool | str:
-    if isinstance(value, bool):
-        return value
-    if _word(value) == LOCAL:
-        return LOCAL
-    raise ValueError
-
-
-def _order(value: object) -> bool | str:
-    return value if isinstance(value, bool) else _word(value)
 
 
 def pair(value: object) -> tuple[int, int]:
@@ -191,31 +169,28 @@ def _dtype(value: object) -> str:
     return str(value).removeprefix("torch.")
 
 
-def _name(value: object) -> str:
-    if isinstance(value, str):
-        return value
-    raise ValueError
+def _is(kind: type) -> Callable[[object], object]:
+    def same(value: object) -> object:
+        if isinstance(value, kind):
+            return value
+        raise ValueError
+
+    return same
 
 
-def _object(value: object) -> Mapping[str, Any]:
-    if isinstance(value, Mapping):
-        return value
-    raise ValueError
-
-
-FIELDS: Mapping[str, tuple[Callable[[object], Any], str]] = {
+FIELDS: Mapping[str, tuple[Callable[[object], object], str]] = {
     "num_bits": (_whole, "a positive whole number"),
     "type": (_word, "'int' or 'float'"),
-    "symmetric": (_truth, "true or false"),
-    "group_size": (_size, "a positive whole number, or -1 for the row"),
+    "symmetric": (_is(bool), "true or false"),
+    "group_size": (lambda n: -1 if n == -1 else _whole(n), "a positive whole number, or -1"),
     "strategy": (_word, "the name of a strategy"),
     "block_structure": (pair, "two positive whole numbers"),
-    "dynamic": (_dynamic, "true, false or 'local'"),
-    "actorder": (_order, "the name of an order"),
+    "dynamic": (lambda x: x if isinstance(x, bool) else _word(x), "true, false or 'local'"),
+    "actorder": (lambda x: x if isinstance(x, bool) else _word(x), "the name of an order"),
     "scale_dtype": (_dtype, "a dtype of torch's"),
     "zp_dtype": (_dtype, "a dtype of torch's"),
-    "observer": (_name, "the name of an observer"),
-    "observer_kwargs": (_object, "an object"),
+    "observer": (_is(str), "the name of an observer"),
+    "observer_kwargs": (_is(dict), "an object"),
 }
 """Field -> what reads it, and what it is."""
 

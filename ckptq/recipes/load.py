@@ -105,12 +105,15 @@ def load_text(name: str, text: str) -> Recipe:
         )
     modifier: dict[str, Any] = {}
     if configs:
-        config = configs[0]
-        groups = {key: _resolved(scheme) for key, scheme in config.config_groups.items()}
+        config, kv = configs[0], configs[0].kv_cache_scheme
         modifier = {
-            "config_groups": {key: group for key, group in groups.items() if _asks(group)},
+            "config_groups": {
+                key: {**scheme.model_dump(mode="json"), "format": _format(scheme)}
+                for key, scheme in config.config_groups.items()
+                if any(getattr(scheme, part) is not None for part in PARTS)
+            },
             "ignore": list(config.ignore or ()),
-            "kv_cache_scheme": _dump(config.kv_cache_scheme),
+            "kv_cache_scheme": kv.model_dump(mode="json") if kv is not None else None,
         }
     return _recipe(name, text, modifier, others)
 
@@ -133,17 +136,6 @@ def _refuse(name: str, found: object, wanted: str) -> None:
     raise UsageError(f"{name} {found!r}: not {wanted}")
 
 
-def _asks(group: Mapping[str, Any]) -> bool:
-    return any(group[part] for part in PARTS)
-
-
-def _resolved(scheme: Any) -> dict[str, Any]:
-    """A pydantic QuantizationScheme as plain data."""
-    parts = {part: _dump(getattr(scheme, part)) for part in PARTS}
-    asks = any(parts.values())
-    return {"targets": list(scheme.targets), "format": _format(scheme) if asks else None, **parts}
-
-
 def _format(scheme: Any) -> str:
     """The stored format: the recipe's own, else the one that compressed-tensors infers."""
     if scheme.format is not None:
@@ -154,11 +146,6 @@ def _format(scheme: Any) -> str:
     from torch.nn import Linear
 
     return str(infer_module_format(Linear, scheme).value)
-
-
-def _dump(args: Any) -> Any:
-    """A pydantic QuantizationArgs as plain data, if there is one."""
-    return None if args is None else args.model_dump(mode="json", exclude_none=True)
 
 
 def _plain(name: str, text: str) -> Recipe:

@@ -5,9 +5,8 @@ What is left is well typed: groups with a weight scheme that can be, names that 
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator
 from dataclasses import replace
-from typing import Any
 
 from ckptq.checkpoint.open import CONFIG, Checkpoint
 from ckptq.engines.vllm import kv_scheme_faults, loads_with_plain_inputs
@@ -28,7 +27,7 @@ def judge_config(ckpt: Checkpoint) -> tuple[Declared, list[Finding]]:
     declared = read_declared(ckpt, lambda *problem: found.append(_unread(*problem)))
     if not declared.present:
         return declared, []
-    found[:0] = [*_method(ckpt, declared), *_status(declared.config), *_around(declared.config)]
+    found[:0] = _around(ckpt, declared)
     for group in declared.groups:
         found += _attention_group(group, declared) if group.is_attention else _group(group)
     found += _cache(declared, {one.tensor for one in found})
@@ -43,32 +42,23 @@ def _unread(field: str, found: object, wanted: str) -> Finding:
     )
 
 
-def _method(ckpt: Checkpoint, declared: Declared) -> Iterator[Finding]:
-    method = declared.method
-    if method == "compressed-tensors":
-        return
-    if "config_groups" not in declared.config:
+def _around(ckpt: Checkpoint, declared: Declared) -> Iterator[Finding]:
+    """What stands beside the groups. vLLM 0.32 has no sparsity any more; rotations are written by
+    llm-compressor; without any groups vLLM refuses scales per head."""
+    config, method = declared.config, declared.method
+    if method != "compressed-tensors" and "config_groups" not in config:
         said = "missing" if method is None else repr(str(method)[:80])
         raise SourceError(
             f"{ckpt.path / CONFIG}: quant_method is {said}; verify reads compressed-tensors "
             "checkpoints"
         )
-    yield _wrong("quant-method", "quant_method", method, '"compressed-tensors"')
-
-
-def _status(config: Mapping[str, Any]) -> Iterator[Finding]:
-    status = config.get("quantization_status")
-    if status != "compressed":
+    if method != "compressed-tensors":
+        yield _wrong("quant-method", "quant_method", method, '"compressed-tensors"')
+    if (status := config.get("quantization_status")) != "compressed":
         yield _wrong("status", "quantization_status", status, '"compressed"')
-
-
-def _around(config: Mapping[str, Any]) -> Iterator[Finding]:
-    """Sparsity, which vLLM 0.32 has no more, and rotations: both written by llm-compressor. And
-    without any groups vLLM refuses scales per head."""
-    if config.get("sparsity_config"):
-        yield _wrong("sparsity", "sparsity_config", config["sparsity_config"], "none")
-    if config.get("transform_config"):
-        yield _wrong("transforms", "transform_config", config["transform_config"], "none")
+    for code, field in (("sparsity", "sparsity_config"), ("transforms", "transform_config")):
+        if config.get(field):
+            yield _wrong(code, field, config[field], "none")
     if config.get("config_groups") is None:
         yield _wrong("config-groups-missing", "config_groups", None, "an object, even {}")
 
@@ -82,7 +72,8 @@ def _group(group: Group) -> Iterator[Finding]:
     if group.weights is None:
         yield _wrong("group-invalid", f"{where}.weights", None, "an object")
         return
-    if _reorders(group):
+    readable = _in_order(group)
+    if readable is not group:
         order = group.weights.actorder
         yield _wrong("actorder", f"{where}.weights.actorder", order, "static or null")
     if group.format not in (*FORMATS, "naive-quantized"):
@@ -95,20 +86,16 @@ def _group(group: Group) -> Iterator[Finding]:
     if group.weights.odd:
         return
     try:
-        _in_order(group).weight_scheme(stored=True)
+        readable.weight_scheme(stored=True)
     except PlanError as error:
         wanted = f"weights that {group.format} can hold"
         yield _wrong("group-invalid", f"{where}.weights", str(error), wanted)
 
 
-def _reorders(group: Group) -> bool:
-    """Whether columns are stored in another order than the weight's, which no engine reads now."""
-    return group.weights is not None and group.weights.actorder in ("group", "dynamic")
-
-
 def _in_order(group: Group) -> Group:
-    """The group as if its columns were in order: one finding says that they are not."""
-    if group.weights is None or not _reorders(group):
+    """The group as if its columns were in the weight's order, which engines read alone: one finding
+    says that they are not."""
+    if group.weights is None or group.weights.actorder not in ("group", "dynamic"):
         return group
     return replace(group, weights=replace(group.weights, actorder=None))
 

@@ -125,7 +125,7 @@ def test_what_is_odd_is_named(declare, config, said):
 
 
 def test_every_problem_is_told_to_a_reader_that_goes_on(write):
-    odd = {"num_bits": "4", "type": "float", "dynamic": "yes"}
+    odd = {"num_bits": "4", "type": "float", "symmetric": "yes"}
     groups = {"g": group("re:(", 1, "a", weights=odd), "h": 3}
     told = []
     found = read_declared(
@@ -133,7 +133,7 @@ def test_every_problem_is_told_to_a_reader_that_goes_on(write):
     )
     assert told == [
         *("config_groups.g.targets", "config_groups.g.targets"),
-        *("config_groups.g.weights.num_bits", "config_groups.g.weights.dynamic"),
+        *("config_groups.g.weights.num_bits", "config_groups.g.weights.symmetric"),
         *("config_groups.h", "kv_cache_scheme"),
     ]
     assert found.groups[0].targets == ("re:(", "a")
