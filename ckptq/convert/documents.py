@@ -43,9 +43,7 @@ def quantization_config(plan: Plan, attention_class: str | None) -> dict[str, An
     kv = plan.recipe.attention
     cache = kv.to_dict() if kv is not None else None
     if plan.kept is not None:
-        kept = plan.kept.without_attention()
-        groups = {**kept["config_groups"], **groups}
-        return {**kept, "config_groups": groups, "kv_cache_scheme": cache}
+        return plan.kept.with_cache(groups, cache)
     formats = {g.format for g in plan.recipe.groups if not g.is_attention}
     overall = formats.pop() if len(formats) == 1 else "mixed-precision" if formats else "dense"
     return {

@@ -51,11 +51,12 @@ class Declared(Scheme):
     def has_attention_group(self) -> bool:
         return any(group.is_attention for group in self.groups)
 
-    def without_attention(self) -> dict[str, Any]:
-        """The config that goes on to hold for weights that stay as they are stored."""
-        kept = {group.name for group in self.groups if group.weights is not None}
-        groups = self.config.get("config_groups") or {}
-        return {**self.config, "config_groups": {n: g for n, g in groups.items() if n in kept}}
+    def with_cache(self, groups: Mapping[str, Any], cache: Any) -> dict[str, Any]:
+        """The config as it stands for weights that stay as they are stored, with other groups of
+        attention and another scheme of the cache."""
+        own = self.config.get("config_groups") or {}
+        kept = {g.name: own[g.name] for g in self.groups if g.weights is not None}
+        return {**self.config, "config_groups": {**kept, **groups}, "kv_cache_scheme": cache}
 
 
 def declared(ckpt: Checkpoint) -> Declared:
