@@ -20,6 +20,7 @@ from torch import Tensor
 
 from ckptq.quantize import scratch
 from ckptq.quantize.formats import Scratch, WeightScheme, needs_statistic, quantize, statistic
+from ckptq.recipes.args import Args
 
 R, C = 2048, 4096  # 16 MB of bf16: not in a core's own cache
 CALL_ROWS = 256
@@ -32,7 +33,7 @@ INT4 = {"num_bits": 4, "strategy": "group"}
 E4M3 = {"num_bits": 8, "type": "float"}
 
 SCHEMES = [
-    WeightScheme.from_args(args, format)
+    Args.read(args).weight_scheme(format)
     for format, args in (
         ("float-quantized", {**E4M3, "strategy": "channel"}),
         ("float-quantized", {**E4M3, "strategy": "tensor"}),

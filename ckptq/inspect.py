@@ -9,11 +9,13 @@ from pathlib import Path
 
 from ckptq.checkpoint.header import StoredTensor
 from ckptq.checkpoint.open import Checkpoint, open_checkpoint
-from ckptq.models.config_groups import stored_groups
 from ckptq.models.family import count_layers, declared_layers
 from ckptq.models.heads import config_heads
 from ckptq.numbered import starred
 from ckptq.permute import marks
+from ckptq.recipes.args import Args
+from ckptq.recipes.declared import declared
+from ckptq.recipes.scheme import Group
 
 SCALES = ("_scale", "_zero_point", "_global_scale")
 
@@ -57,7 +59,8 @@ def inspect(source: str | Path, revision: str | None = None) -> Inspection:
     """Open a folder or hub id and describe it; reads headers and config only."""
     ckpt = open_checkpoint(source, revision)
     config = ckpt.quantization_config or {}
-    kv = config.get("kv_cache_scheme")
+    said = declared(ckpt)
+    kv = said.kv_cache_scheme
     found = marks.read(ckpt.config, {h.file.name: h.metadata for h in ckpt.headers})
     by_dtype: Counter[str] = Counter()
     for tensor in ckpt.tensors.values():
@@ -73,8 +76,8 @@ def inspect(source: str | Path, revision: str | None = None) -> Inspection:
         nbytes=ckpt.nbytes,
         bytes_by_dtype=dict(by_dtype.most_common()),
         scheme=str(config.get("format") or config.get("quant_method") or "unquantized"),
-        groups={name: _describe(group) for name, group in stored_groups(ckpt).items()},
-        kv_cache=f"{_args(kv)}" if kv else None,
+        groups={group.name: _describe(group) for group in said.groups},
+        kv_cache=_args(kv) if kv is not None else None,
         rope_order=marks.dump(found) if found else None,
         scales=sum(name.endswith(SCALES) for name in ckpt.tensors),
         kinds=_kinds(ckpt.tensors),
@@ -86,12 +89,12 @@ def _layers(ckpt: Checkpoint) -> int:
     return count_layers(ckpt.tensors) if declared is None else declared
 
 
-def _describe(group: Mapping[str, object]) -> str:
+def _describe(group: Group) -> str:
     """One config group in a line: what it targets, and how."""
-    weights, inputs = group.get("weights"), group.get("input_activations")
-    parts = [f"targets {', '.join(map(str, _list(group.get('targets'))))}"]
-    parts += [f"weights {_args(weights)}"] if weights else []
-    parts += [f"activations {_args(inputs)}"] if inputs else []
+    weights, inputs = group.weights, group.input_activations
+    parts = [f"targets {', '.join(group.targets)}"]
+    parts += [f"weights {_args(weights)}"] if weights is not None else []
+    parts += [f"activations {_args(inputs)}"] if inputs is not None else []
     return "; ".join(parts)
 
 
@@ -99,14 +102,12 @@ def _list(value: object) -> list[object]:
     return value if isinstance(value, list) else [value]
 
 
-def _args(args: object) -> str:
-    """QuantizationArgs in a few words: "float8 attn_head static"."""
-    if not isinstance(args, dict):
-        return str(args)
-    words = [f"{args.get('type', 'int')}{args.get('num_bits', '?')}", str(args.get("strategy"))]
-    words += [f"group {args['group_size']}"] if args.get("group_size") else []
-    words += ["asymmetric"] if args.get("symmetric") is False else []
-    words += ["dynamic"] if args.get("dynamic") else []
+def _args(args: Args) -> str:
+    """In a few words: "float8 attn_head"."""
+    words = [f"{args.type}{args.num_bits}", args.strategy]
+    words += [f"group {args.group_size}"] if args.group_size else []
+    words += ["asymmetric"] if not args.symmetric else []
+    words += ["dynamic"] if args.dynamic else []
     return " ".join(words)
 
 

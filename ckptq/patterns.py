@@ -96,12 +96,6 @@ def compiled(entry: str) -> Pattern | None:
     return Pattern(entry.removeprefix("re:")) if entry.startswith("re:") else None
 
 
-def matches(entry: str, name: str) -> bool:
-    """compressed-tensors' rule: the whole name, or `re:` and a pattern anchored at the start."""
-    pattern = compiled(entry)
-    return entry == name if pattern is None else pattern.match(name)
-
-
 def _plain(text: str) -> str:
     """The same for the `regex` module: braces that count nothing, and brackets in brackets, are
     letters."""

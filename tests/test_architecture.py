@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -25,7 +26,7 @@ ORDER = (
 ROOMS = {
     "ckptq": ORDER,
     "ckptq.verify": (
-        *("report", "kinds", "loaders", "options", "names", "declared", "subject", "stored_linear"),
+        *("report", "kinds", "loaders", "options", "declared", "subject", "stored_linear"),
         *("engine", "structure", "values", "roundtrip", "attention", "diagnosis"),
         *("one_pass", "run"),
     ),
@@ -116,6 +117,29 @@ def circle(known: Sources) -> list[str]:
         clear.add(path[-1])
 
     return next((found for module in known for found in walk([module])), [])
+
+
+RAW = re.compile(
+    r'(\.get\(|[\w)\]]\[)"(num_bits|strategy|symmetric|dynamic|group_size|block_structure'
+    r'|input_activations|kv_cache_scheme)"|[=!]= "local"'
+)
+"""Quantization arguments asked by string."""
+
+
+def raw_schemes(known: Sources) -> list[str]:
+    """Modules that ask a mapping for what a typed scheme says; padding of a tokenizer is none."""
+    rooms = ("recipes", "text")
+    return [name for name in known if room(name) not in rooms and RAW.search(known[name])]
+
+
+def test_schemes_are_read_behind_one_door():
+    assert raw_schemes(sources()) == []
+
+
+@pytest.mark.parametrize("asks", ['args.get("num_bits", 8)', 'w["strategy"]', 'x == "local"'])
+def test_a_scheme_that_is_read_elsewhere_is_noticed(asks):
+    assert raw_schemes(sources() | {"ckptq.plan.fake": asks}) == ["ckptq.plan.fake"]
+    assert raw_schemes(sources() | {"ckptq.recipes.fake": asks}) == []
 
 
 @pytest.mark.parametrize("house", ROOMS)

@@ -10,7 +10,8 @@ import pytest
 
 from ckptq import patterns
 from ckptq.errors import SourceError
-from ckptq.patterns import BadPattern, Pattern, matches
+from ckptq.patterns import BadPattern, Pattern
+from ckptq.recipes.names import read_names
 
 ATOMS = [*"ab.{}[]()|*+?^$,1e<=:&~-", r"\.", r"\b", r"\d", r"\w", "(?:", "(?!", "(?=", "(?<!", "[^"]
 ATOMS += ["{2}", "{1,}", "{,2}", "{e}", "{i<=1}", "[[:alpha:]]", r"\Z", "(?i)", "(?P<n>", "(?P=n)"]
@@ -44,6 +45,10 @@ def test_they_match_what_re_matches():
                 assert found.search(name) == bool(wanted.search(name)), (text, name)
                 compared += 1
     assert compared > 20_000
+
+
+def matches(entry, name):
+    return read_names([entry]).match(name)
 
 
 def test_the_entries_of_real_recipes():

@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from functools import cache
 
-from ckptq.quantize.scheme import WeightScheme
-from ckptq.quantize.stored import row_quantum, stored
 from ckptq.spec import TensorSpec
 
 RUN_ELEMENTS = 1 << 23
@@ -35,13 +32,3 @@ def _spans(rows: Span, columns: int, elements: int, quantum: int) -> Iterator[Sp
     step = max(elements // (columns * quantum), 1) * quantum
     for start in range(*rows, step):
         yield start, min(start + step, rows[1])
-
-
-@cache
-def stored_rows(weight: TensorSpec, scheme: WeightScheme) -> dict[str, int]:
-    """Rows of each stored tensor that one quantum of weight rows makes.
-
-    Example: 128 weight rows make 1 row of block scales; 8 make 1 row of packed zero points.
-    """
-    quantum = TensorSpec(weight.dtype, (row_quantum(scheme), weight.shape[1]))
-    return {name: spec.shape[0] for name, spec in stored(quantum, scheme).items()}

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping, Sized
+from dataclasses import replace
 from importlib.metadata import version
 from typing import Any
 
@@ -17,7 +18,8 @@ from ckptq.checkpoint.side_files import render_json
 from ckptq.files import json_bytes, text_bytes
 from ckptq.plan.merged import merged_names
 from ckptq.plan.unit import Plan
-from ckptq.recipes.load import Args, Group, Recipe
+from ckptq.recipes.load import Recipe
+from ckptq.recipes.scheme import Group
 
 PROVENANCE = "ckptq.json"
 RECIPE = "recipe.yaml"
@@ -33,16 +35,16 @@ def quantization_config(plan: Plan, attention_class: str | None) -> dict[str, An
     one class name as its target: vLLM knows such a group by a target that ends in "Attention".
     """
     groups = {
-        group.name: _group(group, _targets(group, plan, attention_class))
+        group.name: replace(group, targets=_targets(group, plan, attention_class)).to_dict()
         for group in plan.recipe.groups
         if not group.is_attention or attention_class is not None
     }
     # Linears first: transformers takes the first group with a class name for the experts' scheme
     groups = dict(sorted(groups.items(), key=lambda item: item[1]["weights"] is None))
     kv = plan.recipe.attention
+    cache = kv.to_dict() if kv is not None else None
     if plan.kept is not None:
-        groups = {**plan.kept["config_groups"], **groups}
-        return {**plan.kept, "config_groups": groups, "kv_cache_scheme": _args(kv or {})}
+        return plan.kept.with_cache(groups, cache)
     formats = {g.format for g in plan.recipe.groups if not g.is_attention}
     overall = formats.pop() if len(formats) == 1 else "mixed-precision" if formats else "dense"
     return {
@@ -52,33 +54,19 @@ def quantization_config(plan: Plan, attention_class: str | None) -> dict[str, An
         "format": overall,
         "ignore": list(plan.ignore),
         "config_groups": groups,
-        "kv_cache_scheme": _args(kv) if kv is not None else None,
+        "kv_cache_scheme": cache,
     }
 
 
-def _targets(group: Group, plan: Plan, attention_class: str | None) -> list[str]:
+def _targets(group: Group, plan: Plan, attention_class: str | None) -> tuple[str, ...]:
     if group.is_attention:
-        return [str(attention_class)]
+        return (str(attention_class),)
     if "Linear" in group.targets or not any("Linear" in g.targets for g in plan.recipe.groups):
-        return list(group.targets)
-    return [
+        return group.targets
+    return (
         *group.targets,
         *merged_names(group.targets, plan.groups[group.name], plan.layout.witnesses),
-    ]
-
-
-def _group(group: Group, targets: list[str]) -> dict[str, Any]:
-    return {
-        "targets": targets,
-        "format": group.format,
-        "weights": _args(group.weights) if group.weights is not None else None,
-        "input_activations": _args(group.input_activations) if group.input_activations else None,
-        "output_activations": _args(group.output_activations) if group.output_activations else None,
-    }
-
-
-def _args(args: Args) -> dict[str, Any]:
-    return {key: value for key, value in args.items() if value is not None}
+    )
 
 
 def render(

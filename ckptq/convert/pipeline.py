@@ -17,24 +17,21 @@ import torch
 from torch import Tensor
 
 from ckptq.checkpoint.read import Files, bytes_of
-from ckptq.checkpoint.view import View, read_rows, window
+from ckptq.checkpoint.view import View, window
 from ckptq.checkpoint.write import Run, Shards
 from ckptq.convert.arithmetic import OnCores
-from ckptq.convert.blocks import Span, blocks, runs, stored_rows
+from ckptq.convert.blocks import Span, blocks, runs
 from ckptq.convert.schedule import Schedule, Task, Work
 from ckptq.convert.slabs import Slab, Slabs, held_bytes, views_of
 from ckptq.errors import SourceError
-from ckptq.models.encoded import Encoded, decode_rows
+from ckptq.models.rows import Rows, weight_rows
 from ckptq.permute.reordered import Reordered, Source
 from ckptq.plan.unit import Part, Unit
 from ckptq.quantize.formats import constants, merge_statistic, needs_statistic
-from ckptq.quantize.stored import row_quantum
+from ckptq.quantize.stored import stored_span
 from ckptq.quantize.tiles import NonFinite
 
 COPY_BYTES = 1 << 24
-
-Rows = Callable[[int, int], Tensor]
-"""(start, stop) -> these rows of a weight, [stop - start, C]; lost at the thread's next call."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -80,12 +77,9 @@ def _rows(view: Source, slabs: Mapping[View, Slab], ends: Ends) -> Rows:
     if isinstance(view, Reordered):
         moved, rows = view.moved, _rows(view.inner, slabs, ends)
         return lambda start, stop: moved(rows(start, stop))
-    if isinstance(view, Encoded):
-        return partial(decode_rows, ends.files, view)
-    slab = slabs.get(view)
-    if slab is None:
-        return lambda start, stop: read_rows(ends.files, view, start, stop, ends.arithmetic.memory)
-    matrix = window(slab.matrix, view)
+    if not isinstance(view, View) or view not in slabs:
+        return weight_rows(ends.files, view, ends.arithmetic.memory)
+    matrix = window(slabs[view].matrix, view)
 
     def cut(start: int, stop: int) -> Tensor:
         part_RC = matrix[start:stop]
@@ -155,8 +149,7 @@ def _quantize_tasks(
 
 def _quantize_run(part: Part, rows: Rows, run: Span, shared: Tensor | None, ends: Ends) -> None:
     """Quantize a run of rows block by block and write each where it belongs."""
-    weight, quantum = part.weight.spec, row_quantum(part.scheme)
-    made_rows = stored_rows(weight, part.scheme)
+    weight = part.weight.spec
     with ExitStack() as stack:
         written: dict[str, Run] = {}
         for start, stop in blocks(run, weight, part.quantum, ends.arithmetic.elements):
@@ -165,7 +158,7 @@ def _quantize_run(part: Part, rows: Rows, run: Span, shared: Tensor | None, ends
             for local, tensor in made.items():
                 if local not in written:
                     spec = part.writes[local]
-                    first = run[0] * made_rows[local] // quantum
+                    first, _ = stored_span(local, part.scheme, weight.shape[1], *run)
                     at = first * (spec.nbytes // spec.shape[0])
                     name = f"{part.linear.name}.{local}"
                     written[local] = stack.enter_context(ends.shards.run(name, at))

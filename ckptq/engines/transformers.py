@@ -8,16 +8,14 @@ experts random (NVFP4 and the other FP4 and MX formats: their further scales are
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
+from ckptq.recipes.args import Args
+from ckptq.recipes.scheme import Group
 
 
-def loads_fused_experts(weights: Mapping[str, Any], format: str | None) -> bool:
-    """Whether experts that it fuses while loading may have this scheme.
-
-    `weights` are the QuantizationArgs of a config group, `format` its stored format.
-    """
-    if format == "pack-quantized":
-        return weights.get("symmetric", True) is True
-    fp8 = weights.get("type") == "float" and weights.get("num_bits") == 8
-    return fp8 and weights.get("strategy") in ("tensor", "channel")
+def loads_fused_experts(group: Group) -> bool:
+    """Whether experts that it fuses while loading may have the scheme of this group."""
+    weights = group.weights or Args()
+    if group.format == "pack-quantized":
+        return weights.symmetric
+    fp8 = weights.type == "float" and weights.num_bits == 8
+    return fp8 and weights.strategy in ("tensor", "channel")

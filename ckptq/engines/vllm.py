@@ -6,7 +6,9 @@ Read in vLLM 0.32 and 0.33, under vllm/model_executor.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+
+from ckptq.recipes.args import Args
+from ckptq.recipes.scheme import Group, Scheme
 
 COMMON_SETS: Mapping[str, tuple[str, ...]] = {
     "qkv_proj": ("q_proj", "k_proj", "v_proj"),
@@ -63,18 +65,38 @@ def means_every_linear(target: str) -> bool:
     return bool(target) and any(target.lower() in name for name in LINEAR_CLASSES)
 
 
-def loads_with_plain_inputs(weights: Mapping[str, Any], format: str | None) -> bool:
+def group_of(scheme: Scheme, module: str) -> Group | None:
+    """The group that it finds for a Linear of this name: by its own name, or that of the Linear
+    that it is merged into, before its class."""
+    return scheme.group_of(*_names(module), of_class=means_every_linear)
+
+
+def ignores(scheme: Scheme, module: str) -> bool:
+    """Whether `ignore` means a Linear of this name. Class names count in targets alone."""
+    return scheme.ignored.match(*_names(module))
+
+
+def means_by_name(group: Group, module: str) -> bool:
+    """Whether a target means this Linear by name, not by class."""
+    return group.named.match(*_names(module))
+
+
+def _names(module: str) -> tuple[str, ...]:
+    merged = common_merged_name(module)
+    return (module,) if merged is None else (module, merged)
+
+
+def loads_with_plain_inputs(group: Group) -> bool:
     """Whether a group of this format may leave its inputs unquantized: integers only where they are
     packed (compressed_tensors.py, `_quantization_scheme_map_from_config`, a bare assertion)."""
-    return format != "int-quantized" or weights.get("type") == "float"
+    floats = group.weights is not None and group.weights.type == "float"
+    return floats or group.format != "int-quantized"
 
 
-def kv_scheme_faults(
-    scheme: Mapping[str, Any],
-) -> Iterator[tuple[str, object, tuple[object, ...]]]:
+def kv_scheme_faults(scheme: Args) -> Iterator[tuple[str, object, tuple[object, ...]]]:
     """Each field of a `kv_cache_scheme` that vLLM refuses: its name, its value, what it may be."""
     for field, choice in KV_SCHEME.items():
-        found = scheme.get(field, False if field == "dynamic" else None)
+        found = scheme.dynamic if field == "dynamic" else scheme.said(field)
         if found not in choice:
             yield field, found, choice
 

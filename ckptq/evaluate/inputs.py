@@ -10,21 +10,20 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from ckptq.calibrate.observers import FP8_MAX, INT8_MAX, NVFP4_MAX
 from ckptq.checkpoint.open import Checkpoint
 from ckptq.checkpoint.read import read_tensor
+from ckptq.engines.vllm import group_of
 from ckptq.errors import PlanError, SourceError
 from ckptq.evaluate.microscaling import mxfp4, mxfp8, nvfp4
 from ckptq.forward.linear_inputs import real_tokens
-from ckptq.models.config_groups import ConfigGroup, block_structure, config_groups, group_of
-from ckptq.models.encoded import stored_scales
+from ckptq.recipes.args import Args
+from ckptq.recipes.declared import declared
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
-
-    from ckptq.recipes.load import Args
 
 LARGEST = {"float": 448.0, "int": 127.0, "int4": 7.0}
 INPUT_SCALES = ("input_scale", "activation_scale", "input_global_scale")
@@ -70,63 +69,41 @@ def input_scheme(args: Args, name: str, scale: float | None = None) -> InputSche
     A static scheme without `scale` is `static`, and gets its scale later.
     """
     kind = _kind(args)
-    if kind is None or args.get("symmetric", True) is not True:
-        raise PlanError(f"{name}: input_activations {dict(args)} cannot be simulated")
-    if kind == "nvfp4" or args.get("dynamic", False) is False:
+    if kind is None or not args.symmetric:
+        raise PlanError(f"{name}: input_activations {args.to_dict()} cannot be simulated")
+    if args.local or args.dynamic is False:
         return InputScheme(kind, scale=scale, static=scale is None)
-    group = int(args["group_size"]) if args.get("strategy") == "group" else None
-    return InputScheme(kind, group=group)
+    return InputScheme(kind, group=args.group_size if args.strategy == "group" else None)
 
 
 def _kind(args: Args) -> str | None:
     """The `type` of an InputScheme; None if it has none."""
-    bits, dynamic = args.get("num_bits", 8), args.get("dynamic", False)
-    grouped = args.get("strategy"), args.get("group_size")
-    if args.get("type", "int") == "int":
+    bits, dynamic = args.num_bits, args.dynamic
+    grouped = args.strategy, args.group_size
+    if args.type == "int":
         return {8: "int", 4: "int4" if dynamic is True else None}.get(bits)
-    if dynamic == "local":
+    if args.local:
         return "nvfp4" if bits == 4 and grouped == ("tensor_group", 16) else None
     if bits == 4:
         return "mxfp4" if dynamic is True and grouped == ("group", 32) else None
-    exponents = str(args.get("scale_dtype")) == "torch.uint8"
-    if bits == 8 and exponents:
+    if bits == 8 and args.scale_dtype == "uint8":
         return "mxfp8" if dynamic is True and grouped == ("group", 32) else None
     return "float" if bits == 8 else None
 
 
 def declared_inputs(ckpt: Checkpoint, linears: Collection[str]) -> dict[str, InputScheme]:
     """Quantized Linear -> the input scheme of its group."""
-    groups = config_groups(ckpt)
-    stored = {m: t for local in INPUT_SCALES for m, t in stored_scales(ckpt, local).items()}
-    scales = {module: float(read_tensor(tensor)) for module, tensor in stored.items()}
+    said = declared(ckpt)
+    split = ((*name.rpartition("."), tensor) for name, tensor in ckpt.tensors.items())
+    scales = {m: float(read_tensor(tensor)) for m, _, n, tensor in split if n in INPUT_SCALES}
     found = {}
     for name in linears:
-        args = _input_args(ckpt, groups, name)
-        if args:
-            plain = {key: value for key, value in args.items() if value is not None}
-            found[name] = input_scheme(plain, name, scales.get(name))
+        group = group_of(said, name)
+        if group is not None and group.inputs is not None:
+            found[name] = input_scheme(group.inputs, name, scales.get(name))
             if found[name].static:
                 raise SourceError(f"{ckpt.path}: {name}: static activations, but no input_scale")
     return found
-
-
-def _input_args(
-    ckpt: Checkpoint, groups: Sequence[ConfigGroup], name: str
-) -> Mapping[str, Any] | None:
-    config = ckpt.quantization_config or {}
-    if config.get("quant_method") == "fp8":
-        return _fp8_inputs(ckpt, config)
-    group = group_of(groups, name)
-    return group.input_activations if group else None
-
-
-def _fp8_inputs(ckpt: Checkpoint, config: Mapping[str, Any]) -> Args:
-    """For FP8 sources: in groups of the blocks' columns; without blocks, static or per token."""
-    block = block_structure(ckpt)
-    if block:
-        return {"type": "float", "dynamic": True, "strategy": "group", "group_size": block[1]}
-    static = config.get("activation_scheme") == "static"
-    return {"type": "float", "dynamic": not static, "strategy": "tensor" if static else "token"}
 
 
 def rules_of(

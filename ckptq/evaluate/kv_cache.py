@@ -17,7 +17,8 @@ from ckptq.checkpoint.open import Checkpoint
 from ckptq.checkpoint.read import read_tensor
 from ckptq.errors import UsageError
 from ckptq.kernels.token_head.kv_format import FORMATS, Rotation
-from ckptq.models.encoded import stored_scales
+from ckptq.models.attention import cache_scales
+from ckptq.recipes.declared import declared
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -129,10 +130,10 @@ def parse_cache(name: str, ckpt: Checkpoint | None) -> KVCache:
 
 def declared_cache(ckpt: Checkpoint) -> KVCache:
     """An engine's default: FP8 if the config has a KV scheme."""
-    scheme = (ckpt.quantization_config or {}).get("kv_cache_scheme")
-    if not scheme:
+    scheme = declared(ckpt).kv_cache_scheme
+    if scheme is None:
         return BF16
-    mode = PER_HEAD if scheme.get("strategy") == "attn_head" else PER_TENSOR
+    mode = PER_HEAD if scheme.strategy == "attn_head" else PER_TENSOR
     found = _stored(ckpt)
     if not found:
         # engines start from 1.0 and say nothing where a checkpoint declares scales it lacks
@@ -154,9 +155,8 @@ def on_cpu(cache: KVCache, *, heads_apart: bool) -> KVCache:
 
 def _stored(ckpt: Checkpoint) -> dict[str, dict[str, Tensor]]:
     found: dict[str, dict[str, Tensor]] = {}
-    for which in ("q", "k", "v"):
-        for module, tensor in stored_scales(ckpt, f"{which}_scale").items():
-            found.setdefault(module, {})[which] = read_tensor(tensor)
+    for (module, which), tensor in cache_scales(ckpt.tensors).items():
+        found.setdefault(module, {})[which] = read_tensor(tensor)
     return found
 
 

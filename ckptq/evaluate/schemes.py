@@ -15,8 +15,8 @@ from ckptq.checkpoint.view import View, window
 from ckptq.errors import SourceError
 from ckptq.evaluate.inputs import InputScheme, input_scheme
 from ckptq.evaluate.kv_cache import BF16, PER_HEAD, PER_TENSOR, KVCache
-from ckptq.evaluate.read_weight import read_weight
 from ckptq.models.encoded import Encoded
+from ckptq.models.rows import whole_weight
 from ckptq.plan.unit import Plan, Unit
 from ckptq.quantize.formats import (
     NonFinite,
@@ -96,7 +96,7 @@ class SchemeWeights:
     def _weight(self, files: Files, linear: str) -> Tensor:
         """One weight [R, C], quantized and dequantized if the plan quantizes it."""
         weight = self._layout.linears[linear].weight
-        w_RC = read_weight(files, weight)
+        w_RC = whole_weight(files, weight)
         if linear not in self._parts:
             return w_RC
         unit, part = self._parts[linear]
@@ -117,7 +117,7 @@ class SchemeWeights:
         if not needs_statistic(unit.parts[0].scheme):
             return None
         if unit.key not in self._shared:
-            found = (statistic(read_weight(files, part.linear.weight)) for part in unit.parts)
+            found = (statistic(whole_weight(files, part.linear.weight)) for part in unit.parts)
             self._shared[unit.key] = reduce(merge_statistic, found)
         return self._shared[unit.key]
 
@@ -140,7 +140,7 @@ def planned_inputs(plan: Plan) -> dict[str, InputScheme]:
     """How the recipe rounds the input of each Linear that it quantizes."""
     found: dict[str, InputScheme] = {}
     for group in plan.recipe.groups:
-        if group.weights is not None and group.input_activations is not None:
-            scheme = input_scheme(group.input_activations, group.name)
+        if group.inputs is not None:
+            scheme = input_scheme(group.inputs, group.name)
             found |= dict.fromkeys(plan.groups[group.name], scheme)
     return found

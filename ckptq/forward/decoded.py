@@ -18,10 +18,11 @@ from ckptq.checkpoint.read import Files, read_tensor
 from ckptq.checkpoint.view import View, window
 from ckptq.errors import SourceError
 from ckptq.forward.source import CheckpointWeights, WeightSource
-from ckptq.models.encoded import BELONGS_TO_SCHEME, Encoded, decode_rows, read_encoded
+from ckptq.models.encoded import BELONGS_TO_SCHEME, read_encoded
 from ckptq.models.family import family_of
 from ckptq.models.published import Windows, windows_for, windows_of
 from ckptq.models.readable import refuse_bare_codes
+from ckptq.models.rows import whole_weight
 from ckptq.permute.effect import Part
 from ckptq.permute.targets import read_permutation
 from ckptq.plan.rope import Reordering, read_marks
@@ -89,7 +90,7 @@ class DecodedWeights:
         module, _, local = name.rpartition(".")
         encoded = self._encoded.get(module) if local == "weight" else None
         if encoded is not None:
-            return self._in_order(encoded.stored, _decoded(files, encoded))
+            return self._in_order(encoded.stored, whole_weight(files, encoded))
         if name in self._ckpt.tensors and name not in self._parts:
             stored = self._ckpt.tensors[name]
             return self._in_order(stored, read_tensor(stored, files))
@@ -137,10 +138,6 @@ def weights_of(ckpt: Checkpoint, pinned: bool = False) -> WeightSource:
     if ckpt.quantization_config is None:
         return CheckpointWeights(ckpt, pinned)
     return DecodedWeights(ckpt)
-
-
-def _decoded(files: Files, encoded: Encoded) -> Tensor:
-    return decode_rows(files, encoded, 0, encoded.spec.shape[0])
 
 
 def _place(made: Tensor, view: View) -> Tensor:

@@ -3,9 +3,11 @@ which read another layer's cache."""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Collection, Mapping
 from typing import Any, Literal
 
+from ckptq.checkpoint.header import StoredTensor
 from ckptq.models.family import LAYER
 from ckptq.models.heads import FUSED
 
@@ -17,7 +19,19 @@ UNCACHED = ("linear_attention", "conv")
 """Types of layers that keep a state instead of keys and values; their projections may be called
 like those of attention."""
 
+CACHE_SCALE = re.compile(r"^(?P<module>.+?)(\.[qkv]_proj)?\.(?P<which>[qkv])_scale$")
+"""Also where ModelOpt hangs it: beside the weight of a projection."""
+
+OF_CACHE = re.compile(r".*\.([qkv]_scale|[qkv]_zero_point|kv_scale)$")
+"""Every tensor that means something to a quantized cache alone."""
+
 AttentionKind = Literal["heads", "latent"]
+
+
+def cache_scales(tensors: Mapping[str, StoredTensor]) -> dict[tuple[str, str], StoredTensor]:
+    """(attention module, "q" | "k" | "v") -> its scale."""
+    found = ((CACHE_SCALE.match(name), tensor) for name, tensor in tensors.items())
+    return {(m["module"], m["which"]): tensor for m, tensor in found if m is not None}
 
 
 def attention_kind(

@@ -9,18 +9,19 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from ckptq.checkpoint.header import StoredTensor
 from ckptq.checkpoint.open import CONFIG, Checkpoint
 from ckptq.checkpoint.read import Files, read_range, read_tensor
+from ckptq.engines.vllm import group_of
 from ckptq.errors import PlanError, SourceError
-from ckptq.models.config_groups import ConfigGroup, block_structure, config_groups, group_of
 from ckptq.models.readable import check_readable
 from ckptq.quantize.scheme import WeightScheme
-from ckptq.quantize.stored import row_quantum, stored
+from ckptq.quantize.stored import quantum_specs, row_quantum, stored_span
+from ckptq.recipes.declared import Declared, declared
 from ckptq.spec import TensorSpec, torch_dtype
 
 if TYPE_CHECKING:
@@ -50,9 +51,9 @@ BELONGS_TO_SCHEME = re.compile(
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Encoded:
-    """A quantized weight on disk: its stored tensors by local name, and what they stand for."""
+    """A quantized Linear on disk: its stored tensors by local name, and what they stand for."""
 
-    module: str
+    name: str
     tensors: Mapping[str, StoredTensor] = field(hash=False)
     scheme: WeightScheme
     spec: TensorSpec
@@ -76,9 +77,33 @@ class Encoded:
         return self.stored, None
 
     @property
+    def shape(self) -> tuple[int, int]:
+        R, C = self.spec.shape
+        return R, C
+
+    @property
     def quantum(self) -> int:
         """Runs of rows must start at a multiple of this."""
         return row_quantum(self.scheme)
+
+    def dims(self, local: str) -> int:
+        """Dimensions of a stored tensor; one that has a single one has no rows of its own."""
+        return len(quantum_specs(self.scheme, self.shape[1])[local].shape)
+
+    def span(self, local: str, start: int, stop: int) -> tuple[int, int]:
+        """The rows of a stored tensor that hold rows start..stop of the weight."""
+        return stored_span(local, self.scheme, self.shape[1], start, stop)
+
+    def read(self, files: Files, start: int, stop: int) -> dict[str, Tensor]:
+        """Everything stored for rows start..stop; start is a multiple of the quantum."""
+        held = {}
+        for local, tensor in self.tensors.items():
+            dims = self.dims(local)
+            if dims > 1 and tensor.spec.numel > 1:
+                held[local] = read_range(files, tensor, *self.span(local, start, stop))
+            else:
+                held[local] = read_tensor(tensor, files).reshape(-1, *(1,) * (dims - 1))
+        return held
 
     @property
     def nbytes(self) -> int:
@@ -101,14 +126,13 @@ def read_encoded(ckpt: Checkpoint) -> dict[str, Encoded]:
         raise PlanError(
             f"{ckpt.path}: {indexed}: groups in activation order (g_idx) cannot be read back"
         )
-    dtype, groups = _weight_dtype(ckpt), config_groups(ckpt)
+    dtype, said = _weight_dtype(ckpt), declared(ckpt)
     found = {}
-    foreign = config if config["quant_method"] == "fp8" else None
     for module, tensors in _modules(ckpt):
-        scheme = _scheme(ckpt, groups, module, tensors[SCALE])
+        scheme = _scheme(ckpt, said, module, tensors[SCALE])
         spec = TensorSpec(dtype, _shape(module, tensors, scheme))
-        check_readable(module, tensors, scheme, spec, foreign)
-        found[module] = Encoded(module=module, tensors=tensors, scheme=scheme, spec=spec)
+        check_readable(module, tensors, scheme, spec, said if said.is_fp8 else None)
+        found[module] = Encoded(name=module, tensors=tensors, scheme=scheme, spec=spec)
     return found
 
 
@@ -116,19 +140,7 @@ def decode_rows(files: Files, encoded: Encoded, start: int, stop: int) -> Tensor
     """Rows start..stop of the weight, dequantized, [stop - start, C]; `start` on the quantum."""
     from ckptq.quantize.dequantize import dequantize
 
-    quantum = TensorSpec("BF16", (encoded.quantum, encoded.spec.shape[1]))
-    parts = {}
-    for name, spec in stored(quantum, encoded.scheme).items():
-        tensor = encoded.tensors.get(name)
-        if tensor is None or name == "weight_shape":
-            continue
-        if tensor.spec.numel == 1:
-            parts[name] = read_tensor(tensor, files).reshape((1,) * len(spec.shape))
-        else:
-            first = start * spec.shape[0] // encoded.quantum
-            last = math.ceil(stop * spec.shape[0] / encoded.quantum)
-            parts[name] = read_range(files, tensor, first, last)
-    shape = (stop - start, encoded.spec.shape[1])
+    parts, shape = encoded.read(files, start, stop), (stop - start, encoded.shape[1])
     w_RC = dequantize(parts, encoded.scheme, shape, torch_dtype(encoded.spec.dtype))
     if encoded.spec.dtype == "F16" and not w_RC.isfinite().all():
         raise SourceError(
@@ -155,25 +167,19 @@ def _modules(ckpt: Checkpoint) -> Iterator[tuple[str, dict[str, StoredTensor]]]:
         yield module, tensors
 
 
-def _scheme(
-    ckpt: Checkpoint, groups: Sequence[ConfigGroup], module: str, scale: StoredTensor
-) -> WeightScheme:
-    config = ckpt.quantization_config or {}
-    if config.get("quant_method") == "compressed-tensors":
-        return _declared(ckpt, groups, module)
-    block = block_structure(ckpt)
-    if block is None and scale.spec.numel != 1:
+def _scheme(ckpt: Checkpoint, said: Declared, module: str, scale: StoredTensor) -> WeightScheme:
+    group = group_of(said, module)
+    if group is None:
+        raise SourceError(
+            f"{ckpt.path}: {module} has a weight_scale, but no config group targets it"
+        )
+    scheme = group.weight_scheme(stored=True)
+    if said.is_fp8 and scheme.strategy == "tensor" and scale.spec.numel != 1:
         raise SourceError(
             f"{scale.file}: tensor {scale.name!r} is {scale.spec}, and config.json has no "
             "weight_block_size; wanted the sides of the blocks there, or one scale for the tensor"
         )
-    return WeightScheme(
-        format="float-quantized",
-        num_bits=8,
-        type="float",
-        strategy="block" if block else "tensor",
-        block_structure=block,
-    )
+    return scheme
 
 
 def _unreadable(ckpt: Checkpoint, config: Mapping[str, Any]) -> str:
@@ -182,17 +188,6 @@ def _unreadable(ckpt: Checkpoint, config: Mapping[str, Any]) -> str:
         "back; it reads compressed-tensors and FP8 with a scale for a block or for the tensor "
         "(quant_method fp8)"
     )
-
-
-def _declared(ckpt: Checkpoint, groups: Sequence[ConfigGroup], module: str) -> WeightScheme:
-    group = group_of(groups, module)
-    if group is None:
-        raise SourceError(
-            f"{ckpt.path}: {module} has a weight_scale, but no config group targets it"
-        )
-    args = {k: v for k, v in group.weights.items() if v not in (None, {})}
-    form = group.format or (ckpt.quantization_config or {}).get("format")
-    return WeightScheme.from_args(args, str(form), stored=True)
 
 
 def _shape(
@@ -205,13 +200,21 @@ def _shape(
     rows, columns = code.spec.shape
     if "weight_packed" not in tensors:
         return rows, columns
+    known = packed_columns(columns, scheme, tensors[SCALE])
+    if known is None and "weight_shape" in tensors:
+        known = int(read_tensor(tensors["weight_shape"])[1])
+    return rows, known or columns * 32 // scheme.num_bits
+
+
+def packed_columns(words: int, scheme: WeightScheme, scale: StoredTensor | None) -> int | None:
+    """Columns behind packed words, where the format or its groups tell them exactly."""
     if scheme.type == "float":
-        return rows, 2 * columns
-    if scheme.group_size and len(tensors[SCALE].spec.shape) == 2:
-        return rows, tensors[SCALE].spec.shape[1] * scheme.group_size
-    if "weight_shape" in tensors:
-        return rows, int(read_tensor(tensors["weight_shape"])[1])
-    return rows, columns * 32 // scheme.num_bits
+        return 2 * words
+    if scheme.group_size and scale is not None and len(scale.spec.shape) == 2:
+        columns = scale.spec.shape[1] * scheme.group_size
+        if math.ceil(columns * scheme.num_bits / 32) == words:
+            return columns
+    return None
 
 
 def _weight_dtype(ckpt: Checkpoint) -> str:
@@ -242,12 +245,3 @@ def unquantized_config(config: Mapping[str, Any]) -> dict[str, Any]:
         text = plain["text_config"]
         plain["text_config"] = {k: value for k, value in text.items() if k not in CONFIG_KEYS}
     return plain
-
-
-def stored_scales(ckpt: Checkpoint, suffix: str) -> dict[str, StoredTensor]:
-    """Module -> its tensor with this local name, e.g. "k_scale" of every attention."""
-    return {
-        name.rpartition(".")[0]: tensor
-        for name, tensor in ckpt.tensors.items()
-        if name.rpartition(".")[2] == suffix
-    }

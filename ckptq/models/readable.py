@@ -16,6 +16,7 @@ from ckptq.spec import FLOATS, TensorSpec
 
 if TYPE_CHECKING:
     from ckptq.checkpoint.header import StoredTensor
+    from ckptq.recipes.declared import Declared
 
 SCALE_FORMATS = (None, "float", "ue8m0")
 """What transformers knows as `scale_fmt`; scales in U8 and F8_E8M0 are exponents under each."""
@@ -26,12 +27,12 @@ def check_readable(
     tensors: Mapping[str, StoredTensor],
     scheme: WeightScheme,
     spec: TensorSpec,
-    fp8_config: Mapping[str, object] | None = None,
+    fp8: Declared | None = None,
 ) -> None:
     """SourceError for a tensor of a quantized weight whose dtype or shape has no meaning here.
 
     `tensors` are those of one module by local name, `spec` is the weight that they stand for.
-    `fp8_config` is the quantization_config of FP8 sources that are not compressed-tensors'.
+    `fp8` is what the config of an FP8 source declares that is not compressed-tensors'.
     """
     try:
         wanted = stored(spec, scheme)
@@ -41,13 +42,13 @@ def check_readable(
     for local, tensor in tensors.items():
         if local not in wanted:
             raise _odd(tensor, scheme, "no such tensor")
-        dtypes = _dtypes(local, wanted[local], scheme, foreign=fp8_config is not None)
+        dtypes = _dtypes(local, wanted[local], scheme, foreign=fp8 is not None)
         if tensor.spec.dtype not in dtypes:
             raise _odd(tensor, scheme, f"{' or '.join(dtypes)} {_shape(wanted[local])}")
         if not _fits(tensor.spec, wanted[local]):
             raise _odd(tensor, scheme, _shape(wanted[local]))
-        if local == "weight_scale" and tensor.spec.dtype not in FLOATS and fp8_config is not None:
-            _check_format(tensor, fp8_config.get("scale_fmt"))
+        if local == "weight_scale" and tensor.spec.dtype not in FLOATS and fp8 is not None:
+            _check_format(tensor, fp8.scale_format)
     missing = [local for local in wanted if local not in tensors and local != "weight_shape"]
     if missing:
         held = next(iter(tensors.values()))

@@ -12,12 +12,12 @@ from typing import Any
 
 from ckptq.checkpoint.header import StoredTensor
 from ckptq.checkpoint.open import Checkpoint
+from ckptq.engines.vllm import group_of
 from ckptq.errors import PlanError
-from ckptq.models.config_groups import ConfigGroup, block_structure, config_groups, group_of
 from ckptq.models.heads import config_head_dim, config_heads
 from ckptq.models.witnesses import read_witnesses
 from ckptq.permute.effect import Effect, Projection, effect_on, effect_on_attention
-from ckptq.quantize.scheme import pair, whole
+from ckptq.recipes.declared import Declared, declared
 from ckptq.rope_order import Heads
 
 PROJECTIONS = {"q_proj": "q", "k_proj": "k"}
@@ -32,10 +32,8 @@ class Permutation:
     """The attention modules of the decoder layers."""
     heads: Mapping[str, Heads]
     """Of "q" and of "k"."""
-    groups: tuple[ConfigGroup, ...]
-    block: tuple[int, int] | None
-    """What the quantization config says of the weights' layout; of all, in FP8 as DeepSeek ships
-    it."""
+    said: Declared
+    """What the quantization config says of the weights' layout."""
 
     def effect_on(self, stored: StoredTensor) -> Effect | None:
         """What happens to a stored tensor; None for one of anything but q, k and their attention.
@@ -53,11 +51,11 @@ class Permutation:
         return effect_on_attention(local, stored.spec, sides)
 
     def _projection(self, name: str, heads: Heads) -> Projection:
-        group = group_of(self.groups, name)
-        weights = group.weights if group else {}
-        block = pair(weights.get("block_structure")) or self.block
-        bits = whole("num_bits", weights.get("num_bits"))
-        return Projection(name, heads, block=block, bits=bits)
+        group = group_of(self.said, name)
+        weights = group.weights if group else None
+        if weights is None:
+            return Projection(name, heads)
+        return Projection(name, heads, block=weights.block_structure, bits=weights.num_bits)
 
 
 def read_permutation(ckpt: Checkpoint) -> Permutation:
@@ -70,7 +68,7 @@ def read_permutation(ckpt: Checkpoint) -> Permutation:
             "other layout of attention"
         )
     heads = head_geometry(ckpt.text_config)
-    return Permutation(modules, heads, config_groups(ckpt), block_structure(ckpt))
+    return Permutation(modules, heads, declared(ckpt))
 
 
 def plan_permutation(ckpt: Checkpoint, *, skip_unfit: bool = False) -> dict[str, Effect]:

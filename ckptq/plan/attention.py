@@ -16,11 +16,9 @@ from ckptq.errors import PlanError
 from ckptq.models.attention import KEY_PROJECTIONS, attention_kind, cache_owners, layer_index
 from ckptq.models.heads import QUERY_HEADS, Heads, by_side, config_heads, heads_in, layer_heads
 from ckptq.models.modules import Layout
-from ckptq.recipes.load import Args, Recipe
+from ckptq.recipes.args import Args
+from ckptq.recipes.load import Recipe
 from ckptq.spec import TensorSpec
-
-KV_DEFAULTS: Args = {"symmetric": True, "dynamic": False, "strategy": "tensor"}
-"""What llm-compressor's recipes mean where they leave it out."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -48,12 +46,12 @@ def plan_attention(
     modules = _attention_modules(ckpt, layout)
     heads = _heads_of(ckpt, layout, modules)
     odd = _unlike_the_config(ckpt, heads)
-    wanted = args.get("strategy") == "attn_head"
+    wanted = args.strategy == "attn_head"
     per_head = wanted and not (served and odd)
     return AttentionPlan(
         strategy="attn_head" if per_head else "tensor",
-        observer=str(args.get("observer") or "static_minmax"),
-        observer_arguments=args.get("observer_kwargs") or {},
+        observer=args.observer or "static_minmax",
+        observer_arguments=args.observer_kwargs,
         scales={
             module: {
                 f"{module}.{which}_scale": TensorSpec(dtype, (count, 1, 1) if per_head else (1,))
@@ -69,15 +67,15 @@ def as_planned(recipe: Recipe, attention: AttentionPlan) -> Recipe:
     """The recipe with the strategy that the plan has for attention and cache."""
     if attention.told is None:
         return recipe
-    changed = {"strategy": attention.strategy}
+
+    def changed(args: Args | None) -> Args | None:
+        return replace(args, strategy=attention.strategy) if args is not None else None
+
     groups = tuple(
-        replace(g, input_activations={**(g.input_activations or {}), **changed})
-        if g.is_attention
-        else g
+        replace(g, input_activations=changed(g.input_activations)) if g.is_attention else g
         for g in recipe.groups
     )
-    kv = recipe.kv_cache_scheme
-    return replace(recipe, groups=groups, kv_cache_scheme={**kv, **changed} if kv else kv)
+    return replace(recipe, groups=groups, kv_cache_scheme=changed(recipe.kv_cache_scheme))
 
 
 def last_tensors(ckpt: Checkpoint, attention: AttentionPlan) -> dict[str, str]:
@@ -165,7 +163,7 @@ def _unlike_the_config(ckpt: Checkpoint, heads: Mapping[str, Heads]) -> str | No
 
 def _check_args(args: Args) -> None:
     """What vLLM accepts of a KV-cache scheme: static symmetric FP8, per tensor or per head."""
-    for name, found, choice in kv_scheme_faults({**KV_DEFAULTS, **args}):
+    for name, found, choice in kv_scheme_faults(replace(args, written=())):
         raise PlanError(
             f"the KV-cache scheme has {name} {found!r}; vLLM serves {name} "
             f"{' or '.join(map(repr, choice))}"

@@ -12,7 +12,7 @@ from ckptq.models.heads import OUTPUTS
 from ckptq.numbered import starred
 from ckptq.plan.permutable import keep_permutable
 from ckptq.plan.unit import Plan
-from ckptq.recipes.load import Group
+from ckptq.recipes.scheme import Group
 
 
 def vllm_doubts(plan: Plan) -> Iterator[str]:
@@ -64,8 +64,7 @@ def _cache_scales_refused(plan: Plan) -> Iterator[str]:
 
 def _integers_unpacked(chosen: Mapping[str, Group]) -> Iterator[str]:
     for group in {group.name: group for group in chosen.values()}.values():
-        alone = group.input_activations is None
-        if alone and not loads_with_plain_inputs(group.weights or {}, group.format):
+        if group.input_activations is None and not loads_with_plain_inputs(group):
             yield (
                 f"group {group.name!r} is {group.format} and leaves its inputs as they are; vLLM "
                 "loads integers of weights alone only as pack-quantized"
@@ -163,7 +162,7 @@ def _transformers_objection(plan: Plan, name: str, group: Group) -> str | None:
             "to several modules"
         )
     stacked = owner.fused is not None and not owner.fused.taken_apart
-    if stacked and not loads_fused_experts(group.weights or {}, group.format):
+    if stacked and not loads_fused_experts(group):
         return (
             f"transformers cannot read experts in the format of group {group.name!r} "
             f"({group.format}); vLLM can"
@@ -212,7 +211,7 @@ def _uneven_experts(plan: Plan, chosen: Mapping[str, Group]) -> str | None:
 
 def _splits_a_block(plan: Plan, name: str, group: Group, chosen: Mapping[str, Group]) -> bool:
     """Whether a Linear ends inside a block of rows where vLLM merges whole ones only."""
-    height = ((group.weights or {}).get("block_structure") or [1])[0]
+    height = group.block_height
     there = [member for member in plan.layout.fused_set(name) if member in chosen]
     whole = fills_whole_blocks(name, there, of_expert=experts_of(name) is not None)
     return whole and plan.layout.linears[name].weight.spec.shape[0] % height != 0

@@ -26,10 +26,10 @@ from ckptq.models.experts import experts_of
 from ckptq.models.family import LAYER
 from ckptq.models.modules import Layout, Linear
 from ckptq.plan.unit import Unit
-from ckptq.quantize.scheme import WeightScheme
 from ckptq.quantize.stored import stored
 from ckptq.recipes.group_size import sizes_of
-from ckptq.recipes.load import Args, Group, Recipe
+from ckptq.recipes.load import Recipe
+from ckptq.recipes.scheme import Group
 
 UNCHOSEN = "not targeted, or ignored"
 """Why a Linear is left that no rule keeps."""
@@ -115,10 +115,9 @@ def _misfit(
 ) -> Misfit | None:
     linear = layout.linears[name]
     R, C = linear.weight.spec.shape
-    weights, inputs = group.weights or {}, group.input_activations or {}
-    why = _columns(C, weights, inputs) or _words(R, C, group)
+    why = _columns(C, group) or _words(R, C, group)
     if why is None and whole_blocks and not _last(linear, layout, chosen):
-        height = (weights.get("block_structure") or [1])[0]
+        height = group.block_height
         why = f"{R} rows are no whole blocks of {height}, and vLLM merges no others"
         why = why if R % height else None
     if why is None and _is_cut_by_heads(layout, name, group):
@@ -131,8 +130,7 @@ def _is_cut_by_heads(layout: Layout, name: str, group: Group) -> bool:
     linear = layout.linears[name]
     if linear.projection not in RESHAPED.get(_engine_class(layout), ()):
         return False
-    scheme = WeightScheme.from_args(group.weights or {}, group.format or "")
-    specs = stored(linear.weight.spec, scheme).values()
+    specs = stored(linear.weight.spec, group.weight_scheme()).values()
     return bool(group.input_scale) or any(
         spec.shape[:1] != linear.weight.spec.shape[:1] for spec in specs
     )
@@ -143,25 +141,24 @@ def _engine_class(layout: Layout) -> str:
     return engine.engine_class if engine is not None else ""
 
 
-def _columns(C: int, weights: Args, inputs: Args) -> str | None:
+def _columns(C: int, group: Group) -> str | None:
     """Groups of weights, and those that inputs are quantized in, must divide the columns."""
-    for what, args in (("groups", weights), ("activations in groups", inputs)):
-        size = args.get("group_size")
-        if size and size > 0 and C % size:
+    for what, args in (("groups", group.weights), ("activations in groups", group.inputs)):
+        size = args.columns if args is not None else None
+        if size and C % size:
             return f"{what} of {size} do not divide {C} columns"
     return None
 
 
 def _words(R: int, C: int, group: Group) -> str | None:
     """Codes and zero points that are packed into int32 must fill them."""
-    weights = group.weights or {}
-    bits = int(weights.get("num_bits", 8))
-    if group.format != "pack-quantized" or 32 % bits:
+    weights = group.weights
+    if weights is None or group.format != "pack-quantized" or 32 % weights.num_bits:
         return None
-    codes = 32 // bits
+    codes = 32 // weights.num_bits
     if C % codes:
         return f"{C} columns fill no whole words of {codes} codes"
-    if R % codes and weights.get("symmetric") is False:
+    if R % codes and not weights.symmetric:
         return f"zero points of {R} rows fill no whole words of {codes}"
     return None
 
@@ -204,7 +201,7 @@ def _kind(name: str) -> str:
 def _way_out(misfit: Misfit) -> str:
     if not misfit.of_width:
         return "`--scheme fp8-dynamic` takes them"
-    now = (misfit.group.weights or {}).get("group_size")
+    now = misfit.group.weights.group_size if misfit.group.weights is not None else None
     sizes = [n for n in sizes_of(misfit.group) if n != now and (n < 0 or misfit.columns % n == 0)]
     if not sizes:
         return "`--scheme fp8-dynamic` takes any width"

@@ -33,7 +33,9 @@ from ckptq.plan.unit import Part, Plan, Unit
 from ckptq.quantize.formats import needs_statistic
 from ckptq.quantize.scheme import WeightScheme
 from ckptq.quantize.stored import stored
-from ckptq.recipes.load import Group, Recipe
+from ckptq.recipes.args import Args
+from ckptq.recipes.load import Recipe
+from ckptq.recipes.scheme import Group
 from ckptq.rope_order import RopeOrder
 from ckptq.spec import TensorSpec
 
@@ -116,7 +118,7 @@ def make_plan(
 def _cache_alone(ckpt: Checkpoint, recipe: Recipe, shard_bytes: int, *, served: bool) -> Plan:
     """Calibrated scales for a quantized checkpoint whose weights stay as they are stored."""
     layout, kept = read_layout(ckpt), kept_config(ckpt)
-    attention = plan_attention(ckpt, layout, recipe.attention or {}, served=served)
+    attention = plan_attention(ckpt, layout, recipe.attention or Args(), served=served)
     recipe = as_planned(recipe, attention)
     units = tuple(copied_units(ckpt, layout, attention))
     return Plan(
@@ -126,7 +128,7 @@ def _cache_alone(ckpt: Checkpoint, recipe: Recipe, shard_bytes: int, *, served: 
         groups={},
         inputs={},
         input_observer=_input_observer(recipe),
-        ignore=tuple(kept.get("ignore") or ()),
+        ignore=kept.ignore,
         attention=attention,
         layout=layout,
         marks=read_marks(ckpt),
@@ -143,7 +145,7 @@ def _units(
     attention: AttentionPlan | None,
 ) -> Iterator[Unit]:
     """Walk the source in the order of its bytes; each tensor is in exactly one unit."""
-    schemes = {g.name: weight_scheme(g) for g in recipe.groups if g.weights is not None}
+    schemes = {g.name: g.weight_scheme() for g in recipe.groups if g.weights is not None}
     ends = last_tensors(ckpt, attention) if attention else {}
     split = any(layout.linears[name].weight.index is not None for name in chosen)
     done: set[str] = set()
@@ -173,19 +175,11 @@ def _units(
 
 def _input_observer(recipe: Recipe) -> str:
     """The one observer of all static activations; PlanError where groups name several."""
-    static = [g.input_activations or {} for g in recipe.groups if g.input_scale]
-    names = {str(args.get("observer") or "static_minmax") for args in static}
+    static = [g.inputs for g in recipe.groups if g.input_scale]
+    names = {args.observer or "static_minmax" for args in static if args is not None}
     if len(names) > 1:
         raise PlanError(f"static input_activations name several observers: {sorted(names)}")
     return names.pop() if names else "static_minmax"
-
-
-def weight_scheme(group: Group) -> WeightScheme:
-    """The arithmetic's view of a group; PlanError names the group."""
-    try:
-        return WeightScheme.from_args(group.weights or {}, group.format or "")
-    except PlanError as error:
-        raise PlanError(f"group {group.name!r}: {error}") from error
 
 
 def _linear_unit(

@@ -3,22 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 from ckptq.checkpoint.header import StoredTensor
 from ckptq.checkpoint.open import Checkpoint
-from ckptq.errors import PlanError
+from ckptq.errors import PlanError, UsageError
 from ckptq.models.experts import FUSED_WEIGHT, experts_of
-from ckptq.models.modules import Layout
+from ckptq.models.modules import Layout, Linear
 from ckptq.models.readable import refuse_bare_codes, unread
 from ckptq.models.witnesses import NAMEABLE, Witnesses
-from ckptq.patterns import matches
-from ckptq.recipes.load import Group, Recipe, check_patterns
+from ckptq.recipes.args import LOCAL, Args
+from ckptq.recipes.load import Recipe
+from ckptq.recipes.names import broken, read_names
+from ckptq.recipes.scheme import Group, Scheme
 from ckptq.spec import FLOATS
 
-STATIC = (None, "tensor")
-"""Strategies of static activations that vLLM serves."""
-
-NVFP4 = {"num_bits": 4, "type": "float", "strategy": "tensor_group", "group_size": 16}
+NVFP4 = Args(num_bits=4, type="float", strategy="tensor_group", group_size=16)
+NVFP4_FIELDS = ("num_bits", "type", "strategy", "group_size", "dynamic")
 
 
 def choose(layout: Layout, recipe: Recipe, ignore: Sequence[str]) -> dict[str, Group]:
@@ -27,7 +28,7 @@ def choose(layout: Layout, recipe: Recipe, ignore: Sequence[str]) -> dict[str, G
     PlanError for a group without any, and for a family whose layers hold no Linears.
     An exact name or `re:` pattern is stronger than a class name; of several, the first one counts.
     """
-    groups = [g for g in recipe.groups if not g.is_attention]
+    groups = recipe.linears
     for group in groups:
         if group.weights is None:
             raise PlanError(f"group {group.name!r} has neither weights nor input_activations")
@@ -38,16 +39,9 @@ def choose(layout: Layout, recipe: Recipe, ignore: Sequence[str]) -> dict[str, G
         )
     if layout.witnesses.silent and any("Linear" in g.targets for g in groups):
         raise PlanError(_unknown(layout.witnesses))
-    chosen = {}
-    for linear in layout.linears.values():
-        if any(matches(pattern, linear.name) for pattern in ignore):
-            continue
-        named = [g for g in groups if any(matches(t, linear.name) for t in g.targets)]
-        by_class = [g for g in groups if "Linear" in g.targets]
-        if named and linear.kept in (None, *NAMEABLE):
-            chosen[linear.name] = named[0]
-        elif by_class and linear.kept is None:
-            chosen[linear.name] = by_class[0]
+    scheme = replace(recipe, ignore=tuple(ignore))
+    found = {linear.name: _group_of(scheme, linear) for linear in layout.linears.values()}
+    chosen = {name: group for name, group in found.items() if group is not None}
     for group in groups:
         if group not in chosen.values():
             raise PlanError(
@@ -55,6 +49,14 @@ def choose(layout: Layout, recipe: Recipe, ignore: Sequence[str]) -> dict[str, G
                 f"{list(group.targets)} matched no Linear; `ckptq inspect` lists their names"
             )
     return chosen
+
+
+def _group_of(scheme: Scheme, linear: Linear) -> Group | None:
+    """As llm-compressor matches: a Linear's own name, and its class where nothing keeps it."""
+    if linear.kept not in (None, *NAMEABLE):
+        return None
+    by_class = linear.kept is None
+    return scheme.group_of(linear.name, of_class=lambda target: by_class and target == "Linear")
 
 
 def _unknown(witnesses: Witnesses) -> str:
@@ -71,9 +73,11 @@ def refuse_idle_ignores(layout: Layout, ignore: Sequence[str]) -> None:
 
     An output head that is tied to the embedding is not stored, and may be named all the same.
     """
-    check_patterns("--ignore", ignore)
     for pattern in ignore:
-        if not any(matches(pattern, name) for name in (*layout.linears, "lm_head")):
+        if (why := broken(pattern)) is not None:
+            raise UsageError(f"--ignore {pattern!r}: not a regular expression: {why}")
+        names = read_names([pattern])
+        if not any(names.match(name) for name in (*layout.linears, "lm_head")):
             raise PlanError(
                 f"--ignore {pattern!r}: matches no Linear of this checkpoint; wanted a full name "
                 "or re:PATTERN, which is matched from the start; `ckptq inspect` lists the names"
@@ -117,41 +121,40 @@ def refuse_unserved(groups: Sequence[Group]) -> None:
     for group in groups:
         if group.output_activations is not None:
             raise PlanError(f"group {group.name!r}: output_activations are not served by vLLM")
-        inputs = group.input_activations if group.weights is not None else None
-        if inputs is None:
+        weights, inputs = group.weights, group.inputs
+        if weights is None or inputs is None:
             continue
-        if "tensor_group" in (inputs.get("strategy"), (group.weights or {}).get("strategy")):
-            _refuse_half_nvfp4(group)
-        elif inputs.get("dynamic", False) is False and inputs.get("strategy") not in STATIC:
+        if NVFP4.strategy in (inputs.strategy, weights.strategy):
+            _refuse_half_nvfp4(group.name, "weights", weights, NVFP4)
+            _refuse_half_nvfp4(
+                group.name, "input_activations", inputs, replace(NVFP4, dynamic=LOCAL)
+            )
+        elif inputs.dynamic is False and inputs.strategy != "tensor":
             raise PlanError(
                 f"group {group.name!r}: static input_activations have strategy "
-                f"{inputs.get('strategy')!r}; vLLM serves static activations per tensor"
+                f"{inputs.strategy!r}; vLLM serves static activations per tensor"
             )
 
 
 def refuse_unserved_experts(chosen: Mapping[str, Group]) -> None:
     """vLLM 0.32 has Linears with packed integers and integer activations, but no such experts."""
     for name, group in chosen.items():
-        kind = (group.input_activations or {}).get("type")
-        if kind == "int" and group.format == "pack-quantized" and experts_of(name):
-            bits = (
-                (group.weights or {}).get("num_bits"),
-                (group.input_activations or {}).get("num_bits"),
-            )
+        weights, inputs = group.weights, group.inputs
+        if weights is None or inputs is None or inputs.type != "int":
+            continue
+        if group.format == "pack-quantized" and experts_of(name):
             raise PlanError(
-                f"{name}: group {group.name!r}: vLLM cannot serve W{bits[0]}A{bits[1]} experts; "
+                f"{name}: group {group.name!r}: vLLM cannot serve "
+                f"W{weights.num_bits}A{inputs.num_bits} experts; "
                 "supported: W8A8, W4A8, W4AFP8, and integers of 2 to 8 bits without activations"
             )
 
 
-def _refuse_half_nvfp4(group: Group) -> None:
+def _refuse_half_nvfp4(group: str, part: str, args: Args, served: Args) -> None:
     """vLLM multiplies NVFP4 by NVFP4, its inputs scaled per group under a static global scale."""
-    for part, args in (("weights", group.weights), ("input_activations", group.input_activations)):
-        wanted = NVFP4 | {"dynamic": "local" if part == "input_activations" else False}
-        given = {"symmetric": True, "dynamic": False} | dict(args or {})
-        found = {key: given.get(key) for key in wanted}
-        if found != wanted or not given["symmetric"]:
-            raise PlanError(
-                f"group {group.name!r}: vLLM serves NVFP4 activations with NVFP4 weights only: "
-                f"{part} are {found}, wanted {wanted}"
-            )
+    found, wanted = ({name: getattr(a, name) for name in NVFP4_FIELDS} for a in (args, served))
+    if found != wanted or not args.symmetric:
+        raise PlanError(
+            f"group {group!r}: vLLM serves NVFP4 activations with NVFP4 weights only: "
+            f"{part} are {found}, wanted {wanted}"
+        )

@@ -11,7 +11,7 @@ from collections.abc import Collection
 
 from ckptq.engines.vllm import common_merged_name
 from ckptq.models.witnesses import Witnesses
-from ckptq.patterns import matches
+from ckptq.recipes.names import read_names
 
 
 def merged_names(
@@ -25,7 +25,8 @@ def merged_names(
     names = dict.fromkeys(
         name for linear in linears if (name := _merged_name(linear, witnesses)) is not None
     )
-    return [name for name in names if not any(matches(target, name) for target in targets)]
+    targeted = read_names(targets)
+    return [name for name in names if not targeted.match(name)]
 
 
 def _merged_name(linear: str, witnesses: Witnesses) -> str | None:

@@ -13,20 +13,16 @@ from collections.abc import Mapping
 from dataclasses import replace
 
 from ckptq.models.modules import Layout
-from ckptq.patterns import matches
-from ckptq.recipes.load import Args, Group, Recipe
+from ckptq.recipes.args import Args
+from ckptq.recipes.load import Recipe
+from ckptq.recipes.names import read_names
+from ckptq.recipes.scheme import Group
 
 QKV = r"re:.*self_attn\.(q|k|v|qkv)_proj$"
 """With the name of vLLM's merged Linear: up to 0.25 vLLM looks for the class of a merged Linear
 before the names of its parts, and would find the group of all Linears."""
 
-TOKEN_FP8: Args = {
-    "num_bits": 8,
-    "type": "float",
-    "symmetric": True,
-    "strategy": "token",
-    "dynamic": True,
-}
+TOKEN_FP8 = Args(type="float", strategy="token", dynamic=True)
 
 
 def keep_permutable(recipe: Recipe, layout: Layout, chosen: Mapping[str, Group]) -> Recipe:
@@ -37,9 +33,10 @@ def keep_permutable(recipe: Recipe, layout: Layout, chosen: Mapping[str, Group])
     if layout.family.rope != "interleaved":
         return recipe
     groups: list[Group] = []
+    qkv = read_names([QKV])
     for group in recipe.groups:
         linears = [name for name, g in chosen.items() if g is group]
-        attention = [name for name in linears if matches(QKV, name)]
+        attention = list(filter(qkv.match, linears))
         safe = _permutable(group)
         if attention and safe is not group:
             # Before the group it leaves: engines take the first pattern that matches
@@ -54,10 +51,9 @@ def _permutable(group: Group) -> Group:
     weights = group.weights
     if weights is None:
         return group
-    if weights.get("strategy") == "block":
-        kept = {k: v for k, v in weights.items() if k != "block_structure"}
-        return replace(group, weights={**kept, "strategy": "channel"}, input_activations=TOKEN_FP8)
-    if weights.get("symmetric") is False:
-        kept = {k: v for k, v in weights.items() if k != "zp_dtype"}
-        return replace(group, weights={**kept, "symmetric": True})
+    if weights.strategy == "block":
+        weights = replace(weights, strategy="channel", block_structure=None)
+        return replace(group, weights=weights, input_activations=TOKEN_FP8)
+    if not weights.symmetric:
+        return replace(group, weights=replace(weights, symmetric=True, zp_dtype=None))
     return group

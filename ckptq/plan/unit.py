@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from math import lcm
-from typing import Any
 
 from ckptq.checkpoint.header import StoredTensor
 from ckptq.models.modules import Layout, Linear
@@ -14,6 +13,7 @@ from ckptq.permute.reordered import Source
 from ckptq.plan.attention import AttentionPlan
 from ckptq.quantize.scheme import WeightScheme
 from ckptq.quantize.stored import row_quantum
+from ckptq.recipes.declared import Declared
 from ckptq.recipes.load import Recipe
 from ckptq.spec import TensorSpec
 
@@ -98,7 +98,7 @@ class Plan:
     """RoPE orders that the output is marked with; empty where nothing was permuted."""
     told: tuple[str, ...] = ()
     """A line for each point in which the plan departs from the recipe, so that engines load it."""
-    kept: Mapping[str, Any] | None = None
+    kept: Declared | None = None
     """Quantization config of a source whose weights are copied as they are stored, quantized."""
 
     @property

@@ -5,6 +5,8 @@ Shape letters: R rows (output channels), C columns (input channels).
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from functools import cache
 from math import ceil, gcd
 
 from ckptq.errors import PlanError
@@ -40,6 +42,22 @@ def row_quantum(scheme: WeightScheme) -> int:
     if scheme.format == "pack-quantized" and not scheme.symmetric:
         return 32 // gcd(32, scheme.num_bits)
     return 1
+
+
+@cache
+def quantum_specs(scheme: WeightScheme, columns: int) -> Mapping[str, TensorSpec]:
+    """What is stored for one quantum of rows. Example: 1 row of scales for 128 of blocks, 1 row of
+    packed zero points for 8."""
+    return stored(TensorSpec("BF16", (row_quantum(scheme), columns)), scheme)
+
+
+def stored_span(
+    local: str, scheme: WeightScheme, columns: int, start: int, stop: int
+) -> tuple[int, int]:
+    """The rows of a stored tensor that hold rows start..stop of the weight; `start` is a multiple
+    of the quantum."""
+    rows, quantum = quantum_specs(scheme, columns)[local].shape[0], row_quantum(scheme)
+    return start * rows // quantum, ceil(stop * rows / quantum)
 
 
 def _check(weight: TensorSpec, scheme: WeightScheme) -> None:

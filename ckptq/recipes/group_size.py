@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
 import yaml
 
 from ckptq.errors import UsageError
-from ckptq.recipes.load import Args, Group, Recipe
+from ckptq.recipes.args import Args
+from ckptq.recipes.load import Recipe
+from ckptq.recipes.scheme import Group
 
 ROW = -1
 """compressed-tensors' size of a group that is the whole row."""
@@ -24,10 +25,10 @@ def sizes_of(group: Group) -> tuple[int, ...]:
     Integers have groups of any size, but beside FP8 activations of 128 alone
     (`CompressedTensorsW4A8Fp8`); NVFP4 and the MX formats have their own.
     """
-    weights, inputs = group.weights or {}, group.input_activations or {}
-    if weights.get("strategy") != "group" or weights.get("type", "int") != "int":
+    weights, inputs = group.weights, group.input_activations
+    if weights is None or weights.strategy != "group" or weights.type != "int":
         return ()
-    return (128,) if inputs.get("type") == "float" else SIZES
+    return (128,) if inputs is not None and inputs.type == "float" else SIZES
 
 
 def with_group_size(recipe: Recipe, size: int) -> Recipe:
@@ -65,18 +66,19 @@ def _resized(group: Group, size: int) -> Group:
             f"--group-size {size}: group {group.name!r} has FP8 activations, beside which vLLM "
             "serves groups of 128 only"
         )
-    weights = {k: v for k, v in (group.weights or {}).items() if k != "group_size"}
-    changed: Args = {"strategy": "channel"} if size == ROW else {"group_size": size}
-    return replace(group, weights={**weights, **changed})
+    weights = group.weights or Args()
+    if size == ROW:
+        return replace(group, weights=replace(weights, strategy="channel", group_size=None))
+    return replace(group, weights=replace(weights, group_size=size))
 
 
 def _scales(recipe: Recipe) -> str:
     """What shares a scale, of each group of Linears."""
     found = [g.weights for g in recipe.groups if g.weights is not None]
     words = {
-        f"one for {w['group_size']} columns, which its format fixes"
-        if w.get("group_size")
-        else f"one for a {w.get('strategy', 'tensor')}"
+        f"one for {w.group_size} columns, which its format fixes"
+        if w.group_size
+        else f"one for a {w.strategy}"
         for w in found
     }
     return " and ".join(sorted(words)) or "of attention alone"
@@ -84,20 +86,14 @@ def _scales(recipe: Recipe) -> str:
 
 def _spelled(recipe: Recipe) -> str:
     """The recipe as YAML in llm-compressor's dialect, from its groups."""
-    modifier: dict[str, Any] = {"config_groups": {g.name: _fields(g) for g in recipe.groups}}
+    groups = {
+        group.name: {key: value for key, value in group.to_dict().items() if value is not None}
+        for group in recipe.groups
+    }
+    modifier: dict[str, Any] = {"config_groups": groups}
     if recipe.ignore:
         modifier["ignore"] = list(recipe.ignore)
     if recipe.kv_cache_scheme is not None:
-        modifier["kv_cache_scheme"] = dict(recipe.kv_cache_scheme)
+        modifier["kv_cache_scheme"] = recipe.kv_cache_scheme.to_dict()
     stages = {"quantization_stage": {"quantization_modifiers": {"QuantizationModifier": modifier}}}
     return yaml.safe_dump(stages, sort_keys=False)
-
-
-def _fields(group: Group) -> dict[str, Any]:
-    fields: Mapping[str, Any] = {
-        "targets": list(group.targets),
-        "format": group.format,
-        "weights": dict(group.weights) if group.weights is not None else None,
-        "input_activations": dict(group.input_activations) if group.input_activations else None,
-    }
-    return {key: value for key, value in fields.items() if value is not None}

@@ -6,7 +6,7 @@ test, so that running one does not wait for its import (5 s). The rest goes thro
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,74 +15,26 @@ import yaml
 
 from ckptq.errors import UsageError
 from ckptq.files import read_small
-from ckptq.patterns import BadPattern, compiled
+from ckptq.recipes.args import Args
 from ckptq.recipes.dialect import QUANTIZES, read_modifiers
 from ckptq.recipes.preset import EMPTY, preset_text
+from ckptq.recipes.scheme import PARTS, Scheme, read_groups, read_strings
 
 FOLDER = Path(__file__).parent
 
 RECIPE_BYTES = 1 << 20
 """Of a recipe of the user's own; the largest that are known have 10 kB."""
 
-Args = Mapping[str, Any]
-"""A compressed-tensors QuantizationArgs as plain data, without the fields that are null."""
 
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Group:
-    """One entry of `config_groups`: which modules, and how."""
-
-    name: str
-    targets: tuple[str, ...]
-    weights: Args | None = None
-    input_activations: Args | None = None
-    output_activations: Args | None = None
-    format: str | None = None
-
-    @property
-    def is_attention(self) -> bool:
-        """A group that has activations but no weights quantizes q, k and v inside attention."""
-        return self.weights is None and self.input_activations is not None
-
-    @property
-    def input_scale(self) -> str | None:
-        """Local name of the scale that its Linears need for inputs, which only calibration gives.
-
-        NVFP4's inputs have scales per group, found as they come ("local"), under one global scale.
-        """
-        inputs = self.input_activations if self.weights is not None else None
-        if inputs is None or inputs.get("dynamic", False) is True:
-            return None
-        return "input_global_scale" if inputs.get("dynamic") == "local" else "input_scale"
-
-    @property
-    def largest_input(self) -> float:
-        """What the largest static input is scaled to: 448 for FP8, half the steps for integers,
-        448 * 6 for NVFP4: the largest scale of a group by the largest code."""
-        inputs = self.input_activations or {}
-        if inputs.get("type", "int") == "float":
-            return 448.0 * 6.0 if inputs.get("dynamic") == "local" else 448.0
-        return float(2 ** int(inputs.get("num_bits", 8)) - 1) / 2
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Recipe:
+@dataclass(frozen=True, kw_only=True)
+class Recipe(Scheme):
     """What a recipe asks for, resolved: presets spelled out, scheme names gone."""
 
     name: str
-    groups: tuple[Group, ...]
-    ignore: tuple[str, ...] = ()
-    kv_cache_scheme: Args | None = None
     handed_over: tuple[str, ...] = ()
     """Modifiers that llm-compressor has to run itself, by class name."""
     text: str
     """The recipe as YAML in llm-compressor's dialect; kept with the output."""
-
-    @property
-    def attention(self) -> Args | None:
-        """How q, k and v are quantized in attention and cache, if they are."""
-        inputs = next((g.input_activations for g in self.groups if g.is_attention), None)
-        return inputs or self.kv_cache_scheme
 
 
 def built_in() -> dict[str, Path]:
@@ -151,49 +103,37 @@ def load_text(name: str, text: str) -> Recipe:
         raise UsageError(
             f"{len(configs)} modifiers quantize; one with several config_groups is wanted"
         )
-    groups: tuple[Group, ...] = ()
-    kv = None
-    ignore: tuple[str, ...] = ()
+    modifier: dict[str, Any] = {}
     if configs:
-        config = configs[0]
-        groups = tuple(
-            group
-            for key, scheme in config.config_groups.items()
-            if (group := _resolved_group(key, scheme)) is not None
-        )
-        kv = _dump(config.kv_cache_scheme)
-        ignore = tuple(config.ignore or ())
-    check_patterns("ignore", ignore)
-    for group in groups:
-        check_patterns(f"group {group.name!r}: target", group.targets)
+        config, kv = configs[0], configs[0].kv_cache_scheme
+        modifier = {
+            "config_groups": {
+                key: {**scheme.model_dump(mode="json"), "format": _format(scheme)}
+                for key, scheme in config.config_groups.items()
+                if any(getattr(scheme, part) is not None for part in PARTS)
+            },
+            "ignore": list(config.ignore or ()),
+            "kv_cache_scheme": kv.model_dump(mode="json") if kv is not None else None,
+        }
+    return _recipe(name, text, modifier, others)
+
+
+def _recipe(
+    name: str, text: str, modifier: Mapping[str, Any], handed_over: tuple[str, ...] = ()
+) -> Recipe:
+    kv = modifier.get("kv_cache_scheme")
     return Recipe(
-        name=name, groups=groups, ignore=ignore, kv_cache_scheme=kv, handed_over=others, text=text
-    )
-
-
-def check_patterns(what: str, patterns: Iterable[str]) -> None:
-    """UsageError for a `re:` pattern that is no regular expression."""
-    for pattern in patterns:
-        try:
-            compiled(pattern)
-        except BadPattern as error:
-            raise UsageError(f"{what} {pattern!r}: not a regular expression: {error}") from error
-
-
-def _resolved_group(name: str, scheme: Any) -> Group | None:
-    """A pydantic QuantizationScheme as a Group; None where it asks for nothing."""
-    weights, inputs = _dump(scheme.weights), _dump(scheme.input_activations)
-    outputs = _dump(scheme.output_activations)
-    if not (weights or inputs or outputs):
-        return None
-    return Group(
         name=name,
-        targets=tuple(scheme.targets),
-        weights=weights,
-        input_activations=inputs,
-        output_activations=outputs,
-        format=_format(scheme),
+        groups=tuple(read_groups(modifier.get("config_groups", {}), None, _refuse)),
+        ignore=read_strings(modifier.get("ignore", []), "ignore", _refuse),
+        kv_cache_scheme=None if kv is None else Args.read(kv, "kv_cache_scheme", _refuse),
+        handed_over=handed_over,
+        text=text,
     )
+
+
+def _refuse(name: str, found: object, wanted: str) -> None:
+    raise UsageError(f"{name} {found!r}: not {wanted}")
 
 
 def _format(scheme: Any) -> str:
@@ -208,25 +148,8 @@ def _format(scheme: Any) -> str:
     return str(infer_module_format(Linear, scheme).value)
 
 
-def _dump(args: Any) -> Args | None:
-    """A pydantic QuantizationArgs as plain data, nulls and empty dicts left out."""
-    if args is None:
-        return None
-    dumped = args.model_dump(mode="json", exclude_none=True)
-    return {key: value for key, value in dumped.items() if value is not None and value != {}}
-
-
 def _plain(name: str, text: str) -> Recipe:
     """One of our own files: already resolved."""
     stages = yaml.safe_load(text)
     modifier = stages["quantization_stage"]["quantization_modifiers"]["QuantizationModifier"]
-    return Recipe(
-        name=name,
-        groups=tuple(
-            Group(name=key, **{**group, "targets": tuple(group["targets"])})
-            for key, group in modifier["config_groups"].items()
-        ),
-        ignore=tuple(modifier.get("ignore", ())),
-        kv_cache_scheme=modifier.get("kv_cache_scheme"),
-        text=text,
-    )
+    return _recipe(name, text, modifier)

@@ -10,7 +10,7 @@ from pathlib import Path
 from ckptq.checkpoint.open import Checkpoint, Problems, open_checkpoint
 from ckptq.errors import SourceError, UsageError
 from ckptq.progress import Begin, silent
-from ckptq.verify.declared import read_declared
+from ckptq.verify.declared import judge_config
 from ckptq.verify.engine.ask import ask_engine
 from ckptq.verify.loaders import find_engine
 from ckptq.verify.options import Options
@@ -117,7 +117,7 @@ def _subject(
     ckpt: Checkpoint, source: str | Path | None, quick: bool
 ) -> tuple[Subject, list[Finding]]:
     original = open_checkpoint(source) if source is not None else None
-    declared, found = read_declared(ckpt)
+    declared, found = judge_config(ckpt)
     return Subject(ckpt, original, declared, quick), found
 
 

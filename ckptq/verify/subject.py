@@ -12,30 +12,30 @@ from functools import cached_property
 
 from ckptq.checkpoint.header import StoredTensor
 from ckptq.checkpoint.open import Checkpoint
-from ckptq.models.attention import AttentionKind, attention_kind, cache_owners, layer_index
+from ckptq.engines.vllm import group_of
+from ckptq.models.attention import (
+    AttentionKind,
+    attention_kind,
+    cache_owners,
+    cache_scales,
+    layer_index,
+)
+from ckptq.models.encoded import packed_columns
 from ckptq.models.family import Family, family_of
 from ckptq.models.heads import Heads, config_heads, heads_in, layer_heads
 from ckptq.models.modules import Layout, Linear, read_layout
 from ckptq.models.witnesses import Witnesses, read_witnesses
 from ckptq.quantize.scheme import WeightScheme
-from ckptq.verify.declared import Declared, Group
+from ckptq.recipes.declared import Declared
+from ckptq.recipes.scheme import Group
 
 CODES = ("weight", "weight_packed")
 SCALES = (
-    "weight_scale",
-    "weight_zero_point",
-    "weight_shape",
-    "weight_global_scale",
-    "weight_g_idx",
-    "g_idx",
-    "input_scale",
-    "input_zero_point",
-    "input_global_scale",
+    *("weight_scale", "weight_zero_point", "weight_shape", "weight_global_scale"),
+    *("weight_g_idx", "g_idx", "input_scale", "input_zero_point", "input_global_scale"),
 )
 """What stands beside the codes of a quantized Linear."""
 
-CACHE_SCALE = re.compile(r"^(?P<module>.+)\.(?P<which>[qkv])_scale$")
-CACHE_ZERO_POINT = re.compile(r"^(?P<module>.+)\.(?P<which>[qkv])_zero_point$")
 EXPERT = re.compile(r"^(?P<experts>.*\.experts)\.(?P<index>\d+)\.(?P<projection>[^.]+)$")
 
 MIXTRAL = {"w1": "gate_proj", "w3": "up_proj", "w2": "down_proj"}
@@ -56,6 +56,11 @@ class Module:
     """The config group that it falls to; None where it is ignored or not targeted."""
     origin: Linear | None
     """The same Linear in the source, where a source is given and has it."""
+
+    @property
+    def scheme(self) -> WeightScheme | None:
+        """That of its group; None without one, and where what is declared cannot be."""
+        return self.group.scheme if self.group is not None else None
 
     @property
     def codes(self) -> StoredTensor | None:
@@ -85,20 +90,10 @@ class Module:
         R, C = codes.spec.shape
         if "weight_packed" not in self.tensors or self.group is None:
             return R, C
-        return (R, _columns(self, self.group.scheme, C)) if self.group.scheme else None
-
-
-def _columns(module: Module, scheme: WeightScheme, words: int) -> int:
-    """Columns behind packed words: groups tell exactly, else as many as the words can hold."""
-    if scheme.type == "float":
-        return words * 2
-    scale = module.tensors.get("weight_scale")
-    most = words * 32 // scheme.num_bits
-    if scheme.group_size and scale is not None and len(scale.spec.shape) == 2:
-        columns = scale.spec.shape[1] * scheme.group_size
-        if -(-columns * scheme.num_bits // 32) == words:
-            return columns
-    return most
+        if self.scheme is None:
+            return None
+        known = packed_columns(C, self.scheme, self.tensors.get("weight_scale"))
+        return R, known or C * 32 // self.scheme.num_bits
 
 
 @dataclass(frozen=True)
@@ -150,7 +145,7 @@ class Subject:
                 name=name,
                 tensors=tensors,
                 kept=self.witnesses.why_kept(name),
-                group=self.declared.group_of(name),
+                group=group_of(self.declared, name),
                 origin=self._origin(name),
             )
             for name, tensors in self._by_module().items()
@@ -191,14 +186,8 @@ class Subject:
 
     @cached_property
     def cache_scales(self) -> dict[tuple[str, str], StoredTensor]:
-        """(attention module, "q" | "k" | "v") -> its scale; also where ModelOpt hangs it."""
-        found = {}
-        for name, tensor in self.ckpt.tensors.items():
-            match = CACHE_SCALE.match(name)
-            if match:
-                module = re.sub(r"\.[qkv]_proj$", "", match["module"])
-                found[module, match["which"]] = tensor
-        return found
+        """(attention module, "q" | "k" | "v") -> its scale."""
+        return cache_scales(self.ckpt.tensors)
 
 
 def mixtral_name(name: str) -> str:

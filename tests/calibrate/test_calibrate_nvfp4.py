@@ -221,7 +221,7 @@ def test_an_expert_that_is_not_there_has_no_scale_and_is_named(saved):
 def test_what_is_half_nvfp4_is_refused_by_the_name_of_its_group(saved, part, change):
     recipe = load_scheme("nvfp4")
     group = recipe.groups[0]
-    changed = replace(group, **{part: {**(getattr(group, part)), **change}})
+    changed = replace(group, **{part: replace(getattr(group, part), **change)})
     request = QuantizeRequest(
         model=saved("llama").path, recipe=replace(recipe, groups=(changed,)), out=Path("unused")
     )

@@ -34,7 +34,9 @@ from ckptq.quantize.formats import (
     quantize,
     statistic,
 )
-from ckptq.recipes.load import Group, Recipe
+from ckptq.recipes.args import Args
+from ckptq.recipes.load import Recipe
+from ckptq.recipes.scheme import Group
 from ckptq.spec import spec_of
 
 E, H, I = 4, 128, 192
@@ -57,12 +59,12 @@ FORMATS: dict[str, Format] = {
 
 def scheme_of(name: str) -> WeightScheme:
     format, args = FORMATS[name]
-    return WeightScheme.from_args(args, format)
+    return Args.read(args).weight_scheme(format)
 
 
 def recipe_of(name: str) -> Recipe:
     format, args = FORMATS[name]
-    group = Group(name="group_0", targets=("Linear",), weights=args, format=format)
+    group = Group(name="group_0", targets=("Linear",), weights=Args.read(args), format=format)
     return Recipe(name="test", groups=(group,), text=f"# {name}\n")
 
 

@@ -19,9 +19,9 @@ from torch import Tensor
 from ckptq.checkpoint.open import open_checkpoint
 from ckptq.checkpoint.read import Files
 from ckptq.errors import SourceError
-from ckptq.evaluate.read_weight import read_weight
 from ckptq.forward.decoded import weights_of
 from ckptq.models.modules import read_layout
+from ckptq.models.rows import whole_weight
 from ckptq.plan.make import make_plan
 from ckptq.quantize.dequantize import dequantize
 from ckptq.quantize.formats import quantize
@@ -115,7 +115,7 @@ def test_scales_mean_what_transformers_reads(
         for name, linear in read_layout(ckpt).linears.items():
             if name in LINEARS:
                 wanted = as_transformers_reads(folder, name)
-                assert torch.equal(read_weight(files, linear.weight), wanted), name
+                assert torch.equal(whole_weight(files, linear.weight), wanted), name
                 assert torch.equal(given.load([f"{name}.weight"])[f"{name}.weight"], wanted)
     out = convert(folder, tmp_path / "out", recipe_of("fp8 channel")).out
     made = load_file(out / "model.safetensors")

@@ -14,6 +14,7 @@ from ckptq.evaluate.products import inputs_changed
 from ckptq.evaluate.run import evaluate
 from ckptq.evaluate.text import Line, Text
 from ckptq.models.encoded import read_encoded
+from ckptq.recipes.args import Args
 from ckptq.recipes.load import load_scheme
 
 
@@ -171,7 +172,7 @@ def test_static_scales_that_no_checkpoint_gives_are_those_of_calibration_on_this
 
 def test_what_cannot_be_simulated_is_refused(saved):
     with pytest.raises(PlanError, match="cannot be simulated"):
-        input_scheme({"type": "int", "num_bits": 6, "dynamic": True, "strategy": "token"}, "x")
+        input_scheme(Args(num_bits=6, dynamic=True, strategy="token"), "x")
     ckpt = saved("llama", "fp8-static")
     lost = {n: t for n, t in ckpt.tensors.items() if not n.endswith("1.mlp.up_proj.input_scale")}
     encoded = read_encoded(ckpt)

@@ -3,6 +3,8 @@
 Shape letters: T tokens, C columns, G groups, g columns of a group.
 """
 
+from dataclasses import replace
+
 import pytest
 import torch
 from evaluate_models import plain_model
@@ -136,7 +138,7 @@ def test_a_scheme_tried_on_the_source_is_near_the_checkpoint_it_would_make(saved
     "change", [{"group_size": 32}, {"strategy": "group"}, {"num_bits": 8}, {"symmetric": False}]
 )
 def test_what_is_no_nvfp4_is_refused(change):
-    args = dict(load_scheme("nvfp4").groups[0].input_activations or {})
+    args = load_scheme("nvfp4").groups[0].input_activations
     assert input_scheme(args, "x") == InputScheme("nvfp4", static=True)
     with pytest.raises(PlanError, match="cannot be simulated"):
-        input_scheme(args | change, "x")
+        input_scheme(replace(args, **change), "x")

@@ -16,6 +16,7 @@ from ckptq.quantize.formats import (
     quantize,
     statistic,
 )
+from ckptq.recipes.args import Args
 from ckptq.spec import spec_of
 
 Judge = Callable[[Mapping[str, Tensor], str, dict[str, object]], dict[str, dict[str, Tensor]]]
@@ -50,7 +51,7 @@ ARGS: list[Format] = [
     ("mxfp4-pack-quantized", FP4 | MX),
     ("nvfp4-pack-quantized", FP4 | NV),
 ]
-SCHEMES = [WeightScheme.from_args(args, format) for format, args in ARGS]
+SCHEMES = [Args.read(args).weight_scheme(format) for format, args in ARGS]
 
 
 def case_name(case: object) -> str:

@@ -7,6 +7,7 @@ import torch
 from format_cases import ARGS, DTYPES, SCHEMES, awkward, case_name, convert
 
 from ckptq.quantize.formats import WeightScheme, dequantize, row_quantum
+from ckptq.recipes.args import Args
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -15,7 +16,7 @@ def test_equals_decompression(format: str, args: dict[str, object], dtype: torch
     from compressed_tensors.compressors import BaseCompressor
     from compressed_tensors.quantization import QuantizationScheme
 
-    scheme = WeightScheme.from_args(args, format)
+    scheme = Args.read(args).weight_scheme(format)
     tensors = convert(awkward(dtype), scheme)
     theirs = BaseCompressor.get_value_from_registry(format).decompress(
         tensors, QuantizationScheme(targets=["Linear"], weights=dict(args), format=format)

@@ -11,6 +11,7 @@ from torch import Tensor
 from ckptq.quantize import encode, formats, scales
 from ckptq.quantize.formats import WeightScheme, stored
 from ckptq.quantize.packing import pack_words
+from ckptq.recipes.args import Args
 from ckptq.spec import spec_of
 
 
@@ -19,7 +20,7 @@ from ckptq.spec import spec_of
 def test_equals_llm_compressor(
     judge: Judge, format: str, args: dict[str, object], dtype: torch.dtype
 ) -> None:
-    scheme = WeightScheme.from_args(args, format)
+    scheme = Args.read(args).weight_scheme(format)
     w_RC = awkward(dtype)
     ours = convert(w_RC, scheme)
     assert differences(ours, judge({"proj": w_RC}, format, args)["proj"]) == []
@@ -36,7 +37,7 @@ def test_equals_llm_compressor(
 def test_equals_llm_compressor_on_ragged_shapes(
     judge: Judge, format: str, args: dict[str, object], shape: tuple[int, int]
 ) -> None:
-    scheme = WeightScheme.from_args(args, format)
+    scheme = Args.read(args).weight_scheme(format)
     w_RC = torch.randn(shape, generator=torch.Generator().manual_seed(1)).bfloat16()
     ours = convert(w_RC, scheme)
     assert differences(ours, judge({"proj": w_RC}, format, args)["proj"]) == []
@@ -51,7 +52,7 @@ def test_equals_llm_compressor_on_every_bf16_below_2_to_127(
     """A row holds neighbours of both signs, so that every number meets a scale of its size."""
     bits = torch.arange(0x7F00, dtype=torch.int32).to(torch.int16)
     w_RC = torch.stack((bits.view(torch.bfloat16), -bits.view(torch.bfloat16)), 1).view(-1, 256)
-    scheme = WeightScheme.from_args(args, format)
+    scheme = Args.read(args).weight_scheme(format)
     assert differences(convert(w_RC, scheme), judge({"proj": w_RC}, format, args)["proj"]) == []
 
 
@@ -144,4 +145,4 @@ def test_a_mistake_is_noticed(
     w_RC = awkward(torch.bfloat16)
     theirs = judge({"proj": w_RC}, format, args)["proj"]
     monkeypatch.setattr(*instead)
-    assert differences(convert(w_RC, WeightScheme.from_args(args, format)), theirs) == shown
+    assert differences(convert(w_RC, Args.read(args).weight_scheme(format)), theirs) == shown

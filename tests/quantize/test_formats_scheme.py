@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from ckptq.errors import PlanError
-from ckptq.quantize.formats import WeightScheme, row_quantum, stored
+from ckptq.quantize.formats import row_quantum, stored
+from ckptq.recipes.args import Args
 from ckptq.spec import TensorSpec
 
 W4A16 = {"num_bits": 4, "type": "int", "strategy": "group", "group_size": 128}
@@ -29,8 +30,8 @@ def test_every_preset_of_compressed_tensors_is_a_scheme() -> None:
         if scheme.weights is not None:
             format = infer_module_format(torch.nn.Linear, scheme).value
             dumped = scheme.weights.model_dump()
-            names[preset] = f"{format} {WeightScheme.from_args(dumped, format)}"
-            assert str(WeightScheme.from_args(scheme.weights.model_dump(mode="json"), format))
+            names[preset] = f"{format} {Args.read(dumped).weight_scheme(format)}"
+            assert str(Args.read(scheme.weights.model_dump(mode="json")).weight_scheme(format))
     assert names["FP8_DYNAMIC"] == "float-quantized fp8 channel"
     assert names["FP8"] == "float-quantized fp8 tensor"
     assert names["FP8_BLOCK"] == "float-quantized fp8 block 128x128"
@@ -87,30 +88,30 @@ def test_what_is_not_done_is_refused_by_name(
     format: str, args: dict[str, object], words: str
 ) -> None:
     with pytest.raises(PlanError, match=words):
-        WeightScheme.from_args(args, format)
+        Args.read(args).weight_scheme(format)
 
 
 def test_weights_that_exist_may_have_been_made_in_any_way() -> None:
     args = {**W4A16, "observer": "mse", "actorder": "static"}
-    scheme = WeightScheme.from_args(args, "pack-quantized", stored=True)
-    assert scheme == WeightScheme.from_args(W4A16, "pack-quantized")
+    scheme = Args.read(args).weight_scheme("pack-quantized", stored=True)
+    assert scheme == Args.read(W4A16).weight_scheme("pack-quantized")
     # columns in another order than the weight's are another matter
     with pytest.raises(PlanError, match="actorder 'group'"):
-        WeightScheme.from_args({**W4A16, "actorder": "group"}, "pack-quantized", stored=True)
+        Args.read({**W4A16, "actorder": "group"}).weight_scheme("pack-quantized", stored=True)
 
 
 def test_weights_alone_have_the_bytes_of_weights_with_activations() -> None:
     fp8 = {"num_bits": 8, "type": "float", "strategy": "channel"}
-    assert WeightScheme.from_args(fp8, "naive-quantized").format == "float-quantized"
-    assert WeightScheme.from_args({"num_bits": 4}, "naive-quantized").format == "int-quantized"
+    assert Args.read(fp8).weight_scheme("naive-quantized").format == "float-quantized"
+    assert Args.read({"num_bits": 4}).weight_scheme("naive-quantized").format == "int-quantized"
 
 
 def test_older_spellings_are_read() -> None:
     block = {"num_bits": 8, "type": "FLOAT", "strategy": "BLOCK", "block_structure": "128x128"}
-    assert WeightScheme.from_args(block, "float-quantized").block_structure == (128, 128)
+    assert Args.read(block).weight_scheme("float-quantized").block_structure == (128, 128)
     channel = {"num_bits": 8, "group_size": -1}
-    assert WeightScheme.from_args(channel, "int-quantized").strategy == "channel"
-    assert WeightScheme.from_args({}, "int-quantized").strategy == "tensor"
+    assert Args.read(channel).weight_scheme("int-quantized").strategy == "channel"
+    assert Args.read({}).weight_scheme("int-quantized").strategy == "tensor"
 
 
 @pytest.mark.parametrize(
@@ -127,11 +128,11 @@ def test_older_spellings_are_read() -> None:
 )
 def test_weights_that_do_not_fit_are_refused(weight: TensorSpec, words: str) -> None:
     with pytest.raises(PlanError, match=words):
-        stored(weight, WeightScheme.from_args(W4A16, "pack-quantized"))
+        stored(weight, Args.read(W4A16).weight_scheme("pack-quantized"))
 
 
 def test_what_is_stored_is_known_from_the_shape() -> None:
-    scheme = WeightScheme.from_args({**W4A16, "symmetric": False}, "pack-quantized")
+    scheme = Args.read({**W4A16, "symmetric": False}).weight_scheme("pack-quantized")
     assert row_quantum(scheme) == 8
     specs = stored(TensorSpec("BF16", (4097, 4096)), scheme)
     assert {name: str(spec) for name, spec in specs.items()} == {

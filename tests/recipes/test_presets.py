@@ -9,9 +9,10 @@ from compressed_tensors.quantization.quant_scheme import PRESET_SCHEMES
 
 from ckptq.errors import UsageError
 from ckptq.evaluate.inputs import input_scheme
-from ckptq.quantize.scheme import WeightScheme
-from ckptq.recipes.load import Group, describe, load_scheme, load_text
+from ckptq.recipes.args import Args
+from ckptq.recipes.load import describe, load_scheme, load_text
 from ckptq.recipes.preset import EMPTY, preset_text
+from ckptq.recipes.scheme import Group
 
 PRESETS = [name for name in PRESET_SCHEMES if name != EMPTY]
 
@@ -21,22 +22,22 @@ NAMED_ALIKE = {"W8A8": "w8a8", "NVFP4": "nvfp4", "MXFP8": "mxfp8"}
 def vllm_class(group: Group) -> str:
     """What `CompressedTensorsConfig._get_scheme_from_parts` of vLLM 0.32 makes of a Linear's group,
     on Hopper; KeyError where that raises NotImplementedError."""
-    weights, inputs = group.weights or {}, group.input_activations
-    bits, strategy, integer = weights["num_bits"], weights["strategy"], weights["type"] == "int"
+    weights, inputs = group.weights or Args(), group.input_activations
+    bits, strategy, integer = weights.num_bits, weights.strategy, weights.type == "int"
     if strategy == "tensor_group":
         return "W4A4Fp4"
-    if not integer and weights.get("scale_dtype") == "torch.uint8":
+    if not integer and weights.scale_dtype == "uint8":
         return {4: "W4A4Mxfp4", 8: "W8A8Mxfp8"}[bits]
     if integer and inputs is None:
         return {"pack-quantized": "WNA16"}[str(group.format)]
     assert inputs is not None
-    if integer and inputs["type"] == "float":
+    if integer and inputs.type == "float":
         return {("pack-quantized", 4): "W4A8Fp8"}[str(group.format), bits]
     if integer and group.format == "pack-quantized":
-        return {8: "WNA8Int", 4: "WNA4Int"}[inputs["num_bits"]]
+        return {8: "WNA8Int", 4: "WNA4Int"}[inputs.num_bits]
     if not integer:
         return {"float-quantized": "W8A8Fp8"}[str(group.format)]
-    return {(8, 8): "W8A8Int8", (4, 8): "W4A8Int"}[bits, inputs["num_bits"]]
+    return {(8, 8): "W8A8Int8", (4, 8): "W4A8Int"}[bits, inputs.num_bits]
 
 
 @pytest.mark.parametrize("name", PRESETS)
@@ -51,14 +52,14 @@ def test_a_preset_is_what_llm_compressor_means_by_it(name):
         assert (ours is None) == (theirs is None)
         said = theirs.model_dump(mode="json", exclude_none=True) if theirs else {}
         for key, value in said.items():
-            assert value == {} or key == "zp_dtype" or (ours or {})[key] == value, key
+            assert value == {} or key == "zp_dtype" or ours.to_dict()[key] == value, key
 
 
 @pytest.mark.parametrize("name", PRESETS)
 def test_a_preset_is_written_in_a_layout_that_vllm_has_a_class_for(name):
     (group,) = load_scheme(name).groups
     assert vllm_class(group)
-    scheme = WeightScheme.from_args(group.weights or {}, group.format or "")
+    scheme = group.weight_scheme()
     packed = scheme.codes == "weight_packed"
     assert packed == (
         vllm_class(group) in {"WNA16", "WNA8Int", "WNA4Int", "W4A8Fp8", "W4A4Fp4", "W4A4Mxfp4"}

@@ -30,7 +30,7 @@ from verify_faults import (
 
 from ckptq.permute.effect import Part
 from ckptq.quantize.formats import quantize
-from ckptq.quantize.scheme import WeightScheme
+from ckptq.recipes.args import Args
 from ckptq.rope_order import RopeOrder
 
 FAULTS: list[Fault] = []
@@ -184,14 +184,14 @@ def forget_the_transpose(e):
     from ckptq.checkpoint.open import open_checkpoint
     from ckptq.checkpoint.read import Files
     from ckptq.models.modules import read_layout
-    from ckptq.verify.stored_linear import source_rows
+    from ckptq.models.rows import weight_rows
 
     source = Path((e.folder.parent / "source").read_text())
     name = module(e, "experts.1.down_proj")
     view = read_layout(open_checkpoint(source)).linears[name].weight
     with Files() as files:
-        weight = source_rows(files, view)(0, 128).t().contiguous()
-    scheme = WeightScheme.from_args(e.group["weights"], e.group["format"], stored=True)
+        weight = weight_rows(files, view)(0, 128).t().contiguous()
+    scheme = Args.read(e.group["weights"]).weight_scheme(e.group["format"], stored=True)
     for local, tensor in quantize(weight, scheme).items():
         e.tensors[f"{name}.{local}"] = tensor
     return name

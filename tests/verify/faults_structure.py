@@ -21,7 +21,7 @@ from verify_faults import (
 
 from ckptq.permute.effect import Part
 from ckptq.quantize.formats import constants, quantize
-from ckptq.quantize.scheme import WeightScheme
+from ckptq.recipes.args import Args
 from ckptq.spec import spec_of
 
 FAULTS: list[Fault] = []
@@ -306,7 +306,7 @@ def add_an_axis(e):
 @fault("rope-zero-points", families=("llama4",), weights=ASYM)
 def quantize_llama4_queries_asymmetrically(e):
     """Each tensor is right, and vLLM would permute the codes and not the zero points."""
-    scheme = WeightScheme.from_args(e.group["weights"], e.group["format"], stored=True)
+    scheme = Args.read(e.group["weights"]).weight_scheme(e.group["format"], stored=True)
     for projection in ("q_proj", "k_proj", "v_proj"):
         name = module(e, f"layers.0.self_attn.{projection}")
         weight = e.tensors.pop(f"{name}.weight")

@@ -115,14 +115,14 @@ def test_the_cut_of_fused_experts_is_looked_at_too(good, monkeypatch):
 def test_each_kind_has_its_samples(good):
     """First, last and one more of every kind; a kind is a scheme, dtypes, and where it is cut."""
     from ckptq.checkpoint.open import open_checkpoint
-    from ckptq.verify.declared import read_declared
+    from ckptq.verify.declared import judge_config
     from ckptq.verify.one_pass import _sound
     from ckptq.verify.structure.tensors import check_tensors
     from ckptq.verify.subject import Subject
 
     folder, source = good("llama4", "int4")
     ckpt = open_checkpoint(folder)
-    subject = Subject(ckpt, open_checkpoint(source), read_declared(ckpt)[0])
+    subject = Subject(ckpt, open_checkpoint(source), judge_config(ckpt)[0])
     linears = {linear.name: linear for linear in _sound(subject, check_tensors(subject))}
     kinds = {kind_of(linear) for linear in linears.values()}
     chosen = samples(linears)

@@ -5,7 +5,7 @@ import time
 
 from ckptq.checkpoint.open import open_checkpoint
 from ckptq.spec import DTYPES
-from ckptq.verify.declared import read_declared
+from ckptq.verify.declared import judge_config
 from ckptq.verify.structure.checks import check_structure
 from ckptq.verify.structure.tensors import check_tensors
 from ckptq.verify.subject import Subject
@@ -62,7 +62,7 @@ def test_structure_of_experts_by_the_thousand_is_no_long_work(tmp_path):
     began = time.process_time()
     problems = []
     ckpt = open_checkpoint(tmp_path, problems=problems)
-    declared, wrong = read_declared(ckpt)
+    declared, wrong = judge_config(ckpt)
     subject = Subject(ckpt, None, declared)
     found = [*wrong, *check_structure(subject, problems, check_tensors(subject))]
     seconds = time.process_time() - began

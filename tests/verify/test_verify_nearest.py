@@ -10,12 +10,12 @@ from tiny.formats import FORMATS
 
 from ckptq.quantize.formats import constants, needs_statistic, quantize, statistic
 from ckptq.quantize.packing import pack_words
-from ckptq.quantize.scheme import WeightScheme
+from ckptq.recipes.args import Args
 from ckptq.spec import spec_of
 from ckptq.verify.roundtrip import nearest
 from ckptq.verify.roundtrip.tally import Tally, compare, decibels, floor_db
 
-SCHEMES = {name: WeightScheme.from_args(args, form) for name, (form, args) in FORMATS.items()}
+SCHEMES = {name: Args.read(args).weight_scheme(form) for name, (form, args) in FORMATS.items()}
 
 
 def stored(w_RC, scheme):

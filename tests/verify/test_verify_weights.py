@@ -295,7 +295,7 @@ def test_a_block_format_of_one_block_has_no_shared_scale(sources, tmp_path):
     """A grid of one block is no scale per tensor: gate and up each have their own."""
     wide = recipe("fp8-block")
     group = wide.groups[0]
-    args = {**group.weights, "block_structure": [256, 128]}
+    args = replace(group.weights, block_structure=(256, 128))
     wide = replace(wide, groups=(replace(group, weights=args),), ignore=("re:.*self_attn",))
     report = verify(convert(sources("llama"), tmp_path / "out", wide), sources("llama"))
     assert report.findings == report.notes == ()

@@ -21,7 +21,9 @@ from ckptq.checkpoint.open import open_checkpoint
 from ckptq.convert.output import RunOptions
 from ckptq.convert.run import write_quantized
 from ckptq.plan.make import make_plan
-from ckptq.recipes.load import Group, Recipe
+from ckptq.recipes.args import Args
+from ckptq.recipes.load import Recipe
+from ckptq.recipes.scheme import Group
 
 HEADS, KV_HEADS, HEAD_DIM, LAYERS, EXPERTS = 4, 2, 64, 2, 4
 
@@ -101,25 +103,28 @@ def recipe(weights: str, *, kv: bool = False, ignore: tuple[str, ...] = ()) -> R
     linear = Group(
         name="linear",
         targets=("Linear",),
-        weights=args,
-        input_activations=INPUTS.get(weights),
+        weights=Args.read(args),
+        input_activations=Args.read(INPUTS[weights]) if weights in INPUTS else None,
         format=format,
     )
     attention = Group(
-        name="attention", targets=("re:.*self_attn$",), input_activations=KV, format="dense"
+        name="attention",
+        targets=("re:.*self_attn$",),
+        input_activations=Args.read(KV),
+        format="dense",
     )
     return Recipe(
         name=weights,
         groups=(attention, linear) if kv else (linear,),
         ignore=("lm_head", *ignore),
-        kv_cache_scheme=KV if kv else None,
+        kv_cache_scheme=Args.read(KV) if kv else None,
         text=f"# {weights}\n",
     )
 
 
 def kv_recipe() -> Recipe:
     """Cache scales only."""
-    return Recipe(name="kv", groups=(), kv_cache_scheme=KV, text="# kv\n")
+    return Recipe(name="kv", groups=(), kv_cache_scheme=Args.read(KV), text="# kv\n")
 
 
 def save_source(family: str, folder: Path, dtype: torch.dtype = torch.bfloat16) -> Path:

@@ -12,10 +12,11 @@ import torch
 from torch import Tensor
 
 from ckptq.checkpoint.read import Files
+from ckptq.models.rows import weight_rows
 from ckptq.verify.roundtrip import nearest
 from ckptq.verify.roundtrip.tally import floor_db, snr_db
 from ckptq.verify.roundtrip.undo import Undo
-from ckptq.verify.stored_linear import Held, StoredLinear, source_rows
+from ckptq.verify.stored_linear import Held, StoredLinear
 
 COLUMNS = 256
 """Enough to tell any two weights apart."""
@@ -61,7 +62,7 @@ def read_sample(linear: StoredLinear, files: Files, undo: Undo) -> Sample:
     assert origin is not None
     R = linear.shape[0]
     K = sample_columns(linear)
-    rows = source_rows(files, origin.weight)
+    rows = weight_rows(files, origin.weight)
     source = [rows(start, stop)[:, :K].float() for start, stop in linear.runs()]
     if undo.module(linear.name, linear.tensors):
         whole = linear.read(files, 0, R)
@@ -88,7 +89,7 @@ def crop(held: Held, linear: StoredLinear, columns: int) -> dict[str, Tensor]:
         return dict(held)
     made = {}
     for local, tensor in held.items():
-        if linear.per_quantum[local] is None or tensor.shape[1] == 1:
+        if linear.dims(local) == 1 or tensor.shape[1] == 1:
             made[local] = tensor
         elif local == "weight_packed":
             per_byte = scheme.num_bits * columns // 8
@@ -103,9 +104,7 @@ def crop(held: Held, linear: StoredLinear, columns: int) -> dict[str, Tensor]:
 
 def _joined(parts: list[dict[str, Tensor]], linear: StoredLinear) -> dict[str, Tensor]:
     return {
-        local: tensor
-        if linear.per_quantum[local] is None
-        else torch.cat([part[local] for part in parts])
+        local: tensor if linear.dims(local) == 1 else torch.cat([part[local] for part in parts])
         for local, tensor in parts[0].items()
     }
 
@@ -114,4 +113,4 @@ def rows_of_source(sample: Sample, files: Files, count: int) -> Tensor:
     """The first rows of the source, all columns, float32: a sample of its transpose."""
     origin = sample.linear.module.origin
     assert origin is not None
-    return source_rows(files, origin.weight)(0, count).float()
+    return weight_rows(files, origin.weight)(0, count).float()

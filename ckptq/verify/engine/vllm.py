@@ -19,6 +19,7 @@ from typing import Any
 from ckptq.checkpoint.open import CONFIG, Checkpoint
 from ckptq.engines.table import load_table
 from ckptq.errors import MachineError, UsageError
+from ckptq.recipes.declared import Declared, read_declared
 from ckptq.spec import DTYPES, FLOATS
 from ckptq.verify.engine.result import Asked
 from ckptq.verify.kinds import finding
@@ -112,13 +113,13 @@ def _refused(ckpt: Checkpoint, told: Mapping[str, Any]) -> Finding:
 
 
 def _judge(ckpt: Checkpoint, parameters: list[dict[str, Any]]) -> Iterator[Finding]:
-    quantization = ckpt.quantization_config or {}
+    declared = read_declared(ckpt, lambda *_: None)
     engine = load_table().architecture(ckpt.config.get("architectures") or ())
     empty: dict[str, list[str]] = defaultdict(list)
     for one in parameters:
         name, size = one["name"], prod(one["shape"])
         scale = CACHE_SCALE.match(name)
-        if not _is_read(name, quantization) or (engine and engine.leaves_empty(name)):
+        if not _is_read(name, declared) or (engine and engine.leaves_empty(name)):
             continue
         if scale and one["filled"] < size:
             yield finding(
@@ -144,14 +145,13 @@ def _judge(ckpt: Checkpoint, parameters: list[dict[str, Any]]) -> Iterator[Findi
         )  # fmt: skip
 
 
-def _is_read(parameter: str, quantization: Mapping[str, Any]) -> bool:
+def _is_read(parameter: str, declared: Declared) -> bool:
     """Whether anything reads it under this scheme: NVFP4 experts get scales of static inputs where
     weights alone are quantized, too."""
     if CACHE_SCALE.match(parameter):
-        return bool(quantization.get("kv_cache_scheme"))
+        return declared.kv_cache_scheme is not None
     if INPUT_SCALE.search(parameter):
-        groups = (quantization.get("config_groups") or {}).values()
-        return any(g.get("weights") and g.get("input_activations") for g in groups)
+        return any(group.inputs is not None for group in declared.groups)
     return not OPTIONAL.search(parameter)
 
 

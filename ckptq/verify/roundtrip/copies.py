@@ -12,13 +12,13 @@ from torch import Tensor
 from ckptq.checkpoint.header import StoredTensor
 from ckptq.checkpoint.read import Files, bytes_of, read_into, read_tensor
 from ckptq.checkpoint.view import View
+from ckptq.models.rows import weight_rows
 from ckptq.models.weight import Weight
 from ckptq.spec import FLOATS, torch_dtype
 from ckptq.verify.kinds import finding
 from ckptq.verify.report import Finding
 from ckptq.verify.roundtrip.tally import same_bytes
 from ckptq.verify.roundtrip.undo import Undo
-from ckptq.verify.stored_linear import source_rows
 from ckptq.verify.subject import CODES, SCALES, Subject
 
 CHUNK = 1 << 22
@@ -114,7 +114,7 @@ def _whole(tensor: StoredTensor, weight: Weight, files: Files, undo: Undo) -> Co
     if len(weight.stored.spec.shape) == 1:
         theirs = read_tensor(weight.stored, files)
     else:
-        theirs = source_rows(files, weight)(0, weight.spec.shape[0]).contiguous()
+        theirs = weight_rows(files, weight)(0, weight.spec.shape[0]).contiguous()
     a, b = (torch.frombuffer(bytes_of(t), dtype=torch.uint8) for t in (ours, theirs))
     different = 0 if same_bytes(a, b) else int((a != b).sum())
     return Copy(name=tensor.name, nbytes=tensor.nbytes, different=different)

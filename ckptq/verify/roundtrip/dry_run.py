@@ -16,6 +16,7 @@ from torch import Tensor
 from ckptq.checkpoint.header import StoredTensor
 from ckptq.checkpoint.read import Files, read_tensor
 from ckptq.engines.vllm import common_set
+from ckptq.models.rows import weight_rows
 from ckptq.permute.apply import permute_rows
 from ckptq.permute.effect import Part
 from ckptq.permute.targets import head_geometry
@@ -28,7 +29,7 @@ from ckptq.verify.roundtrip import nearest
 from ckptq.verify.roundtrip.tally import Tally, snr_db
 from ckptq.verify.roundtrip.undo import source_order
 from ckptq.verify.roundtrip.verdict import arrival_floor_db
-from ckptq.verify.stored_linear import StoredLinear, source_rows
+from ckptq.verify.stored_linear import StoredLinear
 from ckptq.verify.structure.geometry import well_typed
 from ckptq.verify.structure.rope_readers import order_of, turned_modules
 from ckptq.verify.subject import Module, Subject
@@ -149,7 +150,7 @@ def _turned_codes(asked: Asked, turn: Turn, files: Files) -> Arrival:
         moved.append(local)
     wanted = turn.wanted(_wanted(linear, files, held))
     snr = snr_db(nearest.weights(arrived, linear.scheme, linear.shape[1]), wanted)
-    left = [local for local in held if local not in moved and linear.per_quantum[local] is not None]
+    left = [local for local in held if local not in moved and linear.dims(local) > 1]
     done = f"permutes {', '.join(moved)}" if moved else AS_IT_IS
     if moved and left and any(held[local].numel() > 1 for local in left):
         done += f"; not {', '.join(left)}"
@@ -173,7 +174,7 @@ def _turned_plain(module: Module, turn: Turn, files: Files) -> Arrival:
     snr = -inf
     if weight.spec.shape == view.spec.shape and weight.spec.shape[0] == turn.heads.rows:
         found = read_tensor(weight, files).float()
-        wanted = turn.wanted(source_rows(files, view)(0, view.spec.shape[0]).float())
+        wanted = turn.wanted(weight_rows(files, view)(0, view.spec.shape[0]).float())
         snr = snr_db(turn.moved(found) if moves else found, wanted)
     done = "permutes weight" if moves else AS_IT_IS
     return Arrival(tensor=module.name, done=done, snr_db=snr, ok=snr == inf)
@@ -184,7 +185,7 @@ def _wanted(linear: StoredLinear, files: Files, held: Mapping[str, Tensor]) -> T
     origin = linear.module.origin
     if origin is None:
         return nearest.weights(held, linear.scheme, linear.shape[1])
-    return source_rows(files, origin.weight)(0, linear.shape[0]).float()
+    return weight_rows(files, origin.weight)(0, linear.shape[0]).float()
 
 
 def _merged(linears: Mapping[str, Asked], engine: Engine, files: Files) -> Iterator[Arrival]:
@@ -233,7 +234,7 @@ def _scale(subject: Subject, engine: Engine, files: Files, module: str, which: s
     tensor = subject.cache_scales.get((module, which))
     if tensor is None:
         return Arrival(tensor=name, done=f"{MISSING}: 1.0 is used", snr_db=None, ok=False)
-    if which == "q" and engine.needs_attention_group and not subject.declared.attention_group:
+    if which == "q" and engine.needs_attention_group and not subject.declared.has_attention_group:
         done = "ignored: no config group quantizes attention"
         return Arrival(tensor=name, done=done, snr_db=None, ok=True)
     per_head = subject.declared.kv_strategy == "attn_head"

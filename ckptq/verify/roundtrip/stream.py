@@ -12,12 +12,13 @@ from functools import partial
 from ckptq.checkpoint.read import Files, read_tensor
 from ckptq.checkpoint.view import View, read_slab, window
 from ckptq.errors import SourceError
+from ckptq.models.rows import Rows, rows_of, weight_rows
 from ckptq.quantize.formats import NonFinite
 from ckptq.verify.report import Finding, TensorResult
 from ckptq.verify.roundtrip.impossible_codes import check_codes
 from ckptq.verify.roundtrip.tally import Tally, compare, floor_db
 from ckptq.verify.roundtrip.undo import Undo
-from ckptq.verify.stored_linear import Held, Rows, StoredLinear, blocks, rows_of, source_rows
+from ckptq.verify.stored_linear import Held, StoredLinear
 
 FAST_ELEMENTS = 1 << 16
 
@@ -61,7 +62,7 @@ def spans(linear: StoredLinear, fast: bool) -> list[tuple[int, int]]:
 
 def _run(linear: StoredLinear, files: Files, start: int, stop: int) -> list[Part]:
     origin = linear.module.origin
-    rows = source_rows(files, origin.weight) if origin is not None else None
+    rows = weight_rows(files, origin.weight) if origin is not None else None
     return [_compare(linear, linear.read(files, start, stop), rows, start, stop)]
 
 
@@ -88,8 +89,8 @@ def _permuted(linear: StoredLinear, files: Files, undo: Undo) -> list[Part]:
         local: undo.restore(tensor.name, read_tensor(tensor, files))
         for local, tensor in linear.tensors.items()
     }
-    held = {k: t.reshape(-1) if linear.per_quantum[k] is None else t for k, t in held.items()}
-    rows = source_rows(files, origin.weight)
+    held = {k: t.reshape(-1) if linear.dims(k) == 1 else t for k, t in held.items()}
+    rows = weight_rows(files, origin.weight)
     return [_compare(linear, held, rows, 0, linear.shape[0])]
 
 
@@ -97,7 +98,7 @@ def _compare(linear: StoredLinear, held: Held, rows: Rows | None, start: int, st
     """Block by block, so that everything stays in the cache."""
     source = rows(start, stop) if rows is not None else None
     tally, found = Tally(), list[Finding]()
-    for first, last in blocks(linear, start, stop):
+    for first, last in linear.blocks(start, stop):
         cut = linear.cut(held, start, first, last)
         one = None
         if source is not None:

@@ -18,7 +18,7 @@ def check_cache(subject: Subject) -> Iterator[Finding]:
     yield from _orphans(subject)
     declared = subject.declared
     if declared.kv_strategy is None:
-        if subject.cache_scales and declared.present and not declared.attention_group:
+        if subject.cache_scales and declared.present and not declared.has_attention_group:
             first = next(iter(subject.cache_scales.values()))
             yield finding(
                 "kv-scheme-missing", first.name, file=first.file,
@@ -84,7 +84,7 @@ def _queries(subject: Subject) -> Iterator[Finding]:
     """q scales: all layers, or none where the scheme is the cache's alone."""
     layers = [m for m, kind in subject.attention.items() if kind == "heads"]
     missing = [m for m in layers if (m, "q") not in subject.cache_scales]
-    if missing == layers and layers and not subject.declared.attention_group:
+    if missing == layers and layers and not subject.declared.has_attention_group:
         yield finding(
             "q-scale-absent", f"{layers[0]}.q_scale", found=f"none of {len(layers)} layers has one",
             wanted=_wanted(subject, layers[0], "q"),

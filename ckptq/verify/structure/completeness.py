@@ -10,21 +10,14 @@ from collections.abc import Iterable, Iterator
 from ckptq.checkpoint.header import StoredTensor
 from ckptq.checkpoint.open import CONFIG
 from ckptq.engines.vllm import common_set
+from ckptq.models.attention import OF_CACHE
 from ckptq.models.experts import FUSED_WEIGHT
 from ckptq.models.family import LAYER
 from ckptq.models.witnesses import read_witnesses
 from ckptq.numbered import starred
 from ckptq.verify.kinds import finding
 from ckptq.verify.report import Finding
-from ckptq.verify.subject import (
-    CACHE_SCALE,
-    CACHE_ZERO_POINT,
-    CODES,
-    EXPERT,
-    SCALES,
-    Module,
-    Subject,
-)
+from ckptq.verify.subject import CODES, EXPERT, SCALES, Module, Subject
 
 EXPERT_COUNTS = ("num_local_experts", "num_experts", "n_routed_experts")
 SHOWN = 8
@@ -238,9 +231,8 @@ def _extra(subject: Subject) -> Iterator[Finding]:
     for name, tensor in subject.ckpt.tensors.items():
         module, _, local = name.rpartition(".")
         known = subject.modules.get(module)
-        if name in subject.source.tensors or CACHE_SCALE.match(name):
-            continue
-        if CACHE_ZERO_POINT.match(name):
+        of_cache = OF_CACHE.match(name) is not None and local != "kv_scale"
+        if name in subject.source.tensors or of_cache:
             continue
         if known is not None and known.origin is not None:
             if local in CODES or local in SCALES:

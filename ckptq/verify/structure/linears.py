@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from ckptq.checkpoint.open import CONFIG
-from ckptq.engines.vllm import means_every_linear
+from ckptq.engines.vllm import ignores, means_by_name, means_every_linear
 from ckptq.verify.kinds import finding
 from ckptq.verify.report import Finding
 from ckptq.verify.subject import EXPERT, SCALES, Module, Subject
@@ -76,13 +76,13 @@ def _quantized(subject: Subject, module: Module) -> Iterator[Finding]:
                 "never-quantized", module.name, file=module.file,
                 found=f"{found} ({module.kept})", wanted="an unquantized weight",
             )  # fmt: skip
-    elif subject.declared.ignore.match(module.name):
+    elif ignores(subject.declared, module.name):
         yield finding(
             "ignored-but-quantized", module.name, file=module.file,
             found=f"{found}, and an ignore entry that means it", wanted="an unquantized weight",
         )  # fmt: skip
     elif module.group is None:
-        targets = [t for group in subject.declared.groups for t in group.targets]
+        targets = [t for group in subject.declared.linears for t in group.targets]
         yield finding(
             "untargeted", module.name, file=module.file, found=f"{found}, targets are {targets}",
             wanted="a group that targets it",
@@ -94,14 +94,14 @@ def _codes(module: Module) -> str:
 
 
 def _by_name(module: Module) -> bool:
-    return module.group is not None and module.group.named.match(module.name)
+    return module.group is not None and means_by_name(module.group, module.name)
 
 
 def _unquantized(subject: Subject, module: Module) -> Finding:
     """A weight that engines will read as codes; blamed on `ignore` if somebody meant it there."""
     assert module.group is not None
     found = f"{_codes(module)}, targeted by group {module.group.name!r} and not ignored"
-    loose = subject.declared.ignore.match_loosely(module.name)
+    loose = subject.declared.ignored.match_loosely(module.name)
     return finding(
         "ignore-not-honoured" if loose else "targeted-but-unquantized", module.name,
         file=module.file, found=found, wanted="codes and scales, or an ignore entry",
@@ -113,7 +113,11 @@ def _unquantized(subject: Subject, module: Module) -> Finding:
 def _transformers_waits(subject: Subject, module: Module) -> bool:
     """transformers gives every nn.Linear that a group targets its scales; embeddings are none."""
     assert module.group is not None
-    return module.group.every_linear and module.kept not in ("embedding", "norm", "router")
+    return any(map(means_every_linear, module.group.targets)) and module.kept not in (
+        "embedding",
+        "norm",
+        "router",
+    )
 
 
 def _renamed_experts(subject: Subject) -> Iterator[Finding]:
@@ -130,7 +134,7 @@ def _renamed_experts(subject: Subject) -> Iterator[Finding]:
 def _unmatched_groups(subject: Subject) -> Iterator[Finding]:
     used = {m.group.name for m in subject.modules.values() if m.group and m.kept is None}
     used |= {m.group.name for m in subject.modules.values() if m.group and _by_name(m)}
-    for group in subject.declared.groups:
+    for group in subject.declared.linears:
         for target in group.targets:
             if means_every_linear(target) and target != "Linear":
                 yield finding(
@@ -200,4 +204,4 @@ def _projections_alike(subject: Subject) -> Iterator[Finding]:
 def _said(module: Module) -> str:
     """The scheme that engines find for it."""
     group = module.group
-    return "unquantized" if group is None else str(group.scheme or group.name)
+    return "unquantized" if group is None else str(module.scheme or group.name)

@@ -85,7 +85,7 @@ def turned_modules(subject: Subject) -> list[Module]:
 
 def _formats(subject: Subject, orders: dict[Part, RopeOrder]) -> Iterator[Finding]:
     for module in turned_modules(subject):
-        scheme = module.group.scheme if module.group else None
+        scheme = module.scheme
         if not module.quantized or scheme is None:
             continue
         scale = module.tensors.get("weight_scale")

@@ -56,13 +56,13 @@ def check_tensors(subject: Subject) -> dict[str, tuple[Finding, ...]]:
 
 def _comparable(module: Module) -> bool:
     """Whether a scheme says what this module's tensors must be."""
-    return module.quantized and module.group is not None and module.group.scheme is not None
+    return module.quantized and module.scheme is not None
 
 
 def _check_module(module: Module) -> Iterator[Finding]:
     """The tensors of one quantized Linear against those of its scheme."""
     assert module.group is not None
-    scheme = module.group.scheme
+    scheme = module.scheme
     assert scheme is not None
     if module.codes is None:
         held = ", ".join(sorted(module.tensors))
@@ -205,7 +205,7 @@ def _check_zero_point(
 
 
 def _missing(module: Module, local: str, found: str, wanted: str | None = None) -> Finding:
-    scheme = module.group.scheme if module.group else None
+    scheme = module.scheme
     return finding(
         MISSING[local], f"{module.name}.{local}", file=module.file, found=found,
         wanted=wanted or f"{local} of {scheme}",

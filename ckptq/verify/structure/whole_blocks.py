@@ -19,7 +19,7 @@ from ckptq.verify.subject import EXPERT, Module, Subject
 def check_blocks(subject: Subject) -> Iterator[Finding]:
     """Members of fused sets whose rows, and Linears whose columns, fill no whole blocks."""
     for name, module in subject.modules.items():
-        scheme = module.group.scheme if module.group else None
+        scheme = module.scheme
         if not module.quantized or scheme is None or not scheme.block_structure:
             continue
         yield from _columns(module)
@@ -34,7 +34,8 @@ def check_blocks(subject: Subject) -> Iterator[Finding]:
 
 
 def _columns(module: Module) -> Iterator[Finding]:
-    size = module.group.input_group if module.group else None
+    inputs = module.group.inputs if module.group else None
+    size = inputs.columns if inputs is not None else None
     if size and module.shape and module.shape[1] % size:
         yield finding(
             "block-columns", module.name, file=module.file, found=f"{module.shape[1]} columns",

@@ -31,6 +31,7 @@ FEWEST = 3
 """Layers, without which there is no other that is usual."""
 
 NVFP4_REACH = E4M3_MAX * 6.0
+INT8_MAX = 127.0
 
 
 def check_inputs(linears: Mapping[str, StoredLinear], files: Files) -> Iterator[Finding]:
@@ -57,8 +58,8 @@ def _reach(linear: StoredLinear, local: str, scale: float) -> float:
     """The largest input that it was made of; NVFP4's global scale is a divisor."""
     if local == "input_global_scale":
         return NVFP4_REACH / scale
-    group = linear.module.group
-    return scale * (group.input_reach if group is not None else E4M3_MAX)
+    inputs = linear.module.group.inputs if linear.module.group is not None else None
+    return scale * (INT8_MAX if inputs is not None and inputs.type == "int" else E4M3_MAX)
 
 
 def _possible(tensor: StoredTensor, reach: float) -> Iterator[Finding]:

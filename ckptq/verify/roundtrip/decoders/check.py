@@ -18,13 +18,14 @@ from torch import Tensor
 from ckptq.checkpoint.open import CONFIG
 from ckptq.checkpoint.read import Files
 from ckptq.models.encoded import Encoded
+from ckptq.models.rows import weight_rows
 from ckptq.verify.kinds import finding
 from ckptq.verify.report import Finding
 from ckptq.verify.roundtrip import nearest
 from ckptq.verify.roundtrip.decoders.libraries import ct_scheme, decode_compressed, decode_source
 from ckptq.verify.roundtrip.tally import snr_db
 from ckptq.verify.roundtrip.undo import Undo
-from ckptq.verify.stored_linear import StoredLinear, source_rows
+from ckptq.verify.stored_linear import StoredLinear
 from ckptq.verify.subject import EXPERT, Subject
 
 if TYPE_CHECKING:
@@ -134,7 +135,7 @@ def _compared(
     if origin is None or subject.source is None:
         return
     source, weight = subject.source, origin.weight
-    ours_there = source_rows(files, weight)(start, stop).float()
+    ours_there = weight_rows(files, weight)(start, stop).float()
     theirs_there = _or_error(lambda: decode_source(source, weight, start, stop))
     library = "compressed-tensors" if _is_ct(subject) else "transformers"
     yield from _differ(weight.stored.name, "the source", library, ours_there, theirs_there)

@@ -130,7 +130,7 @@ def _group_name(ckpt: Checkpoint, weight: Encoded) -> str | None:
     config = QuantizationConfig.model_validate(dict(ckpt.quantization_config or {}))
     linear = torch.nn.Linear(1, 1, device="meta")
     for name, group in config.config_groups.items():
-        if group.weights is not None and match_targets(weight.module, linear, group.targets):
+        if group.weights is not None and match_targets(weight.name, linear, group.targets):
             return name
     return None
 

@@ -1,8 +1,6 @@
-"""Which module a target or an `ignore` entry means, decided as vLLM's loader decides it.
+"""Which modules a list of targets or an `ignore` means: the one place where names are matched.
 
 An entry is a whole name, or `re:` and a pattern that is anchored at the start and open at the end.
-Layers that vLLM fuses are looked up under the fused name too. Class names count in targets, never
-in `ignore`.
 """
 
 from __future__ import annotations
@@ -11,7 +9,6 @@ import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from ckptq.engines.vllm import common_merged_name
 from ckptq.patterns import BadPattern, Pattern, compiled
 
 
@@ -21,15 +18,10 @@ class Names:
 
     exact: frozenset[str]
     patterns: tuple[Pattern, ...]
-    broken: tuple[str, ...]
-    """Patterns that are no regular expressions."""
 
-    def match(self, module: str) -> bool:
-        """Whether the module itself, or the layer that it is fused into, is meant by name."""
-        return any(self._named(name) for name in (module, common_merged_name(module)) if name)
-
-    def _named(self, name: str) -> bool:
-        return name in self.exact or any(p.match(name) for p in self.patterns)
+    def match(self, *names: str) -> bool:
+        """Whether a module is meant that goes by these names."""
+        return any(n in self.exact or any(p.match(n) for p in self.patterns) for n in names)
 
     def match_loosely(self, module: str) -> bool:
         """Whether somebody who writes patterns unanchored, or class names, would mean it."""
@@ -41,19 +33,27 @@ class Names:
 
 
 def read_names(entries: Iterable[str]) -> Names:
-    """Sort entries; a pattern that does not compile is kept aside, not raised."""
-    exact, patterns, broken = set(), [], []
+    """Sort entries; a pattern that does not compile matches nothing (`broken` finds it)."""
+    exact, patterns = set(), []
     for entry in entries:
         try:
             pattern = compiled(entry)
         except BadPattern:
-            broken.append(entry)
             continue
         if pattern is None:
             exact.add(entry)
         else:
             patterns.append(pattern)
-    return Names(frozenset(exact), tuple(patterns), tuple(broken))
+    return Names(frozenset(exact), tuple(patterns))
+
+
+def broken(entry: str) -> str | None:
+    """Why an entry is no regular expression; None where it is one, or a name."""
+    try:
+        compiled(entry)
+    except BadPattern as error:
+        return str(error)
+    return None
 
 
 def _words(class_name: str) -> list[str]:

@@ -1,0 +1,51 @@
+"""Rows of a weight, whatever way the checkpoint holds it.
+
+Shape letters: R rows, C columns.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+from ckptq.checkpoint.read import Files, Memory
+from ckptq.checkpoint.view import read_rows, read_slab, window
+from ckptq.models.encoded import Encoded, decode_rows
+from ckptq.models.weight import Weight
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+Rows = Callable[[int, int], "Tensor"]
+"""(start, stop) -> these rows [stop - start, C]."""
+
+
+def weight_rows(files: Files, weight: Weight, memory: Memory | None = None) -> Rows:
+    """Reads rows of a weight, dequantized where it is stored quantized; one that does not stream
+    is held whole. In `memory`, where it is given, rows last until the thread's next call."""
+    if isinstance(weight, Encoded):
+        return _decoded_rows(files, weight)
+    if weight.streams:
+        return lambda start, stop: read_rows(files, weight, start, stop, memory)
+    return rows_of(window(read_slab(files, weight), weight))
+
+
+def whole_weight(files: Files, weight: Weight) -> Tensor:
+    """[R, C] in memory of its own."""
+    return weight_rows(files, weight)(0, weight.spec.shape[0])
+
+
+def rows_of(matrix: Tensor) -> Rows:
+    """Rows of what is in memory."""
+    return lambda start, stop: matrix[start:stop].contiguous()
+
+
+def _decoded_rows(files: Files, weight: Encoded) -> Rows:
+    """From any row on, though only multiples of the quantum can be read."""
+
+    def rows(start: int, stop: int) -> Tensor:
+        first = start // weight.quantum * weight.quantum
+        last = min(-(-stop // weight.quantum) * weight.quantum, weight.spec.shape[0])
+        return decode_rows(files, weight, first, last)[start - first : stop - first]
+
+    return rows

@@ -1,0 +1,197 @@
+"""How one thing is quantized: weights, inputs, attention and its cache. compressed-tensors calls it
+`QuantizationArgs`, and so do YAML recipes and config.json, from which it is read here alone.
+
+A stranger's config may hold anything. Each field that is not what it should be goes to a `Problem`,
+which raises, or collects and lets the reading go on.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from ckptq.errors import PlanError
+from ckptq.quantize.scheme import NAIVE, WeightScheme, want
+
+Problem = Callable[[str, object, str], None]
+"""Told of (a field, what it holds, what was wanted)."""
+
+LOCAL = "local"
+
+# A weight is seen once, so these observers all come to its plain minimum and maximum
+MINMAX = (None, "memoryless_minmax", "static_minmax", "minmax")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Args:
+    """One `QuantizationArgs`, with compressed-tensors' names and defaults."""
+
+    num_bits: int = 8
+    type: str = "int"
+    symmetric: bool = True
+    group_size: int | None = None
+    """-1 is the whole row."""
+    strategy: str = "tensor"
+    block_structure: tuple[int, int] | None = None
+    dynamic: bool | str = False
+    actorder: bool | str | None = None
+    scale_dtype: str | None = None
+    """torch's name of the scales' dtype if the format fixes it, "uint8"."""
+    zp_dtype: str | None = None
+    observer: str | None = None
+    observer_kwargs: Mapping[str, Any] = field(default_factory=dict, hash=False)
+    unknown: tuple[str, ...] = ()
+    """Fields that compressed-tensors does not have."""
+    odd: bool = False
+    """Whether something else than a value was there, and a default stands in its place."""
+    written: tuple[str, ...] = field(default=(), compare=False, repr=False)
+    """The fields that were read, in their order: they are written as they were."""
+
+    @classmethod
+    def read(cls, found: object, where: str = "weights", problem: Problem | None = None) -> Args:
+        """From what YAML, JSON or `model_dump()` gives; nulls and empty objects say nothing.
+
+        Without a `problem`, PlanError names the field.
+        """
+        problem = problem or _refuse
+        if not isinstance(found, Mapping):
+            problem(where, found, "an object")
+            return cls(odd=True)
+        read: dict[str, Any] = {}
+        odd = False
+        for name, value in found.items():
+            if value is None or value == {} or name not in FIELDS:
+                continue
+            reader, wanted = FIELDS[name]
+            try:
+                read[name] = reader(value)
+            except ValueError:
+                problem(f"{where}.{name}", value, wanted)
+                odd = True
+        size = read.get("group_size")
+        implied = "tensor" if size is None else "channel" if size == -1 else "group"
+        return cls(
+            **{"strategy": implied, **read},
+            unknown=tuple(str(name) for name in found if name not in FIELDS),
+            odd=odd,
+            written=tuple(read),
+        )
+
+    @property
+    def local(self) -> bool:
+        """NVFP4's inputs: scales of groups, found as they come, under a static global one."""
+        return self.dynamic == LOCAL
+
+    @property
+    def columns(self) -> int | None:
+        """Columns that share a scale; None where no group of columns has its own."""
+        return self.group_size if self.group_size != -1 else None
+
+    def said(self, name: str) -> object:
+        """A field as it was written; None where it was left out."""
+        return getattr(self, name) if name in self.written or not self.written else None
+
+    def to_dict(self) -> dict[str, Any]:
+        """As YAML and JSON hold it: what was read in its order, then what was changed since."""
+        changed = [
+            name
+            for name in FIELDS
+            if name not in self.written
+            and (not self.written or getattr(self, name) != getattr(DEFAULT, name))
+        ]
+        made = {name: _plain(name, getattr(self, name)) for name in (*self.written, *changed)}
+        return {name: value for name, value in made.items() if value is not None and value != {}}
+
+    def weight_scheme(self, format: str, *, stored: bool = False) -> WeightScheme:
+        """What of it changes bytes, for weights in this format.
+
+        `stored` says that the weights exist already, so that it no longer matters how their scales
+        were found (the observer, GPTQ's activation order). "naive-quantized" becomes the format
+        with the same bytes. PlanError names a field that is unknown or asks for what is not done.
+        """
+        for name in self.unknown:
+            want("field", name, FIELDS)
+        want("dynamic", self.dynamic, [False])
+        orders = [None, False, "weight", "static"] if stored else [None, False]
+        want("actorder", self.actorder, orders)
+        if not stored:
+            want("observer", self.observer, MINMAX)
+        if not self.symmetric:
+            want("zp_dtype", self.zp_dtype, [None, "None", "int8"])
+        return WeightScheme(
+            format=NAIVE.get(self.type, format) if format == "naive-quantized" else format,
+            num_bits=self.num_bits,
+            type=self.type,
+            strategy=self.strategy,
+            symmetric=self.symmetric,
+            group_size=self.columns,
+            block_structure=self.block_structure,
+            scale_dtype=self.scale_dtype,
+        )
+
+
+def _refuse(name: str, found: object, wanted: str) -> None:
+    raise PlanError(f"unsupported {name} {found!r}; expected {wanted}")
+
+
+def _plain(name: str, value: object) -> object:
+    if name.endswith("_dtype") and value is not None:
+        return f"torch.{value}"
+    return list(value) if isinstance(value, tuple) else value
+
+
+def _whole(value: object) -> int:
+    if type(value) is int and value > 0:
+        return value
+    raise ValueError
+
+
+def _word(value: object) -> str:
+    """The plain string of an enum's member, or of a name in capitals."""
+    plain = getattr(value, "value", value)
+    if isinstance(plain, str):
+        return plain.lower()
+    raise ValueError
+
+
+def pair(value: object) -> tuple[int, int]:
+    """[128, 128] or the older spelling "128x128". ValueError for anything else."""
+    sides = value.split("x") if isinstance(value, str) else value
+    if not isinstance(sides, list | tuple) or len(sides) != 2:
+        raise ValueError
+    rows, columns = (_whole(int(n) if str(n).isdecimal() else n) for n in sides)
+    return rows, columns
+
+
+def _dtype(value: object) -> str:
+    """torch.uint8 and "torch.uint8" -> "uint8"."""
+    return str(value).removeprefix("torch.")
+
+
+def _is(kind: type) -> Callable[[object], object]:
+    def same(value: object) -> object:
+        if isinstance(value, kind):
+            return value
+        raise ValueError
+
+    return same
+
+
+FIELDS: Mapping[str, tuple[Callable[[object], object], str]] = {
+    "num_bits": (_whole, "a positive whole number"),
+    "type": (_word, "'int' or 'float'"),
+    "symmetric": (_is(bool), "true or false"),
+    "group_size": (lambda n: -1 if n == -1 else _whole(n), "a positive whole number, or -1"),
+    "strategy": (_word, "the name of a strategy"),
+    "block_structure": (pair, "two positive whole numbers"),
+    "dynamic": (lambda x: x if isinstance(x, bool) else _word(x), "true, false or 'local'"),
+    "actorder": (lambda x: x if isinstance(x, bool) else _word(x), "the name of an order"),
+    "scale_dtype": (_dtype, "a dtype of torch's"),
+    "zp_dtype": (_dtype, "a dtype of torch's"),
+    "observer": (_is(str), "the name of an observer"),
+    "observer_kwargs": (_is(dict), "an object"),
+}
+"""Field -> what reads it, and what it is."""
+
+DEFAULT = Args()
