@@ -41,7 +41,7 @@ def commands(source: Path, out: Path, given: argparse.Namespace) -> dict[str, li
     """What is compared, on one source."""
     python = sys.executable
     ours = [python, "-m", "ckptq", "quantize", source, "-o", out, "-s", given.scheme]
-    found = {"cp": ["cp", "-r", source, out], "ckptq": ours}
+    found = {"cp": ["cp", "-r", source, out], "ckptq": [*ours, "--device", "cpu"]}
     if given.gpu:
         found["ckptq on a GPU"] = [*ours, "--device", "cuda"]
     if given.scheme == "fp8-dynamic" and not given.without_model_free:

@@ -26,13 +26,11 @@ from families.sources import save
 from transformers.utils import logging
 
 from ckptq.calibrate.request import CalibrationRequest
-from ckptq.calibrate.to_file import calibrate_to_file
-from ckptq.checkpoint.open import open_checkpoint
+from ckptq.calibrate.to_file import ScalesRequest, calibrate_to_file
+from ckptq.convert.output import RunOptions
+from ckptq.convert.permute import PermuteRequest, permute
 from ckptq.convert.quantize import QuantizeRequest, quantize
 from ckptq.errors import CkptqError
-from ckptq.permute.run import permute_checkpoint, plan_permute
-from ckptq.plan.make import make_plan
-from ckptq.progress import silent
 from ckptq.recipes.load import load_scheme
 from ckptq.rope_order import RopeOrder
 
@@ -67,28 +65,30 @@ Outcome = str | dict[str, str]
 
 def cases(data: str) -> Iterator[tuple[str, Callable[[Path], None]]]:
     """(name, what writes its result to a path); sources lie in ./sources."""
-    text = CalibrationRequest(data=data, samples=3, seq_len=16, batch_size=2, device="cpu")
+    text = CalibrationRequest(data=data, samples=3, seq_len=16, batch_size=2)
 
     def quantized(family: str, scheme: str, **options: object) -> Callable[[Path], None]:
         request = {
             "model": Path("sources", family),
             "recipe": load_scheme(scheme),
             "calibration": text,
-            "workers": 1,
+            "options": RunOptions(workers=1, device="cpu"),
             **options,
         }
         return lambda out: quantize(QuantizeRequest(out=out, **request)) and None
 
     def calibrated(family: str, scheme: str) -> Callable[[Path], None]:
         def run(out: Path) -> None:
-            ckpt = open_checkpoint(Path("sources", family))
-            calibrate_to_file(ckpt, make_plan(ckpt, load_scheme(scheme)), text, out, silent)
+            model, recipe = Path("sources", family), load_scheme(scheme)
+            calibrate_to_file(
+                ScalesRequest(model=model, recipe=recipe, output=out, text=text, device="cpu")
+            )
 
         return run
 
     def permuted(family: str, order: RopeOrder) -> Callable[[Path], None]:
         def run(out: Path) -> None:
-            permute_checkpoint(plan_permute(open_checkpoint(Path("sources", family)), order), out)
+            permute(PermuteRequest(model=Path("sources", family), out=out, to=order))
 
         return run
 

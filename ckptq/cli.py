@@ -38,7 +38,6 @@ from ckptq.options import (
     one_of,
     words,
 )
-from ckptq.progress import silent, untold
 from ckptq.show import console
 
 app = typer.Typer(
@@ -94,7 +93,7 @@ def quantize(
 ) -> None:
     """Convert a checkpoint into a compressed-tensors one that vLLM serves."""
     from ckptq.calibrate.request import CalibrationRequest
-    from ckptq.checkpoint.beside import told_of
+    from ckptq.convert.output import RunOptions
     from ckptq.convert.quantize import QuantizeRequest, plan_of
     from ckptq.convert.quantize import quantize as convert
     from ckptq.recipes.group_size import with_group_size
@@ -115,21 +114,20 @@ def quantize(
             seq_len=seq_len,
             batch_size=batch_size,
             seed=seed,
-            device=device,
             trust_remote_code=trust_remote_code,
         ),
         shard_bytes=nbytes(shard_size),
         rope_order=one_of("--rope-order", rope_order, ("keep", "half-split")),
         as_written=as_written,
-        restart=restart,
-        workers=workers,
-        max_ram=nbytes(max_ram) if max_ram else None,
+        options=RunOptions(
+            workers=workers,
+            max_ram=nbytes(max_ram) if max_ram else None,
+            device=device,
+            restart=restart,
+        ),
     )
     if dry_run:
-        ckpt, plan = plan_of(request)
-        for line in told_of(ckpt.path, ckpt.beside()):
-            console.note(line)
-        show_plan(plan, json)
+        show_plan(plan_of(request, console.note), json)
         return
     with console.progress() as begin:
         result = convert(request, begin, console.note)
@@ -161,37 +159,33 @@ def calibrate(
 
     On several GPUs: torchrun --nproc-per-node 4 -m ckptq calibrate ...
     """
-    from ckptq.calibrate.ranks import together
     from ckptq.calibrate.request import CalibrationRequest
-    from ckptq.calibrate.to_file import calibrate_to_file
-    from ckptq.checkpoint.open import open_checkpoint
-    from ckptq.plan.make import make_plan
+    from ckptq.calibrate.to_file import ScalesRequest, calibrate_to_file
     from ckptq.recipes.load import load_either
     from ckptq.show.results import show_scales
 
-    ckpt = open_checkpoint(model, revision)
-    plan = make_plan(ckpt, load_either(scheme or (None if recipe else "fp8-per-head"), recipe))
-    wanted = CalibrationRequest(
-        data=data,
-        samples=samples,
-        seq_len=seq_len,
-        batch_size=batch_size,
-        seed=seed,
+    request = ScalesRequest(
+        model=model,
+        recipe=load_either(scheme or (None if recipe else "fp8-per-head"), recipe),
+        output=output,
+        revision=revision,
+        text=CalibrationRequest(
+            data=data,
+            samples=samples,
+            seq_len=seq_len,
+            batch_size=batch_size,
+            seed=seed,
+            trust_remote_code=trust_remote_code,
+        ),
         device=device,
-        trust_remote_code=trust_remote_code,
+        restart=restart,
     )
     new_file("--output", output)
-    if plan.attention is not None and plan.attention.told is not None:
-        console.note(plan.attention.told)
-    with together() as ranks:
-        with console.progress() as begin:
-            begin, note = (begin, console.note) if ranks.leads else (silent, untold)
-            made = calibrate_to_file(
-                ckpt, plan, wanted, output, begin, restart=restart, ranks=ranks, note=note
-            )
-            ignore_signals()
-        if ranks.leads:
-            show_scales(output, made, json)
+    with console.progress() as begin:
+        made = calibrate_to_file(request, begin, console.note)
+        ignore_signals()
+    if made is not None:
+        show_scales(output, made, json)
 
 
 @app.command()
@@ -225,14 +219,13 @@ def verify(
     json: Json = False,
 ) -> None:
     """Prove that a checkpoint is right, or name what is wrong and how to mend it (exit code 1)."""
-    from ckptq.checkpoint.open import open_checkpoint
     from ckptq.show.verification import show_report
+    from ckptq.show.verify_page import write_html_report
     from ckptq.verify.run import verify as check
 
     if html is not None:
         new_file("--html", html)
     with console.progress() as begin:
-        report = begin("verify", open_checkpoint(path, problems=[]).nbytes)
         found = check(
             path,
             source,
@@ -242,11 +235,9 @@ def verify(
             vllm_python=vllm_python,
             attention=attention,
             text=data,
-            progress=report,
+            begin=begin,
         )
     if html is not None:
-        from ckptq.show.verify_page import write_html_report
-
         write_html_report(html, found)
     show_report(found, json)
     if not found.ok:
@@ -267,22 +258,23 @@ def permute(
     json: Json = False,
 ) -> None:
     """Bake a RoPE row order into q/k and all that is indexed by their rows, and mark it."""
-    from ckptq.checkpoint.beside import told_of
-    from ckptq.checkpoint.open import open_checkpoint
+    from ckptq.convert.output import RunOptions
+    from ckptq.convert.permute import PermuteRequest
+    from ckptq.convert.permute import permute as run
     from ckptq.permute.effect import Part
-    from ckptq.permute.run import permute_checkpoint, plan_permute
     from ckptq.rope_order import RopeOrder
     from ckptq.show.results import show_permuted
 
-    order = RopeOrder(one_of("--to", to, tuple(RopeOrder)))
-    parts = [Part(one_of("--only", part, tuple(Part))) for part in words(only) or Part]
-    ckpt = open_checkpoint(path, revision)
-    plan = plan_permute(ckpt, order, parts)
-    for line in told_of(ckpt.path, ckpt.beside()):
-        console.note(line)
+    request = PermuteRequest(
+        model=path,
+        out=output,
+        to=RopeOrder(one_of("--to", to, tuple(RopeOrder))),
+        only=[Part(one_of("--only", part, tuple(Part))) for part in words(only) or Part],
+        revision=revision,
+        options=RunOptions(workers=workers, restart=restart),
+    )
     with console.progress() as begin:
-        report = begin("permute", ckpt.nbytes)
-        done = permute_checkpoint(plan, output, restart=restart, workers=workers, progress=report)
+        done = run(request, begin, console.note)
         ignore_signals()
     show_permuted(done, json)
 

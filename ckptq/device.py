@@ -1,7 +1,13 @@
-"""The device that a user names, checked before any work is done."""
+"""`--device`: where a command's heavy arithmetic runs. One rule, for every command that has it.
+
+Quantizing weights, calibration's and evaluation's forward passes run on the device that is named,
+and on the GPU where there is one if none is. Weights get the same bytes on every device; what a
+model computes (scales, losses) may differ between devices in the last bits. Imports no torch.
+"""
 
 from __future__ import annotations
 
+import os
 from typing import TYPE_CHECKING
 
 from ckptq.errors import MachineError, UsageError
@@ -11,9 +17,10 @@ if TYPE_CHECKING:
 
 
 def find_device(name: str | None) -> torch.device:
-    """The device of that name; of None, the GPU where there is one.
+    """The device of that name; of None, the GPU where there is one, else the CPU.
 
-    UsageError for an unsupported device, MachineError for a GPU that is not available.
+    Of several processes that torchrun has started on a machine, each takes the GPU with its number
+    for "cuda". UsageError for an unsupported device, MachineError for a GPU that is not available.
     """
     import torch
 
@@ -23,8 +30,12 @@ def find_device(name: str | None) -> torch.device:
         raise UsageError(f"--device {name}: wanted cpu, cuda or cuda:N") from error
     if device.type not in ("cpu", "cuda"):
         raise UsageError(f"--device {name}: wanted cpu, cuda or cuda:N")
-    if device.type == "cuda" and not torch.cuda.is_available():
+    if device.type == "cpu":
+        return device
+    if not torch.cuda.is_available():
         raise MachineError(f"--device {name}: there is no such GPU here")
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise MachineError(f"--device {name}: there are {torch.cuda.device_count()} GPUs here")
+    if device.index is None and int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+    if (device.index or 0) >= torch.cuda.device_count():
+        raise MachineError(f"--device {device}: there are {torch.cuda.device_count()} GPUs here")
     return device

@@ -49,7 +49,7 @@ Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
 ShardSize = Annotated[str, typer.Option(help="Size of an output shard, e.g. 5GB, 500MB.")]
 MaxRam = Annotated[str | None, typer.Option(help="Refuse to need more memory than this.")]
 Workers = Annotated[
-    int | None, typer.Option(min=1, help="Threads; default: one a core, at most 8 to quantize.")
+    int | None, typer.Option(min=1, help="Threads; default: one a core, at most 8.")
 ]
 Data = Annotated[
     str | None,
@@ -63,7 +63,12 @@ Samples = Annotated[int, typer.Option(min=1, help="How many samples of the text 
 SeqLen = Annotated[int, typer.Option(min=1, help="Tokens a sample is cut to.")]
 BatchSize = Annotated[int, typer.Option(min=1, help="Samples in one forward pass.")]
 Seed = Annotated[int, typer.Option(help="Which samples are taken, and in which order.")]
-Device = Annotated[str | None, typer.Option(help="Where the model runs: cpu, cuda, cuda:1.")]
+Device = Annotated[
+    str | None,
+    typer.Option(
+        help="Where weights are quantized and models run: cpu, cuda, cuda:1; default: a GPU if any."
+    ),
+]
 Restart = Annotated[
     bool, typer.Option("--restart", help="Discard what an interrupted run has done.")
 ]

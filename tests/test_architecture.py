@@ -134,6 +134,12 @@ def test_no_modules_import_each_other():
     assert circle(sources()) == []
 
 
+@pytest.mark.parametrize("call", ["Journal.open(", "Shards(", "write_side_files("])
+def test_every_output_goes_through_one_writer(call):
+    users = {m for m, text in sources().items() if f" {call}" in text and f"def {call}" not in text}
+    assert users == {"ckptq.convert.output"}
+
+
 def test_an_import_that_climbs_is_noticed():
     whole = sources()
     for text in (

@@ -93,13 +93,12 @@ def _quantize(variant: Variant, source: Path, out: Path) -> Path:
 
 
 def _permute(folder: Path, out: Path, part: str) -> Path:
-    from ckptq.checkpoint.open import open_checkpoint
+    from ckptq.convert.permute import PermuteRequest, permute
     from ckptq.permute.effect import Part
-    from ckptq.permute.run import permute_checkpoint, plan_permute
     from ckptq.rope_order import RopeOrder
 
-    plan = plan_permute(open_checkpoint(folder), RopeOrder.HALF_SPLIT, [Part(part)])
-    permute_checkpoint(plan, out)
+    only = [Part(part)]
+    permute(PermuteRequest(model=folder, out=out, to=RopeOrder.HALF_SPLIT, only=only))
     return out
 
 

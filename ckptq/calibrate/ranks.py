@@ -96,10 +96,3 @@ def together() -> Iterator[Ranks]:
         yield ranks
     finally:
         dist.destroy_process_group()
-
-
-def own_device(device: str) -> str:
-    """Of several processes on a machine each takes the GPU with its number: "cuda" -> "cuda:1"."""
-    return (
-        f"cuda:{os.environ['LOCAL_RANK']}" if device == "cuda" and started().world > 1 else device
-    )

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ckptq.calibrate.ranks import ALONE, Ranks, own_device
+from ckptq.calibrate.ranks import ALONE, Ranks
 from ckptq.calibrate.scales import Record, Scales, load_scales, source_fingerprint
 from ckptq.checkpoint.open import Checkpoint
 from ckptq.device import find_device
@@ -24,14 +24,13 @@ NO_DATA = (
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class CalibrationRequest:
-    """Which text, how much of it, and where the model runs."""
+    """Which text, how much of it, and how it runs through the model."""
 
     data: str | None = None
     samples: int = 128
     seq_len: int = 2048
     batch_size: int = 1
     seed: int = 0
-    device: str | None = None
     trust_remote_code: bool = False
 
     def arguments(self) -> dict[str, Any]:
@@ -63,6 +62,7 @@ def scales_source(
     plan: Plan,
     wanted: CalibrationRequest,
     file: Path | None,
+    device: str | None,
     begin: Begin,
     note: Note = untold,
 ) -> ScalesSource | None:
@@ -81,7 +81,7 @@ def scales_source(
         return None
     return ScalesSource(
         arguments=wanted.arguments(),
-        load=lambda folder: calibrate_plan(ckpt, plan, wanted, begin, folder, note=note),
+        load=lambda folder: calibrate_plan(ckpt, plan, wanted, device, begin, folder, note=note),
         runs_model=True,
     )
 
@@ -90,6 +90,7 @@ def calibrate_plan(
     ckpt: Checkpoint,
     plan: Plan,
     wanted: CalibrationRequest,
+    device: str | None,
     begin: Begin,
     folder: Path | None = None,
     ranks: Ranks = ALONE,
@@ -103,7 +104,7 @@ def calibrate_plan(
     from ckptq.text.samples import read_samples
 
     _check_calibrated(plan)
-    device = str(find_device(wanted.device))
+    found = find_device(device)
     if wanted.data is None:
         note(NO_DATA)
     samples = read_samples(
@@ -122,7 +123,7 @@ def calibrate_plan(
         inputs=plan.inputs,
         input_observer=plan.input_observer,
         batch_size=wanted.batch_size,
-        device=own_device(device),
+        device=str(found),
         trust_remote_code=wanted.trust_remote_code,
         progress=lambda done, total: report(f"layer {done}", 1),
         journal=folder,

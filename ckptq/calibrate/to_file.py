@@ -12,42 +12,68 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from ckptq.calibrate.journal import holds_work
-from ckptq.calibrate.ranks import ALONE, Ranks
+from ckptq.calibrate.ranks import Ranks, together
 from ckptq.calibrate.request import CalibrationRequest, calibrate_plan
 from ckptq.calibrate.scales import Scales, check_replaceable, save_scales
-from ckptq.checkpoint.open import Checkpoint
+from ckptq.checkpoint.open import Checkpoint, open_checkpoint
 from ckptq.checkpoint.partial import JOURNAL, claim, discard, made_by_runs, partial_of, remove
 from ckptq.errors import MachineError, UsageError
+from ckptq.plan.make import make_plan
 from ckptq.plan.unit import Plan
-from ckptq.progress import Begin, Note, untold
+from ckptq.progress import Begin, Note, silent, untold
+from ckptq.recipes.load import Recipe
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ScalesRequest:
+    """Whose scales go into which file."""
+
+    model: str | Path
+    recipe: Recipe
+    output: Path
+    revision: str | None = None
+    text: CalibrationRequest = field(default_factory=CalibrationRequest)
+    device: str | None = None
+    """Where the model runs; see `ckptq.device`."""
+    restart: bool = False
 
 
 def calibrate_to_file(
-    ckpt: Checkpoint,
-    plan: Plan,
-    wanted: CalibrationRequest,
-    output: Path,
-    begin: Begin,
-    *,
-    restart: bool = False,
-    ranks: Ranks = ALONE,
-    note: Note = untold,
-) -> Scales:
-    """The scales that a plan needs, written to `output` whole at the end, or not at all.
+    request: ScalesRequest, begin: Begin = silent, note: Note = untold
+) -> Scales | None:
+    """The scales that a recipe needs, written to `request.output` whole at the end, or not at all.
 
-    An interrupted run goes on when it is called again with the same arguments, and ends with equal
+    An interrupted run goes on when it is called again with the same request, and ends with equal
     bytes; `restart` discards what it has done. UsageError for different arguments, and where
     another run is writing the same file.
+
+    Of the processes that torchrun has started only the first writes, speaks and returns scales.
     """
-    check_replaceable(output)
-    partial = partial_of(output)
-    with _held(partial, ranks, restart) as folder:
-        made = calibrate_plan(ckpt, plan, wanted, begin, folder / "calibration", ranks, note)
+    ckpt = open_checkpoint(request.model, request.revision)
+    plan = make_plan(ckpt, request.recipe)
+    with together() as ranks:
+        if not ranks.leads:
+            begin, note = silent, untold
+        if plan.attention is not None and plan.attention.told is not None:
+            note(plan.attention.told)
+        made = _calibrate(ckpt, plan, request, begin, note, ranks)
+        return made if ranks.leads else None
+
+
+def _calibrate(
+    ckpt: Checkpoint, plan: Plan, request: ScalesRequest, begin: Begin, note: Note, ranks: Ranks
+) -> Scales:
+    check_replaceable(request.output)
+    partial = partial_of(request.output)
+    with _held(partial, ranks, request.restart) as folder:
+        journal = folder / "calibration"
+        made = calibrate_plan(ckpt, plan, request.text, request.device, begin, journal, ranks, note)
         if ranks.leads:
-            save_scales(output, made, beside=partial)
+            save_scales(request.output, made, beside=partial)
         ranks.wait()
         if ranks.leads:
             remove(partial)

@@ -103,8 +103,8 @@ class _Lane(threading.local):
 
 
 def arithmetic_on(device: str | None, workers: int = 1) -> OnCores:
-    """For "cpu" or None, and for "cuda" or "cuda:1"; MachineError where there is no such GPU."""
-    found = find_device(device or "cpu")
+    """What computes on the device of that name (`find_device`)."""
+    found = find_device(device)
     return OnCores(workers) if found.type == "cpu" else OnGpu(found, workers)
 
 

@@ -17,7 +17,7 @@ from ckptq.checkpoint.side_files import render_json
 from ckptq.files import json_bytes, text_bytes
 from ckptq.plan.merged import merged_names
 from ckptq.plan.unit import Plan
-from ckptq.recipes.load import Args, Group
+from ckptq.recipes.load import Args, Group, Recipe
 
 PROVENANCE = "ckptq.json"
 RECIPE = "recipe.yaml"
@@ -82,10 +82,11 @@ def _args(args: Args) -> dict[str, Any]:
 
 
 def render(
-    ckpt: Checkpoint, config: Mapping[str, Any], plan: Plan, provenance: Mapping[str, Any]
+    ckpt: Checkpoint, config: Mapping[str, Any], plan: Plan, record: Mapping[str, Any]
 ) -> dict[str, bytes]:
     """What is made for the output beside shards and index, by name; SourceError where the source
     holds what cannot be written."""
+    provenance = {key: value for key, value in record.items() if key != "recipe"}
     return {
         CONFIG: render_json(ckpt.path / CONFIG, config),
         RECIPE: text_bytes(plan.recipe.text),
@@ -94,7 +95,19 @@ def render(
     }
 
 
-def source_record(ckpt: Checkpoint) -> dict[str, Any]:
+def run_record(
+    ckpt: Checkpoint, arguments: Mapping[str, Any], recipe: Recipe | None = None
+) -> dict[str, Any]:
+    """What an output depends on, as JSON data: the fingerprint of its run, and its provenance."""
+    return {
+        "arguments": arguments,
+        **({"recipe": recipe.text} if recipe is not None else {}),
+        "source": _source_record(ckpt),
+        "versions": {"ckptq": __version__, **{name: version(name) for name in PACKAGES}},
+    }
+
+
+def _source_record(ckpt: Checkpoint) -> dict[str, Any]:
     """What identifies the source: names, sizes and header hashes of its files; its config."""
     config, _ = read_bounded(ckpt.path / CONFIG, CONFIG_BYTES)
     return {
@@ -106,10 +119,6 @@ def source_record(ckpt: Checkpoint) -> dict[str, Any]:
             for header in ckpt.headers
         },
     }
-
-
-def versions() -> dict[str, str]:
-    return {"ckptq": __version__, **{name: version(name) for name in PACKAGES}}
 
 
 def model_card(ckpt: Checkpoint, plan: Plan) -> str:

@@ -6,7 +6,6 @@ everything else (shards, side files, provenance, RoPE order, one rename) and is 
 
 from __future__ import annotations
 
-import os
 import sys
 from collections.abc import Mapping
 from contextlib import redirect_stdout
@@ -15,14 +14,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ckptq.checkpoint.header import by_place
-from ckptq.checkpoint.identity import check_unchanged, lasting
-from ckptq.checkpoint.journal import Journal, check_apart
+from ckptq.checkpoint.journal import Journal
 from ckptq.checkpoint.open import CONFIG, Checkpoint, open_checkpoint
 from ckptq.checkpoint.seal import is_whole
-from ckptq.checkpoint.side_files import render_json, write_side_files
+from ckptq.checkpoint.side_files import render_json
 from ckptq.convert import documents
-from ckptq.convert.fill import Job, convert_plan, prove_renamed
 from ckptq.convert.oneshot import run_oneshot
+from ckptq.convert.output import DEFAULTS, Job, RunOptions, write_output
 from ckptq.convert.run import Result, serve_line
 from ckptq.errors import FoundWrong, UsageError
 from ckptq.models.encoded import read_encoded, unquantized_config
@@ -61,8 +59,7 @@ def write_handed_over(
     *,
     arguments: Mapping[str, Any],
     shard_bytes: int = SHARD_BYTES,
-    restart: bool = False,
-    workers: int | None = None,
+    options: RunOptions = DEFAULTS,
     begin: Begin = silent,
     note: Note = untold,
 ) -> Result:
@@ -71,36 +68,30 @@ def write_handed_over(
     The whole model is in memory while it works. FoundWrong if the result is not right.
     """
     check_handed_over(recipe)
-    check_apart(ckpt.path, out)
-    record = {
-        "arguments": {**arguments, "handed_over": list(recipe.handed_over)},
-        "recipe": recipe.text,
-        "source": documents.source_record(ckpt),
-        "versions": documents.versions(),
-    }
+    arguments = {**arguments, "handed_over": list(recipe.handed_over)}
+    record = documents.run_record(ckpt, arguments, recipe)
     render_json(ckpt.path / CONFIG, unquantized_config(ckpt.config))  # else it would fail last
-    pinned = ckpt.pinned()
-    journal = Journal.open(out, {**record, "modified": lasting(ckpt.path, pinned)}, restart=restart)
-    workers = workers or len(os.sched_getaffinity(0))
-    try:
+
+    def prepare(journal: Journal) -> Job:
         made = out if journal.renamed else journal.partial / "oneshot"
         if not journal.renamed and not is_whole(made):
             with redirect_stdout(sys.stderr):  # stdout is for results
                 run_oneshot(ckpt, recipe, made, wanted)
         plan = _plan_copies(made, recipe, None if journal.renamed else shard_bytes)
-        job = Job(plan=plan, journal=journal, workers=workers, source_lasts=False)
-        written: list[str] = []
-        if journal.renamed:
-            resumed = prove_renamed(job)
-        else:
-            resumed = convert_plan(job, None, begin("write", plan.read_bytes), note)
-            small = _documents(ckpt, plan, made, record)
-            written = write_side_files(journal.scratch, ckpt, small, job.specs, pinned)
-        check_unchanged(pinned)
-        journal.publish(job.specs, written)
-    finally:
-        journal.close()
+        return Job(
+            name="write",
+            shards=plan.shards,
+            marks=plan.marks,
+            documents=_documents(ckpt, plan, made, record),
+            workers=options.threads,
+            source_lasts=False,
+        )
+
+    resumed = write_output(
+        ckpt, out, record, prepare, restart=options.restart, begin=begin, note=note
+    )
     _verify(out, ckpt)
+    plan = _plan_copies(out, recipe, None)
     return Result(
         out=out,
         source=str(ckpt.path),
@@ -147,8 +138,7 @@ def _documents(
 ) -> dict[str, bytes]:
     quantization = open_checkpoint(made).quantization_config
     config = {**unquantized_config(ckpt.config), "quantization_config": quantization}
-    provenance = {key: value for key, value in record.items() if key != "recipe"}
-    return documents.render(ckpt, config, plan, provenance)
+    return documents.render(ckpt, config, plan, record)
 
 
 def _verify(out: Path, ckpt: Checkpoint) -> None:

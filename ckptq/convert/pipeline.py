@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import partial, reduce
 
 import torch
@@ -25,13 +25,11 @@ from ckptq.convert.schedule import Schedule, Task, Work
 from ckptq.convert.slabs import Slab, Slabs, held_bytes, views_of
 from ckptq.errors import SourceError
 from ckptq.models.encoded import Encoded, decode_rows
-from ckptq.models.weight import Reordered, Weight
-from ckptq.permute.apply import permute_rows
+from ckptq.permute.reordered import Reordered, Source
 from ckptq.plan.unit import Part, Unit
 from ckptq.quantize.formats import constants, merge_statistic, needs_statistic
 from ckptq.quantize.stored import row_quantum
 from ckptq.quantize.tiles import NonFinite
-from ckptq.rope_order import RopeOrder
 
 COPY_BYTES = 1 << 24
 
@@ -77,10 +75,11 @@ def work(unit: Unit, ends: Ends) -> Work:
         yield [*_copy_tasks(unit, rows, ends), *_quantize_tasks(unit, rows, shared, ends)]
 
 
-def _rows(view: Weight, slabs: Mapping[View, Slab], ends: Ends) -> Rows:
+def _rows(view: Source, slabs: Mapping[View, Slab], ends: Ends) -> Rows:
     """How to get rows of a weight: reordered, dequantized, from its file, cut out of its slab."""
     if isinstance(view, Reordered):
-        return _half_split(view, _rows(view.inner, slabs, ends))
+        moved, rows = view.moved, _rows(view.inner, slabs, ends)
+        return lambda start, stop: moved(rows(start, stop))
     if isinstance(view, Encoded):
         return partial(decode_rows, ends.files, view)
     slab = slabs.get(view)
@@ -102,23 +101,12 @@ def _rows(view: Weight, slabs: Mapping[View, Slab], ends: Ends) -> Rows:
     return cut
 
 
-def _half_split(view: Reordered, rows: Rows) -> Rows:
-    """Whole heads of rows, in half-split order."""
-    head_dim = view.heads.head_dim
-
-    def reordered(start: int, stop: int) -> Tensor:
-        heads = replace(view.heads, count=(stop - start) // head_dim)
-        return permute_rows(rows(start, stop), heads, RopeOrder.HALF_SPLIT)
-
-    return reordered
-
-
 def _statistic_tasks(
-    unit: Unit, rows: Mapping[Weight, Rows], found: list[Tensor], arithmetic: OnCores
+    unit: Unit, rows: Mapping[Source, Rows], found: list[Tensor], arithmetic: OnCores
 ) -> Iterator[Task]:
     """A first pass, for the one number that all parts of the unit share."""
     for part in unit.parts:
-        view = part.linear.weight
+        view = part.weight
         for run in runs(view.spec, view.quantum):
             yield partial(_statistic_of_run, part, rows[view], run, found, arithmetic)
 
@@ -126,13 +114,13 @@ def _statistic_tasks(
 def _statistic_of_run(
     part: Part, rows: Rows, run: Span, found: list[Tensor], arithmetic: OnCores
 ) -> None:
-    weight = part.linear.weight
+    weight = part.weight
     for start, stop in blocks(run, weight.spec, weight.quantum):
         with naming(part):
             found.append(arithmetic.statistic(rows(start, stop)))
 
 
-def _copy_tasks(unit: Unit, rows: Mapping[Weight, Rows], ends: Ends) -> Iterator[Task]:
+def _copy_tasks(unit: Unit, rows: Mapping[Source, Rows], ends: Ends) -> Iterator[Task]:
     """What goes over unchanged, and what calibration has made."""
     copy = ends.shards.copy if ends.source_lasts else ends.shards.copy_through
     for name, tensor in unit.copies.items():
@@ -146,7 +134,7 @@ def _copy_tasks(unit: Unit, rows: Mapping[Weight, Rows], ends: Ends) -> Iterator
         yield partial(ends.shards.write, name, 0, bytes_of(ends.scales[name].contiguous()))
 
 
-def _cut_out_run(name: str, view: Weight, rows: Rows, run: Span, shards: Shards) -> None:
+def _cut_out_run(name: str, view: Source, rows: Rows, run: Span, shards: Shards) -> None:
     row_bytes = view.spec.nbytes // view.spec.shape[0]
     with shards.run(name, run[0] * row_bytes) as written:
         for start, stop in blocks(run, view.spec, view.quantum):
@@ -154,10 +142,10 @@ def _cut_out_run(name: str, view: Weight, rows: Rows, run: Span, shards: Shards)
 
 
 def _quantize_tasks(
-    unit: Unit, rows: Mapping[Weight, Rows], shared: Tensor | None, ends: Ends
+    unit: Unit, rows: Mapping[Source, Rows], shared: Tensor | None, ends: Ends
 ) -> Iterator[Task]:
     for part in unit.parts:
-        view = part.linear.weight
+        view = part.weight
         for local, tensor in constants(view.spec, part.scheme, shared).items():
             data = bytes_of(tensor.contiguous())
             yield partial(ends.shards.write, f"{part.linear.name}.{local}", 0, data)
@@ -167,7 +155,7 @@ def _quantize_tasks(
 
 def _quantize_run(part: Part, rows: Rows, run: Span, shared: Tensor | None, ends: Ends) -> None:
     """Quantize a run of rows block by block and write each where it belongs."""
-    weight, quantum = part.linear.weight.spec, row_quantum(part.scheme)
+    weight, quantum = part.weight.spec, row_quantum(part.scheme)
     made_rows = stored_rows(weight, part.scheme)
     with ExitStack() as stack:
         written: dict[str, Run] = {}
@@ -195,7 +183,7 @@ class naming:
 
     def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
         if isinstance(error, NonFinite):
-            stored = self.part.linear.weight.stored
+            stored = self.part.weight.stored
             raise SourceError(
                 f"{stored.file}: tensor {stored.name!r} (for {self.part.linear.name}): {error}"
             ) from error

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+from collections.abc import Collection
 from pathlib import Path
 
 from ckptq.checkpoint.open import Checkpoint
@@ -12,7 +13,7 @@ from ckptq.convert.slabs import held_bytes
 from ckptq.device import find_device
 from ckptq.errors import MachineError, UsageError
 from ckptq.models.family import LAYER
-from ckptq.plan.unit import Plan
+from ckptq.plan.unit import Plan, Unit
 
 BASE_BYTES = 700_000_000
 """The interpreter with torch, measured as 0.35 GB, and what the allocator keeps beside it."""
@@ -27,10 +28,11 @@ SPARE_BYTES = 50_000_000
 """For side files, index and journal."""
 
 
-def check_disk(plan: Plan, out: Path, beside: int = 0) -> None:
+def check_disk(write_bytes: int, out: Path, beside: int = 0) -> None:
     """Room for what is still to be written, and the right to write it; MachineError without.
 
-    `beside` is what side files take. UsageError where a file is in the way.
+    `write_bytes` is what the shards take, `beside` what side files do. UsageError where a file is
+    in the way.
     """
     if os.path.lexists(out):
         return  # nothing will be written: the journal decides what that means
@@ -43,7 +45,7 @@ def check_disk(plan: Plan, out: Path, beside: int = 0) -> None:
         raise MachineError(f"{parent}: no permission to write here")
     begun = partial_of(out) / "checkpoint"
     there = sum(f.stat().st_blocks * 512 for f in begun.rglob("*") if f.is_file())
-    needed = plan.write_bytes + beside + SPARE_BYTES - there
+    needed = write_bytes + beside + SPARE_BYTES - there
     free = shutil.disk_usage(parent).free
     if needed > free:
         raise MachineError(
@@ -51,13 +53,13 @@ def check_disk(plan: Plan, out: Path, beside: int = 0) -> None:
         )
 
 
-def slab_rooms(plan: Plan, max_ram: int | None, workers: int) -> tuple[int, int]:
+def slab_rooms(units: Collection[Unit], max_ram: int | None, workers: int) -> tuple[int, int]:
     """Bytes of a room for slabs, and how many rooms there are: two, or more where they are small.
 
     UsageError where `--max-ram` does not leave even one; MachineError where the machine has less
     than one.
     """
-    largest = max(plan.units, key=held_bytes)
+    largest = max(units, key=held_bytes)
     room = held_bytes(largest)
     program = BASE_BYTES + workers * WORKER_BYTES
     needed = f"the program needs {program:,} bytes with --workers {workers}"

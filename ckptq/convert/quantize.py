@@ -9,9 +9,9 @@ from ckptq.calibrate.ranks import started
 from ckptq.calibrate.request import NO_DATA, CalibrationRequest, ScalesSource, scales_source
 from ckptq.checkpoint.beside import told_of
 from ckptq.checkpoint.open import Checkpoint, open_checkpoint
-from ckptq.convert.fill import scale_tensors
 from ckptq.convert.handover import check_handed_over, write_handed_over
-from ckptq.convert.run import Result, default_output, write_quantized
+from ckptq.convert.output import DEFAULTS, RunOptions
+from ckptq.convert.run import Result, default_output, scale_tensors, write_quantized
 from ckptq.errors import UsageError
 from ckptq.plan.doubts import transformers_doubts, vllm_doubts
 from ckptq.plan.left import left_alone
@@ -38,9 +38,7 @@ class QuantizeRequest:
     rope_order: RopeChoice = "keep"
     as_written: bool = False
     """Keep to the recipe where vLLM cannot permute (Llama-4's q/k/v) or merge blocks of rows."""
-    restart: bool = False
-    workers: int | None = None
-    max_ram: int | None = None
+    options: RunOptions = DEFAULTS
 
     def arguments(self) -> dict[str, object]:
         """What the output depends on beyond source, recipe and scales, as JSON data."""
@@ -52,8 +50,13 @@ class QuantizeRequest:
         }
 
 
-def plan_of(request: QuantizeRequest) -> tuple[Checkpoint, Plan]:
-    """Open the model and plan the conversion: `--dry-run`. Reads headers only."""
+def plan_of(request: QuantizeRequest, note: Note = untold) -> Plan:
+    """What the conversion would do: `--dry-run`. Reads headers only."""
+    return _opened(request, note)[1]
+
+
+def _opened(request: QuantizeRequest, note: Note) -> tuple[Checkpoint, Plan]:
+    """The model and the plan of its conversion."""
     if request.recipe.handed_over:
         raise UsageError(
             f"recipe {request.recipe.name!r}: {request.recipe.handed_over[0]} runs in "
@@ -68,14 +71,12 @@ def plan_of(request: QuantizeRequest) -> tuple[Checkpoint, Plan]:
         permutable=not request.as_written,
         rope_order=request.rope_order,
     )
+    for line in told_of(ckpt.path, ckpt.beside()):
+        note(line)
     return ckpt, plan
 
 
-def quantize(
-    request: QuantizeRequest,
-    begin: Begin = silent,
-    note: Note = untold,
-) -> Result:
+def quantize(request: QuantizeRequest, begin: Begin = silent, note: Note = untold) -> Result:
     """Quantize a model as the request says. `note` receives messages for the user."""
     if started().world > 1:
         raise UsageError(
@@ -84,13 +85,15 @@ def quantize(
         )
     if request.recipe.handed_over:
         return _handed_over(request, begin, note)
-    ckpt, plan = plan_of(request)
-    source = scales_source(ckpt, plan, request.calibration, request.scales, begin, note)
+    ckpt, plan = _opened(request, note)
+    source = scales_source(
+        ckpt, plan, request.calibration, request.scales, request.options.device, begin, note
+    )
     if source is not None and request.scales is not None:
         _check_fit(plan, request.scales, source)
     if source is not None and source.doubt is not None:
         note(source.doubt)
-    for line in (*told_of(ckpt.path, ckpt.beside()), *left_alone(plan.layout, plan.quantized)):
+    for line in left_alone(plan.layout, plan.quantized):
         note(line)
     for line in (*plan.told, *vllm_doubts(plan), *transformers_doubts(plan)):
         note(f"{request.recipe.name}: {line}")
@@ -100,10 +103,7 @@ def quantize(
         request.out or default_output(ckpt, request.recipe),
         arguments=request.arguments(),
         scales=source,
-        restart=request.restart,
-        workers=request.workers,
-        max_ram=request.max_ram,
-        device=request.calibration.device,
+        options=request.options,
         begin=begin,
         note=note,
     )
@@ -127,9 +127,9 @@ def _handed_over(request: QuantizeRequest, begin: Begin, note: Note) -> Result:
         "--ignore": request.ignore,
         "--scales": request.scales,
         "--as-written": request.as_written,
-        "--max-ram": request.max_ram,
+        "--max-ram": request.options.max_ram,
         "--batch-size": request.calibration.batch_size != 1,
-        "--device": request.calibration.device,
+        "--device": request.options.device,
     }
     for option, given in unheard.items():
         if given:
@@ -151,8 +151,7 @@ def _handed_over(request: QuantizeRequest, begin: Begin, note: Note) -> Result:
         request.calibration,
         arguments={**request.arguments(), **request.calibration.arguments()},
         shard_bytes=request.shard_bytes,
-        restart=request.restart,
-        workers=request.workers,
+        options=request.options,
         begin=begin,
         note=note,
     )

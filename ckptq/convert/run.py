@@ -1,21 +1,19 @@
-"""`ckptq quantize`, as one function: open, plan, check, calibrate, convert, publish."""
+"""A plan of `ckptq quantize`, carried out: check, calibrate, convert, publish."""
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ckptq.checkpoint.identity import check_unchanged, lasting
-from ckptq.checkpoint.journal import Journal, check_apart
+from ckptq.checkpoint.journal import Journal
 from ckptq.checkpoint.open import Checkpoint
-from ckptq.checkpoint.side_files import write_side_files
 from ckptq.convert import documents
-from ckptq.convert.fill import COMMIT_BYTES, Job, convert_plan, prove_renamed
+from ckptq.convert.output import DEFAULTS, Job, RunOptions, write_output
 from ckptq.convert.preflight import check_disk, check_layers, slab_rooms
 from ckptq.device import find_device
+from ckptq.errors import UsageError
 from ckptq.models.encoded import unquantized_config
 from ckptq.permute.marks import marked_config
 from ckptq.plan.doubts import vllm_doubts
@@ -23,13 +21,13 @@ from ckptq.plan.unit import Plan
 from ckptq.printable import shell_word
 from ckptq.progress import Begin, Note, silent, untold
 from ckptq.recipes.load import Recipe
+from ckptq.spec import spec_of
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from ckptq.calibrate.request import ScalesSource
     from ckptq.calibrate.scales import Scales
-
-MOST_WORKERS = 8
-"""More do not get past Python's lock any faster; see ckptq.convert.arithmetic."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -55,59 +53,42 @@ def write_quantized(
     *,
     arguments: Mapping[str, Any],
     scales: ScalesSource | None = None,
-    restart: bool = False,
-    workers: int | None = None,
-    max_ram: int | None = None,
-    device: str | None = None,
-    commit_bytes: int = COMMIT_BYTES,
+    options: RunOptions = DEFAULTS,
     begin: Begin = silent,
     note: Note = untold,
 ) -> Result:
-    """Carry out a plan; `out` appears whole at the end, or not at all.
+    """Carry out a plan; `out` appears whole at the end, or not at all (`write_output`).
 
-    An interrupted run goes on when it is called again with the same source, plan and arguments, and
-    ends byte-identical. `arguments` is what the output depends on beyond source and recipe, as JSON
-    data; it becomes part of the journal's fingerprint and of the provenance record. `commit_bytes`
-    is how much may be written between two entries of the journal. `device` is who quantizes: the
-    cores unless it names a GPU; it changes no byte.
+    `arguments` is what the output depends on beyond source and recipe, as JSON data; it becomes
+    part of the journal's fingerprint and of the provenance record.
     """
-    workers = workers or min(len(os.sched_getaffinity(0)), MOST_WORKERS)
-    check_apart(ckpt.path, out)
-    check_disk(plan, out, ckpt.side_bytes())
-    find_device(device)
-    rooms = slab_rooms(plan, max_ram, workers)
+    check_disk(plan.write_bytes, out, ckpt.side_bytes())
+    find_device(options.device)
+    rooms = slab_rooms(plan.units, options.max_ram, options.threads)
     if scales is not None and scales.runs_model:
-        check_layers(ckpt, plan, device)
-    record = {
-        "arguments": {**arguments, **(scales.arguments if scales is not None else {})},
-        "recipe": plan.recipe.text,
-        "source": documents.source_record(ckpt),
-        "versions": documents.versions(),
-    }
+        check_layers(ckpt, plan, options.device)
+    arguments = {**arguments, **(scales.arguments if scales is not None else {})}
+    record = documents.run_record(ckpt, arguments, plan.recipe)
     _documents(ckpt, plan, None, record)  # what cannot be written is found out now
-    pinned = ckpt.pinned()
-    journal = Journal.open(out, {**record, "modified": lasting(ckpt.path, pinned)}, restart=restart)
-    try:
-        job = Job(
-            plan=plan,
-            journal=journal,
-            workers=workers,
+
+    def prepare(journal: Journal) -> Job:
+        made = None
+        if scales is not None and not journal.renamed:
+            made = scales.load(journal.calibration)
+        return Job(
+            name="quantize",
+            shards=plan.shards,
+            marks=plan.marks,
+            documents=_documents(ckpt, plan, made, record),
+            scales=scale_tensors(plan, made) if not journal.renamed else {},
+            workers=options.threads,
+            device=options.device,
             rooms=rooms,
-            commit_bytes=commit_bytes,
-            device=device,
         )
-        written: list[str] = []
-        if journal.renamed:
-            resumed = prove_renamed(job)
-        else:
-            made = scales.load(journal.calibration) if scales is not None else None
-            resumed = convert_plan(job, made, begin("quantize", plan.read_bytes), note)
-            small = _documents(ckpt, plan, made, record)
-            written = write_side_files(journal.scratch, ckpt, small, job.specs, pinned)
-        check_unchanged(pinned)
-        journal.publish(job.specs, written)
-    finally:
-        journal.close()
+
+    resumed = write_output(
+        ckpt, out, record, prepare, restart=options.restart, begin=begin, note=note
+    )
     return Result(
         out=out,
         source=str(ckpt.path),
@@ -129,10 +110,8 @@ def _documents(
     config = {**unquantized_config(ckpt.config), "quantization_config": quantization}
     if plan.marks:
         config = marked_config(config, plan.marks)
-    provenance = {k: v for k, v in record.items() if k != "recipe"}
-    if scales is not None:
-        provenance["calibration"] = scales.record()
-    return documents.render(ckpt, config, plan, provenance)
+    made = {"calibration": scales.record()} if scales is not None else {}
+    return documents.render(ckpt, config, plan, {**record, **made})
 
 
 def default_output(ckpt: Checkpoint, recipe: Recipe) -> Path:
@@ -153,3 +132,27 @@ def serve_line(out: Path, plan: Plan) -> str | None:
     if plan.attention.strategy == "attn_head":
         line += " --attention-backend FLASH_ATTN"
     return line
+
+
+def scale_tensors(plan: Plan, scales: Scales | None) -> dict[str, Tensor]:
+    """The calibrated tensors that the plan promises; UsageError where they are not those."""
+    wanted = {name: spec for unit in plan.units for name, spec in unit.scales.items()}
+    found: Mapping[str, Tensor] = scales.tensors if scales is not None else {}
+    for name, spec in wanted.items():
+        if name not in found:
+            raise UsageError(
+                f"{_origin(scales)}: {name} is missing; they are of another model or scheme"
+            )
+        got = spec_of(found[name])
+        if got != spec:
+            raise UsageError(
+                f"{_origin(scales)}: {name} is {got}, wanted {spec} for {plan.recipe.name}"
+            )
+    return {name: found[name] for name in wanted}
+
+
+def _origin(scales: Scales | None) -> str:
+    if scales is None:
+        return "scales"
+    shared = {"attn_head": ", a scale per head", "tensor": ", a scale per layer"}
+    return f"the scales of {scales.made.model}{shared.get(scales.made.strategy or '', '')}"

@@ -18,7 +18,7 @@ Work = Iterator[Sequence[Task]]
 asked for when all of them are done."""
 
 
-class Job:
+class UnderWay:
     """A unit on its way."""
 
     def __init__(self, work: Work, then: Callable[[], None]) -> None:
@@ -38,13 +38,13 @@ class Schedule:
     def __init__(self, pool: ThreadPoolExecutor, max_tasks: int) -> None:
         self._pool = pool
         self._max_tasks = max_tasks
-        self._jobs: set[Job] = set()
-        self._done: SimpleQueue[tuple[Job, Future[None]]] = SimpleQueue()
+        self._jobs: set[UnderWay] = set()
+        self._done: SimpleQueue[tuple[UnderWay, Future[None]]] = SimpleQueue()
 
     def add(self, work: Work, then: Callable[[], None]) -> None:
         """Begin a unit's work as soon as enough of what is under way is done; `then` ends it."""
         self.wait_while(lambda: sum(job.left for job in self._jobs) >= self._max_tasks)
-        job = Job(work, then)
+        job = UnderWay(work, then)
         self._jobs.add(job)
         self._advance(job)
 
@@ -61,7 +61,7 @@ class Schedule:
             if not job.left:
                 self._advance(job)
 
-    def _advance(self, job: Job) -> None:
+    def _advance(self, job: UnderWay) -> None:
         tasks = next((step for step in job.work if step), None)
         if tasks is None:
             self._jobs.remove(job)

@@ -17,7 +17,7 @@ from torch import Tensor
 from ckptq.checkpoint.read import Files
 from ckptq.checkpoint.view import View, read_slab_rows
 from ckptq.convert.schedule import Task
-from ckptq.models.weight import Weight
+from ckptq.permute.reordered import Source
 from ckptq.plan.unit import Unit
 from ckptq.spec import TensorSpec, torch_dtype
 
@@ -88,9 +88,9 @@ def _tensor(memory: Tensor, spec: TensorSpec) -> Tensor:
     return memory.view(torch_dtype(spec.dtype)).view(spec.shape)
 
 
-def views_of(unit: Unit) -> list[Weight]:
+def views_of(unit: Unit) -> list[Source]:
     """All windows that a unit looks through."""
-    return [part.linear.weight for part in unit.parts] + list(unit.views.values())
+    return [part.weight for part in unit.parts] + list(unit.views.values())
 
 
 def held_bytes(unit: Unit) -> int:

@@ -5,27 +5,20 @@ Shape letters: R rows, C columns.
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from ckptq.checkpoint.read import Files
 from ckptq.checkpoint.view import read_rows, read_slab, window
 from ckptq.models.encoded import Encoded, decode_rows
-from ckptq.models.weight import Reordered, Weight
-from ckptq.rope_order import RopeOrder
+from ckptq.models.weight import Weight
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 
 def read_weight(files: Files, weight: Weight) -> Tensor:
-    """[R, C] in new memory, dequantized and reordered if needed."""
+    """[R, C] in new memory, dequantized if it is stored quantized."""
     rows = weight.spec.shape[0]
-    if isinstance(weight, Reordered):
-        from ckptq.permute.apply import permute_rows
-
-        heads = replace(weight.heads, count=rows // weight.heads.head_dim)
-        return permute_rows(read_weight(files, weight.inner), heads, RopeOrder.HALF_SPLIT)
     if isinstance(weight, Encoded):
         return decode_rows(files, weight, 0, rows)
     if weight.streams:

@@ -9,10 +9,10 @@ Shape letters: R rows, C columns.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
-from dataclasses import dataclass
+from collections.abc import Collection
 from typing import TYPE_CHECKING
 
+from ckptq.checkpoint.header import StoredTensor
 from ckptq.checkpoint.open import Checkpoint
 from ckptq.checkpoint.read import Files, read_tensor
 from ckptq.checkpoint.view import View, window
@@ -22,11 +22,10 @@ from ckptq.models.encoded import BELONGS_TO_SCHEME, Encoded, decode_rows, read_e
 from ckptq.models.family import family_of
 from ckptq.models.published import Windows, windows_for, windows_of
 from ckptq.models.readable import refuse_bare_codes
-from ckptq.models.witnesses import read_witnesses
 from ckptq.permute.effect import Part
-from ckptq.permute.targets import PROJECTIONS, head_geometry
-from ckptq.plan.rope import read_marks
-from ckptq.rope_order import Heads, RopeOrder
+from ckptq.permute.targets import read_permutation
+from ckptq.plan.rope import Reordering, read_marks
+from ckptq.rope_order import RopeOrder
 from ckptq.spec import TensorSpec, torch_dtype
 
 if TYPE_CHECKING:
@@ -45,7 +44,7 @@ class DecodedWeights:
         self._ckpt = ckpt
         self._encoded = read_encoded(ckpt)
         self._parts = {t.name for e in self._encoded.values() for t in e.tensors.values()}
-        self._turned = _turned(ckpt, like)
+        self._order = _reordering(ckpt, like)
         own = self._own_specs()
         self._windows = windows_for(ckpt, own)
         self._names: Collection[str] = _published(own, self._windows)
@@ -90,9 +89,10 @@ class DecodedWeights:
         module, _, local = name.rpartition(".")
         encoded = self._encoded.get(module) if local == "weight" else None
         if encoded is not None:
-            return self._in_order(module, _decoded(files, encoded))
+            return self._in_order(encoded.stored, _decoded(files, encoded))
         if name in self._ckpt.tensors and name not in self._parts:
-            return self._in_order(module, read_tensor(self._ckpt.tensors[name], files))
+            stored = self._ckpt.tensors[name]
+            return self._in_order(stored, read_tensor(stored, files))
         return None
 
     def _assembled(self, files: Files, name: str) -> Tensor:
@@ -113,9 +113,14 @@ class DecodedWeights:
             place.copy_(found.view(place.shape))
         return made
 
-    def _in_order(self, module: str, tensor: Tensor) -> Tensor:
-        """q/k in the order that transformers computes with."""
-        return self._turned.back(module, tensor) if self._turned is not None else tensor
+    def _in_order(self, stored: StoredTensor, tensor: Tensor) -> Tensor:
+        """q/k in the order that transformers computes with; any other tensor as it is."""
+        effect = self._order.effect_on(stored) if self._order is not None else None
+        if self._order is None or effect is None:
+            return tensor
+        from ckptq.permute.apply import permute_tensor
+
+        return permute_tensor(tensor, effect, self._order.to)
 
 
 def _published(own: Collection[str], windows: Windows) -> tuple[str, ...]:
@@ -145,28 +150,13 @@ def _place(made: Tensor, view: View) -> Tensor:
     return window(matrix[first:last], view)
 
 
-@dataclass(frozen=True, slots=True)
-class Turned:
-    """q/k projections whose rows are not in the order that transformers expects."""
+def _reordering(ckpt: Checkpoint, like: Checkpoint | None) -> Reordering | None:
+    """The way back to the order that transformers wants q/k in; None where they are in it.
 
-    layers: str
-    heads: Mapping[str, Heads]
-    to: RopeOrder
-
-    def back(self, module: str, tensor: Tensor) -> Tensor:
-        """The rows of a q/k projection's weight or bias in order; any other tensor as it is."""
-        side = PROJECTIONS.get(module.rpartition(".")[2])
-        if side is None or not module.startswith(self.layers + "."):
-            return tensor
-        from ckptq.permute.apply import permute_rows
-
-        return permute_rows(tensor, self.heads[side], self.to)
-
-
-def _turned(ckpt: Checkpoint, like: Checkpoint | None) -> Turned | None:
-    """By ckptq's marks; without a mark, q/k are in the order in which their family is published."""
+    By ckptq's marks; without a mark q/k are in the order in which their family is published.
+    """
     published = RopeOrder(family_of(ckpt.config).rope)
     wanted = read_marks(like).get(Part.WEIGHTS, published) if like is not None else published
     if read_marks(ckpt).get(Part.WEIGHTS, published) is wanted:
         return None
-    return Turned(read_witnesses(ckpt).layers, head_geometry(ckpt.text_config), wanted)
+    return Reordering(read_permutation(ckpt), wanted, frozenset({Part.WEIGHTS}))

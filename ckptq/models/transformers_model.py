@@ -77,6 +77,16 @@ def on_meta(
         return model_class(config)
 
 
+def runs_attention_groups(model: PreTrainedModel) -> bool:
+    """Whether transformers runs what a config group for attention asks for.
+
+    compressed-tensors puts itself in the place of a registered implementation of attention, and
+    "eager", all that a model without SDPA has (gpt-oss and others with sinks), is none: the
+    forward pass ends in KeyError. A kv_cache_scheme alone runs everywhere.
+    """
+    return bool(model._supports_sdpa)
+
+
 def decoder_name(model: PreTrainedModel) -> str:
     """Name of the decoder among the model's modules; "" where it is the model itself."""
     decoder = model.get_decoder()

@@ -73,6 +73,8 @@ class ModuleTree:
     attention: frozenset[str] = field(repr=False)
     """What compressed-tensors takes for attention with a cache, and gives scales, by transformers'
     name."""
+    runs_attention_groups: bool
+    """Whether its forward pass takes a config group for attention."""
     wants_weights: frozenset[str] = field(repr=False)
     """Linears, numbers as `*`, whose parents cannot be initialized where they have no parameter
     called weight, as packed ones have not; transformers tries it on loading."""
@@ -110,7 +112,7 @@ def _tree(model: PreTrainedModel, ckpt: Checkpoint) -> ModuleTree:
     from torch import nn
 
     from ckptq.models.parameters import sources_of_parameters
-    from ckptq.models.transformers_model import decoder_layers_of
+    from ckptq.models.transformers_model import decoder_layers_of, runs_attention_groups
 
     modules: dict[str, nn.Module] = dict(model.named_modules())
     first = _first_of_each(ckpt)
@@ -141,6 +143,7 @@ def _tree(model: PreTrainedModel, ckpt: Checkpoint) -> ModuleTree:
         owners=owners,
         names=_names(model, ckpt, made, linears),
         attention=frozenset(n for n, m in modules.items() if is_cached_attention_module(m)),
+        runs_attention_groups=runs_attention_groups(model),
         wants_weights=_wants_weights(model),  # the last: it takes the model apart
     )
 

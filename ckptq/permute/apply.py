@@ -8,14 +8,11 @@ Shape letters: R rows, W words of 32 bits, G columns of a packed tensor, N anyth
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
-
 import torch
 from torch import Tensor
 
-from ckptq.permute.effect import Effect, Move, Part, Projection, effect_on, effect_on_attention
+from ckptq.permute.effect import Effect, Move
 from ckptq.rope_order import Heads, RopeOrder, gather_indices
-from ckptq.spec import spec_of
 
 _WORD_BITS = 32
 _INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
@@ -58,40 +55,3 @@ def permute_tensor(tensor: Tensor, effect: Effect, to: RopeOrder) -> Tensor:
     if effect.move is Move.PACKED_ROWS:
         return permute_packed_rows(tensor, effect.heads, effect.bits, to)
     return permute_rows(tensor, effect.heads, to)
-
-
-def permute_projection(
-    tensors: Mapping[str, Tensor],
-    projection: Projection,
-    to: RopeOrder,
-    only: Collection[Part] = tuple(Part),
-) -> dict[str, Tensor]:
-    """All tensors of one q_proj or k_proj, by local name ("weight", "weight_scale", ...).
-
-    Tensors of parts that are not in `only` are returned as they are, but must be known too.
-    Raises PlanError for a tensor that is unknown or does not fit the heads.
-    """
-    return {
-        local: _permute_if(tensor, effect_on(local, spec_of(tensor), projection), to, only)
-        for local, tensor in tensors.items()
-    }
-
-
-def permute_attention(
-    tensors: Mapping[str, Tensor],
-    sides: Mapping[str, Projection],
-    to: RopeOrder,
-    only: Collection[Part] = tuple(Part),
-) -> dict[str, Tensor]:
-    """All tensors of an attention module itself, by local name ("k_scale", "q_norm.weight", ...).
-
-    `sides` gives the heads of "q" and of "k". Otherwise as `permute_projection`.
-    """
-    return {
-        local: _permute_if(tensor, effect_on_attention(local, spec_of(tensor), sides), to, only)
-        for local, tensor in tensors.items()
-    }
-
-
-def _permute_if(tensor: Tensor, effect: Effect, to: RopeOrder, only: Collection[Part]) -> Tensor:
-    return permute_tensor(tensor, effect, to) if effect.part in only else tensor

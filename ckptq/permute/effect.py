@@ -11,7 +11,7 @@ D head_dim, W words of 32 bits. Names and shapes are those of compressed-tensors
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import StrEnum
 from math import ceil
 
@@ -49,6 +49,10 @@ class Effect:
     """Geometry of the rows that move: all heads', or one head's where heads share a tensor."""
     bits: int = 0
     """Width of a code, for packed rows."""
+
+    def on_rows(self, count: int) -> Effect:
+        """The same for a run of whole heads out of a tensor's rows."""
+        return replace(self, heads=replace(self.heads, count=count // self.heads.head_dim))
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,10 +6,11 @@ and the attention modules that hold them; vision towers have a RoPE of their own
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from ckptq.checkpoint.header import StoredTensor
 from ckptq.checkpoint.open import Checkpoint
 from ckptq.errors import PlanError
 from ckptq.models.config_groups import ConfigGroup, block_structure, config_groups, group_of
@@ -18,60 +19,78 @@ from ckptq.models.witnesses import read_witnesses
 from ckptq.permute.effect import Effect, Projection, effect_on, effect_on_attention
 from ckptq.quantize.scheme import pair, whole
 from ckptq.rope_order import Heads
-from ckptq.spec import TensorSpec
 
 PROJECTIONS = {"q_proj": "q", "k_proj": "k"}
 _UNTURNED = ("v_proj", "o_proj")
 
 
-def plan_permutation(ckpt: Checkpoint, *, skip_unfit: bool = False) -> dict[str, Effect]:
-    """Tensor name -> what happens to it, for every tensor of q/k and of their attention modules.
+@dataclass(frozen=True, slots=True)
+class Permutation:
+    """Which tensors of a checkpoint a permutation concerns, and where their rows go."""
 
-    Raises PlanError, naming the tensor, for one that is unknown or cannot be permuted, and for a
-    model without q_proj and k_proj (fused qkv, latent attention). With `skip_unfit`, such tensors
-    are left out.
-    """
-    layers = read_witnesses(ckpt).layers
-    modules = _attention_modules(ckpt, layers)
+    modules: Collection[str]
+    """The attention modules of the decoder layers."""
+    heads: Mapping[str, Heads]
+    """Of "q" and of "k"."""
+    groups: tuple[ConfigGroup, ...]
+    block: tuple[int, int] | None
+    """What the quantization config says of the weights' layout; of all, in FP8 as DeepSeek ships
+    it."""
+
+    def effect_on(self, stored: StoredTensor) -> Effect | None:
+        """What happens to a stored tensor; None for one of anything but q, k and their attention.
+
+        PlanError, naming the tensor, for one that is unknown or cannot be permuted.
+        """
+        module, local = _split(stored.name, self.modules)
+        child, _, rest = local.partition(".")
+        if module is None or (rest and child in _UNTURNED):
+            return None
+        if child in PROJECTIONS:
+            projection = self._projection(f"{module}.{child}", self.heads[PROJECTIONS[child]])
+            return effect_on(rest, stored.spec, projection)
+        sides = {side: Projection(module, heads) for side, heads in self.heads.items()}
+        return effect_on_attention(local, stored.spec, sides)
+
+    def _projection(self, name: str, heads: Heads) -> Projection:
+        group = group_of(self.groups, name)
+        weights = group.weights if group else {}
+        block = pair(weights.get("block_structure")) or self.block
+        bits = whole("num_bits", weights.get("num_bits"))
+        return Projection(name, heads, block=block, bits=bits)
+
+
+def read_permutation(ckpt: Checkpoint) -> Permutation:
+    """From headers and config alone. PlanError for a model without q_proj and k_proj (fused qkv,
+    latent attention)."""
+    modules = _attention_modules(ckpt, read_witnesses(ckpt).layers)
     if not modules:
         raise PlanError(
             f"{ckpt.path}: no decoder layer has both a q_proj and a k_proj; ckptq permutes no "
             "other layout of attention"
         )
     heads = head_geometry(ckpt.text_config)
-    declared = Declared(config_groups(ckpt), block_structure(ckpt))
+    return Permutation(modules, heads, config_groups(ckpt), block_structure(ckpt))
+
+
+def plan_permutation(ckpt: Checkpoint, *, skip_unfit: bool = False) -> dict[str, Effect]:
+    """Tensor name -> what happens to it, for every tensor of q/k and of their attention modules.
+
+    Raises PlanError as `read_permutation` does, and for a tensor that is unknown or cannot be
+    permuted; with `skip_unfit`, such tensors are left out.
+    """
+    permutation = read_permutation(ckpt)
     effects = {}
     for name, stored in ckpt.tensors.items():
-        module, local = _split(name, modules)
-        if module is None or local.startswith(tuple(f"{p}." for p in _UNTURNED)):
-            continue
         try:
-            effects[name] = _effect(declared, module, local, stored.spec, heads)
+            effect = permutation.effect_on(stored)
         except PlanError:
             if not skip_unfit:
                 raise
+            continue
+        if effect is not None:
+            effects[name] = effect
     return effects
-
-
-@dataclass(frozen=True, slots=True)
-class Declared:
-    """What the quantization config says of the weights' layout; empty where there is none."""
-
-    groups: tuple[ConfigGroup, ...]
-    block: tuple[int, int] | None
-    """Of all weights, in FP8 as DeepSeek ships it."""
-
-
-def _effect(
-    declared: Declared, module: str, local: str, spec: TensorSpec, heads: Mapping[str, Heads]
-) -> Effect:
-    """What happens to one tensor of an attention module: "q_proj.weight", "k_scale", ..."""
-    child, _, rest = local.partition(".")
-    if child in PROJECTIONS:
-        projection = _projection(declared, f"{module}.{child}", heads[PROJECTIONS[child]])
-        return effect_on(rest, spec, projection)
-    sides = {side: Projection(module, heads[side]) for side in heads}
-    return effect_on_attention(local, spec, sides)
 
 
 def head_geometry(text_config: Mapping[str, Any]) -> dict[str, Heads]:
@@ -124,7 +143,7 @@ def _attention_modules(ckpt: Checkpoint, layers: str) -> set[str]:
     return set.intersection(*owners.values())
 
 
-def _split(name: str, modules: set[str]) -> tuple[str | None, str]:
+def _split(name: str, modules: Collection[str]) -> tuple[str | None, str]:
     """(attention module, rest of the name), or (None, name) for a tensor of anything else."""
     parts = name.split(".")
     for end in range(len(parts) - 1, 0, -1):
@@ -132,14 +151,3 @@ def _split(name: str, modules: set[str]) -> tuple[str | None, str]:
         if module in modules:
             return module, ".".join(parts[end:])
     return None, name
-
-
-def _projection(declared: Declared, name: str, heads: Heads) -> Projection:
-    group = group_of(declared.groups, name)
-    weights = group.weights if group else {}
-    return Projection(
-        name,
-        heads,
-        block=pair(weights.get("block_structure")) or declared.block,
-        bits=whole("num_bits", weights.get("num_bits")),
-    )

@@ -111,6 +111,12 @@ def _attention_unlike_transformers(plan: Plan) -> Iterator[str]:
     tree = plan.layout.witnesses.tree
     if plan.attention is None or tree is None:
         return
+    if not tree.runs_attention_groups and any(g.is_attention for g in plan.recipe.groups):
+        yield (
+            f"transformers cannot run {tree.model_class} with attention scales: it has eager "
+            "attention alone, which compressed-tensors does not hook into; vLLM can (both can with "
+            "cache scales alone, kv-fp8-per-head)"
+        )
     inside = {linear.parent: name for name, linear in plan.layout.linears.items()}
     scaled = {
         tree.module(inside.get(module, f"{module}.")).rpartition(".")[0]: module
@@ -174,10 +180,10 @@ def _transformers_objection(plan: Plan, name: str, group: Group) -> str | None:
             f"transformers cannot read packed weights of {owner.class_name}, whose forward pass "
             "uses the weight itself; vLLM can"
         )
-    if owner.tied and packed:
+    if owner.tied:
         return (
-            "transformers cannot read packed weights that layers share: it ties parameters that "
-            "are called weight"
+            "transformers cannot read quantized weights that layers share: it ties what is called "
+            "weight, and not its scales; vLLM can"
         )
     return None
 

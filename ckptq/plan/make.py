@@ -13,7 +13,8 @@ from ckptq.checkpoint.header import StoredTensor
 from ckptq.checkpoint.open import Checkpoint
 from ckptq.errors import PlanError, UsageError
 from ckptq.models.modules import Layout, Linear, read_layout
-from ckptq.models.weight import Encoded, Reordered, View, Weight
+from ckptq.models.weight import Encoded, View
+from ckptq.permute.reordered import Source
 from ckptq.plan.attention import AttentionPlan, as_planned, last_tensors, plan_attention
 from ckptq.plan.fit import UNCHOSEN, fit
 from ckptq.plan.left import left_names
@@ -26,13 +27,14 @@ from ckptq.plan.match import (
     refuse_unserved_experts,
 )
 from ckptq.plan.permutable import keep_permutable
-from ckptq.plan.rope import half_split, read_marks
+from ckptq.plan.rope import read_marks, reordering
 from ckptq.plan.stored_as_is import copied_units, kept_config
 from ckptq.plan.unit import Part, Plan, Unit
 from ckptq.quantize.formats import needs_statistic
 from ckptq.quantize.scheme import WeightScheme
 from ckptq.quantize.stored import stored
 from ckptq.recipes.load import Group, Recipe
+from ckptq.rope_order import RopeOrder
 from ckptq.spec import TensorSpec
 
 SHARD_BYTES = 5_000_000_000
@@ -69,9 +71,7 @@ def make_plan(
         return _cache_alone(ckpt, recipe, shard_bytes, served=permutable)
     layout = read_layout(ckpt)
     refuse_unread_weights(ckpt, layout)
-    orders = read_marks(ckpt)
-    if rope_order == "half-split":
-        layout, orders = half_split(ckpt, layout)
+    order = reordering(ckpt, RopeOrder.HALF_SPLIT) if rope_order == "half-split" else None
     refuse_unserved(recipe.groups)
     refuse_idle_ignores(layout, ignore)
     attention = None
@@ -87,6 +87,8 @@ def make_plan(
     fitted = fit(layout, recipe, chosen, whole_blocks=permutable)
     recipe, chosen = fitted.recipe, fitted.chosen
     units = tuple(map(fitted.told_in, _units(ckpt, layout, recipe, chosen, attention)))
+    if order is not None:
+        units = order.units(units)
     _refuse_twins(units)
     if not chosen and attention is None:
         raise PlanError(
@@ -106,7 +108,7 @@ def make_plan(
         ignore=left_names(layout, chosen) if chosen else (),
         attention=attention,
         layout=layout,
-        marks=orders,
+        marks=order.marks if order is not None else read_marks(ckpt),
         told=(*([attention.told] if attention and attention.told else []), *fitted.told),
     )
 
@@ -226,7 +228,7 @@ def _quantized(members: Iterable[Linear], scheme: WeightScheme, group: Group) ->
             writes = stored(linear.weight.spec, scheme)
         except PlanError as error:
             raise PlanError(f"{linear.name}: {error}") from error
-        parts.append(Part(linear=linear, scheme=scheme, writes=writes))
+        parts.append(Part(linear=linear, weight=linear.weight, scheme=scheme, writes=writes))
         if linear.bias is not None:
             biases[f"{linear.name}.bias"] = linear.bias
         if group.input_scale is not None:
@@ -243,20 +245,15 @@ def _quantized(members: Iterable[Linear], scheme: WeightScheme, group: Group) ->
 
 
 def _left_alone(linear: Linear, tensor: StoredTensor) -> Unit:
-    rule = (linear.kept or UNCHOSEN) + _changed(linear.weight)
+    rule = linear.kept or UNCHOSEN
+    if isinstance(linear.weight, Encoded):
+        rule += "; dequantized"
     if isinstance(linear.weight, View) and linear.weight.index is None:
         return Unit(key=tensor.name, rule=rule, copies={tensor.name: tensor})
-    views: dict[str, Weight] = {f"{linear.name}.weight": linear.weight}
+    views: dict[str, Source] = {f"{linear.name}.weight": linear.weight}
     if linear.bias is not None:
         views[f"{linear.name}.bias"] = linear.bias
     return Unit(key=linear.name, rule=rule, views=views)
-
-
-def _changed(weight: Weight) -> str:
-    """What happens to a weight that is not quantized, where it is not a plain copy."""
-    if isinstance(weight, Reordered):
-        return "; half-split RoPE order" + _changed(weight.inner)
-    return "; dequantized" if isinstance(weight, Encoded) else ""
 
 
 def _refuse_twins(units: Iterable[Unit]) -> None:

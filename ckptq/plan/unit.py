@@ -9,8 +9,8 @@ from typing import Any
 
 from ckptq.checkpoint.header import StoredTensor
 from ckptq.models.modules import Layout, Linear
-from ckptq.models.weight import Weight
 from ckptq.permute.marks import Marks
+from ckptq.permute.reordered import Source
 from ckptq.plan.attention import AttentionPlan
 from ckptq.quantize.scheme import WeightScheme
 from ckptq.quantize.stored import row_quantum
@@ -23,6 +23,8 @@ class Part:
     """One Linear on its way: from its window on the source to the tensors of its format."""
 
     linear: Linear
+    weight: Source
+    """The Linear's own weight, or the same in another row order."""
     scheme: WeightScheme
     writes: Mapping[str, TensorSpec]
     """Local names: "weight", "weight_scale", ..."""
@@ -30,7 +32,7 @@ class Part:
     @property
     def quantum(self) -> int:
         """Where a block of rows may start: for what is read, and what is written."""
-        return lcm(self.linear.weight.quantum, row_quantum(self.scheme))
+        return lcm(self.weight.quantum, row_quantum(self.scheme))
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -45,8 +47,8 @@ class Unit:
     rule: str
     """Which group quantizes it, or why it is left alone: what `--dry-run` shows."""
     copies: Mapping[str, StoredTensor] = field(default_factory=dict)
-    views: Mapping[str, Weight] = field(default_factory=dict)
-    """Cut out of a fused tensor, or dequantized, and otherwise unchanged: biases, weights."""
+    views: Mapping[str, Source] = field(default_factory=dict)
+    """Cut out of a fused tensor, dequantized or reordered, and otherwise unchanged."""
     parts: tuple[Part, ...] = ()
     scales: Mapping[str, TensorSpec] = field(default_factory=dict)
     """Made by calibration."""
@@ -66,7 +68,7 @@ class Unit:
     def read_bytes(self) -> int:
         copies = sum(t.nbytes for t in self.copies.values())
         views = sum(v.spec.nbytes for v in self.views.values())
-        return copies + views + sum(p.linear.weight.spec.nbytes for p in self.parts)
+        return copies + views + sum(p.weight.spec.nbytes for p in self.parts)
 
     @property
     def write_bytes(self) -> int:

@@ -14,9 +14,9 @@ from ckptq.show import console
 
 if TYPE_CHECKING:
     from ckptq.calibrate.scales import Scales
+    from ckptq.convert.permute import Permuted
     from ckptq.convert.run import Result
     from ckptq.inspect import Inspection
-    from ckptq.permute.run import Permuted
     from ckptq.plan.unit import Plan, Unit
     from ckptq.recipes.load import Recipe
 

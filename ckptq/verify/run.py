@@ -9,10 +9,11 @@ from pathlib import Path
 
 from ckptq.checkpoint.open import Checkpoint, Problems, open_checkpoint
 from ckptq.errors import SourceError, UsageError
+from ckptq.progress import Begin, silent
 from ckptq.verify.declared import read_declared
 from ckptq.verify.engine.ask import ask_engine
 from ckptq.verify.loaders import find_engine
-from ckptq.verify.options import Options, Progress
+from ckptq.verify.options import Options
 from ckptq.verify.report import Checked, Finding, HeadResult, LayerResult, Report, once
 from ckptq.verify.structure.checks import check_structure
 from ckptq.verify.structure.tensors import check_tensors
@@ -30,7 +31,7 @@ def verify(
     vllm_python: Path | None = None,
     attention: bool = False,
     text: str | None = None,
-    progress: Progress | None = None,
+    begin: Begin = silent,
 ) -> Report:
     """Check a finished compressed-tensors checkpoint, against its source where one is given.
 
@@ -42,8 +43,7 @@ def verify(
     on a little text (`text`: a file or data set, else what Python carries) and shows what FP8 with
     the stored scales makes of its q, k and v.
 
-    The bytes reported to `progress` add up to at most those of the checkpoint's tensors. Raises
-    SourceError for what cannot be read at all; all else is a finding.
+    Raises SourceError for what cannot be read at all; all else is a finding.
     """
     if attention and source is None:
         raise UsageError("--attention runs the unquantized model: give --source")
@@ -56,14 +56,10 @@ def verify(
         raise UsageError("simulating vllm needs tensors; give --vllm-python or drop --headers-only")
     if text is not None and not attention:
         raise UsageError(f"--data {text}: only --attention runs text")
-    options = Options(
-        fast=fast,
-        engine=chosen,
-        progress=progress or (lambda what, done: None),
-    )
     began = time.monotonic()
     problems: Problems = []
     ckpt = open_checkpoint(path, problems=problems)
+    options = Options(fast=fast, engine=chosen, progress=begin("verify", ckpt.nbytes))
     subject, declared_wrong = _subject(ckpt, source, headers_only)
     by_linear = check_tensors(subject)
     structure = [*declared_wrong, *check_structure(subject, problems, by_linear)]

@@ -13,7 +13,7 @@ from ckptq.checkpoint.header import StoredTensor
 from ckptq.checkpoint.read import Files, read_range, read_tensor
 from ckptq.checkpoint.view import read_rows, read_slab, window
 from ckptq.models.encoded import Encoded, decode_rows
-from ckptq.models.weight import Reordered, Weight
+from ckptq.models.weight import Weight
 from ckptq.quantize.scheme import WeightScheme
 from ckptq.quantize.stored import row_quantum, stored
 from ckptq.spec import TensorSpec
@@ -118,7 +118,6 @@ def stored_linear(module: Module) -> StoredLinear:
 
 def source_rows(files: Files, weight: Weight) -> Rows:
     """Reads rows of a source weight; one that does not stream is held whole."""
-    assert not isinstance(weight, Reordered), "a layout holds weights as they are stored"
     if isinstance(weight, Encoded):
         return _decoded_rows(files, weight)
     if weight.streams:

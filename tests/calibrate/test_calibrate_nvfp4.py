@@ -54,7 +54,7 @@ def our_folder(ckpt: Checkpoint, out: Path) -> Path:
     """`ckptq quantize --scheme nvfp4` on the same tokens."""
     data = out.with_suffix(".jsonl")
     write_rows(data, ROWS)
-    wanted = CalibrationRequest(data=str(data), samples=len(ROWS), seq_len=24, device="cpu")
+    wanted = CalibrationRequest(data=str(data), samples=len(ROWS), seq_len=24)
     recipe = load_scheme("nvfp4")
     quantize(QuantizeRequest(model=ckpt.path, recipe=recipe, out=out, calibration=wanted))
     return out

@@ -272,12 +272,12 @@ def test_attention_that_is_on_disk_and_does_not_run_is_named(saved, tmp_path):
     ckpt = open_checkpoint(tmp_path / "model")
     plan = make_plan(ckpt, load_scheme("kv-fp8-per-head"))
     blind = make_plan(replace(ckpt, config=config | {"layer_types": None}), plan.recipe)
-    wanted = CalibrationRequest(data=str(tmp_path / "rows.jsonl"), device="cpu")
-    assert set(calibrate_plan(ckpt, plan, wanted, silent).tensors) == {
+    wanted = CalibrationRequest(data=str(tmp_path / "rows.jsonl"))
+    assert set(calibrate_plan(ckpt, plan, wanted, "cpu", silent).tensors) == {
         name for scales in plan.attention.scales.values() for name in scales
     }
     with pytest.raises(PlanError, match=r"layers\.0\.self_attn did not run as attention"):
-        calibrate_plan(ckpt, blind, wanted, silent)
+        calibrate_plan(ckpt, blind, wanted, "cpu", silent)
 
 
 def planned(ckpt, scheme):

@@ -12,10 +12,9 @@ from safetensors.torch import save_file
 
 from ckptq.checkpoint.beside import AGAIN, told_of
 from ckptq.checkpoint.open import open_checkpoint
+from ckptq.convert.permute import PermuteRequest, permute
 from ckptq.convert.quantize import QuantizeRequest, quantize
 from ckptq.errors import SourceError
-from ckptq.permute.effect import Part
-from ckptq.permute.run import permute_checkpoint, plan_permute
 from ckptq.recipes.load import load_scheme
 from ckptq.rope_order import RopeOrder
 from ckptq.verify.run import verify
@@ -163,8 +162,8 @@ def test_permute_carries_them_too(tmp_path: Path) -> None:
     folder = source(tmp_path / "source", CARRIED + LEFT)
     config = CONFIG | {"model_type": "llama4_text", "architectures": ["Llama4ForCausalLM"]}
     (folder / "config.json").write_text(json.dumps(config))
-    plan = plan_permute(open_checkpoint(folder), RopeOrder.HALF_SPLIT, list(Part))
-    out = permute_checkpoint(plan, tmp_path / "out").out
+    out = tmp_path / "out"
+    permute(PermuteRequest(model=folder, out=out, to=RopeOrder.HALF_SPLIT))
     assert not set(CARRIED) - files(out)
     assert not set(LEFT) & files(out)
 

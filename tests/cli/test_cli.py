@@ -451,7 +451,7 @@ def test_only_what_is_resumed_says_so(llama: Path, monkeypatch: pytest.MonkeyPat
     def stop(*_: object, **__: object) -> None:
         raise Interrupted
 
-    monkeypatch.setattr("ckptq.checkpoint.open.open_checkpoint", stop)
+    monkeypatch.setattr("ckptq.verify.run.open_checkpoint", stop)
     monkeypatch.setattr("ckptq.convert.quantize.open_checkpoint", stop)
     for command, words in (
         (("quantize", llama, "-s", "w8a8"), "the same command goes on"),

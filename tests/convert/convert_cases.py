@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import reduce
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,7 @@ from tiny.tensors import Tensors
 from torch import Tensor
 
 from ckptq.checkpoint.open import open_checkpoint
+from ckptq.convert.output import RunOptions
 from ckptq.convert.run import Result, write_quantized
 from ckptq.plan.make import make_plan
 from ckptq.quantize.formats import (
@@ -207,7 +208,10 @@ def convert(
 ) -> Result:
     ckpt = open_checkpoint(source)
     plan = make_plan(ckpt, recipe, ignore=ignore, shard_bytes=shard_bytes)
-    return write_quantized(ckpt, plan, out, arguments={"ignore": list(ignore)}, **kwargs)
+    names = [field.name for field in fields(RunOptions)]
+    options = RunOptions(**{name: kwargs.pop(name) for name in names if name in kwargs})
+    arguments = {"ignore": list(ignore)}
+    return write_quantized(ckpt, plan, out, arguments=arguments, options=options, **kwargs)
 
 
 def expected(layout: Layout, scheme: WeightScheme, left: Callable[[str], bool]) -> Tensors:

@@ -19,7 +19,8 @@ from typing import Any
 
 from ckptq.checkpoint import journal
 from ckptq.checkpoint.open import Checkpoint, open_checkpoint
-from ckptq.convert import blocks
+from ckptq.convert import blocks, output
+from ckptq.convert.output import RunOptions
 from ckptq.convert.run import Result, write_quantized
 from ckptq.plan.make import make_plan
 from ckptq.progress import Note, untold
@@ -49,7 +50,6 @@ class Run:
     die_in: str | None = None
     by: int = signal.SIGKILL
     workers: int = 3
-    commit_bytes: int = 20_000
     shard_bytes: int = 100_000
 
 
@@ -72,6 +72,7 @@ def perform(run: Run) -> tuple[int, int]:
 def _main(run: Run, count: Any) -> None:
     _count_steps(run, count)
     blocks.RUN_ELEMENTS, blocks.CALL_ELEMENTS = 1 << 13, 1 << 12
+    output.COMMIT_BYTES = 20_000
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, signal.default_int_handler)
     try:
@@ -89,8 +90,7 @@ def convert(run: Run, note: Note = untold) -> Result:
         run.out,
         arguments={},
         scales=run.scales(ckpt) if run.scales is not None else None,
-        workers=run.workers,
-        commit_bytes=run.commit_bytes,
+        options=RunOptions(workers=run.workers),
         note=note,
     )
 

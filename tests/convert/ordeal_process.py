@@ -90,13 +90,10 @@ def _main(
 def _journal_often() -> None:
     """Many entries of a journal in a run of a second."""
     import ckptq.calibrate.journal
-    import ckptq.permute.run
-    from ckptq.convert import run
+    from ckptq.convert import output
 
     ckptq.calibrate.journal.SHARE_OF_TIME = float("inf")
-    ckptq.permute.run.COMMIT_BYTES = 30_000
-    assert run.write_quantized.__kwdefaults__ is not None
-    run.write_quantized.__kwdefaults__["commit_bytes"] = 20_000
+    output.COMMIT_BYTES = 20_000
 
 
 class _Before:

@@ -18,7 +18,7 @@ from ckptq.calibrate.request import ScalesSource
 from ckptq.checkpoint import journal
 from ckptq.checkpoint.open import open_checkpoint
 from ckptq.checkpoint.partial import partial_of
-from ckptq.convert import preflight
+from ckptq.convert import output, preflight
 from ckptq.convert.slabs import held_bytes
 from ckptq.errors import MachineError, SourceError, UsageError
 from ckptq.plan.make import make_plan
@@ -76,7 +76,7 @@ def test_too_little_disk_is_said_before_the_first_byte(source, tmp_path, monkeyp
     for free, enough in ((needed, True), (needed - 1, False)):
         monkeypatch.setattr(shutil, "disk_usage", lambda path, free=free: Usage(0, 0, free))
         if enough:
-            preflight.check_disk(plan, tmp_path / "out", beside)
+            preflight.check_disk(plan.write_bytes, tmp_path / "out", beside)
             continue
         with pytest.raises(MachineError) as caught:
             convert(source, tmp_path / "out", FP8)
@@ -91,7 +91,7 @@ def test_what_an_interrupted_run_has_written_needs_no_room_again(source, tmp_pat
     (scratch / "m.safetensors").write_bytes(bytes(100_000))
     needed = plan.write_bytes + preflight.SPARE_BYTES - 100_000
     monkeypatch.setattr(shutil, "disk_usage", lambda path: Usage(0, 0, needed))
-    preflight.check_disk(plan, tmp_path / "out")
+    preflight.check_disk(plan.write_bytes, tmp_path / "out")
 
 
 def test_a_folder_that_cannot_be_written_is_named(source, monkeypatch):
@@ -143,8 +143,9 @@ def test_a_disk_that_fills_up_in_the_middle_loses_nothing(source, tmp_path, monk
 
     with monkeypatch.context() as patched:
         patched.setattr(os, "pwrite", full)
+        patched.setattr(output, "COMMIT_BYTES", 10_000)
         with pytest.raises(MachineError, match="free some space and run the same command again"):
-            convert(source, tmp_path / "out", FP8, commit_bytes=10_000)
+            convert(source, tmp_path / "out", FP8)
     assert calls > 30
     assert not (tmp_path / "out").exists()
     result = convert(source, tmp_path / "out", FP8)
@@ -168,8 +169,9 @@ def test_a_disk_that_is_really_full(source, tmp_path, small_disk, monkeypatch):
     convert(source, tmp_path / "whole", FP8)
     with monkeypatch.context() as patched:
         patched.setattr(shutil, "disk_usage", lambda path: Usage(0, 0, 1 << 40))
+        patched.setattr(output, "COMMIT_BYTES", 10_000)
         with pytest.raises(MachineError, match="No space left"):
-            convert(source, small_disk / "out", FP8, commit_bytes=10_000)
+            convert(source, small_disk / "out", FP8)
     with pytest.raises(MachineError, match="too little disk"):
         convert(source, small_disk / "out", FP8)
     subprocess.run(["mount", "-o", "remount,size=80m", str(small_disk)], check=True)
@@ -198,19 +200,19 @@ def test_a_ceiling_on_memory_is_refused_or_respected(source):
     room = max(map(held_bytes, plan.units))
     program = preflight.BASE_BYTES + 2 * preflight.WORKER_BYTES
     with pytest.raises(UsageError) as caught:
-        preflight.slab_rooms(plan, program + room - 1, workers=2)
+        preflight.slab_rooms(plan.units, program + room - 1, workers=2)
     assert "--max-ram" in str(caught.value)
     assert f"{room:,}" in str(caught.value)
-    assert preflight.slab_rooms(plan, program + room, workers=2) == (room, 1)
-    assert preflight.slab_rooms(plan, program + 5 * room, workers=2) == (room, 5)
-    assert preflight.slab_rooms(plan, None, workers=2)[1] > 5
+    assert preflight.slab_rooms(plan.units, program + room, workers=2) == (room, 1)
+    assert preflight.slab_rooms(plan.units, program + 5 * room, workers=2) == (room, 5)
+    assert preflight.slab_rooms(plan.units, None, workers=2)[1] > 5
 
 
 def test_large_experts_get_two_rooms(source, monkeypatch):
     plan = plan_of(source)
     room = max(map(held_bytes, plan.units))
     monkeypatch.setattr(preflight, "SMALL_ROOMS", room // 2)
-    assert preflight.slab_rooms(plan, None, workers=8) == (room, 2)
+    assert preflight.slab_rooms(plan.units, None, workers=8) == (room, 2)
 
 
 def test_a_machine_that_is_too_small_is_named(source, monkeypatch):
@@ -245,4 +247,4 @@ def test_memory_is_what_machine_and_control_group_leave(tmp_path):
 def test_unit_that_streams_needs_no_room(tmp_path):
     torch.manual_seed(0)
     source = save(tmp_path / "source", LAYOUTS["llama"]())
-    assert preflight.slab_rooms(plan_of(source), None, workers=2) == (0, 0)
+    assert preflight.slab_rooms(plan_of(source).units, None, workers=2) == (0, 0)

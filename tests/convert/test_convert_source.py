@@ -16,6 +16,8 @@ from convert_killed import digests
 
 from ckptq.checkpoint.open import open_checkpoint
 from ckptq.checkpoint.partial import partial_of
+from ckptq.convert import output
+from ckptq.convert.output import RunOptions
 from ckptq.convert.run import write_quantized
 from ckptq.errors import SourceError, UsageError
 from ckptq.plan.make import make_plan
@@ -35,7 +37,7 @@ def source(tmp_path: Path) -> Path:
     return folder
 
 
-def quantize(source: Path, out: Path, during: Callable[[], None] | None = None, **options):
+def quantize(source: Path, out: Path, during: Callable[[], None] | None = None):
     """`during` is called once, when the first unit is done."""
     ckpt = open_checkpoint(source)
     todo = [during] if during is not None else []
@@ -47,10 +49,12 @@ def quantize(source: Path, out: Path, during: Callable[[], None] | None = None, 
 
         return report
 
-    return write_quantized(
-        ckpt, make_plan(ckpt, RECIPE), out, arguments={}, workers=1, begin=begin,
-        commit_bytes=10_000, **options,
-    )  # fmt: skip
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(output, "COMMIT_BYTES", 10_000)
+        return write_quantized(
+            ckpt, make_plan(ckpt, RECIPE), out, arguments={}, begin=begin,
+            options=RunOptions(workers=1),
+        )  # fmt: skip
 
 
 def edit_in_place(file: Path) -> None:
@@ -156,10 +160,10 @@ def interrupted(source: Path, out: Path) -> None:
         return report
 
     ckpt = open_checkpoint(source)
-    with pytest.raises(Killed):
-        write_quantized(
-            ckpt, make_plan(ckpt, RECIPE), out, arguments={}, workers=1, begin=begin,
-            commit_bytes=1,
-        )  # fmt: skip
+    plan, options = make_plan(ckpt, RECIPE), RunOptions(workers=1)
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(output, "COMMIT_BYTES", 1)
+        with pytest.raises(Killed):
+            write_quantized(ckpt, plan, out, arguments={}, options=options, begin=begin)
     lines = [json.loads(x) for x in (partial_of(out) / "journal.jsonl").read_text().splitlines()]
     assert any("done" in line for line in lines)

@@ -17,6 +17,7 @@ from ckptq.checkpoint import journal
 from ckptq.checkpoint.open import open_checkpoint
 from ckptq.convert import handover
 from ckptq.convert.handover import check_handed_over, write_handed_over
+from ckptq.convert.output import RunOptions
 from ckptq.convert.quantize import QuantizeRequest, quantize
 from ckptq.errors import SourceError, UsageError
 from ckptq.recipes.load import load_text
@@ -133,22 +134,19 @@ def test_a_model_that_transformers_cannot_load_is_named(
 
 
 @pytest.mark.parametrize(
-    ("option", "value"),
-    [("ignore", ("re:.*up",)), ("scales", Path("s")), ("as_written", True), ("max_ram", 10**9)],
+    ("option", "given"),
+    [
+        ("ignore", {"ignore": ("re:.*up",)}),
+        ("scales", {"scales": Path("s")}),
+        ("as-written", {"as_written": True}),
+        ("max-ram", {"options": RunOptions(max_ram=10**9)}),
+        ("device", {"options": RunOptions(device="cpu")}),
+        ("batch-size", {"calibration": CalibrationRequest(batch_size=4)}),
+    ],
 )
-def test_options_that_would_not_be_heard_are_refused(llama: Path, option: str, value) -> None:
-    request = QuantizeRequest(model=llama, recipe=load_text("gptq", GPTQ), **{option: value})
-    with pytest.raises(UsageError, match=f"--{option.replace('_', '-')} does nothing there"):
-        quantize(request)
-
-
-@pytest.mark.parametrize(("option", "value"), [("batch_size", 4), ("device", "cpu")])
-def test_options_of_a_calibration_that_is_not_ours_are_refused(
-    llama: Path, option: str, value
-) -> None:
-    wanted = CalibrationRequest(**{option: value})
-    request = QuantizeRequest(model=llama, recipe=load_text("gptq", GPTQ), calibration=wanted)
-    with pytest.raises(UsageError, match=f"--{option.replace('_', '-')} does nothing there"):
+def test_options_that_would_not_be_heard_are_refused(llama: Path, option: str, given) -> None:
+    request = QuantizeRequest(model=llama, recipe=load_text("gptq", GPTQ), **given)
+    with pytest.raises(UsageError, match=f"--{option} does nothing there"):
         quantize(request)
 
 
@@ -158,7 +156,7 @@ def test_the_built_in_corpus_is_said_for_llm_compressor_too(llama: Path, tmp_pat
     recipe = load_text("gptq", GPTQ)
     out = tmp_path / "out"
     quantize(
-        QuantizeRequest(model=llama, recipe=recipe, out=out, calibration=wanted, workers=1),
+        QuantizeRequest(model=llama, recipe=recipe, out=out, calibration=wanted),
         note=heard.append,
     )
     assert heard == [NO_DATA]

@@ -235,7 +235,7 @@ def test_a_tower_is_not_taken_for_the_decoder() -> None:
         (
             "DeepseekV3ForCausalLM",
             "model.layers.3.self_attn",
-            "model.layers.3.self_attn.mla_attn.mla_attn",
+            "model.layers.3.self_attn.attn",
             "latent",
         ),
         (

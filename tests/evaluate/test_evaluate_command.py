@@ -118,7 +118,7 @@ def test_text_and_task_are_measured_side_by_side(saved, data, task):
         (("{s}", "--source", "{s}"), "is not quantized"),
         (("{s}", "--kv-cache", "fp9"), "--kv-cache 'fp9'"),
         (("{s}", "--schemes", "w99"), "unknown scheme 'w99'"),
-        (("{q}", "--source", "{s}", "--min-accuracy", "0.5"), "needs questions"),
+        (("{q}", "--source", "{s}", "--min-accuracy", "0.5"), "--task FILE"),
     ],
 )
 def test_what_does_not_go_together_is_refused(saved, data, words, message):

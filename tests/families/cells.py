@@ -59,10 +59,10 @@ def make(source: Path, scheme: str, out: Path, data: Path) -> Made:
     fault, and goes on."""
     calibration = CalibrationRequest(data=data, samples=2, seq_len=16)
     request = QuantizeRequest(
-        model=source, recipe=load_scheme(scheme), out=out, workers=1, calibration=calibration
+        model=source, recipe=load_scheme(scheme), out=out, calibration=calibration
     )
     try:
-        _, plan = plan_of(request)
+        plan = plan_of(request)
     except CkptqError as error:
         return Made(None, refusal=str(error), planned=False)
     notes: list[str] = []

@@ -1,8 +1,9 @@
-"""Every family through quantize, and back in transformers: every weight is near its source's.
+"""Every family through quantize, and back in transformers: weights and logits are the source's.
 
 The judge is transformers itself: `from_pretrained` of the result must fill every parameter and
-leave no tensor over, and what compressed-tensors decompresses is within the format's noise. What
-transformers cannot load has to be said by the plan before the work, or refused by it.
+leave no tensor over, what compressed-tensors decompresses is within the format's noise, and the
+logits are no further off than random noise of that size puts them. What transformers cannot load
+has to be said by the plan before the work, or refused by it.
 """
 
 from __future__ import annotations
@@ -27,8 +28,13 @@ TOWER_SCALE = re.compile(r"vision.*\.[kv]_scale$")
 
 LAYER = re.compile(r".*?\blayers\.\d+\.")
 
-UNLOADABLE = ("transformers loads the experts", "transformers cannot read")
-"""How the plan says that the result is for vLLM alone."""
+FARTHER = 3.0
+"""How much farther than under random noise logits may lie: routers may choose otherwise."""
+
+IDS = torch.randint(3, 60, (1, 12), generator=torch.Generator().manual_seed(1))
+
+UNLOADABLE = ("transformers loads the experts", "transformers cannot r")
+"""How the plan says that the result is for vLLM alone: transformers cannot read it, or run it."""
 
 
 @pytest.fixture(scope="module")
@@ -60,7 +66,8 @@ def test_a_family_comes_back_in_transformers(
         assert not report.findings, "verify finds a fault in what quantize has written"
     ours = loaded(made.out)
     if any(said in note for note in made.notes for said in UNLOADABLE):
-        assert ours is None or ours.missing or ours.unexpected, "said to be vLLM's alone, and loads"
+        seen = ours is None or ours.missing or ours.unexpected
+        assert seen or verify(made.out, engine="transformers").findings, "not vLLM's alone"
         return
     assert ours is not None, "transformers does not load the result"
     # compressed-tensors gives every attention module k and v scales, towers without a cache too
@@ -70,15 +77,80 @@ def test_a_family_comes_back_in_transformers(
     assert ours_left == theirs_left
     worst = max(errors(theirs.parameters, ours.parameters), default=(0.0, ""))
     assert worst[0] < NOISE[scheme], worst
+    if theirs.logits_BTV is not None:
+        assert ours.logits_BTV is not None, "transformers runs the source, and not the result"
+        found = distance(ours.logits_BTV, theirs.logits_BTV)
+        assert found < FARTHER * under_noise(source, NOISE[scheme])
+
+
+@pytest.mark.parametrize("field", ["rms_norm_eps", "rope_parameters"])
+def test_logits_show_what_no_weight_shows(
+    sources: Path, data: Path, tmp_path: Path, field: str
+) -> None:
+    """The twin: the same weights under a config that lost its way."""
+    source = save("llama", sources)
+    made = make(source, "fp8-dynamic", tmp_path / "out", data)
+    assert made.out is not None
+    config = json.loads((made.out / "config.json").read_text())
+    config[field] = {
+        "rms_norm_eps": 10.0,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 1.01},
+    }[field]
+    (made.out / "config.json").write_text(json.dumps(config))
+    ours, theirs = loaded(made.out), loaded(source)
+    assert ours is not None
+    assert theirs is not None
+    assert ours.logits_BTV is not None
+    assert theirs.logits_BTV is not None
+    assert max(errors(theirs.parameters, ours.parameters))[0] < NOISE["fp8-dynamic"]
+    found = distance(ours.logits_BTV, theirs.logits_BTV)
+    assert found > FARTHER * under_noise(source, NOISE["fp8-dynamic"])
 
 
 class Loaded:
-    """A model as transformers has it, its weights decompressed."""
+    """A model as transformers has it, its weights decompressed, and its logits of `IDS`."""
 
     def __init__(self, model: Any, info: dict[str, Any]) -> None:
         self.missing = sorted(info["missing_keys"])
         self.unexpected = sorted(info["unexpected_keys"])
         self.parameters = dict(model.named_parameters())
+        self.logits_BTV = logits(model)
+
+
+def logits(model: Any) -> torch.Tensor | None:
+    """In float32; None where transformers cannot run the model."""
+    try:
+        with quiet(), torch.no_grad():
+            return torch.as_tensor(model.eval().float()(input_ids=IDS).logits)
+    except Exception:  # a family's own code raises many kinds
+        return None
+
+
+def distance(found: torch.Tensor, wanted: torch.Tensor) -> float:
+    return float((found - wanted).norm() / wanted.norm())
+
+
+@cache
+def under_noise(source: Path, level: float) -> float:
+    """How far random noise of this relative size on every matrix moves the logits of a source."""
+    theirs = loaded(source)
+    assert theirs is not None
+    assert theirs.logits_BTV is not None
+    return max(distance(noisy_logits(source, level, seed), theirs.logits_BTV) for seed in (1, 2))
+
+
+def noisy_logits(source: Path, level: float, seed: int) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    with quiet():
+        model = model_class(source).from_pretrained(source, dtype=torch.float32)
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            if weight.dim() >= 2 and "embed" not in name:
+                noise = torch.randn(weight.shape, generator=generator)
+                weight.add_(noise, alpha=level * float(weight.std()))
+    found = logits(model)
+    assert found is not None
+    return found
 
 
 def without_strange_layers(names: list[str], source: Loaded) -> list[str]:
@@ -99,18 +171,23 @@ def _source(folder: Path) -> Loaded | None:
 
 
 def _load(folder: Path) -> Loaded | None:
-    config = json.loads((folder / "config.json").read_text())
-    model_class = getattr(transformers, config["architectures"][0], None)
-    if model_class is None:
+    own_class = model_class(folder)
+    if own_class is None:
         return None
     options: dict[str, Any] = {"dtype": torch.bfloat16, "output_loading_info": True}
-    if "quantization_config" in config:
+    if "quantization_config" in json.loads((folder / "config.json").read_text()):
         options["quantization_config"] = CompressedTensorsConfig(dequantize=True)
     try:
         with quiet():
-            return Loaded(*model_class.from_pretrained(folder, **options))
+            return Loaded(*own_class.from_pretrained(folder, **options))
     except Exception:  # transformers and the libraries under it raise many kinds
         return None
+
+
+def model_class(folder: Path) -> Any:
+    """transformers' class of a checkpoint, None where it has none."""
+    config = json.loads((folder / "config.json").read_text())
+    return getattr(transformers, config["architectures"][0], None)
 
 
 def errors(

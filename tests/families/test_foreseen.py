@@ -14,7 +14,7 @@ import transformers
 from safetensors.torch import load_file
 from tiny.plans import plan_of
 
-from ckptq.plan.doubts import vllm_doubts
+from ckptq.plan.doubts import transformers_doubts, vllm_doubts
 from ckptq.verify.run import verify
 from families.cells import make, write_token_ids
 from families.sources import save, save_variant, write
@@ -161,3 +161,22 @@ def test_what_the_table_has_not_seen_is_ignored_by_its_merged_name_too(tmp_path:
     plan = plan_of(tmp_path / "source", "fp8-dynamic")
     left = {name.rpartition(".")[2] for name in plan.ignore if ".layers.0.mlp." in name}
     assert left == {"gate_proj", "up_proj", "gate_up_proj", "down_proj"}
+
+
+@pytest.mark.parametrize("family", ["gpt_oss", "granite_swa"])
+def test_attention_scales_that_transformers_cannot_run_are_told(
+    tmp_path: Path, family: str
+) -> None:
+    """Sinks, for which it has eager attention alone. A KV-cache scheme it runs."""
+    source = save(family, tmp_path)
+    lines = transformers_doubts(plan_of(source, "fp8-per-head"))
+    assert [line for line in lines if "eager attention alone" in line]
+    assert not list(transformers_doubts(plan_of(source, "kv-fp8-per-head")))
+    llama = save("llama", tmp_path)
+    assert not list(transformers_doubts(plan_of(llama, "fp8-per-head")))
+
+
+def test_quantized_weights_that_layers_share_are_told(tmp_path: Path) -> None:
+    """Zamba-2: transformers ties the codes, and not their scales."""
+    lines = list(transformers_doubts(plan_of(save("zamba2", tmp_path), "fp8-dynamic")))
+    assert [line for line in lines if "weights that layers share" in line]

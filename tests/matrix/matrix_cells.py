@@ -24,6 +24,7 @@ from torch import Tensor
 
 from ckptq.calibrate.request import CalibrationRequest, scales_source
 from ckptq.checkpoint.open import open_checkpoint
+from ckptq.convert.output import RunOptions
 from ckptq.convert.run import write_quantized
 from ckptq.plan.make import make_plan
 from ckptq.progress import silent
@@ -71,9 +72,11 @@ def convert(source: Path, out: Path, format: str, **choices: Any) -> Path:
     plan = make_plan(ckpt, load_scheme(format), **choices)
     text = out.with_name(f"{out.name}-tokens.jsonl")
     write_rows(text, sample_rows())
-    wanted = CalibrationRequest(data=str(text), samples=ROWS, seq_len=LENGTH, device="cpu")
-    scales = scales_source(ckpt, plan, wanted, None, silent)
-    write_quantized(ckpt, plan, out, arguments={}, scales=scales, workers=2)
+    wanted = CalibrationRequest(data=str(text), samples=ROWS, seq_len=LENGTH)
+    scales = scales_source(ckpt, plan, wanted, None, "cpu", silent)
+    write_quantized(
+        ckpt, plan, out, arguments={}, scales=scales, options=RunOptions(workers=2, device="cpu")
+    )
     return out
 
 

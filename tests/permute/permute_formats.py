@@ -8,13 +8,18 @@ Shape letters: R rows, C columns, G groups of columns, L columns in a group, B b
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from functools import partial
 from math import ceil
 
 import torch
 from torch import Tensor
+
+from ckptq.permute.apply import permute_tensor
+from ckptq.permute.effect import Part, Projection, effect_on
+from ckptq.rope_order import RopeOrder
+from ckptq.spec import spec_of
 
 Tensors = dict[str, Tensor]
 BLOCK = 128
@@ -224,3 +229,14 @@ FORMATS: dict[str, Format] = {
     "mxfp4": Format(_mxfp4, _read_fp4),
     "nvfp4": Format(_nvfp4, _read_fp4),
 }
+
+
+def permute_projection(
+    tensors: Tensors, projection: Projection, to: RopeOrder, only: Collection[Part] = tuple(Part)
+) -> Tensors:
+    """All tensors of one q_proj or k_proj, by local name ("weight", ...), whole and in memory."""
+    made = {}
+    for local, tensor in tensors.items():
+        effect = effect_on(local, spec_of(tensor), projection)
+        made[local] = permute_tensor(tensor, effect, to) if effect.part in only else tensor
+    return made

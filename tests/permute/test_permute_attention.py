@@ -8,11 +8,10 @@ from __future__ import annotations
 
 import pytest
 import torch
-from permute_formats import BLOCK, FORMATS, Tensors
+from permute_formats import BLOCK, FORMATS, Tensors, permute_projection
 from torch import Tensor
 
 from ckptq.errors import PlanError
-from ckptq.permute.apply import permute_projection
 from ckptq.permute.effect import Move, Projection, effect_on
 from ckptq.rope_order import Heads, RopeOrder
 from ckptq.spec import spec_of

@@ -1,26 +1,27 @@
-"""`permute_checkpoint`: sharded checkpoints with real names, of every format, and a real model."""
+"""`ckptq permute`: sharded checkpoints with real names, of every format, and a real model."""
 
 from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
-from permute_formats import BLOCK, FORMATS
+from permute_formats import BLOCK, FORMATS, permute_projection
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from tiny.tensors import differences, tensors_in
 from torch import Tensor
 
 import ckptq.checkpoint.journal
-import ckptq.permute.run
 from ckptq.checkpoint.open import open_checkpoint
+from ckptq.convert import output, pipeline, preflight
+from ckptq.convert.permute import PermuteRequest
+from ckptq.convert.permute import permute as run_permute
 from ckptq.errors import MachineError, PlanError, SourceError, UsageError
 from ckptq.permute import marks
-from ckptq.permute.apply import permute_projection
 from ckptq.permute.effect import Part, Projection
-from ckptq.permute.run import permute_checkpoint, plan_permute
 from ckptq.permute.targets import head_geometry, plan_permutation
 from ckptq.rope_order import Heads, RopeOrder
 
@@ -77,7 +78,7 @@ def write_checkpoint(folder: Path, name: str = "int4-group-asym") -> Path:
 
 
 def permute(source: Path, out: Path, to: RopeOrder = HALF, only: tuple = tuple(Part), **kwargs):
-    return permute_checkpoint(plan_permute(open_checkpoint(source), to, only), out, **kwargs)
+    return run_permute(PermuteRequest(model=source, out=out, to=to, only=only), **kwargs)
 
 
 def same(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
@@ -187,7 +188,7 @@ def test_a_model_without_q_and_k_is_refused(tmp_path):
 
 @pytest.mark.parametrize("stop_after", [1, 7, 20])
 def test_a_killed_run_goes_on_and_ends_byte_identical(tmp_path, monkeypatch, stop_after):
-    monkeypatch.setattr(ckptq.permute.run, "COMMIT_BYTES", 30_000)
+    monkeypatch.setattr(output, "COMMIT_BYTES", 30_000)
     source = write_checkpoint(tmp_path / "source")
     permute(source, tmp_path / "whole")
     seen: list[str] = []
@@ -198,10 +199,10 @@ def test_a_killed_run_goes_on_and_ends_byte_identical(tmp_path, monkeypatch, sto
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        permute(source, tmp_path / "out", progress=killed)
+        permute(source, tmp_path / "out", begin=lambda *_: killed)
     assert not (tmp_path / "out").exists()
     if stop_after > 1:  # before that nothing is done that a different run could lose
-        with pytest.raises(UsageError, match="different run: only was"):
+        with pytest.raises(UsageError, match=r"different run: arguments\.only was"):
             permute(source, tmp_path / "out", only=(Part.SCALES,))
     permute(source, tmp_path / "out")
     assert bytes_in(tmp_path / "out") == bytes_in(tmp_path / "whole")
@@ -230,9 +231,9 @@ def test_what_is_done_is_proved_before_it_is_trusted(tmp_path, damage):
             shard.write_bytes(data[: len(data) - max(len(ends), 1)] + ends)
     written: list[str] = []
     with pytest.MonkeyPatch.context() as patched:
-        move = ckptq.permute.run._move
+        work = pipeline.work
         patched.setattr(
-            ckptq.permute.run, "_move", lambda t, *rest: (written.append(t.name), move(t, *rest))[1]
+            pipeline, "work", lambda unit, ends: (written.append(unit.key), work(unit, ends))[1]
         )
         permute(source, tmp_path / "out")
     assert bytes_in(tmp_path / "out") == bytes_in(tmp_path / "whole")
@@ -248,7 +249,7 @@ def test_a_source_that_changes_while_it_is_read_is_refused(tmp_path, name):
     edits = [lambda: (file.rename(tmp_path / "moved"), file.write_bytes(before))]
     before = file.read_bytes()
     with pytest.raises(SourceError, match=rf"{name}: changed while it was read"):
-        permute(source, tmp_path / "out", progress=lambda *_: edits and edits.pop()())
+        permute(source, tmp_path / "out", begin=lambda *_: lambda *_: edits and edits.pop()())
     assert not (tmp_path / "out").exists()
 
 
@@ -265,16 +266,12 @@ def test_an_output_inside_the_source_is_refused(tmp_path):
         permute(source, source / "out")
 
 
-def test_a_disk_that_is_too_small_is_said_at_once(tmp_path):
-    ckpt = open_checkpoint(write_checkpoint(tmp_path / "source"))
-    ckptq.permute.run.check_space(ckpt, tmp_path / "out")
-    stored = next(iter(ckpt.tensors.values()))
-    huge = type(stored)("huge", type(stored.spec)("U8", (1 << 60,)), stored.file, 0)
-    too_large = type(ckpt)(
-        path=ckpt.path, name="x", config={}, headers=ckpt.headers, tensors={"huge": huge}
-    )
+def test_a_disk_that_is_too_small_is_said_at_once(tmp_path, monkeypatch):
+    source = write_checkpoint(tmp_path / "source")
+    monkeypatch.setattr(preflight.shutil, "disk_usage", lambda _: SimpleNamespace(free=1 << 20))
     with pytest.raises(MachineError, match="free"):
-        ckptq.permute.run.check_space(too_large, tmp_path / "out")
+        permute(source, tmp_path / "out")
+    assert not list(tmp_path.glob("out*"))
 
 
 @pytest.mark.parametrize(

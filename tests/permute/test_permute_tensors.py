@@ -6,20 +6,19 @@ import pytest
 import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
-from permute_formats import BLOCK, FORMATS, pack_rows, unpack_rows
+from permute_formats import BLOCK, FORMATS, pack_rows, permute_projection, unpack_rows
 from torch import Tensor
 
 from ckptq.errors import PlanError
 from ckptq.permute.apply import (
-    permute_attention,
     permute_packed_rows,
-    permute_projection,
     permute_rows,
+    permute_tensor,
     row_permutation,
 )
 from ckptq.permute.effect import Move, Part, Projection, effect_on, effect_on_attention
 from ckptq.rope_order import Heads, RopeOrder, keeps_blocks
-from ckptq.spec import DTYPES, TensorSpec, torch_dtype
+from ckptq.spec import DTYPES, TensorSpec, spec_of, torch_dtype
 
 HALF, INTER = RopeOrder.HALF_SPLIT, RopeOrder.INTERLEAVED
 Q = Projection("layers.0.self_attn.q_proj", Heads(4, 128))
@@ -166,14 +165,18 @@ def test_heads_and_channels_of_one_number_are_told_apart_or_refused():
         effect_on_attention("k_scale", TensorSpec("BF16", (64,)), square)
 
 
+def moved_of_attention(local: str, tensor: Tensor) -> Tensor:
+    return permute_tensor(tensor, effect_on_attention(local, spec_of(tensor), SIDES), HALF)
+
+
 def test_channels_move_alike_in_every_layout():
     x_R = torch.arange(256.0)
     want_R = x_R[row_permutation(Heads(2, 128), HALF)]
     for shape in [(256,), (256, 1), (2, 128), (2, 1, 128), (1, 2, 1, 128)]:
-        moved = permute_attention({"k_scale": x_R.reshape(shape)}, SIDES, HALF)["k_scale"]
+        moved = moved_of_attention("k_scale", x_R.reshape(shape))
         assert moved.shape == shape
         assert torch.equal(moved.flatten(), want_R)
-    norm_D = permute_attention({"q_norm.weight": x_R[:128]}, SIDES, HALF)["q_norm.weight"]
+    norm_D = moved_of_attention("q_norm.weight", x_R[:128])
     assert torch.equal(norm_D, want_R[:128])
 
 

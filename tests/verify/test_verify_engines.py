@@ -6,10 +6,9 @@ from faults_structure import quantize_llama4_queries_asymmetrically
 from verify_checkpoints import convert, copy_of, recipe
 from verify_faults import turn
 
-from ckptq.checkpoint.open import open_checkpoint
+from ckptq.convert.permute import PermuteRequest, permute
 from ckptq.errors import UsageError
 from ckptq.permute.effect import Part
-from ckptq.permute.run import permute_checkpoint, plan_permute
 from ckptq.rope_order import RopeOrder
 from ckptq.verify.loaders import ENGINES
 from ckptq.verify.run import verify
@@ -47,10 +46,9 @@ def test_a_weight_that_the_format_suits_badly_arrives_as_it_is_stored(sources, t
     right = verify(out, source.folder, engine="vllm")
     assert right.findings == ()
     assert "low-snr" in {note.code for note in right.notes}
-    permute_checkpoint(
-        plan_permute(open_checkpoint(out), RopeOrder.HALF_SPLIT, [Part.SCALES]), tmp_path / "turned"
-    )
-    found = verify(tmp_path / "turned", source.folder, engine="vllm").counts
+    turned = tmp_path / "turned"
+    permute(PermuteRequest(model=out, out=turned, to=RopeOrder.HALF_SPLIT, only=[Part.SCALES]))
+    found = verify(turned, source.folder, engine="vllm").counts
     assert found["arrives-wrong"] == 4
 
 

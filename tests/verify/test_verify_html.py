@@ -7,8 +7,7 @@ from html.parser import HTMLParser
 import pytest
 from verify_checkpoints import copy_of
 
-from ckptq.checkpoint.open import open_checkpoint
-from ckptq.permute.run import permute_checkpoint, plan_permute
+from ckptq.convert.permute import PermuteRequest, permute
 from ckptq.rope_order import RopeOrder
 from ckptq.show.page import breakable
 from ckptq.show.verify_page import html_report
@@ -44,7 +43,7 @@ def report(good, tmp_path_factory):
     """Baked for engines that do not permute, and asked what vLLM makes of it."""
     folder, source = good("llama4", "fp8-channel", True)
     out = tmp_path_factory.mktemp("html") / "baked"
-    permute_checkpoint(plan_permute(open_checkpoint(folder), RopeOrder.HALF_SPLIT), out)
+    permute(PermuteRequest(model=folder, out=out, to=RopeOrder.HALF_SPLIT))
     return verify(out, source, engine="vllm")
 
 

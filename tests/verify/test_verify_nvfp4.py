@@ -26,7 +26,7 @@ def calibrated(tmp_path_factory, sources):
     rows = torch.randint(3, 110, (4, 24), generator=torch.Generator().manual_seed(3)).tolist()
     data = root / "rows.jsonl"
     write_rows(data, rows)
-    wanted = CalibrationRequest(data=str(data), samples=4, seq_len=24, device="cpu")
+    wanted = CalibrationRequest(data=str(data), samples=4, seq_len=24)
 
     def checkpoint(family: str):
         if family not in made:

@@ -4,15 +4,14 @@ import pytest
 from verify_checkpoints import convert, copy_of, recipe
 from verify_faults import turn
 
-from ckptq.checkpoint.open import open_checkpoint
+from ckptq.convert.permute import PermuteRequest, permute
 from ckptq.permute.effect import Part
-from ckptq.permute.run import permute_checkpoint, plan_permute
 from ckptq.rope_order import RopeOrder
 from ckptq.verify.run import verify
 
 
 def permuted(folder, out, to, only=tuple(Part)):
-    permute_checkpoint(plan_permute(open_checkpoint(folder), to, only), out, workers=1)
+    permute(PermuteRequest(model=folder, out=out, to=to, only=only))
     return out
 
 

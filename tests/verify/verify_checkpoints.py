@@ -18,6 +18,7 @@ from tiny.models import TOKENS, causal, image_tokens, llama4
 from ckptq.calibrate.request import ScalesSource
 from ckptq.calibrate.scales import Record, Scales
 from ckptq.checkpoint.open import open_checkpoint
+from ckptq.convert.output import RunOptions
 from ckptq.convert.run import write_quantized
 from ckptq.plan.make import make_plan
 from ckptq.recipes.load import Group, Recipe
@@ -145,7 +146,7 @@ def convert(
     if needed:
         attention = ATTENTION[ckpt.config["architectures"][0]]
         scales = given(made_up_scales(plan, attention))
-    write_quantized(ckpt, plan, out, arguments={}, workers=2, scales=scales)
+    write_quantized(ckpt, plan, out, arguments={}, options=RunOptions(workers=2), scales=scales)
     return out
 
 

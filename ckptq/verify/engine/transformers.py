@@ -12,10 +12,10 @@ import time
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping
 from textwrap import shorten
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from ckptq.checkpoint.open import CONFIG, Checkpoint
-from ckptq.models.transformers_model import decoder_name
+from ckptq.models.transformers_model import decoder_name, runs_attention_groups
 from ckptq.spec import FLOATS, TensorSpec
 from ckptq.verify.engine.result import Asked
 from ckptq.verify.kinds import finding
@@ -86,6 +86,7 @@ def _judge(ckpt: Checkpoint, loaded: Loaded) -> Iterator[Finding]:
         for place, error in loaded.errors.items():
             yield _refused(_last_line(error), place)
     yield from _unmatched_attention(loaded)
+    yield from _attention_that_does_not_run(loaded)
     for module in [m for m in {**absent, **over, **other} if m not in failed]:
         yield from _module(ckpt, loaded, module, absent, over, other)
 
@@ -177,8 +178,7 @@ def _attention_first(loaded: Loaded) -> bool:
 def _unmatched_attention(loaded: Loaded) -> Iterator[Finding]:
     """A group for q, k and v whose class the model does not have."""
     classes = {type(module).__name__ for module in loaded.model.modules()}
-    config = loaded.quantizer.compressor.quantization_config if loaded.quantizer else None
-    for name, group in (config.config_groups if config is not None else {}).items():
+    for name, group in _groups(loaded).items():
         strangers = [t for t in group.targets if not t.startswith("re:") and t not in classes]
         if group.weights is None and strangers:
             yield finding(
@@ -186,6 +186,23 @@ def _unmatched_attention(loaded: Loaded) -> Iterator[Finding]:
                 found=f"transformers: no module of class {strangers[0]}",
                 wanted="the class of its attention",
             )  # fmt: skip
+
+
+def _attention_that_does_not_run(loaded: Loaded) -> Iterator[Finding]:
+    if runs_attention_groups(loaded.model):
+        return
+    for name, group in _groups(loaded).items():
+        if group.weights is None and group.input_activations is not None:
+            yield _refused(
+                f"{type(loaded.model).__name__} has eager attention alone, which "
+                "compressed-tensors does not hook into: the forward pass ends in KeyError",
+                f"config_groups.{name}",
+            )  # fmt: skip
+
+
+def _groups(loaded: Loaded) -> Mapping[str, Any]:
+    config = loaded.quantizer.compressor.quantization_config if loaded.quantizer else None
+    return config.config_groups if config is not None else {}
 
 
 def lacking(loaded: Loaded) -> dict[str, list[str]]:

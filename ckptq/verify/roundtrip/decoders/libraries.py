@@ -22,7 +22,7 @@ from ckptq.checkpoint.header import StoredTensor
 from ckptq.checkpoint.open import Checkpoint
 from ckptq.checkpoint.view import View
 from ckptq.models.encoded import Encoded
-from ckptq.models.weight import Reordered, Weight
+from ckptq.models.weight import Weight
 
 if TYPE_CHECKING:
     from compressed_tensors.quantization import QuantizationScheme
@@ -81,7 +81,6 @@ def _share(local: str, scheme: QuantizationScheme, format: str) -> Fraction | No
 
 def decode_source(ckpt: Checkpoint, weight: Weight, start: int, stop: int) -> Tensor | None:
     """Rows start..stop of a source weight, in float32; None for one that no library decodes."""
-    assert not isinstance(weight, Reordered)
     if isinstance(weight, View):
         return _window(weight)[start:stop].float()
     if (ckpt.quantization_config or {}).get("quant_method") == "fp8":

@@ -1,0 +1,226 @@
+"""The one writer: every command's output goes through it, shard by shard, whole or not at all.
+
+Nothing that a journal says is trusted before the files prove it: a unit that is not as it was
+written is done again.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ckptq.checkpoint.identity import check_unchanged, lasting
+from ckptq.checkpoint.journal import Journal, check_apart
+from ckptq.checkpoint.open import Checkpoint
+from ckptq.checkpoint.proof import Promise, proven_keys
+from ckptq.checkpoint.read import Files
+from ckptq.checkpoint.side_files import write_side_files
+from ckptq.checkpoint.write import Shards
+from ckptq.permute.marks import Marks, marked_metadata
+from ckptq.plan.unit import Unit
+from ckptq.progress import Begin, Note, Report, silent, untold
+from ckptq.spec import TensorSpec
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+METADATA = {"format": "pt"}
+
+COMMIT_BYTES = 1 << 28
+"""How much is written between two entries of the journal, and may be lost by a killed run: a second
+or less of work."""
+
+MOST_WORKERS = 8
+"""More do not get past Python's lock any faster; see ckptq.convert.arithmetic."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RunOptions:
+    """With what an output is made, and whether from the start: none of it changes what it holds,
+    but for the scales of a model that is calibrated on another device."""
+
+    workers: int | None = None
+    """Threads; None is one a core, at most MOST_WORKERS."""
+    max_ram: int | None = None
+    device: str | None = None
+    """Where weights are quantized and calibration runs the model; see `ckptq.device`."""
+    restart: bool = False
+
+    @property
+    def threads(self) -> int:
+        return self.workers or min(len(os.sched_getaffinity(0)), MOST_WORKERS)
+
+
+DEFAULTS = RunOptions()
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Job:
+    """What is to be written, and with what."""
+
+    name: str
+    """What progress calls it: "quantize", "permute"."""
+    shards: Mapping[str, tuple[Unit, ...]]
+    marks: Marks
+    metadata: Mapping[str, str] = field(default_factory=lambda: METADATA)
+    """Of every shard, beside the marks."""
+    documents: Mapping[str, bytes]
+    """What is made for the output beside shards and index."""
+    scales: Mapping[str, Tensor] = field(default_factory=dict)
+    workers: int
+    device: str | None = "cpu"
+    rooms: tuple[int, int] = (0, 0)
+    """Bytes of a room for slabs, and how many there are."""
+    source_lasts: bool = True
+    """Whether what is copied can be held against its source when the run goes on."""
+
+    @property
+    def units(self) -> list[Unit]:
+        return [unit for units in self.shards.values() for unit in units]
+
+    @property
+    def specs(self) -> dict[str, dict[str, TensorSpec]]:
+        """Shard -> the tensors in it."""
+        return {shard: _specs(units) for shard, units in self.shards.items()}
+
+    def open_shards(self, journal: Journal) -> Shards:
+        """The files; of an output that is renamed already, to be read alone."""
+        return Shards(
+            journal.out if journal.renamed else journal.scratch,
+            self.specs,
+            marked_metadata(self.metadata, self.marks) if self.marks else self.metadata,
+            finished=journal.renamed,
+        )
+
+    def promises(self) -> list[Promise]:
+        """What each unit is proved by."""
+        return [
+            Promise(
+                key=unit.key,
+                tensors=tuple(unit.writes),
+                copies=unit.copies if self.source_lasts else {},
+            )
+            for unit in self.units
+        ]
+
+
+def write_output(
+    ckpt: Checkpoint,
+    out: Path,
+    depends: Mapping[str, Any],
+    prepare: Callable[[Journal], Job],
+    *,
+    restart: bool = False,
+    begin: Begin = silent,
+    note: Note = untold,
+) -> int:
+    """Do the job that `prepare` makes; `out` appears whole at the end, or not at all.
+
+    An interrupted run goes on when it is called again with the same source and the same `depends`
+    (what the output depends on, as JSON data), and ends byte-identical. `prepare` is called with
+    the journal open: what takes long keeps its own state in the journal's folder. Returns the
+    number of units that an earlier run had done.
+    """
+    check_apart(ckpt.path, out)
+    pinned = ckpt.pinned()
+    depends = {**depends, "modified": lasting(ckpt.path, pinned)}
+    journal = Journal.open(out, depends, restart=restart)
+    try:
+        job = prepare(journal)
+        written: list[str] = []
+        if journal.renamed:
+            resumed = _prove_renamed(job, journal)
+        else:
+            total = sum(unit.read_bytes for unit in job.units)
+            resumed = _fill(job, journal, begin(job.name, total), note)
+            written = write_side_files(journal.scratch, ckpt, job.documents, job.specs, pinned)
+        check_unchanged(pinned)
+        journal.publish(job.specs, written)
+    finally:
+        journal.close()
+    return resumed
+
+
+def _prove_renamed(job: Job, journal: Journal) -> int:
+    """UsageError unless the output is what this run wrote; the number of its units."""
+    shards = job.open_shards(journal)
+    try:
+        with Files() as files, ThreadPoolExecutor(job.workers, "ckptq-prove") as pool:
+            journal.prove_renamed(shards, job.promises(), files, pool)
+    finally:
+        shards.close()
+    return len(job.units)
+
+
+def _fill(job: Job, journal: Journal, report: Report, note: Note) -> int:
+    """Fill the journal's scratch folder with the shards; how many units were done before."""
+    from ckptq.convert.arithmetic import arithmetic_on
+    from ckptq.convert.pipeline import Ends, convert
+    from ckptq.convert.pipeline import workers as make_pool
+    from ckptq.convert.schedule import Committer, Schedule
+    from ckptq.convert.slabs import Slabs
+
+    arithmetic = arithmetic_on(job.device, job.workers)
+    shards = job.open_shards(journal)
+    pool = make_pool(job.workers)
+    try:
+        with Files() as files:
+            proved = proven_keys(job.promises(), journal.done, shards, files, pool)
+            _tell(journal, proved, note)
+            ends = Ends(
+                files=files,
+                scales=job.scales,
+                shards=shards,
+                slabs=Slabs(*job.rooms),
+                source_lasts=job.source_lasts,
+                arithmetic=arithmetic,
+            )
+            committer = Committer(journal, shards, _shard_of(job), files, COMMIT_BYTES)
+
+            def finished(unit: Unit) -> None:
+                committer.finished(unit)
+                report(unit.key, unit.read_bytes)
+
+            try:
+                schedule = Schedule(pool, max_tasks=8 * job.workers)
+                convert(_left(job, proved, report), ends, schedule, finished)
+                committer.flush()
+            finally:
+                pool.shutdown(cancel_futures=True)
+                committer.close()
+    finally:
+        pool.shutdown()
+        shards.close()
+    return len(proved)
+
+
+def _tell(journal: Journal, proved: set[str], note: Note) -> None:
+    """Say so where the files are not what the journal says."""
+    lost = len(journal.done) - len(proved)
+    if lost:
+        note(
+            f"{journal.scratch}: {lost} unit{'' if lost == 1 else 's'} of those that were done "
+            "are not on the disk as they were written; done again"
+        )
+
+
+def _left(job: Job, proved: set[str], report: Report) -> list[Unit]:
+    todo = []
+    for unit in job.units:
+        if unit.key in proved:
+            report(unit.key, unit.read_bytes)
+        else:
+            todo.append(unit)
+    return todo
+
+
+def _shard_of(job: Job) -> dict[str, str]:
+    return {unit.key: shard for shard, units in job.shards.items() for unit in units}
+
+
+def _specs(units: tuple[Unit, ...]) -> dict[str, TensorSpec]:
+    return {name: spec for unit in units for name, spec in unit.writes.items()}

@@ -1,0 +1,79 @@
+"""A stored tensor whose rows are wanted in another order: what it is, and its rows.
+
+Looks like what it is made of (a `View`, or an `Encoded` weight) to a plan and to the pipeline, so
+that one stage serves weights, scales, packed codes, zero points and biases alike.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from math import lcm
+from typing import TYPE_CHECKING
+
+from ckptq.checkpoint.header import StoredTensor
+from ckptq.checkpoint.view import View
+from ckptq.models.encoded import Encoded
+from ckptq.permute.effect import Effect, Move
+from ckptq.rope_order import RopeOrder
+from ckptq.spec import TensorSpec
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class Reordered:
+    """A tensor of q_proj, k_proj or their attention module, in the RoPE order `to`."""
+
+    inner: View | Encoded
+    effect: Effect
+    to: RopeOrder
+    written: TensorSpec
+    """Dtype and shape in the output; `spec` is the same as a matrix."""
+
+    @property
+    def spec(self) -> TensorSpec:
+        return self.inner.spec
+
+    @property
+    def stored(self) -> StoredTensor:
+        return self.inner.stored
+
+    @property
+    def quantum(self) -> int:
+        """Whole heads, because rows move within a head; all where rows share words."""
+        if self.effect.move is Move.PACKED_ROWS:
+            return self.spec.shape[0]
+        return lcm(self.inner.quantum, self.effect.heads.head_dim)
+
+    @property
+    def streams(self) -> bool:
+        return self.inner.streams
+
+    @property
+    def slab(self) -> tuple[object, ...]:
+        return self.inner.slab
+
+    @property
+    def slab_bytes(self) -> int:
+        return self.inner.slab_bytes
+
+    def moved(self, x_RN: Tensor) -> Tensor:
+        """A run of the inner's rows, from a multiple of `quantum` on, in the wanted order."""
+        from ckptq.permute.apply import permute_tensor
+
+        packed = self.effect.move is Move.PACKED_ROWS
+        effect = self.effect if packed else self.effect.on_rows(len(x_RN))
+        return permute_tensor(x_RN, effect, self.to)
+
+
+Source = View | Encoded | Reordered
+"""What the pipeline reads rows of."""
+
+
+def reordered_tensor(stored: StoredTensor, effect: Effect, to: RopeOrder) -> Reordered:
+    """A tensor of any number of dimensions, of which the first ones together count its rows."""
+    packed = effect.move is Move.PACKED_ROWS
+    rows = stored.spec.shape[0] if packed else effect.heads.rows
+    matrix = TensorSpec(stored.spec.dtype, (rows, stored.spec.numel // rows))
+    return Reordered(View(replace(stored, spec=matrix)), effect, to, stored.spec)
