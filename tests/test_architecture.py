@@ -26,7 +26,7 @@ ORDER = (
 ROOMS = {
     "ckptq": ORDER,
     "ckptq.verify": (
-        *("report", "kinds", "loaders", "options", "declared", "subject", "stored_linear"),
+        *("report", "kinds", "loaders", "options", "config_judge", "subject", "stored_linear"),
         *("engine", "structure", "values", "roundtrip", "attention", "diagnosis"),
         *("one_pass", "run"),
     ),

@@ -19,8 +19,8 @@ from ckptq.checkpoint.read import Files, read_range, read_tensor
 from ckptq.engines.vllm import group_of
 from ckptq.errors import PlanError, SourceError
 from ckptq.models.readable import check_readable
-from ckptq.quantize.scheme import WeightScheme
 from ckptq.quantize.stored import quantum_specs, row_quantum, stored_span
+from ckptq.quantize.weight_scheme import WeightScheme
 from ckptq.recipes.declared import Declared, declared
 from ckptq.spec import TensorSpec, torch_dtype
 

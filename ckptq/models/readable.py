@@ -10,8 +10,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from ckptq.errors import PlanError, SourceError
-from ckptq.quantize.scheme import WeightScheme
 from ckptq.quantize.stored import stored
+from ckptq.quantize.weight_scheme import WeightScheme
 from ckptq.spec import FLOATS, TensorSpec
 
 if TYPE_CHECKING:

@@ -31,8 +31,8 @@ from ckptq.plan.rope import read_marks, reordering
 from ckptq.plan.stored_as_is import copied_units, kept_config
 from ckptq.plan.unit import Part, Plan, Unit
 from ckptq.quantize.formats import needs_statistic
-from ckptq.quantize.scheme import WeightScheme
 from ckptq.quantize.stored import stored
+from ckptq.quantize.weight_scheme import WeightScheme
 from ckptq.recipes.args import Args
 from ckptq.recipes.load import Recipe
 from ckptq.recipes.scheme import Group

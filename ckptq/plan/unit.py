@@ -11,8 +11,8 @@ from ckptq.models.modules import Layout, Linear
 from ckptq.permute.marks import Marks
 from ckptq.permute.reordered import Source
 from ckptq.plan.attention import AttentionPlan
-from ckptq.quantize.scheme import WeightScheme
 from ckptq.quantize.stored import row_quantum
+from ckptq.quantize.weight_scheme import WeightScheme
 from ckptq.recipes.declared import Declared
 from ckptq.recipes.load import Recipe
 from ckptq.spec import TensorSpec

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from ckptq.quantize.scales import E2M1_MAX, E4M3_MAX
-from ckptq.quantize.scheme import WeightScheme
 from ckptq.quantize.scratch import Scratch
 from ckptq.quantize.tiles import BITS
+from ckptq.quantize.weight_scheme import WeightScheme
 
 E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
 

@@ -13,8 +13,8 @@ from torch import Tensor
 from ckptq.quantize.codes import decode_e2m1
 from ckptq.quantize.packing import unpack_nibbles, unpack_words
 from ckptq.quantize.scales import FLOATS, mx_scale
-from ckptq.quantize.scheme import WeightScheme
 from ckptq.quantize.tiles import over_tiles, tiled, untiled
+from ckptq.quantize.weight_scheme import WeightScheme
 
 EXPONENTS = (torch.uint8, torch.float8_e8m0fnu)
 """Dtypes of scales that are powers of two, and store the exponent plus 127."""

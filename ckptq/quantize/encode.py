@@ -12,9 +12,9 @@ from torch import Tensor
 
 from ckptq.quantize.codes import rounded
 from ckptq.quantize.packing import pack_nibbles, pack_words
-from ckptq.quantize.scheme import WeightScheme
 from ckptq.quantize.scratch import Scratch, block_length
 from ckptq.quantize.tiles import over_tiles, untiled
+from ckptq.quantize.weight_scheme import WeightScheme
 
 
 def encode(

@@ -19,10 +19,10 @@ from ckptq.quantize import scales
 from ckptq.quantize.dequantize import dequantize
 from ckptq.quantize.encode import encode
 from ckptq.quantize.packing import pack_words
-from ckptq.quantize.scheme import WeightScheme
 from ckptq.quantize.scratch import Scratch
 from ckptq.quantize.stored import row_quantum, stored
 from ckptq.quantize.tiles import NonFinite, extremes, magnitude, tiled
+from ckptq.quantize.weight_scheme import WeightScheme
 from ckptq.spec import TensorSpec, spec_of, torch_dtype
 
 __all__ = [

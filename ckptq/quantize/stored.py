@@ -10,7 +10,7 @@ from functools import cache
 from math import ceil, gcd
 
 from ckptq.errors import PlanError
-from ckptq.quantize.scheme import WeightScheme
+from ckptq.quantize.weight_scheme import WeightScheme
 from ckptq.spec import FLOATS, TensorSpec
 
 

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from ckptq.quantize.scheme import WeightScheme
 from ckptq.quantize.scratch import Scratch, blocks
+from ckptq.quantize.weight_scheme import WeightScheme
 
 BITS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 """Bytes of a float: the integer of that size."""

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from ckptq.errors import PlanError
-from ckptq.quantize.scheme import NAIVE, WeightScheme, want
+from ckptq.quantize.weight_scheme import NAIVE, WeightScheme, want
 
 Problem = Callable[[str, object, str], None]
 """Told of (a field, what it holds, what was wanted)."""

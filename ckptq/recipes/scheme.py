@@ -12,7 +12,7 @@ from functools import cached_property
 from typing import Any
 
 from ckptq.errors import PlanError
-from ckptq.quantize.scheme import WeightScheme
+from ckptq.quantize.weight_scheme import WeightScheme
 from ckptq.recipes.args import Args, Problem
 from ckptq.recipes.names import Names, broken, read_names
 

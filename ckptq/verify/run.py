@@ -10,7 +10,7 @@ from pathlib import Path
 from ckptq.checkpoint.open import Checkpoint, Problems, open_checkpoint
 from ckptq.errors import SourceError, UsageError
 from ckptq.progress import Begin, silent
-from ckptq.verify.declared import judge_config
+from ckptq.verify.config_judge import judge_config
 from ckptq.verify.engine.ask import ask_engine
 from ckptq.verify.loaders import find_engine
 from ckptq.verify.options import Options

@@ -25,7 +25,7 @@ from ckptq.models.family import Family, family_of
 from ckptq.models.heads import Heads, config_heads, heads_in, layer_heads
 from ckptq.models.modules import Layout, Linear, read_layout
 from ckptq.models.witnesses import Witnesses, read_witnesses
-from ckptq.quantize.scheme import WeightScheme
+from ckptq.quantize.weight_scheme import WeightScheme
 from ckptq.recipes.declared import Declared
 from ckptq.recipes.scheme import Group
 

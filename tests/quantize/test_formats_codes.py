@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 
 from ckptq.quantize.codes import E2M1, decode_e2m1, rounded
-from ckptq.quantize.scheme import WeightScheme
 from ckptq.quantize.scratch import Scratch
+from ckptq.quantize.weight_scheme import WeightScheme
 
 E4M3_MAGNITUDES = torch.arange(0x7F).to(torch.uint8).view(torch.float8_e4m3fn).double()
 FP8 = WeightScheme(format="float-quantized", num_bits=8, type="float", strategy="channel")

@@ -115,7 +115,7 @@ def test_the_cut_of_fused_experts_is_looked_at_too(good, monkeypatch):
 def test_each_kind_has_its_samples(good):
     """First, last and one more of every kind; a kind is a scheme, dtypes, and where it is cut."""
     from ckptq.checkpoint.open import open_checkpoint
-    from ckptq.verify.declared import judge_config
+    from ckptq.verify.config_judge import judge_config
     from ckptq.verify.one_pass import _sound
     from ckptq.verify.structure.tensors import check_tensors
     from ckptq.verify.subject import Subject

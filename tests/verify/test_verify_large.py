@@ -5,7 +5,7 @@ import time
 
 from ckptq.checkpoint.open import open_checkpoint
 from ckptq.spec import DTYPES
-from ckptq.verify.declared import judge_config
+from ckptq.verify.config_judge import judge_config
 from ckptq.verify.structure.checks import check_structure
 from ckptq.verify.structure.tensors import check_tensors
 from ckptq.verify.subject import Subject

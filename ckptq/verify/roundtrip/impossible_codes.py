@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch.nn.functional import pad
 
-from ckptq.quantize.scheme import WeightScheme
+from ckptq.quantize.weight_scheme import WeightScheme
 from ckptq.verify.kinds import finding
 from ckptq.verify.report import Finding
 from ckptq.verify.roundtrip import nearest

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from ckptq.quantize.scheme import WeightScheme
+from ckptq.quantize.weight_scheme import WeightScheme
 
 TIE = 2.0**-20
 """Of the quotient: some eight units in the last place of float32."""

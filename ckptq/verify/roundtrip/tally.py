@@ -16,8 +16,8 @@ from torch import Tensor
 from ckptq.checkpoint.read import bytes_of
 from ckptq.quantize import scales
 from ckptq.quantize.formats import needs_statistic, quantize, statistic
-from ckptq.quantize.scheme import FORMATS, WeightScheme
 from ckptq.quantize.scratch import Scratch
+from ckptq.quantize.weight_scheme import FORMATS, WeightScheme
 from ckptq.verify.roundtrip import nearest
 
 SCRATCH = Scratch()

@@ -9,8 +9,8 @@ from collections.abc import Iterator
 from math import ceil
 
 from ckptq.errors import PlanError
-from ckptq.quantize.scheme import WeightScheme
 from ckptq.quantize.stored import scale_shape, stored
+from ckptq.quantize.weight_scheme import WeightScheme
 from ckptq.spec import FLOATS, TensorSpec
 from ckptq.verify.kinds import AGAIN, finding
 from ckptq.verify.report import Finding

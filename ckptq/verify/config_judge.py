@@ -11,7 +11,7 @@ from dataclasses import replace
 from ckptq.checkpoint.open import CONFIG, Checkpoint
 from ckptq.engines.vllm import kv_scheme_faults, loads_with_plain_inputs
 from ckptq.errors import PlanError, SourceError
-from ckptq.quantize.scheme import FORMATS
+from ckptq.quantize.weight_scheme import FORMATS
 from ckptq.recipes.declared import Declared, read_declared
 from ckptq.recipes.scheme import A_PATTERN, Group
 from ckptq.verify.kinds import finding
