@@ -24,7 +24,7 @@ from ckptq.convert.blocks import Span, blocks, runs
 from ckptq.convert.schedule import Schedule, Task, Work
 from ckptq.convert.slabs import Slab, Slabs, held_bytes, views_of
 from ckptq.errors import SourceError
-from ckptq.models.rows import Rows, weight_rows
+from ckptq.models.weight_rows import Rows, weight_rows
 from ckptq.permute.reordered import Reordered, Source
 from ckptq.plan.unit import Part, Unit
 from ckptq.quantize.formats import constants, merge_statistic, needs_statistic

@@ -16,7 +16,7 @@ from ckptq.errors import SourceError
 from ckptq.evaluate.inputs import InputScheme, input_scheme
 from ckptq.evaluate.kv_cache import BF16, PER_HEAD, PER_TENSOR, KVCache
 from ckptq.models.encoded import Encoded
-from ckptq.models.rows import whole_weight
+from ckptq.models.weight_rows import whole_weight
 from ckptq.plan.unit import Plan, Unit
 from ckptq.quantize.formats import (
     NonFinite,

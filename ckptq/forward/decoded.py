@@ -22,7 +22,7 @@ from ckptq.models.encoded import BELONGS_TO_SCHEME, read_encoded
 from ckptq.models.family import family_of
 from ckptq.models.published import Windows, windows_for, windows_of
 from ckptq.models.readable import refuse_bare_codes
-from ckptq.models.rows import whole_weight
+from ckptq.models.weight_rows import whole_weight
 from ckptq.permute.effect import Part
 from ckptq.permute.targets import read_permutation
 from ckptq.plan.rope import Reordering, read_marks

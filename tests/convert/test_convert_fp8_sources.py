@@ -21,7 +21,7 @@ from ckptq.checkpoint.read import Files
 from ckptq.errors import SourceError
 from ckptq.forward.decoded import weights_of
 from ckptq.models.modules import read_layout
-from ckptq.models.rows import whole_weight
+from ckptq.models.weight_rows import whole_weight
 from ckptq.plan.make import make_plan
 from ckptq.quantize.dequantize import dequantize
 from ckptq.quantize.formats import quantize

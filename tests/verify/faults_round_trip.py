@@ -184,7 +184,7 @@ def forget_the_transpose(e):
     from ckptq.checkpoint.open import open_checkpoint
     from ckptq.checkpoint.read import Files
     from ckptq.models.modules import read_layout
-    from ckptq.models.rows import weight_rows
+    from ckptq.models.weight_rows import weight_rows
 
     source = Path((e.folder.parent / "source").read_text())
     name = module(e, "experts.1.down_proj")

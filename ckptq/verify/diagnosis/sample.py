@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ckptq.checkpoint.read import Files
-from ckptq.models.rows import weight_rows
+from ckptq.models.weight_rows import weight_rows
 from ckptq.verify.roundtrip import nearest
 from ckptq.verify.roundtrip.tally import floor_db, snr_db
 from ckptq.verify.roundtrip.undo import Undo

@@ -12,8 +12,8 @@ from torch import Tensor
 from ckptq.checkpoint.header import StoredTensor
 from ckptq.checkpoint.read import Files, bytes_of, read_into, read_tensor
 from ckptq.checkpoint.view import View
-from ckptq.models.rows import weight_rows
 from ckptq.models.weight import Weight
+from ckptq.models.weight_rows import weight_rows
 from ckptq.spec import FLOATS, torch_dtype
 from ckptq.verify.kinds import finding
 from ckptq.verify.report import Finding

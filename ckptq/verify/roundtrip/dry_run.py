@@ -16,7 +16,7 @@ from torch import Tensor
 from ckptq.checkpoint.header import StoredTensor
 from ckptq.checkpoint.read import Files, read_tensor
 from ckptq.engines.vllm import common_set
-from ckptq.models.rows import weight_rows
+from ckptq.models.weight_rows import weight_rows
 from ckptq.permute.apply import permute_rows
 from ckptq.permute.effect import Part
 from ckptq.permute.targets import head_geometry

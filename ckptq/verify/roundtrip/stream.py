@@ -12,7 +12,7 @@ from functools import partial
 from ckptq.checkpoint.read import Files, read_tensor
 from ckptq.checkpoint.view import View, read_slab, window
 from ckptq.errors import SourceError
-from ckptq.models.rows import Rows, rows_of, weight_rows
+from ckptq.models.weight_rows import Rows, rows_of, weight_rows
 from ckptq.quantize.formats import NonFinite
 from ckptq.verify.report import Finding, TensorResult
 from ckptq.verify.roundtrip.impossible_codes import check_codes

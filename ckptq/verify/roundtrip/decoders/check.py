@@ -18,7 +18,7 @@ from torch import Tensor
 from ckptq.checkpoint.open import CONFIG
 from ckptq.checkpoint.read import Files
 from ckptq.models.encoded import Encoded
-from ckptq.models.rows import weight_rows
+from ckptq.models.weight_rows import weight_rows
 from ckptq.verify.kinds import finding
 from ckptq.verify.report import Finding
 from ckptq.verify.roundtrip import nearest
