@@ -126,7 +126,7 @@ def as_a_user_gets_it(source: Path, format: str) -> Tensors:
     groups = {
         group.name: {
             "targets": list(group.targets),
-            "weights": group.weights,
+            "weights": group.weights.to_dict() if group.weights is not None else None,
             "format": group.format,
         }
         for group in load_scheme(format).groups
