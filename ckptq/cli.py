@@ -94,8 +94,7 @@ def quantize(
 ) -> None:
     """Convert a checkpoint into a compressed-tensors one that vLLM serves."""
     from ckptq.calibrate.request import CalibrationRequest
-    from ckptq.checkpoint.beside import told_of
-    from ckptq.convert.quantize import QuantizeRequest, plan_of
+    from ckptq.convert.quantize import QuantizeRequest, plan_of, told_before
     from ckptq.convert.quantize import quantize as convert
     from ckptq.recipes.group_size import with_group_size
     from ckptq.recipes.load import load_either
@@ -127,7 +126,7 @@ def quantize(
     )
     if dry_run:
         ckpt, plan = plan_of(request)
-        for line in told_of(ckpt.path, ckpt.beside()):
+        for line in told_before(ckpt, plan):
             console.note(line)
         show_plan(plan, json)
         return

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -71,6 +72,15 @@ def plan_of(request: QuantizeRequest) -> tuple[Checkpoint, Plan]:
     return ckpt, plan
 
 
+def told_before(ckpt: Checkpoint, plan: Plan) -> Iterator[str]:
+    """What a user has to know before the work, beside the plan: files that do not come along,
+    Linears that stay, and what engines will not load."""
+    yield from told_of(ckpt.path, ckpt.beside())
+    yield from left_alone(plan.layout, plan.quantized)
+    for line in (*vllm_doubts(plan), *transformers_doubts(plan)):
+        yield f"{plan.recipe.name}: {line}"
+
+
 def quantize(
     request: QuantizeRequest,
     begin: Begin = silent,
@@ -90,10 +100,8 @@ def quantize(
         _check_fit(plan, request.scales, source)
     if source is not None and source.doubt is not None:
         note(source.doubt)
-    for line in (*told_of(ckpt.path, ckpt.beside()), *left_alone(plan.layout, plan.quantized)):
+    for line in (*told_before(ckpt, plan), *(f"{plan.recipe.name}: {t}" for t in plan.told)):
         note(line)
-    for line in (*plan.told, *vllm_doubts(plan), *transformers_doubts(plan)):
-        note(f"{request.recipe.name}: {line}")
     return write_quantized(
         ckpt,
         plan,

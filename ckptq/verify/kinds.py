@@ -270,6 +270,8 @@ ENGINE = _faults(
         "transformers takes the first group that names a class for the experts'",
         "move the attention group behind the groups of Linears",
     ),
+) + _notes(
+    ("engine-unseen", "the simulation cannot judge these", "ask the engine itself"),
 )
 
 KINDS: dict[str, Kind] = {
