@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from ckptq.calibrate.ranks import started
+from ckptq.calibrate.rehearsal import rehearse
 from ckptq.calibrate.request import NO_DATA, CalibrationRequest, ScalesSource, scales_source
 from ckptq.checkpoint.beside import told_of
 from ckptq.checkpoint.open import Checkpoint, open_checkpoint
@@ -54,7 +55,10 @@ class QuantizeRequest:
 
 
 def plan_of(request: QuantizeRequest) -> tuple[Checkpoint, Plan]:
-    """Open the model and plan the conversion: `--dry-run`. Reads headers only."""
+    """Open the model and plan the conversion: `--dry-run`. Reads headers only.
+
+    A calibration that the plan needs is rehearsed, so that what it would refuse is refused here.
+    """
     if request.recipe.handed_over:
         raise UsageError(
             f"recipe {request.recipe.name!r}: {request.recipe.handed_over[0]} runs in "
@@ -69,6 +73,8 @@ def plan_of(request: QuantizeRequest) -> tuple[Checkpoint, Plan]:
         permutable=not request.as_written,
         rope_order=request.rope_order,
     )
+    if request.scales is None and (plan.attention is not None or plan.inputs):
+        rehearse(ckpt, plan, request.calibration.trust_remote_code)
     return ckpt, plan
 
 

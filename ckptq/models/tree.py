@@ -76,8 +76,8 @@ class ModuleTree:
     attention_interface: bool
     """Whether its attention goes through transformers' interface, where an engine that runs the
     model by way of transformers puts its own."""
-    bare_layer: int | None
-    """The first decoder layer without a module called attention, as Mamba's are."""
+    attending: frozenset[int]
+    """The decoder layers with a module called attention; Mamba's have none."""
     wants_weights: frozenset[str] = field(repr=False)
     """Linears, numbers as `*`, whose parents cannot be initialized where they have no parameter
     called weight, as packed ones have not; transformers tries it on loading."""
@@ -147,18 +147,18 @@ def _tree(model: PreTrainedModel, ckpt: Checkpoint) -> ModuleTree:
         names=_names(model, ckpt, made, linears),
         attention=frozenset(n for n, m in modules.items() if is_cached_attention_module(m)),
         attention_interface=model.is_backend_compatible() or model._can_set_attn_implementation(),
-        bare_layer=_bare_layer(modules, layers, count),
+        attending=_attending(modules, layers),
         wants_weights=_wants_weights(model),  # the last: it takes the model apart
     )
 
 
-def _bare_layer(modules: Mapping[str, nn.Module], layers: str, count: int) -> int | None:
-    attending = {
+def _attending(modules: Mapping[str, nn.Module], layers: str) -> frozenset[int]:
+    inside = {
         name.removeprefix(f"{layers}.").partition(".")[0]
         for name, module in modules.items()
         if name.startswith(f"{layers}.") and "Attention" in type(module).__name__
     }
-    return next((index for index in range(count) if str(index) not in attending), None)
+    return frozenset(int(index) for index in inside if layers)
 
 
 def _wants_weights(model: PreTrainedModel) -> frozenset[str]:

@@ -57,9 +57,8 @@ def _why_not_by_transformers(witnesses: Witnesses) -> str | None:
 def _layer_without_attention(witnesses: Witnesses) -> str | None:
     """models/transformers/base.py, `_create_attention_instances`: every layer has to have one."""
     tree = witnesses.tree
-    if tree is None or tree.bare_layer is None:
-        return None
-    return f"layer {tree.bare_layer} has no attention for it to take over"
+    bare = [i for i in range(tree.num_layers) if i not in tree.attending] if tree else []
+    return f"layer {bare[0]} has no attention for it to take over" if bare else None
 
 
 def _unknown_names(witnesses: Witnesses, linears: Iterable[str], engine: str) -> Iterator[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 
 from ckptq.checkpoint.header import StoredTensor
@@ -12,6 +13,7 @@ from ckptq.models.modules import Layout
 from ckptq.models.readable import refuse_bare_codes, unread
 from ckptq.models.witnesses import NAMEABLE, Witnesses
 from ckptq.patterns import matches
+from ckptq.plan.left import EXPECTED
 from ckptq.recipes.load import Group, Recipe, check_patterns
 from ckptq.spec import FLOATS
 
@@ -52,9 +54,26 @@ def choose(layout: Layout, recipe: Recipe, ignore: Sequence[str]) -> dict[str, G
         if group not in chosen.values():
             raise PlanError(
                 f"recipe {recipe.name!r}: group {group.name!r} with targets "
-                f"{list(group.targets)} matched no Linear; `ckptq inspect` lists their names"
+                f"{list(group.targets)} matched no Linear{_why_none(layout, group)}; "
+                "`ckptq inspect` lists their names"
             )
     return chosen
+
+
+def _why_none(layout: Layout, group: Group) -> str:
+    """Why most of the Linears that a group means stay, or "" where it means none."""
+    meant = [
+        linear
+        for linear in layout.linears.values()
+        if any(t == "Linear" or matches(t, linear.name) for t in group.targets)
+        and linear.kept not in EXPECTED
+    ]
+    if not meant:
+        return ""
+    reasons = Counter(linear.kept or "ignored" for linear in meant)
+    reason, count = reasons.most_common(1)[0]
+    first = next(linear.name for linear in meant if (linear.kept or "ignored") == reason)
+    return f": {count} of {len(meant)} stay, {first} for one ({reason})"
 
 
 def _unknown(witnesses: Witnesses) -> str:
