@@ -15,9 +15,11 @@ from ckptq.convert.fill import scale_tensors
 from ckptq.convert.handover import check_handed_over, write_handed_over
 from ckptq.convert.run import Result, default_output, write_quantized
 from ckptq.errors import UsageError
+from ckptq.models.modules import read_layout
 from ckptq.plan.doubts import transformers_doubts, vllm_doubts
 from ckptq.plan.left import left_alone
 from ckptq.plan.make import SHARD_BYTES, RopeChoice, make_plan
+from ckptq.plan.match import refuse_holes
 from ckptq.plan.unit import Plan
 from ckptq.progress import Begin, Note, silent, untold
 from ckptq.recipes.load import Recipe
@@ -73,6 +75,7 @@ def plan_of(request: QuantizeRequest) -> tuple[Checkpoint, Plan]:
         permutable=not request.as_written,
         rope_order=request.rope_order,
     )
+    refuse_holes(ckpt, plan.layout)
     if request.scales is None and (plan.attention is not None or plan.inputs):
         rehearse(ckpt, plan, request.calibration.trust_remote_code)
     return ckpt, plan
@@ -154,6 +157,7 @@ def _handed_over(request: QuantizeRequest, begin: Begin, note: Note) -> Result:
             )
     ckpt = open_checkpoint(request.model, request.revision)
     check_handed_over(request.recipe)
+    refuse_holes(ckpt, read_layout(ckpt))
     for line in told_of(ckpt.path, ckpt.beside()):
         note(line)
     if request.calibration.data is None:

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from ckptq.checkpoint.open import Checkpoint
+from ckptq.models.holes import Numbers, lacking, numbers_of
 from ckptq.numbered import starred
 
 if TYPE_CHECKING:
@@ -73,6 +74,8 @@ class ModuleTree:
     attention: frozenset[str] = field(repr=False)
     """What compressed-tensors takes for attention with a cache, and gives scales, by transformers'
     name."""
+    lacking: tuple[str, ...] = field(repr=False)
+    """Tensors that are not on disk, though the model cannot do without, and other layers have."""
     attention_interface: bool
     """Whether its attention goes through transformers' interface, where an engine that runs the
     model by way of transformers puts its own."""
@@ -118,7 +121,7 @@ def _tree(model: PreTrainedModel, ckpt: Checkpoint) -> ModuleTree:
     from ckptq.models.transformers_model import decoder_layers_of
 
     modules: dict[str, nn.Module] = dict(model.named_modules())
-    first = _first_of_each(ckpt)
+    first, numbers = _first_of_each(ckpt)
     made: dict[str, str] = {}
     dealt_out: set[str] = set()
     for parameter, stored in sources_of_parameters(model, first.values()).items():
@@ -146,6 +149,7 @@ def _tree(model: PreTrainedModel, ckpt: Checkpoint) -> ModuleTree:
         owners=owners,
         names=_names(model, ckpt, made, linears),
         attention=frozenset(n for n, m in modules.items() if is_cached_attention_module(m)),
+        lacking=lacking(model, numbers, made),
         attention_interface=model.is_backend_compatible() or model._can_set_attn_implementation(),
         attending=_attending(modules, layers),
         wants_weights=_wants_weights(model),  # the last: it takes the model apart
@@ -192,13 +196,17 @@ def _wanted_linear(model: PreTrainedModel, module: nn.Module) -> nn.Linear | Non
     return None
 
 
-def _first_of_each(ckpt: Checkpoint) -> dict[str, str]:
-    """Pattern -> the first tensor of it, as one stored unquantized would be called."""
-    found: dict[str, str] = {}
+def _first_of_each(ckpt: Checkpoint) -> tuple[dict[str, str], dict[str, set[Numbers]]]:
+    """Pattern -> the first tensor of it, as one stored unquantized would be called, and the numbers
+    of all."""
+    first: dict[str, str] = {}
+    numbers: dict[str, set[Numbers]] = {}
     for name in ckpt.tensors:
         plain = plain_name(name)
-        found.setdefault(starred(plain), plain)
-    return found
+        pattern = starred(plain)
+        first.setdefault(pattern, plain)
+        numbers.setdefault(pattern, set()).add(numbers_of(plain))
+    return first, numbers
 
 
 def plain_name(name: str) -> str:

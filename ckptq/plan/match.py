@@ -7,8 +7,9 @@ from collections.abc import Mapping, Sequence
 
 from ckptq.checkpoint.header import StoredTensor
 from ckptq.checkpoint.open import Checkpoint
-from ckptq.errors import PlanError
+from ckptq.errors import PlanError, SourceError
 from ckptq.models.experts import FUSED_WEIGHT, experts_of
+from ckptq.models.family import in_layers
 from ckptq.models.modules import Layout
 from ckptq.models.readable import refuse_bare_codes, unread
 from ckptq.models.witnesses import NAMEABLE, Witnesses
@@ -16,6 +17,9 @@ from ckptq.patterns import matches
 from ckptq.plan.left import EXPECTED
 from ckptq.recipes.load import Group, Recipe, check_patterns
 from ckptq.spec import FLOATS
+
+SHOWN = 3
+"""How many missing tensors a message names."""
 
 STATIC = (None, "tensor")
 """Strategies of static activations that vLLM serves."""
@@ -97,6 +101,28 @@ def refuse_idle_ignores(layout: Layout, ignore: Sequence[str]) -> None:
                 f"--ignore {pattern!r}: matches no Linear of this checkpoint; wanted a full name "
                 "or re:PATTERN, which is matched from the start; `ckptq inspect` lists the names"
             )
+
+
+def refuse_holes(ckpt: Checkpoint, layout: Layout) -> None:
+    """SourceError for a source that lacks tensors: of a layer, an expert, or its output head.
+
+    The result would lack them too, and an engine would serve whatever is in that memory.
+    """
+    tree = layout.witnesses.tree
+    if tree is not None and tree.lacking:
+        shown = ", ".join(tree.lacking[:SHOWN])
+        more = f" and {len(tree.lacking) - SHOWN} more" if len(tree.lacking) > SHOWN else ""
+        raise SourceError(
+            f"{ckpt.path}: lacks {shown}{more}, which transformers' {tree.model_class} of its "
+            "config.json needs; fetch it again, or correct config.json"
+        )
+    there = {int(m["index"]) for n in ckpt.tensors if (m := in_layers(n, layout.layers))}
+    gone = [index for index in range(layout.num_layers) if index not in there]
+    if tree is None and layout.layers and gone and "block_configs" not in ckpt.text_config:
+        raise SourceError(
+            f"{ckpt.path}: has no tensor of {layout.layers}.{gone[0]}; config.json says "
+            f"{layout.num_layers} layers, and {len(there)} are there"
+        )
 
 
 def refuse_unread_weights(ckpt: Checkpoint, layout: Layout) -> None:

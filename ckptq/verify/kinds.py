@@ -39,6 +39,7 @@ FILES = _faults(
     ("config-differs", "the architecture in config.json is not the source's", "restore the field"),
     ("vocabulary", "tokens have other ids than they should", "restore the tokenizer's files"),
     ("config-shapes", "config.json is of another model than the tensors", "restore the field"),
+    ("stray-weights", "vLLM loads it too, and the last one counts", "delete it"),
     ("marks-contradict", "shards say different things of their RoPE order", AGAIN),
 ) + _notes(
     ("stray-shard", "a safetensors file that the index does not name", "delete it"),
@@ -63,6 +64,7 @@ CONFIG = _faults(
     ("actorder", "vLLM no longer supports it", "quantize with actorder static"),
     ("attention-target", "vLLM takes the group for one of Linears", "name the attention class"),
     ("kv-scheme", "vLLM refuses or misreads the KV-cache scheme", "correct kv_cache_scheme"),
+    ("recipe-differs", "config.json says other than the recipe it was made by", "restore it"),
     ("pattern-invalid", "a pattern that does not compile", "correct config.json"),
     ("target-unmatched", "a group that quantizes nothing", "correct its targets"),
 )

@@ -9,7 +9,7 @@ from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
-from ckptq.checkpoint.beside import WEIGHT_FORMATS
+from ckptq.checkpoint.beside import WEIGHT_FORMATS, tensors_in
 from ckptq.checkpoint.open import CONFIG, INDEX, Checkpoint, Problems
 from ckptq.errors import CkptqError
 from ckptq.verify.kinds import AGAIN, finding
@@ -124,11 +124,25 @@ def _total_size(ckpt: Checkpoint, metadata: object) -> Iterator[Finding]:
 
 
 def _stray_shards(subject: Subject) -> Iterator[Finding]:
-    """Files at the top that are no shards, and that did not come along from the source."""
-    known = {header.file.name for header in subject.ckpt.headers}
-    known |= {str(path) for path in (subject.source or subject.ckpt).side_files()}
+    """Files at the top that are no shards, and that did not come along from the source.
+
+    transformers reads model.safetensors alone where there is no index; vLLM every *.safetensors
+    (model_loader/default_loader.py, `_prepare_weights`), and of two tensors the last one.
+    """
+    indexed = (subject.ckpt.path / INDEX).exists()
+    shards = {header.file.name for header in subject.ckpt.headers}
+    known = {str(path) for path in (subject.source or subject.ckpt).side_files()}
     for path in sorted(subject.ckpt.path.glob("*.safetensors")):
-        if path.name not in known:
+        if path.name in shards:
+            continue
+        again = sorted(tensors_in(path) & subject.ckpt.tensors.keys())
+        if again and not indexed:
+            yield finding(
+                "stray-weights", again[0], file=path,
+                found=f"{len(again)} tensors that {min(shards)} holds too",
+                wanted="each tensor once, or an index that says where",
+            )  # fmt: skip
+        elif path.name not in known:
             yield finding(
                 "stray-shard", file=path, found="a file that the index does not name",
                 wanted="only the index's files",
