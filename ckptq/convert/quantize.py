@@ -14,6 +14,7 @@ from ckptq.checkpoint.open import Checkpoint, open_checkpoint
 from ckptq.convert.fill import scale_tensors
 from ckptq.convert.handover import check_handed_over, write_handed_over
 from ckptq.convert.run import Result, default_output, write_quantized
+from ckptq.device import find_device
 from ckptq.errors import UsageError
 from ckptq.models.modules import read_layout
 from ckptq.plan.doubts import transformers_doubts, vllm_doubts
@@ -77,6 +78,7 @@ def plan_of(request: QuantizeRequest) -> tuple[Checkpoint, Plan]:
     )
     refuse_holes(ckpt, plan.layout)
     if request.scales is None and (plan.attention is not None or plan.inputs):
+        find_device(request.calibration.device)
         rehearse(ckpt, plan, request.calibration.trust_remote_code)
     return ckpt, plan
 

@@ -39,6 +39,7 @@ FILES = _faults(
     ("config-differs", "the architecture in config.json is not the source's", "restore the field"),
     ("vocabulary", "tokens have other ids than they should", "restore the tokenizer's files"),
     ("config-shapes", "config.json is of another model than the tensors", "restore the field"),
+    ("tokenizer-differs", "the same text becomes other tokens", "copy tokenizer.json again"),
     ("stray-weights", "vLLM loads it too, and the last one counts", "delete it"),
     ("marks-contradict", "shards say different things of their RoPE order", AGAIN),
 ) + _notes(

@@ -14,7 +14,7 @@ from ckptq.checkpoint.open import CONFIG, INDEX, Checkpoint, Problems
 from ckptq.errors import CkptqError
 from ckptq.verify.kinds import AGAIN, finding
 from ckptq.verify.report import Finding
-from ckptq.verify.structure.vocabulary import check_vocabulary
+from ckptq.verify.structure.vocabulary import TOKENIZER, check_vocabulary, unlike_parts
 from ckptq.verify.subject import Subject
 
 SERVING = (
@@ -159,6 +159,11 @@ def _side_files(ckpt: Checkpoint, source: Checkpoint) -> Iterator[Finding]:
             yield finding(
                 "side-file-missing", file=name, found="no such file", wanted="the source's",
                 repair=f"copy {name} from the source",
+            )  # fmt: skip
+        elif name == TOKENIZER and (parts := unlike_parts(there, original)):
+            yield finding(
+                "tokenizer-differs", parts[0], file=name, found=f"another {', '.join(parts)}",
+                wanted="the source's", repair=f"copy {name} from the source",
             )  # fmt: skip
         elif name not in weights and there.read_bytes() != original.read_bytes():
             yield finding(
