@@ -65,7 +65,6 @@ CONFIG = _faults(
     ("actorder", "vLLM no longer supports it", "quantize with actorder static"),
     ("attention-target", "vLLM takes the group for one of Linears", "name the attention class"),
     ("kv-scheme", "vLLM refuses or misreads the KV-cache scheme", "correct kv_cache_scheme"),
-    ("recipe-differs", "config.json says other than the recipe it was made by", "restore it"),
     ("pattern-invalid", "a pattern that does not compile", "correct config.json"),
     ("target-unmatched", "a group that quantizes nothing", "correct its targets"),
 )

@@ -12,7 +12,6 @@ from ckptq.verify.structure.completeness import check_completeness
 from ckptq.verify.structure.folder import check_files
 from ckptq.verify.structure.geometry import check_geometry
 from ckptq.verify.structure.linears import check_linears
-from ckptq.verify.structure.recipe import check_recipe
 from ckptq.verify.structure.rope_readers import check_rope
 from ckptq.verify.structure.whole_blocks import check_blocks
 from ckptq.verify.subject import Subject
@@ -26,7 +25,6 @@ def check_structure(
     `by_linear` is what `check_tensors` found.
     """
     yield from check_files(subject, problems)
-    yield from check_recipe(subject)
     yield from check_linears(subject)
     yield from chain.from_iterable(by_linear.values())
     yield from check_completeness(subject)
