@@ -375,7 +375,10 @@ def inspect(path: Model, revision: Revision = None, json: Json = False) -> None:
     from ckptq.inspect import inspect as look
     from ckptq.show.results import show_inspection
 
-    show_inspection(look(path, revision), json)
+    found = look(path, revision)
+    for line in found.not_carried:
+        console.note(line)
+    show_inspection(found, json)
 
 
 @app.command()

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from ckptq.checkpoint.beside import told_of
 from ckptq.checkpoint.header import StoredTensor
 from ckptq.checkpoint.open import Checkpoint, open_checkpoint
 from ckptq.models.family import count_layers, declared_layers
@@ -53,6 +54,8 @@ class Inspection:
     """The order that `ckptq permute` has marked, if it has."""
     scales: int
     kinds: tuple[Kind, ...]
+    not_carried: tuple[str, ...]
+    """Files that `quantize` would leave behind, a line for each reason."""
 
 
 def inspect(source: str | Path, revision: str | None = None) -> Inspection:
@@ -81,6 +84,7 @@ def inspect(source: str | Path, revision: str | None = None) -> Inspection:
         rope_order=marks.dump(found) if found else None,
         scales=sum(name.endswith(SCALES) for name in ckpt.tensors),
         kinds=_kinds(ckpt.tensors),
+        not_carried=tuple(told_of(ckpt.path, ckpt.beside())),
     )
 
 

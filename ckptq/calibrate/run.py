@@ -19,6 +19,7 @@ from ckptq.calibrate.observers import Observer, make_observer
 from ckptq.calibrate.ranks import ALONE, Ranks
 from ckptq.calibrate.result import scales_of
 from ckptq.calibrate.scales import Scales, source_fingerprint
+from ckptq.calibrate.seen import check_seen
 from ckptq.calibrate.statistics import Statistics, Wanted
 from ckptq.checkpoint.identity import Identity, check_unchanged, lasting
 from ckptq.checkpoint.open import Checkpoint
@@ -143,35 +144,12 @@ def _run(
             model.run_layer(index, stream, _watch(model, name, statistics, inputs))
             statistics.settle()
             if stream.batches:
-                _check_layer(model, name, statistics, attention)
+                found = {p: stats["amax"].numel() for p, stats in statistics.points.items()}
+                check_seen(model, name, found, attention)
             statistics.check_finite(model.loader.label)
             if journal is not None and index + 1 < len(layers):
                 journal.keep(index + 1, stream, statistics)
         progress(index + 1, len(layers))
-
-
-def _check_layer(
-    model: LayerwiseModel, layer: str, statistics: Statistics, attention: AttentionPlan
-) -> None:
-    """The attention of a layer that has run has shown what the plan wants scales of."""
-    inside, family = model.loader.stored_module(layer), type(model.skeleton.model).__name__
-    for module, scales in attention.scales.items():
-        if not module.startswith(f"{inside}."):
-            continue
-        for name, spec in scales.items():
-            stats = statistics.points.get(name.removesuffix("_scale"))
-            if stats is None:
-                raise PlanError(
-                    f"{model.loader.label}: {module} did not run as attention of transformers' "
-                    f"interface, so its q, k and v were not observed; {WEIGHTS_ALONE}"
-                )
-            if stats["amax"].numel() != spec.numel:
-                raise PlanError(
-                    f"{model.loader.label}: {module} of {family} hands {stats['amax'].numel()} "
-                    f"heads to attention where {name} is for {spec.numel}, so heads cannot be told "
-                    "apart; a scheme with scales per tensor takes this model, or one for weights "
-                    "alone"
-                )
 
 
 def _watch(

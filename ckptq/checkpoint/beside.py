@@ -46,6 +46,9 @@ SHARDS = ("model.safetensors", "model-*-of-*.safetensors")
 """What the shards of an output are called."""
 
 THE_SAME_TENSORS = "their tensors are in the model's own files"
+IN_PART = (
+    "some of their tensors are in the model's own files too, and engines differ in which count"
+)
 
 SHOWN = 4
 """The most files that a line names."""
@@ -135,8 +138,11 @@ def _why_left(folder: Path, path: Path, tensors: Collection[str]) -> str | None:
         return reason
     if at_top and any(fnmatchcase(path.name, pattern) for pattern in SHARDS):
         return "no index names them, although they are named like shards"
-    if at_top and path.suffix == ".safetensors" and _holds_only(folder / path, tensors):
-        return THE_SAME_TENSORS
+    if at_top and path.suffix == ".safetensors":
+        held = tensors_in(folder / path)
+        if held <= set(tensors):
+            return THE_SAME_TENSORS if held else None
+        return IN_PART if not held.isdisjoint(tensors) else None
     return None
 
 
@@ -149,9 +155,9 @@ def _matched(path: Path) -> str | None:
     return None
 
 
-def _holds_only(file: Path, tensors: Collection[str]) -> bool:
-    """A file that cannot be read counts as no copy."""
+def tensors_in(file: Path) -> frozenset[str]:
+    """Names in a safetensors file; none of one that cannot be read."""
     try:
-        return read_header(file).tensors.keys() <= set(tensors)
+        return frozenset(read_header(file).tensors)
     except SourceError:
-        return False
+        return frozenset()

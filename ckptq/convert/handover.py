@@ -21,7 +21,7 @@ from ckptq.checkpoint.side_files import render_json
 from ckptq.convert import documents
 from ckptq.convert.oneshot import run_oneshot
 from ckptq.convert.output import DEFAULTS, Job, RunOptions, write_output
-from ckptq.convert.run import Result, serve_line
+from ckptq.convert.run import Result, load_line, serve_line
 from ckptq.errors import FoundWrong, UsageError
 from ckptq.models.encoded import read_encoded, unquantized_config
 from ckptq.models.modules import read_layout
@@ -102,6 +102,7 @@ def write_handed_over(
         layers_with_scales=0,
         resumed_units=resumed,
         serve=serve_line(out, plan),
+        load=load_line(out, plan),
     )
 
 

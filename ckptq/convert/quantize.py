@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from ckptq.calibrate.ranks import started
+from ckptq.calibrate.rehearsal import rehearse
 from ckptq.calibrate.request import NO_DATA, CalibrationRequest, ScalesSource, scales_source
 from ckptq.checkpoint.beside import told_of
 from ckptq.checkpoint.open import Checkpoint, open_checkpoint
 from ckptq.convert.handover import check_handed_over, write_handed_over
 from ckptq.convert.output import DEFAULTS, RunOptions
 from ckptq.convert.run import Result, default_output, scale_tensors, write_quantized
+from ckptq.device import find_device
 from ckptq.errors import UsageError
+from ckptq.models.modules import read_layout
 from ckptq.plan.doubts import transformers_doubts, vllm_doubts
 from ckptq.plan.left import left_alone
 from ckptq.plan.make import SHARD_BYTES, RopeChoice, make_plan
+from ckptq.plan.match import refuse_holes
 from ckptq.plan.unit import Plan
 from ckptq.progress import Begin, Note, silent, untold
 from ckptq.recipes.load import Recipe
@@ -52,11 +57,17 @@ class QuantizeRequest:
 
 def plan_of(request: QuantizeRequest, note: Note = untold) -> Plan:
     """What the conversion would do: `--dry-run`. Reads headers only."""
-    return _opened(request, note)[1]
+    ckpt, plan = _opened(request)
+    for line in _told_before(ckpt, plan):
+        note(line)
+    return plan
 
 
-def _opened(request: QuantizeRequest, note: Note) -> tuple[Checkpoint, Plan]:
-    """The model and the plan of its conversion."""
+def _opened(request: QuantizeRequest) -> tuple[Checkpoint, Plan]:
+    """The model and the plan of its conversion.
+
+    A calibration that the plan needs is rehearsed, so that what it would refuse is refused here.
+    """
     if request.recipe.handed_over:
         raise UsageError(
             f"recipe {request.recipe.name!r}: {request.recipe.handed_over[0]} runs in "
@@ -71,9 +82,20 @@ def _opened(request: QuantizeRequest, note: Note) -> tuple[Checkpoint, Plan]:
         permutable=not request.as_written,
         rope_order=request.rope_order,
     )
-    for line in told_of(ckpt.path, ckpt.beside()):
-        note(line)
+    refuse_holes(ckpt, plan.layout)
+    if request.scales is None and (plan.attention is not None or plan.inputs):
+        find_device(request.options.device)
+        rehearse(ckpt, plan, request.calibration.trust_remote_code)
     return ckpt, plan
+
+
+def _told_before(ckpt: Checkpoint, plan: Plan) -> Iterator[str]:
+    """What a user has to know before the work, beside the plan: files that are not carried,
+    Linears that stay unquantized, and what engines will not load."""
+    yield from told_of(ckpt.path, ckpt.beside())
+    yield from left_alone(plan.layout, plan.quantized)
+    for line in (*vllm_doubts(plan), *transformers_doubts(plan)):
+        yield f"{plan.recipe.name}: {line}"
 
 
 def quantize(request: QuantizeRequest, begin: Begin = silent, note: Note = untold) -> Result:
@@ -85,7 +107,7 @@ def quantize(request: QuantizeRequest, begin: Begin = silent, note: Note = untol
         )
     if request.recipe.handed_over:
         return _handed_over(request, begin, note)
-    ckpt, plan = _opened(request, note)
+    ckpt, plan = _opened(request)
     source = scales_source(
         ckpt, plan, request.calibration, request.scales, request.options.device, begin, note
     )
@@ -93,10 +115,8 @@ def quantize(request: QuantizeRequest, begin: Begin = silent, note: Note = untol
         _check_fit(plan, request.scales, source)
     if source is not None and source.doubt is not None:
         note(source.doubt)
-    for line in left_alone(plan.layout, plan.quantized):
+    for line in (*_told_before(ckpt, plan), *(f"{plan.recipe.name}: {t}" for t in plan.told)):
         note(line)
-    for line in (*plan.told, *vllm_doubts(plan), *transformers_doubts(plan)):
-        note(f"{request.recipe.name}: {line}")
     return write_quantized(
         ckpt,
         plan,
@@ -140,6 +160,7 @@ def _handed_over(request: QuantizeRequest, begin: Begin, note: Note) -> Result:
             )
     ckpt = open_checkpoint(request.model, request.revision)
     check_handed_over(request.recipe)
+    refuse_holes(ckpt, read_layout(ckpt))
     for line in told_of(ckpt.path, ckpt.beside()):
         note(line)
     if request.calibration.data is None:

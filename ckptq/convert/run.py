@@ -16,7 +16,7 @@ from ckptq.device import find_device
 from ckptq.errors import UsageError
 from ckptq.models.encoded import unquantized_config
 from ckptq.permute.marks import marked_config
-from ckptq.plan.doubts import vllm_doubts
+from ckptq.plan.doubts import transformers_doubts, vllm_doubts
 from ckptq.plan.unit import Plan
 from ckptq.printable import shell_word
 from ckptq.progress import Begin, Note, silent, untold
@@ -43,7 +43,9 @@ class Result:
     layers_with_scales: int
     resumed_units: int
     serve: str | None
-    """The command for vLLM; None where the checkpoint is for engines that do not permute q/k."""
+    """The command for vLLM; None where it would not load the checkpoint, or compute otherwise."""
+    load: str | None
+    """The call that loads it in transformers; None where transformers cannot."""
 
 
 def write_quantized(
@@ -99,6 +101,7 @@ def write_quantized(
         layers_with_scales=len(plan.attention.scales) if plan.attention else 0,
         resumed_units=resumed,
         serve=serve_line(out, plan),
+        load=load_line(out, plan),
     )
 
 
@@ -122,8 +125,7 @@ def default_output(ckpt: Checkpoint, recipe: Recipe) -> Path:
 def serve_line(out: Path, plan: Plan) -> str | None:
     """The command that serves the result; None where vLLM would permute q/k a second time, or
     there are other doubts."""
-    moved = any(order != plan.layout.family.rope for order in plan.marks.values())
-    if moved or any(vllm_doubts(plan)):
+    if _reordered(plan) or any(vllm_doubts(plan)):
         return None
     line = f"vllm serve {shell_word(out)}"
     if plan.attention is None:
@@ -156,3 +158,15 @@ def _origin(scales: Scales | None) -> str:
         return "scales"
     shared = {"attn_head": ", a scale per head", "tensor": ", a scale per layer"}
     return f"the scales of {scales.made.model}{shared.get(scales.made.strategy or '', '')}"
+
+
+def load_line(out: Path, plan: Plan) -> str | None:
+    """The call that loads the result in transformers, which does not permute q/k, either."""
+    tree = plan.layout.witnesses.tree
+    if tree is None or _reordered(plan) or any(transformers_doubts(plan)):
+        return None
+    return f"transformers.{tree.model_class}.from_pretrained({str(out)!r})"
+
+
+def _reordered(plan: Plan) -> bool:
+    return any(order != plan.layout.family.rope for order in plan.marks.values())

@@ -147,6 +147,15 @@ class Architecture:
             return None
         return Experts(_fill(module, disk_module), self.expert_names[module])
 
+    def takes_name(self, disk_module: str) -> bool:
+        """Whether the engine was seen to load a module of this name, or one that it renames so.
+
+        False for one that `row` finds only by leaving out the words in front of the layers: its
+        loader asks for the whole name.
+        """
+        pattern = starred(disk_module)
+        return pattern in self.rows or self._renamed(pattern) in self._renamed_rows
+
     def leaves_empty(self, parameter: str) -> bool:
         """Whether the engine has such a parameter and no checkpoint of the family fills it."""
         return NUMBER.sub("*", parameter) in self.unfilled
@@ -188,6 +197,11 @@ class Architecture:
     def _experts_squeezed(self) -> Mapping[str, str]:
         """The engine's experts by their names without a prefix."""
         return {_squeezed(module): module for module in self.expert_names}
+
+    @cached_property
+    def _renamed_rows(self) -> frozenset[str]:
+        """What the engine calls the patterns seen."""
+        return frozenset(map(self._renamed, self.rows))
 
     @cached_property
     def _also_known(self) -> Mapping[str, str]:

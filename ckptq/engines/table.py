@@ -19,6 +19,10 @@ from typing import Any
 from ckptq.engines.architecture import Architecture, Row
 from ckptq.engines.renames import renamer
 
+POOLING = re.compile(r"(For\w+Classification|ForRewardModeling|RewardModel|Model)$")
+"""Ends of names that vLLM serves by the class of the language model (config/model.py,
+`_SUFFIX_TO_DEFAULTS`)."""
+
 FILE = re.compile(r"^(?P<engine>\w+)-(?P<version>\d+(?:\.\d+)*)\.json$")
 
 
@@ -43,12 +47,23 @@ class EngineTable:
         registry = self.content["registry"]
         return next((registry[name] for name in names if name in registry), None)
 
+    def has_class(self, names: Sequence[str]) -> bool:
+        """Whether the engine has a class of its own, be it the language model's of a classifier."""
+        registry = self.content["registry"]
+        bases = (POOLING.sub("", name) for name in names)
+        generating = (base + end for base in bases for end in ("ForCausalLM", "LMHeadModel"))
+        return any(name in registry for name in (*names, *generating))
+
     def failure(self, names: Sequence[str]) -> str | None:
-        """How the engine failed to load even the unquantized sources of an architecture."""
+        """How the engine failed to load even the unquantized sources of an architecture, in short.
+
+        None where it loaded one.
+        """
         if self.architecture(names):
             return None
         failed = self.content["failed"]
-        return next((error for n in names if n in failed for error in failed[n].values()), None)
+        error = next((error for n in names if n in failed for error in failed[n].values()), None)
+        return None if error is None else in_short(error)
 
     @property
     def architectures(self) -> tuple[str, ...]:
@@ -65,6 +80,12 @@ class EngineTable:
             return None
         twin = next((n for n, a in tried.items() if a["class"] == engine_class), None)
         return _read_architecture(name, tried[twin]) if twin else None
+
+
+def in_short(error: str) -> str:
+    """The sentence of an error that says what is wrong: no class, place or list of parameters."""
+    said = re.sub(r" \(\w+\.py:\d+\)$", "", error).partition("\n  Value error, ")
+    return (said[2] or said[0]).removeprefix("ValueError: ").partition(". ")[0].removesuffix(".")
 
 
 @cache

@@ -77,7 +77,10 @@ def in_vllm(python: Path, ckpt: Checkpoint, text: Text, timeout: float = TIMEOUT
         job.write_text(json.dumps(task))
         run_python([str(python), str(WORKER), str(job), str(result)], timeout=timeout)
         if not result.is_file():
-            raise MachineError(f"{python}: vLLM ended without a result for {ckpt.path}")
+            raise MachineError(
+                f"{python}: ended without a result of {WORKER.name} for {ckpt.path}; wanted a "
+                "Python with vLLM"
+            )
         found = json.loads(result.read_text())
     tokens = {
         (number, at): (float(logprob), int(best))

@@ -113,6 +113,12 @@ NEVER_QUANTIZED = tuple(
 LAYER = re.compile(r"^(?P<prefix>(?:.*\.)?(?:layers|h|blocks))\.(?P<index>\d+)\.")
 
 
+def in_layers(name: str, layers: str) -> re.Match[str] | None:
+    """The match of a tensor that lies in the list of this name, with its `index`."""
+    match = LAYER.match(name)
+    return match if match and match["prefix"] == layers else None
+
+
 def declared_layers(ckpt: Checkpoint) -> int | None:
     """How many decoder layers config.json says that there are."""
     declared = ckpt.text_config.get(family_of(ckpt.config).layers_key)

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from ckptq.checkpoint.open import Checkpoint
+from ckptq.models.holes import Numbers, lacking, numbers_of
 from ckptq.numbered import starred
 
 if TYPE_CHECKING:
@@ -75,6 +76,13 @@ class ModuleTree:
     name."""
     runs_attention_groups: bool
     """Whether its forward pass takes a config group for attention."""
+    lacking: tuple[str, ...] = field(repr=False)
+    """Tensors that are not on disk, though the model cannot do without, and other layers have."""
+    attention_interface: bool
+    """Whether its attention goes through transformers' interface, where an engine that runs the
+    model by way of transformers puts its own."""
+    attending: frozenset[int]
+    """The decoder layers with a module called attention; Mamba's have none."""
     wants_weights: frozenset[str] = field(repr=False)
     """Linears, numbers as `*`, whose parents cannot be initialized where they have no parameter
     called weight, as packed ones have not; transformers tries it on loading."""
@@ -115,7 +123,7 @@ def _tree(model: PreTrainedModel, ckpt: Checkpoint) -> ModuleTree:
     from ckptq.models.transformers_model import decoder_layers_of, runs_attention_groups
 
     modules: dict[str, nn.Module] = dict(model.named_modules())
-    first = _first_of_each(ckpt)
+    first, numbers = _first_of_each(ckpt)
     made: dict[str, str] = {}
     dealt_out: set[str] = set()
     for parameter, stored in sources_of_parameters(model, first.values()).items():
@@ -144,8 +152,20 @@ def _tree(model: PreTrainedModel, ckpt: Checkpoint) -> ModuleTree:
         names=_names(model, ckpt, made, linears),
         attention=frozenset(n for n, m in modules.items() if is_cached_attention_module(m)),
         runs_attention_groups=runs_attention_groups(model),
+        lacking=lacking(model, numbers, made),
+        attention_interface=model.is_backend_compatible() or model._can_set_attn_implementation(),
+        attending=_attending(modules, layers),
         wants_weights=_wants_weights(model),  # the last: it takes the model apart
     )
+
+
+def _attending(modules: Mapping[str, nn.Module], layers: str) -> frozenset[int]:
+    inside = {
+        name.removeprefix(f"{layers}.").partition(".")[0]
+        for name, module in modules.items()
+        if name.startswith(f"{layers}.") and "Attention" in type(module).__name__
+    }
+    return frozenset(int(index) for index in inside if layers)
 
 
 def _wants_weights(model: PreTrainedModel) -> frozenset[str]:
@@ -179,13 +199,17 @@ def _wanted_linear(model: PreTrainedModel, module: nn.Module) -> nn.Linear | Non
     return None
 
 
-def _first_of_each(ckpt: Checkpoint) -> dict[str, str]:
-    """Pattern -> the first tensor of it, as one stored unquantized would be called."""
-    found: dict[str, str] = {}
+def _first_of_each(ckpt: Checkpoint) -> tuple[dict[str, str], dict[str, set[Numbers]]]:
+    """Pattern -> the first tensor of it, as one stored unquantized would be called, and the numbers
+    of all."""
+    first: dict[str, str] = {}
+    numbers: dict[str, set[Numbers]] = {}
     for name in ckpt.tensors:
         plain = plain_name(name)
-        found.setdefault(starred(plain), plain)
-    return found
+        pattern = starred(plain)
+        first.setdefault(pattern, plain)
+        numbers.setdefault(pattern, set()).add(numbers_of(plain))
+    return first, numbers
 
 
 def plain_name(name: str) -> str:

@@ -59,12 +59,18 @@ class Witnesses:
         return self._outside(name) is None
 
     def _outside(self, module: str) -> str | None:
+        if not self.layers:
+            return f"{self._model} has no one list of {self.num_layers} decoder layers"
         match = LAYER.match(module + ".")
-        if not self.layers or not match or match["prefix"] != self.layers:
+        if not match or match["prefix"] != self.layers:
             return "outside the decoder layers"
         if int(match["index"]) >= self.num_layers:
             return "multi-token prediction layer"
         return None
+
+    @property
+    def _model(self) -> str:
+        return self.tree.model_class if self.tree is not None else "the checkpoint"
 
     def _objection(self, module: str) -> str | None:
         owner = self.owner(module)

@@ -117,14 +117,21 @@ def _key_projections(ckpt: Checkpoint, layout: Layout) -> dict[str, str]:
         if kind == "heads":
             found[linear.parent] = linear.weight.spec.dtype
     if not found:
-        raise PlanError(f"{ckpt.path}: KV-cache scales are asked for, but {_why_none(ckpt)}")
+        raise PlanError(
+            f"{ckpt.path}: KV-cache scales are asked for, but {_why_none(ckpt, layout)}"
+        )
     return found
 
 
-def _why_none(ckpt: Checkpoint) -> str:
-    heads = config_heads(ckpt.text_config)
-    if heads is None:
+def _why_none(ckpt: Checkpoint, layout: Layout) -> str:
+    heads, tree = config_heads(ckpt.text_config), layout.witnesses.tree
+    if heads is None or (tree is not None and tree.layers and not tree.attending):
         return "this model has no attention heads; schemes for weights alone take it"
+    if layout.family.transposed_layers:
+        return f"layers of {layout.family.name} are stored as [in, out] (Conv1D), not as Linears"
+    if not layout.layers:
+        model = tree.model_class if tree is not None else "the checkpoint"
+        return f"{model} has no one list of {layout.num_layers} decoder layers"
     return (
         f"ckptq finds no Linear in its decoder layers that makes the keys of {heads[1]} heads "
         f"({', '.join(KEY_PROJECTIONS)}); schemes for weights alone take this model"

@@ -9,6 +9,7 @@ from ckptq.engines.transformers import loads_fused_experts
 from ckptq.engines.vllm import fills_whole_blocks, loads_with_plain_inputs
 from ckptq.models.experts import experts_of
 from ckptq.models.heads import OUTPUTS
+from ckptq.models.unserved import model_doubts
 from ckptq.numbered import starred
 from ckptq.plan.permutable import keep_permutable
 from ckptq.plan.unit import Plan
@@ -17,6 +18,10 @@ from ckptq.recipes.scheme import Group
 
 def vllm_doubts(plan: Plan) -> Iterator[str]:
     """A line for each reason why vLLM would refuse the result, or compute something else."""
+    linears = (name for name, linear in plan.layout.linears.items() if linear.kept is None)
+    if whole := list(model_doubts(plan.layout.witnesses, linears)):
+        yield from whole
+        return
     yield from _cache_scales_refused(plan)
     chosen = _chosen(plan)
     yield from _experts_refused(plan, chosen)

@@ -2,21 +2,27 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 from ckptq.checkpoint.header import StoredTensor
 from ckptq.checkpoint.open import Checkpoint
-from ckptq.errors import PlanError, UsageError
+from ckptq.errors import PlanError, SourceError, UsageError
 from ckptq.models.experts import FUSED_WEIGHT, experts_of
+from ckptq.models.family import in_layers
 from ckptq.models.modules import Layout, Linear
 from ckptq.models.readable import refuse_bare_codes, unread
 from ckptq.models.witnesses import NAMEABLE, Witnesses
+from ckptq.plan.left import EXPECTED
 from ckptq.recipes.args import LOCAL, Args
 from ckptq.recipes.load import Recipe
 from ckptq.recipes.names import broken, read_names
 from ckptq.recipes.scheme import Group, Scheme
 from ckptq.spec import FLOATS
+
+SHOWN = 3
+"""How many missing tensors a message names."""
 
 NVFP4 = Args(num_bits=4, type="float", strategy="tensor_group", group_size=16)
 NVFP4_FIELDS = ("num_bits", "type", "strategy", "group_size", "dynamic")
@@ -46,7 +52,8 @@ def choose(layout: Layout, recipe: Recipe, ignore: Sequence[str]) -> dict[str, G
         if group not in chosen.values():
             raise PlanError(
                 f"recipe {recipe.name!r}: group {group.name!r} with targets "
-                f"{list(group.targets)} matched no Linear; `ckptq inspect` lists their names"
+                f"{list(group.targets)} matched no Linear{_why_none(layout, group)}; "
+                "`ckptq inspect` lists their names"
             )
     return chosen
 
@@ -57,6 +64,22 @@ def _group_of(scheme: Scheme, linear: Linear) -> Group | None:
         return None
     by_class = linear.kept is None
     return scheme.group_of(linear.name, of_class=lambda target: by_class and target == "Linear")
+
+
+def _why_none(layout: Layout, group: Group) -> str:
+    """Why most of the Linears that a group means stay, or "" where it means none."""
+    meant = [
+        linear
+        for linear in layout.linears.values()
+        if ("Linear" in group.targets or group.named.match(linear.name))
+        and linear.kept not in EXPECTED
+    ]
+    if not meant:
+        return ""
+    reasons = Counter(linear.kept or "ignored" for linear in meant)
+    reason, count = reasons.most_common(1)[0]
+    first = next(linear.name for linear in meant if (linear.kept or "ignored") == reason)
+    return f": {count} of {len(meant)} stay, {first} for one ({reason})"
 
 
 def _unknown(witnesses: Witnesses) -> str:
@@ -82,6 +105,28 @@ def refuse_idle_ignores(layout: Layout, ignore: Sequence[str]) -> None:
                 f"--ignore {pattern!r}: matches no Linear of this checkpoint; wanted a full name "
                 "or re:PATTERN, which is matched from the start; `ckptq inspect` lists the names"
             )
+
+
+def refuse_holes(ckpt: Checkpoint, layout: Layout) -> None:
+    """SourceError for a source that lacks tensors: of a layer, an expert, or its output head.
+
+    The result would lack them too, and an engine would serve whatever is in that memory.
+    """
+    tree = layout.witnesses.tree
+    if tree is not None and tree.lacking:
+        shown = ", ".join(tree.lacking[:SHOWN])
+        more = f" and {len(tree.lacking) - SHOWN} more" if len(tree.lacking) > SHOWN else ""
+        raise SourceError(
+            f"{ckpt.path}: lacks {shown}{more}, which transformers' {tree.model_class} of its "
+            "config.json needs; fetch it again, or correct config.json"
+        )
+    there = {int(m["index"]) for n in ckpt.tensors if (m := in_layers(n, layout.layers))}
+    gone = [index for index in range(layout.num_layers) if index not in there]
+    if tree is None and layout.layers and gone and "block_configs" not in ckpt.text_config:
+        raise SourceError(
+            f"{ckpt.path}: has no tensor of {layout.layers}.{gone[0]}; config.json says "
+            f"{layout.num_layers} layers, and {len(there)} are there"
+        )
 
 
 def refuse_unread_weights(ckpt: Checkpoint, layout: Layout) -> None:

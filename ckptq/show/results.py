@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 MOST_KINDS = 1000
 """Rows of `inspect`'s table; the largest known checkpoint needs 60."""
 
-NOT_IN_VLLM = "with an engine that takes rows and blocks as they are written; vLLM does not"
+NOWHERE = "with an engine that takes it as it is written; vLLM and transformers do not"
 
 
 def show_quantized(result: Result, json: bool) -> None:
@@ -45,8 +45,14 @@ def show_quantized(result: Result, json: bool) -> None:
         + resumed,
         f"{size(result.source_bytes)} -> {size(result.output_bytes)} ({ratio:.0%})",
         f"verify it:  ckptq verify {shell_word(result.out)} --source {shell_word(result.source)}",
-        f"serve it:   {result.serve or NOT_IN_VLLM}",
+        _use(result),
     )
+
+
+def _use(result: Result) -> str:
+    if result.serve is None and result.load is not None:
+        return f"load it:    {result.load} (vLLM does not)"
+    return f"serve it:   {result.serve or NOWHERE}"
 
 
 def show_plan(plan: Plan, json: bool) -> None:

@@ -39,6 +39,8 @@ FILES = _faults(
     ("config-differs", "the architecture in config.json is not the source's", "restore the field"),
     ("vocabulary", "tokens have other ids than they should", "restore the tokenizer's files"),
     ("config-shapes", "config.json is of another model than the tensors", "restore the field"),
+    ("tokenizer-differs", "the same text becomes other tokens", "copy tokenizer.json again"),
+    ("stray-weights", "vLLM loads it too, and the last one counts", "delete it"),
     ("marks-contradict", "shards say different things of their RoPE order", AGAIN),
 ) + _notes(
     ("stray-shard", "a safetensors file that the index does not name", "delete it"),
@@ -270,6 +272,8 @@ ENGINE = _faults(
         "transformers takes the first group that names a class for the experts'",
         "move the attention group behind the groups of Linears",
     ),
+) + _notes(
+    ("engine-unseen", "the simulation cannot judge these", "ask the engine itself"),
 )
 
 KINDS: dict[str, Kind] = {

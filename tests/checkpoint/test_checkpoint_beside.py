@@ -10,7 +10,7 @@ import torch
 from checkpoint_files import INDEX, write_sharded
 from safetensors.torch import save_file
 
-from ckptq.checkpoint.beside import AGAIN, told_of
+from ckptq.checkpoint.beside import AGAIN, sort_files, told_of
 from ckptq.checkpoint.open import open_checkpoint
 from ckptq.convert.permute import PermuteRequest, permute
 from ckptq.convert.quantize import QuantizeRequest, quantize
@@ -215,3 +215,14 @@ def test_a_model_that_has_an_adapter_beside_it_is_one(tmp_path: Path) -> None:
     assert len(open_checkpoint(folder).tensors) == len(MODEL)
     (folder / "model.safetensors").rename(folder / "weights.safetensors")
     assert len(open_checkpoint(folder).tensors) == len(MODEL), "the adapter is no shard"
+
+
+def test_weights_that_repeat_some_tensors_are_named_and_not_carried(tmp_path: Path) -> None:
+    """transformers reads the one file, vLLM every one; a file of other tensors is carried."""
+    own = {"a.weight": torch.zeros(2, 2), "b.weight": torch.zeros(2)}
+    save_file(own, tmp_path / "model.safetensors")
+    save_file({"b.weight": torch.ones(2), "c.weight": torch.ones(2)}, tmp_path / "mine.safetensors")
+    save_file({"speaker": torch.ones(2)}, tmp_path / "speakers.safetensors")
+    found = sort_files(tmp_path, ["model.safetensors"], own.keys())
+    assert found.carried == (Path("speakers.safetensors"),)
+    assert found.left[Path("mine.safetensors")].startswith("some of their tensors are in")

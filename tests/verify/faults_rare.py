@@ -17,6 +17,14 @@ def leave_an_old_shard(e):
     save_file({"old.weight": torch.zeros(2)}, e.folder / "model-00001-of-00002.safetensors")
 
 
+@fault("stray-weights")
+def leave_other_weights_beside(e):
+    """Where no index says which file counts."""
+    name = next(n for n in e.tensors if n.endswith("norm.weight"))
+    save_file({name: e.tensors[name] * 2}, e.folder / "older.safetensors")
+    return name
+
+
 @fault("expert-layouts-mixed", families=("llama4",), also=("tensor-unknown",))
 def leave_fused_experts_beside(e):
     name = "language_model.model.layers.0.feed_forward.experts.gate_up_proj"

@@ -31,6 +31,26 @@ def test_a_python_that_is_none_is_refused(good, tmp_path):
         verify(folder, engine="vllm", vllm_python=tmp_path / "python")
 
 
+@pytest.mark.parametrize(
+    ("script", "said"),
+    [
+        ("exit 0", "said nothing and ended with exit code 0"),
+        ("exit 5", "said nothing and ended with exit code 5"),
+        ("echo hello", "printed 'hello' and ended with exit code 0"),
+        ("echo '{}'", "printed '{}' and ended with exit code 0"),
+        ("echo '[1]'", "printed '[1]' and ended with exit code 0"),
+    ],
+)
+def test_a_program_that_is_no_python_is_refused_with_what_it_said(good, tmp_path, script, said):
+    program = tmp_path / "python"
+    program.write_text(f"#!/bin/sh\ncat > /dev/null\n{script}\n")
+    program.chmod(0o755)
+    folder, _ = good("llama", "int8")
+    with pytest.raises(UsageError, match="as a Python with vLLM gives it") as refused:
+        verify(folder, engine="vllm", vllm_python=program)
+    assert said in str(refused.value)
+
+
 def test_what_the_worker_borrows_from_the_extractor_is_there():
     """It is found by path, and only vLLM's environment would notice that it has moved."""
     limits, building = (script(EXTRACT / f"{name}.py") for name in ("limits", "build"))

@@ -4,25 +4,27 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from ckptq.checkpoint.open import Checkpoint
+from ckptq.verify.engine.by_table import foreseen
 from ckptq.verify.engine.result import Asked
 from ckptq.verify.report import EngineRun
+from ckptq.verify.subject import Subject
 
 
-def ask_engine(ckpt: Checkpoint, name: str, vllm_python: Path | None) -> Asked:
+def ask_engine(subject: Subject, name: str, vllm_python: Path | None) -> Asked:
     """What the engine of this name makes of names, shapes and dtypes. Reads headers only.
 
-    vLLM is asked in the environment of `vllm_python`, and not at all without one.
+    vLLM is asked in the environment of `vllm_python`. Without one its table is, which tells what it
+    has not seen.
     """
     if name == "transformers":
         from ckptq.verify.engine.transformers import ask_transformers
 
-        return ask_transformers(ckpt)
+        return ask_transformers(subject.ckpt)
     if vllm_python is not None:
         from ckptq.verify.engine.vllm import ask_vllm
 
-        return ask_vllm(ckpt, vllm_python)
-    return Asked(run=_simulated(name), findings=())
+        return ask_vllm(subject.ckpt, vllm_python)
+    return Asked(run=_simulated(name), findings=tuple(foreseen(subject)))
 
 
 def _simulated(name: str) -> EngineRun:

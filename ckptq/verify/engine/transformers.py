@@ -25,8 +25,9 @@ if TYPE_CHECKING:
     from ckptq.verify.engine.by_headers import Loaded
 
 CACHE_SCALES = ("q_scale", "k_scale", "v_scale")
-HARMLESS = re.compile(r"\.([qkv]_zero_point|q_scale)$")
-"""llm-compressor writes zeros beside cache scales, which no engine reads; q scales are vLLM's, and
+HARMLESS = re.compile(r"\.([qkv]_zero_point|q_scale)$|\.lora_\w+(\.|$)")
+"""Matrices of an adapter beside a weight transformers leaves over of the source too. llm-compressor
+writes zeros beside cache scales, which no engine reads; q scales are vLLM's, and
 transformers takes them for an attention group alone."""
 
 SHOWN = 3

@@ -26,6 +26,8 @@ from ckptq.verify.kinds import finding
 from ckptq.verify.report import EngineRun, Finding
 
 WORKER = Path(__file__).with_name("vllm_worker.py")
+ANSWER = {"version", "error", "at", "parameters", "kernels"}
+"""Keys of what the worker prints."""
 SECONDS = 1800
 """Tiny checkpoints take ten, most of it imports; 140,000 tensors a few minutes."""
 
@@ -82,15 +84,32 @@ def _work(ckpt: Checkpoint, python: Path) -> dict[str, Any]:
         raise UsageError(
             f"--vllm-python {python}: has no vLLM; give the Python that serves with it"
         )
-    try:
-        told = json.loads(done.stdout)
-    except json.JSONDecodeError as error:
-        lines = [line for line in done.stderr.splitlines() if line.strip()][-3:]
-        raise MachineError(
-            f"{python}: vLLM ended with exit code {done.returncode}: {' / '.join(lines)[-600:]}"
-        ) from error
-    assert isinstance(told, dict)
+    told = _answer(done.stdout)
+    if told is None:
+        raise _no_answer(python, done)
     return told
+
+
+def _answer(text: str) -> dict[str, Any] | None:
+    """The worker's answer; None for what is none."""
+    try:
+        told = json.loads(text)
+    except json.JSONDecodeError:
+        return None
+    return told if isinstance(told, dict) and told.keys() >= ANSWER else None
+
+
+def _no_answer(python: Path, done: subprocess.CompletedProcess[str]) -> Exception:
+    """MachineError with vLLM's last words; UsageError where there are none: it is no Python."""
+    lines = [line for line in done.stderr.splitlines() if line.strip()][-3:]
+    if lines:
+        said = " / ".join(lines)[-600:]
+        return MachineError(f"{python}: vLLM ended with exit code {done.returncode}: {said}")
+    printed = f"printed {shorten(done.stdout, 80)!r}" if done.stdout.strip() else "said nothing"
+    return UsageError(
+        f"--vllm-python {python}: {printed} and ended with exit code {done.returncode}; wanted the "
+        f"answer of {WORKER.name}, as a Python with vLLM gives it"
+    )
 
 
 def _in_order(ckpt: Checkpoint) -> list[list[Any]]:

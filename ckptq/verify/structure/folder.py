@@ -9,12 +9,12 @@ from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
-from ckptq.checkpoint.beside import WEIGHT_FORMATS
+from ckptq.checkpoint.beside import WEIGHT_FORMATS, tensors_in
 from ckptq.checkpoint.open import CONFIG, INDEX, Checkpoint, Problems
 from ckptq.errors import CkptqError
 from ckptq.verify.kinds import AGAIN, finding
 from ckptq.verify.report import Finding
-from ckptq.verify.structure.vocabulary import check_vocabulary
+from ckptq.verify.structure.vocabulary import TOKENIZER, check_vocabulary, unlike_parts
 from ckptq.verify.subject import Subject
 
 SERVING = (
@@ -124,11 +124,25 @@ def _total_size(ckpt: Checkpoint, metadata: object) -> Iterator[Finding]:
 
 
 def _stray_shards(subject: Subject) -> Iterator[Finding]:
-    """Files at the top that are no shards, and that did not come along from the source."""
-    known = {header.file.name for header in subject.ckpt.headers}
-    known |= {str(path) for path in (subject.source or subject.ckpt).side_files()}
+    """Files at the top that are no shards, and that did not come along from the source.
+
+    transformers reads model.safetensors alone where there is no index; vLLM every *.safetensors
+    (model_loader/default_loader.py, `_prepare_weights`), and of two tensors the last one.
+    """
+    indexed = (subject.ckpt.path / INDEX).exists()
+    shards = {header.file.name for header in subject.ckpt.headers}
+    known = {str(path) for path in (subject.source or subject.ckpt).side_files()}
     for path in sorted(subject.ckpt.path.glob("*.safetensors")):
-        if path.name not in known:
+        if path.name in shards:
+            continue
+        again = sorted(tensors_in(path) & subject.ckpt.tensors.keys())
+        if again and not indexed:
+            yield finding(
+                "stray-weights", again[0], file=path,
+                found=f"{len(again)} tensors that {min(shards)} holds too",
+                wanted="each tensor once, or an index that says where",
+            )  # fmt: skip
+        elif path.name not in known:
             yield finding(
                 "stray-shard", file=path, found="a file that the index does not name",
                 wanted="only the index's files",
@@ -145,6 +159,11 @@ def _side_files(ckpt: Checkpoint, source: Checkpoint) -> Iterator[Finding]:
             yield finding(
                 "side-file-missing", file=name, found="no such file", wanted="the source's",
                 repair=f"copy {name} from the source",
+            )  # fmt: skip
+        elif name == TOKENIZER and (parts := unlike_parts(there, original)):
+            yield finding(
+                "tokenizer-differs", parts[0], file=name, found=f"another {', '.join(parts)}",
+                wanted="the source's", repair=f"copy {name} from the source",
             )  # fmt: skip
         elif name not in weights and there.read_bytes() != original.read_bytes():
             yield finding(

@@ -24,6 +24,13 @@ TOKENIZER, VOCAB, ADDED, TOLD = (
 MOST_VALUES = 1 << 23
 """The largest tokenizers have a million."""
 
+CUTTING = (
+    *("normalizer", "pre_tokenizer", "post_processor", "decoder"),
+    *("model.type", "model.merges", "model.unk_token", "model.byte_fallback"),
+    *("model.ignore_merges", "model.continuing_subword_prefix", "model.end_of_word_suffix"),
+)
+"""What decides how text becomes tokens and back, beside the vocabulary."""
+
 SHOWN = 3
 
 Ids = Mapping[str, int]
@@ -42,6 +49,26 @@ def check_vocabulary(subject: Subject) -> Iterator[Finding]:
         theirs = read_vocabulary(subject.source.path)
         for name in sorted(ours.keys() & theirs.keys()):
             yield from _differ(name, ours[name], theirs[name], "as in the source")
+
+
+def unlike_parts(ours: Path, theirs: Path) -> list[str]:
+    """Parts of two tokenizer.json that cut or write text otherwise; tokens and their ids, which are
+    told one by one, truncation and padding, which callers set, and layout are none."""
+    try:
+        found, wanted = (json_object(f, TOKENIZER_BYTES, MOST_VALUES)[0] for f in (ours, theirs))
+    except CkptqError:
+        return []
+    return [part for part in CUTTING if _part(found, part) != _part(wanted, part)]
+
+
+def _part(tokenizer: Mapping[str, Any], part: str) -> object:
+    """One part by its path; merges as pairs, which older files write as "a b"."""
+    value: Any = tokenizer
+    for key in part.split("."):
+        value = value.get(key) if isinstance(value, dict) else None
+    if part == "model.merges" and isinstance(value, list):
+        return [tuple(m.split(" ")) if isinstance(m, str) else tuple(m) for m in value]
+    return value
 
 
 def read_vocabulary(folder: Path) -> dict[str, Ids]:

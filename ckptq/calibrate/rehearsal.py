@@ -1,0 +1,123 @@
+"""Calibration without weights, before the work: does the model run layer by layer, and does every
+attention of the plan show its heads?
+
+A few tokens pass with placeholders in the place of weights, and through the layers only shapes do,
+unless a layer asks for values before its attention.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from copy import deepcopy
+from typing import TYPE_CHECKING
+
+from ckptq.calibrate.seen import check_seen
+from ckptq.checkpoint.open import Checkpoint
+from ckptq.errors import SourceError
+from ckptq.forward.layerwise import LayerwiseModel, open_model
+from ckptq.forward.record import LayerArguments, Moved
+from ckptq.forward.tap import Tap, tapped
+from ckptq.models.refusals import WEIGHTS_ALONE, family_code
+from ckptq.plan.attention import AttentionPlan
+from ckptq.plan.unit import Plan
+from ckptq.spec import TensorSpec, torch_dtype
+from ckptq.text.samples import Batch
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+TOKENS = range(3, 11)
+
+
+class Placeholders:
+    """Zeros of each tensor's shape that take no memory: a `WeightSource`."""
+
+    def __init__(self, ckpt: Checkpoint, plan: Plan) -> None:
+        self.label = str(ckpt.path)
+        self._specs: dict[str, TensorSpec] = {n: t.spec for n, t in ckpt.tensors.items()}
+        for linear in plan.layout.linears.values():
+            if linear.weight.index is None:  # else its tensor is there under its own name
+                self._specs[f"{linear.name}.weight"] = linear.weight.spec
+
+    def names(self) -> Collection[str]:
+        return self._specs.keys()
+
+    def load(self, names: Collection[str]) -> dict[str, Tensor]:
+        import torch
+
+        specs = {name: self._specs[name] for name in names}
+        return {
+            name: torch.zeros(1, dtype=torch_dtype(spec.dtype)).expand(spec.shape)
+            for name, spec in specs.items()
+        }
+
+
+def rehearse(ckpt: Checkpoint, plan: Plan, trust_remote_code: bool = False) -> None:
+    """Refuse what calibration would refuse after it has begun. Reads headers only.
+
+    Raises PlanError for a model that cannot be run layer by layer, or whose attention is not seen;
+    SourceError for one that the installed transformers does not have or cannot run.
+    """
+    import torch
+
+    model = _open(ckpt, plan, trust_remote_code)
+    stream = model.embed([_batch()])
+    if plan.attention is None:
+        return
+    with torch.no_grad():
+        for index, layer in enumerate(model.layer_names):
+            call = stream.arguments[0][index]
+            scales = _shown(model, layer, stream.hidden_BSE[0], call, plan.attention)
+            check_seen(model, layer, scales, plan.attention)
+
+
+def _open(ckpt: Checkpoint, plan: Plan, trust_remote_code: bool) -> LayerwiseModel:
+    weights = Placeholders(ckpt, plan)
+    try:
+        return open_model(ckpt, weights=weights, trust_remote_code=trust_remote_code)
+    except SourceError as error:
+        if plan.layout.witnesses.tree is not None or trust_remote_code:
+            raise
+        own = ", or --trust-remote-code runs it" if ckpt.config.get("auto_map") else ""
+        raise SourceError(
+            f"{error}; calibration runs the model in transformers: {WEIGHTS_ALONE}{own}"
+        ) from error
+
+
+def _batch() -> Batch:
+    import torch
+
+    ids_BS = torch.tensor([list(TOKENS)])
+    return Batch(ids_BS, torch.ones_like(ids_BS), (len(TOKENS),))
+
+
+def _shown(
+    model: LayerwiseModel,
+    layer: str,
+    hidden_BSE: Tensor,
+    call: LayerArguments,
+    attention: AttentionPlan,
+) -> dict[str, int]:
+    """Point of attention, "MODULE.k" -> how many scales it would get."""
+    import torch
+
+    scales: dict[str, int] = {}
+
+    def see(module: str, q_BHSD: Tensor, k_BHSD: Tensor, v_BHSD: Tensor) -> None:
+        stored = model.loader.stored_module(module)
+        for which, x_BHSD in (("q", q_BHSD), ("k", k_BHSD), ("v", v_BHSD)):
+            per_head = attention.strategy == "attn_head"
+            scales[f"{stored}.{which}"] = x_BHSD.shape[1] if per_head else 1
+
+    def run(module: nn.Module, hidden_BSE: Tensor, call: LayerArguments) -> None:
+        with tapped(module, layer, Tap([len(TOKENS)], see)):
+            module(hidden_BSE, *call[0], **call[1])
+
+    module, meta = model.skeleton.layers[layer], torch.device("meta")
+    try:
+        run(deepcopy(module).to(meta), hidden_BSE.to(meta), Moved(meta)(call))
+    except Exception:  # a family's own code may ask for values, as routers do
+        if not scales:
+            with model.loader.loaded(layer), family_code(model.loader.label, layer):
+                run(module, hidden_BSE, call)
+    return scales

@@ -1,0 +1,139 @@
+"""What a source lacks: parameters of transformers' model that other layers have tensors for.
+
+Only kinds of parameters that some layer has are asked for in the others, so that hybrids, text-only
+saves and layers of other models (multi-token prediction) lack nothing.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Iterator, Mapping
+from typing import TYPE_CHECKING
+
+from ckptq.numbered import NUMBER, starred
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+Numbers = tuple[str, ...]
+"""Of layers and experts, in a name."""
+
+READERS = re.compile(r"\.(k|v)_(proj|norm)\.\w+$")
+"""What a layer that reads another one's cache need not have."""
+
+
+def numbers_of(name: str) -> Numbers:
+    """ "model.layers.3.mlp.experts.17.up_proj" -> ("3", "17")."""
+    return tuple(NUMBER.findall(name))
+
+
+def lacking(
+    model: PreTrainedModel, stored: Mapping[str, set[Numbers]], made: Mapping[str, str]
+) -> tuple[str, ...]:
+    """Names of tensors that are not on disk, and that the model cannot do without.
+
+    `stored` are the patterns on disk with the numbers that each has, `made` the first tensor of
+    each pattern with the parameter that it becomes.
+    """
+    kinds = _kinds(made)
+    wanted: defaultdict[str, list[str]] = defaultdict(list)
+    for parameter in model.state_dict():
+        if not _may_be_absent(model, parameter):
+            wanted[starred(parameter)].append(parameter)
+    found: dict[str, None] = {}
+    for kind, patterns in kinds.items():
+        if patterns:
+            found |= dict.fromkeys(_of_kind(model, wanted[kind], patterns, stored))
+    return (*found, *_output_head(model, wanted, stored, made))
+
+
+def _kinds(made: Mapping[str, str]) -> dict[str, list[str]]:
+    """Kind of parameter -> patterns of the tensors that make it; none where their numbers are not
+    the parameter's, or it is made of several layers' tensors."""
+    kinds: dict[str, list[str]] = {}
+    for first, parameter in made.items():
+        patterns = kinds.setdefault(starred(parameter), [])
+        own = numbers_of(parameter)
+        if numbers_of(first)[: len(own)] == own:
+            patterns.append(starred(first))
+    return kinds
+
+
+def _of_kind(
+    model: PreTrainedModel,
+    parameters: Iterable[str],
+    patterns: list[str],
+    stored: Mapping[str, set[Numbers]],
+) -> Iterator[str]:
+    """A layer has the same patterns as another one, or one too few."""
+    inner = {pattern: _by_prefix(stored[pattern], parameters) for pattern in patterns}
+    sets = {p: frozenset(n for n in patterns if numbers_of(p) in inner[n]) for p in parameters}
+    usual = Counter(found for found in sets.values() if found).most_common(1)
+    for parameter, found in sets.items():
+        whole = next((other for other in sets.values() if found < other), None)
+        if not found and usual:
+            whole = usual[0][0]
+        for pattern in sorted((whole or found) - found):
+            yield _filled(pattern, numbers_of(parameter))
+        for pattern in sorted(found):
+            yield from _experts(model, parameter, pattern, inner[pattern])
+
+
+def _by_prefix(numbers: set[Numbers], parameters: Iterable[str]) -> dict[Numbers, set[Numbers]]:
+    """The numbers of a parameter -> what its tensors on disk have beyond them: their expert's."""
+    length = next((len(numbers_of(parameter)) for parameter in parameters), 0)
+    found: defaultdict[Numbers, set[Numbers]] = defaultdict(set)
+    for each in numbers:
+        found[each[:length]].add(each[length:])
+    return found
+
+
+def _experts(
+    model: PreTrainedModel, parameter: str, pattern: str, inner: Mapping[Numbers, set[Numbers]]
+) -> Iterator[str]:
+    """Experts that this layer lacks, where they are tensors of their own."""
+    own = numbers_of(parameter)
+    there = inner[own]
+    if any(len(rest) != 1 for rest in there):
+        return
+    name, _, local = parameter.rpartition(".")
+    shape = getattr(model.get_submodule(name), local).shape
+    for index in range(shape[0] if len(shape) == 3 else 0):
+        if (str(index),) not in there:
+            yield _filled(pattern, (*own, str(index)))
+
+
+def _output_head(
+    model: PreTrainedModel,
+    wanted: Mapping[str, list[str]],
+    stored: Mapping[str, set[Numbers]],
+    made: Mapping[str, str],
+) -> Iterator[str]:
+    """The one kind that is asked for where no tensor is of it: an output head of its own, of a
+    model that config.json names and whose embedding is stored."""
+    names = {id(module): name for name, module in model.named_modules()}
+    head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
+    parameter = f"{names.get(id(head), '')}.weight"
+    said = type(model).__name__ in (model.config.architectures or ())
+    if not said or head is None or parameter not in wanted or parameter in made.values():
+        return
+    if f"{names.get(id(embedding), '')}.weight" in made.values():
+        yield parameter
+
+
+def _may_be_absent(model: PreTrainedModel, parameter: str) -> bool:
+    """Tied to another one, or ignored by its class; keys of layers that read others' caches."""
+    ties: Mapping[str, str] = model.all_tied_weights_keys
+    if parameter in ties or parameter in ties.values():
+        return True
+    ignored = model._keys_to_ignore_on_load_missing or ()
+    if any(re.search(pattern, parameter) for pattern in ignored):
+        return True
+    shared = getattr(model.config.get_text_config(decoder=True), "num_kv_shared_layers", 0)
+    return bool(shared) and READERS.search(parameter) is not None
+
+
+def _filled(pattern: str, numbers: Numbers) -> str:
+    rest = iter(numbers)
+    return re.sub(r"\*", lambda star: next(rest, "0"), pattern)

@@ -1,0 +1,74 @@
+"""Models that vLLM does not load, quantized or not: said before the work, as transformers may."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+
+from ckptq.engines.table import EngineTable, load_table
+from ckptq.models.witnesses import Witnesses
+
+BACKEND = "Transformers"
+"""How vLLM's classes are called that run whatever transformers builds."""
+
+
+def model_doubts(witnesses: Witnesses, linears: Iterable[str]) -> Iterator[str]:
+    """Why vLLM would not load a checkpoint of this model, whatever its scheme; nothing where it was
+    seen to, or may by way of transformers.
+
+    `linears` are the names on disk of what may be quantized.
+    """
+    table = load_table()
+    names = witnesses.architectures
+    engine = f"vLLM {table.version}"
+    reason = table.failure(names)
+    if reason is not None:
+        yield f"{engine} does not load {names[0]}, quantized or not: {reason}"
+        return
+    if not names or not table.has_class(names):
+        reason = _why_not_by_transformers(witnesses)
+        if reason is not None:
+            yield f"{engine} has no class for {_named(witnesses)}, and {reason}"
+            return
+    elif _runs_by_transformers(table, names) and (reason := _layer_without_attention(witnesses)):
+        yield f"{engine} runs {names[0]} by way of transformers, where {reason}"
+        return
+    yield from _unknown_names(witnesses, linears, engine)
+
+
+def _named(witnesses: Witnesses) -> str:
+    return witnesses.architectures[0] if witnesses.architectures else "a model without architecture"
+
+
+def _runs_by_transformers(table: EngineTable, names: tuple[str, ...]) -> bool:
+    return (table.engine_class(names) or "").startswith(BACKEND)
+
+
+def _why_not_by_transformers(witnesses: Witnesses) -> str | None:
+    """vllm/model_executor/models/registry.py, `_try_resolve_transformers`: what it lacks it takes
+    from transformers, where attention is exchangeable."""
+    tree = witnesses.tree
+    if tree is None:
+        return f"transformers has none either ({witnesses.no_tree})"
+    if not tree.attention_interface:
+        return "its class in transformers has an attention that vLLM cannot exchange"
+    return _layer_without_attention(witnesses)
+
+
+def _layer_without_attention(witnesses: Witnesses) -> str | None:
+    """models/transformers/base.py, `_create_attention_instances`: every layer has to have one."""
+    tree = witnesses.tree
+    bare = [i for i in range(tree.num_layers) if i not in tree.attending] if tree else []
+    return f"layer {bare[0]} has no attention for it to take over" if bare else None
+
+
+def _unknown_names(witnesses: Witnesses, linears: Iterable[str], engine: str) -> Iterator[str]:
+    known = witnesses.engine
+    if known is None or known.engine_class.startswith(BACKEND):
+        return
+    linears = [name for name in linears if known.experts(name) is None]  # they have names enough
+    odd = [name for name in linears if known.row(name) is not None and not known.takes_name(name)]
+    if odd:
+        yield (
+            f"{engine} does not load {known.name} under these names, {odd[0]} for one; rename the "
+            "tensors of the source as its family has them"
+        )

@@ -1,0 +1,49 @@
+"""`--engine vllm` without vLLM's Python: what its table says of the model, and where it is silent.
+
+What the table has not seen is never taken for right: a note says how much of it there is.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from ckptq.checkpoint.open import CONFIG
+from ckptq.engines.table import load_table
+from ckptq.models.unserved import model_doubts
+from ckptq.numbered import starred
+from ckptq.verify.kinds import finding
+from ckptq.verify.report import Finding
+from ckptq.verify.subject import Subject
+
+SHOWN = 3
+ASK = "ask vLLM itself: --vllm-python PYTHON"
+
+
+def foreseen(subject: Subject) -> Iterator[Finding]:
+    """Why vLLM would not load the model; else a note of the quantized Linears that its table cannot
+    judge."""
+    quantized = [name for name, module in subject.modules.items() if module.quantized]
+    doubts = list(model_doubts(subject.witnesses, quantized))
+    for doubt in doubts:
+        yield finding(
+            "engine-refuses", file=CONFIG, found=f"vllm, as its table says: {doubt}",
+            wanted="a checkpoint that it loads", repair=f"use transformers, or {ASK}",
+        )  # fmt: skip
+    if not doubts:
+        yield from _unseen(subject, quantized)
+
+
+def _unseen(subject: Subject, quantized: list[str]) -> Iterator[Finding]:
+    engine = subject.witnesses.engine
+    unseen = [name for name in quantized if engine is None or engine.fate(name) is None]
+    if not unseen:
+        return
+    kinds = list(dict.fromkeys(map(starred, unseen)))
+    more = f" and {len(kinds) - SHOWN} kinds more" if len(kinds) > SHOWN else ""
+    yield finding(
+        "engine-unseen",
+        found=f"{len(unseen)} of {len(quantized)} quantized Linears that the table of vLLM "
+        f"{load_table().version} has not seen, or saw built differently: "
+        f"{', '.join(kinds[:SHOWN])}{more}",
+        wanted="modules that it has seen", repair=ASK,
+    )  # fmt: skip
