@@ -15,6 +15,7 @@ from typing import NamedTuple
 
 import pytest
 import torch
+import transformers
 import typer
 import yaml
 from safetensors.torch import load_file, save_file
@@ -97,6 +98,18 @@ def llama(tmp_path: Path) -> Path:
     (folder / "tokenizer.json").write_text("{}")
     (folder / "chat_template.jinja").write_text("{{ messages }}")
     return folder
+
+
+@pytest.fixture
+def runnable(tmp_path: Path) -> Path:
+    """A checkpoint that transformers runs, for messages that come after its rehearsal."""
+    config = transformers.LlamaConfig(
+        vocab_size=16, hidden_size=32, intermediate_size=32, num_hidden_layers=1,
+        num_attention_heads=1,
+    )  # fmt: skip
+    transformers.LlamaForCausalLM(config).save_pretrained(tmp_path / "runnable")
+    (tmp_path / "runnable" / "tokenizer.json").write_text("{}")
+    return tmp_path / "runnable"
 
 
 def test_the_surface_grows_only_on_purpose() -> None:
@@ -354,12 +367,12 @@ def test_calibrate_takes_one_recipe_that_has_scales(llama: Path, tmp_path: Path)
     assert done.stderr.startswith("error: recipe 'w8a8' uses no calibrated scales; fp8-per-head")
 
 
-def test_an_error_comes_before_what_is_said_on_the_way(llama: Path) -> None:
+def test_an_error_comes_before_what_is_said_on_the_way(llama: Path, runnable: Path) -> None:
     for words in ((), ("--schemes", "fp9"), ("--schemes", "w8a8", "--max-kl", "nan")):
         done = run("evaluate", llama, *words)
         assert done.returncode == 2
         assert done.stderr.startswith("error: ")
-    done = run("quantize", llama, "-s", "kv-fp8-per-head", "--max-ram", "100MB")
+    done = run("quantize", runnable, "-s", "kv-fp8-per-head", "--max-ram", "100MB")
     assert done.returncode == 2
     assert done.stderr.startswith("error: --max-ram")
 
@@ -413,10 +426,10 @@ def test_no_right_to_write_is_the_machines_no(
     refused(4, words, "permute", llama, tmp_path / "out", "--to", "half-split")
 
 
-def test_empty_calibration_text_is_named(llama: Path, tmp_path: Path) -> None:
+def test_empty_calibration_text_is_named(runnable: Path, tmp_path: Path) -> None:
     empty = tmp_path / "empty.txt"
     empty.write_text("")
-    done = run("quantize", llama, "-s", "fp8-per-head", "--data", empty, "-o", tmp_path / "out")
+    done = run("quantize", runnable, "-s", "fp8-per-head", "--data", empty, "-o", tmp_path / "out")
     assert done.returncode in (2, 3)
     assert "empty.txt" in done.stderr
     assert "Traceback" not in done.stderr
