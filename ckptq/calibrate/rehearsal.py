@@ -42,6 +42,9 @@ class Placeholders:
     def names(self) -> Collection[str]:
         return self._specs.keys()
 
+    def announce(self, names: Collection[str]) -> None:
+        """Nothing is read."""
+
     def load(self, names: Collection[str]) -> dict[str, Tensor]:
         import torch
 

@@ -6,7 +6,6 @@ Shape letters: R rows, C columns.
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -15,17 +14,14 @@ from ckptq.checkpoint.read import Memory
 from ckptq.convert.blocks import CALL_ELEMENTS, RUN_ELEMENTS
 from ckptq.device import find_device
 from ckptq.errors import MachineError
-from ckptq.quantize.formats import WeightScheme, constants, quantize, statistic
+from ckptq.quantize.dispatch import kernel_of
+from ckptq.quantize.formats import WeightScheme, quantize, statistic
 from ckptq.quantize.scratch import BLOCK_ELEMENTS, Scratch
 from ckptq.quantize.tiles import NonFinite
 from ckptq.spec import spec_of
 
 Made = dict[str, Tensor]
 """Stored tensors by local name, on the CPU; lost at the thread's next call."""
-
-Kernel = Callable[[Tensor, WeightScheme, Tensor | None], Made]
-"""(finite rows on a GPU, scheme, statistic) -> the stored tensors of these rows, on the GPU."""
-
 
 LARGEST_BLOCK = 1 << 21
 """Elements. With these 8 threads are 2.5 times as fast as 2, and 16 no faster than 8."""
@@ -106,52 +102,3 @@ def arithmetic_on(device: str | None, workers: int = 1) -> OnCores:
     """What computes on the device of that name (`find_device`)."""
     found = find_device(device)
     return OnCores(workers) if found.type == "cpu" else OnGpu(found, workers)
-
-
-def kernel_of(scheme: WeightScheme) -> Kernel | None:
-    """The kernel that makes this format; None where there is none."""
-    plain = scheme.symmetric and scheme.num_bits == 8 and scheme.codes == "weight"
-    if plain and scheme.scale_dtype is None and scheme.strategy in BY_STRATEGY:
-        return BY_STRATEGY[scheme.strategy]
-    packed = scheme.format == "pack-quantized" and scheme.num_bits == 4
-    if packed and (scheme.group_size or 8) % 8 == 0:
-        return _packed
-    return None
-
-
-def _rows(x_RC: Tensor, scheme: WeightScheme, _: Tensor | None) -> Made:
-    from ckptq.kernels.quantize.dispatch import quantize_rows
-
-    code_RC, scale_R1 = quantize_rows(x_RC, _code_dtype(scheme))
-    return {"weight": code_RC, "weight_scale": scale_R1}
-
-
-def _blocks(x_RC: Tensor, scheme: WeightScheme, _: Tensor | None) -> Made:
-    from ckptq.kernels.quantize.dispatch import quantize_blocks
-
-    assert scheme.block_structure is not None
-    code_RC, scale_GK = quantize_blocks(x_RC, _code_dtype(scheme), scheme.block_structure)
-    return {"weight": code_RC, "weight_scale": scale_GK}
-
-
-def _tensor(x_RC: Tensor, scheme: WeightScheme, shared: Tensor | None) -> Made:
-    from ckptq.kernels.quantize.dispatch import quantize_static
-
-    scale = constants(spec_of(x_RC), scheme, shared)["weight_scale"].to(x_RC.device)
-    tile = (x_RC.shape[0], x_RC.shape[1])
-    return {"weight": quantize_static(x_RC, scale.view(1, 1), tile, _code_dtype(scheme))}
-
-
-def _packed(x_RC: Tensor, scheme: WeightScheme, _: Tensor | None) -> Made:
-    from ckptq.kernels.int4.dispatch import quantize_int4
-
-    packed_RP, scale_RG, zero_ZG = quantize_int4(x_RC, scheme.group_size, scheme.symmetric)
-    made = {"weight_packed": packed_RP, "weight_scale": scale_RG}
-    return made if zero_ZG is None else made | {"weight_zero_point": zero_ZG}
-
-
-BY_STRATEGY: dict[str, Kernel] = {"channel": _rows, "block": _blocks, "tensor": _tensor}
-
-
-def _code_dtype(scheme: WeightScheme) -> torch.dtype:
-    return torch.float8_e4m3fn if scheme.type == "float" else torch.int8

@@ -57,6 +57,8 @@ class Comparison:
     consumed: Mapping[str, tuple[str, ...]]
     """Tensor of the source -> the Linears that it contains."""
     batch_size: int = 1
+    release: Callable[[], None] = lambda: None
+    """Called when all tracks have loaded a layer: what they share of it may go."""
     maxima: Maxima = field(default_factory=Maxima)
     input_maxima: InputMaxima = field(default_factory=InputMaxima)
     errors: dict[str, list[float]] = field(default_factory=dict)
@@ -67,13 +69,16 @@ class Comparison:
         for track in self.tracks:
             experts_one_by_one(track.model.skeleton.model)
             track.embed(self.text, self.batch_size)
+        self.release()
         layers = self.tracks[0].model.layer_names
         for index, name in enumerate(layers):
             for track in self.tracks:
                 track.model.run_layer(index, track.stream, self._watch(track, index))
+            self.release()
             self._note_errors()
             report(name, 1)
         scores = self._scores()
+        self.release()
         return {
             name: Outcome(
                 measures=found.measures(), layers=tuple(self.errors[name]), tokens=found.tokens()

@@ -19,6 +19,7 @@ from ckptq.evaluate.text import Text
 from ckptq.evaluate.variant import Track, Variant
 from ckptq.forward.decoded import DecodedWeights, weights_of
 from ckptq.forward.layerwise import LayerwiseModel, open_model
+from ckptq.forward.reader import Reader
 from ckptq.forward.source import WeightSource
 from ckptq.models.encoded import read_encoded
 from ckptq.models.heads import config_head_dim, config_heads
@@ -62,13 +63,14 @@ def evaluate(
 
     `vllm_python` is an interpreter with vLLM: source and checkpoint run there as well.
 
-    Memory: one layer of one model at a time, its logits in chunks, and the hidden states of all
-    text for every row: rows * tokens * hidden_size * 2 bytes in bf16.
+    Memory: one layer of one model at a time (with `schemes`, beside that layer as it is stored,
+    which is read once for all of them), its logits in chunks, and the hidden states of all text for
+    every row: rows * tokens * hidden_size * 2 bytes in bf16.
     """
     check_compared(ckpt, source, caches, schemes)
     began = time.monotonic()
     base = ckpt if source is None else source
-    bench = _Bench(base, device)
+    bench = _Bench(base, Reader(device, keep=bool(schemes)))
     if source is not None:
         bench.add_output(ckpt, caches)
     else:
@@ -119,7 +121,8 @@ class _Bench:
     """Builds the tracks of one evaluation."""
 
     base: Checkpoint
-    device: str
+    reader: Reader
+    """Of `base`: the source and every scheme are made of what it reads once."""
     drafts: list[_Draft] = field(default_factory=list)
 
     def __post_init__(self) -> None:
@@ -128,7 +131,7 @@ class _Bench:
         self.control = self._draft(Variant(name="control", spoiled=True), self.base)
         self._engines: list[tuple[_Draft, EngineRun]] = []
         self._tracks: list[tuple[LayerwiseModel, list[Variant]]] = []
-        self._track(weights_of(self.base), [self.source.variant, self.zero.variant])
+        self._track(weights_of(self.base, self.reader), [self.source.variant, self.zero.variant])
 
     def add_output(self, ckpt: Checkpoint, caches: Sequence[str]) -> None:
         """The quantized checkpoint: with its own cache, with others, and spoiled."""
@@ -140,7 +143,8 @@ class _Bench:
         spoiled = Variant(name="control", cache=first.cache, inputs=inputs, spoiled=True)
         self.control = self._draft(spoiled, ckpt)
         every = [draft.variant for draft in self.drafts]
-        self._track(DecodedWeights(ckpt, self.base), [*every, spoiled])
+        weights = DecodedWeights(ckpt, self.base, Reader(self.reader.device))
+        self._track(weights, [*every, spoiled])
 
     def add_caches(self, caches: Sequence[str]) -> None:
         """Caches under the unquantized weights, and the control: those weights spoiled."""
@@ -152,7 +156,7 @@ class _Bench:
     def add_scheme(self, recipe: Recipe) -> None:
         """A scheme, quantized in memory layer by layer."""
         plan = make_plan(self.base, recipe)
-        weights = SchemeWeights(self.base, plan)
+        weights = SchemeWeights(self.base, plan, self.reader)
         variant = self._variant(recipe.name, planned_cache(plan), planned_inputs(plan))
         draft = replace(
             self._draft(variant, self.base),
@@ -188,11 +192,12 @@ class _Bench:
         tracks = [Track(model, variants) for model, variants in self._tracks]
         layout = read_layout(self.base)
         own = {f"{name}.weight": (name,) for name in layout.linears}
-        comparison = Comparison(tracks, text, {**own, **layout.consumed}, batch_size)
+        consumed = {**own, **layout.consumed}
+        comparison = Comparison(tracks, text, consumed, batch_size, self.reader.release)
         return comparison.run(begin("evaluate", len(tracks[0].model.layer_names), "layers"))
 
     def _track(self, weights: WeightSource, variants: list[Variant]) -> None:
-        self._tracks.append((open_model(self.base, self.device, weights), variants))
+        self._tracks.append((open_model(self.base, str(self.reader.device), weights), variants))
 
     def _draft(self, variant: Variant, ckpt: Checkpoint) -> _Draft:
         config = self.base.text_config

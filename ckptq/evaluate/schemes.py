@@ -9,42 +9,35 @@ from collections.abc import Collection
 from functools import reduce
 from typing import TYPE_CHECKING
 
+from ckptq.checkpoint.header import StoredTensor
 from ckptq.checkpoint.open import Checkpoint
-from ckptq.checkpoint.read import Files, read_tensor
-from ckptq.checkpoint.view import View, window
+from ckptq.checkpoint.view import View
 from ckptq.errors import SourceError
 from ckptq.evaluate.inputs import InputScheme, input_scheme
 from ckptq.evaluate.kv_cache import BF16, PER_HEAD, PER_TENSOR, KVCache
+from ckptq.evaluate.noise import Noise
+from ckptq.forward.reader import Reader
 from ckptq.models.encoded import Encoded
-from ckptq.models.weight_rows import whole_weight
+from ckptq.models.weight_rows import place_of, stored_of, whole_weight
 from ckptq.plan.unit import Plan, Unit
-from ckptq.quantize.formats import (
-    NonFinite,
-    constants,
-    dequantize,
-    merge_statistic,
-    needs_statistic,
-    quantize,
-    statistic,
-)
-from ckptq.spec import torch_dtype
-from ckptq.verify.roundtrip.tally import decibels
+from ckptq.quantize.dispatch import dequantize, quantize
+from ckptq.quantize.formats import NonFinite, merge_statistic, needs_statistic, statistic
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 
 class SchemeWeights:
-    """The source's tensors, quantized by a plan and dequantized."""
+    """The source's tensors, quantized by a plan and dequantized where they are: on a GPU, there."""
 
-    def __init__(self, ckpt: Checkpoint, plan: Plan) -> None:
+    def __init__(self, ckpt: Checkpoint, plan: Plan, reader: Reader | None = None) -> None:
         self._ckpt = ckpt
+        self._reader = reader or Reader()
         self._layout = plan.layout
         self._recipe = plan.recipe.name
         self._parts = {part.linear.name: (unit, part) for unit in plan.units for part in unit.parts}
         self._shared: dict[str, Tensor] = {}
-        self._signal, self._noise = 0.0, 0.0
-        self._counted: set[str] = set()
+        self._noise = Noise()
 
     @property
     def label(self) -> str:
@@ -53,9 +46,7 @@ class SchemeWeights:
     @property
     def snr_db(self) -> float | None:
         """Signal to quantization noise of all weights loaded so far, in dB."""
-        if not self._counted:
-            return None
-        return decibels(self._signal, self._noise)
+        return self._noise.db
 
     def names(self) -> Collection[str]:
         """Plain tensors under their own names; quantized ones are decoded."""
@@ -67,65 +58,70 @@ class SchemeWeights:
         plain = [name for name in self._ckpt.tensors if name not in hidden]
         return [*plain, *(f"{each.name}.weight" for each in encoded)]
 
-    def load(self, names: Collection[str]) -> dict[str, Tensor]:
-        """These tensors on the CPU. SourceError names a weight that holds NaN or Inf."""
-        with Files() as files:
-            return {name: self._tensor(files, name) for name in names}
+    def announce(self, names: Collection[str]) -> None:
+        self._reader.begin_early(self._stored(names))
 
-    def _tensor(self, files: Files, name: str) -> Tensor:
+    def load(self, names: Collection[str]) -> dict[str, Tensor]:
+        """These tensors on the reader's device. SourceError names a weight that holds NaN or
+        Inf."""
+        self._reader.begin(self._stored(names))
+        return {name: self._tensor(name) for name in names}
+
+    def _stored(self, names: Collection[str]) -> list[StoredTensor]:
+        """What these are made of."""
+        found: list[StoredTensor] = []
+        for name in names:
+            linear = self._layout.linears.get(name.removesuffix(".weight"))
+            found += [self._ckpt.tensors[name]] if linear is None else stored_of(linear.weight)
+        return found
+
+    def _tensor(self, name: str) -> Tensor:
         module = name.removesuffix(".weight")
         if module in self._layout.linears:
-            return self._weight(files, module)
+            return self._weight(module)
         linears = self._layout.consumed.get(name, ())
         if any(linear in self._parts for linear in linears):
-            return self._fused(files, name, linears)
-        return read_tensor(self._ckpt.tensors[name], files)
+            return self._fused(name, linears)
+        return self._reader.take(self._ckpt.tensors[name])
 
-    def _fused(self, files: Files, name: str, linears: Collection[str]) -> Tensor:
+    def _fused(self, name: str, linears: Collection[str]) -> Tensor:
         """Experts in one tensor: each part is quantized and written back to its place."""
-        made = read_tensor(self._ckpt.tensors[name], files)
+        stored = self._reader.take(self._ckpt.tensors[name])
+        made = stored.clone()
         for linear in linears:
             view = self._layout.linears[linear].weight
             assert isinstance(view, View), "only plain tensors hold several Linears"
-            _, _, first, last = view.slab
-            matrix = made if view.index is None else made[view.index]
             if linear in self._parts:
-                window(matrix[first:last], view).copy_(self._weight(files, linear))
+                w_RC = place_of(stored, view).contiguous()
+                place_of(made, view).copy_(self._quantized(linear, w_RC))
         return made
 
-    def _weight(self, files: Files, linear: str) -> Tensor:
+    def _weight(self, linear: str) -> Tensor:
         """One weight [R, C], quantized and dequantized if the plan quantizes it."""
-        weight = self._layout.linears[linear].weight
-        w_RC = whole_weight(files, weight)
-        if linear not in self._parts:
-            return w_RC
+        w_RC = whole_weight(self._reader.take, self._layout.linears[linear].weight)
+        return self._quantized(linear, w_RC) if linear in self._parts else w_RC
+
+    def _quantized(self, linear: str, w_RC: Tensor) -> Tensor:
+        """The weight after quantization and back, by kernels where the device has them."""
         unit, part = self._parts[linear]
         try:
-            shared = self._statistic(files, unit)
-            made = {
-                **constants(weight.spec, part.scheme, shared),
-                **quantize(w_RC, part.scheme, shared),
-            }
+            made = quantize(w_RC, part.scheme, self._statistic(unit, linear, w_RC))
         except NonFinite as error:
             raise SourceError(f"{self._ckpt.path}: tensor {linear!r}: {error}") from error
-        back_RC = dequantize(made, part.scheme, weight.spec.shape, torch_dtype(weight.spec.dtype))
-        self._count(linear, w_RC, back_RC)
+        R, C = w_RC.shape
+        back_RC = dequantize(made, part.scheme, (R, C), w_RC.dtype)
+        self._noise.count(linear, w_RC, back_RC)
         return back_RC
 
-    def _statistic(self, files: Files, unit: Unit) -> Tensor | None:
+    def _statistic(self, unit: Unit, linear: str, w_RC: Tensor) -> Tensor | None:
         """The one number that all parts of a unit share: q, k and v have one scale per tensor."""
         if not needs_statistic(unit.parts[0].scheme):
             return None
         if unit.key not in self._shared:
-            found = (statistic(whole_weight(files, part.linear.weight)) for part in unit.parts)
-            self._shared[unit.key] = reduce(merge_statistic, found)
+            others = (part.linear.weight for part in unit.parts if part.linear.name != linear)
+            whole = (w_RC, *(whole_weight(self._reader.take, weight) for weight in others))
+            self._shared[unit.key] = reduce(merge_statistic, map(statistic, whole))
         return self._shared[unit.key]
-
-    def _count(self, linear: str, w_RC: Tensor, back_RC: Tensor) -> None:
-        if linear not in self._counted:
-            self._counted.add(linear)
-            self._signal += w_RC.double().square().sum().item()
-            self._noise += (w_RC.double() - back_RC.double()).square().sum().item()
 
 
 def planned_cache(plan: Plan) -> KVCache:

@@ -14,15 +14,14 @@ from typing import TYPE_CHECKING
 
 from ckptq.checkpoint.header import StoredTensor
 from ckptq.checkpoint.open import Checkpoint
-from ckptq.checkpoint.read import Files, read_tensor
-from ckptq.checkpoint.view import View, window
 from ckptq.errors import SourceError
+from ckptq.forward.reader import Reader
 from ckptq.forward.source import CheckpointWeights, WeightSource
-from ckptq.models.encoded import BELONGS_TO_SCHEME, read_encoded
+from ckptq.models.encoded import BELONGS_TO_SCHEME, Encoded, read_encoded
 from ckptq.models.family import family_of
 from ckptq.models.published import Windows, windows_for, windows_of
 from ckptq.models.readable import refuse_bare_codes
-from ckptq.models.weight_rows import whole_weight
+from ckptq.models.weight_rows import place_of, whole_weight
 from ckptq.permute.effect import Part
 from ckptq.permute.targets import read_permutation
 from ckptq.plan.rope import Reordering, read_marks
@@ -41,8 +40,11 @@ class DecodedWeights:
     ("q_proj.weight" for "q_proj.weight_packed" and its scales), with the family's fused experts.
     """
 
-    def __init__(self, ckpt: Checkpoint, like: Checkpoint | None = None) -> None:
+    def __init__(
+        self, ckpt: Checkpoint, like: Checkpoint | None = None, reader: Reader | None = None
+    ) -> None:
         self._ckpt = ckpt
+        self._reader = reader or Reader()
         self._encoded = read_encoded(ckpt)
         self._parts = {t.name for e in self._encoded.values() for t in e.tensors.values()}
         self._order = _reordering(ckpt, like)
@@ -61,10 +63,24 @@ class DecodedWeights:
     def names(self) -> Collection[str]:
         return self._names
 
+    def announce(self, names: Collection[str]) -> None:
+        self._reader.begin_early(self._stored(names))
+
     def load(self, names: Collection[str]) -> dict[str, Tensor]:
-        """These tensors on the CPU. SourceError for one that the checkpoint does not hold."""
-        with Files() as files:
-            return {name: self._tensor(files, name) for name in names}
+        """These tensors, decoded on the reader's device. SourceError for one that the checkpoint
+        does not hold."""
+        self._reader.begin(self._stored(names))
+        return {name: self._tensor(name) for name in names}
+
+    def _stored(self, names: Collection[str]) -> list[StoredTensor]:
+        """What these are made of, as far as the checkpoint holds it."""
+        found: list[StoredTensor] = []
+        for name in names:
+            lone = [name] if self._held(name) else [part for part, _ in self._windows.get(name, ())]
+            for held in map(self._held, lone):
+                if held is not None:
+                    found += held.tensors.values() if isinstance(held, Encoded) else [held]
+        return found
 
     def _own_specs(self) -> dict[str, TensorSpec]:
         """The checkpoint's tensors, quantized ones decoded."""
@@ -77,36 +93,39 @@ class DecodedWeights:
         own = {stored.name: stored.spec for stored in plain}
         return own | {f"{module}.weight": e.spec for module, e in self._encoded.items()}
 
-    def _tensor(self, files: Files, name: str) -> Tensor:
-        whole = self._whole(files, name)
+    def _tensor(self, name: str) -> Tensor:
+        whole = self._whole(name)
         if whole is not None:
             return whole
         if name in self._windows:
-            return self._assembled(files, name)
+            return self._assembled(name)
         raise SourceError(f"{self.label}: holds no tensor for {name!r} of the unquantized model")
 
-    def _whole(self, files: Files, name: str) -> Tensor | None:
-        """A tensor that is one Linear's weight, or is stored unchanged; None if it is neither."""
+    def _held(self, name: str) -> Encoded | StoredTensor | None:
+        """One Linear's weight, or a tensor that is stored unchanged; None if it is neither."""
         module, _, local = name.rpartition(".")
-        encoded = self._encoded.get(module) if local == "weight" else None
-        if encoded is not None:
-            return self._in_order(encoded.stored, whole_weight(files, encoded))
-        if name in self._ckpt.tensors and name not in self._parts:
-            stored = self._ckpt.tensors[name]
-            return self._in_order(stored, read_tensor(stored, files))
-        return None
+        if local == "weight" and module in self._encoded:
+            return self._encoded[module]
+        return self._ckpt.tensors.get(name) if name not in self._parts else None
 
-    def _assembled(self, files: Files, name: str) -> Tensor:
+    def _whole(self, name: str) -> Tensor | None:
+        held = self._held(name)
+        if isinstance(held, Encoded):
+            return self._in_order(held.stored, whole_weight(self._reader.take, held))
+        return None if held is None else self._in_order(held, self._reader.take(held))
+
+    def _assembled(self, name: str) -> Tensor:
         """A fused tensor, from its stored Linears."""
         import torch
 
         stored = self._windows[name][0][1].stored
-        made = torch.empty(stored.spec.shape, dtype=torch_dtype(stored.spec.dtype))
+        dtype = torch_dtype(stored.spec.dtype)
+        made = torch.empty(stored.spec.shape, dtype=dtype, device=self._reader.device)
         for part, view in self._windows[name]:
-            found = self._whole(files, part)
+            found = self._whole(part)
             if found is None:
                 raise SourceError(f"{self.label}: holds no {part!r}, a part of {name!r}")
-            place = _place(made, view)
+            place = place_of(made, view)
             if found.numel() != place.numel():
                 raise SourceError(
                     f"{self.label}: {part!r} is {list(found.shape)}, expected {list(place.shape)}"
@@ -130,21 +149,11 @@ def _published(own: Collection[str], windows: Windows) -> tuple[str, ...]:
     return (*(name for name in own if name not in parts), *windows)
 
 
-def weights_of(ckpt: Checkpoint, pinned: bool = False) -> WeightSource:
-    """The weights of a checkpoint: as stored, or dequantized.
-
-    `pinned` reads them into memory that a GPU can copy from directly, if they are not decoded.
-    """
+def weights_of(ckpt: Checkpoint, reader: Reader | None = None) -> WeightSource:
+    """The weights of a checkpoint: as stored, or dequantized."""
     if ckpt.quantization_config is None:
-        return CheckpointWeights(ckpt, pinned)
-    return DecodedWeights(ckpt)
-
-
-def _place(made: Tensor, view: View) -> Tensor:
-    """The place of a part in the fused tensor."""
-    _, _, first, last = view.slab
-    matrix = made if view.index is None else made[view.index]
-    return window(matrix[first:last], view)
+        return CheckpointWeights(ckpt, reader)
+    return DecodedWeights(ckpt, reader=reader)
 
 
 def _reordering(ckpt: Checkpoint, like: Checkpoint | None) -> Reordering | None:

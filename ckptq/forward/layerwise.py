@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 from ckptq.checkpoint.open import Checkpoint
 from ckptq.forward.decoded import weights_of
 from ckptq.forward.loader import Loader
+from ckptq.forward.reader import Reader
 from ckptq.forward.record import (
     AllLayersSeen,
     LayerArguments,
@@ -219,7 +220,7 @@ def open_model(
     import torch
 
     where = torch.device(device)
-    source = weights_of(ckpt, pinned=where.type == "cuda") if weights is None else weights
+    source = weights_of(ckpt, Reader(where)) if weights is None else weights
     skeleton = build_skeleton(ckpt, where, eager, trust_remote_code)
     with family_code(source.label, f"{type(skeleton.model).__name__}'s map of names"):
         loader = Loader(skeleton, source, where)

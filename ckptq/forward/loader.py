@@ -13,7 +13,6 @@ from itertools import takewhile
 from typing import TYPE_CHECKING, Any
 
 from ckptq.errors import SourceError
-from ckptq.forward.ahead import Ahead
 from ckptq.forward.skeleton import Skeleton, quiet
 from ckptq.forward.source import WeightSource
 from ckptq.models.parameters import sources_of_parameters
@@ -32,7 +31,6 @@ class Loader:
         self._skeleton = skeleton
         self._source = source
         self._device = device
-        self._ahead = Ahead(source, device) if device.type == "cuda" else None
         self._parameters = frozenset(skeleton.model.state_dict())
         self._stored_modules: dict[str, str] = {}
         self._sources = sources_of_parameters(skeleton.model, source.names())
@@ -90,24 +88,16 @@ class Loader:
                 f"{type(self._skeleton.model).__name__} needs"
             )
         for names in self._portions(wanted):
-            self._convert(self._take(names))
+            self._convert(self._source.load(sorted(names)))
             _return_free_memory()
         self._take_from_twins(wanted)
         bare = [name for name in wanted if _get(self._skeleton.model, name).is_meta]
         assert not bare, f"transformers' conversion left {bare} without weights"
 
     def announce(self, module: str) -> None:
-        """Read the weights of a module while another computes, if there is room for them."""
-        if self._ahead is None:
-            return
-        own = self._own(module, recurse=True)
-        elements = sum(_get(self._skeleton.model, name).numel() for name in own)
-        if self._ahead.room_for(elements * self._skeleton.dtype.itemsize):
-            for names in self._portions(own):
-                self._ahead.begin(names)
-
-    def _take(self, names: set[str]) -> dict[str, Tensor]:
-        return self._source.load(names) if self._ahead is None else self._ahead.take(names)
+        """Let the source read the weights of a module while another computes."""
+        portions = self._portions(self._own(module, recurse=True))
+        self._source.announce([name for names in portions for name in sorted(names)])
 
     def unload(self, module: str, recurse: bool = True) -> None:
         """Release the memory of a module's weights."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -26,6 +26,9 @@ from ckptq.spec import TensorSpec, torch_dtype
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+Take = Callable[[StoredTensor], "Tensor"]
+"""Gives a stored tensor that is in memory, on any device; it is not to be written to."""
 
 CODES = ("weight_packed", "weight")
 SCALE = "weight_scale"
@@ -98,12 +101,23 @@ class Encoded:
         """Everything stored for rows start..stop; start is a multiple of the quantum."""
         held = {}
         for local, tensor in self.tensors.items():
-            dims = self.dims(local)
-            if dims > 1 and tensor.spec.numel > 1:
+            if self._has_rows(local):
                 held[local] = read_range(files, tensor, *self.span(local, start, stop))
             else:
-                held[local] = read_tensor(tensor, files).reshape(-1, *(1,) * (dims - 1))
+                held[local] = self._lone(local, read_tensor(tensor, files))
         return held
+
+    def whole(self, take: Take) -> dict[str, Tensor]:
+        """As `read` of all rows, from stored tensors that `take` has."""
+        taken = {local: take(tensor) for local, tensor in self.tensors.items()}
+        return {n: t if self._has_rows(n) else self._lone(n, t) for n, t in taken.items()}
+
+    def _has_rows(self, local: str) -> bool:
+        return self.dims(local) > 1 and self.tensors[local].spec.numel > 1
+
+    def _lone(self, local: str, tensor: Tensor) -> Tensor:
+        """A single number in as many dimensions as a scale of this scheme has."""
+        return tensor.reshape(-1, *(1,) * (self.dims(local) - 1))
 
     @property
     def nbytes(self) -> int:
@@ -138,9 +152,17 @@ def read_encoded(ckpt: Checkpoint) -> dict[str, Encoded]:
 
 def decode_rows(files: Files, encoded: Encoded, start: int, stop: int) -> Tensor:
     """Rows start..stop of the weight, dequantized, [stop - start, C]; `start` on the quantum."""
-    from ckptq.quantize.dequantize import dequantize
+    return decode(encoded, encoded.read(files, start, stop), stop - start)
 
-    parts, shape = encoded.read(files, start, stop), (stop - start, encoded.shape[1])
+
+def decode(encoded: Encoded, parts: Mapping[str, Tensor], rows: int) -> Tensor:
+    """What these stored tensors of so many rows stand for, [rows, C], on their device.
+
+    SourceError for what float16 cannot hold.
+    """
+    from ckptq.quantize.dispatch import dequantize
+
+    shape = (rows, encoded.shape[1])
     w_RC = dequantize(parts, encoded.scheme, shape, torch_dtype(encoded.spec.dtype))
     if encoded.spec.dtype == "F16" and not w_RC.isfinite().all():
         raise SourceError(

@@ -8,9 +8,10 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
+from ckptq.checkpoint.header import StoredTensor
 from ckptq.checkpoint.read import Files, Memory
-from ckptq.checkpoint.view import read_rows, read_slab, window
-from ckptq.models.encoded import Encoded, decode_rows
+from ckptq.checkpoint.view import View, read_rows, read_slab, window
+from ckptq.models.encoded import Encoded, Take, decode, decode_rows
 from ckptq.models.weight import Weight
 
 if TYPE_CHECKING:
@@ -30,9 +31,26 @@ def weight_rows(files: Files, weight: Weight, memory: Memory | None = None) -> R
     return rows_of(window(read_slab(files, weight), weight))
 
 
-def whole_weight(files: Files, weight: Weight) -> Tensor:
-    """[R, C] in memory of its own."""
-    return weight_rows(files, weight)(0, weight.spec.shape[0])
+def whole_weight(take: Take, weight: Weight) -> Tensor:
+    """[R, C], dequantized where it is stored quantized, on the device of what `take` gives.
+
+    Maybe a window on that: not to be written to.
+    """
+    if isinstance(weight, Encoded):
+        return decode(weight, weight.whole(take), weight.shape[0])
+    return place_of(take(weight.stored), weight).contiguous()
+
+
+def stored_of(weight: Weight) -> list[StoredTensor]:
+    """The stored tensors that `whole_weight` takes."""
+    return list(weight.tensors.values()) if isinstance(weight, Encoded) else [weight.stored]
+
+
+def place_of(stored: Tensor, view: View) -> Tensor:
+    """The view's [R, C] as a strided window on its stored tensor; copies nothing."""
+    _, index, first, last = view.slab
+    matrix = stored if index is None else stored[index]
+    return window(matrix[first:last], view)
 
 
 def rows_of(matrix: Tensor) -> Rows:

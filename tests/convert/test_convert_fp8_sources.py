@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from ckptq.checkpoint.open import open_checkpoint
-from ckptq.checkpoint.read import Files
+from ckptq.checkpoint.read import read_tensor
 from ckptq.errors import SourceError
 from ckptq.forward.decoded import weights_of
 from ckptq.models.modules import read_layout
@@ -111,12 +111,11 @@ def test_scales_mean_what_transformers_reads(
     folder = source(tmp_path / "source", block, dtype, {"scale_fmt": "ue8m0"})
     ckpt = open_checkpoint(folder)
     given = weights_of(ckpt)
-    with Files() as files:
-        for name, linear in read_layout(ckpt).linears.items():
-            if name in LINEARS:
-                wanted = as_transformers_reads(folder, name)
-                assert torch.equal(whole_weight(files, linear.weight), wanted), name
-                assert torch.equal(given.load([f"{name}.weight"])[f"{name}.weight"], wanted)
+    for name, linear in read_layout(ckpt).linears.items():
+        if name in LINEARS:
+            wanted = as_transformers_reads(folder, name)
+            assert torch.equal(whole_weight(read_tensor, linear.weight), wanted), name
+            assert torch.equal(given.load([f"{name}.weight"])[f"{name}.weight"], wanted)
     out = convert(folder, tmp_path / "out", recipe_of("fp8 channel")).out
     made = load_file(out / "model.safetensors")
     for name in LINEARS:

@@ -10,6 +10,7 @@ from tiny.tensors import differences
 
 from ckptq.convert import arithmetic
 from ckptq.errors import MachineError, SourceError
+from ckptq.quantize.dispatch import kernel_of
 from ckptq.quantize.formats import needs_statistic, quantize, statistic
 
 WITH_A_KERNEL = (
@@ -24,7 +25,7 @@ def on_a_gpu(test):
 
 
 def test_the_usual_formats_have_a_kernel():
-    found = {name for name in FORMATS if arithmetic.kernel_of(scheme_of(name)) is not None}
+    found = {name for name in FORMATS if kernel_of(scheme_of(name)) is not None}
     assert found == set(WITH_A_KERNEL)
 
 
@@ -36,7 +37,7 @@ def test_what_a_kernel_means_is_the_format(format, dtype):
     scheme = scheme_of(format)
     w_RC = (torch.randn(43, 320) * torch.randn(43, 1).exp()).to(dtype)
     shared = statistic(w_RC) if needs_statistic(scheme) else None
-    kernel = arithmetic.kernel_of(scheme)
+    kernel = kernel_of(scheme)
     assert kernel is not None
     assert differences(kernel(w_RC, scheme, shared), quantize(w_RC, scheme, shared)) == []
 
