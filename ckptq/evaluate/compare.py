@@ -15,7 +15,7 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 from ckptq.errors import SourceError
-from ckptq.evaluate.inputs import InputMaxima, InputScheme, rules_of
+from ckptq.evaluate.inputs import InputMaxima, InputScheme, remembering, rules_of
 from ckptq.evaluate.kv_cache import PLAIN, Maxima, See, through_cache
 from ckptq.evaluate.products import Change, experts_one_by_one, inputs_changed
 from ckptq.evaluate.scores import Measures, Position, Scores
@@ -23,6 +23,7 @@ from ckptq.evaluate.spoil import spoiled, spoiled_layer
 from ckptq.evaluate.text import Text
 from ckptq.evaluate.variant import Run, Track, Variant
 from ckptq.forward.layerwise import LayerwiseModel, Stream
+from ckptq.forward.linear_inputs import real_positions
 from ckptq.forward.tap import Tap, tapped
 from ckptq.progress import Report
 from ckptq.text.samples import Batch
@@ -33,6 +34,9 @@ if TYPE_CHECKING:
 CHUNK_ELEMENTS = 1 << 24
 """Logits in one chunk: 128 MB in float64."""
 
+
+Rules = Mapping[str, tuple["Tensor", InputScheme]]
+"""Parameter -> its weight, and how the input of it is rounded."""
 
 Tokens = Mapping[tuple[int, int], tuple[float, int]]
 """(line, position) -> log-probability of the next token, and the most likely one."""
@@ -61,7 +65,8 @@ class Comparison:
     """Called when all tracks have loaded a layer: what they share of it may go."""
     maxima: Maxima = field(default_factory=Maxima)
     input_maxima: InputMaxima = field(default_factory=InputMaxima)
-    errors: dict[str, list[float]] = field(default_factory=dict)
+    errors: dict[str, list[Tensor]] = field(default_factory=dict)
+    """By variant, layer after layer, on the device: reading one makes the host wait."""
 
     def run(self, report: Report) -> dict[str, Outcome]:
         """Results by name of the variant. SourceError for tokens outside the vocabulary."""
@@ -81,7 +86,7 @@ class Comparison:
         self.release()
         return {
             name: Outcome(
-                measures=found.measures(), layers=tuple(self.errors[name]), tokens=found.tokens()
+                measures=found.measures(), layers=_numbers(self.errors[name]), tokens=found.tokens()
             )
             for name, found in scores.items()
         }
@@ -93,41 +98,61 @@ class Comparison:
     def _watch(
         self, track: Track, index: int
     ) -> Callable[[nn.Module, Batch], AbstractContextManager[None]]:
-        """What happens to a layer while one batch of one variant runs through it."""
+        """What happens to a layer while one batch of one variant runs through it.
+
+        What a variant does to a layer is worked out at its first batch, after the source's last.
+        """
         name = track.model.layer_names[index]
-        loader = track.model.loader
-        stored_names = loader.stored_names(name)
-        measured = any(v.cache.measures for t in self.tracks for v in t.variants)
+        is_spoiled = index == spoiled_layer(len(track.model.layer_names))
+        rules: dict[str, Rules] = {}
+        sees: dict[str, See] = {}
 
         @contextmanager
         def watch(layer: nn.Module, run: Batch) -> Iterator[None]:
             assert isinstance(run, Run)
             variant = run.variant
+            if variant.name not in rules:
+                rules[variant.name] = self._rules(track, name, layer, variant)
+                sees[variant.name] = through_cache(
+                    variant.cache, self.maxima, track.model.loader.stored_module
+                )
             with ExitStack() as stack:
-                if variant.spoiled and index == spoiled_layer(len(track.model.layer_names)):
+                if variant.spoiled and is_spoiled:
                     stack.enter_context(spoiled(layer))
-                if variant is self.source and measured:
-                    see = self._measuring(run, loader.stored_module)
+                if variant is self.source and self._measures_caches:
+                    see = self._measuring(run, track.model.loader.stored_module)
                     stack.enter_context(tapped(layer, name, Tap(run.lengths, see)))
                 elif variant.cache.mode != PLAIN:
-                    see = through_cache(variant.cache, self.maxima, loader.stored_module)
-                    stack.enter_context(tapped(layer, name, Tap(run.lengths, see)))
-                inputs = self._static if variant is self.source else variant.inputs
-                rules = rules_of(layer, name, stored_names, self.consumed, inputs)
-                stack.enter_context(inputs_changed(dict(self._changes(run, rules))))
+                    tap = Tap(run.lengths, sees[variant.name])
+                    stack.enter_context(tapped(layer, name, tap))
+                changes = dict(self._changes(run, rules[variant.name]))
+                stack.enter_context(inputs_changed(changes))
                 yield
 
         return watch
 
-    def _changes(
-        self, run: Run, rules: Mapping[str, tuple[Tensor, InputScheme]]
-    ) -> Iterator[tuple[Tensor, Change]]:
+    def _rules(self, track: Track, name: str, layer: nn.Module, variant: Variant) -> Rules:
+        """How the inputs of this layer's weights are rounded; of the source's, which are seen."""
+        inputs = self._static if variant is self.source else variant.inputs
+        stored_names = track.model.loader.stored_names(name)
+        found = rules_of(layer, name, stored_names, self.consumed, inputs)
+        if variant is self.source:
+            return found
+        filled = self.input_maxima.filled
+        return {p: (weight, filled(p, rule)) for p, (weight, rule) in found.items()}
+
+    def _changes(self, run: Run, rules: Rules) -> Iterator[tuple[Tensor, Change]]:
         """Measure the source's inputs, round the others'."""
+        remembered = remembering()
         for parameter, (weight, rule) in rules.items():
             if run.variant is self.source:
                 yield weight, partial(self.input_maxima.see, parameter, run.lengths)
             else:
-                yield weight, self.input_maxima.filled(parameter, rule).round
+                yield weight, partial(remembered, rule)
+
+    @property
+    def _measures_caches(self) -> bool:
+        return any(v.cache.measures for track in self.tracks for v in track.variants)
 
     @property
     def _static(self) -> dict[str, InputScheme]:
@@ -136,11 +161,9 @@ class Comparison:
         return {name: rule for inputs in every for name, rule in inputs if rule.static}
 
     def _measuring(self, run: Run, on_disk: Callable[[str], str]) -> See:
-        real_BS = run.mask_BS.bool()
-
         def see(module: str, q_BHSD: Tensor, k_BHSD: Tensor, v_BHSD: Tensor) -> None:
             qkv = {"q": q_BHSD, "k": k_BHSD, "v": v_BHSD}
-            self.maxima.see(on_disk(module), qkv, real_BS)
+            self.maxima.see(on_disk(module), qkv, run.lengths)
 
         return see
 
@@ -190,15 +213,30 @@ class Piece:
 
 def relative_error(
     reference: Sequence[Tensor], hidden: Sequence[Tensor], batches: Sequence[Batch]
-) -> float:
+) -> Tensor:
     """Mean over real tokens of |h - reference| / |reference|, hidden states [..., B, S, E]."""
-    total, tokens = 0.0, 0
+    import torch
+
+    total, tokens = torch.zeros((), dtype=torch.float64), 0
     for one, other, batch in zip(reference, hidden, batches, strict=True):
-        real_BS = batch.mask_BS.bool().to(one.device)
-        want, got = one[..., real_BS, :].double(), other.to(one.device)[..., real_BS, :].double()
+        want = _real(one, batch.lengths).double()
+        got = _real(other.to(one.device), batch.lengths).double()
         share = (got - want).norm(dim=-1) / want.norm(dim=-1).clamp_min(1e-300)
-        total, tokens = total + share.sum().item(), tokens + share.numel()
+        total, tokens = total.to(one.device) + share.sum(), tokens + share.numel()
     return total / tokens
+
+
+def _real(hidden_BSE: Tensor, lengths: Sequence[int]) -> Tensor:
+    """What is not padding, [..., T, E]."""
+    flat = hidden_BSE.flatten(-3, -2)
+    where = real_positions(lengths, hidden_BSE.shape[-2], hidden_BSE.device)
+    return flat if where is None else flat.index_select(-2, where)
+
+
+def _numbers(errors: Sequence[Tensor]) -> tuple[float, ...]:
+    import torch
+
+    return tuple(torch.stack(list(errors)).tolist())
 
 
 def _pieces(track: Track, text: Text, chunk: int) -> Iterator[Piece]:

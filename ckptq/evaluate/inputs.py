@@ -8,7 +8,7 @@ Shape letters: T tokens and whatever leads, C columns, E experts, G groups.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
@@ -139,26 +139,43 @@ def _shared(rules: Collection[InputScheme], name: str) -> InputScheme:
     return InputScheme(kind, scale=min(scales) if kind == "nvfp4" else max(scales))
 
 
+def remembering() -> Callable[[InputScheme, Tensor], Tensor]:
+    """Rounds inputs; q, k and v multiply the same tensor, which is rounded once for a scheme."""
+    last: dict[InputScheme, tuple[Tensor, int, Tensor]] = {}
+
+    def rounded(rule: InputScheme, x_TC: Tensor) -> Tensor:
+        found = last.get(rule)
+        if found is None or found[0] is not x_TC or found[1] != x_TC._version:
+            found = last[rule] = x_TC, x_TC._version, rule.round(x_TC)
+        return found[2]
+
+    return rounded
+
+
 class InputMaxima:
     """Largest magnitude of each weight's input, taken while the source runs."""
 
     def __init__(self) -> None:
-        self._amax: dict[str, float] = {}
+        self._amax: dict[str, Tensor] = {}
+        """On the device: reading one makes the host wait."""
 
     def see(self, parameter: str, lengths: Sequence[int], x: Tensor) -> Tensor:
         """Fold one input in and return it; padding does not count."""
-        amax = real_tokens(x, lengths, parameter).abs().amax().item()
-        self._amax[parameter] = max(amax, self._amax.get(parameter, 0.0))
+        import torch
+
+        amax, seen = real_tokens(x, lengths, parameter).abs().amax(), self._amax.get(parameter)
+        self._amax[parameter] = amax if seen is None else torch.maximum(amax, seen)
         return x
 
     def filled(self, parameter: str, rule: InputScheme) -> InputScheme:
         """Give a static rule without a scale the one that calibration on this text would find."""
         if not rule.static:
             return rule
+        amax = float(self._amax[parameter])
         if rule.type == "nvfp4":
-            return replace(rule, scale=_global_scale(self._amax[parameter]), static=False)
+            return replace(rule, scale=_global_scale(amax), static=False)
         top = FP8_MAX if rule.type == "float" else INT8_MAX
-        return InputScheme(rule.type, scale=max(self._amax[parameter] / top, SMALLEST_SCALE))
+        return InputScheme(rule.type, scale=max(amax / top, SMALLEST_SCALE))
 
 
 def _global_scale(amax: float) -> float:

@@ -8,7 +8,7 @@ Shape letters: B batch, H heads of any kind, K KV heads, S positions, D head siz
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
@@ -16,6 +16,7 @@ from ckptq.calibrate.observers import scale_of
 from ckptq.checkpoint.open import Checkpoint
 from ckptq.checkpoint.read import read_tensor
 from ckptq.errors import UsageError
+from ckptq.forward.linear_inputs import real_positions
 from ckptq.kernels.token_head.kv_format import FORMATS, Rotation
 from ckptq.models.attention import cache_scales
 from ckptq.recipes.declared import declared
@@ -84,14 +85,16 @@ class Maxima:
     def __init__(self) -> None:
         self._amax: dict[str, dict[str, Tensor]] = {}
 
-    def see(self, module: str, qkv: Mapping[str, Tensor], real_BS: Tensor) -> None:
+    def see(self, module: str, qkv: Mapping[str, Tensor], lengths: Sequence[int]) -> None:
         """Fold a batch in, [B, H, S, D] each; padding does not count."""
         import torch
 
         seen = self._amax.setdefault(module, {})
         for which, x_BHSD in qkv.items():
-            x_HTD = x_BHSD.transpose(0, 1)[:, real_BS.to(x_BHSD.device)]
-            amax_H = x_HTD.abs().amax((1, 2)).cpu()
+            x_HTD = x_BHSD.transpose(0, 1).flatten(1, 2)
+            where = real_positions(lengths, x_BHSD.shape[2], x_BHSD.device)
+            real_HTD = x_HTD if where is None else x_HTD.index_select(1, where)
+            amax_H = real_HTD.abs().amax((1, 2))
             seen[which] = torch.maximum(seen[which], amax_H) if which in seen else amax_H
 
     def scales(self, module: str) -> dict[str, Tensor]:
@@ -161,22 +164,28 @@ def _stored(ckpt: Checkpoint) -> dict[str, dict[str, Tensor]]:
 
 
 def through_cache(cache: KVCache, maxima: Maxima, on_disk: Callable[[str], str]) -> See:
-    """Replaces q, k and v by what attention would read from such a cache."""
+    """Replaces q, k and v by what attention would read from such a cache.
 
-    def see(module: str, q_BHSD: Tensor, k_BHSD: Tensor, v_BHSD: Tensor) -> None:
-        name = on_disk(module)
-        if cache.mode in STATIC:
+    Scales of a module are those at its first batch, and stay on the device.
+    """
+    held = cut_toward_zero if cache.toward_zero else _static
+    known: dict[str, dict[str, Tensor]] = {}
+
+    def static(module: str, q_BHSD: Tensor, k_BHSD: Tensor, v_BHSD: Tensor) -> None:
+        if module not in known:
+            name = on_disk(module)
             found = maxima.scales(name) if cache.measures else (cache.scales or {}).get(name, {})
             scales = effective(cache.mode, found, q_BHSD.shape[1], k_BHSD.shape[1])
-            rounded = {"q": q_BHSD, "k": k_BHSD, "v": v_BHSD}
-            for which, x_BHSD in rounded.items() if cache.query else list(rounded.items())[1:]:
-                held = cut_toward_zero if cache.toward_zero else _static
-                x_BHSD.copy_(held(x_BHSD, scales[which]))
-        else:
-            for x_BHSD in (k_BHSD, v_BHSD):
-                x_BHSD.copy_(_dynamic(x_BHSD, cache))
+            known[module] = {which: scale.to(q_BHSD.device) for which, scale in scales.items()}
+        for which, x_BHSD in {"q": q_BHSD, "k": k_BHSD, "v": v_BHSD}.items():
+            if which != "q" or cache.query:
+                x_BHSD.copy_(held(x_BHSD, known[module][which]))
 
-    return see
+    def dynamic(module: str, q_BHSD: Tensor, k_BHSD: Tensor, v_BHSD: Tensor) -> None:
+        for x_BHSD in (k_BHSD, v_BHSD):
+            x_BHSD.copy_(_dynamic(x_BHSD, cache))
+
+    return static if cache.mode in STATIC else dynamic
 
 
 def effective(mode: str, scales: AttentionScales, heads: int, kv_heads: int) -> dict[str, Tensor]:

@@ -37,7 +37,7 @@ class Position:
 
 @dataclass
 class Scores:
-    """One variant's results so far."""
+    """One variant's results so far, where its logits are: reading them makes the host wait."""
 
     kl: list[Tensor] = field(default_factory=list)
     """Of each token, source‖variant, in nats."""
@@ -58,6 +58,8 @@ class Scores:
         for start in range(0, len(kept), step):
             rows = kept[start : start + step]
             self._score([positions[i] for i in rows], reference_NV[rows], logits_NV[rows])
+        if not any(position.asked for position in positions):
+            return
         best = logits_NV.argmax(-1).tolist()
         for position, token in zip(positions, best, strict=True):
             if position.asked:
@@ -69,11 +71,11 @@ class Scores:
 
         target_N = torch.tensor([each.target for each in positions], device=logits_NV.device)
         p_NV, q_NV = log_softmax(reference_NV), log_softmax(logits_NV)
-        self.kl.append(divergence(p_NV, q_NV).cpu())
-        self.kl_reverse.append(divergence(q_NV, p_NV).cpu())
-        self.loss.append(-q_NV.gather(1, target_N[:, None])[:, 0].cpu())
-        self.agree.append((p_NV.argmax(-1) == q_NV.argmax(-1)).cpu())
-        self.best.append(q_NV.argmax(-1).cpu())
+        self.kl.append(divergence(p_NV, q_NV))
+        self.kl_reverse.append(divergence(q_NV, p_NV))
+        self.loss.append(-q_NV.gather(1, target_N[:, None])[:, 0])
+        self.agree.append((p_NV.argmax(-1) == q_NV.argmax(-1)))
+        self.best.append(q_NV.argmax(-1))
         self.places += [(each.line, each.at) for each in positions]
 
     def tokens(self) -> dict[tuple[int, int], tuple[float, int]]:
@@ -88,8 +90,8 @@ class Scores:
         """Means and extremes over all tokens."""
         import torch
 
-        kl, reverse = torch.cat(self.kl), torch.cat(self.kl_reverse)
-        loss, agree = torch.cat(self.loss), torch.cat(self.agree)
+        kl, reverse = torch.cat(self.kl).cpu(), torch.cat(self.kl_reverse).cpu()
+        loss, agree = torch.cat(self.loss).cpu(), torch.cat(self.agree).cpu()
         return Measures(
             tokens=len(kl),
             kl=kl.mean().item(),

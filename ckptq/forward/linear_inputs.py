@@ -18,6 +18,7 @@ from ckptq.errors import UsageError
 from ckptq.forward.loader import Loader
 
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor, nn
 
 Fold = Callable[[Sequence[str], "Tensor"], None]
@@ -132,15 +133,24 @@ def _is_fused_experts(module: nn.Module) -> bool:
 
 def real_tokens(x: Tensor, lengths: Sequence[int], name: str) -> Tensor:
     """The tokens of [B, S, F], [B * S, F] or [n * B * S, F] that are not padding, as [T, F]."""
-    import torch
-
     B, S, F = len(lengths), max(lengths), x.shape[-1]
-    if all(length == S for length in lengths):
+    where = real_positions(lengths, S, x.device)
+    if where is None:
         return x.reshape(-1, F)
     if prod(x.shape[:-1]) % (B * S):
         raise UsageError(
             f"{name}: gets {prod(x.shape[:-1])} of a batch's {B} x {S} positions, so padding "
             "cannot be told from text; use --batch-size 1"
         )
-    real_BS = torch.arange(S, device=x.device) < torch.tensor(lengths, device=x.device)[:, None]
-    return x.reshape(-1, B * S, F)[:, real_BS.reshape(-1)].reshape(-1, F)
+    return x.reshape(-1, B * S, F).index_select(1, where).reshape(-1, F)
+
+
+def real_positions(lengths: Sequence[int], S: int, device: torch.device) -> Tensor | None:
+    """Which of B * S positions are not padding, [T], found without waiting for a device; None if
+    all are real."""
+    import torch
+
+    if all(length == S for length in lengths):
+        return None
+    real = [torch.arange(row * S, row * S + length) for row, length in enumerate(lengths)]
+    return torch.cat(real).to(device, non_blocking=True)

@@ -34,7 +34,7 @@ def through(name: str, outliers: bool = False, **changes) -> list[float]:
     """Relative error of q, k and v after a cache of this kind."""
     before, after = qkv(outliers), qkv(outliers)
     maxima = Maxima()
-    maxima.see("attn", dict(zip("qkv", before, strict=True)), torch.ones(2, 16, dtype=torch.bool))
+    maxima.see("attn", dict(zip("qkv", before, strict=True)), (16, 16))
     through_cache(KVCache(**{**_fields(name), **changes}), maxima, lambda path: path)(
         "attn", *after
     )
