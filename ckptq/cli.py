@@ -309,7 +309,14 @@ def evaluate(
     ] = None,
     samples: Samples = 32,
     seq_len: SeqLen = 512,
-    batch_size: BatchSize = 1,
+    batch_size: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            help="Samples in one forward pass; default: 1, on a GPU as many as fill it.",
+            show_default=False,
+        ),
+    ] = None,
     seed: Seed = 0,
     device: Device = None,
     max_kl: Annotated[float | None, typer.Option(help="Fail above this mean KL, in nats.")] = None,

@@ -33,6 +33,8 @@ if TYPE_CHECKING:
 
 CHUNK_ELEMENTS = 1 << 24
 """Logits in one chunk: 128 MB in float64."""
+CHUNKS_ON_GPU = 4
+"""So many of these at once: a GPU is faster at large ones, and calls cost it more."""
 
 
 Rules = Mapping[str, tuple["Tensor", InputScheme]]
@@ -60,7 +62,8 @@ class Comparison:
     text: Text
     consumed: Mapping[str, tuple[str, ...]]
     """Tensor of the source -> the Linears that it contains."""
-    batch_size: int = 1
+    batch_size: int | None = 1
+    """Lines in a forward pass; None for as many of one length as make `TOKENS_AT_ONCE`."""
     release: Callable[[], None] = lambda: None
     """Called when all tracks have loaded a layer: what they share of it may go."""
     maxima: Maxima = field(default_factory=Maxima)
@@ -280,7 +283,8 @@ def _cut(track: Track, pieces: Sequence[Piece]) -> Stream:
 def _chunk(model: LayerwiseModel) -> int:
     """Positions whose logits are computed at once."""
     vocabulary = model.skeleton.model.config.get_text_config(decoder=True).vocab_size
-    return max(1, CHUNK_ELEMENTS // int(vocabulary))
+    elements = CHUNK_ELEMENTS * (CHUNKS_ON_GPU if model.device.type == "cuda" else 1)
+    return max(1, elements // int(vocabulary))
 
 
 def _check_vocabulary(model: LayerwiseModel, text: Text) -> None:

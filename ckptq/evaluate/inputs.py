@@ -196,7 +196,7 @@ def _in_groups(x_TC: Tensor, size: int) -> Tensor:
 
 
 def _scale(x: Tensor, kind: str) -> Tensor:
-    scale = x.float().abs().amax(-1, keepdim=True) / LARGEST[kind]
+    scale = x.abs().amax(-1, keepdim=True).float() / LARGEST[kind]
     return scale.clamp_min(SMALLEST_SCALE) if kind == "float" else scale.clamp_min(1e-12)
 
 

@@ -24,7 +24,7 @@ def nvfp4(x_TC: Tensor, global_scale: float) -> Tensor:
     import torch
 
     x_TGg = x_TC.unflatten(-1, (-1, 16)).float()
-    overall = x_TGg.new_tensor(global_scale)
+    overall = x_TGg.new_full((), global_scale)
     scale_TG1 = overall * (x_TGg.abs().amax(-1, keepdim=True) * (1 / E2M1_MAX))
     scale_TG1 = scale_TG1.clamp(max=E4M3_MAX).to(torch.float8_e4m3fn).float()
     factor_TG1 = _reciprocal(scale_TG1 * _reciprocal(overall))

@@ -37,7 +37,8 @@ class EvaluationRequest:
     """Names of lm-eval's tasks."""
     tasks_path: Path | None = None
     """A folder with the user's own tasks in lm-eval's YAML."""
-    batch_size: int = 1
+    batch_size: int | None = None
+    """Lines in a forward pass; None is one, on a GPU as many as fill it."""
     seed: int = 0
     device: str | None = None
     vllm_python: Path | None = None
@@ -95,7 +96,7 @@ def _benchmarks(asked: EvaluationRequest) -> Benchmarks:
         names=asked.tasks,
         folder=asked.tasks_path,
         limit=asked.questions,
-        batch_size=asked.batch_size,
+        batch_size=asked.batch_size or 1,
         device=str(find_device(asked.device)),
         vllm_python=asked.vllm_python,
     )

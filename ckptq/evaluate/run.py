@@ -50,7 +50,7 @@ def evaluate(
     caches: Sequence[str] = (),
     schemes: Sequence[Recipe] = (),
     thresholds: Thresholds = NOTHING,
-    batch_size: int = 1,
+    batch_size: int | None = None,
     device: str = "cpu",
     vllm_python: Path | None = None,
     begin: Begin = silent,
@@ -60,6 +60,9 @@ def evaluate(
     With `source`, `ckpt` is the quantized checkpoint: its row has its config's
     cache, and each of `caches` adds one. Without, `ckpt` is compared with itself: once for each of
     `caches`, and once for each of `schemes`, whose weights are quantized in memory.
+
+    `batch_size` is how many lines pass at a time; None is one, and on a GPU as many neighbours of
+    the same length as fill it.
 
     `vllm_python` is an interpreter with vLLM: source and checkpoint run there as well.
 
@@ -188,10 +191,12 @@ class _Bench:
             for draft, run in self._engines
         )
 
-    def run(self, text: Text, batch_size: int, begin: Begin) -> dict[str, Outcome]:
+    def run(self, text: Text, batch_size: int | None, begin: Begin) -> dict[str, Outcome]:
         tracks = [Track(model, variants) for model, variants in self._tracks]
         layout = read_layout(self.base)
         own = {f"{name}.weight": (name,) for name in layout.linears}
+        if batch_size is None and self.reader.device.type == "cpu":
+            batch_size = 1
         consumed = {**own, **layout.consumed}
         comparison = Comparison(tracks, text, consumed, batch_size, self.reader.release)
         return comparison.run(begin("evaluate", len(tracks[0].model.layer_names), "layers"))

@@ -74,7 +74,7 @@ class Scores:
         self.kl.append(divergence(p_NV, q_NV))
         self.kl_reverse.append(divergence(q_NV, p_NV))
         self.loss.append(-q_NV.gather(1, target_N[:, None])[:, 0])
-        self.agree.append((p_NV.argmax(-1) == q_NV.argmax(-1)))
+        self.agree.append(p_NV.argmax(-1) == q_NV.argmax(-1))
         self.best.append(q_NV.argmax(-1))
         self.places += [(each.line, each.at) for each in positions]
 

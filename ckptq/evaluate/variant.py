@@ -40,7 +40,7 @@ class Track:
         self.variants = tuple(variants)
         self.stream = Stream([], [], [])
 
-    def embed(self, text: Text, batch_size: int) -> None:
+    def embed(self, text: Text, batch_size: int | None) -> None:
         """Start every variant on its own copy of the text, variant after variant."""
         runs = [
             Run(batch.input_ids_BS, batch.mask_BS, batch.lengths, variant, lines)

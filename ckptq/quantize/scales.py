@@ -26,7 +26,7 @@ FLOATS = {
 
 def symmetric(amax: Tensor, half_range: float) -> Tensor:
     """amax / half_range; where that is zero (all-zero tile, underflow), the dtype's eps."""
-    return _positive(amax / amax.new_tensor(half_range))
+    return _positive(amax / amax.new_full((), half_range))
 
 
 def asymmetric(low: Tensor, high: Tensor, num_bits: int) -> tuple[Tensor, Tensor]:
@@ -36,7 +36,7 @@ def asymmetric(low: Tensor, high: Tensor, num_bits: int) -> tuple[Tensor, Tensor
     that is a cast of NaN, which happens to give 0 on x86). Where high - low overflows the dtype,
     each is divided first; llm-compressor's scale is Inf there.
     """
-    least, steps = -(2 ** (num_bits - 1)), high.new_tensor(2**num_bits - 1)
+    least, steps = -(2 ** (num_bits - 1)), high.new_full((), 2**num_bits - 1)
     extent = high - low
     scale = torch.where(extent.isinf(), high / steps - low / steps, extent / steps)
     zero_point = (least - low / scale).nan_to_num(nan=0.0).clamp(least, -least - 1)
@@ -79,7 +79,7 @@ def nvfp4_global(amax: Tensor) -> Tensor:
 
 def nvfp4(amax: Tensor, global_scale: Tensor) -> Tensor:
     """E4M3 scale of a group: global_scale * amax / 6, and 0.125 where that rounds to zero."""
-    scale = global_scale * (amax / amax.new_tensor(E2M1_MAX))
+    scale = global_scale * (amax / amax.new_full((), E2M1_MAX))
     stored = scale.clamp(max=E4M3_MAX).to(torch.float8_e4m3fn)
     return torch.where(stored.float() == 0, 0.125, stored.float()).to(torch.float8_e4m3fn)
 

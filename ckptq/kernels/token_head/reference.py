@@ -14,6 +14,7 @@ Leading dimensions are any (tokens, heads, ...), written as dots.
 """
 
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -54,6 +55,12 @@ def signs(head_dim: int) -> Tensor:
     return torch.tensor([1.0 - 2.0 * (_hash(i) & 1) for i in range(head_dim)])
 
 
+@lru_cache(maxsize=16)
+def _signs_on(head_dim: int, device: torch.device) -> Tensor:
+    """Made once for a device: copying from the host makes it wait."""
+    return signs(head_dim).to(device)
+
+
 def _hash(i: int) -> int:
     h = i * 0x9E3779B1 & 0xFFFFFFFF
     h = (h ^ h >> 15) * 0x85EBCA77 & 0xFFFFFFFF
@@ -69,6 +76,7 @@ def _butterflies(x: Tensor, block: int) -> Tensor:
     return x
 
 
+@lru_cache(maxsize=16)
 def _weights(head_dim: int, rotation: Rotation, device: torch.device) -> Tensor:
     norm = torch.full((head_dim,), rotation_block(head_dim) ** -0.5)
     return (signs(head_dim) * norm if rotation is Rotation.SIGNED else norm).to(device)
@@ -111,7 +119,7 @@ def rotate_exactly(lifted: Tensor, rotation: Rotation) -> Tensor:
     """
     grid = lifted.half().float()
     if rotation is Rotation.SIGNED:
-        grid = grid * signs(grid.shape[-1]).to(grid.device)
+        grid = grid * _signs_on(grid.shape[-1], grid.device)
     # adding zero turns -0.0 into 0.0, as a matrix product does
     return _butterflies(grid, rotation_block(grid.shape[-1])) + 0.0
 
@@ -166,7 +174,7 @@ def _divide(x: Tensor, divisor: float) -> Tensor:
 
 def _times(x: Tensor, factor: float) -> Tensor:
     """x times the fp32 number nearest to `factor`."""
-    return x * torch.tensor(factor, device=x.device)
+    return x * torch.full((), factor, device=x.device)
 
 
 def _e4m3(x: Tensor) -> Tensor:
@@ -220,6 +228,12 @@ def _nearest_half(x: Tensor) -> Tensor:
     return (x / ulp).round() * ulp
 
 
+@lru_cache(maxsize=16)
+def _levels(device: torch.device) -> Tensor:
+    near, far = CENTROIDS
+    return torch.tensor([-far, -near, near, far], device=device)
+
+
 def dequantize_rotated(packed: Packed, fmt: KVFormat) -> Tensor:
     """fp32 [..., D], still rotated: what attention multiplies with a rotated query."""
     if fmt == INT8:
@@ -227,9 +241,7 @@ def dequantize_rotated(packed: Packed, fmt: KVFormat) -> Tensor:
     elif fmt == FP8:
         value = packed.code.view(torch.float8_e4m3fn).float()
     elif fmt == INT2:
-        near, far = CENTROIDS
-        levels = torch.tensor([-far, -near, near, far], device=packed.code.device)
-        value = levels[unpack(packed.code, 4)]
+        value = _levels(packed.code.device)[unpack(packed.code, 4)]
     else:
         assert packed.zero is not None
         value = (unpack(packed.code, 2) - packed.zero.long()[..., None]).float()

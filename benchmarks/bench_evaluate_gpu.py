@@ -1,0 +1,209 @@
+"""`ckptq evaluate` on a GPU beside a plain transformers forward, in the shape of a real model.
+
+    python benchmarks/bench_evaluate_gpu.py [--layers 32] [--samples 32] [--work DIR] [--out FILE]
+
+A random checkpoint is written first and read once, so that it lies in the page cache. Then, each in
+a process of its own and on the same random tokens: the plain forward with the model resident (in
+the same batches, without the output head, after a pass that warms up), and `evaluate` with two
+schemes and three caches, twice: the first compiles kernels. A row's seconds are those in which the
+device ran its batches through the layers, rounding included; reading, quantizing and the output
+head are in the whole. With fewer `--layers` the whole says nothing of the full model: the table
+names them. Needs a CUDA device.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+import tempfile
+import time
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from make_synthetic import SHAPES, make
+from measure import machine, warm
+
+SCHEMES = ("fp8-dynamic", "w4a16")
+CACHES = ("fp8-per-head", "int8-per-token-head", "int4-per-token-head")
+VOCABULARY = 128256
+LINE = 511
+
+
+def lines(samples: int) -> list[list[int]]:
+    import torch
+
+    generator = torch.Generator().manual_seed(1)
+    return torch.randint(1, VOCABULARY, (samples, LINE), generator=generator).tolist()
+
+
+def plain(model: Path, samples: int) -> dict[str, Any]:
+    """Seconds of the layers, the model resident."""
+    import torch
+    import transformers
+
+    from ckptq.evaluate.text import TOKENS_AT_ONCE
+
+    loaded = transformers.LlamaForCausalLM.from_pretrained(
+        model, dtype=torch.bfloat16, attn_implementation="sdpa", device_map="cuda"
+    ).eval()
+    batches = torch.tensor(lines(samples), device="cuda").split(TOKENS_AT_ONCE // LINE)
+    with torch.no_grad():
+        for batch in batches:
+            loaded.model(input_ids=batch, use_cache=False)
+        torch.cuda.synchronize()
+        began = time.perf_counter()
+        for batch in batches:
+            loaded.model(input_ids=batch, use_cache=False)
+        torch.cuda.synchronize()
+    return {
+        "seconds": time.perf_counter() - began,
+        "peak_bytes": torch.cuda.max_memory_allocated(),
+        "device": torch.cuda.get_device_name(),
+        "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
+    }
+
+
+def evaluated(model: Path, samples: int) -> dict[str, Any]:
+    """Seconds of `evaluate`, of every row, and of loading."""
+    import torch
+
+    from ckptq.checkpoint.open import open_checkpoint
+    from ckptq.evaluate.run import evaluate
+    from ckptq.evaluate.text import Line, Text
+    from ckptq.forward.loader import Loader
+    from ckptq.recipes.load import load_scheme
+
+    text = Text(tuple(Line(tuple(ids)) for ids in lines(samples)), "random tokens")
+    loading: list[float] = []
+    Loader.load = _timed(Loader.load, loading)  # type: ignore[method-assign]
+    with rows_timed() as events:
+        found = evaluate(
+            open_checkpoint(model),
+            text,
+            caches=CACHES,
+            schemes=[load_scheme(name) for name in SCHEMES],
+            device="cuda",
+        )
+    torch.cuda.synchronize()
+    rows = {
+        name: sum(start.elapsed_time(end) for start, end in pairs) / 1000
+        for name, pairs in events.items()
+    }
+    return {
+        "seconds": found.seconds,
+        "loading": sum(loading),
+        "rows": rows,
+        "peak_bytes": torch.cuda.max_memory_allocated(),
+        "kl": {f"{row.weights} / {row.kv_cache}": row.measures.kl for row in found.rows},
+        "zero": found.zero.measures.kl,
+    }
+
+
+@contextmanager
+def rows_timed() -> Iterator[dict[str, list[tuple[Any, Any]]]]:
+    """CUDA events around every batch of every row in every layer, by row."""
+    import torch
+
+    from ckptq.evaluate.compare import Comparison
+
+    events: dict[str, list[tuple[Any, Any]]] = defaultdict(list)
+    watch_of = Comparison._watch
+
+    def timed(self: Any, track: Any, index: int) -> Any:
+        watch = watch_of(self, track, index)
+
+        @contextmanager
+        def both(layer: Any, run: Any) -> Iterator[None]:
+            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            start.record()
+            with watch(layer, run):
+                yield
+            end.record()
+            events[run.variant.name].append((start, end))
+
+        return both
+
+    Comparison._watch = timed  # type: ignore[method-assign]
+    try:
+        yield events
+    finally:
+        Comparison._watch = watch_of  # type: ignore[method-assign]
+
+
+def _timed(function: Callable[..., Any], seconds: list[float]) -> Callable[..., Any]:
+    def timed(*args: Any, **kwargs: Any) -> Any:
+        began = time.perf_counter()
+        result = function(*args, **kwargs)
+        seconds.append(time.perf_counter() - began)
+        return result
+
+    return timed
+
+
+def in_a_process(what: str, model: Path, samples: int) -> dict[str, Any]:
+    """What a child measured, and the seconds of its whole process."""
+    began = time.perf_counter()
+    command = [sys.executable, __file__, "--child", what, "--work", str(model)]
+    done = subprocess.run(
+        [*command, "--samples", str(samples)], stdout=subprocess.PIPE, text=True, check=True
+    )
+    return json.loads(done.stdout.splitlines()[-1]) | {"process": time.perf_counter() - began}
+
+
+def table(layers: int, samples: int, found: dict[str, dict[str, Any]]) -> Iterator[str]:
+    tokens, base = samples * LINE, found["plain"]
+    speed = tokens / base["seconds"]
+    yield f"Llama-8B shape, {layers} layers, {tokens} tokens; {base['device']}, {machine()}"
+    yield f"plain forward: {base['seconds']:.2f} s, {speed:,.0f} tokens/s, {_gib(base)} GiB"
+    for name in ("first", "second"):
+        run = found[name]
+        yield (
+            f"evaluate, {name} run: {run['seconds']:.1f} s ({run['process']:.1f} s with start-up), "
+            f"of which loading {run['loading']:.1f} s and rows {sum(run['rows'].values()):.1f} s; "
+            f"{_gib(run)} GiB"
+        )
+    yield "| row | seconds | tokens/s | of the plain forward |"
+    yield "|---|---:|---:|---:|"
+    for row, seconds in found["second"]["rows"].items():
+        share = base["seconds"] / seconds
+        yield f"| {row} | {seconds:.2f} | {tokens / seconds:,.0f} | {share:.2f} |"
+
+
+def _gib(run: dict[str, Any]) -> str:
+    return f"{run['peak_bytes'] / 2**30:.1f}"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--layers", type=int, default=32)
+    parser.add_argument("--samples", type=int, default=32, help=f"lines of {LINE} tokens")
+    parser.add_argument("--work", type=Path, help="where the checkpoint is written, and stays")
+    parser.add_argument("--out", type=Path, help="write everything there as JSON")
+    parser.add_argument("--child", choices=("plain", "evaluate"), help=argparse.SUPPRESS)
+    given = parser.parse_args()
+    if given.child is not None:
+        run = {"plain": plain, "evaluate": evaluated}[given.child]
+        print(json.dumps(run(given.work, given.samples)))
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        model = (given.work or Path(folder)) / f"llama-8b-{given.layers}"
+        if not model.exists():
+            make(model, replace(SHAPES["llama-8b"], layers=given.layers, vocab=VOCABULARY))
+        warm(model)
+        runs = {"plain": "plain", "first": "evaluate", "second": "evaluate"}
+        found = {name: in_a_process(what, model, given.samples) for name, what in runs.items()}
+    for line in table(given.layers, given.samples, found):
+        print(line)
+    if given.out is not None:
+        held = {"layers": given.layers, "tokens": given.samples * LINE, "machine": machine()}
+        given.out.write_text(json.dumps(held | found, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,118 @@
+"""Evaluation on a GPU: the CPU's weights to the bit, its figures up to rounding."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+import pytest
+import torch
+from evaluate_models import rows_of
+
+from ckptq.evaluate.kv_cache import MODES
+from ckptq.evaluate.run import evaluate
+from ckptq.evaluate.schemes import SchemeWeights
+from ckptq.evaluate.text import Line, Text
+from ckptq.forward import reader
+from ckptq.forward.decoded import DecodedWeights
+from ckptq.forward.reader import Reader
+from ckptq.plan.make import make_plan
+from ckptq.recipes.load import built_in, load_scheme
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+]
+
+ROWS = rows_of((24, 24, 13, 7))
+TEXT = Text(tuple(Line(tuple(row)) for row in ROWS), "test")
+SCHEMES = [name for name in built_in() if "kv-" not in name]
+FAMILIES = ["llama", "llama4", "mixtral"]
+KL_SHARE, KL_STEP, PERPLEXITY_SHARE = 0.25, 5e-3, 0.03
+"""The bounds: bf16 sums in another order, which a random model blows up from layer to layer."""
+
+
+def different(found, wanted) -> list[str]:
+    assert found.keys() == wanted.keys()
+    assert {tensor.device.type for tensor in found.values()} == {"cuda"}
+    return [
+        name
+        for name, tensor in found.items()
+        if tensor.dtype != wanted[name].dtype or not torch.equal(tensor.cpu(), wanted[name])
+    ]
+
+
+def whole(weights):
+    return weights.load(weights.names())
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_weights_of_a_scheme_are_the_cpu_s_to_the_bit(saved, family, scheme):
+    source = saved(family)
+    plan = make_plan(source, load_scheme(scheme))
+    here, there = SchemeWeights(source, plan), SchemeWeights(source, plan, Reader("cuda"))
+    assert different(whole(there), whole(here)) == []
+    assert there.snr_db == pytest.approx(here.snr_db, abs=1e-5)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_a_checkpoint_is_decoded_to_the_same_bits(saved, family, scheme):
+    source, ckpt = saved(family), saved(family, scheme)
+    here, there = DecodedWeights(ckpt, source), DecodedWeights(ckpt, source, Reader("cuda"))
+    assert different(whole(there), whole(here)) == []
+
+
+def close(found, wanted) -> bool:
+    kl, perplexity = found.measures.kl, found.measures.perplexity
+    return kl == pytest.approx(
+        wanted.measures.kl, rel=KL_SHARE, abs=KL_STEP
+    ) and perplexity == pytest.approx(wanted.measures.perplexity, rel=PERPLEXITY_SHARE)
+
+
+@pytest.mark.parametrize("batch_size", [None, 3])
+def test_scores_of_schemes_and_caches_are_the_cpu_s(saved, batch_size):
+    """And the control's are not: the bounds tell one model from another."""
+    source = saved("llama")
+    asked = {"caches": [mode for mode in MODES if mode != "fp8-scale-1"], "batch_size": batch_size}
+    asked["schemes"] = [load_scheme(scheme) for scheme in SCHEMES]
+    here, there = (evaluate(source, TEXT, device=d, **asked) for d in ("cpu", "cuda"))
+    assert there.zero.measures.kl == 0.0
+    far = {
+        f"{row.weights} / {row.kv_cache}": (row.measures, wanted.measures)
+        for row, wanted in zip(there.rows, here.rows, strict=True)
+        if not close(row, wanted)
+    }
+    assert far == {}
+    assert close(there.source, here.source)
+    assert not any(close(there.control, row) for row in here.rows if row.measures.kl < 0.1)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_scores_of_a_checkpoint_are_the_cpu_s(saved, family):
+    source, ckpt = saved(family), saved(family, "fp8-dynamic")
+    here, there = (evaluate(ckpt, TEXT, source=source, device=d) for d in ("cpu", "cuda"))
+    assert close(there.rows[0], here.rows[0]), (there.rows[0].measures, here.rows[0].measures)
+
+
+def test_two_runs_give_the_same_numbers(saved):
+    asked = {"schemes": [load_scheme("fp8-dynamic")], "caches": ["int4-per-token-head"]}
+    first, second = (evaluate(saved("llama"), TEXT, device="cuda", **asked) for _ in range(2))
+    assert [row.outcome for row in first.rows] == [row.outcome for row in second.rows]
+    assert first.rows[0].outcome != first.rows[1].outcome
+
+
+def test_every_tensor_is_read_once_for_all_rows(saved, monkeypatch):
+    counts: Counter[str] = Counter()
+    bring = reader._Ahead._bring
+
+    def counted(self, stored):
+        counts[stored.name] += 1
+        return bring(self, stored)
+
+    monkeypatch.setattr(reader._Ahead, "_bring", counted)
+    source = saved("llama")
+    schemes = [load_scheme(scheme) for scheme in ("fp8-static", "w4a16")]
+    evaluate(source, TEXT, schemes=schemes, caches=["fp8-per-head"], device="cuda")
+    layers = [name for name in source.tensors if ".layers." in name]
+    assert {name: counts[name] for name in layers} == dict.fromkeys(layers, 1)
