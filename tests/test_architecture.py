@@ -38,11 +38,8 @@ ROOMS = {
 """House -> the rooms in it, from the bottom up."""
 
 WAITING = {
-    "the validation forward: dequantized weights": (
-        *("quantize.dequantize_codes:dequantize", "int4.quantize_int4:dequantize_int4"),
-        *("quantize.quantize_tensor:scales_of_maxima", "quantize.quantize_tensor:scale_columns"),
-    ),
     "the validation forward: fused experts": (
+        *("quantize.quantize_tensor:scales_of_maxima", "quantize.quantize_tensor:scale_columns"),
         *("quantize.quantize_experts:quantize_experts",),
         *("quantize.quantize_expert_blocks:quantize_expert_blocks",),
         *("int4.quantize_int4_experts:quantize_int4_experts",),
