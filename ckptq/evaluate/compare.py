@@ -17,12 +17,13 @@ from typing import TYPE_CHECKING
 from ckptq.errors import SourceError
 from ckptq.evaluate.inputs import InputMaxima, InputScheme, remembering, rules_of
 from ckptq.evaluate.kv_cache import PLAIN, Maxima, See, through_cache
+from ckptq.evaluate.pieces import cut, pieces_of
 from ckptq.evaluate.products import Change, experts_one_by_one, inputs_changed
-from ckptq.evaluate.scores import Measures, Position, Scores
+from ckptq.evaluate.scores import Measures, Scores
 from ckptq.evaluate.spoil import spoiled, spoiled_layer
 from ckptq.evaluate.text import Text
 from ckptq.evaluate.variant import Run, Track, Variant
-from ckptq.forward.layerwise import LayerwiseModel, Stream
+from ckptq.forward.layerwise import LayerwiseModel
 from ckptq.forward.linear_inputs import real_positions
 from ckptq.forward.tap import Tap, tapped
 from ckptq.progress import Report
@@ -30,12 +31,6 @@ from ckptq.text.samples import Batch
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
-
-CHUNK_ELEMENTS = 1 << 24
-"""Logits in one chunk: 128 MB in float64."""
-CHUNKS_ON_GPU = 4
-"""So many of these at once: a GPU is faster at large ones, and calls cost it more."""
-
 
 Rules = Mapping[str, tuple["Tensor", InputScheme]]
 """Parameter -> its weight, and how the input of it is rounded."""
@@ -184,8 +179,8 @@ class Comparison:
     def _scores(self) -> dict[str, Scores]:
         """Score logits in chunks: the source's first, then each variant's."""
         first = self.tracks[0]
-        pieces = list(_pieces(first, self.text, _chunk(first.model)))
-        heads = [track.model.head(_cut(track, pieces)) for track in self.tracks]
+        pieces = list(pieces_of(first))
+        heads = [track.model.head(cut(track, pieces)) for track in self.tracks]
         scores = {v.name: Scores() for track in self.tracks for v in track.variants}
         for piece in pieces:
             reference_NV = None
@@ -199,34 +194,20 @@ class Comparison:
         return scores
 
 
-@dataclass(frozen=True, slots=True)
-class Piece:
-    """Some positions of one batch."""
-
-    batch: int
-    start: int
-    stop: int
-    positions: list[Position]
-
-    def logits(self, logits_BSV: Tensor) -> Tensor:
-        """Of the positions that count, [N, V]."""
-        rows = [position.row for position in self.positions]
-        return logits_BSV[rows, [position.at - self.start for position in self.positions]]
-
-
 def relative_error(
     reference: Sequence[Tensor], hidden: Sequence[Tensor], batches: Sequence[Batch]
 ) -> Tensor:
     """Mean over real tokens of |h - reference| / |reference|, hidden states [..., B, S, E]."""
     import torch
 
-    total, tokens = torch.zeros((), dtype=torch.float64), 0
+    total: Tensor | float = 0.0
+    tokens = 0
     for one, other, batch in zip(reference, hidden, batches, strict=True):
         want = _real(one, batch.lengths).double()
         got = _real(other.to(one.device), batch.lengths).double()
         share = (got - want).norm(dim=-1) / want.norm(dim=-1).clamp_min(1e-300)
-        total, tokens = total.to(one.device) + share.sum(), tokens + share.numel()
-    return total / tokens
+        total, tokens = total + share.sum(), tokens + share.numel()
+    return torch.as_tensor(total) / tokens
 
 
 def _real(hidden_BSE: Tensor, lengths: Sequence[int]) -> Tensor:
@@ -240,51 +221,6 @@ def _numbers(errors: Sequence[Tensor]) -> tuple[float, ...]:
     import torch
 
     return tuple(torch.stack(list(errors)).tolist())
-
-
-def _pieces(track: Track, text: Text, chunk: int) -> Iterator[Piece]:
-    """The batches of one variant, cut along their positions."""
-    count = len(track.stream.batches) // len(track.variants)
-    first_line = 0
-    for number, run in enumerate(track.stream.batches[:count]):
-        assert isinstance(run, Run)
-        positions = list(_positions(run, first_line))
-        first_line += len(run.lines)
-        step = max(1, chunk // len(run.lines))
-        for start in range(0, max(run.lengths), step):
-            inside = [p for p in positions if start <= p.at < start + step]
-            if inside:
-                yield Piece(number, start, start + step, inside)
-
-
-def _positions(run: Run, first_line: int) -> Iterator[Position]:
-    for row, line in enumerate(run.lines):
-        for at, target in enumerate(line.token_ids[1:]):
-            scored = line.scored is not None and at + 1 >= line.scored
-            asked = line.answer is not None and at + 1 >= line.answer
-            if scored or asked:
-                yield Position(first_line + row, row, at, target, scored, asked)
-
-
-def _cut(track: Track, pieces: Sequence[Piece]) -> Stream:
-    """The pieces of every variant, as batches of their own: heads work position by position."""
-    count = len(track.stream.batches) // len(track.variants)
-    batches, hidden = [], []
-    for piece in pieces:
-        for number in range(len(track.variants)):
-            at, span = number * count + piece.batch, slice(piece.start, piece.stop)
-            batch = track.stream.batches[at]
-            ids_BN, mask_BN = batch.input_ids_BS[:, span], batch.mask_BS[:, span]
-            batches.append(Batch(ids_BN, mask_BN, (ids_BN.shape[1],) * len(ids_BN)))
-            hidden.append(track.stream.hidden_BSE[at][..., span, :])
-    return Stream(batches, hidden, [])
-
-
-def _chunk(model: LayerwiseModel) -> int:
-    """Positions whose logits are computed at once."""
-    vocabulary = model.skeleton.model.config.get_text_config(decoder=True).vocab_size
-    elements = CHUNK_ELEMENTS * (CHUNKS_ON_GPU if model.device.type == "cuda" else 1)
-    return max(1, elements // int(vocabulary))
 
 
 def _check_vocabulary(model: LayerwiseModel, text: Text) -> None:

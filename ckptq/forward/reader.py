@@ -7,7 +7,7 @@ computes.
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -79,9 +79,9 @@ def _key(stored: StoredTensor) -> Key:
 
 @dataclass(frozen=True)
 class _Arriving:
-    """A tensor on the device, complete once `event` has happened there."""
+    """Tensors on the device, complete once `event` has happened there."""
 
-    tensor: Tensor
+    tensors: dict[Key, Tensor]
     event: torch.cuda.Event
 
 
@@ -98,10 +98,10 @@ class _Ahead:
         self._under_way: dict[Key, Future[_Arriving]] = {}
 
     def begin(self, wanted: Collection[StoredTensor]) -> None:
-        for stored in wanted:
-            key = _key(stored)
-            if key not in self._under_way:
-                self._under_way[key] = self._thread.submit(self._bring, stored)
+        fresh = [each for each in wanted if _key(each) not in self._under_way]
+        for group in groups(fresh):
+            task = self._thread.submit(self._bring, group)
+            self._under_way |= {_key(each): task for each in group}
 
     def take(self, stored: StoredTensor) -> Tensor:
         """The tensor, for the current stream: begun before, or now."""
@@ -109,10 +109,11 @@ class _Ahead:
 
         self.begin([stored])
         arriving = self._under_way.pop(_key(stored)).result()
+        tensor = arriving.tensors.pop(_key(stored))
         current = torch.cuda.current_stream(self._device)
         current.wait_event(arriving.event)
-        arriving.tensor.record_stream(current)
-        return arriving.tensor
+        tensor.record_stream(current)
+        return tensor
 
     def room_for(self, nbytes: int) -> bool:
         import torch
@@ -123,28 +124,46 @@ class _Ahead:
         )
         return nbytes < SHARE_OF_FREE * (free + unused)
 
-    def _bring(self, stored: StoredTensor) -> _Arriving:
+    def _bring(self, group: Collection[StoredTensor]) -> _Arriving:
         import torch
 
         with torch.cuda.device(self._device), torch.cuda.stream(self._stream):
-            tensor = self._read(stored).to(self._device, non_blocking=True)
+            read = self._read(group)
+            moved = {key: t.to(self._device, non_blocking=True) for key, t in read.items()}
             event = torch.cuda.Event()
             event.record(self._stream)
-        return _Arriving(tensor, event)
+        return _Arriving(moved, event)
 
-    def _read(self, stored: StoredTensor) -> Tensor:
+    def _read(self, group: Collection[StoredTensor]) -> dict[Key, Tensor]:
         """In pinned memory, from which a GPU copies directly."""
-        import torch
-
-        shape, dtype = stored.spec.shape, torch_dtype(stored.spec.dtype)
-        tensor = torch.empty(shape, dtype=dtype, pin_memory=True)
         with Files() as files:
+            made = {_key(each): _pinned(each) for each in group}
             tasks = [
                 self._readers.submit(
-                    read_into, files, stored, start, bytes_of(tensor)[start:][:READ_BYTES]
+                    *(read_into, files, each, start),
+                    bytes_of(made[_key(each)])[start:][:READ_BYTES],
                 )
-                for start in range(0, stored.nbytes, READ_BYTES)
+                for each in group
+                for start in range(0, each.nbytes, READ_BYTES)
             ]
             for task in tasks:
                 task.result()
-        return tensor
+        return made
+
+
+def groups(wanted: Iterable[StoredTensor]) -> Iterator[list[StoredTensor]]:
+    """In order, as many at a time as give every thread something to read."""
+    group: list[StoredTensor] = []
+    for stored in wanted:
+        group.append(stored)
+        if sum(each.nbytes for each in group) >= READERS * READ_BYTES:
+            yield group
+            group = []
+    if group:
+        yield group
+
+
+def _pinned(stored: StoredTensor) -> Tensor:
+    import torch
+
+    return torch.empty(stored.spec.shape, dtype=torch_dtype(stored.spec.dtype), pin_memory=True)

@@ -37,7 +37,8 @@ def quantize(w_RC: Tensor, scheme: WeightScheme, statistic: Tensor | None = None
         return made | formats.quantize(w_RC, scheme, statistic)
     if not w_RC.isfinite().all():
         raise NonFinite("NaN or Inf")
-    return made | kernel(w_RC.contiguous(), scheme, statistic)
+    with torch.cuda.device_of(w_RC):  # triton launches on the current device
+        return made | kernel(w_RC.contiguous(), scheme, statistic)
 
 
 def dequantize(
@@ -47,7 +48,8 @@ def dequantize(
     kernel = inverse_of(scheme) if on_gpu(tensors["weight_scale"]) else None
     if kernel is None or tensors["weight_scale"].dtype not in KERNEL_SCALES:
         return formats.dequantize(tensors, scheme, shape, dtype)
-    return kernel(tensors, scheme, shape).to(dtype)
+    with torch.cuda.device_of(tensors["weight_scale"]):
+        return kernel(tensors, scheme, shape).to(dtype)
 
 
 def kernel_of(scheme: WeightScheme) -> Kernel | None:

@@ -3,7 +3,7 @@ import torch
 from evaluate_models import LAYERS, kl_by_torch, plain_logits, plain_model, rows_of
 
 from ckptq.errors import SourceError, UsageError
-from ckptq.evaluate import compare
+from ckptq.evaluate import compare, pieces
 from ckptq.evaluate.run import evaluate
 from ckptq.evaluate.spoil import spoiled
 from ckptq.evaluate.text import Line, Text
@@ -80,13 +80,35 @@ def test_batches_and_padding_change_only_the_rounding(saved, batch_size):
     assert many.zero.measures.kl == 0.0
 
 
+def test_without_a_size_neighbours_of_one_length_go_together(monkeypatch):
+    lines = tuple(Line(tuple(row)) for row in rows_of((5, 5, 3, 5, 5, 5)))
+    text = Text(lines, "test")
+
+    def grouped(size):
+        return [batch.lengths for batch, _ in text.batches(size)]
+
+    assert grouped(None) == [(5, 5), (3,), (5, 5, 5)]
+    monkeypatch.setattr("ckptq.evaluate.text.TOKENS_AT_ONCE", 14)
+    assert grouped(None) == [(5, 5), (3,), (5, 5), (5,)]
+    assert grouped(4) == [(5, 5, 3, 5), (5, 5)]
+    assert [line for _, chunk in text.batches(None) for line in chunk] == list(lines)
+
+
+def test_on_a_cpu_one_line_runs_at_a_time(saved):
+    source, ckpt = saved("llama"), saved("llama", "w4a16")
+    text = Text(tuple(Line(tuple(row)) for row in rows_of((9, 9, 9))), "test")
+    one, default = (evaluate(ckpt, text, source=source, batch_size=b) for b in (1, None))
+    three = evaluate(ckpt, text, source=source, batch_size=3)
+    assert default.rows[0].outcome == one.rows[0].outcome != three.rows[0].outcome
+
+
 def test_the_head_in_chunks_is_the_head(saved, monkeypatch):
     source, ckpt = saved("llama"), saved("llama", "w4a16")
     whole = evaluate(ckpt, TEXT, source=source, batch_size=2)
-    monkeypatch.setattr(compare, "CHUNK_ELEMENTS", 5 * 64 * 2)
+    monkeypatch.setattr(pieces, "CHUNK_ELEMENTS", 5 * 64 * 2)
     calls = []
-    cut = compare._cut
-    monkeypatch.setattr(compare, "_cut", lambda t, p: calls.append(len(p)) or cut(t, p))
+    cut = compare.cut
+    monkeypatch.setattr(compare, "cut", lambda t, p: calls.append(len(p)) or cut(t, p))
     chunked = evaluate(ckpt, TEXT, source=source, batch_size=2)
     assert calls[0] == 5 + 3  # 23 positions of two rows by 5, 30 of one row by 10
     assert chunked.rows[0].measures.kl == pytest.approx(whole.rows[0].measures.kl, rel=1e-2)

@@ -106,9 +106,9 @@ def test_every_tensor_is_read_once_for_all_rows(saved, monkeypatch):
     counts: Counter[str] = Counter()
     bring = reader._Ahead._bring
 
-    def counted(self, stored):
-        counts[stored.name] += 1
-        return bring(self, stored)
+    def counted(self, group):
+        counts.update(stored.name for stored in group)
+        return bring(self, group)
 
     monkeypatch.setattr(reader._Ahead, "_bring", counted)
     source = saved("llama")

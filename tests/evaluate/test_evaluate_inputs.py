@@ -9,7 +9,7 @@ from test_evaluate_compare import ROWS, TEXT, with_weights
 
 from ckptq.checkpoint.open import open_checkpoint
 from ckptq.errors import PlanError, SourceError
-from ckptq.evaluate.inputs import InputScheme, declared_inputs, input_scheme
+from ckptq.evaluate.inputs import InputScheme, declared_inputs, input_scheme, remembering
 from ckptq.evaluate.products import inputs_changed
 from ckptq.evaluate.run import evaluate
 from ckptq.evaluate.text import Line, Text
@@ -84,6 +84,19 @@ def test_a_static_scale_saturates():
     found = InputScheme("float", scale=0.5).round(x_TC())
     assert found.abs().max() == 224
     assert torch.equal(found[0], ((x_TC()[0] / 0.5).to(torch.float8_e4m3fn).float() / 2).bfloat16())
+
+
+def test_one_input_of_several_weights_is_rounded_once():
+    rounded, x, rule = remembering(), x_TC(), InputScheme("float")
+    first = rounded(rule, x)
+    assert torch.equal(first, rule.round(x))
+    assert rounded(rule, x) is first
+    assert not torch.equal(rounded(InputScheme("int"), x), first)
+    assert rounded(rule, x.clone()) is not first
+    first = rounded(rule, x)
+    x.mul_(3)  # the same tensor with other numbers
+    assert torch.equal(rounded(rule, x), rule.round(x))
+    assert not torch.equal(rounded(rule, x), first)
 
 
 def test_only_products_with_the_weight_or_a_part_of_it_are_changed():

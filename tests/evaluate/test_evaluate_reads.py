@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from dataclasses import replace
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from ckptq.evaluate.run import evaluate
 from ckptq.evaluate.text import Line, Text
 from ckptq.forward import reader
 from ckptq.recipes.load import load_scheme
+from ckptq.spec import TensorSpec
 
 TEXT = Text(tuple(Line(tuple(row)) for row in rows_of((12, 9))), "test")
 SCHEMES = ("fp8-static", "nvfp4a16", "w4a16")
@@ -101,3 +103,11 @@ def test_a_reader_gives_a_tensor_away_unless_it_keeps_it(saved):
     shared.release()
     assert shared.take(stored) is not first
     assert torch.equal(shared.take(stored), first)
+
+
+def test_small_tensors_are_read_together_and_large_ones_alone(saved):
+    small = list(saved("llama").tensors.values())
+    assert list(reader.groups(small)) == [small]
+    large = [replace(each, spec=TensorSpec("BF16", (1 << 13, 1 << 12))) for each in small[:3]]
+    assert list(reader.groups([*small, *large])) == [[*small, large[0]], [large[1]], [large[2]]]
+    assert list(reader.groups([])) == []
