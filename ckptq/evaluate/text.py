@@ -20,6 +20,8 @@ MAX_QUESTIONS = 100_000
 
 TOKENS_AT_ONCE = 8192
 """In a forward pass on a GPU: with fewer it waits for the host between two operations."""
+LINES_AT_ONCE = 256
+"""However short: the logits of one position of each are in memory together."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,7 +64,7 @@ class Text:
 
     def _alike(self) -> Iterator[tuple[Line, ...]]:
         for length, lines in groupby(self.lines, key=lambda line: len(line.token_ids)):
-            yield from self._chunks(lines, max(1, TOKENS_AT_ONCE // length))
+            yield from self._chunks(lines, max(1, min(LINES_AT_ONCE, TOKENS_AT_ONCE // length)))
 
     def _chunks(self, lines: Iterable[Line], size: int) -> Iterator[tuple[Line, ...]]:
         if size < 1:

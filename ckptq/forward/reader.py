@@ -139,12 +139,9 @@ class _Ahead:
         with Files() as files:
             made = {_key(each): _pinned(each) for each in group}
             tasks = [
-                self._readers.submit(
-                    *(read_into, files, each, start),
-                    bytes_of(made[_key(each)])[start:][:READ_BYTES],
-                )
+                self._readers.submit(read_into, files, each, start, part)
                 for each in group
-                for start in range(0, each.nbytes, READ_BYTES)
+                for start, part in _parts(bytes_of(made[_key(each)]))
             ]
             for task in tasks:
                 task.result()
@@ -161,6 +158,12 @@ def groups(wanted: Iterable[StoredTensor]) -> Iterator[list[StoredTensor]]:
             group = []
     if group:
         yield group
+
+
+def _parts(buffer: memoryview) -> Iterator[tuple[int, memoryview]]:
+    """Where each starts, and the memory that one thread fills."""
+    for start in range(0, len(buffer), READ_BYTES):
+        yield start, buffer[start : start + READ_BYTES]
 
 
 def _pinned(stored: StoredTensor) -> Tensor:

@@ -90,6 +90,8 @@ def test_without_a_size_neighbours_of_one_length_go_together(monkeypatch):
     assert grouped(None) == [(5, 5), (3,), (5, 5, 5)]
     monkeypatch.setattr("ckptq.evaluate.text.TOKENS_AT_ONCE", 14)
     assert grouped(None) == [(5, 5), (3,), (5, 5), (5,)]
+    monkeypatch.setattr("ckptq.evaluate.text.LINES_AT_ONCE", 1)
+    assert grouped(None) == [(5,), (5,), (3,), (5,), (5,), (5,)]
     assert grouped(4) == [(5, 5, 3, 5), (5, 5)]
     assert [line for _, chunk in text.batches(None) for line in chunk] == list(lines)
 
