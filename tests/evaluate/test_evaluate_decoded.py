@@ -8,6 +8,7 @@ from tiny.tensors import tensors_in
 
 from ckptq.checkpoint.open import open_checkpoint
 from ckptq.errors import SourceError
+from ckptq.evaluate.noise import squares
 from ckptq.evaluate.schemes import SchemeWeights
 from ckptq.forward.decoded import DecodedWeights
 from ckptq.forward.source import CheckpointWeights
@@ -96,6 +97,20 @@ def test_the_noise_of_a_scheme_is_that_of_its_weights(saved):
     signal = sum(plain[name].double().square().sum() for name in changed)
     noise = sum((plain[name].double() - found[name].double()).square().sum() for name in changed)
     assert tried.snr_db == pytest.approx(10 * torch.log10(signal / noise).item(), abs=1e-9)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+def test_noise_from_float32_terms_is_that_of_float64(dtype):
+    """What a GPU does; terms in bf16 would be seen."""
+    w = torch.randn(300, 400, generator=torch.Generator().manual_seed(2)).to(dtype)
+    back = (w.float() * 16).round().div(16).to(dtype)
+
+    def db(wide):
+        signal, noise = squares(w, back, wide)
+        return 10 * torch.log10(signal / noise).item()
+
+    assert db(torch.float32) == pytest.approx(db(torch.float64), abs=3e-6)
+    assert db(torch.bfloat16) != pytest.approx(db(torch.float64), abs=3e-6)
 
 
 def test_a_quantized_source_decodes_under_its_own_names(saved):
