@@ -46,8 +46,8 @@ class OnCores:
         if workers * BLOCK_ELEMENTS > CALL_ELEMENTS:
             self.elements = LARGEST_BLOCK
 
-    def statistic(self, w_RC: Tensor) -> Tensor:
-        return statistic(w_RC, self.scratch)
+    def statistic(self, w_RC: Tensor, scheme: WeightScheme) -> Tensor:
+        return statistic(w_RC, scheme, self.scratch)
 
     def quantize(self, w_RC: Tensor, scheme: WeightScheme, shared: Tensor | None) -> Made:
         return quantize(w_RC, scheme, shared, self.scratch)
@@ -110,6 +110,8 @@ def arithmetic_on(device: str | None, workers: int = 1) -> OnCores:
 
 def kernel_of(scheme: WeightScheme) -> Kernel | None:
     """The kernel that makes this format; None where there is none."""
+    if scheme.search is not None:
+        return None
     plain = scheme.symmetric and scheme.num_bits == 8 and scheme.codes == "weight"
     if plain and scheme.scale_dtype is None and scheme.strategy in BY_STRATEGY:
         return BY_STRATEGY[scheme.strategy]

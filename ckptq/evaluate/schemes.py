@@ -117,7 +117,10 @@ class SchemeWeights:
         if not needs_statistic(unit.parts[0].scheme):
             return None
         if unit.key not in self._shared:
-            found = (statistic(whole_weight(files, part.linear.weight)) for part in unit.parts)
+            found = (
+                statistic(whole_weight(files, part.linear.weight), part.scheme)
+                for part in unit.parts
+            )
             self._shared[unit.key] = reduce(merge_statistic, found)
         return self._shared[unit.key]
 

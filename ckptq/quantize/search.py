@@ -1,41 +1,25 @@
 """Ranges of tiles that make the least error: llm-compressor's MSE observers, a block at a time.
 
-The search tries `steps` ranges of every tile, each a share of its smallest and largest weight, and
-keeps the first of those with the least error sum |w - dequantized|^norm. Everything is computed in
-the dtype of the weight and in llm-compressor's order (`observers/mse_quant.py`), because which range
-wins depends on it. Its early stop, when no tile of a weight has improved for `patience` steps, is
-left out: what a tile becomes would depend on its neighbours. Where it would not have stopped, the
-ranges are the same bit for bit.
+Of the ranges of a `Search` each tile gets the first of those with the least error. Everything is
+computed in the dtype of the weight and in llm-compressor's order (`observers/mse_quant.py`),
+because the winner depends on it. Its early stop, when no tile of a weight has improved for
+`patience` steps, is left out: a tile's bytes would depend on its neighbours. Unless it would have
+stopped, ranges are equal bit for bit, and finite where expanding overflows.
 
 Shape letters: T tiles, L weights of a tile.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from functools import cache
 
 import torch
 from torch import Tensor
 
 from ckptq.quantize import scales
-from ckptq.quantize.scheme import WeightScheme
 from ckptq.quantize.scratch import Scratch, blocks
 from ckptq.quantize.tiles import BITS, NonFinite
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Search:
-    """Which ranges are tried: `expand` times a tile's own, then down by 1 / `grid` a step."""
-
-    expand: float = 1.0
-    maxshrink: float = 0.20
-    grid: float = 100.0
-    norm: float = 2.4
-
-    @property
-    def shares(self) -> tuple[float, ...]:
-        return tuple(1 - step / self.grid for step in range(int(self.maxshrink * self.grid)))
+from ckptq.quantize.weight_scheme import Search, WeightScheme
 
 
 def best_ranges(
@@ -73,11 +57,13 @@ def _rows_of_tiles(x: Tensor) -> Tensor:
 def _of_block(
     x_TL: Tensor, scheme: WeightScheme, search: Search, scratch: Scratch
 ) -> tuple[Tensor, Tensor]:
-    low, high = x_TL.amin(-1) * search.expand, x_TL.amax(-1) * search.expand
+    low, high = x_TL.amin(-1), x_TL.amax(-1)
     if not (low.isfinite() & high.isfinite()).all():
         raise NonFinite("NaN or Inf")
+    largest = torch.finfo(low.dtype).max
+    low, high = (x.mul_(search.expand).clamp_(-largest, largest) for x in (low, high))
     best_low, best_high = low.clone(), high.clone()
-    least = torch.full_like(low, torch.finfo(low.dtype).max)
+    least = torch.full_like(low, largest)
     for share in search.shares:
         lower, higher = low * share, high * share
         error = _error(x_TL, *_candidate(lower, higher, scheme), scheme, search.norm, scratch)
