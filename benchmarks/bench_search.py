@@ -69,6 +69,8 @@ def main() -> None:
     given = parser.parse_args()
     schemes = [s for name in given.schemes.split(",") for s in (name, f"{name}-search")]
     rows = evaluated(given.model, schemes, given)
+    for name, row in rows.items():
+        print(name, row["kl"], row["perplexity"], file=sys.stderr, flush=True)
     lines = [
         "| scheme | KL | perplexity | dB | seconds | peak RSS | model_free_ptq |",
         "|---|---:|---:|---:|---:|---:|---|",
