@@ -26,6 +26,7 @@ from ckptq.options import (
     Revision,
     Samples,
     Scheme,
+    Search,
     Seed,
     SeqLen,
     ShardSize,
@@ -61,6 +62,7 @@ def quantize(
     revision: Revision = None,
     ignore: Ignore = None,
     group_size: GroupSize = None,
+    search: Search = False,
     scales: Annotated[
         Path | None, typer.Option(help="Scales that `ckptq calibrate` has made.")
     ] = None,
@@ -98,12 +100,14 @@ def quantize(
     from ckptq.convert.quantize import quantize as convert
     from ckptq.recipes.group_size import with_group_size
     from ckptq.recipes.load import load_either
+    from ckptq.recipes.search import with_search
     from ckptq.show.results import show_plan, show_quantized
 
     found = load_either(scheme, recipe)
+    found = found if group_size is None else with_group_size(found, group_size)
     request = QuantizeRequest(
         model=model,
-        recipe=found if group_size is None else with_group_size(found, group_size),
+        recipe=with_search(found) if search else found,
         revision=revision,
         out=output,
         ignore=tuple(ignore or ()),

@@ -45,6 +45,12 @@ GroupSize = Annotated[
         help="Columns under one scale in integer schemes with groups: 32, 64, 128, or -1 (a row)."
     ),
 ]
+Search = Annotated[
+    bool,
+    typer.Option(
+        "--search", help="Search the range of each scale for the least error: slower, no data."
+    ),
+]
 Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
 ShardSize = Annotated[str, typer.Option(help="Size of an output shard, e.g. 5GB, 500MB.")]
 MaxRam = Annotated[str | None, typer.Option(help="Refuse to need more memory than this.")]

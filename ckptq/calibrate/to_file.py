@@ -25,7 +25,7 @@ from ckptq.errors import MachineError, UsageError
 from ckptq.plan.make import make_plan
 from ckptq.plan.unit import Plan
 from ckptq.progress import Begin, Note, silent, untold
-from ckptq.recipes.load import Recipe
+from ckptq.recipes.scheme import Recipe
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

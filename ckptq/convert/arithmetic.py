@@ -42,8 +42,8 @@ class OnCores:
         if workers * BLOCK_ELEMENTS > CALL_ELEMENTS:
             self.elements = LARGEST_BLOCK
 
-    def statistic(self, w_RC: Tensor) -> Tensor:
-        return statistic(w_RC, self.scratch)
+    def statistic(self, w_RC: Tensor, scheme: WeightScheme) -> Tensor:
+        return statistic(w_RC, scheme, self.scratch)
 
     def quantize(self, w_RC: Tensor, scheme: WeightScheme, shared: Tensor | None) -> Made:
         return quantize(w_RC, scheme, shared, self.scratch)

@@ -18,8 +18,7 @@ from ckptq.checkpoint.side_files import render_json
 from ckptq.files import json_bytes, text_bytes
 from ckptq.plan.merged import merged_names
 from ckptq.plan.unit import Plan
-from ckptq.recipes.load import Recipe
-from ckptq.recipes.scheme import Group
+from ckptq.recipes.scheme import Group, Recipe
 
 PROVENANCE = "ckptq.json"
 RECIPE = "recipe.yaml"

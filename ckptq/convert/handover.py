@@ -28,7 +28,7 @@ from ckptq.models.modules import read_layout
 from ckptq.plan.make import SHARD_BYTES, fill_shards
 from ckptq.plan.unit import Plan, Unit
 from ckptq.progress import Begin, Note, silent, untold
-from ckptq.recipes.load import Recipe
+from ckptq.recipes.scheme import Recipe
 
 if TYPE_CHECKING:
     from ckptq.calibrate.request import CalibrationRequest

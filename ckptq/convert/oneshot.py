@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from ckptq.checkpoint.open import Checkpoint
 from ckptq.checkpoint.seal import seal
 from ckptq.models.refusals import refusals
-from ckptq.recipes.load import Recipe
+from ckptq.recipes.scheme import Recipe
 
 if TYPE_CHECKING:
     from ckptq.calibrate.request import CalibrationRequest

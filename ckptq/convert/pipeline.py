@@ -111,7 +111,7 @@ def _statistic_of_run(
     weight = part.weight
     for start, stop in blocks(run, weight.spec, weight.quantum):
         with naming(part):
-            found.append(arithmetic.statistic(rows(start, stop)))
+            found.append(arithmetic.statistic(rows(start, stop), part.scheme))
 
 
 def _copy_tasks(unit: Unit, rows: Mapping[Source, Rows], ends: Ends) -> Iterator[Task]:

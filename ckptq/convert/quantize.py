@@ -23,7 +23,7 @@ from ckptq.plan.make import SHARD_BYTES, RopeChoice, make_plan
 from ckptq.plan.match import refuse_holes
 from ckptq.plan.unit import Plan
 from ckptq.progress import Begin, Note, silent, untold
-from ckptq.recipes.load import Recipe
+from ckptq.recipes.scheme import Recipe
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

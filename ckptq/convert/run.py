@@ -20,7 +20,7 @@ from ckptq.plan.doubts import transformers_doubts, vllm_doubts
 from ckptq.plan.unit import Plan
 from ckptq.printable import shell_word
 from ckptq.progress import Begin, Note, silent, untold
-from ckptq.recipes.load import Recipe
+from ckptq.recipes.scheme import Recipe
 from ckptq.spec import spec_of
 
 if TYPE_CHECKING:

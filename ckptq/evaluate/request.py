@@ -13,7 +13,8 @@ from ckptq.evaluate.harness import Benchmarks, check_installed, run_benchmarks
 from ckptq.evaluate.kv_cache import parse_cache
 from ckptq.evaluate.result import Evaluation, Thresholds
 from ckptq.progress import Begin, Note, silent, untold
-from ckptq.recipes.load import Recipe, load_scheme
+from ckptq.recipes.load import load_scheme
+from ckptq.recipes.scheme import Recipe
 
 NOTHING = Thresholds()
 

@@ -26,7 +26,7 @@ from ckptq.models.heads import config_head_dim, config_heads
 from ckptq.models.modules import read_layout
 from ckptq.plan.make import make_plan
 from ckptq.progress import Begin, silent
-from ckptq.recipes.load import Recipe
+from ckptq.recipes.scheme import Recipe
 
 NOTHING = Thresholds()
 

@@ -118,9 +118,14 @@ class SchemeWeights:
         if not needs_statistic(unit.parts[0].scheme):
             return None
         if unit.key not in self._shared:
-            others = (part.linear.weight for part in unit.parts if part.linear.name != linear)
-            whole = (w_RC, *(whole_weight(self._reader.take, weight) for weight in others))
-            self._shared[unit.key] = reduce(merge_statistic, map(statistic, whole))
+            others = (part for part in unit.parts if part.linear.name != linear)
+            mine = next(part for part in unit.parts if part.linear.name == linear)
+            found = [statistic(w_RC, mine.scheme)]
+            found += [
+                statistic(whole_weight(self._reader.take, part.linear.weight), part.scheme)
+                for part in others
+            ]
+            self._shared[unit.key] = reduce(merge_statistic, found)
         return self._shared[unit.key]
 
 

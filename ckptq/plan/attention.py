@@ -17,7 +17,7 @@ from ckptq.models.attention import KEY_PROJECTIONS, attention_kind, cache_owners
 from ckptq.models.heads import QUERY_HEADS, Heads, by_side, config_heads, heads_in, layer_heads
 from ckptq.models.modules import Layout
 from ckptq.recipes.args import Args
-from ckptq.recipes.load import Recipe
+from ckptq.recipes.scheme import Recipe
 from ckptq.spec import TensorSpec
 
 

@@ -28,8 +28,7 @@ from ckptq.models.modules import Layout, Linear
 from ckptq.plan.unit import Unit
 from ckptq.quantize.stored import stored
 from ckptq.recipes.group_size import sizes_of
-from ckptq.recipes.load import Recipe
-from ckptq.recipes.scheme import Group
+from ckptq.recipes.scheme import Group, Recipe
 
 UNCHOSEN = "not targeted, or ignored"
 """Why a Linear is left that no rule keeps."""

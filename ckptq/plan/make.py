@@ -34,8 +34,7 @@ from ckptq.quantize.formats import needs_statistic
 from ckptq.quantize.stored import stored
 from ckptq.quantize.weight_scheme import WeightScheme
 from ckptq.recipes.args import Args
-from ckptq.recipes.load import Recipe
-from ckptq.recipes.scheme import Group
+from ckptq.recipes.scheme import Group, Recipe
 from ckptq.rope_order import RopeOrder
 from ckptq.spec import TensorSpec
 

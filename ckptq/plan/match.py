@@ -16,9 +16,8 @@ from ckptq.models.readable import refuse_bare_codes, unread
 from ckptq.models.witnesses import NAMEABLE, Witnesses
 from ckptq.plan.left import EXPECTED
 from ckptq.recipes.args import LOCAL, Args
-from ckptq.recipes.load import Recipe
 from ckptq.recipes.names import broken, read_names
-from ckptq.recipes.scheme import Group, Scheme
+from ckptq.recipes.scheme import Group, Recipe, Scheme
 from ckptq.spec import FLOATS
 
 SHOWN = 3

@@ -14,9 +14,8 @@ from dataclasses import replace
 
 from ckptq.models.modules import Layout
 from ckptq.recipes.args import Args
-from ckptq.recipes.load import Recipe
 from ckptq.recipes.names import read_names
-from ckptq.recipes.scheme import Group
+from ckptq.recipes.scheme import Group, Recipe
 
 QKV = r"re:.*self_attn\.(q|k|v|qkv)_proj$"
 """With the name of vLLM's merged Linear: up to 0.25 vLLM looks for the class of a merged Linear

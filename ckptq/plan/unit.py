@@ -14,7 +14,7 @@ from ckptq.plan.attention import AttentionPlan
 from ckptq.quantize.stored import row_quantum
 from ckptq.quantize.weight_scheme import WeightScheme
 from ckptq.recipes.declared import Declared
-from ckptq.recipes.load import Recipe
+from ckptq.recipes.scheme import Recipe
 from ckptq.spec import TensorSpec
 
 

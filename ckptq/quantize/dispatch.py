@@ -53,7 +53,9 @@ def dequantize(
 
 
 def kernel_of(scheme: WeightScheme) -> Kernel | None:
-    """The kernel that makes this format; None where there is none."""
+    """The kernel that makes this format; None without one, and for scales that are searched."""
+    if scheme.search is not None:
+        return None
     if _is_plain(scheme) and scheme.strategy in BY_STRATEGY:
         return BY_STRATEGY[scheme.strategy]
     return _packed if _is_packed(scheme) else None

@@ -20,6 +20,7 @@ from ckptq.quantize.dequantize import dequantize
 from ckptq.quantize.encode import encode
 from ckptq.quantize.packing import pack_words
 from ckptq.quantize.scratch import Scratch
+from ckptq.quantize.search import best_ranges, extreme_of_best
 from ckptq.quantize.stored import row_quantum, stored
 from ckptq.quantize.tiles import NonFinite, extremes, magnitude, tiled
 from ckptq.quantize.weight_scheme import WeightScheme
@@ -45,9 +46,15 @@ def needs_statistic(scheme: WeightScheme) -> bool:
     return scheme.strategy in ("tensor", "tensor_group")
 
 
-def statistic(w_RC: Tensor, scratch: Scratch | None = None) -> Tensor:
-    """[2]: min(amin, 0) and max(amax, 0) of these rows, in their dtype. `NonFinite` on NaN, Inf."""
-    low_R, high_R = extremes(w_RC.contiguous(), scratch or Scratch(w_RC.device))
+def statistic(w_RC: Tensor, scheme: WeightScheme, scratch: Scratch | None = None) -> Tensor:
+    """[2]: min(amin, 0) and max(amax, 0) of these rows, in their dtype. `NonFinite` on NaN, Inf.
+
+    With a search, the extremes of the ranges that it chooses.
+    """
+    scratch = scratch or Scratch(w_RC.device)
+    if scheme.search is not None:
+        return extreme_of_best(tiled(w_RC.contiguous(), scheme), scheme, scheme.search, scratch)
+    low_R, high_R = extremes(w_RC.contiguous(), scratch)
     return torch.stack((low_R.amin(), high_R.amax()))
 
 
@@ -101,9 +108,9 @@ def _scale(
         scale, zero_point = _scale_of_tensor(statistic, scheme)
         return scale, zero_point, scale
     if not scheme.symmetric:
-        scale, zero_point = scales.asymmetric(*extremes(x, scratch), scheme.num_bits)
+        scale, zero_point = scales.asymmetric(*_ranges(x, scheme, scratch), scheme.num_bits)
         return scale, zero_point, scale
-    amax = magnitude(x, scratch)
+    amax = tile_amax(x, scheme, scratch)
     if scheme.strategy == "tensor_group":
         global_scale = _global_scale(statistic, scheme)
         scale = scales.nvfp4(amax, global_scale)
@@ -113,6 +120,22 @@ def _scale(
         return scale, None, scales.mx_scale(scale)
     scale = scales.symmetric(amax, scheme.half_range)
     return scale, None, scale
+
+
+def tile_amax(x: Tensor, scheme: WeightScheme, scratch: Scratch) -> Tensor:
+    """The magnitude that a symmetric scale maps to the largest code, of each tile in its dtype."""
+    if scheme.search is None:
+        return magnitude(x, scratch)
+    low, high = _ranges(x, scheme, scratch)
+    return torch.maximum(-low, high)
+
+
+def _ranges(x: Tensor, scheme: WeightScheme, scratch: Scratch) -> tuple[Tensor, Tensor]:
+    """What each tile's codes have to reach: its extremes or what a search chooses, and 0."""
+    if scheme.search is None:
+        return extremes(x, scratch)
+    low, high = best_ranges(x, scheme, scheme.search, scratch)
+    return low.clamp(max=0), high.clamp(min=0)
 
 
 def _scale_of_tensor(

@@ -57,6 +57,25 @@ NAIVE = {"float": "float-quantized", "int": "int-quantized"}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class Search:
+    """Ranges of which each tile gets the one with the least error, sum |dequantized - w|^norm.
+
+    They are `expand` times the tile's own, and shares of it in steps of 1 / `grid`, down to
+    1 - `maxshrink`. Names and defaults are those of llm-compressor's `memoryless_mse`.
+    """
+
+    expand: float = 1.0
+    maxshrink: float = 0.20
+    grid: float = 100.0
+    norm: float = 2.4
+
+    @property
+    def shares(self) -> tuple[float, ...]:
+        """What the expanded range is multiplied by, from 1 down."""
+        return tuple(1 - step / self.grid for step in range(int(self.maxshrink * self.grid)))
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class WeightScheme:
     """One weight format. `PlanError` when its fields do not fit together.
 
@@ -73,6 +92,8 @@ class WeightScheme:
     block_structure: tuple[int, int] | None = None
     scale_dtype: str | None = None
     """torch's name of the scales' dtype if the format fixes it; None is the weight's own."""
+    search: Search | None = None
+    """How ranges are chosen; None takes the minimum and maximum of each tile."""
 
     def __post_init__(self) -> None:
         want("format", self.format, FORMATS)
@@ -91,6 +112,8 @@ class WeightScheme:
         if (self.block_structure is not None) != (self.strategy == "block"):
             found = self.block_structure
             raise PlanError(f"strategy {self.strategy!r} does not go with block_structure {found}")
+        if self.search is not None and self.strategy == "tensor":
+            raise PlanError("one scale per tensor is not searched for; expected observer minmax")
 
     @property
     def codes(self) -> str:
@@ -110,7 +133,8 @@ class WeightScheme:
             words.append(self.strategy)
             words += [str(self.group_size)] if self.group_size else []
             words += ["x".join(map(str, self.block_structure))] if self.block_structure else []
-        return " ".join(words if self.symmetric else [*words, "asym"])
+        words += [] if self.symmetric else ["asym"]
+        return " ".join(words if self.search is None else [*words, "searched"])
 
 
 def want(field: str, found: object, wanted: Collection[object]) -> None:

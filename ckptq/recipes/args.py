@@ -8,11 +8,11 @@ which raises, or collects and lets the reading go on.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from ckptq.errors import PlanError
-from ckptq.quantize.weight_scheme import NAIVE, WeightScheme, want
+from ckptq.quantize.weight_scheme import NAIVE, Search, WeightScheme, want
 
 Problem = Callable[[str, object, str], None]
 """Told of (a field, what it holds, what was wanted)."""
@@ -21,6 +21,18 @@ LOCAL = "local"
 
 # A weight is seen once, so these observers all come to its plain minimum and maximum
 MINMAX = (None, "memoryless_minmax", "static_minmax", "minmax")
+
+_EXPANDED = Search(expand=1.8, maxshrink=1 - 0.8 / 1.8, grid=200.0)
+SEARCHES = {
+    "memoryless_mse": Search(),
+    "mse": Search(),
+    "nvfp4_expanded_mse": _EXPANDED,
+    "fouroversix": _EXPANDED,
+}
+"""llm-compressor's observers of weights that search, with its defaults."""
+
+UNUSED = ("patience", "triton_error_buffer", "averaging_constant")
+"""Arguments of those observers without effect here: every step is tried, of a weight seen once."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -106,8 +118,8 @@ class Args:
     def weight_scheme(self, format: str, *, stored: bool = False) -> WeightScheme:
         """What of it changes bytes, for weights in this format.
 
-        `stored` says that the weights exist already, so that it no longer matters how their scales
-        were found (the observer, GPTQ's activation order). "naive-quantized" becomes the format
+        `stored` says that the weights exist already, so that any observer and GPTQ's activation
+        order will do. "naive-quantized" becomes the format
         with the same bytes. PlanError names a field that is unknown or asks for what is not done.
         """
         for name in self.unknown:
@@ -116,7 +128,7 @@ class Args:
         orders = [None, False, "weight", "static"] if stored else [None, False]
         want("actorder", self.actorder, orders)
         if not stored:
-            want("observer", self.observer, MINMAX)
+            want("observer", self.observer, (*MINMAX, *SEARCHES))
         if not self.symmetric:
             want("zp_dtype", self.zp_dtype, [None, "None", "int8"])
         return WeightScheme(
@@ -128,7 +140,39 @@ class Args:
             group_size=self.columns,
             block_structure=self.block_structure,
             scale_dtype=self.scale_dtype,
+            search=self._search_of_stored() if stored else self._search(),
         )
+
+    def _search_of_stored(self) -> Search | None:
+        """How ranges were chosen, as far as it is known here; verify tries it."""
+        try:
+            return self._search() if self.strategy != "tensor" else None
+        except PlanError:
+            return None
+
+    def _search(self) -> Search | None:
+        """How its observer chooses ranges; PlanError names an argument that it does not have."""
+        search = SEARCHES.get(self.observer or "")
+        if search is None:
+            return None
+        given = {k: v for k, v in self.observer_kwargs.items() if k not in UNUSED}
+        for name, value in given.items():
+            want("observer_kwargs", name, [*LIMITS, *UNUSED])
+            least, most = LIMITS[name]
+            if isinstance(value, bool) or not isinstance(value, int | float):
+                raise PlanError(f"observer_kwargs.{name} is {value!r}, expected a number")
+            if not least <= value <= most:
+                raise PlanError(
+                    f"observer_kwargs.{name} is {value!r}, expected {least:g} to {most:g}"
+                )
+        search = replace(search, **{name: float(value) for name, value in given.items()})
+        if not search.shares:
+            raise PlanError("observer_kwargs: maxshrink * grid is below 1, so no range is tried")
+        return search
+
+
+LIMITS = {"expand": (1.0, 100.0), "maxshrink": (0.0, 1.0), "grid": (1.0, 1e4), "norm": (0.1, 100.0)}
+"""Arguments of a search, and what they may be."""
 
 
 def _refuse(name: str, found: object, wanted: str) -> None:

@@ -7,7 +7,6 @@ test, so that running one does not wait for its import (5 s). The rest goes thro
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,23 +17,13 @@ from ckptq.files import read_small
 from ckptq.recipes.args import Args
 from ckptq.recipes.dialect import QUANTIZES, read_modifiers
 from ckptq.recipes.preset import EMPTY, preset_text
-from ckptq.recipes.scheme import PARTS, Scheme, read_groups, read_strings
+from ckptq.recipes.scheme import PARTS, Recipe, read_groups, read_strings
+from ckptq.recipes.search import SUFFIX, with_search
 
 FOLDER = Path(__file__).parent
 
 RECIPE_BYTES = 1 << 20
 """Of a recipe of the user's own; the largest that are known have 10 kB."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Recipe(Scheme):
-    """What a recipe asks for, resolved: presets spelled out, scheme names gone."""
-
-    name: str
-    handed_over: tuple[str, ...] = ()
-    """Modifiers that llm-compressor has to run itself, by class name."""
-    text: str
-    """The recipe as YAML in llm-compressor's dialect; kept with the output."""
 
 
 def built_in() -> dict[str, Path]:
@@ -43,7 +32,12 @@ def built_in() -> dict[str, Path]:
 
 
 def load_scheme(name: str) -> Recipe:
-    """`--scheme NAME`: a built-in recipe, or a compressed-tensors preset (FP8_DYNAMIC)."""
+    """`--scheme NAME`: a built-in recipe, or a compressed-tensors preset (FP8_DYNAMIC).
+
+    With "-search" behind it, as `--search` makes it.
+    """
+    if name.lower().endswith(SUFFIX):
+        return with_search(load_scheme(name[: -len(SUFFIX)]))
     files = built_in()
     if name.lower() in files:
         text = files[name.lower()].read_text()

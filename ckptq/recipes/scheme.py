@@ -136,6 +136,17 @@ class Scheme:
         return next(named, None) or next(by_class, None)
 
 
+@dataclass(frozen=True, kw_only=True)
+class Recipe(Scheme):
+    """What a recipe asks for, resolved: presets spelled out, scheme names gone."""
+
+    name: str
+    handed_over: tuple[str, ...] = ()
+    """Modifiers that llm-compressor has to run itself, by class name."""
+    text: str
+    """The recipe as YAML in llm-compressor's dialect; kept with the output."""
+
+
 def read_groups(entries: Mapping[str, Any], format: str | None, problem: Problem) -> list[Group]:
     """`config_groups` of a recipe or a config.json; `format` holds where a group has none."""
     groups = []

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from ckptq.convert.run import Result
     from ckptq.inspect import Inspection
     from ckptq.plan.unit import Plan, Unit
-    from ckptq.recipes.load import Recipe
+    from ckptq.recipes.scheme import Recipe
 
 
 MOST_KINDS = 1000

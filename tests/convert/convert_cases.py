@@ -35,8 +35,7 @@ from ckptq.quantize.formats import (
     statistic,
 )
 from ckptq.recipes.args import Args
-from ckptq.recipes.load import Recipe
-from ckptq.recipes.scheme import Group
+from ckptq.recipes.scheme import Group, Recipe
 from ckptq.spec import spec_of
 
 E, H, I = 4, 128, 192
@@ -231,7 +230,7 @@ def expected(layout: Layout, scheme: WeightScheme, left: Callable[[str], bool]) 
         shared = None
         if needs_statistic(scheme):
             members = [layout.linears[m](layout.tensors) for m in fused_set(name, layout)]
-            shared = reduce(merge_statistic, map(statistic, members))
+            shared = reduce(merge_statistic, (statistic(w, scheme) for w in members))
         stored = quantize(w_RC, scheme, shared) | constants(spec_of(w_RC), scheme, shared)
         made |= {f"{name}.{local}": tensor for local, tensor in stored.items()}
     return {name: tensor.contiguous() for name, tensor in made.items()}

@@ -24,7 +24,7 @@ from ckptq.convert.output import RunOptions
 from ckptq.convert.run import Result, write_quantized
 from ckptq.plan.make import make_plan
 from ckptq.progress import Note, untold
-from ckptq.recipes.load import Recipe
+from ckptq.recipes.scheme import Recipe
 
 STEPS = ("pwrite", "write", "copy_file_range", "ftruncate", "fsync", "rename", "replace")
 STEPS += ("unlink", "rmdir")

@@ -36,7 +36,7 @@ def test_what_a_kernel_means_is_the_format(format, dtype):
     torch.manual_seed(0)
     scheme = scheme_of(format)
     w_RC = (torch.randn(43, 320) * torch.randn(43, 1).exp()).to(dtype)
-    shared = statistic(w_RC) if needs_statistic(scheme) else None
+    shared = statistic(w_RC, scheme) if needs_statistic(scheme) else None
     kernel = kernel_of(scheme)
     assert kernel is not None
     assert differences(kernel(w_RC, scheme, shared), quantize(w_RC, scheme, shared)) == []

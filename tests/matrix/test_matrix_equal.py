@@ -59,7 +59,12 @@ DIFFERENCES = (
     ),
 )
 
-CELLS = [(family, format) for family in FAMILIES for format in FORMATS]
+SEARCHED = ("fp8-dynamic", "fp8-block", "w8a8", "w4a16-g32", "w4a16-asym", "mxfp4a16", "nvfp4a16")
+
+CELLS = [
+    *((family, format) for family in FAMILIES for format in FORMATS),
+    *(("mixtral", f"{format}-search") for format in SEARCHED),
+]
 
 
 def reasons(family: str, format: str) -> list[Difference]:

@@ -15,7 +15,8 @@ from ckptq.convert.quantize import QuantizeRequest, quantize
 from ckptq.errors import PlanError, UsageError
 from ckptq.plan.unit import Plan
 from ckptq.recipes.group_size import SIZES, with_group_size
-from ckptq.recipes.load import Recipe, load_scheme, load_text
+from ckptq.recipes.load import load_scheme, load_text
+from ckptq.recipes.scheme import Recipe
 from ckptq.verify.run import verify
 
 Shapes = list[tuple[str, tuple[int, ...]]]

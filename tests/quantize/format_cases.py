@@ -51,6 +51,23 @@ ARGS: list[Format] = [
     ("mxfp4-pack-quantized", FP4 | MX),
     ("nvfp4-pack-quantized", FP4 | NV),
 ]
+PLAIN = len(ARGS)
+"""How many of them take the minimum and maximum; the others search."""
+
+MSE = {"observer": "memoryless_mse", "observer_kwargs": {"patience": 10_000}}
+EXPANDED = {"observer": "nvfp4_expanded_mse", "observer_kwargs": {"patience": 10_000}}
+ARGS += [
+    ("float-quantized", FP8 | CHANNEL | MSE),
+    ("float-quantized", FP8 | blocks(16, 64) | MSE),
+    ("int-quantized", INT8 | CHANNEL | MSE),
+    ("pack-quantized", INT4 | groups(32) | MSE),
+    ("pack-quantized", INT4 | groups(128) | ASYMMETRIC | MSE),
+    ("pack-quantized", INT4 | CHANNEL | {"observer": "mse", "observer_kwargs": {"patience": 99}}),
+    ("mxfp8-quantized", FP8 | MX | MSE),
+    ("mxfp4-pack-quantized", FP4 | MX | MSE),
+    ("nvfp4-pack-quantized", FP4 | NV | MSE),
+    ("nvfp4-pack-quantized", FP4 | NV | EXPANDED),
+]
 SCHEMES = [Args.read(args).weight_scheme(format) for format, args in ARGS]
 
 
@@ -78,7 +95,7 @@ def awkward(dtype: torch.dtype, rows: int = 43, columns: int = 256) -> Tensor:
 
 def convert(w_RC: Tensor, scheme: WeightScheme) -> dict[str, Tensor]:
     """Everything that is stored for one weight on its own."""
-    found = statistic(w_RC) if needs_statistic(scheme) else None
+    found = statistic(w_RC, scheme) if needs_statistic(scheme) else None
     return {**quantize(w_RC, scheme, found), **constants(spec_of(w_RC), scheme, found)}
 
 
@@ -86,7 +103,8 @@ def convert_fused(weights: dict[str, Tensor], scheme: WeightScheme) -> dict[str,
     """Everything that is stored for weights that share what is one number for a whole weight."""
     found = None
     for w_RC in weights.values():
-        found = statistic(w_RC) if found is None else merge_statistic(found, statistic(w_RC))
+        more = statistic(w_RC, scheme)
+        found = more if found is None else merge_statistic(found, more)
     return {
         name: {**quantize(w_RC, scheme, found), **constants(spec_of(w_RC), scheme, found)}
         for name, w_RC in weights.items()

@@ -33,7 +33,7 @@ def convert_in_parts(w_RC: Tensor, scheme: WeightScheme, starts: list[int]) -> d
     found = None
     if needs_statistic(scheme):
         for part in parts:
-            more = statistic(part)
+            more = statistic(part, scheme)
             found = more if found is None else merge_statistic(found, more)
     made = [quantize(part, scheme, found) for part in parts]
     rows = {
@@ -77,11 +77,11 @@ def test_memory_that_is_used_again_changes_nothing(scheme: WeightScheme) -> None
     first, second = awkward(torch.bfloat16, rows=ROWS), awkward(torch.float32, columns=128)
     held = scratch.Scratch()
     for w_RC in (first, second, first):
-        found = statistic(w_RC, held) if needs_statistic(scheme) else None
+        found = statistic(w_RC, scheme, held) if needs_statistic(scheme) else None
         tensors = {**quantize(w_RC, scheme, found, held), **constants(spec_of(w_RC), scheme, found)}
         assert differences(tensors, convert(w_RC, scheme)) == []
-    code = quantize(first, scheme, statistic(first), held)[scheme.codes]
-    again = quantize(-first, scheme, statistic(-first), held)[scheme.codes]
+    code = quantize(first, scheme, statistic(first, scheme), held)[scheme.codes]
+    again = quantize(-first, scheme, statistic(-first, scheme), held)[scheme.codes]
     assert code.data_ptr() == again.data_ptr()
 
 

@@ -148,8 +148,9 @@ def test_zeros_get_the_scale_that_llm_compressor_gives_them() -> None:
     """eps of the dtype, 2^-127, and 0.125 over a global scale of 1."""
     w_RC = torch.zeros(R, C, dtype=torch.bfloat16)
     found = {str(s): convert(w_RC, s)["weight_scale"].float().unique().tolist() for s in SCHEMES}
-    special = {name: found.pop(name) for name in ("mxfp8", "mxfp4", "nvfp4")}
-    assert special == {"mxfp8": [0], "mxfp4": [0], "nvfp4": [0.125]}
+    own = {"mxfp8": [0], "mxfp4": [0], "nvfp4": [0.125]}
+    own |= {f"{name} searched": scale for name, scale in own.items()}
+    assert {name: found.pop(name) for name in own} == own
     assert all(scale == [2.0**-7] for scale in found.values())
 
 

@@ -4,7 +4,17 @@ from __future__ import annotations
 
 import pytest
 import torch
-from format_cases import ARGS, DTYPES, SCHEMES, Judge, awkward, case_name, convert, convert_fused
+from format_cases import (
+    ARGS,
+    DTYPES,
+    PLAIN,
+    SCHEMES,
+    Judge,
+    awkward,
+    case_name,
+    convert,
+    convert_fused,
+)
 from tiny.tensors import differences
 from torch import Tensor
 
@@ -56,9 +66,10 @@ def test_equals_llm_compressor_on_every_bf16_below_2_to_127(
     assert differences(convert(w_RC, scheme), judge({"proj": w_RC}, format, args)["proj"]) == []
 
 
-def test_fused_weights_share_the_global_scale(judge: Judge) -> None:
-    format, args = ARGS[-1]
-    scheme = SCHEMES[-1]
+@pytest.mark.parametrize("case", [PLAIN - 1, -1])
+def test_fused_weights_share_the_global_scale(judge: Judge, case: int) -> None:
+    scheme = SCHEMES[case]
+    format, args = ARGS[case]
     assert scheme.strategy == "tensor_group"
     generator = torch.Generator().manual_seed(2)
     weights = {

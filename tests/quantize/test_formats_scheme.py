@@ -55,7 +55,21 @@ def test_every_preset_of_compressed_tensors_is_a_scheme() -> None:
         ("pack-quantized", {**W4A16, "strategy": "channel"}, "group_size 128"),
         ("pack-quantized", {**W4A16, "strategy": "tensor"}, "strategy 'tensor'"),
         ("pack-quantized", {**W4A16, "dynamic": True}, "dynamic True"),
-        ("pack-quantized", {**W4A16, "observer": "mse"}, "observer 'mse'"),
+        ("pack-quantized", {**W4A16, "observer": "imatrix_mse"}, "observer 'imatrix_mse'"),
+        *[
+            ("pack-quantized", {**W4A16, "observer": "mse", "observer_kwargs": wrong}, words)
+            for wrong, words in (
+                ({"shrink": 0.5}, "observer_kwargs 'shrink'"),
+                ({"norm": "2"}, "norm is '2', expected a number"),
+                ({"maxshrink": 1.5}, "maxshrink is 1.5, expected 0 to 1"),
+                ({"grid": 2, "maxshrink": 0.2}, "no range is tried"),
+            )
+        ],
+        (
+            "float-quantized",
+            {"num_bits": 8, "type": "float", "strategy": "tensor", "observer": "mse"},
+            "one scale per tensor is not searched for",
+        ),
         ("pack-quantized", {**W4A16, "actorder": "static"}, "actorder 'static'"),
         ("pack-quantized", {**W4A16, "scale_dtype": "torch.float16"}, "scale_dtype 'float16'"),
         (
@@ -94,6 +108,9 @@ def test_what_is_not_done_is_refused_by_name(
 def test_weights_that_exist_may_have_been_made_in_any_way() -> None:
     args = {**W4A16, "observer": "mse", "actorder": "static"}
     scheme = Args.read(args).weight_scheme("pack-quantized", stored=True)
+    assert scheme.search is not None
+    odd = {**args, "observer_kwargs": {"norm": "2"}}
+    scheme = Args.read(odd).weight_scheme("pack-quantized", stored=True)
     assert scheme == Args.read(W4A16).weight_scheme("pack-quantized")
     # columns in another order than the weight's are another matter
     with pytest.raises(PlanError, match="actorder 'group'"):

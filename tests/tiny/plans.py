@@ -8,7 +8,8 @@ from typing import Any
 from ckptq.checkpoint.open import open_checkpoint
 from ckptq.plan.make import make_plan
 from ckptq.plan.unit import Plan
-from ckptq.recipes.load import Recipe, load_scheme
+from ckptq.recipes.load import load_scheme
+from ckptq.recipes.scheme import Recipe
 
 
 def plan_of(folder: Path, recipe: str | Recipe = "fp8-dynamic", **options: Any) -> Plan:

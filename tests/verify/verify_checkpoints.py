@@ -22,8 +22,7 @@ from ckptq.convert.output import RunOptions
 from ckptq.convert.run import write_quantized
 from ckptq.plan.make import make_plan
 from ckptq.recipes.args import Args
-from ckptq.recipes.load import Recipe
-from ckptq.recipes.scheme import Group
+from ckptq.recipes.scheme import Group, Recipe
 
 HEADS, KV_HEADS, HEAD_DIM, LAYERS, EXPERTS = 4, 2, 64, 2, 4
 

@@ -15,8 +15,9 @@ from torch import Tensor
 
 from ckptq.checkpoint.read import bytes_of
 from ckptq.quantize import scales
-from ckptq.quantize.formats import needs_statistic, quantize, statistic
+from ckptq.quantize.formats import needs_statistic, quantize, statistic, tile_amax
 from ckptq.quantize.scratch import Scratch
+from ckptq.quantize.tiles import tiled
 from ckptq.quantize.weight_scheme import FORMATS, WeightScheme
 from ckptq.verify.roundtrip import nearest
 
@@ -121,7 +122,7 @@ def compare(w_RC: Tensor, held: Mapping[str, Tensor], scheme: WeightScheme) -> T
         wrong, twice, foreign = _codes(w_RC, held, made, scheme)
     elif differ.any():
         wrong, twice, _ = _codes(w_RC, held, made, scheme)
-    low, high = statistic(w_RC).tolist() if needs_statistic(scheme) else (0.0, 0.0)
+    low, high = statistic(w_RC, scheme).tolist() if needs_statistic(scheme) else (0.0, 0.0)
     return Tally(
         elements=w_RC.numel(),
         unproved=0 if same and not differ.any() else 1,
@@ -151,7 +152,7 @@ def observe(w_RC: Tensor, held: Mapping[str, Tensor], scheme: WeightScheme) -> d
     if scheme.strategy == "tensor":
         return {}
     if scheme.strategy == "tensor_group":
-        amax = nearest.in_tiles(w_RC, scheme).abs().amax(-1)
+        amax = tile_amax(tiled(w_RC.contiguous(), scheme), scheme, SCRATCH)
         return {"weight_scale": scales.nvfp4(amax, held["weight_global_scale"])}
     return quantize(w_RC, scheme, scratch=SCRATCH)
 
