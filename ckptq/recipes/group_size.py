@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any
-
-import yaml
 
 from ckptq.errors import UsageError
 from ckptq.recipes.args import Args
-from ckptq.recipes.load import Recipe
+from ckptq.recipes.load import Recipe, spelled
 from ckptq.recipes.scheme import Group
 
 ROW = -1
@@ -57,7 +54,7 @@ def with_group_size(recipe: Recipe, size: int) -> Recipe:
         return recipe
     name = f"{recipe.name}-{'channel' if size == ROW else f'g{size}'}"
     made = replace(recipe, name=name, groups=groups)
-    return replace(made, text=_spelled(made))
+    return replace(made, text=spelled(made))
 
 
 def _resized(group: Group, size: int) -> Group:
@@ -82,18 +79,3 @@ def _scales(recipe: Recipe) -> str:
         for w in found
     }
     return " and ".join(sorted(words)) or "of attention alone"
-
-
-def _spelled(recipe: Recipe) -> str:
-    """The recipe as YAML in llm-compressor's dialect, from its groups."""
-    groups = {
-        group.name: {key: value for key, value in group.to_dict().items() if value is not None}
-        for group in recipe.groups
-    }
-    modifier: dict[str, Any] = {"config_groups": groups}
-    if recipe.ignore:
-        modifier["ignore"] = list(recipe.ignore)
-    if recipe.kv_cache_scheme is not None:
-        modifier["kv_cache_scheme"] = recipe.kv_cache_scheme.to_dict()
-    stages = {"quantization_stage": {"quantization_modifiers": {"QuantizationModifier": modifier}}}
-    return yaml.safe_dump(stages, sort_keys=False)

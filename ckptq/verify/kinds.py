@@ -67,6 +67,7 @@ CONFIG = _faults(
     ("kv-scheme", "vLLM refuses or misreads the KV-cache scheme", "correct kv_cache_scheme"),
     ("pattern-invalid", "a pattern that does not compile", "correct config.json"),
     ("target-unmatched", "a group that quantizes nothing", "correct its targets"),
+    ("recipe-differs", "another scheme than the recipe beside it", "restore the field"),
 )
 
 LINEARS = _faults(
