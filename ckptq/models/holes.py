@@ -29,7 +29,7 @@ class Layers(NamedTuple):
     """By transformers' name; "" where it has no such list."""
     stored: str
     """As it is called on disk; "" where no tensor leads into it."""
-    count: int
+    number: int
 
 
 SCALES = re.compile(r"scale|zero_point|weight_shape|g_idx|absmax")
@@ -105,7 +105,7 @@ def _strange(layers: Layers, placeless: Iterable[str]) -> set[bool]:
             continue
         if match is None:
             found.add(False)
-        elif match["prefix"] == layers.stored and int(match["index"]) < layers.count:
+        elif match["prefix"] == layers.stored and int(match["index"]) < layers.number:
             found.add(True)
     return found
 
