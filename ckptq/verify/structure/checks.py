@@ -9,6 +9,7 @@ from ckptq.checkpoint.open import Problems
 from ckptq.verify.report import Finding
 from ckptq.verify.structure.cache_scales import check_cache
 from ckptq.verify.structure.completeness import check_completeness
+from ckptq.verify.structure.expert_sizes import check_expert_sizes
 from ckptq.verify.structure.folder import check_files
 from ckptq.verify.structure.geometry import check_geometry
 from ckptq.verify.structure.linears import check_linears
@@ -33,4 +34,5 @@ def check_structure(
     yield from check_blocks(subject)
     yield from check_cache(subject)
     yield from check_geometry(subject)
+    yield from check_expert_sizes(subject)
     yield from check_rope(subject)
