@@ -23,6 +23,7 @@ from ckptq.checkpoint.open import Checkpoint, open_checkpoint
 from ckptq.checkpoint.partial import JOURNAL, claim, discard, made_by_runs, partial_of, remove
 from ckptq.errors import MachineError, UsageError
 from ckptq.plan.make import make_plan
+from ckptq.plan.match import refuse_holes
 from ckptq.plan.unit import Plan
 from ckptq.progress import Begin, Note, silent, untold
 from ckptq.recipes.scheme import Recipe
@@ -49,12 +50,13 @@ def calibrate_to_file(
 
     An interrupted run goes on when it is called again with the same request, and ends with equal
     bytes; `restart` discards what it has done. UsageError for different arguments, and where
-    another run is writing the same file.
+    another run is writing the same file; SourceError for a source that lacks tensors.
 
     Of the processes that torchrun has started only the first writes, speaks and returns scales.
     """
     ckpt = open_checkpoint(request.model, request.revision)
     plan = make_plan(ckpt, request.recipe)
+    refuse_holes(ckpt, plan.layout)
     with together() as ranks:
         if not ranks.leads:
             begin, note = silent, untold

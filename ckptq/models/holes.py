@@ -1,7 +1,8 @@
-"""What a source lacks: parameters of transformers' model that other layers have tensors for.
+"""What a source lacks: parameters of transformers' model that other layers have tensors for, and
+those of its decoder that no tensor makes at all.
 
-Only kinds of parameters that some layer has are asked for in the others, so that hybrids, text-only
-saves and layers of other models (multi-token prediction) lack nothing.
+What is outside of the decoder is asked for nowhere, so that text-only saves and layers of other
+models (multi-token prediction) lack nothing.
 """
 
 from __future__ import annotations
@@ -9,8 +10,9 @@ from __future__ import annotations
 import re
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
+from ckptq.models.family import LAYER
 from ckptq.numbered import NUMBER, starred
 
 if TYPE_CHECKING:
@@ -18,6 +20,20 @@ if TYPE_CHECKING:
 
 Numbers = tuple[str, ...]
 """Of layers and experts, in a name."""
+
+
+class Layers(NamedTuple):
+    """The list of decoder layers."""
+
+    name: str
+    """By transformers' name; "" where it has no such list."""
+    stored: str
+    """As it is called on disk; "" where no tensor leads into it."""
+    number: int
+
+
+SCALES = re.compile(r"scale|zero_point|weight_shape|g_idx|absmax")
+"""In names of tensors that stand beside quantized weights, and have no place in the model."""
 
 READERS = re.compile(r"\.(k|v)_(proj|norm)\.\w+$")
 """What a layer that reads another one's cache need not have."""
@@ -46,6 +62,52 @@ def lacking(
         if patterns:
             found |= dict.fromkeys(_of_kind(model, wanted[kind], patterns, stored))
     return (*found, *_output_head(model, wanted, stored, made))
+
+
+def lacking_everywhere(
+    model: PreTrainedModel, layers: Layers, filled: Iterable[str], placeless: Iterable[str]
+) -> tuple[str, ...]:
+    """Weights of the decoder of whose kind there is no tensor: the first of each kind.
+
+    `filled` are parameters that tensors make, one of each kind at least, `placeless` tensors that
+    make none. Nothing where the class is not the one that config.json names, or where what is
+    missing may be there under a name that transformers does not know. Biases may be left out where
+    they are zero.
+    """
+    from ckptq.models.transformers_model import decoder_name
+
+    there = {starred(parameter) for parameter in filled}
+    inside = starred(f"{layers.name}.")
+    said = type(model).__name__ in (model.config.architectures or ())
+    if not said or not layers.name or not any(kind.startswith(inside) for kind in there):
+        return ()
+    strange = _strange(layers, placeless)
+    decoder = decoder_name(model)
+    found: dict[str, str] = {}
+    for parameter, _ in model.named_parameters():
+        kind = starred(parameter)
+        if decoder and not parameter.startswith(f"{decoder}."):
+            continue
+        if kind in there or kind.endswith("bias") or kind.startswith(inside) in strange:
+            continue
+        if not _may_be_absent(model, parameter):
+            found.setdefault(kind, parameter)
+    return tuple(found.values())
+
+
+def _strange(layers: Layers, placeless: Iterable[str]) -> set[bool]:
+    """Whether there are tensors without a place in the decoder layers (True), outside of all layers
+    (False). Layers of other lists and behind the last one are other models'."""
+    found = set()
+    for name in placeless:
+        match = LAYER.match(name)
+        if SCALES.search(name.rpartition(".")[2]):
+            continue
+        if match is None:
+            found.add(False)
+        elif match["prefix"] == layers.stored and int(match["index"]) < layers.number:
+            found.add(True)
+    return found
 
 
 def _kinds(made: Mapping[str, str]) -> dict[str, list[str]]:

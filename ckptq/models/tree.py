@@ -11,7 +11,8 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from ckptq.checkpoint.open import Checkpoint
-from ckptq.models.holes import Numbers, lacking, numbers_of
+from ckptq.models.holes import Layers, Numbers, lacking, lacking_everywhere, numbers_of
+from ckptq.models.initialized import wants_weights
 from ckptq.numbered import starred
 
 if TYPE_CHECKING:
@@ -77,7 +78,7 @@ class ModuleTree:
     runs_attention_groups: bool
     """Whether its forward pass takes a config group for attention."""
     lacking: tuple[str, ...] = field(repr=False)
-    """Tensors that are not on disk, though the model cannot do without, and other layers have."""
+    """Tensors that are not on disk, though the model cannot do without."""
     attention_interface: bool
     """Whether its attention goes through transformers' interface, where an engine that runs the
     model by way of transformers puts its own."""
@@ -126,7 +127,8 @@ def _tree(model: PreTrainedModel, ckpt: Checkpoint) -> ModuleTree:
     first, numbers = _first_of_each(ckpt)
     made: dict[str, str] = {}
     dealt_out: set[str] = set()
-    for parameter, stored in sources_of_parameters(model, first.values()).items():
+    sources = sources_of_parameters(model, first.values())
+    for parameter, stored in sources.items():
         dealt_out |= made.keys() & stored
         made |= dict.fromkeys(stored, parameter)
     owners = {
@@ -137,12 +139,15 @@ def _tree(model: PreTrainedModel, ckpt: Checkpoint) -> ModuleTree:
     linears = dict.fromkeys(n for n, m in modules.items() if isinstance(m, nn.Linear))
     found = decoder_layers_of(model)
     layers, count = (found[0], len(found[1])) if found else ("", 0)
+    stored_layers = _stored_layers(layers, made)
+    list_of_layers = Layers(layers, stored_layers, count)
+    placeless = [name for name in first.values() if name not in made]
     return ModuleTree(
         model_class=type(model).__name__,
         linears=linears,
         layers=layers,
         num_layers=count,
-        stored_layers=_stored_layers(layers, made),
+        stored_layers=stored_layers,
         layer_parameters=frozenset(
             name.removeprefix(f"{layers}.").partition(".")[2]
             for name in model.state_dict()
@@ -152,10 +157,13 @@ def _tree(model: PreTrainedModel, ckpt: Checkpoint) -> ModuleTree:
         names=_names(model, ckpt, made, linears),
         attention=frozenset(n for n, m in modules.items() if is_cached_attention_module(m)),
         runs_attention_groups=runs_attention_groups(model),
-        lacking=lacking(model, numbers, made),
+        lacking=(
+            *lacking(model, numbers, made),
+            *lacking_everywhere(model, list_of_layers, sources, placeless),
+        ),
         attention_interface=model.is_backend_compatible() or model._can_set_attn_implementation(),
         attending=_attending(modules, layers),
-        wants_weights=_wants_weights(model),  # the last: it takes the model apart
+        wants_weights=wants_weights(model),  # the last: it takes the model apart
     )
 
 
@@ -166,37 +174,6 @@ def _attending(modules: Mapping[str, nn.Module], layers: str) -> frozenset[int]:
         if name.startswith(f"{layers}.") and "Attention" in type(module).__name__
     }
     return frozenset(int(index) for index in inside if layers)
-
-
-def _wants_weights(model: PreTrainedModel) -> frozenset[str]:
-    """Tried on the model itself: its Linears lose their weights, all else is initialized."""
-    from torch import nn
-
-    linears = {m: name for name, m in model.named_modules() if isinstance(m, nn.Linear)}
-    others = {type(m): m for m in model.modules() if m not in linears}
-    held = {linear: linear._parameters.pop("weight") for linear in linears}
-    found = set()
-    for module in others.values():
-        while (wanted := _wanted_linear(model, module)) is not None:
-            found.add(starred(linears[wanted]))
-            wanted._parameters["weight"] = held[wanted]
-    return frozenset(found)
-
-
-def _wanted_linear(model: PreTrainedModel, module: nn.Module) -> nn.Linear | None:
-    """The first Linear whose weight the module's initialization asks for in vain."""
-    import torch
-    from torch import nn
-
-    try:
-        with torch.no_grad():
-            model._init_weights(module)
-    except AttributeError as error:
-        if error.name == "weight" and isinstance(error.obj, nn.Linear):
-            return error.obj
-    except Exception:  # a family's own code, on the meta device: not what is asked here
-        pass
-    return None
 
 
 def _first_of_each(ckpt: Checkpoint) -> tuple[dict[str, str], dict[str, set[Numbers]]]:

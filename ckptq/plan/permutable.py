@@ -39,10 +39,19 @@ def keep_permutable(recipe: Recipe, layout: Layout, chosen: Mapping[str, Group])
         safe = _permutable(group)
         if attention and safe is not group:
             # Before the group it leaves: engines take the first pattern that matches
-            groups.append(replace(safe, name=f"{group.name}_qkv", targets=(QKV,)))
+            groups.append(replace(safe, name=_name(group), targets=(QKV,)))
         if attention != linears or safe is group:
             groups.append(group)
     return replace(recipe, groups=tuple(groups))
+
+
+def permutable(group: Group, name: str) -> Group:
+    """A group of a recipe as the plan has it in the group of this name: its own, or q/k/v's."""
+    return _permutable(group) if name == _name(group) else group
+
+
+def _name(group: Group) -> str:
+    return f"{group.name}_qkv"
 
 
 def _permutable(group: Group) -> Group:

@@ -6,7 +6,7 @@ test, so that running one does not wait for its import (5 s). The rest goes thro
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ import yaml
 from ckptq.errors import UsageError
 from ckptq.files import read_small
 from ckptq.recipes.args import Args
-from ckptq.recipes.dialect import QUANTIZES, read_modifiers
+from ckptq.recipes.dialect import QUANTIZES, read_modifiers, read_stages
 from ckptq.recipes.preset import EMPTY, preset_text
 from ckptq.recipes.scheme import PARTS, Recipe, read_groups, read_strings
 from ckptq.recipes.search import SUFFIX, with_search
@@ -75,9 +75,30 @@ def _first_comment(path: Path) -> str:
 
 def load_recipe(file: Path) -> Recipe:
     """`--recipe FILE`: a recipe in llm-compressor's dialect."""
+    return _load_file(file, load_text)
+
+
+def load_written(file: Path) -> Recipe:
+    """A recipe.yaml that ckptq wrote. Those that it spelled out itself need no llm-compressor."""
+    return _load_file(file, _load_spelled)
+
+
+def _load_spelled(name: str, text: str) -> Recipe:
+    if text in (path.read_text() for path in built_in().values()):
+        return _plain(name, text)
+    read_stages(text)  # within bounds
+    try:
+        made = _plain(name, text)
+    except (UsageError, LookupError, TypeError, AttributeError, ValueError):
+        return load_text(name, text)
+    return made if made.groups and spelled(made) == text else load_text(name, text)
+
+
+def _load_file(file: Path, load: Callable[[str, str], Recipe]) -> Recipe:
+    """UsageError names the file."""
     data = read_small(file, RECIPE_BYTES)
     try:
-        return load_text(file.stem, data.decode("utf-8").replace("\r\n", "\n"))
+        return load(file.stem, data.decode("utf-8").replace("\r\n", "\n"))
     except UnicodeDecodeError as error:
         raise UsageError(f"{file}: not a text file: {error}") from error
     except UsageError as error:

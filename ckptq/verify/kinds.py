@@ -67,6 +67,7 @@ CONFIG = _faults(
     ("kv-scheme", "vLLM refuses or misreads the KV-cache scheme", "correct kv_cache_scheme"),
     ("pattern-invalid", "a pattern that does not compile", "correct config.json"),
     ("target-unmatched", "a group that quantizes nothing", "correct its targets"),
+    ("recipe-differs", "another scheme than the recipe beside it", "restore the field"),
 )
 
 LINEARS = _faults(
@@ -128,6 +129,11 @@ LINEARS = _faults(
     ("rope-order-mixed", "weights in one RoPE order, scales in the other", "see the marks"),
     ("input-scale-split", "vLLM refuses experts whose gate and up differ", "use the larger"),
 ) + _notes(
+    (
+        "tensor-placeless",
+        "transformers leaves them out, and vLLM refuses names that its class does not have",
+        "remove them, unless another engine reads them",
+    ),
     ("shape-missing", "transformers cannot unpack without weight_shape", AGAIN),
     ("not-ignored", "left alone here, but transformers waits for its scales", "add it to ignore"),
     ("expert-names", "transformers silently leaves these experts random", "use the source's names"),

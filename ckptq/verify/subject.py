@@ -164,6 +164,18 @@ class Subject:
             return None
         return self.origin.linears.get(name) or self.origin.linears.get(mixtral_name(name))
 
+    def ties(self, head: str) -> bool:
+        """Whether an engine serves the embedding in the place of this output head.
+
+        vLLM builds the decoder of a model with towers from its `text_config`; transformers, which
+        alone runs what vLLM has no class for, ties by the whole model's config.
+        """
+        owner = self.witnesses.owner(head)
+        if self.witnesses.engine is None and owner is not None:
+            return owner.tied
+        configs = (self.ckpt.config, self.ckpt.text_config)
+        return any(config.get("tie_word_embeddings") is True for config in configs)
+
     @cached_property
     def attention(self) -> dict[str, AttentionKind]:
         """Attention modules of the decoder layers, and what they cache."""

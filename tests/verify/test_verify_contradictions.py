@@ -38,6 +38,58 @@ def test_sizes_that_the_tensors_do_not_have(broken, weights, field):
     assert len(found) < 20, "of layers that are alike only one is told"
 
 
+EXPERT_SIZES = {
+    ("qwen3-moe", "moe_intermediate_size"): (64, "experts.0.down_proj"),
+    ("qwen3-moe", "num_local_experts"): (3, "experts.3."),
+    ("mixtral", "num_local_experts"): (2, "experts.2."),
+    ("mixtral", "intermediate_size"): (128, "experts.0.w"),
+}
+
+
+@pytest.mark.parametrize("weights", ["fp8-channel", "int4", "nvfp4"])
+@pytest.mark.parametrize(("family", "field"), EXPERT_SIZES)
+def test_sizes_that_the_experts_do_not_have(broken, weights, family, field):
+    value, where = EXPERT_SIZES[family, field]
+    editor, _ = broken(family, weights)
+    assert field in editor.config
+    editor.config[field] = value
+    found = [f for f in verify(editor.save()).findings if f.code == "config-shapes"]
+    assert any(where in (f.tensor or "") for f in found), found
+    assert len(found) < 20, "of experts that are alike only one is told"
+
+
+@pytest.mark.parametrize(("field", "value"), [("num_local_experts", 5), ("intermediate_size", 64)])
+def test_sizes_that_fused_experts_do_not_have(broken, field, value):
+    """GPT-OSS with its experts left as they were."""
+    editor, source = broken("gpt-oss", "fp8-channel")
+    kept = Editor(convert(source, editor.folder.parent / "kept", recipe(
+        "fp8-channel", ignore=("re:.*experts.*",)
+    )))  # fmt: skip
+    assert any(tensor.dim() == 3 for tensor in kept.tensors.values())
+    assert named(verify(kept.folder)) == set()
+    kept.config[field] = value
+    found = [f for f in verify(kept.save()).findings if f.code == "config-shapes"]
+    assert any("experts" in (f.tensor or "") for f in found), found
+
+
+@pytest.mark.parametrize("name", ["foo", "model.extra.weight", "extra.weight"])
+@pytest.mark.parametrize("family", ["llama", "qwen3-moe"])
+def test_tensors_at_the_root_that_nobody_knows(broken, family, name):
+    """A note: transformers leaves them out, and another engine may read them."""
+    editor, _ = broken(family, "fp8-channel")
+    editor.tensors[name] = torch.ones(4, 4).bfloat16()
+    report = verify(editor.save())
+    assert named(report) <= {"targeted-but-unquantized"}
+    assert [n.tensor for n in report.notes if n.code == "tensor-placeless"] == [name]
+
+
+@pytest.mark.parametrize("name", ["mtp.fc.weight", "score.weight", "model.layers.2.eh_proj.weight"])
+def test_parts_of_other_models_are_none_of_them(broken, name):
+    editor, _ = broken("llama", "fp8-channel")
+    editor.tensors[name] = torch.ones(4, 4).bfloat16()
+    assert "tensor-placeless" not in {n.code for n in verify(editor.save()).notes}
+
+
 def test_layers_that_are_missing_are_told_once(broken):
     editor, _ = broken("llama", "fp8-channel")
     editor.config["num_hidden_layers"] = 4

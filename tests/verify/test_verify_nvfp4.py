@@ -116,4 +116,7 @@ def test_a_global_scale_that_the_config_does_not_declare_is_named(calibrated, tm
     def damage(editor: Editor, _: str) -> None:
         editor.group["input_activations"] = None
 
-    assert codes_after(damage, calibrated, "llama", tmp_path) == {"input-scale-extra"}
+    assert codes_after(damage, calibrated, "llama", tmp_path) == {
+        "input-scale-extra",
+        "recipe-differs",
+    }

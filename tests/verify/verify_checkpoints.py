@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,7 @@ from ckptq.convert.run import write_quantized
 from ckptq.plan.make import make_plan
 from ckptq.recipes.args import Args
 from ckptq.recipes.scheme import Group, Recipe
+from ckptq.recipes.spelled import spelled
 
 HEADS, KV_HEADS, HEAD_DIM, LAYERS, EXPERTS = 4, 2, 64, 2, 4
 
@@ -112,18 +113,24 @@ def recipe(weights: str, *, kv: bool = False, ignore: tuple[str, ...] = ()) -> R
         input_activations=Args.read(KV),
         format="dense",
     )
-    return Recipe(
+    made = Recipe(
         name=weights,
         groups=(attention, linear) if kv else (linear,),
         ignore=("lm_head", *ignore),
         kv_cache_scheme=Args.read(KV) if kv else None,
-        text=f"# {weights}\n",
+        text="",
     )
+    return spelled_out(made)
+
+
+def spelled_out(made: Recipe) -> Recipe:
+    """With the text that stands for it, as a recipe of a user's has."""
+    return replace(made, text=spelled(made))
 
 
 def kv_recipe() -> Recipe:
     """Cache scales only."""
-    return Recipe(name="kv", groups=(), kv_cache_scheme=Args.read(KV), text="# kv\n")
+    return spelled_out(Recipe(name="kv", kv_cache_scheme=Args.read(KV), text=""))
 
 
 def save_source(family: str, folder: Path, dtype: torch.dtype = torch.bfloat16) -> Path:

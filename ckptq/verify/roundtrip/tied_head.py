@@ -21,8 +21,6 @@ CHUNK = 1 << 22
 
 def check_tied_head(subject: Subject, files: Files) -> Iterator[Finding]:
     """A head that is not the embedding, unless the source is stored and declared so too."""
-    if not tied(subject.ckpt.config, subject.ckpt.text_config):
-        return
     source = subject.source
     if source is not None and tied(source.config, source.text_config):
         return
@@ -33,6 +31,8 @@ def check_tied_head(subject: Subject, files: Files) -> Iterator[Finding]:
     }
     head, embedding = ends.get("lm_head"), ends.get("embed_tokens")
     if head is None or embedding is None or head.spec != embedding.spec:
+        return
+    if not subject.ties(head.name.removesuffix(".weight")):
         return
     if not _equal(head, embedding, files):
         yield finding(

@@ -124,7 +124,8 @@ def _tied_head(subject: Subject) -> Iterator[Finding]:
     configs = (subject.ckpt.text_config, subject.ckpt.config)
     tied = any(config.get("tie_word_embeddings") is True for config in configs)
     for name, module in subject.modules.items():
-        if tied and name.rpartition(".")[2] == "lm_head" and module.quantized:
+        head = tied and name.rpartition(".")[2] == "lm_head" and module.quantized
+        if head and subject.ties(name):
             yield finding(
                 "tied-head", name, file=module.file,
                 found="quantized, with tie_word_embeddings true", wanted="the embedding's weight",

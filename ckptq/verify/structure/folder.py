@@ -55,6 +55,9 @@ HARMLESS = re.compile(
 """Fields that change nothing that is computed: of training, tokens that the tokenizer knows better,
 lengths. A tie is judged by what is stored. Any other field may change it."""
 
+SHOWN = 5
+"""Parts of a tokenizer that one finding lists."""
+
 ABSENT = object()
 
 Configs = tuple[dict[str, Any], dict[str, Any]]
@@ -162,7 +165,7 @@ def _side_files(ckpt: Checkpoint, source: Checkpoint) -> Iterator[Finding]:
             )  # fmt: skip
         elif name == TOKENIZER and (parts := unlike_parts(there, original)):
             yield finding(
-                "tokenizer-differs", parts[0], file=name, found=f"another {', '.join(parts)}",
+                "tokenizer-differs", parts[0], file=name, found=f"another {_some(parts)}",
                 wanted="the source's", repair=f"copy {name} from the source",
             )  # fmt: skip
         elif name not in weights and there.read_bytes() != original.read_bytes():
@@ -170,6 +173,11 @@ def _side_files(ckpt: Checkpoint, source: Checkpoint) -> Iterator[Finding]:
                 "side-file-differs", file=name, found=f"{there.stat().st_size} bytes",
                 wanted=f"the source's {original.stat().st_size} bytes",
             )  # fmt: skip
+
+
+def _some(parts: list[str]) -> str:
+    more = f" and {len(parts) - SHOWN} more" if len(parts) > SHOWN else ""
+    return ", ".join(parts[:SHOWN]) + more
 
 
 def _config(

@@ -31,6 +31,10 @@ CUTTING = (
 )
 """What decides how text becomes tokens and back, beside the vocabulary."""
 
+FLAGS = ("lstrip", "rstrip", "single_word", "normalized", "special")
+"""Of an added token: what of the text around it is its own, whether text is normalized before it is
+looked for, and whether it is left out of text that is written."""
+
 SHOWN = 3
 
 Ids = Mapping[str, int]
@@ -52,13 +56,36 @@ def check_vocabulary(subject: Subject) -> Iterator[Finding]:
 
 
 def unlike_parts(ours: Path, theirs: Path) -> list[str]:
-    """Parts of two tokenizer.json that cut or write text otherwise; tokens and their ids, which are
-    told one by one, truncation and padding, which callers set, and layout are none."""
+    """Parts of two tokenizer.json that cut or write text otherwise, "model.merges" and
+    "added_tokens['<s>'].lstrip"; tokens and their ids, which are told one by one, truncation and
+    padding, which callers set, and layout are none."""
     try:
         found, wanted = (json_object(f, TOKENIZER_BYTES, MOST_VALUES)[0] for f in (ours, theirs))
     except CkptqError:
         return []
-    return [part for part in CUTTING if _part(found, part) != _part(wanted, part)]
+    parts = [part for part in CUTTING if _part(found, part) != _part(wanted, part)]
+    return [*parts, *_unlike_flags(found, wanted)]
+
+
+def _unlike_flags(found: Mapping[str, Any], wanted: Mapping[str, Any]) -> Iterator[str]:
+    """Of the tokens that both add; without a normalizer nothing is normalized, whatever is said."""
+    ours, theirs = _added(found), _added(wanted)
+    normal = any(tokenizer.get("normalizer") for tokenizer in (found, wanted))
+    for token in sorted(ours.keys() & theirs.keys()):
+        for flag in FLAGS:
+            unlike = bool(ours[token].get(flag)) != bool(theirs[token].get(flag))
+            if unlike and (normal or flag != "normalized"):
+                yield f"added_tokens[{token!r}].{flag}"
+
+
+def _added(tokenizer: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
+    """Added token -> its entry."""
+    entries = tokenizer.get("added_tokens")
+    return {
+        entry["content"]: entry
+        for entry in (entries if isinstance(entries, list) else ())
+        if isinstance(entry, dict) and isinstance(entry.get("content"), str)
+    }
 
 
 def _part(tokenizer: Mapping[str, Any], part: str) -> object:
@@ -98,11 +125,7 @@ def _of_tokenizer(value: Mapping[str, Any]) -> dict[str, Any]:
     if isinstance(vocab, list):  # Unigram: [token, score], in the order of the ids
         pairs = (entry for entry in vocab if isinstance(entry, list) and entry)
         found = {str(entry[0]): index for index, entry in enumerate(pairs)}
-    added = value.get("added_tokens")
-    for entry in added if isinstance(added, list) else ():
-        if isinstance(entry, dict) and isinstance(entry.get("content"), str):
-            found[entry["content"]] = entry.get("id")
-    return found
+    return found | {token: entry.get("id") for token, entry in _added(value).items()}
 
 
 def _of_config(value: Mapping[str, Any]) -> dict[str, Any]:

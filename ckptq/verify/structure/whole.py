@@ -6,14 +6,23 @@ sizes. Headers only. A family that transformers lacks, or a config that it refus
 
 from __future__ import annotations
 
+import re
 from collections.abc import Collection, Iterable, Iterator
 from typing import TYPE_CHECKING
 
 from ckptq.checkpoint.open import CONFIG, Checkpoint
 from ckptq.models.family import LAYER
 from ckptq.numbered import starred
+from ckptq.plan.left import EXPECTED
 from ckptq.spec import TensorSpec
-from ckptq.verify.engine.transformers import CACHE_SCALES, lacking, left_over, submodule, unlike
+from ckptq.verify.engine.transformers import (
+    CACHE_SCALES,
+    HARMLESS,
+    lacking,
+    left_over,
+    submodule,
+    unlike,
+)
 from ckptq.verify.kinds import finding
 from ckptq.verify.report import Finding
 from ckptq.verify.subject import CODES, SCALES, Subject
@@ -23,6 +32,12 @@ if TYPE_CHECKING:
 
 EXPERTS = ".experts"
 """Merged on loading, and judged expert by expert elsewhere; their biases are not."""
+
+
+OTHER_PARTS = re.compile(r"(^|[._])(mtp|nextn|vision|visual|vit|audio|image|speech|talker|lora)")
+"""In names of branches that other models read."""
+
+SHOWN = 3
 
 
 def check_whole(subject: Subject, told: Iterable[Finding]) -> Iterator[Finding]:
@@ -47,6 +62,7 @@ def check_whole(subject: Subject, told: Iterable[Finding]) -> Iterator[Finding]:
     yield from _missing(loaded, failed)
     yield from _unknown(subject.ckpt, loaded, failed)
     yield from _sizes(loaded, failed)
+    yield from _strays(subject, loaded)
 
 
 def _in_missing_layers(ckpt: Checkpoint, loaded: Loaded) -> set[str]:
@@ -109,6 +125,24 @@ def _sizes(loaded: Loaded, failed: Collection[str]) -> Iterator[Finding]:
                 wanted=f"{list(wanted.shape)} in a {_class(loaded)} of these sizes",
                 repair="restore the config.json of this model",
             )  # fmt: skip
+
+
+def _strays(subject: Subject, loaded: Loaded) -> Iterator[Finding]:
+    """One note of tensors outside of every module and layer. They may be parts that the class does
+    not build, of which those that are known (towers, multi-token prediction) are left out."""
+    inside = {name for names in left_over(loaded).values() for name in names}
+    names = sorted(n for n in loaded.left_over - inside if _is_stray(subject, n))
+    if names:
+        more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
+        yield finding(
+            "tensor-placeless", names[0], found=", ".join(names[:SHOWN]) + more,
+            wanted=f"tensors of {_class(loaded)}, which leaves these out",
+        )  # fmt: skip
+
+
+def _is_stray(subject: Subject, name: str) -> bool:
+    known = LAYER.match(name) or OTHER_PARTS.search(name) or HARMLESS.search(name)
+    return not known and subject.witnesses.why_kept(name.rpartition(".")[0]) not in EXPECTED
 
 
 def _class(loaded: Loaded) -> str:

@@ -56,7 +56,7 @@ def bits(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def there_and_back(w_RC: torch.Tensor, scheme: WeightScheme) -> tuple[dict, torch.Tensor]:
-    shared = statistic(w_RC) if needs_statistic(scheme) else None
+    shared = statistic(w_RC, scheme) if needs_statistic(scheme) else None
     made = dispatch.quantize(w_RC, scheme, shared)
     return made, dispatch.dequantize(made, scheme, (43, 320), w_RC.dtype)
 
@@ -65,7 +65,7 @@ def there_and_back(w_RC: torch.Tensor, scheme: WeightScheme) -> tuple[dict, torc
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
 def test_a_kernel_gives_the_bits_of_the_format(monkeypatch, device, name, dtype):
     scheme, w_RC = WeightScheme(**EVERY[name]), weight(dtype)
-    shared = statistic(w_RC) if needs_statistic(scheme) else None
+    shared = statistic(w_RC, scheme) if needs_statistic(scheme) else None
     wanted = formats.constants(spec_of(w_RC), scheme, shared)
     wanted |= formats.quantize(w_RC, scheme, shared)
     take(monkeypatch, gpu=True)

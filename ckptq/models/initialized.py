@@ -1,0 +1,45 @@
+"""What a transformers model needs to be initialized, as it is before weights are loaded into it."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from ckptq.numbered import starred
+
+if TYPE_CHECKING:
+    from torch import nn
+    from transformers import PreTrainedModel
+
+
+def wants_weights(model: PreTrainedModel) -> frozenset[str]:
+    """Linears, numbers as `*`, whose parents ask for their weights.
+
+    Tried on the model itself: its Linears lose their weights, all else is initialized.
+    """
+    from torch import nn
+
+    linears = {m: name for name, m in model.named_modules() if isinstance(m, nn.Linear)}
+    others = {type(m): m for m in model.modules() if m not in linears}
+    held = {linear: linear._parameters.pop("weight") for linear in linears}
+    found = set()
+    for module in others.values():
+        while (wanted := _wanted_linear(model, module)) is not None:
+            found.add(starred(linears[wanted]))
+            wanted._parameters["weight"] = held[wanted]
+    return frozenset(found)
+
+
+def _wanted_linear(model: PreTrainedModel, module: nn.Module) -> nn.Linear | None:
+    """The first Linear whose weight the module's initialization asks for in vain."""
+    import torch
+    from torch import nn
+
+    try:
+        with torch.no_grad():
+            model._init_weights(module)
+    except AttributeError as error:
+        if error.name == "weight" and isinstance(error.obj, nn.Linear):
+            return error.obj
+    except Exception:  # a family's own code, on the meta device: not what is asked here
+        pass
+    return None
