@@ -19,7 +19,7 @@ SCHEMES = {name: Args.read(args).weight_scheme(form) for name, (form, args) in F
 
 
 def stored(w_RC, scheme):
-    found = statistic(w_RC) if needs_statistic(scheme) else None
+    found = statistic(w_RC, scheme) if needs_statistic(scheme) else None
     return quantize(w_RC, scheme, found) | constants(spec_of(w_RC), scheme, found)
 
 
