@@ -100,7 +100,7 @@ def quantize(
     from ckptq.convert.quantize import quantize as convert
     from ckptq.recipes.group_size import with_group_size
     from ckptq.recipes.load import load_either
-    from ckptq.recipes.search import with_search
+    from ckptq.recipes.searched import with_search
     from ckptq.show.results import show_plan, show_quantized
 
     found = load_either(scheme, recipe)

@@ -18,7 +18,7 @@ from ckptq.recipes.args import Args
 from ckptq.recipes.dialect import QUANTIZES, read_modifiers, read_stages
 from ckptq.recipes.preset import EMPTY, preset_text
 from ckptq.recipes.scheme import PARTS, Recipe, read_groups, read_strings
-from ckptq.recipes.search import SUFFIX, with_search
+from ckptq.recipes.searched import SUFFIX, with_search
 from ckptq.recipes.spelled import spelled
 
 FOLDER = Path(__file__).parent

@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from ckptq.convert.quantize import QuantizeRequest, quantize
 from ckptq.errors import UsageError
 from ckptq.recipes.load import built_in, load_scheme, load_text
-from ckptq.recipes.search import with_search
+from ckptq.recipes.searched import with_search
 from ckptq.verify.run import verify
 
 WEIGHTLESS = ("kv-fp8-per-head", "kv-fp8-per-tensor")
