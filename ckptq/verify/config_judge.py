@@ -130,7 +130,5 @@ def _cache(declared: Declared, told: Collection[str | None]) -> Iterator[Finding
 
 
 def _wrong(code: str, field: str, found: object, wanted: str) -> Finding:
-    return finding(
-        code, field, file=CONFIG, found="nothing" if found is None else str(found)[:200],
-        wanted=wanted,
-    )  # fmt: skip
+    said = "nothing" if found is None else str(found)[:200]
+    return finding(code, field, file=CONFIG, found=said, wanted=wanted)

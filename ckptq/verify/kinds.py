@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol
 
 from ckptq.verify.report import Finding, Severity
 
@@ -276,25 +277,37 @@ ENGINE = _faults(
     ("engine-unseen", "the simulation cannot judge these", "ask the engine itself"),
 )
 
-KINDS: dict[str, Kind] = {
-    kind.code: kind
-    for kind in (
-        *FILES, *CONFIG, *LINEARS, *CACHE, *VALUES, *ROUND_TRIP, *ATTENTION, *ENGINE,
-    )
-}  # fmt: skip
+EVERY = (*FILES, *CONFIG, *LINEARS, *CACHE, *VALUES, *ROUND_TRIP, *ATTENTION, *ENGINE)
+
+KINDS: dict[str, Kind] = {kind.code: kind for kind in EVERY}
+
+
+class Placed(Protocol):
+    """A tensor or module that knows its file."""
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def file(self) -> Path | str: ...
 
 
 def finding(
     code: str,
-    tensor: str | None = None,
+    where: str | Placed | None = None,
     *,
     file: Path | str | None = None,
     found: str,
     wanted: str,
     repair: str | None = None,
 ) -> Finding:
-    """A finding of a known kind. Example: `finding("status", found="nothing", wanted="...")`."""
+    """A finding of a known kind. Example: `finding("status", found="nothing", wanted="...")`.
+
+    A tensor or module brings its own file.
+    """
     kind = KINDS[code]
+    tensor = where if where is None or isinstance(where, str) else where.name
+    if where is not None and not isinstance(where, str):
+        file = where.file
     return Finding(
         code=code,
         severity=kind.severity,

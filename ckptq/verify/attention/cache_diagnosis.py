@@ -146,11 +146,9 @@ def _one_factor(watch: Watch) -> Iterator[Finding]:
     low, middle, high = all_N.quantile(torch.tensor([0.1, 0.5, 0.9], dtype=all_N.dtype)).tolist()
     if abs(middle) >= TOGETHER and high - low <= TOGETHER:
         module, which = next(iter(watch.heads))
-        yield finding(
-            "cache-scale-factor", f"{module}.{which}_scale",
-            found=f"all {len(all_N)} scales are about {2**middle:.2g} times what this text needs",
-            wanted="the largest values over 448",
-        )  # fmt: skip
+        found = f"all {len(all_N)} scales are about {2**middle:.2g} times what this text needs"
+        wanted = "the largest values over 448"
+        yield finding("cache-scale-factor", f"{module}.{which}_scale", found=found, wanted=wanted)
 
 
 def _best_order(scale_H: Tensor, amax_H: Tensor) -> list[int]:

@@ -244,16 +244,14 @@ def _stale_shards(case: Case, found: Mapping[str, Finding]) -> Iterator[Finding]
         held[file] = held.get(file, 0) + 1
     stale = {file for file, names in wrong.items() if len(names) == held[file] > 1}
     for file in stale if len(held) > 1 and len(stale) < len(held) else ():
-        yield finding(
-            "stale-shard", file=file, found=f"all {held[file]} Linears are of another source",
-            wanted="this source's",
-        )  # fmt: skip
+        other = f"all {held[file]} Linears come from another source"
+        yield finding("stale-shard", file=file, found=other, wanted="this source's")
     if stale and len(stale) == len(held):
         count = sum(held.values())
+        wanted = "the source of this checkpoint"
         yield finding(
-            "other-source", found=f"none of {count} Linears stands for the source's",
-            wanted="the source of this checkpoint",
-        )  # fmt: skip
+            "other-source", found=f"none of {count} Linears stands for the source's", wanted=wanted
+        )
     yield from (
         one
         for name, one in found.items()
@@ -266,7 +264,4 @@ def _named(
 ) -> Finding:
     part = "weight_scale" if code.startswith("scale") else linear.scheme.codes
     tensor = linear.tensors[local or ("weight_zero_point" if code.startswith("zero") else part)]
-    return finding(
-        code, tensor.name, file=tensor.file, found=found, wanted="the source's weight",
-        repair=repair,
-    )  # fmt: skip
+    return finding(code, tensor, found=found, wanted="the source's weight", repair=repair)

@@ -133,12 +133,11 @@ def gather(found: Mapping[str, Explained], linears: Mapping[str, StoredLinear]) 
     for prefix, order in experts.items():
         first = next(n for n in found if n.startswith(f"{prefix}."))
         said = ", ".join(f"{i} holds {j}" for i, j in sorted(order.items())[:8])
+        file, wanted = linears[first].module.file, "experts in the source's order"
+        found_order = f"expert {said}"
         made.append(
-            finding(
-                "experts-permuted", prefix, file=linears[first].module.file, found=f"expert {said}",
-                wanted="experts in the source's order",
-            )
-        )  # fmt: skip
+            finding("experts-permuted", prefix, file=file, found=found_order, wanted=wanted)
+        )
     return made
 
 

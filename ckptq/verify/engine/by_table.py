@@ -25,10 +25,10 @@ def foreseen(subject: Subject) -> Iterator[Finding]:
     quantized = [name for name, module in subject.modules.items() if module.quantized]
     doubts = list(model_doubts(subject.witnesses, quantized))
     for doubt in doubts:
-        yield finding(
-            "engine-refuses", file=CONFIG, found=f"vllm, as its table says: {doubt}",
-            wanted="a checkpoint that it loads", repair=f"use transformers, or {ASK}",
-        )  # fmt: skip
+        found = f"vllm, as its table says: {doubt}"
+        wanted = "a checkpoint that it loads"
+        repair = f"use transformers, or {ASK}"
+        yield finding("engine-refuses", file=CONFIG, found=found, wanted=wanted, repair=repair)
     if not doubts:
         yield from _unseen(subject, quantized)
 
@@ -40,10 +40,9 @@ def _unseen(subject: Subject, quantized: list[str]) -> Iterator[Finding]:
         return
     kinds = list(dict.fromkeys(map(starred, unseen)))
     more = f" and {len(kinds) - SHOWN} kinds more" if len(kinds) > SHOWN else ""
-    yield finding(
-        "engine-unseen",
-        found=f"{len(unseen)} of {len(quantized)} quantized Linears that the table of vLLM "
+    found = (
+        f"{len(unseen)} of {len(quantized)} quantized Linears that the table of vLLM "
         f"{load_table().version} has not seen, or saw built differently: "
-        f"{', '.join(kinds[:SHOWN])}{more}",
-        wanted="modules that it has seen", repair=ASK,
-    )  # fmt: skip
+        f"{', '.join(kinds[:SHOWN])}{more}"
+    )
+    yield finding("engine-unseen", found=found, wanted="modules that it has seen", repair=ASK)

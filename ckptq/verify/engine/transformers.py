@@ -64,11 +64,11 @@ def ask_transformers(ckpt: Checkpoint) -> Asked:
 
 
 def _refused(reason: str, where: str | None = None) -> Finding:
+    found = f"transformers: {shorten(reason, LONGEST, placeholder=' ...')}"
+    wanted = "a checkpoint that it loads"
     return finding(
-        "engine-refuses", where, file=CONFIG if where is None else None,
-        found=f"transformers: {shorten(reason, LONGEST, placeholder=' ...')}",
-        wanted="a checkpoint that it loads",
-    )  # fmt: skip
+        "engine-refuses", where, file=CONFIG if where is None else None, found=found, wanted=wanted
+    )
 
 
 def _judge(ckpt: Checkpoint, loaded: Loaded) -> Iterator[Finding]:
@@ -78,11 +78,12 @@ def _judge(ckpt: Checkpoint, loaded: Loaded) -> Iterator[Finding]:
     other = unlike(loaded)
     failed = {place.rpartition(".")[0] for place in loaded.errors}
     if failed and _attention_first(loaded):
+        lost = f"{len(failed)} expert modules not loaded, first {min(failed)}"
+        found = f"a group without weights before the group of Linears; {lost}"
+        wanted = "groups of Linears first"
         yield finding(
-            "attention-group-first", "config_groups", file=CONFIG,
-            found=f"a group without weights before that of Linears; {len(failed)} modules of "
-            f"experts not loaded, first {min(failed)}", wanted="groups of Linears first",
-        )  # fmt: skip
+            "attention-group-first", "config_groups", file=CONFIG, found=found, wanted=wanted
+        )
     else:
         for place, error in loaded.errors.items():
             yield _refused(_last_line(error), place)
@@ -105,55 +106,45 @@ def _module(
     cache = [local for local in absent if local in CACHE_SCALES]
     absent = [local for local in absent if local not in cache]
     for local in cache:
-        yield finding(
-            "engine-default", f"{module}.{local}",
-            found="transformers: no tensor fills it, memory that nothing was written to is used",
-            wanted="the stored scale",
-        )  # fmt: skip
+        found = "transformers: no tensor fills it, memory that nothing was written to is used"
+        yield finding("engine-default", f"{module}.{local}", found=found, wanted="the stored scale")
     extra = over.get(module, [])
     if absent and _stored_plain(loaded, module, extra):
         yield _not_ignored(loaded, module)
         return
     if absent:
         held = f"; left over: {_some(extra)}" if extra else ""
-        yield finding(
-            "engine-unfilled", module, found=f"transformers: no tensor for {_some(absent)}{held}",
-            wanted="a tensor for every parameter",
-        )  # fmt: skip
+        found = f"transformers: no tensor for {_some(absent)}{held}"
+        yield finding("engine-unfilled", module, found=found, wanted="a tensor for every parameter")
         return
     unlike_here = other.get(module, [])
     if any(_holds_codes(loaded, place) for place in unlike_here):
-        yield finding(
-            "never-quantized", module, found="transformers builds it unquantized; codes on disk",
-            wanted="an unquantized weight",
-        )  # fmt: skip
+        found = "transformers builds it unquantized; codes on disk"
+        yield finding("never-quantized", module, found=found, wanted="an unquantized weight")
         return
     for place in unlike_here:
-        yield finding(
-            "engine-shape", place, file=_file(ckpt, place),
-            found=f"transformers: {loaded.found[place]}", wanted=str(loaded.wanted[place]),
-        )  # fmt: skip
+        found = f"transformers: {loaded.found[place]}"
+        wanted = str(loaded.wanted[place])
+        yield finding("engine-shape", place, file=_file(ckpt, place), found=found, wanted=wanted)
     if extra:
-        yield finding(
-            "engine-left-over", module, found=f"transformers has no place for {_some(extra)}",
-            wanted="no such tensors",
-        )  # fmt: skip
+        found = f"transformers has no place for {_some(extra)}"
+        yield finding("engine-left-over", module, found=found, wanted="no such tensors")
 
 
 def _not_ignored(loaded: Loaded, module: str) -> Finding:
     """A Linear that is built quantized and stored, or tied, as it is."""
     repair = f'add "{module}" to quantization_config.ignore'
     if module in loaded.tied:
+        found = "transformers builds it quantized; its weight is the embedding's"
+        wanted = "an entry in ignore"
         return finding(
-            "tied-head-not-ignored", module, file=CONFIG,
-            found="transformers builds it quantized; its weight is the embedding's",
-            wanted="an entry in ignore", repair=repair,
-        )  # fmt: skip
+            "tied-head-not-ignored", module, file=CONFIG, found=found, wanted=wanted, repair=repair
+        )
+    found = "transformers builds it quantized; it is stored as it is"
+    wanted = "an entry in ignore under this name"
     return finding(
-        "engine-not-ignored", module, file=CONFIG,
-        found="transformers builds it quantized; it is stored as it is",
-        wanted="an entry in ignore under this name", repair=repair,
-    )  # fmt: skip
+        "engine-not-ignored", module, file=CONFIG, found=found, wanted=wanted, repair=repair
+    )
 
 
 def _stored_plain(loaded: Loaded, module: str, extra: list[str]) -> bool:
@@ -182,11 +173,11 @@ def _unmatched_attention(loaded: Loaded) -> Iterator[Finding]:
     for name, group in _groups(loaded).items():
         strangers = [t for t in group.targets if not t.startswith("re:") and t not in classes]
         if group.weights is None and strangers:
+            found = f"transformers: no module of class {strangers[0]}"
+            wanted = "the class of its attention"
             yield finding(
-                "target-unmatched", f"config_groups.{name}", file=CONFIG,
-                found=f"transformers: no module of class {strangers[0]}",
-                wanted="the class of its attention",
-            )  # fmt: skip
+                "target-unmatched", f"config_groups.{name}", file=CONFIG, found=found, wanted=wanted
+            )
 
 
 def _attention_that_does_not_run(loaded: Loaded) -> Iterator[Finding]:

@@ -124,11 +124,9 @@ def _natural(name: str) -> list[Any]:
 
 def _refused(ckpt: Checkpoint, told: Mapping[str, Any]) -> Finding:
     at = told["at"]
-    return finding(
-        "engine-refuses", at, file=ckpt.tensors[at].file if at in ckpt.tensors else CONFIG,
-        found=f"vllm: {shorten(told['error'], LONGEST, placeholder=' ...')}",
-        wanted="a checkpoint that it loads",
-    )  # fmt: skip
+    file = ckpt.tensors[at].file if at in ckpt.tensors else CONFIG
+    found = f"vllm: {shorten(told['error'], LONGEST, placeholder=' ...')}"
+    return finding("engine-refuses", at, file=file, found=found, wanted="a checkpoint it loads")
 
 
 def _judge(ckpt: Checkpoint, parameters: list[dict[str, Any]]) -> Iterator[Finding]:
@@ -141,27 +139,20 @@ def _judge(ckpt: Checkpoint, parameters: list[dict[str, Any]]) -> Iterator[Findi
         if not _is_read(name, declared) or (engine and engine.leaves_empty(name)):
             continue
         if scale and one["filled"] < size:
-            yield finding(
-                "engine-default", f"{scale['module']}.{scale['local']}",
-                found="vllm: missing: 1.0 is used", wanted="the stored scale",
-            )  # fmt: skip
+            where, used = f"{scale['module']}.{scale['local']}", "vllm: missing: 1.0 is used"
+            yield finding("engine-default", where, found=used, wanted="the stored scale")
         elif one["filled"] == 0 and size:
             module, _, local = name.rpartition(".")
             empty[module].append(local)
         elif one["filled"] < size:
             yield _partly(one, size)
         if _cast(one):
-            yield finding(
-                "engine-shape", name, found=f"vllm: {', '.join(one['sources'])} on disk",
-                wanted=one["dtype"],
-            )  # fmt: skip
+            found = f"vllm: {', '.join(one['sources'])} on disk"
+            yield finding("engine-shape", name, found=found, wanted=one["dtype"])
     for module, locals_ in empty.items():
         more = f" and {len(locals_) - SHOWN} more" if len(locals_) > SHOWN else ""
-        yield finding(
-            "engine-unfilled", module,
-            found=f"vllm: no tensor for {', '.join(locals_[:SHOWN])}{more}",
-            wanted="a tensor for every parameter",
-        )  # fmt: skip
+        found = f"vllm: no tensor for {', '.join(locals_[:SHOWN])}{more}"
+        yield finding("engine-unfilled", module, found=found, wanted="a tensor for every parameter")
 
 
 def _is_read(parameter: str, declared: Declared) -> bool:
@@ -179,11 +170,9 @@ def _partly(one: Mapping[str, Any], size: int) -> Finding:
     rows = one["rows"]
     bare = f"; nothing in {', '.join(map(str, rows[:SHOWN]))}" if rows else ""
     bare += f" and {len(rows) - SHOWN} more of its {one['shape'][0]}" if len(rows) > SHOWN else ""
-    return finding(
-        "engine-partly-filled", one["name"],
-        found=f"vllm: {one['filled']:,} of {size:,} elements{bare}",
-        wanted="a tensor for every part",
-    )  # fmt: skip
+    found = f"vllm: {one['filled']:,} of {size:,} elements{bare}"
+    wanted = "a tensor for every part"
+    return finding("engine-partly-filled", one["name"], found=found, wanted=wanted)
 
 
 def _cast(one: Mapping[str, Any]) -> bool:

@@ -123,15 +123,13 @@ def _whole(tensor: StoredTensor, weight: Weight, files: Files, undo: Undo) -> Co
 def judge_copy(subject: Subject, copy: Copy) -> Iterator[Finding]:
     """A copy with anything different in it; a note where that is rounding alone."""
     if copy.different and copy.different == copy.through_one:
-        yield finding(
-            "norm-rounded", copy.name, file=subject.ckpt.tensors[copy.name].file,
-            found="(w + 1) - 1 of the source's, rounded", wanted="the source's bytes",
-        )  # fmt: skip
+        found = "(w + 1) - 1 of the source's, rounded"
+        wanted = "the source's bytes"
+        yield finding("norm-rounded", subject.ckpt.tensors[copy.name], found=found, wanted=wanted)
     elif copy.different:
-        yield finding(
-            "copy-differs", copy.name, file=subject.ckpt.tensors[copy.name].file,
-            found=f"{copy.different} of {copy.nbytes} bytes differ", wanted="the source's bytes",
-        )  # fmt: skip
+        found = f"{copy.different} of {copy.nbytes} bytes differ"
+        wanted = "the source's bytes"
+        yield finding("copy-differs", subject.ckpt.tensors[copy.name], found=found, wanted=wanted)
 
 
 def finite_tasks(subject: Subject, files: Files, fast: bool) -> Iterator[Callable[[], Copy]]:
@@ -158,7 +156,7 @@ def judge_finite(subject: Subject, copy: Copy) -> Iterator[Finding]:
     """NaN or Inf in a norm, an embedding, an unquantized weight; a table that is half zeros."""
     if copy.not_finite:
         yield finding(
-            "not-finite", copy.name, file=subject.ckpt.tensors[copy.name].file,
+            "not-finite", subject.ckpt.tensors[copy.name],
             found=f"{copy.not_finite} NaN or Inf", wanted="finite numbers",
         )  # fmt: skip
     tensor = subject.ckpt.tensors[copy.name]
@@ -166,7 +164,6 @@ def judge_finite(subject: Subject, copy: Copy) -> Iterator[Finding]:
     share = copy.zeros / max(tensor.spec.numel, 1)
     table = module is not None and module.kept in TABLES and len(tensor.spec.shape) == 2
     if table and share > EMPTY:
-        yield finding(
-            "rows-empty", copy.name, file=tensor.file, found=f"{share:.0%} of it is zero",
-            wanted="a row for every token",
-        )  # fmt: skip
+        found = f"{share:.0%} of it is zero"
+        wanted = "a row for every token"
+        yield finding("rows-empty", tensor, found=found, wanted=wanted)

@@ -84,10 +84,9 @@ def _wrong(subject: Subject, engine: Engine, arrivals: list[Arrival]) -> Iterato
         code = "engine-default" if one.done.startswith(MISSING) else "arrives-wrong"
         code = "engine-refuses" if one.done.startswith(REFUSED) else code
         snr = "" if one.snr_db is None else f", {one.snr_db:.1f} dB"
-        yield finding(
-            code, one.tensor, found=f"{engine.name}: {one.done}{snr}", wanted=WANTED[code],
-            repair=_repair(subject, engine, one) if code == "arrives-wrong" else None,
-        )  # fmt: skip
+        found = f"{engine.name}: {one.done}{snr}"
+        repair = _repair(subject, engine, one) if code == "arrives-wrong" else None
+        yield finding(code, one.tensor, found=found, wanted=WANTED[code], repair=repair)
 
 
 def _repair(subject: Subject, engine: Engine, one: Arrival) -> str | None:

@@ -48,7 +48,7 @@ def _kept(subject: Subject, linear: StoredLinear, files: Files, undo: Undo) -> b
             continue
         if ours is None or theirs is None or ours.spec != theirs.spec:
             return False
-        if not same_bytes(undo.restore(ours.name, read_tensor(ours, files)),
-                          read_tensor(theirs, files)):  # fmt: skip
+        restored = undo.restore(ours.name, read_tensor(ours, files))
+        if not same_bytes(restored, read_tensor(theirs, files)):
             return False
     return True

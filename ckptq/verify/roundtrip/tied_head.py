@@ -35,11 +35,10 @@ def check_tied_head(subject: Subject, files: Files) -> Iterator[Finding]:
     if head is None or embedding is None or head.spec != embedding.spec:
         return
     if not _equal(head, embedding, files):
-        yield finding(
-            "tied-head", head.name, file=head.file,
-            found=f"another weight than {embedding.name}, and tie_word_embeddings true",
-            wanted="the embedding's weight", repair="set tie_word_embeddings to false",
-        )  # fmt: skip
+        found = f"another weight than {embedding.name}, and tie_word_embeddings true"
+        wanted = "the embedding's weight"
+        repair = "set tie_word_embeddings to false"
+        yield finding("tied-head", head, found=found, wanted=wanted, repair=repair)
 
 
 def tied(*configs: object) -> bool:

@@ -60,12 +60,8 @@ def verdict(linear: StoredLinear, tally: Tally) -> list[Finding] | None:
         return [_other_scales(linear, tally, floor)]
     notes = []
     if tally.twice:
-        notes.append(
-            _about(
-                linear, "rounded-twice", f"{tally.twice} of {tally.elements} codes, a step beside",
-                "the nearest codes",
-            )
-        )  # fmt: skip
+        found = f"{tally.twice} of {tally.elements} codes are one step off"
+        notes.append(_about(linear, "rounded-twice", found, "the nearest codes"))
     if tally.snr_db < floor:
         notes.append(_low(linear, tally, floor))
     return notes
@@ -78,10 +74,8 @@ def _other_scales(linear: StoredLinear, tally: Tally, floor: float) -> Finding:
 
 
 def _low(linear: StoredLinear, tally: Tally, floor: float) -> Finding:
-    return _about(
-        linear, "low-snr", f"{tally.snr_db:.1f} dB with every code the nearest",
-        f"{floor:.1f} dB, as on Gaussian weights",
-    )  # fmt: skip
+    found = f"{tally.snr_db:.1f} dB with every code the nearest"
+    return _about(linear, "low-snr", found, f"{floor:.1f} dB, as on Gaussian weights")
 
 
 def undiagnosed(linear: StoredLinear, tally: Tally) -> Finding:
@@ -109,7 +103,7 @@ def _about(linear: StoredLinear, code: str, found: str, wanted: str) -> Finding:
     local = "weight_scale" if code.startswith("scale") else linear.scheme.codes
     local = "weight_zero_point" if code.startswith("zero") else local
     tensor = linear.tensors[local]
-    return finding(code, tensor.name, file=tensor.file, found=found, wanted=wanted)
+    return finding(code, tensor, found=found, wanted=wanted)
 
 
 def with_tensor_scales(

@@ -79,10 +79,11 @@ def _twice(problems: Problems) -> Iterator[Finding]:
     for problem in problems:
         file, _, what = problem.partition(": ")
         if "is also in" in what:
+            name, repair = what.split("'")[1], "delete the file that this run did not write"
+            wanted = "each tensor once"
             yield finding(
-                "index-mismatch", what.split("'")[1], file=Path(file), found=what,
-                wanted="each tensor once", repair="delete the file that is not of this run",
-            )  # fmt: skip
+                "index-mismatch", name, file=Path(file), found=what, wanted=wanted, repair=repair
+            )
 
 
 def _index(ckpt: Checkpoint) -> Iterator[Finding]:
@@ -117,10 +118,9 @@ def _misplaced(ckpt: Checkpoint, weight_map: Mapping[str, str]) -> Iterator[Find
 def _total_size(ckpt: Checkpoint, metadata: object) -> Iterator[Finding]:
     total = metadata.get("total_size") if isinstance(metadata, dict) else None
     if total is not None and total != ckpt.nbytes:
-        yield finding(
-            "total-size", "metadata.total_size", file=INDEX, found=str(total)[:40],
-            wanted=f"{ckpt.nbytes} bytes of tensors",
-        )  # fmt: skip
+        found = str(total)[:40]
+        wanted = f"{ckpt.nbytes} bytes of tensors"
+        yield finding("total-size", "metadata.total_size", file=INDEX, found=found, wanted=wanted)
 
 
 def _stray_shards(subject: Subject) -> Iterator[Finding]:
@@ -137,16 +137,12 @@ def _stray_shards(subject: Subject) -> Iterator[Finding]:
             continue
         again = sorted(tensors_in(path) & subject.ckpt.tensors.keys())
         if again and not indexed:
-            yield finding(
-                "stray-weights", again[0], file=path,
-                found=f"{len(again)} tensors that {min(shards)} holds too",
-                wanted="each tensor once, or an index that says where",
-            )  # fmt: skip
+            found = f"{len(again)} tensors that {min(shards)} holds too"
+            wanted = "each tensor once, or an index that says where"
+            yield finding("stray-weights", again[0], file=path, found=found, wanted=wanted)
         elif path.name not in known:
-            yield finding(
-                "stray-shard", file=path, found="a file that the index does not name",
-                wanted="only the index's files",
-            )  # fmt: skip
+            found = "a file that the index does not name"
+            yield finding("stray-shard", file=path, found=found, wanted="only the index's files")
 
 
 def _side_files(ckpt: Checkpoint, source: Checkpoint) -> Iterator[Finding]:
@@ -156,20 +152,19 @@ def _side_files(ckpt: Checkpoint, source: Checkpoint) -> Iterator[Finding]:
         if not original.is_file():
             continue
         if not there.is_file():
-            yield finding(
-                "side-file-missing", file=name, found="no such file", wanted="the source's",
-                repair=f"copy {name} from the source",
-            )  # fmt: skip
+            found = "no such file"
+            wanted = "the source's"
+            repair = f"copy {name} from the source"
+            yield finding("side-file-missing", file=name, found=found, wanted=wanted, repair=repair)
         elif name == TOKENIZER and (parts := unlike_parts(there, original)):
             yield finding(
                 "tokenizer-differs", parts[0], file=name, found=f"another {', '.join(parts)}",
                 wanted="the source's", repair=f"copy {name} from the source",
             )  # fmt: skip
         elif name not in weights and there.read_bytes() != original.read_bytes():
-            yield finding(
-                "side-file-differs", file=name, found=f"{there.stat().st_size} bytes",
-                wanted=f"the source's {original.stat().st_size} bytes",
-            )  # fmt: skip
+            found = f"{there.stat().st_size} bytes"
+            wanted = f"the source's {original.stat().st_size} bytes"
+            yield finding("side-file-differs", file=name, found=found, wanted=wanted)
 
 
 def _config(

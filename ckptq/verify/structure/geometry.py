@@ -24,10 +24,8 @@ def check_geometry(subject: Subject) -> Iterator[Finding]:
     embeddings = [name for name in subject.ckpt.tensors if name.endswith("embed_tokens.weight")]
     own = f"{parent}.embed_tokens.weight" if parent else "embed_tokens.weight"
     if len(embeddings) == 1 and prefix.rpartition(".")[2] == "layers" and embeddings[0] != own:
-        yield finding(
-            "names-moved", prefix, found=f"layers under {parent or 'nothing'!r}, the embedding is "
-            f"{embeddings[0]}", wanted="one parent",
-        )  # fmt: skip
+        found = f"layers under {parent or 'nothing'!r}, the embedding is {embeddings[0]}"
+        yield finding("names-moved", prefix, found=found, wanted="one parent")
     if own in subject.ckpt.tensors:
         yield from _embedding(subject, own)
     yield from _heads(subject)
@@ -69,10 +67,8 @@ def _heads(subject: Subject) -> Iterator[Finding]:
 
 
 def _differs(field: str, said: object, held: str) -> Finding:
-    return finding(
-        "config-shapes", field, file=CONFIG, found=str(said), wanted=held,
-        repair="restore the config.json of this model",
-    )  # fmt: skip
+    repair = "restore the config.json of this model"
+    return finding("config-shapes", field, file=CONFIG, found=str(said), wanted=held, repair=repair)
 
 
 def well_typed(subject: Subject) -> bool:

@@ -47,16 +47,14 @@ def check_rope(subject: Subject) -> Iterator[Finding]:
         return
     orders = {part: order_of(subject, part) for part in Part}
     if orders[Part.WEIGHTS] is not orders[Part.SCALES] and _scales_move(subject):
-        yield finding(
-            "rope-order-mixed", file=CONFIG, found=repr(marks.dump(found)),
-            wanted="weights and scales in one order",
-            repair=f"`ckptq permute CKPT OUT --to {orders[Part.WEIGHTS]} --only scales`",
-        )  # fmt: skip
+        said, wanted = repr(marks.dump(found)), "weights and scales in one order"
+        repair = f"`ckptq permute CKPT OUT --to {orders[Part.WEIGHTS]} --only scales`"
+        yield finding("rope-order-mixed", file=CONFIG, found=said, wanted=wanted, repair=repair)
     elif orders[Part.WEIGHTS] is not RopeOrder(subject.family.rope):
+        wanted = f"{subject.family.rope} for vLLM and transformers"
         yield finding(
-            "rope-order", file=CONFIG, found=f"marked {marks.dump(found)!r}",
-            wanted=f"{subject.family.rope} for vLLM and transformers",
-        )  # fmt: skip
+            "rope-order", file=CONFIG, found=f"marked {marks.dump(found)!r}", wanted=wanted
+        )
     if subject.family.rope == "interleaved":
         yield from _formats(subject, orders)
 
@@ -90,13 +88,9 @@ def _formats(subject: Subject, orders: dict[Part, RopeOrder]) -> Iterator[Findin
             continue
         scale = module.tensors.get("weight_scale")
         if scheme.block_structure and scale is not None and scale.spec.numel > 1:
-            yield finding(
-                "rope-block-scales", module.name, file=module.file, found=f"{scheme}",
-                wanted="scales per row or per tensor",
-            )  # fmt: skip
+            wanted = "scales per row or per tensor"
+            yield finding("rope-block-scales", module, found=f"{scheme}", wanted=wanted)
         asymmetric = not scheme.symmetric and scheme.format == "pack-quantized"
         if asymmetric and orders[Part.ZERO_POINTS] is not RopeOrder.HALF_SPLIT:
-            yield finding(
-                "rope-zero-points", module.name, file=module.file, found=f"{scheme}",
-                wanted="no packed zero points in interleaved order",
-            )  # fmt: skip
+            wanted = "no packed zero points in interleaved order"
+            yield finding("rope-zero-points", module, found=f"{scheme}", wanted=wanted)

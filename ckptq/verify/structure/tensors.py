@@ -74,18 +74,13 @@ def _check_module(module: Module) -> Iterator[Finding]:
         return
     shape = module.shape
     if shape is None:
-        yield finding(
-            "codes-shape", f"{module.name}.{scheme.codes}", file=module.file,
-            found=str(module.codes.spec), wanted="a matrix",
-        )  # fmt: skip
+        yield finding("codes-shape", module.codes, found=str(module.codes.spec), wanted="a matrix")
         return
     try:
         wanted = stored(TensorSpec(_dtype(module), shape), scheme)
     except PlanError as error:
-        yield finding(
-            "group-size", f"{module.name}.{scheme.codes}", file=module.file,
-            found=str(error), wanted=f"a shape that {scheme} fits",
-        )  # fmt: skip
+        fits = f"a shape that {scheme} fits"
+        yield finding("group-size", module.codes, found=str(error), wanted=fits)
         return
     if module.group.input_scale is not None:
         wanted[module.group.input_scale] = TensorSpec("F32", (1,))
@@ -104,11 +99,9 @@ def _codes_local(module: Module, scheme: WeightScheme) -> Finding | None:
     """Codes under another name than the format's are codes of another format."""
     if scheme.codes in module.tensors:
         return None
-    found = next(local for local in CODES if local in module.tensors)
-    return finding(
-        "codes-dtype", f"{module.name}.{found}", file=module.file,
-        found=f"{found} {module.tensors[found].spec}", wanted=f"{scheme.codes} of {scheme}",
-    )  # fmt: skip
+    local = next(local for local in CODES if local in module.tensors)
+    tensor, wanted = module.tensors[local], f"{scheme.codes} of {scheme}"
+    return finding("codes-dtype", tensor, found=f"{local} {tensor.spec}", wanted=wanted)
 
 
 def _against(
@@ -131,10 +124,8 @@ def _against(
     for local in SCALES:
         if local in module.tensors and local not in wanted and local in EXTRA:
             tensor = module.tensors[local]
-            yield finding(
-                EXTRA[local], f"{module.name}.{local}", file=tensor.file,
-                found=str(tensor.spec), wanted=f"no such tensor with {scheme}",
-            )  # fmt: skip
+            found = str(tensor.spec)
+            yield finding(EXTRA[local], tensor, found=found, wanted=f"no such tensor with {scheme}")
 
 
 def _check_codes(
@@ -205,11 +196,8 @@ def _check_zero_point(
 
 
 def _missing(module: Module, local: str, found: str, wanted: str | None = None) -> Finding:
-    scheme = module.scheme
-    return finding(
-        MISSING[local], f"{module.name}.{local}", file=module.file, found=found,
-        wanted=wanted or f"{local} of {scheme}",
-    )  # fmt: skip
+    where, wanted = f"{module.name}.{local}", wanted or f"{local} of {module.scheme}"
+    return finding(MISSING[local], where, file=module.file, found=found, wanted=wanted)
 
 
 def _shape(
@@ -220,7 +208,4 @@ def _shape(
     wanted: TensorSpec,
     hint: str | None = None,
 ) -> Finding:
-    return finding(
-        code, f"{module.name}.{local}", file=module.tensors[local].file, found=str(found),
-        wanted=str(wanted), repair=hint,
-    )  # fmt: skip
+    return finding(code, module.tensors[local], found=str(found), wanted=str(wanted), repair=hint)

@@ -121,7 +121,5 @@ def _differ(name: str, ours: Ids, theirs: Ids, wanted: str) -> Iterator[Finding]
     if wrong:
         said = ", ".join(f"{token!r} is {ours[token]}" for token in wrong[:SHOWN])
         right = ", ".join(f"{theirs[token]}" for token in wrong[:SHOWN])
-        yield finding(
-            "vocabulary", file=name, found=f"{len(wrong)} tokens have other ids: {said}"[:200],
-            wanted=f"{right}, {wanted}",
-        )  # fmt: skip
+        found = f"{len(wrong)} tokens have other ids: {said}"[:200]
+        yield finding("vocabulary", file=name, found=found, wanted=f"{right}, {wanted}")

@@ -61,10 +61,9 @@ def _missing(loaded: Loaded, failed: Collection[str]) -> Iterator[Finding]:
         for local in locals_ if module not in failed else ():
             if _of_scheme(loaded, module, local):
                 continue
-            yield finding(
-                "tensor-missing", f"{module}.{local}" if module else local, found="no such tensor",
-                wanted=f"{loaded.wanted[_joined(module, local)]}, as {_class(loaded)} has it",
-            )  # fmt: skip
+            place = f"{module}.{local}" if module else local
+            wanted = f"{loaded.wanted[place]}, as in {_class(loaded)}"
+            yield finding("tensor-missing", place, found="no such tensor", wanted=wanted)
 
 
 def _of_scheme(loaded: Loaded, module: str, local: str) -> bool:
@@ -87,11 +86,9 @@ def _unknown(ckpt: Checkpoint, loaded: Loaded, failed: Collection[str]) -> Itera
             local = name.rpartition(".")[2]
             tensor = ckpt.tensors.get(name)
             if tensor is not None and local not in (*CODES, *SCALES, *CACHE_SCALES):
-                yield finding(
-                    "tensor-extra" if local == "bias" else "tensor-unknown", name,
-                    file=tensor.file, found=str(tensor.spec),
-                    wanted=f"no such tensor: {_class(loaded)} has no place for it",
-                )  # fmt: skip
+                code = "tensor-extra" if local == "bias" else "tensor-unknown"
+                wanted = f"no such tensor: {_class(loaded)} has no place for it"
+                yield finding(code, tensor, found=str(tensor.spec), wanted=wanted)
 
 
 def _sizes(loaded: Loaded, failed: Collection[str]) -> Iterator[Finding]:
@@ -104,16 +101,15 @@ def _sizes(loaded: Loaded, failed: Collection[str]) -> Iterator[Finding]:
             if found.shape == wanted.shape or place.rpartition(".")[2] in SCALES or kind in seen:
                 continue
             seen.add(kind)
+            held, built = (
+                f"{list(found.shape)} on disk",
+                f"{list(wanted.shape)} in {_class(loaded)}",
+            )
+            repair = "restore the config.json of this model"
             yield finding(
-                "config-shapes", place, file=CONFIG, found=f"{list(found.shape)} on disk",
-                wanted=f"{list(wanted.shape)} in a {_class(loaded)} of these sizes",
-                repair="restore the config.json of this model",
-            )  # fmt: skip
+                "config-shapes", place, file=CONFIG, found=held, wanted=built, repair=repair
+            )
 
 
 def _class(loaded: Loaded) -> str:
     return f"transformers' {type(loaded.model).__name__}"
-
-
-def _joined(module: str, local: str) -> str:
-    return f"{module}.{local}" if module else local

@@ -27,17 +27,14 @@ def check_blocks(subject: Subject) -> Iterator[Finding]:
         there = subject.witnesses.fused_set(name, subject.modules)
         whole = fills_whole_blocks(name, there, of_expert=EXPERT.match(name) is not None)
         if module.shape and whole and module.shape[0] % height:
-            yield finding(
-                "block-rows", name, file=module.file, found=f"{module.shape[0]} rows",
-                wanted=f"a multiple of {height}",
-            )  # fmt: skip
+            found = f"{module.shape[0]} rows"
+            wanted = f"a multiple of {height}"
+            yield finding("block-rows", name, file=module.file, found=found, wanted=wanted)
 
 
 def _columns(module: Module) -> Iterator[Finding]:
     inputs = module.group.inputs if module.group else None
     size = inputs.columns if inputs is not None else None
     if size and module.shape and module.shape[1] % size:
-        yield finding(
-            "block-columns", module.name, file=module.file, found=f"{module.shape[1]} columns",
-            wanted=f"a multiple of {size}, the group of its activations",
-        )  # fmt: skip
+        wanted = f"a multiple of {size}, the group of its activations"
+        yield finding("block-columns", module, found=f"{module.shape[1]} columns", wanted=wanted)

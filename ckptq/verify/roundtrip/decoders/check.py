@@ -68,12 +68,8 @@ def _scheme(subject: Subject, group: str) -> tuple[QuantizationScheme | None, li
         raise
     except Exception as error:  # pydantic's, and whatever validators of compressed-tensors raise
         said = " ".join(str(error).split())[:200]
-        return None, [
-            finding(
-                "group-invalid", f"config_groups.{group}", file=CONFIG, found=said,
-                wanted="a scheme that compressed-tensors takes",
-            )
-        ]  # fmt: skip
+        where, wanted = f"config_groups.{group}", "a scheme that compressed-tensors accepts"
+        return None, [finding("group-invalid", where, file=CONFIG, found=said, wanted=wanted)]
 
 
 def samples(linears: Mapping[str, StoredLinear]) -> list[tuple[StoredLinear, int, int]]:
@@ -175,10 +171,8 @@ def _differ(
         said = f"{apart:,} of {ours.numel():,} elements, {snr_db(ours, theirs):.1f} dB"
         if apart == 0:
             return
-    yield finding(
-        "decoder-disagrees", name, found=f"{library} decodes {what} otherwise: {said}",
-        wanted="the same weight from both",
-    )  # fmt: skip
+    found = f"{library} decodes {what} otherwise: {said}"
+    yield finding("decoder-disagrees", name, found=found, wanted="the same weight from both")
 
 
 def _equal(ours: Tensor, theirs: Tensor) -> Tensor:
@@ -193,8 +187,5 @@ def _equal(ours: Tensor, theirs: Tensor) -> Tensor:
 def _apart(name: str, ours_db: float, theirs_db: float) -> Iterator[Finding]:
     """Whether the libraries find the stored weight further from the source than ckptq does."""
     if theirs_db < ours_db - CLOSE_DB and theirs_db < EXACT_DB:
-        yield finding(
-            "decoder-disagrees", name,
-            found=f"{theirs_db:.1f} dB from the source by its libraries, {ours_db:.1f} dB by ckptq",
-            wanted="the same distance from both",
-        )  # fmt: skip
+        found = f"{theirs_db:.1f} dB from the source by its libraries, {ours_db:.1f} dB by ckptq"
+        yield finding("decoder-disagrees", name, found=found, wanted="the same distance from both")
