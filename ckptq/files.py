@@ -1,4 +1,4 @@
-"""Small files, written whole or not at all; and what the operating system refuses, in words.
+"""Small files, written atomically; operating system errors as messages.
 
 A file that is read later appears by one rename, when its bytes are on the disk: beside it, under a
 name that no other file has, then synced, renamed, and the folder synced. A process that is killed
@@ -33,7 +33,7 @@ AT_FDCWD = -100
 
 
 class machine_errors:
-    """Turn what the operating system refuses into a MachineError that names the file."""
+    """Turn OSError into a MachineError that names the file."""
 
     def __init__(self, file: Path) -> None:
         self.file = file
@@ -44,7 +44,7 @@ class machine_errors:
     def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
         if isinstance(error, OSError):
             full = error.errno in FULL
-            advice = "; free some space and run the same command again" if full else ""
+            advice = "; free some space and rerun the same command" if full else ""
             raise MachineError(f"{self.file}: {error.strerror or error}{advice}") from error
 
 
@@ -180,5 +180,5 @@ def read_small(file: Path, limit: int) -> bytes:
     except OSError as error:
         raise UsageError(f"{file}: cannot be read: {error.strerror or error}") from error
     if len(data) > limit:
-        raise UsageError(f"{file}: more than {limit:,} bytes; that is no file of this kind")
+        raise UsageError(f"{file}: more than {limit:,} bytes; not a file of this kind")
     return data

@@ -32,5 +32,5 @@ def check_seen(
                 raise PlanError(
                     f"{model.loader.label}: {module} of {family} hands {count} heads to attention "
                     f"where {name} is for {spec.numel}, so heads cannot be told apart; a scheme "
-                    "with scales per tensor takes this model, or one for weights alone"
+                    "with per-tensor scales, or a weights-only one, works for this model"
                 )

@@ -1,9 +1,8 @@
 """The streaming pipeline: every unit from its place in the source to its place in the output.
 
-A run of rows is read, quantized and written by one thread, in memory that it uses again, on all
-cores at once. What does not stream by rows (a transposed expert) is read whole into a slab first.
-Which thread does what, and when, changes nothing in the output.
-"""
+Each thread reads, quantizes and writes a run of rows at a time, in memory that it reuses. What does
+not stream by rows (a transposed expert) is read whole into a slab first. The output does not depend
+on scheduling."""
 
 from __future__ import annotations
 
@@ -43,7 +42,7 @@ class Ends:
     shards: Shards
     slabs: Slabs
     source_lasts: bool = True
-    """Whether what is copied can be held against its source when the run goes on."""
+    """Whether copies can be compared with their source when the run resumes."""
     arithmetic: OnCores = field(default_factory=OnCores)
 
 
@@ -59,7 +58,7 @@ def convert(
 
 
 def work(unit: Unit, ends: Ends) -> Work:
-    """Everything there is to do for one unit, step by step."""
+    """The work for one unit, step by step."""
     with ends.slabs.of(unit) as slabs:
         distinct = {id(slab): slab for slab in slabs.values()}
         yield [task for slab in distinct.values() for task in slab.read_tasks(ends.files)]
@@ -166,7 +165,7 @@ def _quantize_run(part: Part, rows: Rows, run: Span, shared: Tensor | None, ends
 
 
 class naming:
-    """Say which tensor of which file held a value that no scale can bring into range."""
+    """Name the file and tensor that hold a non-finite value."""
 
     def __init__(self, part: Part) -> None:
         self.part = part
@@ -183,7 +182,7 @@ class naming:
 
 
 def single_threaded_torch() -> None:
-    """Each worker computes alone; torch's own threads would only get in each other's way."""
+    """Each worker computes on its own; torch's threads would only compete."""
     torch.set_num_threads(1)
 
 

@@ -1,7 +1,7 @@
 """What transformers makes of a checkpoint: its own module tree, built on the meta device.
 
-One of the witnesses of `models.witnesses`. The tree answers by the names on disk: they pass through
-transformers' own conversion of names first. Modules that differ only in numbers are one kind.
+One of the witnesses of `models.witnesses`. Queries use names on disk, which go through
+transformers' own renaming first. Modules that differ only in numbers are one kind.
 """
 
 from __future__ import annotations
@@ -97,7 +97,8 @@ class ModuleTree:
 
 
 def build_tree(ckpt: Checkpoint) -> ModuleTree | str:
-    """The tree of a checkpoint's model, or in a line why there is none. Reads no weights."""
+    """The tree of a checkpoint's model, or a one-line reason why there is none. Reads no
+    weights."""
     import torch
 
     from ckptq.errors import CkptqError

@@ -28,7 +28,7 @@ class Finding:
 
     def __str__(self) -> str:
         where = f"{self.tensor}: " if self.tensor else f"{self.file}: " if self.file else ""
-        return f"{where}{self.code}: found {self.found}; wanted {self.wanted}; {self.repair}"
+        return f"{where}{self.code}: found {self.found}; expected {self.wanted}; {self.repair}"
 
 
 def once(found: Iterable[Finding]) -> list[Finding]:

@@ -76,7 +76,7 @@ def test_missing_file_is_named(tmp_path):
     [
         (None, "not a scales file"),
         ({"ckptq_scales": "{"}, "is damaged"),
-        ({"ckptq_scales": '{"version": 99}'}, "of version 99"),
+        ({"ckptq_scales": '{"version": 99}'}, "version 99"),
         ({"ckptq_scales": '{"version": 1, "model": "m"}'}, "is damaged"),
     ],
 )

@@ -29,7 +29,7 @@ def plan(source: Path, scheme: str = "fp8-per-head", scales: Path | None = None)
         ("mpt", "did not run as attention of transformers' interface"),
         ("mllama", "called 3 of its 4 decoder layers"),
         ("blip2", "missing 1 required positional argument: 'pixel_values'"),
-        ("exaone", "calibration runs the model in transformers"),
+        ("exaone", "calibration needs transformers"),
     ],
 )
 def test_what_calibration_would_refuse_is_refused_by_the_plan(
@@ -61,7 +61,7 @@ def test_code_of_the_checkpoints_own_is_the_way_out(tmp_path: Path) -> None:
     config = json.loads((source / "config.json").read_text())
     config["auto_map"] = {"AutoConfig": "mine.Config", "AutoModelForCausalLM": "mine.Model"}
     (source / "config.json").write_text(json.dumps(config))
-    with pytest.raises(SourceError, match="or --trust-remote-code runs it"):
+    with pytest.raises(SourceError, match="or pass --trust-remote-code"):
         plan(source)
 
 
@@ -100,9 +100,9 @@ def test_a_dry_run_refuses_it(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("family", "scheme", "said"),
     [
-        ("hrm_text", "fp8-dynamic", "HrmTextForCausalLM has no one list of 4 decoder layers"),
-        ("longcat_flash", "w8a8", "LongcatFlashForCausalLM has no one list of 2 decoder layers"),
-        ("longcat_flash", "fp8-per-head", "LongcatFlashForCausalLM has no one list of"),
+        ("hrm_text", "fp8-dynamic", "HrmTextForCausalLM has no single list of 4 decoder layers"),
+        ("longcat_flash", "w8a8", "LongcatFlashForCausalLM has no single list of 2 decoder layers"),
+        ("longcat_flash", "fp8-per-head", "LongcatFlashForCausalLM has no single list of"),
         (
             "mamba",
             "fp8-dynamic",

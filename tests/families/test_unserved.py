@@ -54,9 +54,9 @@ def told(source: Path, scheme: str = "fp8-dynamic") -> list[str]:
 @pytest.mark.parametrize(
     ("family", "said"),
     [
-        ("codegen", "has no class for CodeGenForCausalLM, and its class in transformers"),
-        ("gpt_neo", "an attention that vLLM cannot exchange"),
-        ("xglm", "an attention that vLLM cannot exchange"),
+        ("codegen", "has no class for CodeGenForCausalLM, and its transformers class"),
+        ("gpt_neo", "an attention that vLLM cannot replace"),
+        ("xglm", "an attention that vLLM cannot replace"),
         ("bamba", "does not load BambaForCausalLM, quantized or not: Layer 0"),
         ("dbrx", "KeyError: 'blocks.0.ffn.experts.w13_weight'"),
         ("mpt", "was supported in vLLM until v0.28.0, and is not supported anymore"),

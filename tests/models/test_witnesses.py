@@ -107,7 +107,7 @@ def test_orientation_comes_from_shapes(families: Path, tmp_path: Path, turned: b
 
 def test_experts_of_another_size_are_refused(families: Path, tmp_path: Path) -> None:
     folder = with_experts(save("llama4", families), tmp_path / "cut", lambda w: w[:, 1:, 1:])
-    with pytest.raises(SourceError, match=r"config\.json asks for experts of hidden size"):
+    with pytest.raises(SourceError, match=r"config\.json declares experts with hidden size"):
         plan_of(folder)
 
 

@@ -111,7 +111,7 @@ def test_refused_by_name(local, dtype, shape, reason):
 
 def test_block_grids_must_fit():
     blocks = Projection(Q.name, Q.heads, block=(128, 128))
-    with pytest.raises(PlanError, match="want 4 rows of blocks"):
+    with pytest.raises(PlanError, match="expected 4 rows of blocks"):
         effect_on("weight_scale", TensorSpec("BF16", (5, 2)), blocks)
 
 

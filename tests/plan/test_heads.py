@@ -154,5 +154,5 @@ def test_what_is_missing_is_said_truthfully(save: Save) -> None:
 def test_heads_without_projections_are_no_model_without_attention(save: Save) -> None:
     odd = weights(("model.layers.0.mixer.keys.weight", (64, 64)))
     folder = save(odd, {"num_attention_heads": 4, "num_hidden_layers": 1})
-    with pytest.raises(PlanError, match=r"finds no Linear .* that makes the keys of 4 heads"):
+    with pytest.raises(PlanError, match=r"found no Linear .* that computes the keys of 4 heads"):
         make_plan(open_checkpoint(folder), load_scheme("fp8-per-head"))

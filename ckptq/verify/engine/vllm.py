@@ -107,8 +107,8 @@ def _no_answer(python: Path, done: subprocess.CompletedProcess[str]) -> Exceptio
         return MachineError(f"{python}: vLLM ended with exit code {done.returncode}: {said}")
     printed = f"printed {shorten(done.stdout, 80)!r}" if done.stdout.strip() else "said nothing"
     return UsageError(
-        f"--vllm-python {python}: {printed} and ended with exit code {done.returncode}; wanted the "
-        f"answer of {WORKER.name}, as a Python with vLLM gives it"
+        f"--vllm-python {python}: {printed} and ended with exit code {done.returncode}; "
+        f"expected the answer of {WORKER.name} from a Python with vLLM"
     )
 
 
