@@ -259,7 +259,7 @@ def test_vllm_is_not_proposed_for_blocks_that_it_would_split(llama: Path, tmp_pa
 
 
 def test_text_that_verify_would_not_run_is_refused(llama: Path) -> None:
-    refused(2, "--data t.txt: only --attention runs text", "verify", llama, "--data", "t.txt")
+    refused(2, "--data t.txt applies only to --attention", "verify", llama, "--data", "t.txt")
 
 
 def test_inspect_reads_headers(llama: Path) -> None:

@@ -123,7 +123,7 @@ def test_the_simulation_says_what_vllm_would_not_load(tmp_path: Path) -> None:
     assert verify(out).ok
     (fault,) = verify(out, engine="vllm").findings
     assert fault.code == "engine-refuses"
-    assert "as its table says" in fault.found
+    assert "according to its table" in fault.found
     assert "GPTNeoForCausalLM" in fault.found
 
 

@@ -107,7 +107,7 @@ def test_what_a_group_does_not_divide_is_left_named_and_told(narrow: Path) -> No
     assert set(plan.ignore) == {*left, "lm_head"}
     (line,) = plan.told
     assert line == (
-        "left as they are: 3 x mlp.gate_proj [384, 192], 3 x mlp.up_proj [384, 192], 3 x "
+        "left unquantized: 3 x mlp.gate_proj [384, 192], 3 x mlp.up_proj [384, 192], 3 x "
         "self_attn.k_proj [64, 192], 3 x self_attn.q_proj [128, 192], 3 x self_attn.v_proj "
         "[64, 192]: groups of 128 do not divide 192 columns; `--group-size 64` would fit"
     )
@@ -134,7 +134,7 @@ def test_all_experts_of_a_layer_stay_together(narrow_experts: Path) -> None:
     assert len(quantized(plan)) == 2 * 4
     (line,) = plan.told
     assert line.startswith(
-        "left as they are: 6 x block_sparse_moe.experts.*.w2 [256, 96], and with them "
+        "left unquantized: 6 x block_sparse_moe.experts.*.w2 [256, 96], and with them "
         "6 x block_sparse_moe.experts.*.w1 [96, 256], 6 x block_sparse_moe.experts.*.w3 [96, 256]: "
         "groups of 128 do not divide 96 columns; `--group-size 32`"
     )

@@ -1,6 +1,6 @@
-"""Ways in which one weight can be wrong, each as a change that would undo it.
+"""Ways in which a weight can be wrong, each as a change that would repair it.
 
-A hypothesis is tried: what is stored is changed back, and if the weight comes out, that was it.
+A hypothesis is confirmed if undoing the change gives the source's weight.
 Shape letters: R rows, C columns, G groups, W words.
 """
 
@@ -40,10 +40,10 @@ class Hypothesis:
 def hypotheses(
     sample: Sample, heads: Heads | None, order: RopeOrder, scales_only: bool, undone: bool
 ) -> Iterator[Hypothesis]:
-    """Everything that can be tried on one weight alone; with `scales_only`, its codes are right.
+    """All hypotheses about a single weight; with `scales_only`, its codes are right.
 
-    `heads` is given for q_proj and k_proj; `order` is the one that their source is in. `undone`
-    says that they are marked with the other, and have been moved back in the sample.
+    `heads` is given for q_proj and k_proj; `order` is their source's. `undone` means that they are
+    marked with the other order and have been moved back in the sample.
     """
     yield from _scales(sample)
     if heads is not None:
@@ -71,15 +71,14 @@ def _scales(sample: Sample) -> Iterator[Hypothesis]:
     for dim, what in ((0, "row"), (1, "group")):
         for step in (1, -1):
             if scale.shape[dim] > 1:
-                found = f"each scale stands one {what} {'late' if step < 0 else 'early'}"
+                found = f"each scale is one {what} {'late' if step < 0 else 'early'}"
                 yield _of_scale(sample, "scale-shifted", found, scale.roll(step, dim))
     if scale.shape[0] == scale.shape[1]:
         yield _of_scale(sample, "scale-transposed", "the grid is transposed", scale.t())
 
 
 def _one_factor(sample: Sample) -> Iterator[Hypothesis]:
-    """All scales too large or too small by one number, as by E4M3's other range or a shift of
-    exponents."""
+    """All scales off by one factor, such as E4M3's other range or shifted exponents."""
     found, wanted = sample.weights(), sample.w_RK
     factor = float((found * wanted).sum() / found.square().sum())
     scale, scheme = sample.held["weight_scale"], sample.linear.scheme
@@ -105,7 +104,7 @@ def _one_factor(sample: Sample) -> Iterator[Hypothesis]:
 
 
 def _is_reciprocal(scale: Tensor, factor: float) -> bool:
-    """One number alone is explained either way; the reciprocal is what people write."""
+    """A single number fits both explanations; a reciprocal is more likely."""
     return scale.numel() == 1 and abs(factor * float(scale) ** 2 - 1) < 0.05
 
 
@@ -142,7 +141,7 @@ def _never_moved(sample: Sample, moved: dict[str, Effect], order: RopeOrder) -> 
     }
     return Hypothesis(
         code="rows-permuted",
-        found=f"marked as {order.other}, and in {order} order",
+        found=f"marked as {order.other}, but in {order} order",
         repair="remove the mark ckptq.rope_order from config.json and from every shard's metadata",
         held={**sample.held, **stored},
     )

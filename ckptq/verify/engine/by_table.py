@@ -1,6 +1,6 @@
-"""`--engine vllm` without vLLM's Python: what its table says of the model, and where it is silent.
+"""`--engine vllm` without vLLM's Python: what its table says about the model.
 
-What the table has not seen is never taken for right: a note says how much of it there is.
+Modules that the table has not seen are never assumed to be right: a note counts them.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ def foreseen(subject: Subject) -> Iterator[Finding]:
     quantized = [name for name, module in subject.modules.items() if module.quantized]
     doubts = list(model_doubts(subject.witnesses, quantized))
     for doubt in doubts:
-        found = f"vllm, as its table says: {doubt}"
+        found = f"vllm, according to its table: {doubt}"
         wanted = "a checkpoint that it loads"
         repair = f"use transformers, or {ASK}"
         yield finding("engine-refuses", file=CONFIG, found=found, wanted=wanted, repair=repair)
@@ -39,10 +39,10 @@ def _unseen(subject: Subject, quantized: list[str]) -> Iterator[Finding]:
     if not unseen:
         return
     kinds = list(dict.fromkeys(map(starred, unseen)))
-    more = f" and {len(kinds) - SHOWN} kinds more" if len(kinds) > SHOWN else ""
+    more = f" and {len(kinds) - SHOWN} more kinds" if len(kinds) > SHOWN else ""
     found = (
         f"{len(unseen)} of {len(quantized)} quantized Linears that the table of vLLM "
-        f"{load_table().version} has not seen, or saw built differently: "
+        f"{load_table().version} has not seen, or has seen built differently: "
         f"{', '.join(kinds[:SHOWN])}{more}"
     )
     yield finding("engine-unseen", found=found, wanted="modules that it has seen", repair=ASK)

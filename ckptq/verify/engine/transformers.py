@@ -1,8 +1,8 @@
-"""`--engine transformers`: transformers builds its own quantized model and says what it lacks.
+"""`--engine transformers`: transformers builds its own quantized model and reports what is missing.
 
-Left-overs and places without a tensor are gathered by module; consequences of one cause are told
-once. What the family itself ignores is no finding, nor are cache scales outside the decoder: towers
-pass no cache to their attention.
+Left-over tensors and unfilled parameters are grouped by module; consequences of one cause are
+reported once. Tensors that the family ignores are no findings, nor are cache scales outside the
+decoder, because towers have no cache.
 """
 
 from __future__ import annotations
@@ -26,9 +26,9 @@ if TYPE_CHECKING:
 
 CACHE_SCALES = ("q_scale", "k_scale", "v_scale")
 HARMLESS = re.compile(r"\.([qkv]_zero_point|q_scale)$|\.lora_\w+(\.|$)")
-"""Matrices of an adapter beside a weight transformers leaves over of the source too. llm-compressor
-writes zeros beside cache scales, which no engine reads; q scales are vLLM's, and
-transformers takes them for an attention group alone."""
+"""Left over of the source too, or unused: adapter matrices beside a weight, the zero points that
+llm-compressor writes beside cache scales, and q scales, which transformers reads only with an
+attention group."""
 
 SHOWN = 3
 LONGEST = 240
@@ -72,7 +72,7 @@ def _refused(reason: str, where: str | None = None) -> Finding:
 
 
 def _judge(ckpt: Checkpoint, loaded: Loaded) -> Iterator[Finding]:
-    """Causes first; what they explain is not told again."""
+    """Causes first; their consequences are not repeated."""
     absent = lacking(loaded)
     over = left_over(loaded)
     other = unlike(loaded)
@@ -101,12 +101,12 @@ def _module(
     over: Mapping[str, list[str]],
     other: Mapping[str, list[str]],
 ) -> Iterator[Finding]:
-    """All that is wrong with one module, as one finding where one thing explains it."""
+    """All faults of one module, as one finding if one cause explains them."""
     absent = without.get(module, [])
     cache = [local for local in absent if local in CACHE_SCALES]
     absent = [local for local in absent if local not in cache]
     for local in cache:
-        found = "transformers: no tensor fills it, memory that nothing was written to is used"
+        found = "transformers: no tensor fills it; uninitialised memory is used"
         yield finding("engine-default", f"{module}.{local}", found=found, wanted="the stored scale")
     extra = over.get(module, [])
     if absent and _stored_plain(loaded, module, extra):
@@ -119,7 +119,7 @@ def _module(
         return
     unlike_here = other.get(module, [])
     if any(_holds_codes(loaded, place) for place in unlike_here):
-        found = "transformers builds it unquantized; codes on disk"
+        found = "transformers builds it unquantized, but codes are stored"
         yield finding("never-quantized", module, found=found, wanted="an unquantized weight")
         return
     for place in unlike_here:
@@ -127,7 +127,7 @@ def _module(
         wanted = str(loaded.wanted[place])
         yield finding("engine-shape", place, file=_file(ckpt, place), found=found, wanted=wanted)
     if extra:
-        found = f"transformers has no place for {_some(extra)}"
+        found = f"transformers has no parameters for {_some(extra)}"
         yield finding("engine-left-over", module, found=found, wanted="no such tensors")
 
 
@@ -135,12 +135,12 @@ def _not_ignored(loaded: Loaded, module: str) -> Finding:
     """A Linear that is built quantized and stored, or tied, as it is."""
     repair = f'add "{module}" to quantization_config.ignore'
     if module in loaded.tied:
-        found = "transformers builds it quantized; its weight is the embedding's"
+        found = "transformers builds it quantized, but it is tied to the embedding"
         wanted = "an entry in ignore"
         return finding(
             "tied-head-not-ignored", module, file=CONFIG, found=found, wanted=wanted, repair=repair
         )
-    found = "transformers builds it quantized; it is stored as it is"
+    found = "transformers builds it quantized, but it is stored unquantized"
     wanted = "an entry in ignore under this name"
     return finding(
         "engine-not-ignored", module, file=CONFIG, found=found, wanted=wanted, repair=repair
@@ -186,7 +186,7 @@ def _attention_that_does_not_run(loaded: Loaded) -> Iterator[Finding]:
     for name, group in _groups(loaded).items():
         if group.weights is None and group.input_activations is not None:
             yield _refused(
-                f"{type(loaded.model).__name__} has eager attention alone, which "
+                f"{type(loaded.model).__name__} has only eager attention, which "
                 "compressed-tensors does not hook into: the forward pass ends in KeyError",
                 f"config_groups.{name}",
             )  # fmt: skip
@@ -209,10 +209,10 @@ def lacking(loaded: Loaded) -> dict[str, list[str]]:
 
 
 def left_over(loaded: Loaded) -> dict[str, list[str]]:
-    """The nearest module that there is -> tensors under it without a place.
+    """The nearest existing module -> tensors under it without a parameter.
 
     Whole layers and branches that transformers does not build (multi-token prediction, towers of a
-    text-only save) are left over of the source too.
+    text-only save) are left over of the source too, and not counted.
     """
     decoder = decoder_name(loaded.model)
     roots = {"", loaded.model.base_model_prefix, decoder, f"{decoder}.layers"}
@@ -272,7 +272,7 @@ def _some(names: Iterable[str]) -> str:
 
 
 def _last_line(error: str) -> str:
-    """The reason within what transformers keeps of an exception: a traceback, the reason, a word on
-    the operation."""
+    """The reason in the text that transformers keeps of an exception: traceback, reason,
+    operation."""
     lines = [line for line in error.strip().splitlines() if line.strip()]
     return lines[-2] if len(lines) > 1 and lines[-1].startswith("Error") else lines[-1]

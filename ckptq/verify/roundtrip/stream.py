@@ -1,4 +1,4 @@
-"""Every quantized Linear against its source, streamed; memory is a few runs of rows, or a slab.
+"""Every quantized Linear against its source, streamed; memory holds a few runs of rows, or a slab.
 
 Shape letters: R rows, C columns.
 """
@@ -25,7 +25,7 @@ FAST_ELEMENTS = 1 << 16
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Part:
-    """What some rows of a Linear gave."""
+    """Results for some rows of a Linear."""
 
     name: str
     nbytes: int
@@ -117,7 +117,7 @@ def _compare(linear: StoredLinear, held: Held, rows: Rows | None, start: int, st
 
 
 class naming:
-    """Say which source tensor held the NaN that no scheme can bring into range."""
+    """Name the source tensor that holds a non-finite value."""
 
     def __init__(self, linear: StoredLinear) -> None:
         self.linear = linear

@@ -1,6 +1,6 @@
 """An output head that is stored although config.json ties it to the embedding.
 
-Engines then serve the embedding in its place and never look at what is stored.
+Engines then use the embedding and ignore the stored head.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ def check_tied_head(subject: Subject, files: Files) -> Iterator[Finding]:
     if head is None or embedding is None or head.spec != embedding.spec:
         return
     if not _equal(head, embedding, files):
-        found = f"another weight than {embedding.name}, and tie_word_embeddings true"
+        found = f"differs from {embedding.name}, although tie_word_embeddings is true"
         wanted = "the embedding's weight"
         repair = "set tie_word_embeddings to false"
         yield finding("tied-head", head, found=found, wanted=wanted, repair=repair)

@@ -14,7 +14,7 @@ from ckptq.verify.subject import Subject
 
 
 def check_cache(subject: Subject) -> Iterator[Finding]:
-    """Every attention layer has what the scheme needs, and nothing else has scales."""
+    """Every attention layer has the scales that the scheme needs, and no other module has any."""
     yield from _orphans(subject)
     declared = subject.declared
     if declared.kv_strategy is None:
@@ -56,7 +56,7 @@ def _layer(subject: Subject, module: str) -> Iterator[Finding]:
             yield from _shape(subject, module, which, tensor)
             continue
         reads = f", and reads the cache of {owner} with it" if owner else ""
-        found = f"no such tensor: vLLM uses 1.0 without a word{reads}"
+        found = f"no such tensor: vLLM silently uses 1.0{reads}"
         wanted = f"{owner}.{which}_scale" if owner else _wanted(subject, module, which)
         yield finding("kv-scale-missing", f"{module}.{which}_scale", found=found, wanted=wanted)
 
@@ -69,7 +69,7 @@ def _alike(subject: Subject) -> Iterator[Finding]:
         heads = subject.heads_in(module) if kind == "heads" else None
         if heads != subject.heads and heads is not None and subject.heads is not None:
             found = f"{heads[0]} query and {heads[1]} key/value heads"
-            wanted = f"{subject.heads[0]} and {subject.heads[1]}, as config.json says"
+            wanted = f"{subject.heads[0]} and {subject.heads[1]}, as in config.json"
             yield finding("kv-heads-differ", module, file=CONFIG, found=found, wanted=wanted)
 
 
@@ -91,7 +91,7 @@ def _queries(subject: Subject) -> Iterator[Finding]:
 
 
 def wanted_count(subject: Subject, module: str, which: str) -> int | None:
-    """How many scales q, k or v has; None where the config does not tell the heads."""
+    """Number of scales of q, k or v; None if the config does not give the heads."""
     if subject.declared.kv_strategy == "tensor":
         return 1
     heads = subject.heads_in(module)
@@ -102,7 +102,7 @@ def _wanted(subject: Subject, module: str, which: str) -> str:
     count = wanted_count(subject, module, which)
     if subject.declared.kv_strategy == "tensor":
         return "one scale [1]"
-    return f"one scale a head [{count}, 1, 1]"
+    return f"one scale per head [{count}, 1, 1]"
 
 
 def _shape(subject: Subject, module: str, which: str, tensor: StoredTensor) -> Iterator[Finding]:

@@ -1,4 +1,4 @@
-"""Is everything there, and nothing else? Against the source, or against config.json alone.
+"""Missing and extra tensors, against the source or config.json alone.
 
 Headers only.
 """
@@ -55,7 +55,7 @@ def _layers(subject: Subject) -> Iterator[Finding]:
     if not prefix or len(present) >= declared:
         return
     first = next(i for i in range(len(present) + 1) if i not in present)
-    found = f"{len(present)} of {declared} layers, the first that is missing is {first}"
+    found = f"{len(present)} of {declared} layers, first missing: {first}"
     wanted = f"{subject.family.layers_key} = {declared} layers"
     yield finding("layer-missing", f"{prefix}.{first}", file=CONFIG, found=found, wanted=wanted)
 
@@ -75,7 +75,7 @@ def _experts(subject: Subject) -> Iterator[Finding]:
         if count <= 0:
             continue
         missing = _some(i for i in range(wanted) if i not in indices)
-        found = f"{len(indices)} experts, without {missing}"
+        found = f"{len(indices)} experts, missing {missing}"
         yield finding("expert-missing", experts, found=found, wanted=f"{wanted} experts")
 
 
@@ -119,13 +119,13 @@ def _tied_head(subject: Subject) -> Iterator[Finding]:
     tied = any(config.get("tie_word_embeddings") is True for config in configs)
     for name, module in subject.modules.items():
         if tied and name.rpartition(".")[2] == "lm_head" and module.quantized:
-            found = "quantized, with tie_word_embeddings true"
+            found = "quantized, although tie_word_embeddings is true"
             wanted = "the embedding's weight"
             yield finding("tied-head", name, file=module.file, found=found, wanted=wanted)
     names = {name.rpartition(".")[0].rpartition(".")[2] for name in subject.ckpt.tensors}
     untied = not tied and any(config.get("tie_word_embeddings") is False for config in configs)
     if untied and "embed_tokens" in names and "lm_head" not in names and _causal(subject):
-        found = "no such tensor, not tied to the embedding"
+        found = "no such tensor, and not tied to the embedding"
         wanted = "an output head"
         repair = "set tie_word_embeddings to true, or store the head"
         yield finding("tensor-missing", "lm_head.weight", found=found, wanted=wanted, repair=repair)
@@ -166,8 +166,8 @@ def _missing(subject: Subject) -> Iterator[Finding]:
 
 
 def _no_matrices(subject: Subject, told: set[str]) -> dict[str, None]:
-    """Source tensors of Linears whose names are here too, on tensors that make no Linear: fused
-    experts left as they are, and whatever has another number of axes."""
+    """Source tensors of Linears that are stored here under the same names but not as Linears: fused
+    experts, and tensors with another number of axes."""
     assert subject.origin is not None
     rest = (one for one in subject.origin.linears.values() if one.name not in told)
     names = (linear.weight.stored.name for linear in rest)
@@ -189,7 +189,7 @@ def _expert_of(name: str) -> str:
 
 
 def _whole_experts_gone(subject: Subject, gone: set[str]) -> set[str]:
-    """Experts of which nothing is left; `expert-missing` has told of them."""
+    """Experts without any tensors, which `expert-missing` reports."""
     assert subject.origin is not None
     experts = {_expert_of(name) for name in subject.origin.linears if EXPERT.match(name)}
     kept = {_expert_of(n) for n in subject.origin.linears if n not in gone and EXPERT.match(n)}
@@ -232,8 +232,8 @@ def _extra(subject: Subject) -> Iterator[Finding]:
 
 
 def _siblings(subject: Subject) -> Iterator[Finding]:
-    """Members of a fused set that this layer lacks and another has, and the source, if there is
-    one, lacks too: `_missing` tells of the others."""
+    """Members of a fused set that this layer lacks, another layer has, and the source lacks too;
+    `_missing` reports the others."""
     theirs = subject.source.tensors if subject.source is not None else {}
     templates = {starred(name) for name in subject.modules}
     for name in subject.modules:

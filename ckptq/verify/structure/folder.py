@@ -52,8 +52,8 @@ HARMLESS = re.compile(
     r"|^architectures$|^pretraining_tp$|label|^gradient_|^auto_map$|^tie_word_embeddings$|^name$"
     r"|^use_bfloat16$|^chunk_size_feed_forward$|^task_specific|^problem_type$|^is_decoder$|_version$"
 )
-"""Fields that change nothing that is computed: of training, tokens that the tokenizer knows better,
-lengths. A tie is judged by what is stored. Any other field may change it."""
+"""Fields that do not affect the computation: training, token ids, lengths. Ties are judged by what
+is stored. Any other field may matter."""
 
 ABSENT = object()
 
@@ -63,7 +63,7 @@ Resolved = Callable[[], Configs | None]
 
 
 def check_files(subject: Subject, problems: Problems) -> Iterator[Finding]:
-    """Everything that can be said without looking at a Linear."""
+    """Checks that do not involve Linears."""
     yield from _twice(problems)
     yield from _index(subject.ckpt)
     yield from _stray_shards(subject)
@@ -95,7 +95,7 @@ def _index(ckpt: Checkpoint) -> Iterator[Finding]:
 
 
 def _misplaced(ckpt: Checkpoint, weight_map: Mapping[str, str]) -> Iterator[Finding]:
-    """One finding for all tensors that the index seeks in one file and another holds."""
+    """One finding for all tensors that the index places in the wrong file."""
     held = {name: tensor.file.name for name, tensor in ckpt.tensors.items()}
     moved: dict[tuple[str | None, str | None], list[str]] = {}
     for name in held.keys() | weight_map.keys():
@@ -106,9 +106,9 @@ def _misplaced(ckpt: Checkpoint, weight_map: Mapping[str, str]) -> Iterator[Find
         if len(names) > 1 and (real, said) in moved:
             repair = f"{said} and {real} may have been renamed: exchange their names"
         else:
-            repair = "write the index anew" if real else "find the file that holds it, or " + AGAIN
+            repair = "rewrite the index" if real else "find the file that holds it, or " + AGAIN
         said, real = said or "no file", f"it is in {real}" if real else "no file holds it"
-        more = f", and {len(names) - 1} more like it" if len(names) > 1 else ""
+        more = f", and {len(names) - 1} more" if len(names) > 1 else ""
         yield finding(
             "index-mismatch", min(names), file=INDEX, found=f"index: {said}; {real}{more}",
             wanted="the file that holds it", repair=repair,
@@ -124,7 +124,7 @@ def _total_size(ckpt: Checkpoint, metadata: object) -> Iterator[Finding]:
 
 
 def _stray_shards(subject: Subject) -> Iterator[Finding]:
-    """Files at the top that are no shards, and that did not come along from the source.
+    """Top-level safetensors files that are neither shards nor side files of the source.
 
     transformers reads model.safetensors alone where there is no index; vLLM every *.safetensors
     (model_loader/default_loader.py, `_prepare_weights`), and of two tensors the last one.
@@ -138,10 +138,10 @@ def _stray_shards(subject: Subject) -> Iterator[Finding]:
         again = sorted(tensors_in(path) & subject.ckpt.tensors.keys())
         if again and not indexed:
             found = f"{len(again)} tensors that {min(shards)} holds too"
-            wanted = "each tensor once, or an index that says where"
+            wanted = "each tensor once, or an index"
             yield finding("stray-weights", again[0], file=path, found=found, wanted=wanted)
         elif path.name not in known:
-            found = "a file that the index does not name"
+            found = "a file that is not in the index"
             yield finding("stray-shard", file=path, found=found, wanted="only the index's files")
 
 
@@ -158,7 +158,7 @@ def _side_files(ckpt: Checkpoint, source: Checkpoint) -> Iterator[Finding]:
             yield finding("side-file-missing", file=name, found=found, wanted=wanted, repair=repair)
         elif name == TOKENIZER and (parts := unlike_parts(there, original)):
             yield finding(
-                "tokenizer-differs", parts[0], file=name, found=f"another {', '.join(parts)}",
+                "tokenizer-differs", parts[0], file=name, found=f"different {', '.join(parts)}",
                 wanted="the source's", repair=f"copy {name} from the source",
             )  # fmt: skip
         elif name not in weights and there.read_bytes() != original.read_bytes():
@@ -186,7 +186,7 @@ def _config(
 
 
 def _resolved(ckpt: Checkpoint, source: Checkpoint) -> Configs | None:
-    """Both configs with transformers' defaults; None where it reads one of them not."""
+    """Both configs with transformers' defaults; None if it cannot read one."""
     from ckptq.models.transformers_model import read_config
 
     try:
@@ -196,11 +196,8 @@ def _resolved(ckpt: Checkpoint, source: Checkpoint) -> Configs | None:
 
 
 def _means_another(prefix: str, key: str, configs: Configs | None) -> bool:
-    """Whether a field that one of the two lacks makes another model of it, by its default there.
-    What the family has no default for is read by nobody.
-
-    Everything about RoPE ends in one field, whatever it was called.
-    """
+    """Whether a field that one config lacks differs from its default there. A field without a
+    default is not read by anything. All RoPE fields end up in one."""
     if configs is None:
         return False
     values: list[Any] = []

@@ -1,4 +1,4 @@
-"""Linears against what the config declares: which are quantized, and with which tensors.
+"""Linears against the config: which are quantized, and with which tensors.
 
 Headers only. Rules of vLLM's loader are those of its compressed-tensors code (0.32).
 """
@@ -15,7 +15,7 @@ from ckptq.verify.subject import EXPERT, SCALES, Module, Subject
 
 
 def check_linears(subject: Subject) -> Iterator[Finding]:
-    """Whether each Linear is what its group, or `ignore`, says it is."""
+    """Whether each Linear matches its group, or `ignore`."""
     if not subject.declared.present:
         yield from _undeclared(subject)
         return
@@ -87,7 +87,7 @@ def _by_name(module: Module) -> bool:
 
 
 def _unquantized(subject: Subject, module: Module) -> Finding:
-    """A weight that engines will read as codes; blamed on `ignore` if somebody meant it there."""
+    """A weight that engines will read as codes; blames `ignore` if an entry was meant for it."""
     assert module.group is not None
     found = f"{_codes(module)}, targeted by group {module.group.name!r} and not ignored"
     loose = subject.declared.ignored.match_loosely(module.name)
@@ -99,7 +99,8 @@ def _unquantized(subject: Subject, module: Module) -> Finding:
 
 
 def _transformers_waits(subject: Subject, module: Module) -> bool:
-    """transformers gives every nn.Linear that a group targets its scales; embeddings are none."""
+    """transformers expects scales for every nn.Linear that a group targets; embeddings are not
+    Linears."""
     assert module.group is not None
     return any(map(means_every_linear, module.group.targets)) and module.kept not in (
         "embedding",
@@ -144,7 +145,7 @@ def _fused_sets(subject: Subject) -> Iterator[Finding]:
         for states_of in (said, states):
             if len(set(states_of.values())) > 1:
                 found = ", ".join(f"{n.rpartition('.')[2]} {s}" for n, s in states_of.items())
-                wanted = "one for all"
+                wanted = "the same for all"
                 yield finding("fused-set-split", name, file=module.file, found=found, wanted=wanted)
                 break
 

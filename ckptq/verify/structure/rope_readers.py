@@ -1,4 +1,4 @@
-"""What engines that permute q/k rows while loading can do with these tensors. Headers only.
+"""Whether engines that permute q/k rows while loading can permute these tensors. Headers only.
 
 vLLM and SGLang permute Llama-4's q_proj and k_proj (ckptq.rope_order): weights, packed weights
 and scales of more than one element; not packed zero points, and block scales cannot follow.
@@ -30,7 +30,7 @@ def read_marks(subject: Subject) -> marks.Marks:
 
 
 def order_of(subject: Subject, part: Part) -> RopeOrder:
-    """The order that a part is in: its mark's, else the one its family is published in."""
+    """The order of a part: its mark, else the family's published order."""
     try:
         marked = read_marks(subject).get(part)
     except SourceError:
@@ -60,7 +60,7 @@ def check_rope(subject: Subject) -> Iterator[Finding]:
 
 
 def _scales_move(subject: Subject) -> bool:
-    """Whether any scale of q/k is indexed by row: one for the whole tensor is in every order."""
+    """Whether any scale of q/k is indexed by row; a single scale has no order."""
     try:
         effects = plan_permutation(subject.ckpt, skip_unfit=True) if well_typed(subject) else {}
     except PlanError:

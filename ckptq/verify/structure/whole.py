@@ -1,8 +1,7 @@
-"""Without a source: the model that transformers builds of config.json says what there should be.
+"""Without a source: compare with the model that transformers builds from config.json. Headers only.
 
-Only what no scheme explains is asked of it: norms, biases, embeddings, tensors without a place, and
-sizes. Headers only. A family that transformers lacks, or a config that it refuses, is not judged.
-"""
+Checks only tensors outside any scheme: norms, biases, embeddings, tensors without a place, and
+sizes. Families that transformers lacks, and configs that it refuses, are not checked."""
 
 from __future__ import annotations
 
@@ -26,8 +25,8 @@ EXPERTS = ".experts"
 
 
 def check_whole(subject: Subject, told: Iterable[Finding]) -> Iterator[Finding]:
-    """Places of the model that nothing fills, tensors that have none, sizes that differ; nothing of
-    modules of which something was `told` already."""
+    """Parameters without a tensor, tensors without a parameter, and differing sizes; skips modules
+    with findings in `told`."""
     from ckptq.verify.engine.by_headers import load_by_headers
 
     told = list(told)
@@ -67,9 +66,9 @@ def _missing(loaded: Loaded, failed: Collection[str]) -> Iterator[Finding]:
 
 
 def _of_scheme(loaded: Loaded, module: str, local: str) -> bool:
-    """Codes and scales, which are judged by what the config declares; scales of attention, which
-    compressed-tensors wants of other modules than vLLM; and what is tied, whose codes transformers
-    does not tie."""
+    """Codes and scales, which are checked against the config; attention scales, which
+    compressed-tensors expects for other modules than vLLM; and tied modules, whose codes
+    transformers does not tie."""
     if local.endswith("bias"):
         return False
     if local in CACHE_SCALES:
@@ -87,12 +86,12 @@ def _unknown(ckpt: Checkpoint, loaded: Loaded, failed: Collection[str]) -> Itera
             tensor = ckpt.tensors.get(name)
             if tensor is not None and local not in (*CODES, *SCALES, *CACHE_SCALES):
                 code = "tensor-extra" if local == "bias" else "tensor-unknown"
-                wanted = f"no such tensor: {_class(loaded)} has no place for it"
+                wanted = f"no such tensor: {_class(loaded)} does not have it"
                 yield finding(code, tensor, found=str(tensor.spec), wanted=wanted)
 
 
 def _sizes(loaded: Loaded, failed: Collection[str]) -> Iterator[Finding]:
-    """One finding for all tensors that differ in their numbers alone."""
+    """One finding for all tensors that differ only in their numbers."""
     seen: set[tuple[str, TensorSpec, TensorSpec]] = set()
     for module, places in unlike(loaded).items():
         for place in places if module not in failed and EXPERTS not in f".{module}" else ():

@@ -1,9 +1,9 @@
-"""Blocks and groups that are not whole where engines compute with whole ones only.
+"""Incomplete blocks and groups where engines need complete ones.
 
 vLLM 0.32: each member of a merged layer but the last must have a whole number of blocks of rows
 (`validate_fp8_block_shape`), and so must both of an expert's (`validate_fp8_block_shape_moe`).
 Groups of activations must divide the columns: `per_token_group_quant_fp8` asserts it on GPUs, and
-compressed-tensors in transformers; weights in blocks may well end in half a one.
+compressed-tensors in transformers; block weights may end in a partial block.
 """
 
 from __future__ import annotations
@@ -36,5 +36,5 @@ def _columns(module: Module) -> Iterator[Finding]:
     inputs = module.group.inputs if module.group else None
     size = inputs.columns if inputs is not None else None
     if size and module.shape and module.shape[1] % size:
-        wanted = f"a multiple of {size}, the group of its activations"
+        wanted = f"a multiple of {size}, the activation group size"
         yield finding("block-columns", module, found=f"{module.shape[1]} columns", wanted=wanted)

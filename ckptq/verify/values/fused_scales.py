@@ -1,4 +1,4 @@
-"""Scales of Linears that engines merge into one, where each has only one: they should be the same.
+"""Scales of Linears that engines merge into one, must be the same if each has only one.
 
 vLLM 0.32: weight scales of q/k/v and of gate/up are merged by requantizing to the largest; input
 scales of an expert's gate and up must be equal (`input_scales of w1 and w3 of a layer must be
@@ -47,4 +47,4 @@ def _one_scale(members: list[StoredLinear], local: str, files: Files) -> Iterato
     said = ", ".join(
         f"{m.name.rpartition('.')[2]} {v:.6g}" for m, v in zip(members, values, strict=False)
     )
-    yield finding(code, tensors[0], found=said, wanted="one number for the set")
+    yield finding(code, tensors[0], found=said, wanted="the same number for the whole set")

@@ -1,7 +1,4 @@
-"""The numbers that headers cannot tell: scales, zero points, packed padding, NaN codes.
-
-Reads every scale whole, and of the codes as much as the formats can hold a NaN in.
-"""
+"""Checks of values: q/k/v scales, weight scales, weight_shape."""
 
 from __future__ import annotations
 
@@ -28,7 +25,7 @@ CACHE_RANGE = (1e-9, 1e6)
 WEIGHT_MOST = 1e6
 """No weight is that large; uninitialised memory often is."""
 
-UNPROVED = "store dequantization multipliers; --source proves weights that really are so large"
+UNPROVED = "store dequantization multipliers; --source proves weights that are really so large"
 
 SIGNED = 0.05
 """Share of negative scales that is a method; fewer are an accident."""
@@ -106,13 +103,13 @@ def _placeholders(subject: Subject, scales: Mapping[str, Tensor]) -> Iterator[Fi
 
 
 def _alike(subject: Subject, known: Mapping[str, Mapping[str, Tensor]]) -> Iterator[Finding]:
-    """Scales per head that are one number in every layer: somebody spread a layer's scale."""
+    """Per-head scales that are equal within every layer: a per-layer scale was expanded."""
     scales = {name: scale for layers in known.values() for name, scale in layers.items()}
     several = {name: scale for name, scale in scales.items() if scale.numel() > 1}
     if len(several) > 2 and all(bool((s == s[0]).all()) for s in several.values()):
         name = next(iter(several))
         found = f"the same scale for all heads, in all {len(several)} tensors"
-        wanted = "scales of heads, or strategy tensor"
+        wanted = "a scale per head, or strategy tensor"
         yield finding("heads-alike", subject.ckpt.tensors[name], found=found, wanted=wanted)
 
 
@@ -123,7 +120,7 @@ def _outliers(subject: Subject, scales: Mapping[str, Tensor]) -> Iterator[Findin
     for name, value in largest.items():
         if value > middle * OUTLIER or value * OUTLIER < middle:
             found = f"largest head {value:.4g}"
-            wanted = f"near {middle:.4g}, the other layers'"
+            wanted = f"near {middle:.4g}, as in other layers"
             yield finding("scale-outlier", subject.ckpt.tensors[name], found=found, wanted=wanted)
 
 
@@ -173,14 +170,14 @@ def _implausible(linear: StoredLinear, tensor: StoredTensor, scale: Tensor) -> I
     reach = E4M3_MAX if linear.scheme.type == "float" else 2.0 ** (linear.scheme.num_bits - 1)
     largest = reach * float(scale.float().abs().median())
     if largest > LARGEST_WEIGHT:
-        found = f"the largest weights of half the rows or groups would be beyond {largest:.3g}"
+        found = f"half of the rows or groups would have weights beyond {largest:.3g}"
         wanted = f"at most {LARGEST_WEIGHT:g}"
         yield finding("scale-implausible", tensor, found=found, wanted=wanted, repair=UNPROVED)
 
 
 def _mx(tensor: StoredTensor, exponent: Tensor) -> Iterator[Finding]:
     if bool((exponent == 255).any()):
-        found = "an E8M0 of 255, which is NaN"
+        found = "the E8M0 code 255, which is NaN"
         yield finding("scale-not-finite", tensor, found=found, wanted="0 to 254")
 
 

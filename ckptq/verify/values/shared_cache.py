@@ -1,4 +1,4 @@
-"""Layers that read another layer's KV cache must do it with the scales that wrote it."""
+"""Layers that read another layer's KV cache must use the scales that wrote it."""
 
 from __future__ import annotations
 

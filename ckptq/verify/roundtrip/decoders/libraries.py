@@ -1,7 +1,7 @@
 """Rows of a stored weight as compressed-tensors and transformers decode them.
 
-Nothing of ckptq's is used but the places of tensors: safetensors reads, the schemes are what
-compressed-tensors makes of config.json's groups, and decoding is theirs.
+Uses nothing of ckptq but the tensors' locations: safetensors reads, compressed-tensors parses
+config.json's groups, and the libraries decode.
 
 Shape letters: R rows, C columns.
 """
