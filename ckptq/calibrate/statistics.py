@@ -39,9 +39,9 @@ class Wanted:
         """What two runs must agree on to have the same statistics."""
         return {
             "strategy": self.strategy,
-            "observer": asdict(self.attention),  # type: ignore[call-overload]
+            "observer": asdict(self.attention),
             "inputs": dict(sorted(self.inputs.items())),
-            "input_observer": asdict(self.linear),  # type: ignore[call-overload]
+            "input_observer": asdict(self.linear),
         }
 
 
