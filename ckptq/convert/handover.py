@@ -21,7 +21,7 @@ from ckptq.checkpoint.side_files import render_json
 from ckptq.convert import documents
 from ckptq.convert.oneshot import run_oneshot
 from ckptq.convert.output import DEFAULTS, Job, RunOptions, write_output
-from ckptq.convert.run import Result, load_line, serve_line
+from ckptq.convert.run import Result, result_of
 from ckptq.errors import FoundWrong, UsageError
 from ckptq.models.encoded import read_encoded, unquantized_config
 from ckptq.models.modules import read_layout
@@ -91,19 +91,7 @@ def write_handed_over(
         ckpt, out, record, prepare, restart=options.restart, begin=begin, note=note
     )
     _verify(out, ckpt)
-    plan = _plan_copies(out, recipe, None)
-    return Result(
-        out=out,
-        source=str(ckpt.path),
-        scheme=recipe.name,
-        source_bytes=ckpt.nbytes,
-        output_bytes=plan.write_bytes,
-        linears=sum(map(len, plan.groups.values())),
-        layers_with_scales=0,
-        resumed_units=resumed,
-        serve=serve_line(out, plan),
-        load=load_line(out, plan),
-    )
+    return result_of(ckpt, _plan_copies(out, recipe, None), out, resumed)
 
 
 def _plan_copies(made: Path, recipe: Recipe, shard_bytes: int | None) -> Plan:

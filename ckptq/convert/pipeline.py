@@ -22,13 +22,12 @@ from ckptq.convert.arithmetic import OnCores
 from ckptq.convert.blocks import Span, blocks, runs
 from ckptq.convert.schedule import Schedule, Task, Work
 from ckptq.convert.slabs import Slab, Slabs, held_bytes, views_of
-from ckptq.errors import SourceError
+from ckptq.models.weight import naming
 from ckptq.models.weight_rows import Rows, weight_rows
 from ckptq.permute.reordered import Reordered, Source
 from ckptq.plan.unit import Part, Unit
 from ckptq.quantize.formats import constants, merge_statistic, needs_statistic
 from ckptq.quantize.stored import stored_span
-from ckptq.quantize.tiles import NonFinite
 
 COPY_BYTES = 1 << 24
 
@@ -109,7 +108,7 @@ def _statistic_of_run(
 ) -> None:
     weight = part.weight
     for start, stop in blocks(run, weight.spec, weight.quantum):
-        with naming(part):
+        with naming(part.linear.name, part.weight.stored):
             found.append(arithmetic.statistic(rows(start, stop)))
 
 
@@ -152,7 +151,7 @@ def _quantize_run(part: Part, rows: Rows, run: Span, shared: Tensor | None, ends
     with ExitStack() as stack:
         written: dict[str, Run] = {}
         for start, stop in blocks(run, weight, part.quantum, ends.arithmetic.elements):
-            with naming(part):
+            with naming(part.linear.name, part.weight.stored):
                 made = ends.arithmetic.quantize(rows(start, stop), part.scheme, shared)
             for local, tensor in made.items():
                 if local not in written:
@@ -162,23 +161,6 @@ def _quantize_run(part: Part, rows: Rows, run: Span, shared: Tensor | None, ends
                     name = f"{part.linear.name}.{local}"
                     written[local] = stack.enter_context(ends.shards.run(name, at))
                 written[local].write(bytes_of(tensor.contiguous()))
-
-
-class naming:
-    """Name the file and tensor that hold a non-finite value."""
-
-    def __init__(self, part: Part) -> None:
-        self.part = part
-
-    def __enter__(self) -> None:
-        return None
-
-    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
-        if isinstance(error, NonFinite):
-            stored = self.part.weight.stored
-            raise SourceError(
-                f"{stored.file}: tensor {stored.name!r} (for {self.part.linear.name}): {error}"
-            ) from error
 
 
 def single_threaded_torch() -> None:

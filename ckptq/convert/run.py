@@ -91,6 +91,11 @@ def write_quantized(
     resumed = write_output(
         ckpt, out, record, prepare, restart=options.restart, begin=begin, note=note
     )
+    return result_of(ckpt, plan, out, resumed)
+
+
+def result_of(ckpt: Checkpoint, plan: Plan, out: Path, resumed: int) -> Result:
+    """What to report of a finished output; `resumed` units came from an earlier run."""
     return Result(
         out=out,
         source=str(ckpt.path),

@@ -15,14 +15,12 @@ from ckptq.models.modules import Layout, Linear
 from ckptq.models.readable import refuse_bare_codes, unread
 from ckptq.models.witnesses import NAMEABLE, Witnesses
 from ckptq.plan.left import EXPECTED
+from ckptq.printable import listed
 from ckptq.recipes.args import LOCAL, Args
 from ckptq.recipes.load import Recipe
 from ckptq.recipes.names import broken, read_names
 from ckptq.recipes.scheme import Group, Scheme
 from ckptq.spec import FLOATS
-
-SHOWN = 3
-"""How many missing tensors a message names."""
 
 NVFP4 = Args(num_bits=4, type="float", strategy="tensor_group", group_size=16)
 NVFP4_FIELDS = ("num_bits", "type", "strategy", "group_size", "dynamic")
@@ -115,10 +113,8 @@ def refuse_holes(ckpt: Checkpoint, layout: Layout) -> None:
     """
     tree = layout.witnesses.tree
     if tree is not None and tree.lacking:
-        shown = ", ".join(tree.lacking[:SHOWN])
-        more = f" and {len(tree.lacking) - SHOWN} more" if len(tree.lacking) > SHOWN else ""
         raise SourceError(
-            f"{ckpt.path}: lacks {shown}{more}, which transformers' {tree.model_class} of its "
+            f"{ckpt.path}: lacks {listed(tree.lacking)}, which transformers' {tree.model_class} of its "
             "config.json needs; download it again, or correct config.json"
         )
     there = {int(m["index"]) for n in ckpt.tensors if (m := in_layers(n, layout.layers))}

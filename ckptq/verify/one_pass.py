@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import fields, replace
 from typing import TYPE_CHECKING
 
 from ckptq.checkpoint.open import CONFIG
@@ -132,14 +133,8 @@ def _copies(
 
 
 def _added(a: Copy, b: Copy) -> Copy:
-    return Copy(
-        name=a.name,
-        nbytes=a.nbytes + b.nbytes,
-        different=a.different + b.different,
-        not_finite=a.not_finite + b.not_finite,
-        zeros=a.zeros + b.zeros,
-        through_one=a.through_one + b.through_one,
-    )
+    counts = (f.name for f in fields(a) if f.name != "name")
+    return replace(a, **{name: getattr(a, name) + getattr(b, name) for name in counts})
 
 
 def _tallies(

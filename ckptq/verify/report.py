@@ -138,6 +138,14 @@ class EngineRun:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class Asked:
+    """One engine's answer."""
+
+    run: EngineRun
+    findings: tuple[Finding, ...]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Report:
     """Everything `verify` has found."""
 

@@ -190,6 +190,11 @@ class Subject:
         return cache_scales(self.ckpt.tensors)
 
 
+def tied(ckpt: Checkpoint) -> bool:
+    """Whether config.json ties the output head to the embedding."""
+    return any(c.get("tie_word_embeddings") is True for c in (ckpt.config, ckpt.text_config))
+
+
 def mixtral_name(name: str) -> str:
     """The Mixtral source's name of a module that `oneshot` has renamed; other names unchanged."""
     match = EXPERT.match(name)

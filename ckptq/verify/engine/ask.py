@@ -5,8 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from ckptq.verify.engine.by_table import foreseen
-from ckptq.verify.engine.result import Asked
-from ckptq.verify.report import EngineRun
+from ckptq.verify.report import Asked, EngineRun
 from ckptq.verify.subject import Subject
 
 

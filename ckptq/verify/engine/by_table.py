@@ -11,11 +11,11 @@ from ckptq.checkpoint.open import CONFIG
 from ckptq.engines.table import load_table
 from ckptq.models.unserved import model_doubts
 from ckptq.numbered import starred
+from ckptq.printable import listed
 from ckptq.verify.kinds import finding
 from ckptq.verify.report import Finding
 from ckptq.verify.subject import Subject
 
-SHOWN = 3
 ASK = "ask vLLM itself: --vllm-python PYTHON"
 
 
@@ -39,10 +39,9 @@ def _unseen(subject: Subject, quantized: list[str]) -> Iterator[Finding]:
     if not unseen:
         return
     kinds = list(dict.fromkeys(map(starred, unseen)))
-    more = f" and {len(kinds) - SHOWN} more kinds" if len(kinds) > SHOWN else ""
     found = (
         f"{len(unseen)} of {len(quantized)} quantized Linears that the table of vLLM "
         f"{load_table().version} has not seen, or has seen built differently: "
-        f"{', '.join(kinds[:SHOWN])}{more}"
+        f"{listed(kinds)}"
     )
     yield finding("engine-unseen", found=found, wanted="modules that it has seen", repair=ASK)

@@ -10,16 +10,16 @@ from __future__ import annotations
 import re
 import time
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from textwrap import shorten
 from typing import TYPE_CHECKING, Any
 
 from ckptq.checkpoint.open import CONFIG, Checkpoint
 from ckptq.models.transformers_model import decoder_name, runs_attention_groups
+from ckptq.printable import listed
 from ckptq.spec import FLOATS, TensorSpec
-from ckptq.verify.engine.result import Asked
 from ckptq.verify.kinds import finding
-from ckptq.verify.report import EngineRun, Finding
+from ckptq.verify.report import Asked, EngineRun, Finding
 
 if TYPE_CHECKING:
     from ckptq.verify.engine.by_headers import Loaded
@@ -30,7 +30,6 @@ HARMLESS = re.compile(r"\.([qkv]_zero_point|q_scale)$|\.lora_\w+(\.|$)")
 llm-compressor writes beside cache scales, and q scales, which transformers reads only with an
 attention group."""
 
-SHOWN = 3
 LONGEST = 240
 
 
@@ -113,8 +112,8 @@ def _module(
         yield _not_ignored(loaded, module)
         return
     if absent:
-        held = f"; left over: {_some(extra)}" if extra else ""
-        found = f"transformers: no tensor for {_some(absent)}{held}"
+        held = f"; left over: {listed(extra)}" if extra else ""
+        found = f"transformers: no tensor for {listed(absent)}{held}"
         yield finding("engine-unfilled", module, found=found, wanted="a tensor for every parameter")
         return
     unlike_here = other.get(module, [])
@@ -127,7 +126,7 @@ def _module(
         wanted = str(loaded.wanted[place])
         yield finding("engine-shape", place, file=_file(ckpt, place), found=found, wanted=wanted)
     if extra:
-        found = f"transformers has no parameters for {_some(extra)}"
+        found = f"transformers has no parameters for {listed(extra)}"
         yield finding("engine-left-over", module, found=found, wanted="no such tensors")
 
 
@@ -263,12 +262,6 @@ def submodule(loaded: Loaded, name: str) -> object:
 
 def _file(ckpt: Checkpoint, name: str) -> str | None:
     return ckpt.tensors[name].file.name if name in ckpt.tensors else None
-
-
-def _some(names: Iterable[str]) -> str:
-    every = list(names)
-    more = f" and {len(every) - SHOWN} more" if len(every) > SHOWN else ""
-    return ", ".join(every[:SHOWN]) + more
 
 
 def _last_line(error: str) -> str:

@@ -19,11 +19,11 @@ from typing import Any
 from ckptq.checkpoint.open import CONFIG, Checkpoint
 from ckptq.engines.table import load_table
 from ckptq.errors import MachineError, UsageError
+from ckptq.printable import listed
 from ckptq.recipes.declared import Declared, read_declared
 from ckptq.spec import DTYPES, FLOATS
-from ckptq.verify.engine.result import Asked
 from ckptq.verify.kinds import finding
-from ckptq.verify.report import EngineRun, Finding
+from ckptq.verify.report import Asked, EngineRun, Finding
 
 WORKER = Path(__file__).with_name("vllm_worker.py")
 ANSWER = {"version", "error", "at", "parameters", "kernels"}
@@ -38,7 +38,6 @@ INPUT_SCALE = re.compile(r"\.(w\d+_)?input_(global_)?scale$")
 
 PLAIN = frozenset(DTYPES[name][0] for name in FLOATS)
 CODES = frozenset(DTYPES[name][0] for name in ("F8_E4M3", "F8_E5M2", "I8", "U8", "I32"))
-SHOWN = 3
 LONGEST = 300
 
 
@@ -145,8 +144,7 @@ def _judge(ckpt: Checkpoint, parameters: list[dict[str, Any]]) -> Iterator[Findi
             found = f"vllm: {', '.join(one['sources'])} on disk"
             yield finding("engine-shape", name, found=found, wanted=one["dtype"])
     for module, locals_ in empty.items():
-        more = f" and {len(locals_) - SHOWN} more" if len(locals_) > SHOWN else ""
-        found = f"vllm: no tensor for {', '.join(locals_[:SHOWN])}{more}"
+        found = f"vllm: no tensor for {listed(locals_)}"
         yield finding("engine-unfilled", module, found=found, wanted="a tensor for every parameter")
 
 
@@ -163,8 +161,7 @@ def _is_read(parameter: str, declared: Declared) -> bool:
 def _partly(one: Mapping[str, Any], size: int) -> Finding:
     """A merged parameter that lacks a part, or experts."""
     rows = one["rows"]
-    bare = f"; nothing in {', '.join(map(str, rows[:SHOWN]))}" if rows else ""
-    bare += f" and {len(rows) - SHOWN} more of its {one['shape'][0]}" if len(rows) > SHOWN else ""
+    bare = f"; nothing in {listed(rows)} of {one['shape'][0]}" if rows else ""
     found = f"vllm: {one['filled']:,} of {size:,} elements{bare}"
     wanted = "a tensor for every part"
     return finding("engine-partly-filled", one["name"], found=found, wanted=wanted)

@@ -14,17 +14,17 @@ from ckptq.checkpoint.read import Files, bytes_of, read_into
 from ckptq.verify.kinds import finding
 from ckptq.verify.report import Finding
 from ckptq.verify.roundtrip.tally import same_bytes
-from ckptq.verify.subject import Subject
+from ckptq.verify.subject import Subject, tied
 
 CHUNK = 1 << 22
 
 
 def check_tied_head(subject: Subject, files: Files) -> Iterator[Finding]:
     """A head that is not the embedding, unless the source is stored and declared so too."""
-    if not tied(subject.ckpt.config, subject.ckpt.text_config):
+    if not tied(subject.ckpt):
         return
     source = subject.source
-    if source is not None and tied(source.config, source.text_config):
+    if source is not None and tied(source):
         return
     ends = {
         name.rpartition(".")[0].rpartition(".")[2]: tensor
@@ -39,11 +39,6 @@ def check_tied_head(subject: Subject, files: Files) -> Iterator[Finding]:
         wanted = "the embedding's weight"
         repair = "set tie_word_embeddings to false"
         yield finding("tied-head", head, found=found, wanted=wanted, repair=repair)
-
-
-def tied(*configs: object) -> bool:
-    """Whether any of a model's configs says so."""
-    return any(isinstance(c, dict) and c.get("tie_word_embeddings") is True for c in configs)
 
 
 def _equal(a: StoredTensor, b: StoredTensor, files: Files) -> bool:

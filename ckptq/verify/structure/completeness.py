@@ -17,7 +17,7 @@ from ckptq.models.witnesses import read_witnesses
 from ckptq.numbered import starred
 from ckptq.verify.kinds import finding
 from ckptq.verify.report import Finding
-from ckptq.verify.subject import CODES, EXPERT, SCALES, Module, Subject
+from ckptq.verify.subject import CODES, EXPERT, SCALES, Module, Subject, tied
 
 EXPERT_COUNTS = ("num_local_experts", "num_experts", "n_routed_experts")
 SHOWN = 8
@@ -115,15 +115,13 @@ def _expert_layouts(subject: Subject) -> Iterator[Finding]:
 
 
 def _tied_head(subject: Subject) -> Iterator[Finding]:
-    configs = (subject.ckpt.text_config, subject.ckpt.config)
-    tied = any(config.get("tie_word_embeddings") is True for config in configs)
+    configs, is_tied = (subject.ckpt.text_config, subject.ckpt.config), tied(subject.ckpt)
     for name, module in subject.modules.items():
-        if tied and name.rpartition(".")[2] == "lm_head" and module.quantized:
+        if is_tied and name.rpartition(".")[2] == "lm_head" and module.quantized:
             found = "quantized, although tie_word_embeddings is true"
-            wanted = "the embedding's weight"
-            yield finding("tied-head", name, file=module.file, found=found, wanted=wanted)
+            yield finding("tied-head", module, found=found, wanted="the embedding's weight")
     names = {name.rpartition(".")[0].rpartition(".")[2] for name in subject.ckpt.tensors}
-    untied = not tied and any(config.get("tie_word_embeddings") is False for config in configs)
+    untied = not is_tied and any(config.get("tie_word_embeddings") is False for config in configs)
     if untied and "embed_tokens" in names and "lm_head" not in names and _causal(subject):
         found = "no such tensor, and not tied to the embedding"
         wanted = "an output head"

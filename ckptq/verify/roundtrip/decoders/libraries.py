@@ -23,11 +23,11 @@ from ckptq.checkpoint.open import Checkpoint
 from ckptq.checkpoint.view import View
 from ckptq.models.encoded import Encoded
 from ckptq.models.weight import Weight
+from ckptq.verify.subject import CODES
 
 if TYPE_CHECKING:
     from compressed_tensors.quantization import QuantizationScheme
 
-CODES = ("weight", "weight_packed")
 NOT_WEIGHTS = ("weight_shape", "input_scale", "input_zero_point", "input_global_scale")
 
 
