@@ -114,8 +114,8 @@ def refuse_holes(ckpt: Checkpoint, layout: Layout) -> None:
     tree = layout.witnesses.tree
     if tree is not None and tree.lacking:
         raise SourceError(
-            f"{ckpt.path}: lacks {listed(tree.lacking)}, which transformers' {tree.model_class} of its "
-            "config.json needs; download it again, or correct config.json"
+            f"{ckpt.path}: lacks {listed(tree.lacking)}, which transformers' {tree.model_class} "
+            "of its config.json needs; download it again, or correct config.json"
         )
     there = {int(m["index"]) for n in ckpt.tensors if (m := in_layers(n, layout.layers))}
     gone = [index for index in range(layout.num_layers) if index not in there]
