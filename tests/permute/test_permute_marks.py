@@ -78,7 +78,7 @@ def test_twice_is_refused_and_back_is_not():
     assert there == WHOLE
     with pytest.raises(UsageError, match="already in half-split order"):
         marks.applied(there, HALF, Part, family=INTER)
-    with pytest.raises(UsageError, match="scales: in half-split"):
+    with pytest.raises(UsageError, match="scales: already in half-split"):
         marks.applied(there, HALF, {Part.SCALES}, family=INTER)
     assert marks.applied(there, INTER, Part, family=INTER) == dict.fromkeys(Part, INTER)
 

@@ -145,7 +145,7 @@ def test_bloom_has_attention(save: Save) -> None:
 def test_what_is_missing_is_said_truthfully(save: Save) -> None:
     """Projections without heads."""
     folder = fused_qkv(save, 768, {"model_type": "bloom", "n_layer": 2})
-    with pytest.raises(PlanError, match=r"says no number of heads for transformer\.h\.0"):
+    with pytest.raises(PlanError, match=r"gives no number of heads for transformer\.h\.0"):
         make_plan(open_checkpoint(folder), load_scheme("fp8-per-head"))
     ckpt = open_checkpoint(folder)
     assert read_layout(ckpt).num_layers == 2
