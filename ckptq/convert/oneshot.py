@@ -61,7 +61,7 @@ def _load(ckpt: Checkpoint, trust_remote_code: bool) -> tuple[Any, Any]:
     """Model and tokenizer, checked to be savable."""
     from transformers import AutoTokenizer
 
-    from ckptq.models.transformers_model import model_class_of, read_config
+    from ckptq.models.tree.transformers_model import model_class_of, read_config
 
     trusted = {"local_files_only": True, "trust_remote_code": trust_remote_code}
     config = read_config(ckpt, trust_remote_code)

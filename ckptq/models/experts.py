@@ -15,7 +15,7 @@ from ckptq.checkpoint.header import StoredTensor
 from ckptq.checkpoint.open import Checkpoint
 from ckptq.errors import SourceError
 from ckptq.models.family import FusedExperts, family_of
-from ckptq.models.tree import FusedParameter
+from ckptq.models.tree.module_tree import FusedParameter
 from ckptq.models.witnesses import Witnesses
 from ckptq.spec import FLOATS
 

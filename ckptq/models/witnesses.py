@@ -19,7 +19,7 @@ from ckptq.engines.architecture import Architecture
 from ckptq.engines.table import load_table
 from ckptq.engines.vllm import common_merged_name, common_set
 from ckptq.models.family import LAYER, NEVER_QUANTIZED, count_layers, declared_layers
-from ckptq.models.tree import ModuleTree, Owner, build_tree, plain_name
+from ckptq.models.tree.module_tree import ModuleTree, Owner, build_tree, plain_name
 
 HEAD = "output head"
 UNKNOWN = "known to neither transformers nor vLLM"

@@ -94,7 +94,12 @@ def test_packed_zero_points_tell_their_width(words, bits):
     [
         ("qweight", "I32", (8, 512), "no tensor of a q/k projection"),
         ("lora_A.weight", "BF16", (8, 512), "no tensor of a q/k projection"),
-        ("weight", "BF16", (64, 512), r"found BF16 \[64, 512\], expected 2 dimensions with 512 rows"),
+        (
+            "weight",
+            "BF16",
+            (64, 512),
+            r"BF16 \[64, 512\], expected 2 dimensions with 512 rows",
+        ),
         ("weight", "BF16", (512,), "expected 2 dimensions"),
         ("bias", "BF16", (511,), "expected 1 dimensions with 512 rows"),
         ("weight_packed", "I32", (64, 512), "512 rows"),

@@ -108,7 +108,10 @@ def test_what_is_read_is_written_as_it_was():
 @pytest.mark.parametrize(
     ("config", "said"),
     [
-        ({"config_groups": 1}, r"config\.json: quantization_config\.config_groups is 1, expected an"),
+        (
+            {"config_groups": 1},
+            r"json: quantization_config\.config_groups is 1, expected an",
+        ),
         ({"config_groups": {"g": [1]}}, r"config_groups\.g is \[1\], expected an object"),
         ({"config_groups": {"g": group([1])}}, r"g\.targets is \[1\], expected a name"),
         ({"config_groups": {"g": group("re:(")}}, r"g\.targets is 're:\(', expected a regular"),

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from ckptq.checkpoint.open import Checkpoint
-from ckptq.models.transformers_model import model_class_of, read_config
+from ckptq.models.tree.transformers_model import model_class_of, read_config
 from ckptq.spec import TensorSpec, dtype_name, torch_dtype
 
 if TYPE_CHECKING:

@@ -15,7 +15,7 @@ from textwrap import shorten
 from typing import TYPE_CHECKING, Any
 
 from ckptq.checkpoint.open import CONFIG, Checkpoint
-from ckptq.models.transformers_model import decoder_name, runs_attention_groups
+from ckptq.models.tree.transformers_model import decoder_name, runs_attention_groups
 from ckptq.printable import listed
 from ckptq.spec import FLOATS, TensorSpec
 from ckptq.verify.kinds import finding

@@ -187,7 +187,7 @@ def _config(
 
 def _resolved(ckpt: Checkpoint, source: Checkpoint) -> Configs | None:
     """Both configs with transformers' defaults; None if it cannot read one."""
-    from ckptq.models.transformers_model import read_config
+    from ckptq.models.tree.transformers_model import read_config
 
     try:
         return read_config(ckpt).to_dict(), read_config(source).to_dict()

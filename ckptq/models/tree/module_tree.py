@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from ckptq.checkpoint.open import Checkpoint
-from ckptq.models.holes import Numbers, lacking, numbers_of
+from ckptq.models.tree.holes import Numbers, lacking, numbers_of
 from ckptq.numbered import starred
 
 if TYPE_CHECKING:
@@ -103,7 +103,7 @@ def build_tree(ckpt: Checkpoint) -> ModuleTree | str:
 
     from ckptq.errors import CkptqError
     from ckptq.models.refusals import refusals
-    from ckptq.models.transformers_model import model_class_of, on_meta, read_config
+    from ckptq.models.tree.transformers_model import model_class_of, on_meta, read_config
 
     try:
         with refusals("transformers"):
@@ -120,8 +120,8 @@ def _tree(model: PreTrainedModel, ckpt: Checkpoint) -> ModuleTree:
     from compressed_tensors.quantization.lifecycle.initialize import is_cached_attention_module
     from torch import nn
 
-    from ckptq.models.parameters import sources_of_parameters
-    from ckptq.models.transformers_model import decoder_layers_of, runs_attention_groups
+    from ckptq.models.tree.parameters import sources_of_parameters
+    from ckptq.models.tree.transformers_model import decoder_layers_of, runs_attention_groups
 
     modules: dict[str, nn.Module] = dict(model.named_modules())
     first, numbers = _first_of_each(ckpt)
@@ -223,7 +223,7 @@ def _loads_split(model: PreTrainedModel, fused: str, module: nn.Module) -> bool:
 
     Either transformers' conversion fuses them, or its quantizer takes the module's parts apart.
     """
-    from ckptq.models.parameters import sources_of_parameters
+    from ckptq.models.tree.parameters import sources_of_parameters
 
     experts, _, which = fused.rpartition(".")
     if which not in SPLIT:
@@ -290,7 +290,7 @@ def _names(
     model: PreTrainedModel, ckpt: Checkpoint, made: Mapping[str, str], linears: Iterable[str]
 ) -> dict[str, str]:
     """Disk -> transformers, for the Linears of kinds whose names differ."""
-    from ckptq.models.parameters import sources_of_parameters
+    from ckptq.models.tree.parameters import sources_of_parameters
 
     renamed = {
         starred(stored)

@@ -6,8 +6,8 @@ from typing import TYPE_CHECKING, Any
 
 from ckptq.checkpoint.open import CONFIG, Checkpoint
 from ckptq.errors import SourceError
-from ckptq.models.counts import check_counts
 from ckptq.models.refusals import refusals
+from ckptq.models.tree.counts import check_counts
 
 if TYPE_CHECKING:
     import torch
