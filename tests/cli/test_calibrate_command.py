@@ -75,8 +75,8 @@ def test_scales_of_another_scheme_are_refused_before_a_run_begins(
     done = run(*arguments, "-s", "fp8-per-tensor")
     assert done.returncode == 2
     assert done.stderr == (
-        f"error: {file}: the scales of llama, a scale per head: model.layers.0.self_attn."
-        "q_scale is BF16 [2, 1, 1], wanted BF16 [1] for fp8-per-tensor\n"
+        f"error: {file}: the scales of llama, one scale per head: model.layers.0.self_attn."
+        "q_scale is BF16 [2, 1, 1]; expected BF16 [1] for fp8-per-tensor\n"
     )
     done = run(*arguments, "-s", "fp8-static")
     assert done.returncode == 2

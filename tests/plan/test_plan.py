@@ -319,7 +319,7 @@ def test_blocks_that_vllm_would_split_are_told(llama: Path) -> None:
     """k has 64 rows beside q's 128: half a block, between two members of a merged layer."""
     doubt, *others = vllm_doubts(plan_of(llama, "fp8-block", permutable=False))
     assert not others
-    assert "self_attn.k_proj 64 of them" in doubt
+    assert "self_attn.k_proj: 64)" in doubt
     assert not list(vllm_doubts(plan_of(llama, "fp8-dynamic")))
     alone = plan_of(llama, "fp8-block", ignore=(r"re:.*\.(q|k|v)_proj$",), permutable=False)
     assert not list(vllm_doubts(alone))

@@ -34,8 +34,8 @@ def test_a_python_that_is_none_is_refused(good, tmp_path):
 @pytest.mark.parametrize(
     ("script", "said"),
     [
-        ("exit 0", "said nothing and ended with exit code 0"),
-        ("exit 5", "said nothing and ended with exit code 5"),
+        ("exit 0", "printed nothing and ended with exit code 0"),
+        ("exit 5", "printed nothing and ended with exit code 5"),
         ("echo hello", "printed 'hello' and ended with exit code 0"),
         ("echo '{}'", "printed '{}' and ended with exit code 0"),
         ("echo '[1]'", "printed '[1]' and ended with exit code 0"),
