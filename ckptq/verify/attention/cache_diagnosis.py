@@ -110,20 +110,15 @@ def _explanations(watch: Watch, module: str, which: str) -> Iterator[Explanation
     if other is not None:
         theirs = fit(watch.heads[module, other])[1]
         if len(theirs) == len(scale):
-            yield Explanation(
-                code="kv-exchanged",
-                found=f"the scales of {other}",
-                distance=distance(scale, theirs),
-            )
+            found, far = f"the scales of {other}", distance(scale, theirs)
+            yield Explanation(code="kv-exchanged", found=found, distance=far)
     if len(scale) > 1:
         yield _exchanged(scale, amax)
     for (there, theirs_are), others in watch.heads.items():
         theirs = fit(others)[1]
         if there != module and theirs_are == which and len(theirs) == len(scale):
-            yield Explanation(
-                code="cache-scale-of-another", found=f"the scales of {there}",
-                distance=distance(scale, theirs),
-            )  # fmt: skip
+            found, far = f"the scales of {there}", distance(scale, theirs)
+            yield Explanation(code="cache-scale-of-another", found=found, distance=far)
 
 
 def _exchanged(scale_H: Tensor, amax_H: Tensor) -> Explanation:
@@ -170,7 +165,5 @@ def _unexplained(name: str, sums: HeadSums) -> Iterator[Finding]:
         f"head {worst} reaches {reaches:.3g}, its scale covers {holds:.3g}: error "
         f"{float(error_H[worst]):.0%}, {share:.2%} of its values are clipped"
     )
-    yield finding(
-        "head-saturates" if holds < reaches else "cache-scale-wrong", name, found=found,
-        wanted=f"an error under {LOST:.0%}",
-    )  # fmt: skip
+    code = "head-saturates" if holds < reaches else "cache-scale-wrong"
+    yield finding(code, name, found=found, wanted=f"an error under {LOST:.0%}")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from torch import Tensor
 
@@ -109,11 +109,9 @@ def _like_others(linear: StoredLinear, tried: list[Finding | None]) -> Finding |
     if first is None or any(one is None or one.code != first.code for one in tried):
         return None
     local = (first.tensor or "").rpartition(".")[2]
-    return finding(
-        first.code, f"{linear.name}.{local}", file=linear.module.file,
-        found=f"as in {len(tried)} similar ones that were tried: {first.found}",
-        wanted=first.wanted, repair=first.repair,
-    )  # fmt: skip
+    found = f"as in {len(tried)} similar ones that were tried: {first.found}"
+    where, file = f"{linear.name}.{local}", linear.module.file
+    return replace(first, tensor=where, file=file, found=found)
 
 
 def _damaged(tally: Tally) -> bool:

@@ -184,11 +184,11 @@ def _attention_that_does_not_run(loaded: Loaded) -> Iterator[Finding]:
         return
     for name, group in _groups(loaded).items():
         if group.weights is None and group.input_activations is not None:
-            yield _refused(
+            reason = (
                 f"{type(loaded.model).__name__} has only eager attention, which "
-                "compressed-tensors does not hook into: the forward pass ends in KeyError",
-                f"config_groups.{name}",
-            )  # fmt: skip
+                "compressed-tensors does not hook into: the forward pass ends in KeyError"
+            )
+            yield _refused(reason, f"config_groups.{name}")
 
 
 def _groups(loaded: Loaded) -> Mapping[str, Any]:

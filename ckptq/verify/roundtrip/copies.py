@@ -154,12 +154,11 @@ def _finite(tensor: StoredTensor, files: Files, start: int, count: int) -> Copy:
 
 def judge_finite(subject: Subject, copy: Copy) -> Iterator[Finding]:
     """NaN or Inf in a norm, an embedding, an unquantized weight; a table that is half zeros."""
+    tensor = subject.ckpt.tensors[copy.name]
     if copy.not_finite:
         yield finding(
-            "not-finite", subject.ckpt.tensors[copy.name],
-            found=f"{copy.not_finite} NaN or Inf", wanted="finite numbers",
-        )  # fmt: skip
-    tensor = subject.ckpt.tensors[copy.name]
+            "not-finite", tensor, found=f"{copy.not_finite} NaN or Inf", wanted="finite numbers"
+        )
     module = subject.modules.get(copy.name.rpartition(".")[0])
     share = copy.zeros / max(tensor.spec.numel, 1)
     table = module is not None and module.kept in TABLES and len(tensor.spec.shape) == 2

@@ -39,10 +39,11 @@ def _orphans(subject: Subject) -> Iterator[Finding]:
         if module in subject.attention:
             continue
         tower = any(word in module for word in ("vision", "visual", "audio", "image"))
-        yield finding(
-            "vision-scale" if tower else "kv-scale-orphan", tensor,
-            found=str(tensor.spec), wanted="scales on decoder attention only",
-        )  # fmt: skip
+        code, wanted = (
+            "vision-scale" if tower else "kv-scale-orphan",
+            "scales on decoder attention only",
+        )
+        yield finding(code, tensor, found=str(tensor.spec), wanted=wanted)
 
 
 def _layer(subject: Subject, module: str) -> Iterator[Finding]:

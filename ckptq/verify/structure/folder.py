@@ -109,10 +109,10 @@ def _misplaced(ckpt: Checkpoint, weight_map: Mapping[str, str]) -> Iterator[Find
             repair = "rewrite the index" if real else "find the file that holds it, or " + AGAIN
         said, real = said or "no file", f"it is in {real}" if real else "no file holds it"
         more = f", and {len(names) - 1} more" if len(names) > 1 else ""
+        found, wanted = f"index: {said}; {real}{more}", "the file that holds it"
         yield finding(
-            "index-mismatch", min(names), file=INDEX, found=f"index: {said}; {real}{more}",
-            wanted="the file that holds it", repair=repair,
-        )  # fmt: skip
+            "index-mismatch", min(names), file=INDEX, found=found, wanted=wanted, repair=repair
+        )
 
 
 def _total_size(ckpt: Checkpoint, metadata: object) -> Iterator[Finding]:
@@ -157,9 +157,10 @@ def _side_files(ckpt: Checkpoint, source: Checkpoint) -> Iterator[Finding]:
             repair = f"copy {name} from the source"
             yield finding("side-file-missing", file=name, found=found, wanted=wanted, repair=repair)
         elif name == TOKENIZER and (parts := unlike_parts(there, original)):
+            found, repair = f"different {', '.join(parts)}", f"copy {name} from the source"
             yield finding(
-                "tokenizer-differs", parts[0], file=name, found=f"different {', '.join(parts)}",
-                wanted="the source's", repair=f"copy {name} from the source",
+                "tokenizer-differs", parts[0], file=name, found=found, wanted="the source's",
+                repair=repair,
             )  # fmt: skip
         elif name not in weights and there.read_bytes() != original.read_bytes():
             found = f"{there.stat().st_size} bytes"
