@@ -174,7 +174,7 @@ prune_stage:
 
 def test_a_cache_scheme_beside_gptq_is_refused_with_the_reason() -> None:
     both = GPTQ.replace("ignore: [lm_head]}", f"ignore: [lm_head], kv_cache_scheme: {KV}}}")
-    with pytest.raises(UsageError, match="uninitialised memory"):
+    with pytest.raises(UsageError, match="q scales uninitialised"):
         check_handed_over(load_text("both", both))
 
 

@@ -106,10 +106,10 @@ def test_a_dry_run_refuses_it(tmp_path: Path) -> None:
         (
             "mamba",
             "fp8-dynamic",
-            "backbone.layers.0.mixer.dt_proj for one (vLLM never quantizes it)",
+            "such as backbone.layers.0.mixer.dt_proj (vLLM never quantizes it)",
         ),
         ("falcon_mamba", "fp8-per-head", "this model has no attention heads"),
-        ("gpt2", "fp8-per-head", "stored as [in, out] (Conv1D)"),
+        ("gpt2", "fp8-per-head", "layers as [in, out] (Conv1D)"),
     ],
 )
 def test_a_refusal_says_the_true_reason(

@@ -85,7 +85,7 @@ def test_names_that_its_loader_does_not_take(tmp_path: Path, family: str, new: s
         source, tmp_path / "other", lambda t: renamed(t, ((r"^model\.", new),)), {}
     )
     (doubt,) = told(other)
-    assert f"under these names, {new}layers.0." in doubt
+    assert f"under these names (such as {new}layers.0." in doubt
     assert told(source) == []
 
 
