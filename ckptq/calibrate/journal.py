@@ -170,7 +170,7 @@ def _claim(folder: Path, run: Mapping[str, Any]) -> None:
     for key in sorted(found.keys() | run.keys()):
         if found.get(key) != run.get(key):
             raise UsageError(
-                f"{folder}: holds a different calibration: {key} was {found.get(key)!r}, is now "
+                f"{folder}: holds a different calibration: {key} was {found.get(key)!r}, is "
                 f"{run.get(key)!r}; rerun the same command to resume, or use --restart"
             )
 
