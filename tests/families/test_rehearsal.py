@@ -46,7 +46,7 @@ def test_what_calibration_would_refuse_is_refused_by_the_plan(
 def test_heads_that_cannot_be_told_apart_are_scaled_per_tensor(tmp_path: Path) -> None:
     """JetMoE, whose attention asks a router first."""
     source = save("jetmoe", tmp_path)
-    with pytest.raises(PlanError, match=r"hands 8 heads to attention where .* is for 4"):
+    with pytest.raises(PlanError, match=r"passes 8 heads to attention, but .* is for 4"):
         plan(source)
     plan(source, "fp8-per-tensor")
 
