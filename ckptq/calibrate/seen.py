@@ -30,7 +30,7 @@ def check_seen(
                 )
             if count != spec.numel:
                 raise PlanError(
-                    f"{model.loader.label}: {module} of {family} passes {count} heads to attention, but "
-                    f"{name} is for {spec.numel}, so they cannot be matched; use a scheme with "
+                    f"{model.loader.label}: {module} of {family} passes {count} heads to "
+                    f"attention, but {name} is for {spec.numel}, so they cannot be matched; use a scheme with "
                     "per-tensor scales, or a weights-only one, for this model"
                 )
