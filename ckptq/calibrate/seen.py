@@ -31,6 +31,6 @@ def check_seen(
             if count != spec.numel:
                 raise PlanError(
                     f"{model.loader.label}: {module} of {family} passes {count} heads to "
-                    f"attention, but {name} is for {spec.numel}, so they cannot be matched; use a scheme with "
-                    "per-tensor scales, or a weights-only one, for this model"
+                    f"attention, but {name} is for {spec.numel}, so they cannot be matched; use "
+                    "a scheme with per-tensor scales, or a weights-only one, for this model"
                 )

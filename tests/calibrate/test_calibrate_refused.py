@@ -68,7 +68,7 @@ def test_too_little_memory_is_the_machine_s(tmp_path):
 def test_code_that_does_not_load_is_named(tmp_path):
     folder = save(tmp_path / "model", "Broken")
     (folder / "modeling_broken.py").write_text("import no_such_package_at_all\n")
-    with pytest.raises(SourceError, match=r"carries \(modeling_broken\.Broken.*does not load: "):
+    with pytest.raises(SourceError, match=r"model code \(modeling_broken\.Broken.*does not load: "):
         run(folder)
 
 

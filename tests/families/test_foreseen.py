@@ -60,7 +60,7 @@ def one_by_one(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
 def test_experts_whose_scales_vllm_loses(tmp_path: Path) -> None:
     source = save_variant(save("aria", tmp_path), tmp_path / "split", one_by_one, {})
     (doubt,) = told(source, "fp8-dynamic")
-    assert "vLLM does not load quantized experts of Aria" in doubt
+    assert "vLLM does not load quantized experts for Aria" in doubt
     assert "w13_weight_scale" in doubt
     assert ONE_BY_ONE in doubt
     assert told(source, "fp8-dynamic", ignore=("re:.*experts.*",)) == []
@@ -92,7 +92,7 @@ def test_what_vllm_cuts_by_heads_stays_where_a_format_has_other_tensors(
     assert not [n for n in plan.quantized if n.endswith("query_key_value")]
     assert [n for n in plan.quantized if n.endswith("self_attention.dense")]
     (line,) = plan.told
-    assert "4 x self_attention.query_key_value [768, 256]: vLLM's BloomForCausalLM cuts" in line
+    assert "4 x self_attention.query_key_value [768, 256]: vLLM's BloomForCausalLM splits" in line
     assert line.endswith("use `--scheme fp8-dynamic`")
 
 

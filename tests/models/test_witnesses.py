@@ -133,7 +133,7 @@ def test_a_model_that_nobody_knows_is_refused_unless_a_recipe_names_it(
 ) -> None:
     own = {"architectures": ["OwnForCausalLM"], "model_type": "own"}
     folder = changed(save("llama", families), tmp_path / "own", **own)
-    with pytest.raises(PlanError, match=r"OwnForCausalLM: known to neither transformers nor"):
+    with pytest.raises(PlanError, match=r"OwnForCausalLM: unknown to both transformers and"):
         plan_of(folder)
     ckpt = open_checkpoint(folder)
     plan = make_plan(ckpt, load_text("named", NAMED))
