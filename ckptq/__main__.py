@@ -1,4 +1,5 @@
-"""The program: `ckptq`, `python -m ckptq`. What ends a command early becomes words and a code."""
+"""The program: `ckptq`, `python -m ckptq`. Turns errors and signals into a message and an exit
+code."""
 
 from __future__ import annotations
 
@@ -17,7 +18,7 @@ RESUMED = ("quantize", "permute", "calibrate")
 
 
 def main() -> NoReturn:
-    """The entry point: every error a user can mend becomes one message and an exit code.
+    """The entry point: every user error becomes one message and an exit code.
 
     Once that code is decided no signal changes it, however long the interpreter takes to end.
     """
@@ -29,7 +30,7 @@ def main() -> NoReturn:
     except Interrupted:
         ignore_signals()
         resumed = len(sys.argv) > 1 and sys.argv[1] in RESUMED
-        kept = "the same command goes on where this one stopped" if resumed else "nothing is kept"
+        kept = "rerun the same command to resume" if resumed else "nothing is kept"
         console.note(f"interrupted; {kept}")
         code = 130
     ignore_signals()

@@ -63,9 +63,7 @@ def quantize(
     ignore: Ignore = None,
     group_size: GroupSize = None,
     search: Search = False,
-    scales: Annotated[
-        Path | None, typer.Option(help="Scales that `ckptq calibrate` has made.")
-    ] = None,
+    scales: Annotated[Path | None, typer.Option(help="Scales file from `ckptq calibrate`.")] = None,
     data: Data = None,
     samples: Samples = 128,
     seq_len: SeqLen = 2048,
@@ -77,17 +75,17 @@ def quantize(
     workers: Workers = None,
     rope_order: Annotated[
         str,
-        typer.Option(help="keep, or half-split: for engines that do not permute Llama-4's q/k."),
+        typer.Option(help="keep, or half-split for engines that do not permute Llama-4's q/k."),
     ] = "keep",
     as_written: Annotated[
         bool,
         typer.Option(
             "--as-written",
-            help="Keep to the recipe where vLLM cannot permute (Llama-4's q/k/v) or merge blocks.",
+            help="Follow the recipe even if vLLM cannot permute (Llama-4's q/k/v) or merge blocks.",
         ),
     ] = False,
     dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Print the plan; touch headers only.")
+        bool, typer.Option("--dry-run", help="Print the plan; read headers only.")
     ] = False,
     restart: Restart = False,
     trust_remote_code: TrustRemoteCode = False,
@@ -145,7 +143,7 @@ def calibrate(
     output: Annotated[Path, typer.Option("--output", "-o", help="The scales file to write.")],
     scheme: Annotated[
         str | None,
-        typer.Option("--scheme", "-s", help="Whose scales; without --recipe: fp8-per-head."),
+        typer.Option("--scheme", "-s", help="Scheme to calibrate for; default: fp8-per-head."),
     ] = None,
     recipe: RecipeFile = None,
     revision: Revision = None,
@@ -198,31 +196,29 @@ def verify(
     source: Annotated[
         str | None, typer.Option(help="The unquantized checkpoint it was made from.")
     ] = None,
-    fast: Annotated[
-        bool, typer.Option("--fast", help="Compare samples of rows instead of all.")
-    ] = False,
+    fast: Annotated[bool, typer.Option("--fast", help="Compare sampled rows only.")] = False,
     headers_only: Annotated[
-        bool, typer.Option("--headers-only", help="Structure alone: a second for 100 GB.")
+        bool, typer.Option("--headers-only", help="Check the structure only: a second for 100 GB.")
     ] = False,
     engine: Annotated[
         str | None,
-        typer.Option(help="Ask this engine what it makes of it too: transformers, vllm."),
+        typer.Option(help="Also check loading in this engine: transformers, vllm."),
     ] = None,
     vllm_python: Annotated[
         Path | None,
-        typer.Option(help="The Python that has vLLM: let vLLM itself load names and shapes."),
+        typer.Option(help="A Python with vLLM, which then loads names and shapes."),
     ] = None,
     attention: Annotated[
         bool,
-        typer.Option("--attention", help="Run text and see what FP8 makes of q, k and v."),
+        typer.Option("--attention", help="Run text and measure q, k and v in FP8."),
     ] = False,
     data: Text = None,
     html: Annotated[
-        Path | None, typer.Option(help="Write the report as one page that needs no network.")
+        Path | None, typer.Option(help="Write the report as a self-contained page.")
     ] = None,
     json: Json = False,
 ) -> None:
-    """Prove that a checkpoint is right, or name what is wrong and how to mend it (exit code 1)."""
+    """Prove that a checkpoint is right, or report what is wrong and how to fix it (exit code 1)."""
     from ckptq.show.verification import show_report
     from ckptq.show.verify_page import write_html_report
     from ckptq.verify.run import verify as check
@@ -254,14 +250,14 @@ def permute(
     output: Annotated[Path, typer.Argument(help="The folder to write.")],
     to: Annotated[str, typer.Option(help="half-split or interleaved.")],
     only: Annotated[
-        list[str] | None, typer.Option(help="Only these: weights, scales, zero-points; A,B.")
+        list[str] | None, typer.Option(help="Only these parts: weights, scales, zero-points; A,B.")
     ] = None,
     revision: Revision = None,
     workers: Workers = None,
     restart: Restart = False,
     json: Json = False,
 ) -> None:
-    """Bake a RoPE row order into q/k and all that is indexed by their rows, and mark it."""
+    """Store q/k, and all tensors indexed by their rows, in another RoPE order, and mark it."""
     from ckptq.convert.output import RunOptions
     from ckptq.convert.permute import PermuteRequest
     from ckptq.convert.permute import permute as run
@@ -285,7 +281,7 @@ def permute(
 
 @app.command()
 def evaluate(
-    path: Annotated[str, typer.Argument(help="The quantized checkpoint, or a source to try on.")],
+    path: Annotated[str, typer.Argument(help="The quantized checkpoint, or a source to try.")],
     source: Annotated[
         str | None, typer.Option(help="The unquantized checkpoint it was made from.")
     ] = None,
@@ -303,13 +299,13 @@ def evaluate(
         Path | None, typer.Option(help="Questions: a .jsonl of prompt and answer.")
     ] = None,
     questions: Annotated[
-        int | None, typer.Option(min=1, help="Ask only so many questions of each task.")
+        int | None, typer.Option(min=1, help="Limit the questions per task.")
     ] = None,
     tasks: Annotated[
         list[str] | None, typer.Option(help="Benchmarks of lm-eval, by name: A,B,C.")
     ] = None,
     tasks_path: Annotated[
-        Path | None, typer.Option(help="A folder of lm-eval tasks of your own.")
+        Path | None, typer.Option(help="A folder with your own lm-eval tasks.")
     ] = None,
     samples: Samples = 32,
     seq_len: SeqLen = 512,
@@ -334,14 +330,14 @@ def evaluate(
         float | None, typer.Option(help="Fail below this share of right answers, 0 to 1.")
     ] = None,
     vllm_python: Annotated[
-        Path | None, typer.Option(help="A Python that has vLLM: run the models there as well.")
+        Path | None, typer.Option(help="A Python with vLLM: run the models there as well.")
     ] = None,
     report: Annotated[
         Path | None, typer.Option(help="Write tables and charts: .html, .svg or .png.")
     ] = None,
     json: Json = False,
 ) -> None:
-    """Measure what quantization costs; exit code 1 where that is more than the thresholds allow."""
+    """Measure what quantization costs; exit code 1 if it exceeds a threshold."""
     from ckptq.evaluate.request import EvaluationRequest, evaluate_request
     from ckptq.evaluate.result import Thresholds
     from ckptq.show.evaluate_page import check_report, write_report
@@ -382,7 +378,7 @@ def evaluate(
 
 @app.command()
 def inspect(path: Model, revision: Revision = None, json: Json = False) -> None:
-    """Say what is in a checkpoint: schemes, layers, sizes, scales. Reads headers only."""
+    """Show what is in a checkpoint: schemes, layers, sizes, scales. Reads headers only."""
     from ckptq.inspect import inspect as look
     from ckptq.show.results import show_inspection
 

@@ -1,7 +1,7 @@
-"""`--device`: where a command's heavy arithmetic runs. One rule, for every command that has it.
+"""`--device`: where heavy arithmetic runs, by one rule for every command.
 
-Quantizing weights, calibration's and evaluation's forward passes run on the device that is named,
-and on the GPU where there is one if none is. Weights get the same bytes on every device; what a
+Quantization and the forward passes of calibration and evaluation run on the named device, by
+default on the GPU if there is one. Weights get the same bytes on every device; what a
 model computes (scales, losses) may differ between devices in the last bits. Imports no torch.
 """
 
@@ -19,23 +19,22 @@ if TYPE_CHECKING:
 def find_device(name: str | None) -> torch.device:
     """The device of that name; of None, the GPU where there is one, else the CPU.
 
-    Of several processes that torchrun has started on a machine, each takes the GPU with its number
-    for "cuda". UsageError for an unsupported device, MachineError for a GPU that is not available.
-    """
+    Under torchrun each process uses the GPU of its local rank for "cuda". UsageError for an
+    unsupported device, MachineError for a GPU that is not available."""
     import torch
 
     try:
         device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
     except RuntimeError as error:
-        raise UsageError(f"--device {name}: wanted cpu, cuda or cuda:N") from error
+        raise UsageError(f"--device {name}: expected cpu, cuda or cuda:N") from error
     if device.type not in ("cpu", "cuda"):
-        raise UsageError(f"--device {name}: wanted cpu, cuda or cuda:N")
+        raise UsageError(f"--device {name}: expected cpu, cuda or cuda:N")
     if device.type == "cpu":
         return device
     if not torch.cuda.is_available():
-        raise MachineError(f"--device {name}: there is no such GPU here")
+        raise MachineError(f"--device {name}: no such GPU on this machine")
     if device.index is None and int(os.environ.get("WORLD_SIZE", "1")) > 1:
         device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
     if (device.index or 0) >= torch.cuda.device_count():
-        raise MachineError(f"--device {device}: there are {torch.cuda.device_count()} GPUs here")
+        raise MachineError(f"--device {device}: this machine has {torch.cuda.device_count()} GPUs")
     return device

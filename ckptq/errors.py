@@ -1,6 +1,6 @@
 """What can go wrong for a user, each kind with the exit code that scripts and CI read.
 
-Messages name the file and the tensor, what was found and what was wanted. A mistake of our own is
+Messages name the file and the tensor, what was found and what was expected. A mistake of our own is
 an `assert` or an ordinary exception, never one of these.
 """
 
@@ -18,7 +18,7 @@ class FoundWrong(CkptqError):
 
 
 class UsageError(CkptqError):
-    """The command line, the recipe or the plan asks for something that cannot be."""
+    """The command line, the recipe or the plan asks for something impossible or unsupported."""
 
     exit_code = 2
 
@@ -28,12 +28,12 @@ class PlanError(UsageError):
 
 
 class SourceError(CkptqError):
-    """A file on disk is not what it, its index or its config says it is."""
+    """A file on disk does not match itself, its index or its config."""
 
     exit_code = 3
 
 
 class MachineError(CkptqError):
-    """The machine would not do it: disk, memory, device."""
+    """The machine lacks something: disk, memory, device."""
 
     exit_code = 4

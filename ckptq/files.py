@@ -1,4 +1,4 @@
-"""Small files, written whole or not at all; and what the operating system refuses, in words.
+"""Small files, written atomically; operating system errors as messages.
 
 A file that is read later appears by one rename, when its bytes are on the disk: beside it, under a
 name that no other file has, then synced, renamed, and the folder synced. A process that is killed
@@ -13,7 +13,7 @@ import json
 import os
 import secrets
 from collections.abc import Iterable, Iterator
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from ckptq.errors import CkptqError, MachineError, SourceError, UsageError
@@ -32,35 +32,25 @@ RENAME_NOREPLACE = 1
 AT_FDCWD = -100
 
 
-class machine_errors:
-    """Turn what the operating system refuses into a MachineError that names the file."""
-
-    def __init__(self, file: Path) -> None:
-        self.file = file
-
-    def __enter__(self) -> None:
-        return None
-
-    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
-        if isinstance(error, OSError):
-            full = error.errno in FULL
-            advice = "; free some space and run the same command again" if full else ""
-            raise MachineError(f"{self.file}: {error.strerror or error}{advice}") from error
+@contextmanager
+def machine_errors(file: Path) -> Iterator[None]:
+    """Turn OSError into a MachineError that names the file."""
+    try:
+        yield
+    except OSError as error:
+        full = error.errno in FULL
+        advice = "; free some space and rerun the same command" if full else ""
+        raise MachineError(f"{file}: {error.strerror or error}{advice}") from error
 
 
-class reading_errors:
-    """The same where a file of the user's is read: a SourceError, unless the machine failed."""
-
-    def __init__(self, file: Path) -> None:
-        self.file = file
-
-    def __enter__(self) -> None:
-        return None
-
-    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
-        if isinstance(error, OSError):
-            made: type[CkptqError] = MachineError if error.errno in FAILING else SourceError
-            raise made(f"{self.file}: cannot be read: {error.strerror or error}") from error
+@contextmanager
+def reading_errors(file: Path) -> Iterator[None]:
+    """The same for reading a user's file: a SourceError, unless the machine failed."""
+    try:
+        yield
+    except OSError as error:
+        made: type[CkptqError] = MachineError if error.errno in FAILING else SourceError
+        raise made(f"{file}: cannot be read: {error.strerror or error}") from error
 
 
 def write_whole(
@@ -180,5 +170,5 @@ def read_small(file: Path, limit: int) -> bytes:
     except OSError as error:
         raise UsageError(f"{file}: cannot be read: {error.strerror or error}") from error
     if len(data) > limit:
-        raise UsageError(f"{file}: more than {limit:,} bytes; that is no file of this kind")
+        raise UsageError(f"{file}: more than {limit:,} bytes; not a file of this kind")
     return data

@@ -1,4 +1,4 @@
-"""SIGINT and SIGTERM: they end a command in words, until there is nothing left to be ended."""
+"""SIGINT and SIGTERM: they end a command with a message, until its result is final."""
 
 from __future__ import annotations
 

@@ -29,20 +29,20 @@ Scheme = Annotated[
     typer.Option("--scheme", "-s", help="Built-in recipe or compressed-tensors preset."),
 ]
 RecipeFile = Annotated[
-    Path | None, typer.Option("--recipe", help="A recipe of your own (llm-compressor's YAML).")
+    Path | None, typer.Option("--recipe", help="Your own recipe (llm-compressor YAML).")
 ]
 Output = Annotated[
-    Path | None, typer.Option("--output", "-o", help="Default: the model's name and the scheme's.")
+    Path | None, typer.Option("--output", "-o", help="Default: MODEL-SCHEME in this folder.")
 ]
 Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit of a hub id.")]
 Ignore = Annotated[
     list[str] | None,
-    typer.Option("--ignore", help="Leave a Linear alone: full name or re:PATTERN; repeatable."),
+    typer.Option("--ignore", help="Linear to leave unquantized: name or re:PATTERN; repeatable."),
 ]
 GroupSize = Annotated[
     int | None,
     typer.Option(
-        help="Columns under one scale in integer schemes with groups: 32, 64, 128, or -1 (a row)."
+        help="Columns per scale in integer schemes with groups: 32, 64, 128, or -1 (whole row)."
     ),
 ]
 Search = Annotated[
@@ -53,9 +53,9 @@ Search = Annotated[
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
 ShardSize = Annotated[str, typer.Option(help="Size of an output shard, e.g. 5GB, 500MB.")]
-MaxRam = Annotated[str | None, typer.Option(help="Refuse to need more memory than this.")]
+MaxRam = Annotated[str | None, typer.Option(help="Fail instead of using more memory than this.")]
 Workers = Annotated[
-    int | None, typer.Option(min=1, help="Threads; default: one a core, at most 8.")
+    int | None, typer.Option(min=1, help="Threads; default: one per core, at most 8.")
 ]
 Data = Annotated[
     str | None,
@@ -65,21 +65,21 @@ Text = Annotated[
     str | None,
     typer.Option("--data", help="Text to run: .txt, .jsonl, .parquet, or a `datasets` id."),
 ]
-Samples = Annotated[int, typer.Option(min=1, help="How many samples of the text are taken.")]
-SeqLen = Annotated[int, typer.Option(min=1, help="Tokens a sample is cut to.")]
-BatchSize = Annotated[int, typer.Option(min=1, help="Samples in one forward pass.")]
-Seed = Annotated[int, typer.Option(help="Which samples are taken, and in which order.")]
+Samples = Annotated[int, typer.Option(min=1, help="Number of text samples.")]
+SeqLen = Annotated[int, typer.Option(min=1, help="Maximum tokens per sample.")]
+BatchSize = Annotated[int, typer.Option(min=1, help="Samples per forward pass.")]
+Seed = Annotated[int, typer.Option(help="Seed for choosing samples.")]
 Device = Annotated[
     str | None,
     typer.Option(
-        help="Where weights are quantized and models run: cpu, cuda, cuda:1; default: a GPU if any."
+        help="Where weights are quantized and models run: cpu, cuda, cuda:1; default: GPU if any."
     ),
 ]
 Restart = Annotated[
-    bool, typer.Option("--restart", help="Discard what an interrupted run has done.")
+    bool, typer.Option("--restart", help="Discard the state of an interrupted run.")
 ]
 TrustRemoteCode = Annotated[
-    bool, typer.Option("--trust-remote-code", help="Run model code that the checkpoint carries.")
+    bool, typer.Option("--trust-remote-code", help="Run the model code in the checkpoint.")
 ]
 Version = Annotated[
     bool,
@@ -92,20 +92,20 @@ def one_of(option: str, given: str, choice: Sequence[Word]) -> Word:
     for word in choice:
         if word == given:
             return word
-    raise UsageError(f"{option} {given!r}: wanted {' or '.join(choice)}")
+    raise UsageError(f"{option} {given!r}: expected {' or '.join(choice)}")
 
 
 def words(given: Sequence[str] | None) -> list[str]:
-    """Options that are given several times, with commas, or both; each once."""
+    """Values given several times, with commas, or both; without duplicates."""
     found = (word.strip() for text in given or () for word in text.split(","))
     return list(dict.fromkeys(word for word in found if word))
 
 
 def new_file(option: str, file: Path) -> None:
-    """Before any work is done, for a file that could not be written after it: UsageError for a
-    place that is none, MachineError without the right to write there."""
+    """Check before the work that the file can be written later: UsageError for an impossible place,
+    MachineError without permission."""
     if file.is_dir():
-        raise UsageError(f"{option} {file}: is a folder, wanted a file")
+        raise UsageError(f"{option} {file}: is a folder; expected a file")
     if not file.parent.is_dir():
         raise UsageError(f"{option} {file}: there is no folder {file.parent}")
     if not os.access(file.parent, os.W_OK):

@@ -42,7 +42,7 @@ TOKEN = re.compile(r"\\.|\[\^?\]?(?:\\.|[^\]\\])*\]|\{(?:\}|(?!\d*,?\d*\}))", re
 
 
 class BadPattern(ValueError):
-    """No regular expression."""
+    """Not a regular expression."""
 
 
 class Pattern:
@@ -51,7 +51,7 @@ class Pattern:
     def __init__(self, text: str) -> None:
         """BadPattern for what `re` does not take either."""
         if len(text) > LONGEST:
-            raise BadPattern(f"{len(text):,} characters, wanted up to {LONGEST:,}")
+            raise BadPattern(f"{len(text):,} characters; expected at most {LONGEST:,}")
         try:
             self._quick = re.compile(text)
             self._limited = regex.compile(_plain(text))
@@ -86,7 +86,7 @@ class Pattern:
     def _too_slow(self, name: str) -> SourceError:
         return SourceError(
             f"pattern {self.text[:200]!r} takes more than {SECONDS:g} s on names like "
-            f"{name[:100]!r}; write it without repetitions inside repetitions"
+            f"{name[:100]!r}; avoid nested repetitions"
         )
 
 

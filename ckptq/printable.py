@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import html
 import shlex
+from collections.abc import Sequence
 from pathlib import Path
 
 
@@ -21,6 +22,12 @@ def printable(text: str) -> str:
 def printable_lines(text: str) -> str:
     """The same for several lines; all but the first are indented, so that none passes for ours."""
     return "\n  ".join(printable(line) for line in text.splitlines())
+
+
+def listed(names: Sequence[object], shown: int = 3) -> str:
+    """The first of them, and how many more there are: "a, b, c and 4 more"."""
+    more = f" and {len(names) - shown} more" if len(names) > shown else ""
+    return ", ".join(map(str, names[:shown])) + more
 
 
 def on_page(text: object) -> str:

@@ -21,8 +21,8 @@ def silent(task: str, total: int, unit: str = "bytes") -> Report:
 
 
 Note = Callable[[str], None]
-"""Hears, in a line, what a user should know on the way."""
+"""Receives one-line messages for the user."""
 
 
 def untold(message: str) -> None:
-    """For callers to whom nothing need be told."""
+    """A `Note` that discards its messages."""

@@ -11,7 +11,7 @@ Formula: vLLM 0.32, `Llama4ForCausalLM.permute_qk_weight_for_rotary`, which is
 partial rotary embeddings) and the others stay.
 
 Layers without RoPE (Llama-4's NoPE layers) may be in either order, as q.k does not change. vLLM
-and SGLang permute them like all others, so whoever stands in for those engines must do so too;
+and SGLang permute them like all others, so code that simulates those engines must too;
 transformers never permutes.
 """
 
@@ -51,11 +51,11 @@ class Heads:
         if self.rotary_dim == 0:
             object.__setattr__(self, "rotary_dim", self.head_dim)
         if self.count < 1 or self.head_dim < 2:
-            raise PlanError(f"no such attention: {self.count} heads of {self.head_dim} rows")
+            raise PlanError(f"impossible attention: {self.count} heads of {self.head_dim} rows")
         if self.rotary_dim % 2 or not 2 <= self.rotary_dim <= self.head_dim:
             raise PlanError(
                 f"rotary dimension {self.rotary_dim} of head dimension {self.head_dim}: "
-                "want an even number from 2 to the head dimension"
+                "expected an even number from 2 to the head dimension"
             )
 
     @property
@@ -87,7 +87,7 @@ def _gather_within_head(rotary_dim: int, to: RopeOrder) -> list[int]:
 
 
 def keeps_blocks(heads: Heads, block_rows: int) -> bool:
-    """Whether every row stays in its block of `block_rows` rows, so that block scales stay true.
+    """Whether every row stays in its block of `block_rows` rows, so that block scales remain valid.
 
     So it is when blocks hold whole heads: 128 rows with head_dim 64 or 128, not with 256.
     """

@@ -35,14 +35,14 @@ def test_each_process_of_torchrun_takes_its_own_gpu(gpus, monkeypatch):
     assert str(find_device("cuda:0")) == "cuda:0"
     assert str(find_device("cpu")) == "cpu"
     gpus(1)
-    with pytest.raises(MachineError, match="--device cuda:1: there are 1 GPUs here"):
+    with pytest.raises(MachineError, match="--device cuda:1: this machine has 1 GPUs"):
         find_device(None)
 
 
 def test_what_is_not_there_or_not_supported_is_said(gpus):
     gpus(0)
-    with pytest.raises(MachineError, match="--device cuda:1: there is no such GPU here"):
+    with pytest.raises(MachineError, match="--device cuda:1: no such GPU on this machine"):
         find_device("cuda:1")
     for name in ("tpu", "meta", "cuda:x", "xpu"):
-        with pytest.raises(UsageError, match=f"--device {name}: wanted cpu, cuda or cuda:N"):
+        with pytest.raises(UsageError, match=f"--device {name}: expected cpu, cuda or cuda:N"):
             find_device(name)

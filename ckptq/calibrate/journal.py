@@ -1,13 +1,13 @@
-"""What a killed calibration needs to go on: statistics so far, and the hidden states behind them.
+"""State to resume a killed calibration: the statistics so far, and the hidden states.
 
-    FOLDER/run.json        what the scales depend on; another run is refused
+    FOLDER/run.json        what the scales depend on; other runs are refused
     FOLDER/layer-00012/    the state after 12 layers: one file per batch, and the statistics
     FOLDER/result/         the scales, when all layers are done
 
-A state is written beside the last one, synced, sealed with the digests of its files, renamed, and
-only then that one is removed: there is always a whole one. A state that does not hold what it was
-sealed with counts for nothing. Hidden states can be large, so a state is written only when the
-writing takes no more than a tenth of the time since the one before, and where the disk has room.
+A state is written beside the last one, synced, sealed with digests of its files and renamed; only
+then is the old one removed. A state that does not match its seal is ignored. Hidden states can be
+large, so a state is written only if that takes at most a tenth of the time since the last one, and
+if the disk has room.
 """
 
 from __future__ import annotations
@@ -47,8 +47,8 @@ class Journal:
     """The folder in which one calibration keeps its state."""
 
     def __init__(self, folder: Path, run: Mapping[str, Any]) -> None:
-        """Begin, or go on with the same run. UsageError when the folder is of a different one, and
-        that one has done something."""
+        """Start a run, or resume the same one. UsageError if the folder holds the state of a
+        different run."""
         self._folder = folder
         self._wrote = monotonic()
         self._cost: float | None = None
@@ -61,7 +61,7 @@ class Journal:
                 shutil.rmtree(leftover)
 
     def finished(self) -> Scales | None:
-        """The scales, where a former run got as far as that."""
+        """The scales, if an earlier run finished."""
         result = self._folder / RESULT
         return load_scales(result / SCALES) if is_whole(result) else None
 
@@ -82,12 +82,12 @@ class Journal:
         return int(state.name.removeprefix("layer-"))
 
     def _last_whole(self) -> Path | None:
-        """The state behind the most layers; what is damaged is said, and done again."""
+        """The state after the most layers; damaged states cause a warning and are redone."""
         for state in sorted(self._folder.glob("layer-?????"), reverse=True):
             if is_whole(state):
                 return state
             warnings.warn(
-                f"{state}: is not on the disk as it was written; its layers are done again",
+                f"{state}: differs from what was written; its layers will be redone",
                 stacklevel=4,
             )
         return None
@@ -114,13 +114,13 @@ class Journal:
                 shutil.rmtree(state)
 
     def _has_room(self, size: int) -> bool:
-        """A full disk costs the chance to go on, not the calibration; it is said once."""
+        """Without room no state is kept, but the calibration continues; warns once."""
         free = shutil.disk_usage(self._folder).free
         if free < size and not self._told:
             self._told = True
             warnings.warn(
-                f"{self._folder}: {free / 1e9:.1f} GB are free and the state of the calibration "
-                f"takes {size / 1e9:.1f} GB, so a killed run will not go on from here",
+                f"{self._folder}: {free / 1e9:.1f} GB are free, but the calibration state takes "
+                f"{size / 1e9:.1f} GB; a killed run cannot resume from here",
                 stacklevel=3,
             )
         return free >= size
@@ -154,7 +154,7 @@ class Journal:
 
 
 def holds_work(folder: Path) -> bool:
-    """Whether a run has left anything there from which to go on."""
+    """Whether a run has left a state to resume from."""
     return (folder / RESULT).exists() or any(folder.glob("layer-?????"))
 
 
@@ -166,12 +166,12 @@ def _claim(folder: Path, run: Mapping[str, Any]) -> None:
     try:
         found = dict(json.loads(file.read_bytes()))
     except (ValueError, TypeError, RecursionError) as error:
-        raise MachineError(f"{file}: is damaged ({error}); --restart begins anew") from error
+        raise MachineError(f"{file}: damaged ({error}); use --restart to start over") from error
     for key in sorted(found.keys() | run.keys()):
         if found.get(key) != run.get(key):
             raise UsageError(
-                f"{folder}: was begun by a different calibration: {key} was {found.get(key)!r}, is "
-                f"{run.get(key)!r}; give the same command to go on, or --restart to begin anew"
+                f"{folder}: holds a different calibration: {key} was {found.get(key)!r}, is "
+                f"{run.get(key)!r}; rerun the same command to resume, or use --restart"
             )
 
 

@@ -3,10 +3,10 @@
 A statistic is a dict of tensors, so that it can be saved, compared and merged. Empty is `{}`;
 `fold` adds a batch; `merge` joins two halves; `scale` reads the result off. Padding never counts.
 
-    static_minmax   the running minimum and maximum: free of order, equal for any split of samples.
+    static_minmax   the running minimum and maximum, independent of order and batches.
     minmax          llm-compressor's default: an exponential average of the batches' extremes.
     percentile      the magnitude below which a given share of all values lies.
-    mse             the shrunken maximum whose FP8 rounding loses least.
+    mse             the shrunken maximum with the smallest FP8 rounding error.
 
 The last two count every magnitude by its bf16 bit pattern, which is exact for bf16 activations.
 
@@ -18,7 +18,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
-from typing import TYPE_CHECKING, Any, Literal, Protocol
+from typing import TYPE_CHECKING, Any, Literal
 
 from ckptq.errors import UsageError
 
@@ -37,39 +37,21 @@ NVFP4_MAX = 448.0 * 6.0
 MAGNITUDES = 1 << 15
 
 
-class Observer(Protocol):
-    """What every observer can do."""
-
-    @property
-    def name(self) -> str: ...
-
-    def fold(self, stats: Stats, x_BHSD: Tensor, lengths: Sequence[int]) -> Stats:
-        """Add one batch, of which the first `lengths[b]` positions of row b are real."""
-        ...
-
-    def merge(self, one: Stats, other: Stats) -> Stats:
-        """The statistic of both halves together."""
-        ...
-
-    def magnitude(self, stats: Stats) -> Tensor:
-        """What counts as the largest magnitude per head, [H]."""
-        ...
-
-    def scale(self, stats: Stats, dtype: torch.dtype, top: float = FP8_MAX) -> Tensor:
-        """The dequantization multiplier per head, [H], finite and positive: magnitude / top."""
-        ...
-
-
 @dataclass(frozen=True)
-class StaticMinMax:
-    """The true running minimum and maximum (llm-compressor's `static_minmax`, bit for bit)."""
+class Observer:
+    """The true running minimum and maximum: llm-compressor's `static_minmax`, bit for bit.
+
+    The other observers change parts of it.
+    """
 
     name: str = "static_minmax"
 
     def fold(self, stats: Stats, x_BHSD: Tensor, lengths: Sequence[int]) -> Stats:
+        """Add one batch, of which the first `lengths[b]` positions of row b are real."""
         return self.merge(stats, extremes(x_BHSD, lengths))
 
     def merge(self, one: Stats, other: Stats) -> Stats:
+        """The statistic of both halves together."""
         import torch
 
         if not one or not other:
@@ -80,14 +62,18 @@ class StaticMinMax:
         }
 
     def magnitude(self, stats: Stats) -> Tensor:
-        return _magnitude(stats)
+        """What counts as the largest magnitude per head, [H]."""
+        import torch
+
+        return torch.maximum(stats["amin"].abs(), stats["amax"].abs())
 
     def scale(self, stats: Stats, dtype: torch.dtype, top: float = FP8_MAX) -> Tensor:
+        """The dequantization multiplier per head, [H], finite and positive: magnitude / top."""
         return scale_of(self.magnitude(stats), dtype, top)
 
 
 @dataclass(frozen=True)
-class MinMax:
+class MinMax(Observer):
     """llm-compressor's `minmax`, bit for bit: each batch moves the extremes by a constant share.
 
     Depends on the order and size of the batches, and ends far below the true maximum, which clips.
@@ -105,20 +91,32 @@ class MinMax:
     def merge(self, one: Stats, other: Stats) -> Stats:
         if one and other:
             raise UsageError(
-                "observer 'minmax' averages batches in their order, so halves cannot be merged; "
+                "observer 'minmax' depends on the order of batches, so halves cannot be merged; "
                 "use 'static_minmax'"
             )
         return one or other
 
-    def magnitude(self, stats: Stats) -> Tensor:
-        return _magnitude(stats)
 
-    def scale(self, stats: Stats, dtype: torch.dtype, top: float = FP8_MAX) -> Tensor:
-        return scale_of(self.magnitude(stats), dtype, top)
+@dataclass(frozen=True)
+class Counted(Observer):
+    """Counts every magnitude besides."""
+
+    def fold(self, stats: Stats, x_BHSD: Tensor, lengths: Sequence[int]) -> Stats:
+        import torch
+
+        H = x_BHSD.shape[1]
+        counts_HN = torch.stack([_counts(piece) for piece in _real(x_BHSD, lengths)]).sum(0)
+        seen = {**extremes(x_BHSD, lengths), "counts": counts_HN.reshape(H, MAGNITUDES).cpu()}
+        return self.merge(stats, seen)
+
+    def merge(self, one: Stats, other: Stats) -> Stats:
+        if not one or not other:
+            return one or other
+        return {**super().merge(one, other), "counts": one["counts"] + other["counts"]}
 
 
 @dataclass(frozen=True)
-class Percentile:
+class Percentile(Counted):
     """The smallest magnitude that at least `percentile` % of the values do not exceed."""
 
     percentile: float = 99.99
@@ -128,12 +126,6 @@ class Percentile:
         if not 0 < self.percentile <= 100:
             raise UsageError(f"percentile must lie in (0, 100], got {self.percentile}")
 
-    def fold(self, stats: Stats, x_BHSD: Tensor, lengths: Sequence[int]) -> Stats:
-        return _fold_counts(stats, x_BHSD, lengths)
-
-    def merge(self, one: Stats, other: Stats) -> Stats:
-        return _merge_counts(one, other)
-
     def magnitude(self, stats: Stats) -> Tensor:
         import torch
 
@@ -142,12 +134,9 @@ class Percentile:
         index_H = torch.searchsorted(below_HN.double(), wanted_H1).squeeze(-1)
         return _bf16_magnitudes()[index_H]
 
-    def scale(self, stats: Stats, dtype: torch.dtype, top: float = FP8_MAX) -> Tensor:
-        return scale_of(self.magnitude(stats), dtype, top)
-
 
 @dataclass(frozen=True)
-class MSE:
+class MSE(Counted):
     """The share of the maximum, from 1 down to 1 - maxshrink, that FP8 rounds with least error.
 
     Shares are 1 / grid apart. The error is the sum of |x - fp8(x)| ** norm over all values of all
@@ -160,12 +149,6 @@ class MSE:
     norm: float = 2.4
     name: str = "mse"
 
-    def fold(self, stats: Stats, x_BHSD: Tensor, lengths: Sequence[int]) -> Stats:
-        return _fold_counts(stats, x_BHSD, lengths)
-
-    def merge(self, one: Stats, other: Stats) -> Stats:
-        return _merge_counts(one, other)
-
     def magnitude(self, stats: Stats) -> Tensor:
         raise UsageError("observer 'mse' searches scales for FP8 only; use 'static_minmax'")
 
@@ -174,7 +157,7 @@ class MSE:
 
         if top != FP8_MAX:
             raise UsageError("observer 'mse' searches scales for FP8 only; use 'static_minmax'")
-        amax_H = _magnitude(stats).float()
+        amax_H = super().magnitude(stats).float()
         best_H = torch.full_like(amax_H, float("inf"), dtype=torch.float64)
         result_H = torch.zeros_like(amax_H, dtype=dtype)
         for step in range(int(self.maxshrink * self.grid) + 1):
@@ -186,8 +169,8 @@ class MSE:
         return result_H
 
 
-OBSERVERS: dict[str, type[StaticMinMax | MinMax | Percentile | MSE]] = {
-    "static_minmax": StaticMinMax,
+OBSERVERS: dict[str, type[Observer]] = {
+    "static_minmax": Observer,
     "minmax": MinMax,
     "percentile": Percentile,
     "mse": MSE,
@@ -204,8 +187,7 @@ def make_observer(name: str, arguments: Mapping[str, Any] | None = None) -> Obse
         raise UsageError(
             f"observer {name!r} has no argument {unknown[0]!r}; known: {', '.join(known) or 'none'}"
         )
-    made: Observer = chosen(**given)
-    return made
+    return chosen(**given)
 
 
 def heads(x_BHSD: Tensor, strategy: Strategy) -> Tensor:
@@ -231,12 +213,6 @@ def scale_of(amax_H: Tensor, dtype: torch.dtype, top: float = FP8_MAX) -> Tensor
     return torch.where(scale_H == 0, torch.finfo(dtype).eps, scale_H)
 
 
-def _magnitude(stats: Stats) -> Tensor:
-    import torch
-
-    return torch.maximum(stats["amin"].abs(), stats["amax"].abs())
-
-
 def _real(x_BHSD: Tensor, lengths: Sequence[int]) -> Iterator[Tensor]:
     """The parts without padding, as views: the whole batch where nothing is padded."""
     if all(length == x_BHSD.shape[2] for length in lengths):
@@ -244,15 +220,6 @@ def _real(x_BHSD: Tensor, lengths: Sequence[int]) -> Iterator[Tensor]:
     else:
         for row, length in enumerate(lengths):
             yield x_BHSD[row : row + 1, :, :length]
-
-
-def _fold_counts(stats: Stats, x_BHSD: Tensor, lengths: Sequence[int]) -> Stats:
-    import torch
-
-    H = x_BHSD.shape[1]
-    counts_HN = torch.stack([_counts(piece) for piece in _real(x_BHSD, lengths)]).sum(0)
-    seen = {**extremes(x_BHSD, lengths), "counts": counts_HN.reshape(H, MAGNITUDES).cpu()}
-    return _merge_counts(stats, seen)
 
 
 def _counts(x_BHSD: Tensor) -> Tensor:
@@ -263,12 +230,6 @@ def _counts(x_BHSD: Tensor) -> Tensor:
     bits_BHSD = x_BHSD.abs().to(torch.bfloat16).view(torch.int16).long()
     head_H11 = torch.arange(H, device=x_BHSD.device).reshape(H, 1, 1) * MAGNITUDES
     return torch.bincount((bits_BHSD + head_H11).reshape(-1), minlength=H * MAGNITUDES)
-
-
-def _merge_counts(one: Stats, other: Stats) -> Stats:
-    if not one or not other:
-        return one or other
-    return {**StaticMinMax().merge(one, other), "counts": one["counts"] + other["counts"]}
 
 
 def _bf16_magnitudes() -> Tensor:

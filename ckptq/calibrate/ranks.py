@@ -1,7 +1,7 @@
 """Calibration in the processes that torchrun starts, one for each GPU.
 
 Every process reads all weights, and runs its share of the batches on its own device. At the end
-statistics are merged; those that are free of order give the bits that one process gives.
+statistics are merged; order-independent ones give the same bits as a single process.
 """
 
 from __future__ import annotations
@@ -30,14 +30,14 @@ PATIENCE = timedelta(days=1)
 
 @dataclass(frozen=True)
 class Ranks:
-    """Which of how many processes this is; alone, everything here does nothing."""
+    """This process among several; with a single process, all methods are no-ops."""
 
     rank: int = 0
     world: int = 1
 
     @property
     def leads(self) -> bool:
-        """Whether this is the process that writes and speaks."""
+        """Whether this process writes and prints."""
         return self.rank == 0
 
     def check(self, observers: Iterable[str]) -> None:
@@ -45,8 +45,8 @@ class Ranks:
         for name in observers:
             if self.world > 1 and name in IN_ORDER:
                 raise UsageError(
-                    f"observer {name!r} averages batches in their order, which {self.world} "
-                    "processes do not keep; use 'static_minmax', or one process"
+                    f"observer {name!r} depends on the order of batches, which {self.world} "
+                    "processes do not keep; use 'static_minmax' or a single process"
                 )
 
     def share(self, batches: Iterable[Batch]) -> Iterable[Batch]:
@@ -54,7 +54,7 @@ class Ranks:
         return list(batches)[self.rank :: self.world]
 
     def merge(self, statistics: Statistics) -> None:
-        """Put what all processes have seen into the statistics of each."""
+        """Merge the statistics of all processes into each."""
         if self.world == 1:
             return
         import torch.distributed as dist
@@ -67,7 +67,7 @@ class Ranks:
             statistics.add(points)
 
     def wait(self) -> None:
-        """Until all processes have come here."""
+        """Wait for all processes."""
         if self.world > 1:
             import torch.distributed as dist
 
@@ -84,7 +84,7 @@ def started() -> Ranks:
 
 @contextmanager
 def together() -> Iterator[Ranks]:
-    """Processes that torchrun has started can hear each other inside the block."""
+    """Let the processes started by torchrun communicate inside the block."""
     ranks = started()
     if ranks.world == 1:
         yield ranks

@@ -1,8 +1,8 @@
-"""Calibration without weights, before the work: does the model run layer by layer, and does every
-attention of the plan show its heads?
+"""A calibration without weights, before the work: does the model run layer by layer, and can every
+attention module of the plan be observed?
 
-A few tokens pass with placeholders in the place of weights, and through the layers only shapes do,
-unless a layer asks for values before its attention.
+A few tokens run with placeholder weights, by shapes alone unless a layer needs values before its
+attention.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ class Placeholders:
 
 
 def rehearse(ckpt: Checkpoint, plan: Plan, trust_remote_code: bool = False) -> None:
-    """Refuse what calibration would refuse after it has begun. Reads headers only.
+    """Raise now what calibration would raise later. Reads headers only.
 
     Raises PlanError for a model that cannot be run layer by layer, or whose attention is not seen;
     SourceError for one that the installed transformers does not have or cannot run.
@@ -81,9 +81,9 @@ def _open(ckpt: Checkpoint, plan: Plan, trust_remote_code: bool) -> LayerwiseMod
     except SourceError as error:
         if plan.layout.witnesses.tree is not None or trust_remote_code:
             raise
-        own = ", or --trust-remote-code runs it" if ckpt.config.get("auto_map") else ""
+        own = ", or pass --trust-remote-code" if ckpt.config.get("auto_map") else ""
         raise SourceError(
-            f"{error}; calibration runs the model in transformers: {WEIGHTS_ALONE}{own}"
+            f"{error}; calibration needs transformers to run the model: {WEIGHTS_ALONE}{own}"
         ) from error
 
 

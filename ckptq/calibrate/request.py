@@ -1,4 +1,4 @@
-"""From what a user asks to scales: read text and calibrate for a plan, or load a file of scales."""
+"""From a request to scales: calibrate for a plan, or load a scales file."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from ckptq.progress import Begin, Note, untold
 
 NO_DATA = (
     "calibrating on the built-in corpus (the topics of Python's help, in English); "
-    "give --data with text of your own domain for scales that fit it"
+    "use --data with text from your domain for better scales"
 )
 
 
@@ -34,7 +34,7 @@ class CalibrationRequest:
     trust_remote_code: bool = False
 
     def arguments(self) -> dict[str, Any]:
-        """What the scales depend on, as JSON data; of a file the name, not where it lies."""
+        """What the scales depend on, as JSON data; for a file its name, not its path."""
         return {
             "data": Path(self.data).name if self.data else None,
             "samples": self.samples,
@@ -50,11 +50,11 @@ class ScalesSource:
 
     arguments: Mapping[str, Any]
     load: Callable[[Path], Scales]
-    """Takes the folder in which it may keep what it needs to go on after an interruption."""
+    """Takes the folder for its state, from which it resumes after an interruption."""
     runs_model: bool = False
     """Whether it runs the model, layer by layer, rather than reading a file."""
     doubt: str | None = None
-    """What a user should know of it: that the file was calibrated on something else."""
+    """A warning that the file was calibrated on another model."""
 
 
 def scales_source(
@@ -96,7 +96,7 @@ def calibrate_plan(
     ranks: Ranks = ALONE,
     note: Note = untold,
 ) -> Scales:
-    """The scales that a plan needs, from the text that was asked for.
+    """The scales that a plan needs, from the requested text.
 
     `note` receives a message when no text was chosen, or when it was short.
     """
@@ -131,14 +131,14 @@ def calibrate_plan(
     )
     if wanted.data is not None and made.made.samples < wanted.samples:
         note(
-            f"{wanted.data}: gives {made.made.samples} of the {wanted.samples} samples that were "
-            f"asked for, {made.made.tokens:,} tokens in all"
+            f"{wanted.data}: has {made.made.samples} of the {wanted.samples} requested samples, "
+            f"{made.made.tokens:,} tokens in all"
         )
     return made
 
 
 def _check_calibrated(plan: Plan) -> None:
-    """UsageError for a recipe that calibration can do nothing for."""
+    """UsageError for a recipe without calibrated scales."""
     if plan.attention is None and not plan.inputs:
         raise UsageError(
             f"recipe {plan.recipe.name!r} uses no calibrated scales; fp8-per-head, fp8-per-tensor, "
@@ -150,8 +150,8 @@ def _doubt(ckpt: Checkpoint, file: Path, made: Record) -> str | None:
     if made.source_fingerprint == source_fingerprint(ckpt):
         return None
     return (
-        f"{file}: was calibrated on {made.model}, whose config.json or headers differ from "
-        f"those of {ckpt.name}; right only where the weights are the same"
+        f"{file}: calibrated on {made.model}, whose config.json or headers differ from those "
+        f"of {ckpt.name}; the scales are valid only if the weights are the same"
     )
 
 

@@ -88,5 +88,5 @@ def dtype_of(dtypes: Mapping[str, torch.dtype], module: str) -> torch.dtype:
 
 
 def _name(text: str) -> str:
-    """Of a file its name, not where it lies: the output is the same wherever it is made."""
+    """For a file its name, not its path, so that the output does not depend on it."""
     return Path(text).name if Path(text).exists() else text

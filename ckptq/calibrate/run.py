@@ -1,7 +1,7 @@
-"""`ckptq calibrate`, as one function: run the model layer by layer and read scales off what passes.
+"""Calibration as one function: run the model layer by layer and compute scales from its values.
 
 The model is observed unquantized, as llm-compressor does. Only attention inside the decoder layers
-is observed: text never reaches a vision tower, so scales for it would be made up.
+is observed: text never reaches a vision tower, so its scales would be meaningless.
 """
 
 from __future__ import annotations
@@ -78,11 +78,11 @@ def calibrate(
     Raises PlanError for a model that has no attention heads or cannot be run layer by layer,
     SourceError where weights are missing or the activations of a layer are not finite.
 
-    With a `journal` folder an interrupted run goes on where it stopped, and ends with equal bytes;
-    UsageError when the folder is of a run with another source, samples or arguments.
+    With a `journal` folder an interrupted run resumes, and gives identical bytes; UsageError if the
+    folder belongs to a run with another source, samples or arguments.
 
-    With `ranks` every process runs its share of the batches, with a journal of its own, and all get
-    the scales of all.
+    With `ranks` every process runs its share of the batches, with its own journal, and all get the
+    merged scales.
     """
     if batch_size < 1:
         raise UsageError(f"batch_size must be at least 1, got {batch_size}")
@@ -121,7 +121,7 @@ def _observer(name: str, arguments: Mapping[str, Any] | None) -> Observer:
     if name == "minmax":
         warnings.warn(
             "observer 'minmax' is llm-compressor's exponential average: it depends on the order of "
-            "the samples and clips far below the true maximum; 'static_minmax' does neither",
+            "the samples and clips far below the maximum; 'static_minmax' does neither",
             stacklevel=3,
         )
     return make_observer(name, arguments)
@@ -166,7 +166,7 @@ def _watch(
         def maxima(module: str, q_BHSD: Tensor, k_BHSD: Tensor) -> Maxima:
             return statistics.maxima(stored(module), q_BHSD, k_BHSD)
 
-        # maxima say all that this observer wants to know; the others need every value
+        # this observer needs only maxima; the others need every value
         enough = wanted.attention.name == "static_minmax"
         return Tap(batch.lengths, see, maxima if enough else None)
 
@@ -209,8 +209,8 @@ def _check_complete(ckpt: Checkpoint, model: LayerwiseModel, statistics: Statist
     for linear in statistics.wanted.inputs:
         if f"{linear}.input" not in statistics.points:
             raise PlanError(
-                f"{ckpt.path}: nothing went into {linear} during calibration, so it has no input "
-                "scale; it is no Linear of a decoder layer, or an expert that saw no token"
+                f"{ckpt.path}: {linear} received no input during calibration, so it has no input "
+                "scale; it is not a Linear of a decoder layer, or it is an expert without tokens"
             )
 
 

@@ -1,4 +1,4 @@
-"""Calibrated scales: what calibration ends in and quantization starts from, as one small file.
+"""Calibrated scales as one small file: the output of calibration and an input of quantization.
 
 A safetensors file with the scales under the names that they get in the checkpoint
 ("model.layers.0.self_attn.k_scale"), the statistics they were read from beside them ("...k_amin",
@@ -72,9 +72,8 @@ class Scales:
         classes = sorted(set(self.made.attention.values()))
         if len(classes) > 1:
             raise PlanError(
-                f"attention modules of {self.made.model} are of {len(classes)} classes "
-                f"({', '.join(classes)}); vLLM reads an attention group "
-                "with one target only"
+                f"attention modules of {self.made.model} have {len(classes)} classes "
+                f"({', '.join(classes)}); vLLM supports only one target in an attention group"
             )
         return classes[0] if classes else None
 
@@ -84,10 +83,10 @@ class Scales:
 
 
 def save_scales(path: Path, scales: Scales, beside: Path | None = None) -> None:
-    """Write the file whole or not at all, in the place of another scales file or of nothing;
-    `beside` is the folder in which it is made.
+    """Write the file atomically, replacing only another scales file; `beside` is the folder for its
+    temporary file.
 
-    UsageError where anything else has the name.
+    UsageError if anything else has that name.
     """
     from safetensors.torch import save
 
@@ -103,7 +102,7 @@ def save_scales(path: Path, scales: Scales, beside: Path | None = None) -> None:
 
 
 def check_replaceable(path: Path) -> None:
-    """UsageError where scales would take the place of something else."""
+    """UsageError if the file exists and is not a scales file."""
     from ckptq.checkpoint.header import read_header
 
     if not path.is_file():
@@ -114,7 +113,7 @@ def check_replaceable(path: Path) -> None:
         found = False
     if not found:
         raise UsageError(
-            f"{path}: exists already, and is no scales file; remove it, or choose another output"
+            f"{path}: exists and is not a scales file; remove it or choose another output"
         )
 
 
@@ -150,15 +149,15 @@ def _record(path: Path, text: str | None) -> Record:
         value = json.loads(text)
         if value.get("version") != VERSION:
             raise SourceError(
-                f"{path}: scales file of version {value.get('version')}, this ckptq reads {VERSION}"
+                f"{path}: scales file version {value.get('version')}; expected {VERSION}"
             )
         return _typed(Record(**value))
     except (ValueError, TypeError, AttributeError, RecursionError) as error:
-        raise SourceError(f"{path}: its record of how it was made is damaged: {error}") from error
+        raise SourceError(f"{path}: damaged provenance record: {error}") from error
 
 
 def _typed(record: Record) -> Record:
-    """TypeError names a field that is of another type than what `calibrate` writes."""
+    """TypeError names a field with another type than `calibrate` writes."""
     kinds = {"str": str, "int": int, "dict[str, Any]": dict, "dict[str, str]": dict}
     for each in fields(record):
         value = getattr(record, each.name)

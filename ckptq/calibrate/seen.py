@@ -1,4 +1,4 @@
-"""Whether the attention of a layer that has run showed what the plan wants scales of."""
+"""Whether a layer that has run showed all q, k and v for which the plan has scales."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def check_seen(
                 )
             if count != spec.numel:
                 raise PlanError(
-                    f"{model.loader.label}: {module} of {family} hands {count} heads to attention "
-                    f"where {name} is for {spec.numel}, so heads cannot be told apart; a scheme "
-                    "with scales per tensor takes this model, or one for weights alone"
+                    f"{model.loader.label}: {module} of {family} passes {count} heads to "
+                    f"attention, but {name} is for {spec.numel}, so they cannot be matched; use "
+                    "a scheme with per-tensor scales, or a weights-only one, for this model"
                 )

@@ -39,9 +39,9 @@ class Wanted:
         """What two runs must agree on to have the same statistics."""
         return {
             "strategy": self.strategy,
-            "observer": asdict(self.attention),  # type: ignore[call-overload]
+            "observer": asdict(self.attention),
             "inputs": dict(sorted(self.inputs.items())),
-            "input_observer": asdict(self.linear),  # type: ignore[call-overload]
+            "input_observer": asdict(self.linear),
         }
 
 
@@ -65,7 +65,7 @@ class Statistics:
             self._put([point], self.wanted.attention.fold(stats, x_BHSD, lengths))
 
     def add_input(self, linears: Sequence[str], x_TF: Tensor) -> None:
-        """Add tokens that go into all these Linears, which always share their input."""
+        """Add tokens that are the input of all these Linears."""
         if not linears or not len(x_TF):
             return
         stats = self.points.get(f"{linears[0]}.input", {})
@@ -82,7 +82,7 @@ class Statistics:
         return self._maxima[module][0]
 
     def settle(self) -> None:
-        """Move what kernels have left in the buffers into the points."""
+        """Move the kernels' results from the buffers into the points."""
         for module, (maxima, dtype) in self._maxima.items():
             for which, amax_H in (("q", maxima.q_H), ("k", maxima.k_K), ("v", maxima.v_K)):
                 if self.wanted.strategy == "tensor":
@@ -94,7 +94,7 @@ class Statistics:
         self._maxima.clear()
 
     def add(self, points: Mapping[str, Stats]) -> None:
-        """Merge what another half of the samples has shown."""
+        """Merge the statistics of other samples."""
         for point, seen in points.items():
             which = point.rpartition(".")[2]
             observer = self.wanted.linear if which == "input" else self.wanted.attention

@@ -1,11 +1,10 @@
-"""`ckptq calibrate`, as one function: scales in a file of their own.
+"""`ckptq calibrate` as one call: write scales to their own file.
 
     SCALES.partial/lock            held by the run, and marks the folder as its own
-    SCALES.partial/calibration/    what a killed run needs to go on (ckptq.calibrate.journal)
+    SCALES.partial/calibration/    state to resume a killed run (ckptq.calibrate.journal)
 
-Several processes have a folder each in there, rank-0-of-4 and so on, with a lock of its own. All of
-it is gone when the file is there.
-"""
+Each of several processes has its own locked folder there, such as rank-0-of-4. Everything is
+removed once the file is written."""
 
 from __future__ import annotations
 
@@ -31,7 +30,7 @@ from ckptq.recipes.scheme import Recipe
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ScalesRequest:
-    """Whose scales go into which file."""
+    """Which model's scales to write, and where."""
 
     model: str | Path
     recipe: Recipe
@@ -48,11 +47,11 @@ def calibrate_to_file(
 ) -> Scales | None:
     """The scales that a recipe needs, written to `request.output` whole at the end, or not at all.
 
-    An interrupted run goes on when it is called again with the same request, and ends with equal
-    bytes; `restart` discards what it has done. UsageError for different arguments, and where
-    another run is writing the same file; SourceError for a source that lacks tensors.
+    An interrupted run resumes when called again with the same request, and gives identical bytes;
+    `restart` discards its state. UsageError for different arguments, and if another run is writing
+    the same file; SourceError for a source that lacks tensors.
 
-    Of the processes that torchrun has started only the first writes, speaks and returns scales.
+    Under torchrun only the first process writes, prints and returns scales.
     """
     ckpt = open_checkpoint(request.model, request.revision)
     plan = make_plan(ckpt, request.recipe)
@@ -94,7 +93,8 @@ def _held(partial: Path, ranks: Ranks, restart: bool) -> Iterator[Path]:
             locks.callback(os.close, claim(folder))
         if (partial / JOURNAL).exists():
             raise UsageError(
-                f"{partial}: holds a run of another command; choose another output, or finish it"
+                f"{partial}: holds an unfinished run of another command; finish it or "
+                "choose another output"
             )
         if restart:
             discard(folder)
@@ -106,7 +106,7 @@ def _held(partial: Path, ranks: Ranks, restart: bool) -> Iterator[Path]:
 
 
 def _leave(folder: Path, partial: Path) -> None:
-    """Nothing stays of a run that has kept no state; other processes may have theirs."""
+    """Remove the folder of a run without saved state; other processes keep theirs."""
     with suppress(MachineError):  # others may be about the same
         if not holds_work(folder / "calibration"):
             remove(folder)

@@ -89,7 +89,7 @@ def read_bytes(stored: StoredTensor, descriptor: int, offset: int, buffer: memor
         if got == 0:
             raise SourceError(
                 f"{stored.file}: tensor {stored.name!r}: the file ends at byte {offset + done}, "
-                f"wanted {stored.offset + stored.nbytes}; it changed while it was read"
+                f"expected {stored.offset + stored.nbytes}; it changed while it was read"
             )
         done += got
 

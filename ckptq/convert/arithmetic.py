@@ -1,4 +1,4 @@
-"""Who computes: every thread what it has read, or a GPU beside them. Both give the same bits.
+"""Where weights are quantized: on the reading threads, or on a GPU. Both give the same bits.
 
 Shape letters: R rows, C columns.
 """
@@ -28,17 +28,16 @@ LARGEST_BLOCK = 1 << 21
 
 
 class OnCores:
-    """Each thread computes alone, in memory that it uses again.
+    """Each thread computes on its own, in memory that it reuses.
 
-    Between two torch calls a thread holds Python's lock, so the calls must take longer the more
-    threads there are: with the blocks that are best for one, 8 threads take longer than 2.
-    """
+    Between torch calls a thread holds the GIL, so more threads need longer calls: with the block
+    size that is best for one thread, 8 threads are slower than 2."""
 
     def __init__(self, workers: int = 1) -> None:
         self.memory = Memory()
         self.scratch = Scratch(block_elements=min(BLOCK_ELEMENTS * workers, LARGEST_BLOCK))
         self.elements: int | None = None
-        """What is read, quantized and written at a time; None is the usual."""
+        """Elements read, quantized and written at a time; None for the default."""
         if workers * BLOCK_ELEMENTS > CALL_ELEMENTS:
             self.elements = LARGEST_BLOCK
 
@@ -50,9 +49,8 @@ class OnCores:
 
 
 class OnGpu(OnCores):
-    """Each thread has a stream, so that one's transfers and kernels overlap with what others read
-    and write. What has no kernel is computed on the cores.
-    """
+    """Each thread has a stream, so that its transfers and kernels overlap with the other threads'
+    I/O. Formats without a kernel are computed on the CPU."""
 
     def __init__(self, device: torch.device, workers: int = 1) -> None:
         super().__init__(workers)
@@ -74,7 +72,7 @@ class OnGpu(OnCores):
                 return self._lane.fetch(made)
         except torch.OutOfMemoryError as error:
             raise MachineError(
-                f"{self._device}: too little memory for {spec_of(w_RC)}; give fewer --workers"
+                f"{self._device}: out of memory for {spec_of(w_RC)}; use fewer --workers"
             ) from error
 
 

@@ -1,4 +1,4 @@
-"""What stands beside the shards: config, recipe, model card, provenance, side files.
+"""The files beside the shards: config, recipe, model card, provenance, side files.
 
 Nothing here depends on time, path or threads: the same run writes the same bytes.
 """
@@ -71,8 +71,8 @@ def _targets(group: Group, plan: Plan, attention_class: str | None) -> tuple[str
 def render(
     ckpt: Checkpoint, config: Mapping[str, Any], plan: Plan, record: Mapping[str, Any]
 ) -> dict[str, bytes]:
-    """What is made for the output beside shards and index, by name; SourceError where the source
-    holds what cannot be written."""
+    """What is made for the output beside shards and index, by name; SourceError for source data
+    that cannot be written."""
     provenance = {key: value for key, value in record.items() if key != "recipe"}
     return {
         CONFIG: render_json(ckpt.path / CONFIG, config),
@@ -109,7 +109,7 @@ def _source_record(ckpt: Checkpoint) -> dict[str, Any]:
 
 
 def model_card(ckpt: Checkpoint, plan: Plan) -> str:
-    """A README.md with the front matter that the hub reads, and what was done in words."""
+    """A README.md with the front matter that the hub reads, and a description of the run."""
     lines = [
         "---",
         f"base_model: {ckpt.name}",

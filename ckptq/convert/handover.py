@@ -1,4 +1,4 @@
-"""Recipes that llm-compressor has to run itself: GPTQ, AWQ, SmoothQuant, SpinQuant.
+"""Recipes that llm-compressor runs: GPTQ, AWQ, SmoothQuant, SpinQuant.
 
 It loads the whole model and writes a checkpoint of its own; that goes through the same writer as
 everything else (shards, side files, provenance, RoPE order, one rename) and is verified at the end.
@@ -21,7 +21,7 @@ from ckptq.checkpoint.side_files import render_json
 from ckptq.convert import documents
 from ckptq.convert.oneshot import run_oneshot
 from ckptq.convert.output import DEFAULTS, Job, RunOptions, write_output
-from ckptq.convert.run import Result, load_line, serve_line
+from ckptq.convert.run import Result, result_of
 from ckptq.errors import FoundWrong, UsageError
 from ckptq.models.encoded import read_encoded, unquantized_config
 from ckptq.models.modules import read_layout
@@ -37,17 +37,17 @@ HANDED_OVER = ("GPTQModifier", "AWQModifier", "SmoothQuantModifier", "SpinQuantM
 
 
 def check_handed_over(recipe: Recipe) -> None:
-    """UsageError for what neither ckptq nor llm-compressor on its behalf does."""
+    """UsageError for modifiers that neither ckptq nor llm-compressor runs here."""
     for name in recipe.handed_over:
         if name not in HANDED_OVER:
             raise UsageError(
-                f"recipe {recipe.name!r}: {name} is not done by ckptq and not handed over; "
-                f"handed to llm-compressor are {', '.join(HANDED_OVER)}"
+                f"recipe {recipe.name!r}: {name} is not supported; "
+                f"ckptq hands {', '.join(HANDED_OVER)} to llm-compressor"
             )
     if recipe.handed_over and recipe.attention is not None:
         raise UsageError(
-            f"recipe {recipe.name!r}: {recipe.handed_over[0]} runs in llm-compressor, whose q "
-            "scales are uninitialised memory (0.14); quantize the weights and the cache apart"
+            f"recipe {recipe.name!r}: {recipe.handed_over[0]} runs in llm-compressor, which leaves "
+            "q scales uninitialised (0.14); quantize the weights and the cache separately"
         )
 
 
@@ -65,7 +65,7 @@ def write_handed_over(
 ) -> Result:
     """Let llm-compressor's `oneshot` quantize the model, then write, publish and verify its result.
 
-    The whole model is in memory while it works. FoundWrong if the result is not right.
+    The whole model is in memory while it works. FoundWrong if the result is wrong.
     """
     check_handed_over(recipe)
     arguments = {**arguments, "handed_over": list(recipe.handed_over)}
@@ -91,23 +91,11 @@ def write_handed_over(
         ckpt, out, record, prepare, restart=options.restart, begin=begin, note=note
     )
     _verify(out, ckpt)
-    plan = _plan_copies(out, recipe, None)
-    return Result(
-        out=out,
-        source=str(ckpt.path),
-        scheme=recipe.name,
-        source_bytes=ckpt.nbytes,
-        output_bytes=plan.write_bytes,
-        linears=sum(map(len, plan.groups.values())),
-        layers_with_scales=0,
-        resumed_units=resumed,
-        serve=serve_line(out, plan),
-        load=load_line(out, plan),
-    )
+    return result_of(ckpt, _plan_copies(out, recipe, None), out, resumed)
 
 
 def _plan_copies(made: Path, recipe: Recipe, shard_bytes: int | None) -> Plan:
-    """Every tensor as it is; the groups are those that the result's own config declares.
+    """Copy every tensor; the groups are those that the result's config declares.
 
     Shards are filled to `shard_bytes`; None leaves each tensor in the one that it is in.
     """
@@ -148,4 +136,4 @@ def _verify(out: Path, ckpt: Checkpoint) -> None:
     found = verify(out, ckpt.path)
     if not found.ok:
         first = "\n".join(str(finding) for finding in found.findings[:5])
-        raise FoundWrong(f"{out}: written, but llm-compressor's result is not right:\n{first}")
+        raise FoundWrong(f"{out}: written, but llm-compressor's result is wrong:\n{first}")

@@ -1,7 +1,8 @@
-"""llm-compressor's `oneshot` over a whole model in memory; its checkpoint in a folder of its own.
+"""llm-compressor's `oneshot` over a whole model in memory; its checkpoint goes into a separate
+folder.
 
-Everything that transformers might refuse is asked for before the calibration: what fails after it
-has cost hours.
+Everything that transformers might refuse is tried before calibration, because a failure after it
+would waste hours.
 """
 
 from __future__ import annotations
@@ -51,16 +52,16 @@ def run_oneshot(ckpt: Checkpoint, recipe: Recipe, made: Path, wanted: Calibratio
             shuffle_calibration_samples=False,
             processor=tokenizer,
         )
-    with refusals(f"{ckpt.path}: transformers does not save llm-compressor's result"):
+    with refusals(f"{ckpt.path}: transformers cannot save llm-compressor's result"):
         model.save_pretrained(made, save_compressed=True)
     seal(made)
 
 
 def _load(ckpt: Checkpoint, trust_remote_code: bool) -> tuple[Any, Any]:
-    """Model and tokenizer, of which it is known that they can be saved again."""
+    """Model and tokenizer, checked to be savable."""
     from transformers import AutoTokenizer
 
-    from ckptq.models.transformers_model import model_class_of, read_config
+    from ckptq.models.tree.transformers_model import model_class_of, read_config
 
     trusted = {"local_files_only": True, "trust_remote_code": trust_remote_code}
     config = read_config(ckpt, trust_remote_code)
@@ -70,7 +71,7 @@ def _load(ckpt: Checkpoint, trust_remote_code: bool) -> tuple[Any, Any]:
             ckpt.path, config=config, dtype="auto", local_files_only=True
         )
     _leave_generation_out(model)
-    with refusals(f"{ckpt.path}: transformers loads the model's config and would not save it"):
+    with refusals(f"{ckpt.path}: transformers can load the model's config but not save it"):
         _rehearse(model)
     with refusals(f"{ckpt.path}: no tokenizer that transformers can load"):
         tokenizer: Any = AutoTokenizer.from_pretrained(ckpt.path, **trusted)
@@ -78,8 +79,8 @@ def _load(ckpt: Checkpoint, trust_remote_code: bool) -> tuple[Any, Any]:
 
 
 def _leave_generation_out(model: Any) -> None:
-    """How text is sampled is no part of the result: the source's own files are copied as they are.
-    transformers reads settings that contradict each other, and refuses to save them."""
+    """Drop sampling settings: the source's files are copied, and transformers refuses to save
+    contradictory settings that it has loaded."""
     from transformers import GenerationConfig
 
     for name in model.config._get_generation_parameters():

@@ -1,7 +1,6 @@
 """The one writer: every command's output goes through it, shard by shard, whole or not at all.
 
-Nothing that a journal says is trusted before the files prove it: a unit that is not as it was
-written is done again.
+Journal entries are checked against the files: a unit that differs from what was written is redone.
 """
 
 from __future__ import annotations
@@ -31,20 +30,20 @@ if TYPE_CHECKING:
 METADATA = {"format": "pt"}
 
 COMMIT_BYTES = 1 << 28
-"""How much is written between two entries of the journal, and may be lost by a killed run: a second
-or less of work."""
+"""Bytes written between two journal entries, which a killed run may lose: at most a second of
+work."""
 
 MOST_WORKERS = 8
-"""More do not get past Python's lock any faster; see ckptq.convert.arithmetic."""
+"""More threads are no faster because of the GIL; see ckptq.convert.arithmetic."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class RunOptions:
-    """With what an output is made, and whether from the start: none of it changes what it holds,
-    but for the scales of a model that is calibrated on another device."""
+    """How an output is made. None of this changes its content, except that scales calibrated on
+    another device may differ."""
 
     workers: int | None = None
-    """Threads; None is one a core, at most MOST_WORKERS."""
+    """Threads; None for one per core, at most MOST_WORKERS."""
     max_ram: int | None = None
     device: str | None = None
     """Where weights are quantized and calibration runs the model; see `ckptq.device`."""
@@ -60,14 +59,14 @@ DEFAULTS = RunOptions()
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Job:
-    """What is to be written, and with what."""
+    """What to write, and how."""
 
     name: str
-    """What progress calls it: "quantize", "permute"."""
+    """Name shown as progress: "quantize", "permute"."""
     shards: Mapping[str, tuple[Unit, ...]]
     marks: Marks
     metadata: Mapping[str, str] = field(default_factory=lambda: METADATA)
-    """Of every shard, beside the marks."""
+    """Added to every shard, beside the marks."""
     documents: Mapping[str, bytes]
     """What is made for the output beside shards and index."""
     scales: Mapping[str, Tensor] = field(default_factory=dict)
@@ -76,7 +75,7 @@ class Job:
     rooms: tuple[int, int] = (0, 0)
     """Bytes of a room for slabs, and how many there are."""
     source_lasts: bool = True
-    """Whether what is copied can be held against its source when the run goes on."""
+    """Whether copies can be compared with their source when the run resumes."""
 
     @property
     def units(self) -> list[Unit]:
@@ -88,7 +87,7 @@ class Job:
         return {shard: _specs(units) for shard, units in self.shards.items()}
 
     def open_shards(self, journal: Journal) -> Shards:
-        """The files; of an output that is renamed already, to be read alone."""
+        """The shard files; read-only for an output that is already renamed."""
         return Shards(
             journal.out if journal.renamed else journal.scratch,
             self.specs,
@@ -97,7 +96,7 @@ class Job:
         )
 
     def promises(self) -> list[Promise]:
-        """What each unit is proved by."""
+        """What proves each unit written."""
         return [
             Promise(
                 key=unit.key,
@@ -120,10 +119,10 @@ def write_output(
 ) -> int:
     """Do the job that `prepare` makes; `out` appears whole at the end, or not at all.
 
-    An interrupted run goes on when it is called again with the same source and the same `depends`
-    (what the output depends on, as JSON data), and ends byte-identical. `prepare` is called with
-    the journal open: what takes long keeps its own state in the journal's folder. Returns the
-    number of units that an earlier run had done.
+    An interrupted run resumes when called again with the same source and the same `depends` (what
+    the output depends on, as JSON data), and gives identical bytes. `prepare` is called with the
+    journal open and may keep its own state in the journal's folder. Returns the number of units
+    that an earlier run had finished.
     """
     check_apart(ckpt.path, out)
     pinned = ckpt.pinned()
@@ -199,12 +198,12 @@ def _fill(job: Job, journal: Journal, report: Report, note: Note) -> int:
 
 
 def _tell(journal: Journal, proved: set[str], note: Note) -> None:
-    """Say so where the files are not what the journal says."""
+    """Report units that differ from the journal."""
     lost = len(journal.done) - len(proved)
     if lost:
         note(
-            f"{journal.scratch}: {lost} unit{'' if lost == 1 else 's'} of those that were done "
-            "are not on the disk as they were written; done again"
+            f"{journal.scratch}: {lost} finished unit{'' if lost == 1 else 's'} on disk differ "
+            "from what was written and will be redone"
         )
 
 

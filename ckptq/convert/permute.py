@@ -1,6 +1,6 @@
-"""`ckptq permute`, as one call: a checkpoint becomes one whose q/k are in the other RoPE order.
+"""`ckptq permute` as one call: rewrite a checkpoint with q/k in the other RoPE order.
 
-Every tensor is a unit that is copied, or read in the new order; shards keep their tensors.
+Every tensor is a unit, copied or read in the new order; shards keep their tensors.
 """
 
 from __future__ import annotations
@@ -48,8 +48,8 @@ class Permuted:
 def permute(request: PermuteRequest, begin: Begin = silent, note: Note = untold) -> Permuted:
     """Write the permuted checkpoint to `request.out`, a folder that must not exist yet.
 
-    An interrupted run goes on when it is called again with the same request. UsageError if a part
-    is in the wanted order already or nothing would move, SourceError for contradictory marks,
+    An interrupted run resumes when called again with the same request. UsageError if a part is
+    already in the requested order or nothing would move, SourceError for contradictory marks,
     PlanError for a tensor that cannot be permuted.
     """
     ckpt = open_checkpoint(request.model, request.revision)

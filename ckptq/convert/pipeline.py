@@ -1,9 +1,8 @@
 """The streaming pipeline: every unit from its place in the source to its place in the output.
 
-A run of rows is read, quantized and written by one thread, in memory that it uses again, on all
-cores at once. What does not stream by rows (a transposed expert) is read whole into a slab first.
-Which thread does what, and when, changes nothing in the output.
-"""
+Each thread reads, quantizes and writes a run of rows at a time, in memory that it reuses. What does
+not stream by rows (a transposed expert) is read whole into a slab first. The output does not depend
+on scheduling."""
 
 from __future__ import annotations
 
@@ -23,13 +22,12 @@ from ckptq.convert.arithmetic import OnCores
 from ckptq.convert.blocks import Span, blocks, runs
 from ckptq.convert.schedule import Schedule, Task, Work
 from ckptq.convert.slabs import Slab, Slabs, held_bytes, views_of
-from ckptq.errors import SourceError
+from ckptq.models.weight import naming
 from ckptq.models.weight_rows import Rows, weight_rows
 from ckptq.permute.reordered import Reordered, Source
 from ckptq.plan.unit import Part, Unit
 from ckptq.quantize.formats import constants, merge_statistic, needs_statistic
 from ckptq.quantize.stored import stored_span
-from ckptq.quantize.tiles import NonFinite
 
 COPY_BYTES = 1 << 24
 
@@ -43,7 +41,7 @@ class Ends:
     shards: Shards
     slabs: Slabs
     source_lasts: bool = True
-    """Whether what is copied can be held against its source when the run goes on."""
+    """Whether copies can be compared with their source when the run resumes."""
     arithmetic: OnCores = field(default_factory=OnCores)
 
 
@@ -59,7 +57,7 @@ def convert(
 
 
 def work(unit: Unit, ends: Ends) -> Work:
-    """Everything there is to do for one unit, step by step."""
+    """The work for one unit, step by step."""
     with ends.slabs.of(unit) as slabs:
         distinct = {id(slab): slab for slab in slabs.values()}
         yield [task for slab in distinct.values() for task in slab.read_tasks(ends.files)]
@@ -110,7 +108,7 @@ def _statistic_of_run(
 ) -> None:
     weight = part.weight
     for start, stop in blocks(run, weight.spec, weight.quantum):
-        with naming(part):
+        with naming(part.linear.name, part.weight.stored):
             found.append(arithmetic.statistic(rows(start, stop), part.scheme))
 
 
@@ -153,7 +151,7 @@ def _quantize_run(part: Part, rows: Rows, run: Span, shared: Tensor | None, ends
     with ExitStack() as stack:
         written: dict[str, Run] = {}
         for start, stop in blocks(run, weight, part.quantum, ends.arithmetic.elements):
-            with naming(part):
+            with naming(part.linear.name, part.weight.stored):
                 made = ends.arithmetic.quantize(rows(start, stop), part.scheme, shared)
             for local, tensor in made.items():
                 if local not in written:
@@ -165,25 +163,8 @@ def _quantize_run(part: Part, rows: Rows, run: Span, shared: Tensor | None, ends
                 written[local].write(bytes_of(tensor.contiguous()))
 
 
-class naming:
-    """Say which tensor of which file held a value that no scale can bring into range."""
-
-    def __init__(self, part: Part) -> None:
-        self.part = part
-
-    def __enter__(self) -> None:
-        return None
-
-    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
-        if isinstance(error, NonFinite):
-            stored = self.part.weight.stored
-            raise SourceError(
-                f"{stored.file}: tensor {stored.name!r} (for {self.part.linear.name}): {error}"
-            ) from error
-
-
 def single_threaded_torch() -> None:
-    """Each worker computes alone; torch's own threads would only get in each other's way."""
+    """Each worker computes on its own; torch's threads would only compete."""
     torch.set_num_threads(1)
 
 

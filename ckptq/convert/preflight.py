@@ -1,4 +1,4 @@
-"""What the machine has to offer, asked before the first byte moves."""
+"""Disk and memory checks, before any data moves."""
 
 from __future__ import annotations
 
@@ -29,10 +29,9 @@ SPARE_BYTES = 50_000_000
 
 
 def check_disk(write_bytes: int, out: Path, beside: int = 0) -> None:
-    """Room for what is still to be written, and the right to write it; MachineError without.
+    """MachineError without the space or the permission to write the output.
 
-    `write_bytes` is what the shards take, `beside` what side files do. UsageError where a file is
-    in the way.
+    `write_bytes` counts the shards, `beside` the side files. UsageError if a file is in the way.
     """
     if os.path.lexists(out):
         return  # nothing will be written: the journal decides what that means
@@ -40,7 +39,7 @@ def check_disk(write_bytes: int, out: Path, beside: int = 0) -> None:
     while not parent.exists():
         parent = parent.parent
     if not parent.is_dir():
-        raise UsageError(f"{parent}: is a file, wanted a folder to write {out.name} in")
+        raise UsageError(f"{parent}: is a file; expected a folder to write {out.name} in")
     if not os.access(parent, os.W_OK | os.X_OK):
         raise MachineError(f"{parent}: no permission to write here")
     begun = partial_of(out) / "checkpoint"
@@ -49,25 +48,24 @@ def check_disk(write_bytes: int, out: Path, beside: int = 0) -> None:
     free = shutil.disk_usage(parent).free
     if needed > free:
         raise MachineError(
-            f"{parent}: too little disk: {out.name} needs {needed:,} bytes, {free:,} are free"
+            f"{parent}: not enough disk space: {out.name} needs {needed:,} bytes, {free:,} are free"
         )
 
 
 def slab_rooms(units: Collection[Unit], max_ram: int | None, workers: int) -> tuple[int, int]:
     """Bytes of a room for slabs, and how many rooms there are: two, or more where they are small.
 
-    UsageError where `--max-ram` does not leave even one; MachineError where the machine has less
-    than one.
+    UsageError if `--max-ram` is too small for one; MachineError if the machine's memory is.
     """
     largest = max(units, key=held_bytes)
     room = held_bytes(largest)
     program = BASE_BYTES + workers * WORKER_BYTES
-    needed = f"the program needs {program:,} bytes with --workers {workers}"
+    needed = f"ckptq needs {program:,} bytes with --workers {workers}"
     if room:
-        needed += f", and {largest.key} {room:,} beside them"
+        needed += f" and {room:,} more for {largest.key}"
     free = available_ram()
     if free is not None and free < program + room:
-        raise MachineError(f"too little memory: {needed}; {free:,} are available")
+        raise MachineError(f"not enough memory: {needed}; {free:,} are available")
     if max_ram is not None and max_ram < program + room:
         raise UsageError(f"--max-ram {max_ram:,}: too small: {needed}")
     if not room:
@@ -77,7 +75,7 @@ def slab_rooms(units: Collection[Unit], max_ram: int | None, workers: int) -> tu
 
 
 def check_layers(ckpt: Checkpoint, plan: Plan, device: str | None) -> None:
-    """Room for the largest decoder layer where calibration runs it; MachineError without."""
+    """MachineError if the calibration device cannot hold the largest decoder layer."""
     sizes: dict[str, int] = {}
     for name, stored in ckpt.tensors.items():
         match = LAYER.match(name)
@@ -90,8 +88,8 @@ def check_layers(ckpt: Checkpoint, plan: Plan, device: str | None) -> None:
     where, free = _free_on(device)
     if free is not None and sizes[largest] > free:
         raise MachineError(
-            f"{where}: too little memory to calibrate: {largest} has {sizes[largest]:,} bytes, "
-            f"{free:,} are available; make the scales elsewhere and give them with --scales"
+            f"{where}: not enough memory to calibrate: {largest} has {sizes[largest]:,} "
+            f"bytes, {free:,} are available; calibrate elsewhere and pass the file with --scales"
         )
 
 
@@ -106,8 +104,7 @@ def _free_on(device: str | None) -> tuple[str, int | None]:
 
 
 def available_ram() -> int | None:
-    """Bytes that this process may still take, by the machine and by its control group; None where
-    the system does not say."""
+    """Bytes still available to this process, by machine and control group; None if unknown."""
     found = [_machine_ram(Path("/proc/meminfo")), _group_ram(Path("/sys/fs/cgroup"))]
     return min((n for n in found if n is not None), default=None)
 
@@ -122,7 +119,7 @@ def _machine_ram(meminfo: Path) -> int | None:
 
 
 def _group_ram(group: Path) -> int | None:
-    """What a container's limit leaves. Cached file pages count as taken there, but are given up."""
+    """What a container's limit leaves; cached file pages count as available."""
     try:
         limit = (group / "memory.max").read_text().strip()
         taken = int((group / "memory.current").read_text())

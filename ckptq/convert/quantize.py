@@ -1,4 +1,4 @@
-"""What `ckptq quantize` asks for as data, and the one call that does it: the Python entry point."""
+"""`ckptq quantize` as a request and one call: the Python entry point."""
 
 from __future__ import annotations
 
@@ -34,10 +34,10 @@ class QuantizeRequest:
     recipe: Recipe
     revision: str | None = None
     out: Path | None = None
-    """None: the model's name and the recipe's, in the current folder."""
+    """Default: the model's name and the recipe's, in the current folder."""
     ignore: tuple[str, ...] = ()
     scales: Path | None = None
-    """A file that calibration has written; None calibrates where the recipe needs it."""
+    """A scales file; None calibrates if the recipe needs scales."""
     calibration: CalibrationRequest = field(default_factory=CalibrationRequest)
     shard_bytes: int = SHARD_BYTES
     rope_order: RopeChoice = "keep"
@@ -66,12 +66,12 @@ def plan_of(request: QuantizeRequest, note: Note = untold) -> Plan:
 def _opened(request: QuantizeRequest) -> tuple[Checkpoint, Plan]:
     """The model and the plan of its conversion.
 
-    A calibration that the plan needs is rehearsed, so that what it would refuse is refused here.
+    If the plan needs calibration, it is rehearsed, so that failures show up here.
     """
     if request.recipe.handed_over:
         raise UsageError(
             f"recipe {request.recipe.name!r}: {request.recipe.handed_over[0]} runs in "
-            "llm-compressor, which makes no plan to show"
+            "llm-compressor, which has no plan to show"
         )
     ckpt = open_checkpoint(request.model, request.revision)
     plan = make_plan(
@@ -90,8 +90,8 @@ def _opened(request: QuantizeRequest) -> tuple[Checkpoint, Plan]:
 
 
 def _told_before(ckpt: Checkpoint, plan: Plan) -> Iterator[str]:
-    """What a user has to know before the work, beside the plan: files that are not carried,
-    Linears that stay unquantized, and what engines will not load."""
+    """Warnings before the work: files that are not copied, Linears that stay unquantized, and what
+    engines will not load."""
     yield from told_of(ckpt.path, ckpt.beside())
     yield from left_alone(plan.layout, plan.quantized)
     for line in (*vllm_doubts(plan), *transformers_doubts(plan)):
@@ -102,8 +102,8 @@ def quantize(request: QuantizeRequest, begin: Begin = silent, note: Note = untol
     """Quantize a model as the request says. `note` receives messages for the user."""
     if started().world > 1:
         raise UsageError(
-            "conversion runs in one process, on all cores; under torchrun run `ckptq calibrate`, "
-            "and give its file to `ckptq quantize --scales`"
+            "quantize runs in one process on all cores; under torchrun, run `ckptq calibrate` and "
+            "pass its file to `ckptq quantize --scales`"
         )
     if request.recipe.handed_over:
         return _handed_over(request, begin, note)
@@ -130,7 +130,7 @@ def quantize(request: QuantizeRequest, begin: Begin = silent, note: Note = untol
 
 
 def _check_fit(plan: Plan, file: Path, source: ScalesSource) -> None:
-    """UsageError, before a run begins, for a file of other scales than the plan's."""
+    """UsageError before the run if a file's scales do not match the plan."""
     try:
         scale_tensors(plan, source.load(file.parent))
     except UsageError as error:
@@ -143,7 +143,7 @@ def _handed_over(request: QuantizeRequest, begin: Begin, note: Note) -> Result:
             f"recipe {request.recipe.name!r} runs in llm-compressor, in the source's RoPE order; "
             "run `ckptq permute` on its result"
         )
-    unheard = {
+    unsupported = {
         "--ignore": request.ignore,
         "--scales": request.scales,
         "--as-written": request.as_written,
@@ -151,12 +151,11 @@ def _handed_over(request: QuantizeRequest, begin: Begin, note: Note) -> Result:
         "--batch-size": request.calibration.batch_size != 1,
         "--device": request.options.device,
     }
-    for option, given in unheard.items():
+    for option, given in unsupported.items():
         if given:
             raise UsageError(
-                f"recipe {request.recipe.name!r} runs in llm-compressor, as it is written, with "
-                "the whole model in memory, sample by sample, on a GPU where there is one; "
-                f"{option} does nothing there"
+                f"recipe {request.recipe.name!r} runs in llm-compressor exactly as written, with "
+                f"the whole model in memory; it does not support {option}"
             )
     ckpt = open_checkpoint(request.model, request.revision)
     check_handed_over(request.recipe)

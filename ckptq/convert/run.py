@@ -43,9 +43,9 @@ class Result:
     layers_with_scales: int
     resumed_units: int
     serve: str | None
-    """The command for vLLM; None where it would not load the checkpoint, or compute otherwise."""
+    """The command for vLLM; None if vLLM cannot serve the checkpoint correctly."""
     load: str | None
-    """The call that loads it in transformers; None where transformers cannot."""
+    """The call that loads it in transformers; None if transformers cannot."""
 
 
 def write_quantized(
@@ -71,7 +71,7 @@ def write_quantized(
         check_layers(ckpt, plan, options.device)
     arguments = {**arguments, **(scales.arguments if scales is not None else {})}
     record = documents.run_record(ckpt, arguments, plan.recipe)
-    _documents(ckpt, plan, None, record)  # what cannot be written is found out now
+    _documents(ckpt, plan, None, record)  # fail now if they cannot be written
 
     def prepare(journal: Journal) -> Job:
         made = None
@@ -91,6 +91,11 @@ def write_quantized(
     resumed = write_output(
         ckpt, out, record, prepare, restart=options.restart, begin=begin, note=note
     )
+    return result_of(ckpt, plan, out, resumed)
+
+
+def result_of(ckpt: Checkpoint, plan: Plan, out: Path, resumed: int) -> Result:
+    """What to report of a finished output; `resumed` units came from an earlier run."""
     return Result(
         out=out,
         source=str(ckpt.path),
@@ -123,8 +128,8 @@ def default_output(ckpt: Checkpoint, recipe: Recipe) -> Path:
 
 
 def serve_line(out: Path, plan: Plan) -> str | None:
-    """The command that serves the result; None where vLLM would permute q/k a second time, or
-    there are other doubts."""
+    """The command that serves the result; None if vLLM would permute q/k a second time or
+    cannot load it."""
     if _reordered(plan) or any(vllm_doubts(plan)):
         return None
     line = f"vllm serve {shell_word(out)}"
@@ -137,18 +142,18 @@ def serve_line(out: Path, plan: Plan) -> str | None:
 
 
 def scale_tensors(plan: Plan, scales: Scales | None) -> dict[str, Tensor]:
-    """The calibrated tensors that the plan promises; UsageError where they are not those."""
+    """The calibrated tensors that the plan needs; UsageError if they do not match."""
     wanted = {name: spec for unit in plan.units for name, spec in unit.scales.items()}
     found: Mapping[str, Tensor] = scales.tensors if scales is not None else {}
     for name, spec in wanted.items():
         if name not in found:
             raise UsageError(
-                f"{_origin(scales)}: {name} is missing; they are of another model or scheme"
+                f"{_origin(scales)}: {name} is missing; they are for another model or scheme"
             )
         got = spec_of(found[name])
         if got != spec:
             raise UsageError(
-                f"{_origin(scales)}: {name} is {got}, wanted {spec} for {plan.recipe.name}"
+                f"{_origin(scales)}: {name} is {got}; expected {spec} for {plan.recipe.name}"
             )
     return {name: found[name] for name in wanted}
 
@@ -156,12 +161,12 @@ def scale_tensors(plan: Plan, scales: Scales | None) -> dict[str, Tensor]:
 def _origin(scales: Scales | None) -> str:
     if scales is None:
         return "scales"
-    shared = {"attn_head": ", a scale per head", "tensor": ", a scale per layer"}
+    shared = {"attn_head": ", one scale per head", "tensor": ", one scale per layer"}
     return f"the scales of {scales.made.model}{shared.get(scales.made.strategy or '', '')}"
 
 
 def load_line(out: Path, plan: Plan) -> str | None:
-    """The call that loads the result in transformers, which does not permute q/k, either."""
+    """The call that loads the result in transformers, which never permutes q/k."""
     tree = plan.layout.witnesses.tree
     if tree is None or _reordered(plan) or any(transformers_doubts(plan)):
         return None

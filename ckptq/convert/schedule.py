@@ -1,4 +1,4 @@
-"""How much is under way at once, when a unit is finished, and when it is on the disk."""
+"""Scheduling: how many tasks run at once, when a unit is finished, and when it is on disk."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ class Schedule:
         self._done: SimpleQueue[tuple[UnderWay, Future[None]]] = SimpleQueue()
 
     def add(self, work: Work, then: Callable[[], None]) -> None:
-        """Begin a unit's work as soon as enough of what is under way is done; `then` ends it."""
+        """Begin a unit's work once enough earlier tasks are done; `then` is called at its end."""
         self.wait_while(lambda: sum(job.left for job in self._jobs) >= self._max_tasks)
         job = UnderWay(work, then)
         self._jobs.add(job)
@@ -53,7 +53,7 @@ class Schedule:
         self.wait_while(lambda: True)
 
     def wait_while(self, condition: Callable[[], bool]) -> None:
-        """Let work go on while the condition holds and there is any."""
+        """Process work while the condition holds and work remains."""
         while self._jobs and condition():
             job, future = self._done.get()
             future.result()
@@ -74,7 +74,7 @@ class Schedule:
 
 
 class Committer:
-    """Journals finished units, once their bytes are on the disk, beside the work that goes on."""
+    """Journals finished units in the background, once their bytes are on disk."""
 
     def __init__(
         self,
@@ -93,7 +93,7 @@ class Committer:
         self._waiting_bytes = 0
 
     def finished(self, unit: Unit) -> None:
-        """All bytes of this unit have been written; now and then, make them last."""
+        """Note that all bytes of this unit are written; commit from time to time."""
         self._shards.check_complete(unit.writes)
         self._waiting.append(unit)
         self._waiting_bytes += unit.write_bytes
@@ -102,7 +102,7 @@ class Committer:
             self._commit()
 
     def flush(self) -> None:
-        """Journal everything that is finished, and wait for it."""
+        """Journal all finished units, and wait."""
         self._commit()
         if self._under_way is not None:
             self._under_way.result()

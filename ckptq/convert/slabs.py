@@ -1,7 +1,7 @@
-"""Memory for what does not stream by rows: a transposed expert is held whole while it is cut up.
+"""Memory for weights that cannot be streamed by rows: a transposed expert is held whole.
 
-A unit takes a room and leaves it to the next unit, so that no more than the planned rooms are ever
-in memory, and their pages are faulted in once.
+Units reuse a fixed number of rooms, so that memory stays within the plan and pages are faulted in
+only once.
 """
 
 from __future__ import annotations

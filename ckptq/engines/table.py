@@ -35,10 +35,10 @@ class EngineTable:
     content: Mapping[str, Any] = field(repr=False)
 
     def architecture(self, names: Sequence[str]) -> Architecture | None:
-        """Of the first of config.json's `architectures` that the table has.
+        """The first of config.json's `architectures` that the table has.
 
-        One that was not tried itself is taken from another one of the same class of the engine's,
-        but for the classes that build whatever transformers builds.
+        An architecture that was not tried is taken from another one of the same engine class,
+        except for the classes that run any transformers model.
         """
         return next((a for name in names if (a := self._architecture(name))), None)
 
@@ -48,16 +48,15 @@ class EngineTable:
         return next((registry[name] for name in names if name in registry), None)
 
     def has_class(self, names: Sequence[str]) -> bool:
-        """Whether the engine has a class of its own, be it the language model's of a classifier."""
+        """Whether the engine has a class for it, or for its language model."""
         registry = self.content["registry"]
         bases = (POOLING.sub("", name) for name in names)
         generating = (base + end for base in bases for end in ("ForCausalLM", "LMHeadModel"))
         return any(name in registry for name in (*names, *generating))
 
     def failure(self, names: Sequence[str]) -> str | None:
-        """How the engine failed to load even the unquantized sources of an architecture, in short.
-
-        None where it loaded one.
+        """Why the engine failed to load even the unquantized sources of an architecture; None if it
+        loaded one.
         """
         if self.architecture(names):
             return None
@@ -67,7 +66,7 @@ class EngineTable:
 
     @property
     def architectures(self) -> tuple[str, ...]:
-        """The names of all that were tried."""
+        """The names of all architectures tried."""
         return tuple(self.content["architectures"])
 
     @cache  # noqa: B019
@@ -83,14 +82,14 @@ class EngineTable:
 
 
 def in_short(error: str) -> str:
-    """The sentence of an error that says what is wrong: no class, place or list of parameters."""
+    """The sentence of an error that states the reason, without class, place or parameters."""
     said = re.sub(r" \(\w+\.py:\d+\)$", "", error).partition("\n  Value error, ")
     return (said[2] or said[0]).removeprefix("ValueError: ").partition(". ")[0].removesuffix(".")
 
 
 @cache
 def load_table(engine: str = "vllm") -> EngineTable:
-    """The table of the newest version of an engine. KeyError for one that there is none of."""
+    """The table of the newest version of an engine. KeyError for an unknown engine."""
     versions = {
         tuple(map(int, match["version"].split("."))): entry
         for entry in files("ckptq.engines").iterdir()

@@ -1,8 +1,9 @@
-"""What transformers' reader of compressed-tensors cannot load, from its source (5.15 to 5.17).
+"""What transformers cannot load from compressed-tensors checkpoints (from its source, 5.15 to
+5.17).
 
-Experts that it fuses into one parameter are dequantized on the way, before they are stacked
+Experts that it fuses into one parameter are dequantized before they are stacked
 (`integrations/compressed_tensors.py`, DecompressExperts): FP8 with scales per row or tensor, and
-symmetric packed integers. Everything else fails while loading, or, without a word, leaves the
+symmetric packed integers. Everything else fails while loading, or silently leaves the
 experts random (NVFP4 and the other FP4 and MX formats: their further scales are "unexpected keys").
 """
 
@@ -13,7 +14,7 @@ from ckptq.recipes.scheme import Group
 
 
 def loads_fused_experts(group: Group) -> bool:
-    """Whether experts that it fuses while loading may have the scheme of this group."""
+    """Whether transformers can load fused experts with the scheme of this group."""
     weights = group.weights or Args()
     if group.format == "pack-quantized":
         return weights.symmetric

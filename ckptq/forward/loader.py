@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from ckptq.errors import SourceError
 from ckptq.forward.skeleton import Skeleton, quiet
 from ckptq.forward.source import WeightSource
-from ckptq.models.parameters import sources_of_parameters
+from ckptq.models.tree.parameters import sources_of_parameters
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

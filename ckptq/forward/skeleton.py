@@ -15,7 +15,7 @@ from ckptq.checkpoint.open import CONFIG, Checkpoint
 from ckptq.errors import PlanError, SourceError
 from ckptq.forward import tap
 from ckptq.models.refusals import WEIGHTS_ALONE, family_code, refusals
-from ckptq.models.transformers_model import (
+from ckptq.models.tree.transformers_model import (
     decoder_layers_of,
     model_class_of,
     on_meta,

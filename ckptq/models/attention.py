@@ -1,4 +1,4 @@
-"""Attention in the decoder layers, from names and config: which modules cache heads of k and v, and
+"""Attention in the decoder layers, from names and config: which modules cache k and v heads, and
 which read another layer's cache."""
 
 from __future__ import annotations
@@ -13,17 +13,17 @@ from ckptq.models.heads import FUSED
 
 KEY_PROJECTIONS = ("k_proj", "kv_proj", *FUSED)
 LATENT = ("kv_a_proj_with_mqa", "kv_b_proj")
-"""What multi-head latent attention has in the place of a k_proj."""
+"""What multi-head latent attention has instead of k_proj."""
 
 UNCACHED = ("linear_attention", "conv")
-"""Types of layers that keep a state instead of keys and values; their projections may be called
+"""Layer types that keep a state instead of keys and values, although their projections may be named
 like those of attention."""
 
 CACHE_SCALE = re.compile(r"^(?P<module>.+?)(\.[qkv]_proj)?\.(?P<which>[qkv])_scale$")
-"""Also where ModelOpt hangs it: beside the weight of a projection."""
+"""Also where ModelOpt stores it: beside a projection's weight."""
 
 OF_CACHE = re.compile(r".*\.([qkv]_scale|[qkv]_zero_point|kv_scale)$")
-"""Every tensor that means something to a quantized cache alone."""
+"""Every tensor that only a quantized cache uses."""
 
 AttentionKind = Literal["heads", "latent"]
 
@@ -37,7 +37,7 @@ def cache_scales(tensors: Mapping[str, StoredTensor]) -> dict[tuple[str, str], S
 def attention_kind(
     linear: str, layers: str, num_layers: int, text_config: Mapping[str, Any]
 ) -> AttentionKind | None:
-    """What the module that owns this Linear caches, if the Linear tells: the one that makes keys.
+    """What the attention module of this Linear caches, if this Linear computes the keys.
 
     `layers` and `num_layers` are name and length of the list of decoder layers.
     """

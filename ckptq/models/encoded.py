@@ -1,8 +1,8 @@
-"""Linears that a checkpoint stores quantized: which, in which scheme, and their rows back.
+"""Linears that a checkpoint stores quantized: their schemes, and their dequantized rows.
 
 Reads compressed-tensors checkpoints of every format that ckptq writes, and FP8 as DeepSeek and
-Mistral ship it (`quant_method: fp8`, a scale for a block or for the tensor, named
-`weight_scale_inv` and a multiplier all the same).
+Mistral ship it (`quant_method: fp8`, one scale per block or tensor, named
+`weight_scale_inv` although it is a multiplier).
 """
 
 from __future__ import annotations
@@ -49,12 +49,12 @@ BELONGS_TO_SCHEME = re.compile(
     r".*\.(input_scale|activation_scale|input_zero_point|input_global_scale|output_scale"
     r"|[qkv]_scale|[qkv]_zero_point|kv_scale)$"
 )
-"""Tensors that mean nothing once the weights are dequantized."""
+"""Tensors without a meaning once the weights are dequantized."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Encoded:
-    """A quantized Linear on disk: its stored tensors by local name, and what they stand for."""
+    """A quantized Linear on disk: its stored tensors by local name, and its scheme."""
 
     name: str
     tensors: Mapping[str, StoredTensor] = field(hash=False)
@@ -64,7 +64,7 @@ class Encoded:
     index: None = None
     streams: ClassVar[bool] = True
     slab_bytes: ClassVar[int] = 0
-    """As a `View` has them: its rows are runs of bytes, and it is no part of a 3-D tensor."""
+    """As for a `View`: its rows are runs of bytes, and it is not part of a 3-D tensor."""
 
     @property
     def written(self) -> TensorSpec:
@@ -127,7 +127,7 @@ class Encoded:
 def read_encoded(ckpt: Checkpoint) -> dict[str, Encoded]:
     """Module name -> its quantized weight, for all that the checkpoint stores quantized.
 
-    Empty for an unquantized checkpoint. PlanError for a method or scheme that cannot be read back.
+    Empty for an unquantized checkpoint. PlanError for an unsupported method or scheme.
     """
     config = ckpt.quantization_config
     if config is None:
@@ -138,7 +138,7 @@ def read_encoded(ckpt: Checkpoint) -> dict[str, Encoded]:
     indexed = next((name for name in ckpt.tensors if name.endswith("weight_g_idx")), None)
     if indexed:
         raise PlanError(
-            f"{ckpt.path}: {indexed}: groups in activation order (g_idx) cannot be read back"
+            f"{ckpt.path}: {indexed}: groups in activation order (g_idx) are not supported"
         )
     dtype, said = _weight_dtype(ckpt), declared(ckpt)
     found = {}
@@ -166,9 +166,8 @@ def decode(encoded: Encoded, parts: Mapping[str, Tensor], rows: int) -> Tensor:
     w_RC = dequantize(parts, encoded.scheme, shape, torch_dtype(encoded.spec.dtype))
     if encoded.spec.dtype == "F16" and not w_RC.isfinite().all():
         raise SourceError(
-            f"{encoded.stored.file}: tensor {encoded.stored.name!r} stands for weights beyond "
-            f"{HALF_MOST}, the largest number of float16, which config.json names as the dtype; "
-            "or its scales are not finite"
+            f"{encoded.stored.file}: tensor {encoded.stored.name!r} decodes to weights beyond "
+            f"{HALF_MOST}, the float16 maximum (config.json's dtype), or its scales are not finite"
         )
     return w_RC
 
@@ -185,7 +184,7 @@ def _modules(ckpt: Checkpoint) -> Iterator[tuple[str, dict[str, StoredTensor]]]:
             if f"{module}.{part}" in ckpt.tensors
         }
         if not any(code in tensors for code in CODES):
-            raise SourceError(f"{ckpt.path}: {name} is there, {module}.weight is not")
+            raise SourceError(f"{ckpt.path}: found {name} but no {module}.weight")
         yield module, tensors
 
 
@@ -198,16 +197,16 @@ def _scheme(ckpt: Checkpoint, said: Declared, module: str, scale: StoredTensor) 
     scheme = group.weight_scheme(stored=True)
     if said.is_fp8 and scheme.strategy == "tensor" and scale.spec.numel != 1:
         raise SourceError(
-            f"{scale.file}: tensor {scale.name!r} is {scale.spec}, and config.json has no "
-            "weight_block_size; wanted the sides of the blocks there, or one scale for the tensor"
+            f"{scale.file}: tensor {scale.name!r} is {scale.spec}, but config.json has no "
+            "weight_block_size; expected that field, or one scale for the tensor"
         )
     return scheme
 
 
 def _unreadable(ckpt: Checkpoint, config: Mapping[str, Any]) -> str:
     return (
-        f"{ckpt.path}: is quantized with {config.get('quant_method')!r}, which ckptq cannot read "
-        "back; it reads compressed-tensors and FP8 with a scale for a block or for the tensor "
+        f"{ckpt.path}: quantized with {config.get('quant_method')!r}, which ckptq cannot read; "
+        "supported: compressed-tensors, and FP8 with one scale per block or tensor "
         "(quant_method fp8)"
     )
 
@@ -218,7 +217,7 @@ def _shape(
     """[R, C] of the weight, from the shapes of what is stored."""
     code = next(tensors[name] for name in CODES if name in tensors)
     if len(code.spec.shape) != 2:
-        raise SourceError(f"{code.file}: {code.name} is {code.spec}, wanted a matrix")
+        raise SourceError(f"{code.file}: {code.name} is {code.spec}, expected a matrix")
     rows, columns = code.spec.shape
     if "weight_packed" not in tensors:
         return rows, columns
@@ -240,7 +239,7 @@ def packed_columns(words: int, scheme: WeightScheme, scale: StoredTensor | None)
 
 
 def _weight_dtype(ckpt: Checkpoint) -> str:
-    """The dtype the model is meant to run in, as the config says."""
+    """The dtype in which the model runs, from its config."""
     names = {"bfloat16": "BF16", "float16": "F16", "float32": "F32"}
     for config in (ckpt.config, ckpt.text_config):
         declared = config.get("dtype", config.get("torch_dtype"))
@@ -250,13 +249,13 @@ def _weight_dtype(ckpt: Checkpoint) -> str:
 
 
 def _refuse_odd_config(ckpt: Checkpoint) -> None:
-    """SourceError for a quantization config that is something, and no object."""
+    """SourceError for a quantization config that is not an object."""
     for holder in (ckpt.config, ckpt.text_config):
         for key in CONFIG_KEYS:
             if holder.get(key):
                 raise SourceError(
                     f"{ckpt.path / CONFIG}: {key} is a {type(holder[key]).__name__}, "
-                    "wanted an object"
+                    "expected an object"
                 )
 
 

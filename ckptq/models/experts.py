@@ -1,7 +1,7 @@
-"""Experts that a checkpoint holds as 3-D tensors: how they lie there, and whether to cut them.
+"""Experts that a checkpoint stores as 3-D tensors: their layout, and whether to split them.
 
-The orientation comes from the shapes of both tensors against hidden_size, because the same family
-is published in either. Which outputs are the gate's comes from transformers' class.
+The orientation follows from the shapes and hidden_size, because a family may be published in
+either. Which outputs belong to the gate follows from transformers' class.
 
 Shape letters: E experts, H hidden, I intermediate.
 """
@@ -15,7 +15,7 @@ from ckptq.checkpoint.header import StoredTensor
 from ckptq.checkpoint.open import Checkpoint
 from ckptq.errors import SourceError
 from ckptq.models.family import FusedExperts, family_of
-from ckptq.models.tree import FusedParameter
+from ckptq.models.tree.module_tree import FusedParameter
 from ckptq.models.witnesses import Witnesses
 from ckptq.spec import FLOATS
 
@@ -35,7 +35,7 @@ def experts_of(linear: str) -> str | None:
 def fused_layouts(ckpt: Checkpoint, witnesses: Witnesses) -> dict[str, FusedExperts]:
     """Experts module -> how its 3-D tensors hold the experts, for those that can be cut.
 
-    Left out are experts that a witness does not know: they stay whole, and unquantized.
+    Experts that a witness does not know are left out: they stay fused and unquantized.
     SourceError for shapes that fit no orientation.
     """
     found: dict[str, FusedExperts] = {}
@@ -50,7 +50,7 @@ def fused_layouts(ckpt: Checkpoint, witnesses: Witnesses) -> dict[str, FusedExpe
 
 
 def why_whole(ckpt: Checkpoint, witnesses: Witnesses, name: str) -> str:
-    """Why the 3-D tensor of this name is not cut into experts; "" where nothing objects."""
+    """Why this 3-D tensor is not split into experts; "" if it can be."""
     match = FUSED_WEIGHT.match(name)
     if not match:
         return "fused experts that no engine loads one by one"
@@ -110,7 +110,7 @@ def _misfit(stored: Mapping[str, StoredTensor | None], sizes: tuple[int, int]) -
     there = [tensor for tensor in stored.values() if tensor is not None]
     found = ", ".join(f"{t.name} {list(t.spec.shape)}" for t in there)
     return (
-        f"{there[0].file}: {found}; config.json asks for experts of hidden size {hidden} and "
+        f"{there[0].file}: {found}; config.json declares experts with hidden size {hidden} and "
         f"intermediate size {twice // 2}: [E, {twice}, {hidden}] and [E, {hidden}, {twice // 2}], "
         "or both transposed"
     )

@@ -1,6 +1,6 @@
-"""What ckptq itself knows of families: what no witness of `models.witnesses` can tell.
+"""What ckptq itself knows about families: facts that no witness of `models.witnesses` can give.
 
-Names that match `NEVER_QUANTIZED` stay in every family; for the rest the witnesses are asked.
+Names that match `NEVER_QUANTIZED` stay unquantized in every family; the witnesses decide the rest.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ class Family:
     name: str
     model_types: tuple[str, ...] = ()
     rope: RopeOrder = "half-split"
-    """Row order of q/k on disk. vLLM permutes an interleaved one itself while it loads."""
+    """Row order of q/k on disk. vLLM permutes an interleaved one while loading."""
     fused_experts: FusedExperts | None = None
     transposed_layers: bool = False
     """Layers store [in, out] (transformers' Conv1D), where a Linear is [out, in]."""
@@ -120,13 +120,13 @@ def in_layers(name: str, layers: str) -> re.Match[str] | None:
 
 
 def declared_layers(ckpt: Checkpoint) -> int | None:
-    """How many decoder layers config.json says that there are."""
+    """Number of decoder layers in config.json."""
     declared = ckpt.text_config.get(family_of(ckpt.config).layers_key)
     return declared if isinstance(declared, int) else None
 
 
 def count_layers(names: Iterable[str], prefix: str | None = None) -> int:
-    """How many layers tensor names tell of, in the list of this name or in the longest."""
+    """Number of layers in the tensor names, for this list or the longest one."""
     found = (LAYER.match(name) for name in names)
     indices = (int(m["index"]) for m in found if m and prefix in (None, m["prefix"]))
     return 1 + max(indices, default=-1)

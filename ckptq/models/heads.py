@@ -1,8 +1,8 @@
 """How many heads attention has, as transformers' config classes and vLLM count them.
 
-Families spell it in ways of their own: under other names (transformers' `attribute_map`), with
+Families store it differently: under other names (transformers' `attribute_map`), with
 flags (Falcon's `multi_query`), in an object (`attn_config`), or layer by layer (OpenELM,
-Nemotron-NAS). The shapes of the projections tell where a layer has another number than the config.
+Nemotron-NAS). The shapes of the projections show where a layer differs from the config.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ is DeciLM's."""
 HIDDEN_SIZES = ("hidden_size", "n_embd", "d_model")
 
 MULTI_QUERY = ("falcon", "RefinedWeb", "RefinedWebModel", "gpt_bigcode")
-"""Types whose `multi_query`, true unless it is said, means one key/value head for all."""
+"""Types whose `multi_query` (default true) means one key/value head for all."""
 
 FUSED = ("qkv_proj", "query_key_value", "W_pack", "Wqkv", "wqkv", "c_attn", "qkv")
 """Projections whose rows are those of q, k and v."""
@@ -53,7 +53,7 @@ def config_heads(config: Mapping[str, Any]) -> Heads | None:
 def config_head_dim(config: Mapping[str, Any], heads: int) -> int:
     """Values of one query or key of one head, as transformers reads it from a text config.
 
-    PlanError where it says something else than a number.
+    PlanError for anything but a number.
     """
     for key in ("head_dim", *HIDDEN_SIZES):
         share = 1 if key == "head_dim" else heads
@@ -62,10 +62,10 @@ def config_head_dim(config: Mapping[str, Any], heads: int) -> int:
             continue
         if type(found) is not int or found < share:
             raise PlanError(
-                f"config.json: {key} is {found!r}, wanted a whole number from {share} on"
+                f"config.json: {key} is {found!r}; expected a whole number, at least {share}"
             )
         return found // share
-    raise PlanError("config.json: head_dim and hidden_size are missing, so heads are unknown")
+    raise PlanError("config.json: head_dim and hidden_size are missing, so the heads are unknown")
 
 
 def layer_heads(config: Mapping[str, Any], index: int) -> Heads | None:

@@ -1,4 +1,5 @@
-"""From tensor names to Linear modules: which there are, where their weights lie, what must stay.
+"""From tensor names to Linear modules: which exist, where their weights are, which stay
+unquantized.
 
 Fused 3-D experts are split into one Linear per expert, named as vLLM and transformers both load.
 """
@@ -26,7 +27,7 @@ class Linear:
     name: str
     weight: Weight
     bias: View | None = None
-    """Only where it has to be cut out of a fused tensor; a bias of its own is simply copied."""
+    """Only if it must be cut out of a fused tensor; a separate bias is simply copied."""
     kept: str | None = None
     """Why it is never quantized; None where a recipe may decide."""
 
@@ -51,7 +52,8 @@ class Layout:
     consumed: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     """Source tensor -> the Linears that are cut out of it."""
     dropped: Mapping[str, str] = field(default_factory=dict)
-    """Tensor name -> reason, for what means nothing once a quantized source is dequantized."""
+    """Tensor name -> reason, for tensors without a meaning once a quantized source is
+    dequantized."""
 
     whole_experts: Mapping[str, str] = field(default_factory=dict)
     """3-D tensors of experts that nothing cuts, without `.weight` -> the reason."""

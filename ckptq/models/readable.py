@@ -1,7 +1,7 @@
-"""What the stored tensors of a quantized weight must be, so that they can be read back.
+"""Checks that the stored tensors of a quantized weight can be read. Headers only.
 
-Arithmetic happens only in dtypes that are for it: a scale of another dtype is an exponent or a
-code, and multiplied as it lies would give any number without a sign of it. Headers only.
+A scale in an unexpected dtype may be an exponent or a code: multiplying by it would give wrong
+weights without a warning.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ def check_readable(
     spec: TensorSpec,
     fp8: Declared | None = None,
 ) -> None:
-    """SourceError for a tensor of a quantized weight whose dtype or shape has no meaning here.
+    """SourceError for a stored tensor with an unexpected dtype or shape.
 
     `tensors` are those of one module by local name, `spec` is the weight that they stand for.
     `fp8` is what the config of an FP8 source declares that is not compressed-tensors'.
@@ -38,7 +38,7 @@ def check_readable(
         wanted = stored(spec, scheme)
     except PlanError as error:
         code = next(iter(tensors.values()))
-        raise SourceError(f"{code.file}: the tensors of {module} do not fit: {error}") from error
+        raise SourceError(f"{code.file}: the tensors of {module} do not match: {error}") from error
     for local, tensor in tensors.items():
         if local not in wanted:
             raise _odd(tensor, scheme, "no such tensor")
@@ -52,14 +52,14 @@ def check_readable(
     missing = [local for local in wanted if local not in tensors and local != "weight_shape"]
     if missing:
         held = next(iter(tensors.values()))
-        raise SourceError(f"{held.file}: {module}.{missing[0]} is missing, which {scheme} needs")
+        raise SourceError(f"{held.file}: {module}.{missing[0]} is missing; {scheme} needs it")
 
 
 def refuse_bare_codes(tensors: Iterable[StoredTensor]) -> None:
     """SourceError for a tensor in FP8 among those that hold no quantized matrix with its scales.
 
-    Nothing but codes is in FP8, and cast to the model's dtype they would pass for weights: experts
-    fused in 3-D, an output head without a scale.
+    FP8 tensors are codes; cast to the model's dtype they would pass for weights (fused 3-D experts,
+    an output head without a scale).
     """
     for tensor in tensors:
         if tensor.spec.dtype.startswith("F8_"):
@@ -67,11 +67,10 @@ def refuse_bare_codes(tensors: Iterable[StoredTensor]) -> None:
 
 
 def unread(tensor: StoredTensor) -> SourceError:
-    """For codes that no scheme of config.json gives a meaning."""
+    """For codes that no scheme in config.json describes."""
     return SourceError(
-        f"{tensor.file}: tensor {tensor.name!r} is {tensor.spec}, and config.json has no scheme "
-        f"for it that ckptq reads; wanted one of {', '.join(FLOATS)}, or a matrix of codes with "
-        "its scales"
+        f"{tensor.file}: tensor {tensor.name!r} is {tensor.spec}, and config.json has no supported "
+        f"scheme for it; expected one of {', '.join(FLOATS)}, or a matrix of codes with scales"
     )
 
 
@@ -99,14 +98,14 @@ def _fits(found: TensorSpec, wanted: TensorSpec) -> bool:
 def _check_format(tensor: StoredTensor, scale_format: object) -> None:
     if scale_format not in SCALE_FORMATS:
         raise SourceError(
-            f"{tensor.file}: tensor {tensor.name!r} is {tensor.spec}, and config.json has "
-            f"scale_fmt {scale_format!r}; wanted 'ue8m0', or scales in {', '.join(FLOATS)}"
+            f"{tensor.file}: tensor {tensor.name!r} is {tensor.spec}, but config.json has "
+            f"scale_fmt {scale_format!r}; expected 'ue8m0', or scales in {', '.join(FLOATS)}"
         )
 
 
 def _odd(tensor: StoredTensor, scheme: WeightScheme, wanted: str) -> SourceError:
     return SourceError(
-        f"{tensor.file}: tensor {tensor.name!r} is {tensor.spec}; wanted {wanted} for {scheme}"
+        f"{tensor.file}: tensor {tensor.name!r} is {tensor.spec}; expected {wanted} for {scheme}"
     )
 
 

@@ -1,5 +1,4 @@
-"""What transformers, tokenizers, llm-compressor and the code of families make of a checkpoint, or
-that they refuse it."""
+"""Errors of transformers, tokenizers, llm-compressor and model code, turned into ckptq errors."""
 
 from __future__ import annotations
 
@@ -14,23 +13,22 @@ from ckptq.errors import CkptqError, MachineError, SourceError
 PANIC = "PanicException"
 """What a library in Rust raises where it would abort; it is no `Exception`."""
 
-WEIGHTS_ALONE = "a scheme for weights alone (fp8-dynamic, w4a16) takes this model"
+WEIGHTS_ALONE = "use a weights-only scheme (fp8-dynamic, w4a16) for this model"
 """What else can be done with a model that cannot be run."""
 
 LONGEST = 300
-"""Characters of a reason that are told; some go on about every version of a library."""
+"""Characters of a reason to show; some list every version of a library."""
 
 OURS = str(Path(__file__).parents[1])
 
 
 @contextmanager
 def refusals(what: str) -> Iterator[None]:
-    """Around one call that only hands over a checkpoint's files: SourceError, "WHAT: the library's
-    reason", on one line; MachineError where it had too little memory.
+    """Around one library call on a checkpoint's files: SourceError, "WHAT: the library's reason",
+    on one line; MachineError if it ran out of memory.
 
-    Every exception is meant, and a panic. tokenizers raises bare `Exception`, validators of configs
-    classes of their own, and code of families whatever an odd value leads to; the files are the
-    cause of all.
+    Catches every exception, and Rust panics: tokenizers raises bare `Exception`, config validators
+    their own classes, and model code whatever an odd value leads to; the files are the cause.
     """
     try:
         yield
@@ -45,7 +43,7 @@ def refusals(what: str) -> Iterator[None]:
 
 @contextmanager
 def family_code(label: str, what: str) -> Iterator[None]:
-    """Around code of a model's family: SourceError with where it failed and what else there is.
+    """Around code of a model's family: SourceError says where it failed and suggests another way.
 
     `label` is the checkpoint, `what` the class and the place: "JambaForCausalLM in layer 3". What
     ckptq raises inside of it (taps, recorders, loaders) passes.
@@ -62,7 +60,7 @@ def family_code(label: str, what: str) -> Iterator[None]:
 
         raise SourceError(
             f"{label}: transformers {transformers.__version__} cannot run {what}: "
-            f"{_reason(error)}; another version may, and {WEIGHTS_ALONE}"
+            f"{_reason(error)}; try another version, or {WEIGHTS_ALONE}"
         ) from error
 
 
@@ -70,14 +68,14 @@ def _reason(error: BaseException) -> str:
     said, kind = shorten(str(error), LONGEST, placeholder=" ..."), type(error).__name__
     if not said:
         return kind
-    # of a key that is missing they say the key alone
+    # for a missing key the text is the key alone
     return f"{kind}: {said}" if isinstance(error, LookupError) else said
 
 
 def _refuse_for_memory(what: str, error: BaseException) -> None:
-    """torch tells of memory by a RuntimeError of its own, or a plain one."""
+    """torch reports memory errors by its own RuntimeError, or a plain one."""
     if type(error).__name__ == "OutOfMemoryError" or "can't allocate memory" in str(error):
-        raise MachineError(f"{what}: too little memory: {_reason(error)}") from error
+        raise MachineError(f"{what}: out of memory: {_reason(error)}") from error
 
 
 def _is_ours(error: Exception) -> bool:

@@ -1,4 +1,4 @@
-"""Models that vLLM does not load, quantized or not: said before the work, as transformers may."""
+"""Models that vLLM does not load, quantized or not: a warning before the work."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ from ckptq.engines.table import EngineTable, load_table
 from ckptq.models.witnesses import Witnesses
 
 BACKEND = "Transformers"
-"""How vLLM's classes are called that run whatever transformers builds."""
+"""Prefix of the vLLM classes that run any transformers model."""
 
 
 def model_doubts(witnesses: Witnesses, linears: Iterable[str]) -> Iterator[str]:
-    """Why vLLM would not load a checkpoint of this model, whatever its scheme; nothing where it was
-    seen to, or may by way of transformers.
+    """Why vLLM would not load this model, whatever its scheme; nothing if it was seen to load, or
+    may through transformers.
 
     `linears` are the names on disk of what may be quantized.
     """
@@ -30,7 +30,7 @@ def model_doubts(witnesses: Witnesses, linears: Iterable[str]) -> Iterator[str]:
             yield f"{engine} has no class for {_named(witnesses)}, and {reason}"
             return
     elif _runs_by_transformers(table, names) and (reason := _layer_without_attention(witnesses)):
-        yield f"{engine} runs {names[0]} by way of transformers, where {reason}"
+        yield f"{engine} runs {names[0]} through transformers, where {reason}"
         return
     yield from _unknown_names(witnesses, linears, engine)
 
@@ -48,9 +48,9 @@ def _why_not_by_transformers(witnesses: Witnesses) -> str | None:
     from transformers, where attention is exchangeable."""
     tree = witnesses.tree
     if tree is None:
-        return f"transformers has none either ({witnesses.no_tree})"
+        return f"neither has transformers ({witnesses.no_tree})"
     if not tree.attention_interface:
-        return "its class in transformers has an attention that vLLM cannot exchange"
+        return "its transformers class has an attention that vLLM cannot replace"
     return _layer_without_attention(witnesses)
 
 
@@ -58,7 +58,7 @@ def _layer_without_attention(witnesses: Witnesses) -> str | None:
     """models/transformers/base.py, `_create_attention_instances`: every layer has to have one."""
     tree = witnesses.tree
     bare = [i for i in range(tree.num_layers) if i not in tree.attending] if tree else []
-    return f"layer {bare[0]} has no attention for it to take over" if bare else None
+    return f"layer {bare[0]} has no attention that it could replace" if bare else None
 
 
 def _unknown_names(witnesses: Witnesses, linears: Iterable[str], engine: str) -> Iterator[str]:
@@ -69,6 +69,6 @@ def _unknown_names(witnesses: Witnesses, linears: Iterable[str], engine: str) ->
     odd = [name for name in linears if known.row(name) is not None and not known.takes_name(name)]
     if odd:
         yield (
-            f"{engine} does not load {known.name} under these names, {odd[0]} for one; rename the "
-            "tensors of the source as its family has them"
+            f"{engine} does not load {known.name} under these names (such as {odd[0]}); rename the "
+            "source's tensors to the family's usual names"
         )

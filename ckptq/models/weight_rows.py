@@ -1,4 +1,4 @@
-"""Rows of a weight, whatever way the checkpoint holds it.
+"""Rows of a weight, however the checkpoint stores it.
 
 Shape letters: R rows, C columns.
 """

@@ -1,13 +1,11 @@
-"""What a module is, asked of three witnesses; a guess from its name is none.
+"""What a module is, according to three witnesses; its name alone is not enough.
 
 1. Names and shapes on disk.
 2. transformers' own module tree (`models.tree`).
 3. The table of what vLLM makes of the architecture (`engines.table`).
 
-A Linear may be quantized where one of 2 and 3 says that it is one and no witness objects.
-Everything else stays as it is, with a reason; what nobody knows is quantized only where a recipe
-names it.
-"""
+A Linear may be quantized if 2 or 3 says that it is one and no witness objects. Everything else
+stays unquantized, with a reason; what nobody knows is quantized only if a recipe names it."""
 
 from __future__ import annotations
 
@@ -21,15 +19,15 @@ from ckptq.engines.architecture import Architecture
 from ckptq.engines.table import load_table
 from ckptq.engines.vllm import common_merged_name, common_set
 from ckptq.models.family import LAYER, NEVER_QUANTIZED, count_layers, declared_layers
-from ckptq.models.tree import ModuleTree, Owner, build_tree, plain_name
+from ckptq.models.tree.module_tree import ModuleTree, Owner, build_tree, plain_name
 
 HEAD = "output head"
 UNKNOWN = "known to neither transformers nor vLLM"
 NAMEABLE = (HEAD, UNKNOWN)
-"""What a recipe may quantize all the same, by a target that names it."""
+"""What a recipe may still quantize with a target that names it."""
 
 BASE_LAYER = ".base_layer"
-"""What PEFT puts behind the name of a Linear that it wraps."""
+"""The suffix that PEFT adds to a Linear that it wraps."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -60,7 +58,7 @@ class Witnesses:
 
     def _outside(self, module: str) -> str | None:
         if not self.layers:
-            return f"{self._model} has no one list of {self.num_layers} decoder layers"
+            return f"{self._model} has no single list of {self.num_layers} decoder layers"
         match = LAYER.match(module + ".")
         if not match or match["prefix"] != self.layers:
             return "outside the decoder layers"
@@ -79,7 +77,7 @@ class Witnesses:
         if self.silent:
             return UNKNOWN
         if owner is not None and not owner.is_linear and owner.fused is None:
-            return f"a {owner.class_name} in transformers, no Linear"
+            return f"a {owner.class_name} in transformers, not a Linear"
         if fate == "plain":
             return "vLLM never quantizes it"
         if fate == "absent":

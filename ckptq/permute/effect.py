@@ -1,8 +1,8 @@
 """What a RoPE row permutation does to each stored tensor, from its name and shape.
 
-Every tensor that may stand on a q/k projection or on the attention module has a rule here. One
-that has none, or whose shape fits no rule or two, is refused by name: never skipped. Imports no
-torch, so that a plan can be made from headers.
+Every tensor that a q/k projection or an attention module may have gets a rule here. A tensor with
+no rule, or with an ambiguous shape, is refused by name, never skipped. Imports no torch, so that a
+plan can be made from headers.
 
 Shape letters: R rows of the projection (heads x head_dim), C columns, G groups of columns, H heads,
 D head_dim, W words of 32 bits. Names and shapes are those of compressed-tensors 0.19.
@@ -21,7 +21,7 @@ from ckptq.spec import TensorSpec
 
 
 class Part(StrEnum):
-    """The three sorts of tensors that `permute --only` tells apart."""
+    """The parts of a projection that `permute --only` can name."""
 
     WEIGHTS = "weights"
     SCALES = "scales"
@@ -60,7 +60,7 @@ class Projection:
     """A q_proj or k_proj, or the q, k or v side of an attention module.
 
     `name` is the full module name and only serves messages. `block` is block_structure of the
-    weights' scheme, (rows, columns); `bits` their num_bits, needed only where shapes do not tell.
+    weights' scheme, (rows, columns); `bits` their num_bits, needed only where shapes are ambiguous.
     """
 
     name: str
@@ -89,7 +89,7 @@ def effect_on_attention(local: str, spec: TensorSpec, sides: Mapping[str, Projec
     """What the permutation does to tensor `local` ("k_scale", ...) of an attention module.
 
     `sides` has a Projection for "q" and for "k", named after the attention module. Tensors of v
-    are never touched, as no RoPE turns v. Raises PlanError as `effect_on` does.
+    are never touched, because RoPE does not apply to v. Raises PlanError as `effect_on` does.
     """
     side = "q" if local.startswith("q_") else "k"
     if local not in ATTENTION_RULES:
@@ -112,8 +112,8 @@ def _rows(part: Part, rank: int) -> Rule:
         rows = projection.heads.rows
         if len(spec.shape) != rank or spec.shape[0] != rows:
             raise PlanError(
-                f"{projection.name}.{local}: found {spec}, want {rank} dimensions with {rows} rows "
-                f"({projection.heads.count} heads of {projection.heads.head_dim})"
+                f"{projection.name}.{local}: found {spec}, expected {rank} dimensions with "
+                f"{rows} rows ({projection.heads.count} heads of {projection.heads.head_dim})"
             )
         return Effect(Move.ROWS, part, "indexed by output row", projection.heads)
 
@@ -121,7 +121,7 @@ def _rows(part: Part, rank: int) -> Rule:
 
 
 def _grid(part: Part) -> Rule:
-    """Quantization parameters: one for all, one a row or row and group, or one a block."""
+    """Quantization parameters: one for all, one per row, per row and group, or per block."""
 
     def rule(local: str, spec: TensorSpec, projection: Projection) -> Effect:
         heads = projection.heads
@@ -138,19 +138,19 @@ def _block(local: str, spec: TensorSpec, projection: Projection, part: Part) -> 
     heads, name = projection.heads, f"{projection.name}.{local}"
     if projection.block is None:
         raise PlanError(
-            f"{name}: {spec} is neither one value nor one for each of {heads.rows} rows; if it is "
-            "per block, config.json must give its block_structure"
+            f"{name}: {spec} is neither one value nor one for each of {heads.rows} rows; for "
+            "block scales, config.json must give the block_structure"
         )
     block_rows = projection.block[0]
     if len(spec.shape) != 2 or spec.shape[0] != ceil(heads.rows / block_rows):
         raise PlanError(
             f"{name}: {spec} does not fit {heads.rows} rows in blocks of {block_rows}: "
-            f"want {ceil(heads.rows / block_rows)} rows of blocks"
+            f"expected {ceil(heads.rows / block_rows)} rows of blocks"
         )
     if not keeps_blocks(heads, block_rows):
         raise PlanError(
             f"{name}: the permutation moves rows between blocks of {block_rows} rows, because a "
-            f"head has {heads.head_dim}; no block scale can follow. Quantize q/k per channel"
+            f"head has {heads.head_dim}; block scales cannot follow. Quantize q/k per channel"
         )
     return Effect(Move.KEPT, part, f"each block of {block_rows} rows keeps its rows", heads)
 
@@ -174,14 +174,16 @@ def _packed_bits(local: str, spec: TensorSpec, projection: Projection) -> int:
     if len(fits) != 1 or len(spec.shape) != 2:
         found = f"{projection.name}.{local}: {spec}"
         if fits:
-            raise PlanError(f"{found} may hold {rows} codes of {fits} bits; config.json must say")
+            raise PlanError(
+                f"{found} may hold {rows} codes of {fits} bits; give num_bits in the config"
+            )
         wanted = f" of {projection.bits} bits" if projection.bits else ""
         raise PlanError(f"{found} does not hold {rows} packed codes{wanted} a column")
     return fits[0]
 
 
 def _per_head(part: Part) -> Rule:
-    """Parameters of q or k themselves: one for all, one a head, or one a channel."""
+    """Parameters of q or k themselves: one for all, one per head, or one per channel."""
 
     def rule(local: str, spec: TensorSpec, projection: Projection) -> Effect:
         heads = projection.heads
@@ -230,7 +232,7 @@ PROJECTION_RULES: dict[str, Rule] = {
     "input_scale": _kept(Part.SCALES, _INPUT),
     "input_global_scale": _kept(Part.SCALES, _INPUT),
     "input_zero_point": _kept(Part.ZERO_POINTS, _INPUT),
-    # scales of the projection's result: ModelOpt hangs those of q and k here
+    # scales of the projection's output: ModelOpt stores those of q and k here
     "q_scale": _per_head(Part.SCALES),
     "k_scale": _per_head(Part.SCALES),
     "output_scale": _per_head(Part.SCALES),
@@ -240,14 +242,14 @@ PROJECTION_RULES: dict[str, Rule] = {
 ATTENTION_RULES: dict[str, Rule] = {
     "q_scale": _per_head(Part.SCALES),
     "k_scale": _per_head(Part.SCALES),
-    "v_scale": _kept(Part.SCALES, "RoPE does not turn v"),
+    "v_scale": _kept(Part.SCALES, "RoPE does not apply to v"),
     "q_zero_point": _per_head(Part.ZERO_POINTS),
     "k_zero_point": _per_head(Part.ZERO_POINTS),
-    "v_zero_point": _kept(Part.ZERO_POINTS, "RoPE does not turn v"),
-    "sinks": _kept(Part.WEIGHTS, "one a head"),
+    "v_zero_point": _kept(Part.ZERO_POINTS, "RoPE does not apply to v"),
+    "sinks": _kept(Part.WEIGHTS, "one per head"),
     # frequencies count pairs, and pair i is pair i in both orders
     "rotary_emb.inv_freq": _kept(Part.WEIGHTS, "indexed by rotated pair"),
-    # normalisation of q and k before RoPE has a weight a channel
+    # normalisation of q and k before RoPE has one weight per channel
     "q_norm.weight": _per_head(Part.WEIGHTS),
     "k_norm.weight": _per_head(Part.WEIGHTS),
 }

@@ -1,11 +1,10 @@
-"""The mark that says which RoPE order a checkpoint was put into, and the refusal to do it twice.
+"""The mark that records a checkpoint's RoPE order, so that it is not permuted twice.
 
-It stands in the safetensors metadata of every shard, as `ckptq.rope_order`, and in config.json, as
-`{"ckptq": {"rope_order": ...}}`. transformers keeps keys that it does not know and writes them out
-again; vLLM and transformers act on neither. The value is one order ("half-split"), or, where only
-some parts were permuted, those: "scales=half-split zero-points=half-split". A part without a mark
-is in whatever order its maker left it. Imports no torch.
-"""
+It is kept in the safetensors metadata of every shard, as `ckptq.rope_order`, and in config.json, as
+`{"ckptq": {"rope_order": ...}}`. transformers keeps unknown keys when it saves; vLLM and
+transformers act on neither. The value is one order ("half-split"), or, where only some parts were
+permuted, those: "scales=half-split zero-points=half-split". A part without a mark is in whatever
+order its maker left it. Imports no torch."""
 
 from __future__ import annotations
 
@@ -39,7 +38,7 @@ def parse(text: str, where: str) -> Marks:
         part, _, order = word.partition("=")
         if part not in tuple(Part) or order not in tuple(RopeOrder) or Part(part) in marks:
             raise SourceError(
-                f"{where}: {METADATA_KEY} is {text!r}; want one of {', '.join(RopeOrder)}, or "
+                f"{where}: {METADATA_KEY} is {text!r}; expected one of {', '.join(RopeOrder)}, or "
                 f"part=order with parts out of {', '.join(Part)}"
             )
         marks[Part(part)] = RopeOrder(order)
@@ -49,9 +48,8 @@ def parse(text: str, where: str) -> Marks:
 def read(config: Mapping[str, Any], metadata: Mapping[str, Mapping[str, str]]) -> Marks:
     """The marks of a checkpoint, from its config.json and the metadata of each shard by file name.
 
-    Raises SourceError if the files do not all say the same: then some of them are not those that
-    were permuted together, and no one can tell which rows are in which order.
-    """
+    Raises SourceError if the files disagree: then they were not all permuted together, and the
+    order of their rows is unknown."""
     said = {name: shard.get(METADATA_KEY, "") for name, shard in metadata.items()}
     said["config.json"] = _config_mark(config)
     parsed = {name: parse(text, name) for name, text in said.items()}
@@ -61,7 +59,7 @@ def read(config: Mapping[str, Any], metadata: Mapping[str, Mapping[str, str]]) -
             raise SourceError(
                 f"contradictory RoPE order: {name} is marked {said[name] or 'nothing'!r}, "
                 f"config.json {said['config.json'] or 'nothing'!r}; these files do not belong "
-                "together, or a tool that drops metadata has rewritten some of them"
+                "together, or a tool that drops metadata rewrote some of them"
             )
     return marks
 
@@ -70,7 +68,7 @@ def _config_mark(config: Mapping[str, Any]) -> str:
     section = config.get("ckptq", {})
     mark = section.get("rope_order", "") if isinstance(section, Mapping) else None
     if not isinstance(mark, str):
-        raise SourceError(f'config.json: "ckptq" is {section!r}, want {{"rope_order": "..."}}')
+        raise SourceError(f'config.json: "ckptq" is {section!r}, expected {{"rope_order": "..."}}')
     return mark
 
 
@@ -80,20 +78,20 @@ def applied(
     """The marks after permuting the parts `only` into order `to`.
 
     `family` is the order in which this family of models is published; it counts when a checkpoint
-    without marks is permuted as a whole. A part that stands alone is believed to be in the other
-    order, as somebody else may have permuted it. Raises UsageError if a part is in order `to`.
+    without marks is permuted as a whole. A part permuted on its own is assumed to be in the other
+    order, because another tool may have permuted it. Raises UsageError if a part is in order `to`.
     """
     whole = set(only) == set(Part)
     if whole and not marks and to is family:
         raise UsageError(
-            f"this checkpoint is in {to} order already: so its family is published, and it has no "
-            "mark of another"
+            f"this checkpoint is already in {to} order: its family is published that way, and it "
+            "carries no other mark"
         )
     there = [part for part in Part if part in only and marks.get(part) is to]
     if there:
         raise UsageError(
-            f"{', '.join(there)}: in {to} order already, as the checkpoint's mark "
-            f"{dump(marks)!r} says; permuting twice would spoil them"
+            f"{', '.join(there)}: already in {to} order according to the checkpoint's "
+            f"mark {dump(marks)!r}; permuting twice would corrupt them"
         )
     return {**marks, **dict.fromkeys(only, to)}
 

@@ -1,7 +1,7 @@
-"""A stored tensor whose rows are wanted in another order: what it is, and its rows.
+"""A stored tensor to be read with its rows in another order.
 
-Looks like what it is made of (a `View`, or an `Encoded` weight) to a plan and to the pipeline, so
-that one stage serves weights, scales, packed codes, zero points and biases alike.
+It has the interface of the `View` or `Encoded` weight that it wraps, so that one stage handles
+weights, scales, packed codes, zero points and biases alike.
 """
 
 from __future__ import annotations

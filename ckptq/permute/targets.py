@@ -1,7 +1,7 @@
-"""Which tensors of a checkpoint a RoPE permutation concerns, from headers and config alone.
+"""Which tensors of a checkpoint a RoPE permutation affects, from headers and config alone.
 
-Concerned are q_proj and k_proj of every decoder layer of the language model, with RoPE or without,
-and the attention modules that hold them; vision towers have a RoPE of their own and are left alone.
+It affects q_proj and k_proj of every decoder layer of the language model, with RoPE or without, and
+the attention modules that hold them. Vision towers have their own RoPE and are left alone.
 """
 
 from __future__ import annotations
@@ -26,17 +26,17 @@ _UNTURNED = ("v_proj", "o_proj")
 
 @dataclass(frozen=True, slots=True)
 class Permutation:
-    """Which tensors of a checkpoint a permutation concerns, and where their rows go."""
+    """Which tensors of a checkpoint a permutation affects, and where their rows go."""
 
     modules: Collection[str]
     """The attention modules of the decoder layers."""
     heads: Mapping[str, Heads]
     """Of "q" and of "k"."""
     said: Declared
-    """What the quantization config says of the weights' layout."""
+    """The declared quantization, for the layout of weights."""
 
     def effect_on(self, stored: StoredTensor) -> Effect | None:
-        """What happens to a stored tensor; None for one of anything but q, k and their attention.
+        """What happens to a stored tensor; None for tensors of other modules.
 
         PlanError, naming the tensor, for one that is unknown or cannot be permuted.
         """
@@ -64,8 +64,8 @@ def read_permutation(ckpt: Checkpoint) -> Permutation:
     modules = _attention_modules(ckpt, read_witnesses(ckpt).layers)
     if not modules:
         raise PlanError(
-            f"{ckpt.path}: no decoder layer has both a q_proj and a k_proj; ckptq permutes no "
-            "other layout of attention"
+            f"{ckpt.path}: no decoder layer has both a q_proj and a k_proj; ckptq "
+            "permutes no other attention layout"
         )
     heads = head_geometry(ckpt.text_config)
     return Permutation(modules, heads, declared(ckpt))
@@ -99,7 +99,7 @@ def head_geometry(text_config: Mapping[str, Any]) -> dict[str, Heads]:
     """
     counts = config_heads(text_config)
     if counts is None:
-        raise PlanError("config.json: num_attention_heads is missing, so heads are unknown")
+        raise PlanError("config.json: num_attention_heads is missing, so the heads are unknown")
     head_dim = config_head_dim(text_config, counts[0])
     rotary_dim = _rotary_dim(text_config, head_dim)
     q_count, k_count = counts
@@ -111,7 +111,7 @@ def _rotary_dim(text_config: Mapping[str, Any], head_dim: int) -> int:
         return int(text_config["rotary_dim"])
     ropes = text_config.get("rope_parameters") or {}
     if not isinstance(ropes, Mapping):
-        raise PlanError(f"config.json: rope_parameters is {ropes!r}, wanted an object")
+        raise PlanError(f"config.json: rope_parameters is {ropes!r}, expected an object")
     # one set of parameters, or one for each kind of layer
     sets = [text_config, ropes, *(r for r in ropes.values() if isinstance(r, Mapping))]
     names = ("partial_rotary_factor", "rotary_pct")
@@ -127,7 +127,7 @@ def _rotary_dim(text_config: Mapping[str, Any], head_dim: int) -> int:
 def _share(key: str, found: object) -> float:
     if isinstance(found, int | float) and not isinstance(found, bool) and 0 < found <= 1:
         return float(found)
-    raise PlanError(f"config.json: {key} is {found!r}, wanted a number from 0 to 1")
+    raise PlanError(f"config.json: {key} is {found!r}, expected a number from 0 to 1")
 
 
 def _attention_modules(ckpt: Checkpoint, layers: str) -> set[str]:

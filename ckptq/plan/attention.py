@@ -23,7 +23,7 @@ from ckptq.spec import TensorSpec
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class AttentionPlan:
-    """The q/k/v scales that calibration has to deliver, and how it finds them."""
+    """The q/k/v scales that calibration must produce, and how."""
 
     strategy: Literal["tensor", "attn_head"] = "attn_head"
     observer: str = "static_minmax"
@@ -31,7 +31,7 @@ class AttentionPlan:
     scales: Mapping[str, Mapping[str, TensorSpec]] = field(default_factory=dict)
     """Attention module -> full tensor name -> spec."""
     told: str | None = None
-    """Why they are per tensor, where scales per head were asked for."""
+    """Why they are per tensor although per-head scales were requested."""
 
 
 def plan_attention(
@@ -39,8 +39,8 @@ def plan_attention(
 ) -> AttentionPlan:
     """Decide the scales for every decoder layer that has attention heads; PlanError if none has.
 
-    `served` keeps to what vLLM loads: scales per head become one a layer where layers differ in the
-    number of their heads.
+    `served` keeps to what vLLM loads: per-head scales become one per layer where the layers
+    differ in their number of heads.
     """
     _check_args(args)
     modules = _attention_modules(ckpt, layout)
@@ -111,14 +111,14 @@ def _key_projections(ckpt: Checkpoint, layout: Layout) -> dict[str, str]:
         kind = attention_kind(linear.name, layout.layers, layout.num_layers, ckpt.text_config)
         if kind == "latent":
             raise PlanError(
-                f"{linear.name}: multi-head latent attention caches no heads of k and v; "
-                "KV-cache scales of this model cannot be calibrated per tensor or per head"
+                f"{linear.name}: multi-head latent attention does not cache k and v heads, so "
+                "KV-cache scales cannot be calibrated for this model"
             )
         if kind == "heads":
             found[linear.parent] = linear.weight.spec.dtype
     if not found:
         raise PlanError(
-            f"{ckpt.path}: KV-cache scales are asked for, but {_why_none(ckpt, layout)}"
+            f"{ckpt.path}: KV-cache scales were requested, but {_why_none(ckpt, layout)}"
         )
     return found
 
@@ -126,15 +126,15 @@ def _key_projections(ckpt: Checkpoint, layout: Layout) -> dict[str, str]:
 def _why_none(ckpt: Checkpoint, layout: Layout) -> str:
     heads, tree = config_heads(ckpt.text_config), layout.witnesses.tree
     if heads is None or (tree is not None and tree.layers and not tree.attending):
-        return "this model has no attention heads; schemes for weights alone take it"
+        return "this model has no attention heads; use a weights-only scheme"
     if layout.family.transposed_layers:
-        return f"layers of {layout.family.name} are stored as [in, out] (Conv1D), not as Linears"
+        return f"{layout.family.name} stores its layers as [in, out] (Conv1D), not as Linears"
     if not layout.layers:
         model = tree.model_class if tree is not None else "the checkpoint"
-        return f"{model} has no one list of {layout.num_layers} decoder layers"
+        return f"{model} has no single list of {layout.num_layers} decoder layers"
     return (
-        f"ckptq finds no Linear in its decoder layers that makes the keys of {heads[1]} heads "
-        f"({', '.join(KEY_PROJECTIONS)}); schemes for weights alone take this model"
+        f"ckptq found no Linear in its decoder layers that computes the keys of {heads[1]} heads "
+        f"({', '.join(KEY_PROJECTIONS)}); use a weights-only scheme for this model"
     )
 
 
@@ -145,7 +145,7 @@ def _heads_of(ckpt: Checkpoint, layout: Layout, modules: Iterable[str]) -> dict[
         said = layer_heads(ckpt.text_config, layer_index(module))
         if said is None:
             raise PlanError(
-                f"{ckpt.path / CONFIG}: KV-cache scales are asked for, but the config says no "
+                f"{ckpt.path / CONFIG}: KV-cache scales were requested, but the config gives no "
                 f"number of heads for {module} (none of {', '.join(QUERY_HEADS)})"
             )
         found[module] = heads_in(module, said, shapes)
@@ -161,10 +161,10 @@ def _unlike_the_config(ckpt: Checkpoint, heads: Mapping[str, Heads]) -> str | No
         return None
     module, (query, kv) = next(iter(odd.items()))
     return (
-        f"scales of attention and cache per tensor instead of per head: {len(odd)} of {len(heads)} "
-        f"layers have heads of their own number ({module}: {query} and {kv}; {CONFIG}: {said[0]} "
-        f"and {said[1]}), and vLLM loads scales per head only where all are alike; --as-written "
-        "keeps them"
+        f"attention and cache scales are per tensor instead of per head: {len(odd)} of "
+        f"{len(heads)} layers have another number of heads ({module}: {query} and {kv}; "
+        f"{CONFIG}: {said[0]} and {said[1]}), and vLLM loads per-head scales only if all "
+        "layers agree; --as-written keeps them per head"
     )
 
 

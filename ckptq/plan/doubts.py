@@ -1,5 +1,4 @@
-"""What can be written, and vLLM cannot serve: said before the work, not refused, because
-transformers and other engines may."""
+"""Warnings before the work: what can be written although vLLM or transformers cannot load it."""
 
 from __future__ import annotations
 
@@ -30,25 +29,25 @@ def vllm_doubts(plan: Plan) -> Iterator[str]:
     if split:
         rows = plan.layout.linears[split[0]].weight.spec.shape[0]
         yield (
-            f"{len(split)} Linears have rows that fill no whole blocks, {split[0]} {rows} of them; "
-            "vLLM merges whole blocks only, and will not load this (fp8-dynamic it does)"
+            f"{len(split)} Linears have rows that do not fill whole blocks ({split[0]}: {rows}); "
+            "vLLM merges whole blocks only and will not load this; it loads fp8-dynamic"
         )
     uneven = _uneven_experts(plan, chosen)
     if uneven is not None:
         yield (
-            f"{uneven}: its experts are not all quantized alike, in every projection; vLLM has one "
-            "scheme for all of a layer, and will not load this"
+            f"{uneven}: its experts are not all quantized alike in every projection; vLLM supports "
+            "one scheme per layer and will not load this"
         )
     if keep_permutable(plan.recipe, plan.layout, chosen) != plan.recipe:
         yield (
-            "q/k in a format whose blocks or zero points vLLM does not permute with the rows: "
-            "it will compute something else (without --as-written they get another)"
+            "q/k are in a format whose blocks or zero points vLLM does not permute with the rows: "
+            "results will be wrong (without --as-written they get another format)"
         )
 
 
 def _chosen(plan: Plan) -> dict[str, Group]:
-    """Linear -> group. What llm-compressor has made is no group of the recipe: `verify --engine`
-    judges that."""
+    """Linear -> group. Results of llm-compressor have no group here: `verify --engine` checks
+    those."""
     groups = {group.name: group for group in plan.recipe.groups}
     return {n: groups[g] for g, names in plan.groups.items() if g in groups for n in names}
 
@@ -62,8 +61,8 @@ def _cache_scales_refused(plan: Plan) -> Iterator[str]:
     else:
         reason = f"it looks for {engine.cache_scales}, and transformers for k_scale"
     yield (
-        f"vLLM does not load KV-cache scales of {engine.name} ({reason}); use a scheme for "
-        "weights alone there"
+        f"vLLM does not load KV-cache scales for {engine.name} ({reason}); use a weights-only "
+        "scheme for it"
     )
 
 
@@ -71,8 +70,8 @@ def _integers_unpacked(chosen: Mapping[str, Group]) -> Iterator[str]:
     for group in {group.name: group for group in chosen.values()}.values():
         if group.input_activations is None and not loads_with_plain_inputs(group):
             yield (
-                f"group {group.name!r} is {group.format} and leaves its inputs as they are; vLLM "
-                "loads integers of weights alone only as pack-quantized"
+                f"group {group.name!r} is {group.format} with unquantized inputs; vLLM loads "
+                "weight-only integers only as pack-quantized"
             )
 
 
@@ -82,13 +81,13 @@ def _experts_refused(plan: Plan, chosen: Mapping[str, Group]) -> Iterator[str]:
     first = next((n for n in chosen if engine and engine.experts(n)), None)
     if engine is not None and reason is not None and first is not None:
         yield (
-            f"{first}: vLLM does not load quantized experts of {engine.name} "
-            f"({reason.partition('. ')[0]}); --ignore 're:.*experts.*' leaves them as they are"
+            f"{first}: vLLM does not load quantized experts for {engine.name} "
+            f"({reason.partition('. ')[0]}); --ignore 're:.*experts.*' leaves them unquantized"
         )
 
 
 def transformers_doubts(plan: Plan) -> Iterator[str]:
-    """What transformers would not load, or load wrongly, and vLLM serves."""
+    """What transformers would refuse or load wrongly, although vLLM serves it."""
     yield from dict.fromkeys(
         reason
         for name, group in _chosen(plan).items()
@@ -97,14 +96,11 @@ def transformers_doubts(plan: Plan) -> Iterator[str]:
     tree = plan.layout.witnesses.tree
     if tree is not None and (homeless := _without_place_in_transformers(plan)):
         yield (
-            f"transformers cannot read {len(homeless)} of the quantized Linears, {homeless[0]} for "
-            f"one: its {tree.model_class} has no place for them"
+            f"transformers cannot read {len(homeless)} of the quantized Linears, such as "
+            f"{homeless[0]}: its {tree.model_class} has no such modules"
         )
     if plan.attention is not None and len(_widths(plan)) > 1:
-        yield (
-            "transformers cannot read attention scales where layers have heads of different size; "
-            "vLLM can"
-        )
+        yield ("transformers cannot read attention scales if layers differ in head size; vLLM can")
     yield from _attention_unlike_transformers(plan)
 
 
@@ -117,9 +113,9 @@ def _attention_unlike_transformers(plan: Plan) -> Iterator[str]:
         return
     if not tree.runs_attention_groups and any(g.is_attention for g in plan.recipe.groups):
         yield (
-            f"transformers cannot run {tree.model_class} with attention scales: it has eager "
-            "attention alone, which compressed-tensors does not hook into; vLLM can (both can with "
-            "cache scales alone, kv-fp8-per-head)"
+            f"transformers cannot run {tree.model_class} with attention scales: it supports "
+            "only eager attention, which compressed-tensors does not hook into; vLLM can (both can "
+            "with cache scales alone, kv-fp8-per-head)"
         )
     inside = {linear.parent: name for name, linear in plan.layout.linears.items()}
     scaled = {
@@ -129,14 +125,14 @@ def _attention_unlike_transformers(plan: Plan) -> Iterator[str]:
     unread = [disk for theirs, disk in scaled.items() if theirs not in tree.attention]
     if unread:
         yield (
-            f"transformers cannot read the attention scales of {len(unread)} modules, {unread[0]} "
-            "for one: compressed-tensors takes them for no attention with a cache, and leaves the "
-            "scales out"
+            f"transformers cannot read the attention scales of {len(unread)} modules, such as "
+            f"{unread[0]}: compressed-tensors does not treat them as attention with a cache and "
+            "drops the scales"
         )
     if wanted := sorted(tree.attention - scaled.keys()):
         yield (
-            f"transformers cannot read this without a report of missing keys: compressed-tensors "
-            f"wants cache scales of {len(wanted)} more modules, {wanted[0]} for one"
+            f"transformers will report missing keys: compressed-tensors expects cache scales for "
+            f"{len(wanted)} more modules, such as {wanted[0]}"
         )
 
 
@@ -158,13 +154,13 @@ def _transformers_objection(plan: Plan, name: str, group: Group) -> str | None:
         return None
     if owner.fused is not None and fused and not owner.fused.one_by_one:
         return (
-            f"transformers loads the experts of {owner.class_name} only as one tensor, so it "
+            f"transformers loads the experts of {owner.class_name} only as one fused tensor, so it "
             "cannot load this checkpoint; vLLM loads them one by one"
         )
     if owner.fused is not None and owner.fused.dealt_out:
         return (
-            f"transformers cannot read quantized experts of {owner.class_name}, which it deals out "
-            "to several modules"
+            f"transformers cannot read quantized experts of {owner.class_name}, which it splits "
+            "between several modules"
         )
     stacked = owner.fused is not None and not owner.fused.taken_apart
     if stacked and not loads_fused_experts(group):
@@ -177,17 +173,17 @@ def _transformers_objection(plan: Plan, name: str, group: Group) -> str | None:
     if packed and tree is not None and starred(tree.module(name)) in tree.wants_weights:
         return (
             f"transformers cannot read packed weights of this model: it initializes "
-            f"{starred(name)} by way of its weight; vLLM can"
+            f"{starred(name)} through its weight; vLLM can"
         )
     if owner.own_forward and packed:
         return (
             f"transformers cannot read packed weights of {owner.class_name}, whose forward pass "
-            "uses the weight itself; vLLM can"
+            "uses the weight directly; vLLM can"
         )
     if owner.tied:
         return (
-            "transformers cannot read quantized weights that layers share: it ties what is called "
-            "weight, and not its scales; vLLM can"
+            "transformers cannot read quantized weights shared between layers: it ties the "
+            "weight but not its scales; vLLM can"
         )
     return None
 

@@ -1,7 +1,7 @@
-"""Widths that a format cannot hold: those Linears are left as they are, and the plan says so.
+"""Linears whose shape a format cannot hold are left unquantized, and the plan says so.
 
-One odd width is no reason to refuse a model. What cannot be quantized takes along what an engine
-has one scheme for: the set that vLLM merges, all experts of a layer. vLLM 0.32:
+One odd width is no reason to refuse a model. A Linear that does not fit takes along those that must
+share its scheme: the set that vLLM merges, all experts of a layer. vLLM 0.32:
 
 - groups must divide the columns, of weights as of activations (`per_token_group_quant_fp8` asserts
   it on a GPU, for block FP8 too, whose weights alone could end in half a block);
@@ -31,7 +31,7 @@ from ckptq.recipes.group_size import sizes_of
 from ckptq.recipes.scheme import Group, Recipe
 
 UNCHOSEN = "not targeted, or ignored"
-"""Why a Linear is left that no rule keeps."""
+"""Why a Linear is left that no rule protects."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,14 +89,14 @@ def fit(
     kept = {name: group for name, group in chosen.items() if name not in taken}
     if not kept:
         raise PlanError(
-            f"recipe {recipe.name!r} fits no Linear of this model:\n" + "\n".join(lines)
+            f"recipe {recipe.name!r} fits none of the Linears of this model:\n" + "\n".join(lines)
         )
     groups = tuple(g for g in recipe.groups if g.is_attention or g in kept.values())
     return Fit(
         recipe=replace(recipe, groups=groups),
         chosen=kept,
         left={name: misfit.why for name, misfit in taken.items()},
-        told=tuple(f"left as they are: {line}" for line in lines),
+        told=tuple(f"left unquantized: {line}" for line in lines),
     )
 
 
@@ -117,11 +117,11 @@ def _misfit(
     why = _columns(C, group) or _words(R, C, group)
     if why is None and whole_blocks and not _last(linear, layout, chosen):
         height = group.block_height
-        why = f"{R} rows are no whole blocks of {height}, and vLLM merges no others"
+        why = f"{R} rows are not a whole number of blocks of {height}, which vLLM requires"
         why = why if R % height else None
     if why is None and _is_cut_by_heads(layout, name, group):
-        why = f"vLLM's {_engine_class(layout)} cuts every tensor of it by heads"
-        return Misfit(f"{why}, and {group.format} has some without its rows", C, group, False)
+        why = f"vLLM's {_engine_class(layout)} splits all its tensors by heads"
+        return Misfit(f"{why}, but {group.format} has tensors without rows", C, group, False)
     return None if why is None else Misfit(why, C, group)
 
 
@@ -156,9 +156,9 @@ def _words(R: int, C: int, group: Group) -> str | None:
         return None
     codes = 32 // weights.num_bits
     if C % codes:
-        return f"{C} columns fill no whole words of {codes} codes"
+        return f"{C} columns do not fill whole words of {codes} codes"
     if R % codes and not weights.symmetric:
-        return f"zero points of {R} rows fill no whole words of {codes}"
+        return f"zero points of {R} rows do not fill whole words of {codes}"
     return None
 
 
@@ -199,9 +199,9 @@ def _kind(name: str) -> str:
 
 def _way_out(misfit: Misfit) -> str:
     if not misfit.of_width:
-        return "`--scheme fp8-dynamic` takes them"
+        return "use `--scheme fp8-dynamic`"
     now = misfit.group.weights.group_size if misfit.group.weights is not None else None
     sizes = [n for n in sizes_of(misfit.group) if n != now and (n < 0 or misfit.columns % n == 0)]
     if not sizes:
-        return "`--scheme fp8-dynamic` takes any width"
-    return f"`--group-size {sizes[0]}` would take them"
+        return "`--scheme fp8-dynamic` supports any width"
+    return f"`--group-size {sizes[0]}` would fit"

@@ -1,7 +1,7 @@
 """What a plan leaves unquantized: the names for `ignore`, and the reasons for the user.
 
-An engine builds quantized whatever a target's class means and `ignore` does not name, also what has
-no tensor on disk (a tied output head) and experts that lie on disk as one tensor.
+An engine quantizes every module that a target's class matches and `ignore` does not name, even one
+with no tensor on disk (a tied output head) or experts stored as one tensor.
 """
 
 from __future__ import annotations
@@ -16,10 +16,10 @@ from ckptq.models.witnesses import HEAD
 from ckptq.numbered import starred
 
 PLAIN = ("embedding", "norm")
-"""What no engine takes for a Linear, by its name."""
+"""Kinds that engines never treat as Linears."""
 
 EXPECTED = (*PLAIN, HEAD, "router", "vision tower", "audio tower", "projector", "bias")
-"""Reasons that hold for every model, and are not told one by one."""
+"""Reasons that apply to every model and are not reported."""
 
 
 def left_names(layout: Layout, chosen: Collection[str]) -> tuple[str, ...]:
@@ -59,7 +59,7 @@ def _of_whole(layout: Layout, name: str) -> Iterator[str]:
 
 
 def left_alone(layout: Layout, chosen: Collection[str]) -> Iterator[str]:
-    """A line for each kind of module in the decoder layers that stays for a reason of its own."""
+    """A line for each kind of decoder module that stays unquantized for an unusual reason."""
     kinds: Counter[tuple[str, str]] = Counter()
     for linear in layout.linears.values():
         if linear.name not in chosen and _is_news(layout, linear):

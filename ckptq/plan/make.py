@@ -1,7 +1,7 @@
 """Recipe x checkpoint -> everything that will be read and written. Pure: headers in, data out.
 
-What can be refused is refused here, before a byte moves. Later stages obey: the converter makes
-what a unit promises, and the writer compares what arrives with it.
+Everything that can be refused is refused here, before any data moves. Later stages follow the plan:
+the converter makes what a unit promises, and the writer checks it.
 """
 
 from __future__ import annotations
@@ -61,13 +61,13 @@ def make_plan(
     `permutable` keeps to what vLLM serves: Llama-4's q/k/v move out of formats that it cannot
     permute, sets whose blocks of rows it cannot merge are left (`permutable`, `fit`).
     `rope_order` "half-split" writes q/k of interleaved models in the order that kernels use, and
-    marks the checkpoint; engines that permute while loading must not be given such a one.
+    marks the checkpoint; engines that permute while loading must not load it.
     """
     if ckpt.quantization_config is not None and all(g.is_attention for g in recipe.groups):
         if rope_order != "keep":
             raise UsageError(
-                f"recipe {recipe.name!r} leaves quantized weights as they are stored; reorder them "
-                "with `ckptq permute` on its result"
+                f"recipe {recipe.name!r} keeps quantized weights as stored; run `ckptq permute` on "
+                "its result to reorder them"
             )
         return _cache_alone(ckpt, recipe, shard_bytes, served=permutable)
     layout = read_layout(ckpt)
@@ -177,7 +177,7 @@ def _input_observer(recipe: Recipe) -> str:
     static = [g.inputs for g in recipe.groups if g.input_scale]
     names = {args.observer or "static_minmax" for args in static if args is not None}
     if len(names) > 1:
-        raise PlanError(f"static input_activations name several observers: {sorted(names)}")
+        raise PlanError(f"static input_activations use several observers: {sorted(names)}")
     return names.pop() if names else "static_minmax"
 
 
@@ -254,7 +254,7 @@ def _refuse_twins(units: Iterable[Unit]) -> None:
     for unit in units:
         for name in unit.writes:
             if name in seen:
-                raise PlanError(f"{name}: two source tensors would be written under this name")
+                raise PlanError(f"{name}: two source tensors would get this name")
             seen.add(name)
 
 

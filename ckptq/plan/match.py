@@ -15,13 +15,11 @@ from ckptq.models.modules import Layout, Linear
 from ckptq.models.readable import refuse_bare_codes, unread
 from ckptq.models.witnesses import NAMEABLE, Witnesses
 from ckptq.plan.left import EXPECTED
+from ckptq.printable import listed
 from ckptq.recipes.args import LOCAL, Args
 from ckptq.recipes.names import broken, read_names
 from ckptq.recipes.scheme import Group, Recipe, Scheme
 from ckptq.spec import FLOATS
-
-SHOWN = 3
-"""How many missing tensors a message names."""
 
 NVFP4 = Args(num_bits=4, type="float", strategy="tensor_group", group_size=16)
 NVFP4_FIELDS = ("num_bits", "type", "strategy", "group_size", "dynamic")
@@ -39,8 +37,8 @@ def choose(layout: Layout, recipe: Recipe, ignore: Sequence[str]) -> dict[str, G
             raise PlanError(f"group {group.name!r} has neither weights nor input_activations")
     if groups and layout.family.transposed_layers:
         raise PlanError(
-            f"recipe {recipe.name!r}: layers of {layout.family.name} are stored as [in, out] "
-            "(Conv1D); wanted Linears, [out, in]"
+            f"recipe {recipe.name!r}: {layout.family.name} stores its layers as [in, out] "
+            "(Conv1D); expected Linears, [out, in]"
         )
     if layout.witnesses.silent and any("Linear" in g.targets for g in groups):
         raise PlanError(_unknown(layout.witnesses))
@@ -52,7 +50,7 @@ def choose(layout: Layout, recipe: Recipe, ignore: Sequence[str]) -> dict[str, G
             raise PlanError(
                 f"recipe {recipe.name!r}: group {group.name!r} with targets "
                 f"{list(group.targets)} matched no Linear{_why_none(layout, group)}; "
-                "`ckptq inspect` lists their names"
+                "run `ckptq inspect` to list their names"
             )
     return chosen
 
@@ -78,22 +76,23 @@ def _why_none(layout: Layout, group: Group) -> str:
     reasons = Counter(linear.kept or "ignored" for linear in meant)
     reason, count = reasons.most_common(1)[0]
     first = next(linear.name for linear in meant if (linear.kept or "ignored") == reason)
-    return f": {count} of {len(meant)} stay, {first} for one ({reason})"
+    return f": {count} of {len(meant)} are protected, such as {first} ({reason})"
 
 
 def _unknown(witnesses: Witnesses) -> str:
     names = ", ".join(witnesses.architectures) or "no architecture in config.json"
     return (
-        f"{names}: known to neither transformers nor the table of vLLM's models, so ckptq cannot "
-        f"tell which modules are Linears ({witnesses.no_tree}); give a recipe whose targets name "
-        'them, such as "re:.*layers.*_proj$"'
+        f"{names}: unknown to both transformers and vLLM's table of models, so ckptq cannot tell "
+        f"which modules are Linears ({witnesses.no_tree}); give a recipe whose targets name them, "
+        'such as "re:.*layers.*_proj$"'
     )
 
 
 def refuse_idle_ignores(layout: Layout, ignore: Sequence[str]) -> None:
-    """PlanError for `--ignore` of what is not there: a typo would quantize what was to be left.
+    """PlanError for an `--ignore` that matches nothing: a typo would quantize what it should
+    protect.
 
-    An output head that is tied to the embedding is not stored, and may be named all the same.
+    A tied output head is not stored, but may be named.
     """
     for pattern in ignore:
         if (why := broken(pattern)) is not None:
@@ -101,8 +100,8 @@ def refuse_idle_ignores(layout: Layout, ignore: Sequence[str]) -> None:
         names = read_names([pattern])
         if not any(names.match(name) for name in (*layout.linears, "lm_head")):
             raise PlanError(
-                f"--ignore {pattern!r}: matches no Linear of this checkpoint; wanted a full name "
-                "or re:PATTERN, which is matched from the start; `ckptq inspect` lists the names"
+                f"--ignore {pattern!r}: matches no Linear of this checkpoint; expected a full name "
+                "or re:PATTERN, matched from the start; run `ckptq inspect` to list the names"
             )
 
 
@@ -113,25 +112,23 @@ def refuse_holes(ckpt: Checkpoint, layout: Layout) -> None:
     """
     tree = layout.witnesses.tree
     if tree is not None and tree.lacking:
-        shown = ", ".join(tree.lacking[:SHOWN])
-        more = f" and {len(tree.lacking) - SHOWN} more" if len(tree.lacking) > SHOWN else ""
         raise SourceError(
-            f"{ckpt.path}: lacks {shown}{more}, which transformers' {tree.model_class} of its "
-            "config.json needs; fetch it again, or correct config.json"
+            f"{ckpt.path}: lacks {listed(tree.lacking)}, which transformers' {tree.model_class} "
+            "of its config.json needs; download it again, or correct config.json"
         )
     there = {int(m["index"]) for n in ckpt.tensors if (m := in_layers(n, layout.layers))}
     gone = [index for index in range(layout.num_layers) if index not in there]
     if tree is None and layout.layers and gone and "block_configs" not in ckpt.text_config:
         raise SourceError(
-            f"{ckpt.path}: has no tensor of {layout.layers}.{gone[0]}; config.json says "
-            f"{layout.num_layers} layers, and {len(there)} are there"
+            f"{ckpt.path}: has no tensor of {layout.layers}.{gone[0]}; config.json declares "
+            f"{layout.num_layers} layers, found {len(there)}"
         )
 
 
 def refuse_unread_weights(ckpt: Checkpoint, layout: Layout) -> None:
     """SourceError for a weight that is neither a float nor declared as quantized.
 
-    It would be copied as if it were no weight, and no engine could tell what its codes mean.
+    It would be copied like any other tensor, and no engine could interpret its codes.
     """
     others = [ckpt.tensors[name] for name in layout.others]
     refuse_bare_codes(others)
@@ -157,14 +154,14 @@ def refuse_split_sets(layout: Layout, chosen: Mapping[str, Group]) -> None:
         found = {member: chosen.get(member) for member in members}
         if len({group.name if group else None for group in found.values()}) > 1:
             detail = ", ".join(f"{m}: {g.name if g else 'left alone'}" for m, g in found.items())
-            raise PlanError(f"a fused set must be quantized alike, found {detail}")
+            raise PlanError(f"the members of a fused set must be quantized alike; found {detail}")
 
 
 def refuse_unserved(groups: Sequence[Group]) -> None:
-    """Activations that ckptq has no scales for, named instead of forgotten."""
+    """PlanError for activation schemes that vLLM does not support."""
     for group in groups:
         if group.output_activations is not None:
-            raise PlanError(f"group {group.name!r}: output_activations are not served by vLLM")
+            raise PlanError(f"group {group.name!r}: vLLM does not support output_activations")
         weights, inputs = group.weights, group.inputs
         if weights is None or inputs is None:
             continue
@@ -176,7 +173,7 @@ def refuse_unserved(groups: Sequence[Group]) -> None:
         elif inputs.dynamic is False and inputs.strategy != "tensor":
             raise PlanError(
                 f"group {group.name!r}: static input_activations have strategy "
-                f"{inputs.strategy!r}; vLLM serves static activations per tensor"
+                f"{inputs.strategy!r}; vLLM supports static activations only per tensor"
             )
 
 
@@ -199,6 +196,6 @@ def _refuse_half_nvfp4(group: str, part: str, args: Args, served: Args) -> None:
     found, wanted = ({name: getattr(a, name) for name in NVFP4_FIELDS} for a in (args, served))
     if found != wanted or not args.symmetric:
         raise PlanError(
-            f"group {group!r}: vLLM serves NVFP4 activations with NVFP4 weights only: "
-            f"{part} are {found}, wanted {wanted}"
+            f"group {group!r}: vLLM supports NVFP4 activations only with NVFP4 weights: "
+            f"{part} are {found}, expected {wanted}"
         )

@@ -1,4 +1,4 @@
-"""RoPE row order as a stage: units in the order of the source become units in the one wanted.
+"""RoPE row order as a stage: units in the source's order become units in the requested one.
 
 `ckptq permute` puts it behind units that copy, `ckptq quantize --rope-order` before quantization.
 """
@@ -40,7 +40,7 @@ class Reordering:
         return effect if effect.part in self.only else None
 
     def units(self, units: Iterable[Unit]) -> tuple[Unit, ...]:
-        """The same units, each reading what it reads in the wanted order.
+        """The same units, each reading its tensors in the requested order.
 
         PlanError, naming the tensor, for one that is unknown or cannot be permuted.
         """
@@ -67,9 +67,9 @@ class Reordering:
 
 
 def reordering(ckpt: Checkpoint, to: RopeOrder, only: Collection[Part] = ALL) -> Reordering:
-    """What it takes to bring a checkpoint into order `to`.
+    """How to bring a checkpoint into order `to`.
 
-    Raises UsageError if a part is in that order already, SourceError for contradictory marks,
+    Raises UsageError if a part is already in that order, SourceError for contradictory marks,
     PlanError for a model without q_proj and k_proj.
     """
     family = RopeOrder(family_of(ckpt.config).rope)
@@ -116,7 +116,7 @@ def plan_permute(ckpt: Checkpoint, to: RopeOrder, only: Collection[Part] = ALL) 
     )
     if not plan.moved:
         raise UsageError(
-            f"{ckpt.path}: no {' or '.join(sorted(only))} of q/k are indexed by row; there is "
+            f"{ckpt.path}: q/k have no {' or '.join(sorted(only))} indexed by row; there is "
             "nothing to permute"
         )
     return plan

@@ -1,7 +1,7 @@
 """Scales for the KV cache of a checkpoint whose weights are quantized already and stay as they are.
 
-Nothing is dequantized: every tensor is copied but the old cache scales, and the source's own
-quantization config goes on to describe the weights.
+Nothing is dequantized: every tensor except the old cache scales is copied, and the source's
+quantization config still describes the weights.
 """
 
 from __future__ import annotations
@@ -18,17 +18,16 @@ from ckptq.recipes.declared import Declared, declared
 
 
 def kept_config(ckpt: Checkpoint) -> Declared:
-    """The quantization config that goes on to hold for the weights.
+    """The quantization config that still describes the weights.
 
-    PlanError for other methods than compressed-tensors: their configs have no place for a scheme
-    of the cache.
+    PlanError for methods other than compressed-tensors: their configs cannot describe a quantized
+    cache.
     """
     said = declared(ckpt)
     if said.method != "compressed-tensors":
         raise PlanError(
-            f"{ckpt.path}: is quantized with {said.method!r}, whose config has no place for "
-            "calibrated cache scales; choose a scheme for weights and cache, which writes "
-            "compressed-tensors"
+            f"{ckpt.path}: quantized with {said.method!r}, whose config cannot hold calibrated "
+            "cache scales; choose a scheme for weights and cache, which writes compressed-tensors"
         )
     return said
 

@@ -1,8 +1,8 @@
 """How one thing is quantized: weights, inputs, attention and its cache. compressed-tensors calls it
 `QuantizationArgs`, and so do YAML recipes and config.json, from which it is read here alone.
 
-A stranger's config may hold anything. Each field that is not what it should be goes to a `Problem`,
-which raises, or collects and lets the reading go on.
+A config may hold anything. Each invalid field goes to a `Problem`, which raises, or collects it and
+lets reading continue.
 """
 
 from __future__ import annotations
@@ -15,11 +15,11 @@ from ckptq.errors import PlanError
 from ckptq.quantize.weight_scheme import NAIVE, Search, WeightScheme, want
 
 Problem = Callable[[str, object, str], None]
-"""Told of (a field, what it holds, what was wanted)."""
+"""Receives (field, value found, value expected)."""
 
 LOCAL = "local"
 
-# A weight is seen once, so these observers all come to its plain minimum and maximum
+# a weight is seen once, so all these observers give its minimum and maximum
 MINMAX = (None, "memoryless_minmax", "static_minmax", "minmax")
 
 _EXPANDED = Search(expand=1.8, maxshrink=1 - 0.8 / 1.8, grid=200.0)
@@ -56,13 +56,13 @@ class Args:
     unknown: tuple[str, ...] = ()
     """Fields that compressed-tensors does not have."""
     odd: bool = False
-    """Whether something else than a value was there, and a default stands in its place."""
+    """Whether a field was invalid and has its default instead."""
     written: tuple[str, ...] = field(default=(), compare=False, repr=False)
     """The fields that were read, in their order: they are written as they were."""
 
     @classmethod
     def read(cls, found: object, where: str = "weights", problem: Problem | None = None) -> Args:
-        """From what YAML, JSON or `model_dump()` gives; nulls and empty objects say nothing.
+        """From YAML, JSON or `model_dump()`; nulls and empty objects are ignored.
 
         Without a `problem`, PlanError names the field.
         """
@@ -92,7 +92,7 @@ class Args:
 
     @property
     def local(self) -> bool:
-        """NVFP4's inputs: scales of groups, found as they come, under a static global one."""
+        """NVFP4 inputs: dynamic group scales under a static global scale."""
         return self.dynamic == LOCAL
 
     @property
@@ -116,11 +116,11 @@ class Args:
         return {name: value for name, value in made.items() if value is not None and value != {}}
 
     def weight_scheme(self, format: str, *, stored: bool = False) -> WeightScheme:
-        """What of it changes bytes, for weights in this format.
+        """The part that determines the stored bytes, for weights in this format.
 
-        `stored` says that the weights exist already, so that any observer and GPTQ's activation
-        order will do. "naive-quantized" becomes the format
-        with the same bytes. PlanError names a field that is unknown or asks for what is not done.
+        `stored` means that the weights already exist, so that any observer and GPTQ's activation
+        order will do. "naive-quantized" becomes the format with the same bytes. PlanError names an
+        unknown or unsupported field.
         """
         for name in self.unknown:
             want("field", name, FIELDS)
@@ -231,8 +231,8 @@ FIELDS: Mapping[str, tuple[Callable[[object], object], str]] = {
     "block_structure": (pair, "two positive whole numbers"),
     "dynamic": (lambda x: x if isinstance(x, bool) else _word(x), "true, false or 'local'"),
     "actorder": (lambda x: x if isinstance(x, bool) else _word(x), "the name of an order"),
-    "scale_dtype": (_dtype, "a dtype of torch's"),
-    "zp_dtype": (_dtype, "a dtype of torch's"),
+    "scale_dtype": (_dtype, "a torch dtype"),
+    "zp_dtype": (_dtype, "a torch dtype"),
     "observer": (_is(str), "the name of an observer"),
     "observer_kwargs": (_is(dict), "an object"),
 }

@@ -1,7 +1,7 @@
 """The scheme that a checkpoint's config.json declares, and what is written into one.
 
-Commands that have to rely on it take `declared`, for which what is odd is an error; `ckptq verify`
-gives `read_declared` a `Problem` that makes findings of it.
+Most commands use `declared`, which raises on invalid fields; `ckptq verify` gives `read_declared` a
+`Problem` that turns them into findings.
 """
 
 from __future__ import annotations
@@ -52,19 +52,19 @@ class Declared(Scheme):
         return any(group.is_attention for group in self.groups)
 
     def with_cache(self, groups: Mapping[str, Any], cache: Any) -> dict[str, Any]:
-        """The config as it stands for weights that stay as they are stored, with other groups of
-        attention and another scheme of the cache."""
+        """The config for weights that stay as stored, with new attention groups and cache
+        scheme."""
         own = self.config.get("config_groups") or {}
         kept = {g.name: own[g.name] for g in self.groups if g.weights is not None}
         return {**self.config, "config_groups": {**kept, **groups}, "kv_cache_scheme": cache}
 
 
 def declared(ckpt: Checkpoint) -> Declared:
-    """SourceError names the field that is not what it should be. Empty without a config."""
+    """SourceError names an invalid field. Empty without a config."""
 
     def refuse(name: str, found: object, wanted: str) -> None:
         raise SourceError(
-            f"{ckpt.path / CONFIG}: quantization_config.{name} is {found!r}, wanted {wanted}"
+            f"{ckpt.path / CONFIG}: quantization_config.{name} is {found!r}, expected {wanted}"
         )
 
     return read_declared(ckpt, refuse)

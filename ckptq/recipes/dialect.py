@@ -1,8 +1,7 @@
-"""A recipe's text through llm-compressor's own models, and their complaints in a line each.
+"""Parse a recipe with llm-compressor's own models, and report their errors in a line each.
 
-Those come as pydantic writes them for programmers, as Python's own where a validator compares
-before it converts, or with the whole text inside. A user needs the field, what is there, and what
-is wanted.
+Their errors come from pydantic, from Python where a validator compares before it converts, or quote
+the whole text. A user needs the field, what was found and what was expected.
 """
 
 from __future__ import annotations
@@ -18,7 +17,7 @@ import yaml
 from ckptq.errors import UsageError
 
 QUANTIZES = "QuantizationModifier"
-"""The modifier that ckptq carries out itself."""
+"""The modifier that ckptq implements itself."""
 
 WANTED = "a mapping of stages to modifiers, as `ckptq recipes NAME` prints"
 MOST_VALUES = 100_000
@@ -29,7 +28,7 @@ LONGEST = 100
 def read_modifiers(text: str) -> tuple[Sequence[Any], Sequence[Any]]:
     """(modifiers, resolved configs of those that quantize), as llm-compressor's objects.
 
-    UsageError with the field's path for what it does not take.
+    UsageError with the field's path if it is invalid.
     """
     stages = read_stages(text)
     # its log goes to what is stdout while it is imported, and that is for results
@@ -43,12 +42,12 @@ def read_modifiers(text: str) -> tuple[Sequence[Any], Sequence[Any]]:
         configs = [m.resolved_config for m in modifiers if isinstance(m, QuantizationMixin)]
     except ValidationError as error:
         wrong = "\n".join(_complaint(**each) for each in error.errors())
-        raise UsageError(f"not a recipe that llm-compressor reads: {wrong}") from error
+        raise UsageError(f"not a valid llm-compressor recipe: {wrong}") from error
     except (
         ValueError, TypeError, KeyError, AttributeError, NotImplementedError, RecursionError,
     ) as error:  # fmt: skip
         places = "".join(f"{path}: " for path in _stumbled(stages))
-        raise UsageError(f"not a recipe that llm-compressor reads: {places}{error}") from error
+        raise UsageError(f"not a valid llm-compressor recipe: {places}{error}") from error
     return modifiers, configs
 
 
@@ -58,15 +57,14 @@ def read_stages(text: str) -> Mapping[str, Any]:
         stages = _parsed(text)
         size = _expanded(stages, {})
     except RecursionError as error:
-        raise UsageError(f"nested too deep; wanted {WANTED}") from error
+        raise UsageError(f"nested too deeply; expected {WANTED}") from error
     if size > MOST_VALUES:
         raise UsageError(
-            f"holds more than {MOST_VALUES:,} values, those that it repeats counted each time; "
-            f"wanted {WANTED}"
+            f"holds more than {MOST_VALUES:,} values, counting repeated ones; expected {WANTED}"
         )
     if not isinstance(stages, dict):
         found = "nothing" if stages is None else f"a {type(stages).__name__}"
-        raise UsageError(f"holds {found}; wanted {WANTED}")
+        raise UsageError(f"holds {found}; expected {WANTED}")
     return stages
 
 

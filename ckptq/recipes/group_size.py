@@ -1,4 +1,4 @@
-"""`--group-size`: another number of columns under one scale than the recipe says."""
+"""`--group-size`: override how many columns share one scale."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ SIZES = (128, 64, 32, ROW)
 
 
 def sizes_of(group: Group) -> tuple[int, ...]:
-    """The sizes that vLLM serves of a group of Linears; none where the recipe has no choice.
+    """The group sizes that vLLM supports for a group of Linears; empty if the size is fixed.
 
     Integers have groups of any size, but beside FP8 activations of 128 alone
     (`CompressedTensorsW4A8Fp8`); NVFP4 and the MX formats have their own.
@@ -29,24 +29,24 @@ def sizes_of(group: Group) -> tuple[int, ...]:
 
 
 def with_group_size(recipe: Recipe, size: int) -> Recipe:
-    """The recipe with `size` columns under a scale wherever its groups have a size to choose.
+    """The recipe with `size` columns per scale in every group whose size can be chosen.
 
-    -1 is one scale a row. UsageError for a size that vLLM does not serve, and for a recipe without
-    such groups. The name says the size: "w4a16-g64", "w4a16-channel".
+    -1 is one scale per row. UsageError for a size that vLLM does not support, and for a recipe
+    without such groups. The name includes the size: "w4a16-g64", "w4a16-channel".
     """
     if size not in SIZES:
         raise UsageError(
-            f"--group-size {size}: wanted 32, 64 or 128, which vLLM's kernels take, or -1 for one "
-            "scale a row"
+            f"--group-size {size}: expected 32, 64 or 128 (vLLM's kernels), or -1 for one scale "
+            "per row"
         )
     if recipe.handed_over:
         raise UsageError(
-            f"recipe {recipe.name!r} runs in llm-compressor, as it is written; write group_size "
-            "there instead of --group-size"
+            f"recipe {recipe.name!r} runs in llm-compressor exactly as written; set group_size "
+            "in the recipe instead of --group-size"
         )
     if not any(map(sizes_of, recipe.groups)):
         raise UsageError(
-            f"--group-size {size}: recipe {recipe.name!r} has no groups of integers; its scales "
+            f"--group-size {size}: recipe {recipe.name!r} has no integer groups; its scales "
             f"are {_scales(recipe)}"
         )
     groups = tuple(_resized(g, size) if sizes_of(g) else g for g in recipe.groups)
@@ -60,8 +60,8 @@ def with_group_size(recipe: Recipe, size: int) -> Recipe:
 def _resized(group: Group, size: int) -> Group:
     if size not in sizes_of(group):
         raise UsageError(
-            f"--group-size {size}: group {group.name!r} has FP8 activations, beside which vLLM "
-            "serves groups of 128 only"
+            f"--group-size {size}: group {group.name!r} has FP8 activations, with which vLLM "
+            "supports only groups of 128"
         )
     weights = group.weights or Args()
     if size == ROW:
@@ -73,9 +73,9 @@ def _scales(recipe: Recipe) -> str:
     """What shares a scale, of each group of Linears."""
     found = [g.weights for g in recipe.groups if g.weights is not None]
     words = {
-        f"one for {w.group_size} columns, which its format fixes"
+        f"one per {w.group_size} columns, fixed by the format"
         if w.group_size
-        else f"one for a {w.strategy}"
+        else f"one per {w.strategy}"
         for w in found
     }
-    return " and ".join(sorted(words)) or "of attention alone"
+    return " and ".join(sorted(words)) or "for attention only"

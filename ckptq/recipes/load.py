@@ -1,7 +1,7 @@
 """Read recipes: ours by name, compressed-tensors presets by name, a user's YAML by llm-compressor.
 
 The built-in files spell everything out and are checked against llm-compressor's own models by a
-test, so that running one does not wait for its import (5 s). The rest goes through them.
+test, so that using one does not import it (5 s). Everything else goes through those models.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ def load_either(scheme: str | None, file: Path | None) -> Recipe:
 
 
 def describe() -> dict[str, str]:
-    """Every name that `--scheme` takes, with a line on what it does."""
+    """Every name for `--scheme`, with a one-line description."""
     from compressed_tensors.quantization.quant_scheme import PRESET_SCHEMES
 
     ours = {name: _first_comment(path) for name, path in built_in().items()}
@@ -113,11 +113,11 @@ def load_text(name: str, text: str) -> Recipe:
     others = tuple(kind for kind in kinds if kind != QUANTIZES)
     if not modifiers:
         raise UsageError(
-            "the recipe holds no modifier; wanted a stage of modifiers, as `ckptq recipes NAME` has"
+            "the recipe has no modifier; expected a stage of modifiers, as in `ckptq recipes NAME`"
         )
     if len(configs) > 1:
         raise UsageError(
-            f"{len(configs)} modifiers quantize; one with several config_groups is wanted"
+            f"{len(configs)} modifiers quantize; expected one with several config_groups"
         )
     modifier: dict[str, Any] = {}
     if configs:

@@ -1,4 +1,4 @@
-"""Which modules a list of targets or an `ignore` means: the one place where names are matched.
+"""Which modules `targets` or `ignore` match: the one place where names are matched.
 
 An entry is a whole name, or `re:` and a pattern that is anchored at the start and open at the end.
 """
@@ -20,11 +20,11 @@ class Names:
     patterns: tuple[Pattern, ...]
 
     def match(self, *names: str) -> bool:
-        """Whether a module is meant that goes by these names."""
+        """Whether a module with these names is matched."""
         return any(n in self.exact or any(p.match(n) for p in self.patterns) for n in names)
 
     def match_loosely(self, module: str) -> bool:
-        """Whether somebody who writes patterns unanchored, or class names, would mean it."""
+        """Whether it would match unanchored patterns or class names."""
         lowered = module.replace("_", "").lower()
         classes = (e for e in self.exact if "." not in e and e[:1].isupper())
         return any(p.search(module) for p in self.patterns) or any(
@@ -48,7 +48,7 @@ def read_names(entries: Iterable[str]) -> Names:
 
 
 def broken(entry: str) -> str | None:
-    """Why an entry is no regular expression; None where it is one, or a name."""
+    """Why an entry is not a valid pattern; None if it is one, or a plain name."""
     try:
         compiled(entry)
     except BadPattern as error:

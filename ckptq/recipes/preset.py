@@ -42,7 +42,7 @@ def needs_packing(scheme: Any) -> bool:
 
 
 def _filled(group: dict[str, Any]) -> dict[str, Any]:
-    """Without empty dicts and nulls, which say nothing."""
+    """Without empty dicts and nulls, which have no effect."""
     return {
         key: _filled(value) if isinstance(value, dict) else value
         for key, value in group.items()

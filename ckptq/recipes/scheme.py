@@ -17,7 +17,7 @@ from ckptq.recipes.args import Args, Problem
 from ckptq.recipes.names import Names, broken, read_names
 
 A_PATTERN = "a regular expression"
-"""How the wish of a `Problem` begins that is about a pattern."""
+"""Start of the `expected` text of a `Problem` about a pattern."""
 
 PARTS = ("weights", "input_activations", "output_activations")
 
@@ -47,13 +47,13 @@ class Group:
 
     @property
     def inputs(self) -> Args | None:
-        """How what goes into its Linears is quantized, as far as it could be read."""
+        """How the inputs of its Linears are quantized, if readable."""
         inputs = self.input_activations if self.weights is not None else None
         return None if inputs is None or inputs.odd else inputs
 
     @property
     def input_scale(self) -> str | None:
-        """Local name of the scale of its Linears' inputs, which only calibration gives."""
+        """Local name of the calibrated input scale, if it has one."""
         if self.inputs is None or self.inputs.dynamic is True:
             return None
         return "input_global_scale" if self.inputs.local else "input_scale"
@@ -82,7 +82,7 @@ class Group:
 
     @cached_property
     def scheme(self) -> WeightScheme | None:
-        """That of weights that are stored already; None where what is declared cannot be."""
+        """That of already stored weights; None if the declaration is invalid."""
         if self.weights is None or self.weights.odd:
             return None
         try:
@@ -115,7 +115,7 @@ class Scheme:
 
     @property
     def attention(self) -> Args | None:
-        """How q, k and v are quantized in attention and cache, if they are."""
+        """How q, k and v are quantized in attention and cache, if at all."""
         inputs = next((g.input_activations for g in self.groups if g.is_attention), None)
         return self.kv_cache_scheme if inputs is None else inputs
 
@@ -170,7 +170,7 @@ def read_groups(entries: Mapping[str, Any], format: str | None, problem: Problem
 
 
 def read_strings(found: object, where: str, problem: Problem) -> tuple[str, ...]:
-    """Names and patterns. What is none is left out; a pattern that does not compile is kept."""
+    """Names and patterns. Other values are left out; an invalid pattern is kept."""
     if not isinstance(found, list):
         problem(where, found, "a list of names")
         return ()

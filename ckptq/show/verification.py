@@ -47,7 +47,7 @@ def _findings(label: str, findings: Sequence[Finding]) -> Iterator[str]:
         yield from _wrapped(f"{label} {code}: {KINDS[code].meaning}{count}", indent=0)
         shared = {one.repair for one in alike}
         for one in alike[:SHOWN]:
-            said = f"found {one.found}; wanted {one.wanted}"
+            said = f"found {one.found}; expected {one.wanted}"
             repair = f"; {one.repair}" if len(shared) > 1 else ""
             yield from _wrapped(f"{_where(one)}{said}{repair}", indent=6)
         if len(alike) > SHOWN:

@@ -1,7 +1,4 @@
-"""What is wrong with a `quantization_config`, by the rules of the engines that read it.
-
-What is left is well typed: groups with a weight scheme that can be, names that can be matched.
-"""
+"""Problems of a `quantization_config`, by the rules of the engines that read it."""
 
 from __future__ import annotations
 
@@ -19,7 +16,7 @@ from ckptq.verify.report import Finding
 
 
 def judge_config(ckpt: Checkpoint) -> tuple[Declared, list[Finding]]:
-    """The config's declarations, as far as they can be read, and what is wrong with them.
+    """The config's declarations, as far as readable, and their problems.
 
     Raises SourceError for a quantization method other than compressed-tensors.
     """
@@ -43,8 +40,8 @@ def _unread(field: str, found: object, wanted: str) -> Finding:
 
 
 def _around(ckpt: Checkpoint, declared: Declared) -> Iterator[Finding]:
-    """What stands beside the groups. vLLM 0.32 has no sparsity any more; rotations are written by
-    llm-compressor; without any groups vLLM refuses scales per head."""
+    """Fields beside the groups. vLLM 0.32 no longer supports sparsity; llm-compressor writes
+    rotations; without config_groups vLLM refuses per-head scales."""
     config, method = declared.config, declared.method
     if method != "compressed-tensors" and "config_groups" not in config:
         said = "missing" if method is None else repr(str(method)[:80])
@@ -81,7 +78,7 @@ def _group(group: Group) -> Iterator[Finding]:
         yield _wrong("format", f"{where}.format", group.format, choice)
         return
     if group.input_activations is None and not loads_with_plain_inputs(group):
-        wanted = "pack-quantized, as vLLM loads integers of weights alone"
+        wanted = "pack-quantized, which vLLM requires for weight-only integers"
         yield _wrong("format", f"{where}.format", group.format, wanted)
     if group.weights.odd:
         return
@@ -93,22 +90,22 @@ def _group(group: Group) -> Iterator[Finding]:
 
 
 def _in_order(group: Group) -> Group:
-    """The group as if its columns were in the weight's order, which engines read alone: one finding
-    says that they are not."""
+    """The group without activation order, which engines do not read; one finding reports it."""
     if group.weights is None or group.weights.actorder not in ("group", "dynamic"):
         return group
     return replace(group, weights=replace(group.weights, actorder=None))
 
 
 def _attention_group(group: Group, declared: Declared) -> Iterator[Finding]:
-    """vLLM knows such a group by its one target, a class name; its scheme must be the cache's."""
+    """vLLM recognizes such a group by its single target, a class name; its scheme must match the
+    cache."""
     where, targets = f"config_groups.{group.name}", list(group.targets)
     if len(targets) != 1 or targets[0].startswith("re:") or not targets[0].endswith("Attention"):
         wanted = 'one class name that ends in "Attention"'
         yield _wrong("attention-target", f"{where}.targets", targets, wanted)
     kv, inputs = declared.kv_cache_scheme, group.input_activations
     if kv is None:
-        wanted = "that of the attention group, or vLLM keeps the cache unquantized"
+        wanted = "the attention group's; without it vLLM keeps the cache unquantized"
         yield _wrong("kv-scheme-missing", "kv_cache_scheme", None, wanted)
     elif inputs is not None:
         for field in ("num_bits", "type", "strategy", "symmetric"):
@@ -119,7 +116,7 @@ def _attention_group(group: Group, declared: Declared) -> Iterator[Finding]:
 
 
 def _cache(declared: Declared, told: Collection[str | None]) -> Iterator[Finding]:
-    """What vLLM does not serve of a scheme for the cache, as far as it could be read."""
+    """Fields of the cache scheme that vLLM does not support."""
     kv = declared.kv_cache_scheme
     if kv is None or "kv_cache_scheme" in told:
         return
@@ -130,7 +127,5 @@ def _cache(declared: Declared, told: Collection[str | None]) -> Iterator[Finding
 
 
 def _wrong(code: str, field: str, found: object, wanted: str) -> Finding:
-    return finding(
-        code, field, file=CONFIG, found="nothing" if found is None else str(found)[:200],
-        wanted=wanted,
-    )  # fmt: skip
+    said = "nothing" if found is None else str(found)[:200]
+    return finding(code, field, file=CONFIG, found=said, wanted=wanted)

@@ -48,7 +48,7 @@ ENGINES = {
 
 
 def find_engine(name: str) -> Engine:
-    """UsageError for an engine that is not known."""
+    """UsageError for an unknown engine."""
     if name not in ENGINES:
-        raise UsageError(f"--engine {name!r}: wanted {', '.join(ENGINES)}")
+        raise UsageError(f"--engine {name!r}: expected {', '.join(ENGINES)}")
     return ENGINES[name]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import fields, replace
 from typing import TYPE_CHECKING
 
 from ckptq.checkpoint.open import CONFIG
@@ -43,8 +44,8 @@ def check_data(
     structure: Iterable[Finding],
     options: Options,
 ) -> Checked:
-    """Values, round trip and copies. Linears whose tensors have faults in `by_linear` are left out;
-    `structure` holds all that headers told."""
+    """Values, round trip and copies. Linears with faults in `by_linear` are left out; `structure`
+    holds all findings from headers."""
     fast, progress = options.fast, options.progress
     linears = {linear.name: linear for linear in _sound(subject, by_linear)}
     undo = make_undo(subject)
@@ -56,7 +57,7 @@ def check_data(
         found += check_inputs(linears, files)
         found += check_fused_scales(subject.witnesses, linears, files)
         found += check_tied_head(subject, files)
-        found += _untold_groups(check_decoders(subject, linears, files, undo), structure)
+        found += _new_groups(check_decoders(subject, linears, files, undo), structure)
         parts = _round_trip(linears, files, undo, fast, progress)
         copies = _copies(subject, files, undo, fast, progress)
         tallies = _tallies(subject.witnesses, linears, parts, files, fast)
@@ -67,23 +68,23 @@ def check_data(
         found += _judged(case, found)
         for copy in copies:
             found += judge_copy(subject, copy) if subject.source else judge_finite(subject, copy)
-        found = settle(case, _told_once(found))
-        played = DryRun(arrivals=(), findings=())
+        found = settle(case, _without_copies_of_other_weights(found))
+        simulated = DryRun(arrivals=(), findings=())
         if options.engine is not None:
-            played = dry_run(subject, linears, tallies, options.engine, files)
+            simulated = dry_run(subject, linears, tallies, options.engine, files)
     different = {copy.name for copy in copies if copy.different}
     return Checked(
-        findings=(*found, *played.findings),
+        findings=(*found, *simulated.findings),
         tensors=tuple(result_of(linears[name], tally) for name, tally in tallies.items()),
         scales=tuple(rows),
-        arrivals=played.arrivals,
+        arrivals=simulated.arrivals,
         copied=len({copy.name for copy in copies} - different) if subject.source else 0,
     )
 
 
 def _judged(case: Case, values: list[Finding]) -> list[Finding]:
-    """Notes and faults of what was compared; suspects are diagnosed, unless their values already
-    were found wrong."""
+    """Notes and faults of the comparison; suspects are diagnosed, unless their values are already
+    known to be wrong."""
     bad = {f.tensor.rpartition(".")[0] for f in values if f.tensor and f.severity == "fault"}
     found: list[Finding] = []
     suspects = []
@@ -99,7 +100,7 @@ def _judged(case: Case, values: list[Finding]) -> list[Finding]:
 def _sound(
     subject: Subject, by_linear: Mapping[str, tuple[Finding, ...]]
 ) -> Iterator[StoredLinear]:
-    """Quantized Linears whose tensors are as their scheme wants them."""
+    """Quantized Linears whose tensors match their scheme."""
     for name, wrong in by_linear.items():
         module = subject.modules[name]
         whole = module.shape is not None and 0 not in module.shape
@@ -132,14 +133,8 @@ def _copies(
 
 
 def _added(a: Copy, b: Copy) -> Copy:
-    return Copy(
-        name=a.name,
-        nbytes=a.nbytes + b.nbytes,
-        different=a.different + b.different,
-        not_finite=a.not_finite + b.not_finite,
-        zeros=a.zeros + b.zeros,
-        through_one=a.through_one + b.through_one,
-    )
+    counts = (f.name for f in fields(a) if f.name != "name")
+    return replace(a, **{name: getattr(a, name) + getattr(b, name) for name in counts})
 
 
 def _tallies(
@@ -171,8 +166,8 @@ def _lone_scale(linear: StoredLinear, files: Files) -> Tensor:
     return read_tensor(linear.tensors[local], files)
 
 
-def _untold_groups(found: Iterable[Finding], structure: Iterable[Finding]) -> list[Finding]:
-    """Without what compressed-tensors refuses in groups whose fields were named already."""
+def _new_groups(found: Iterable[Finding], structure: Iterable[Finding]) -> list[Finding]:
+    """Without refusals of groups whose invalid fields are already reported."""
     told = [f.tensor for f in structure if f.tensor and f.file == CONFIG]
     return [
         f
@@ -181,8 +176,8 @@ def _untold_groups(found: Iterable[Finding], structure: Iterable[Finding]) -> li
     ]
 
 
-def _told_once(found: list[Finding]) -> list[Finding]:
-    """A copy that differs is no news in a shard, or a checkpoint, of other weights."""
+def _without_copies_of_other_weights(found: list[Finding]) -> list[Finding]:
+    """A differing copy is redundant in a shard, or checkpoint, of other weights."""
     stale = {f.file for f in found if f.code == "stale-shard"}
     other = any(f.code == "other-source" for f in found)
     return [f for f in found if f.code != "copy-differs" or not (other or f.file in stale)]

@@ -1,4 +1,4 @@
-"""What `verify` hands back: findings, a line for each tensor, figures. Plain data, no printing."""
+"""What `verify` returns: findings, a row per tensor, figures. Plain data, no printing."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
 Severity = Literal["fault", "note"]
-"""A fault makes the checkpoint wrong in some engine; a note is worth knowing and no more."""
+"""A fault makes the checkpoint wrong in some engine; a note is only information."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Finding:
-    """One thing that is not as it should be, where it is, and what mends it."""
+    """One problem: what and where it is, and how to repair it."""
 
     code: str
     """A key of `ckptq.verify.kinds.KINDS`: what scripts and tests compare."""
@@ -28,11 +28,11 @@ class Finding:
 
     def __str__(self) -> str:
         where = f"{self.tensor}: " if self.tensor else f"{self.file}: " if self.file else ""
-        return f"{where}{self.code}: found {self.found}; wanted {self.wanted}; {self.repair}"
+        return f"{where}{self.code}: found {self.found}; expected {self.wanted}; {self.repair}"
 
 
 def once(found: Iterable[Finding]) -> list[Finding]:
-    """One finding of a kind for a tensor, which several looks at it may have told of."""
+    """Keep one finding per kind and tensor."""
     seen: dict[tuple[str, str | None], Finding] = {}
     for one in found:
         seen.setdefault((one.code, one.tensor), one)
@@ -112,7 +112,7 @@ class ScaleRow:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Checked:
-    """What reading the data gave; nothing where none was read."""
+    """Results of reading tensors; empty if none were read."""
 
     findings: tuple[Finding, ...] = ()
     tensors: tuple[TensorResult, ...] = ()
@@ -127,14 +127,22 @@ class EngineRun:
 
     name: str
     version: str | None
-    """None where it was not the engine itself."""
+    """None for a simulation."""
     real: bool
-    """Whether the engine itself built its model; else what its loader does was played by rules."""
+    """Whether the engine itself built its model; else its loader was simulated."""
     places: int
     """Parameters of its model that were looked at."""
     seconds: float
     remarks: tuple[str, ...]
     """What its answer does not cover."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Asked:
+    """One engine's answer."""
+
+    run: EngineRun
+    findings: tuple[Finding, ...]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -161,7 +169,7 @@ class Report:
     layers: tuple[LayerResult, ...] = ()
     headers_only: bool = False
     checks: Mapping[str, int] = field(default_factory=dict)
-    """What was looked at, and how often: a check that saw nothing proves nothing."""
+    """What was checked, and how often: a check that saw nothing proves nothing."""
 
     @property
     def ok(self) -> bool:

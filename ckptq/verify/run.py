@@ -1,4 +1,4 @@
-"""`ckptq verify`, as one function. It opens the result as a stranger would."""
+"""`ckptq verify`, as one function. It opens the result like any other reader."""
 
 from __future__ import annotations
 
@@ -36,17 +36,16 @@ def verify(
     """Check a finished compressed-tensors checkpoint, against its source where one is given.
 
     `fast` compares a first, a middle and a last run of rows of each weight instead of all, and
-    `headers_only` reads no tensor at all: a second or two for any size. With `engine` (a key of
-    `ckptq.verify.loaders.ENGINES`) that engine is asked what it makes of the names, shapes and
-    dtypes, vLLM in the environment of `vllm_python` or not at all, and what loading does to the
-    values is played. `attention` runs the source
-    on a little text (`text`: a file or data set, else what Python carries) and shows what FP8 with
-    the stored scales makes of its q, k and v.
+    `headers_only` reads no tensors and takes a second or two. With `engine` (a key of
+    `ckptq.verify.loaders.ENGINES`) that engine loads names, shapes and dtypes (vLLM only with
+    `vllm_python`), and the effect of loading on the values is simulated. `attention` runs the
+    source on a little text (`text`: a file or data set, else a built-in corpus) and measures its
+    q, k and v in FP8 with the stored scales.
 
-    Raises SourceError for what cannot be read at all; all else is a finding.
+    Raises SourceError for a checkpoint that cannot be read; everything else is a finding.
     """
     if attention and source is None:
-        raise UsageError("--attention runs the unquantized model: give --source")
+        raise UsageError("--attention runs the unquantized model; give --source")
     chosen = find_engine(engine) if engine is not None else None
     if headers_only and attention:
         raise UsageError("--attention needs tensors; drop --headers-only")
@@ -55,7 +54,7 @@ def verify(
     if headers_only and engine == "vllm" and vllm_python is None:
         raise UsageError("simulating vllm needs tensors; give --vllm-python or drop --headers-only")
     if text is not None and not attention:
-        raise UsageError(f"--data {text}: only --attention runs text")
+        raise UsageError(f"--data {text} applies only to --attention")
     began = time.monotonic()
     problems: Problems = []
     ckpt = open_checkpoint(path, problems=problems)
@@ -94,7 +93,7 @@ def verify(
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Attention:
-    """What the forward pass has shown; nothing where none was asked for."""
+    """Results of the forward pass; empty if none was requested."""
 
     findings: tuple[Finding, ...] = ()
     heads: tuple[HeadResult, ...] = ()
@@ -127,7 +126,8 @@ def _data(
     structure: list[Finding],
     options: Options,
 ) -> Checked:
-    """Everything that reads tensors; a file that changes or ends under it is the user's to know."""
+    """All checks that read tensors; SourceError for a file that changes or ends while being
+    read."""
     from ckptq.verify.one_pass import check_data
 
     try:

@@ -34,7 +34,7 @@ SCALES = (
     *("weight_scale", "weight_zero_point", "weight_shape", "weight_global_scale"),
     *("weight_g_idx", "g_idx", "input_scale", "input_zero_point", "input_global_scale"),
 )
-"""What stands beside the codes of a quantized Linear."""
+"""Tensors beside the codes of a quantized Linear."""
 
 EXPERT = re.compile(r"^(?P<experts>.*\.experts)\.(?P<index>\d+)\.(?P<projection>[^.]+)$")
 
@@ -46,20 +46,20 @@ QUANTIZED = ("F8_E4M3", "F8_E5M2", "I8", "U8", "I32")
 
 @dataclass(frozen=True, kw_only=True)
 class Module:
-    """What on disk belongs to one Linear, by local name."""
+    """The stored tensors of one Linear, by local name."""
 
     name: str
     tensors: Mapping[str, StoredTensor]
     kept: str | None
-    """Why engines never quantize it, None where they may."""
+    """Why engines never quantize it; None if they may."""
     group: Group | None
-    """The config group that it falls to; None where it is ignored or not targeted."""
+    """Its config group; None if it is ignored or not targeted."""
     origin: Linear | None
     """The same Linear in the source, where a source is given and has it."""
 
     @property
     def scheme(self) -> WeightScheme | None:
-        """That of its group; None without one, and where what is declared cannot be."""
+        """That of its group; None without a valid one."""
         return self.group.scheme if self.group is not None else None
 
     @property
@@ -80,7 +80,7 @@ class Module:
 
     @property
     def shape(self) -> tuple[int, int] | None:
-        """[R, C] of the weight: the source's, else what the tensors on disk imply."""
+        """[R, C] of the weight: the source's, else inferred from the tensors on disk."""
         if self.origin is not None:
             R, C = self.origin.weight.spec.shape
             return R, C
@@ -202,8 +202,13 @@ class Subject:
         return cache_scales(self.ckpt.tensors)
 
 
+def tied(ckpt: Checkpoint) -> bool:
+    """Whether config.json ties the output head to the embedding."""
+    return any(c.get("tie_word_embeddings") is True for c in (ckpt.config, ckpt.text_config))
+
+
 def mixtral_name(name: str) -> str:
-    """The name in a Mixtral source of what `oneshot` has renamed; any other name as it is."""
+    """The Mixtral source's name of a module that `oneshot` has renamed; other names unchanged."""
     match = EXPERT.match(name)
     back = {new: old for old, new in MIXTRAL.items()}
     if match and match["projection"] in back:

@@ -63,7 +63,7 @@ def test_scales_of_another_checkpoint_are_told(saved, scales, tmp_path):
         quantize(request, note=notes.append)
     assert told["llama"] == []
     assert len(told["qwen3"]) == 1
-    assert f"scales: was calibrated on {saved('llama').name}, whose config" in told["qwen3"][0]
+    assert f"scales: calibrated on {saved('llama').name}, whose config" in told["qwen3"][0]
 
 
 def test_missing_file_is_named(tmp_path):
@@ -75,9 +75,9 @@ def test_missing_file_is_named(tmp_path):
     ("metadata", "message"),
     [
         (None, "not a scales file"),
-        ({"ckptq_scales": "{"}, "is damaged"),
-        ({"ckptq_scales": '{"version": 99}'}, "of version 99"),
-        ({"ckptq_scales": '{"version": 1, "model": "m"}'}, "is damaged"),
+        ({"ckptq_scales": "{"}, "damaged"),
+        ({"ckptq_scales": '{"version": 99}'}, "version 99"),
+        ({"ckptq_scales": '{"version": 1, "model": "m"}'}, "damaged"),
     ],
 )
 def test_other_files_are_refused(tmp_path, metadata, message):

@@ -206,7 +206,7 @@ def test_a_percentile_clips_the_outlier():
 
 def test_an_expert_that_is_not_there_has_no_scale_and_is_named(saved):
     inputs = {"model.layers.0.mlp.experts.9.down_proj": NVFP4_MAX}
-    with pytest.raises(PlanError, match=r"nothing went into model\.layers\.0\.mlp\.experts\.9"):
+    with pytest.raises(PlanError, match=r"layers\.0\.mlp\.experts\.9.* received no input"):
         calibrate(saved("qwen3-moe"), samples_of(ROWS), attention=None, inputs=inputs)
 
 
@@ -225,5 +225,5 @@ def test_what_is_half_nvfp4_is_refused_by_the_name_of_its_group(saved, part, cha
     request = QuantizeRequest(
         model=saved("llama").path, recipe=replace(recipe, groups=(changed,)), out=Path("unused")
     )
-    with pytest.raises(PlanError, match=f"group 'linear': vLLM serves NVFP4 .*: {part} are"):
+    with pytest.raises(PlanError, match=f"group 'linear': vLLM supports NVFP4 .*: {part} are"):
         quantize(request)

@@ -143,5 +143,5 @@ def test_another_method_has_no_place_for_cache_scales(saved, tmp_path):
     ckpt = saved("llama")
     method = {"quant_method": "fp8", "weight_block_size": [128, 128]}
     block = replace(ckpt, config={**ckpt.config, "quantization_config": method})
-    with pytest.raises(PlanError, match="'fp8', whose config has no place"):
+    with pytest.raises(PlanError, match="'fp8', whose config cannot hold"):
         make_plan(block, load_scheme("kv-fp8-per-head"))

@@ -62,5 +62,5 @@ def test_a_half_is_not_the_whole(saved, tmp_path):
 def test_an_average_in_order_is_refused():
     Ranks().check(["minmax"])
     Ranks(0, 2).check(["static_minmax", "percentile", "mse"])
-    with pytest.raises(UsageError, match="'minmax' averages batches in their order, which 2"):
+    with pytest.raises(UsageError, match="'minmax' depends on the order of batches, which 2"):
         Ranks(0, 2).check(["static_minmax", "minmax"])

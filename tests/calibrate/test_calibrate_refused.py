@@ -15,7 +15,7 @@ from ckptq.checkpoint.open import open_checkpoint
 from ckptq.errors import MachineError, SourceError
 
 SAMPLES = samples_of(token_rows([12, 9]))
-ELSE = "another version may, and a scheme for weights alone"
+ELSE = "try another version, or use a weights-only scheme"
 
 
 def run(folder):
@@ -61,14 +61,14 @@ def test_where_it_fails_is_said_and_what_else_there_is(tmp_path, name, where, wo
 
 def test_too_little_memory_is_the_machine_s(tmp_path):
     folder = save(tmp_path / "model", "Greedy", layer="raise torch.OutOfMemoryError('2 GiB')")
-    with pytest.raises(MachineError, match=r"layers\.1: too little memory: 2 GiB"):
+    with pytest.raises(MachineError, match=r"layers\.1: out of memory: 2 GiB"):
         run(folder)
 
 
 def test_code_that_does_not_load_is_named(tmp_path):
     folder = save(tmp_path / "model", "Broken")
     (folder / "modeling_broken.py").write_text("import no_such_package_at_all\n")
-    with pytest.raises(SourceError, match=r"carries \(modeling_broken\.Broken.*does not load: "):
+    with pytest.raises(SourceError, match=r"model code \(modeling_broken\.Broken.*does not load: "):
         run(folder)
 
 

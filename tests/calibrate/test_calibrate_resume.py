@@ -123,7 +123,7 @@ def test_a_state_is_proved_before_it_is_trusted(saved, tmp_path, run_layers, nam
     else:
         file.write_bytes(DAMAGE[damage](file.read_bytes()))
     run_layers.clear()
-    with pytest.warns(UserWarning, match=r"layer-00002: is not on the disk as it was written"):
+    with pytest.warns(UserWarning, match=r"layer-00002: differs from what was written"):
         assert written(run(ckpt, folder), tmp_path / "got") == want
     assert run_layers == list(range(LAYERS))
 
@@ -147,7 +147,7 @@ def test_a_damaged_record_of_the_run_says_so(saved, tmp_path):
     with pytest.raises(Killed):
         run(ckpt, tmp_path, 1)
     (tmp_path / "run.json").write_bytes(bytes(20))
-    with pytest.raises(MachineError, match=r"run.json: is damaged .*--restart begins anew"):
+    with pytest.raises(MachineError, match=r"run.json: damaged .*--restart to start over"):
         run(ckpt, tmp_path)
 
 
@@ -282,12 +282,12 @@ def test_a_full_disk_costs_the_state_and_not_the_run(saved, tmp_path, monkeypatc
     want = written(run(ckpt, tmp_path / "whole"), tmp_path / "want")
     usage = shutil.disk_usage(tmp_path)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=100))
-    said = pytest.warns(UserWarning, match="journal: 0.0 GB are free and the state")
+    said = pytest.warns(UserWarning, match="journal: 0.0 GB are free, but the calibration state")
     with said as told, pytest.raises(Killed):
         run(ckpt, tmp_path / "journal", 3)
     assert len(told) == 1
     run_layers.clear()
-    with pytest.warns(UserWarning, match="will not go on"):
+    with pytest.warns(UserWarning, match="cannot resume"):
         assert written(run(ckpt, tmp_path / "journal"), tmp_path / "got") == want
     assert run_layers == [0, 1, 2, 3]
 

@@ -290,7 +290,7 @@ def test_heads_that_are_not_the_plan_s_are_told_after_one_layer(saved, run_layer
     wanted = planned(ckpt, "fp8-per-head")
     module = "model.layers.0.self_attention"
     assert wanted.scales[module][f"{module}.k_scale"].shape == (KV_HEADS, 1, 1)
-    with pytest.raises(PlanError, match=r"layers\.0\.self_attention of JetMoe.* hands 4 heads"):
+    with pytest.raises(PlanError, match=r"layers\.0\.self_attention of JetMoe.* passes 4 heads"):
         calibrate(ckpt, samples_of(ROWS[:2]), attention=wanted)
     assert run_layers == [0]
     wanted = planned(ckpt, "fp8-per-tensor")
@@ -301,6 +301,6 @@ def test_heads_that_are_not_the_plan_s_are_told_after_one_layer(saved, run_layer
 @pytest.mark.parametrize("family", ["xglm", "bloom"])
 def test_attention_outside_the_interface_is_told_after_one_layer(saved, run_layers, family):
     ckpt = saved(family)
-    with pytest.raises(PlanError, match=r"did not run as attention.*scheme for weights alone"):
+    with pytest.raises(PlanError, match=r"did not run as attention.*weights-only scheme"):
         calibrate(ckpt, samples_of(ROWS[:2]), attention=planned(ckpt, "fp8-per-head"))
     assert run_layers == [0]

@@ -94,7 +94,7 @@ def test_heads_of_their_own_number_make_all_scales_per_tensor(saved, tmp_path):
     ckpt = saved("gemma4")
     plan = make_plan(ckpt, load_scheme("fp8-per-head"))
     (told,) = plan.told
-    assert told.startswith("scales of attention and cache per tensor instead of per head: 2 of 4")
+    assert told.startswith("attention and cache scales are per tensor instead of per head: 2 of 4")
     assert "(model.layers.1.self_attn: 4 and 1; config.json: 4 and 2)" in told
     out = written(ckpt, tmp_path, "fp8-per-head")
     declared = json.loads((out / "config.json").read_text())["quantization_config"]

@@ -119,7 +119,7 @@ def test_a_file_that_is_no_scales_file_is_not_replaced(command, tmp_path):
     out = tmp_path / "thesis.txt"
     out.write_text("mine")
     refused = run(command, out)
-    assert "exists already, and is no scales file" in str(refused.exception)
+    assert "exists and is not a scales file" in str(refused.exception)
     assert out.read_text() == "mine"
     assert run(command, tmp_path / "scales").exit_code == 0
     assert run(command, tmp_path / "scales").exit_code == 0, "a scales file is replaced"

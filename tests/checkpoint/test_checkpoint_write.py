@@ -150,7 +150,7 @@ def test_a_source_that_ends_early_is_no_success(tmp_path):
     (tmp_path / "source").write_bytes(b"1234")
     source = os.open(tmp_path / "source", os.O_RDONLY)
     target = os.open(tmp_path / "target", os.O_RDWR | os.O_CREAT)
-    with pytest.raises(SourceError, match=r"source: tensor 'x': the file ends at byte 4, wanted 5"):
+    with pytest.raises(SourceError, match="tensor 'x': the file ends at byte 4, expected 5"):
         copy_bytes(stored(tmp_path / "source", 5), source, 0, target, 0, 5)
     os.close(source)
     os.close(target)

@@ -58,7 +58,7 @@ def test_every_kind_of_scale_is_shown(
 def test_a_text_that_is_too_short_is_told(
     llama: Path, text: Path, tmp_path: Path, asked: str, said: bool
 ) -> None:
-    words = f"{text}: gives 3 of the 4 samples that were asked for, 12 tokens in all\n"
+    words = f"{text}: has 3 of the 4 requested samples, 12 tokens in all\n"
     rest = ("--data", text, "--samples", asked)
     scales = run("calibrate", llama, "-o", tmp_path / "s", *rest)
     whole = run("quantize", llama, "-o", tmp_path / "out", "-s", "kv-fp8-per-head", *rest)
@@ -75,11 +75,11 @@ def test_scales_of_another_scheme_are_refused_before_a_run_begins(
     done = run(*arguments, "-s", "fp8-per-tensor")
     assert done.returncode == 2
     assert done.stderr == (
-        f"error: {file}: the scales of llama, a scale per head: model.layers.0.self_attn."
-        "q_scale is BF16 [2, 1, 1], wanted BF16 [1] for fp8-per-tensor\n"
+        f"error: {file}: the scales of llama, one scale per head: model.layers.0.self_attn."
+        "q_scale is BF16 [2, 1, 1]; expected BF16 [1] for fp8-per-tensor\n"
     )
     done = run(*arguments, "-s", "fp8-static")
     assert done.returncode == 2
-    assert "down_proj.input_scale is missing; they are of another model or scheme" in done.stderr
+    assert "down_proj.input_scale is missing; they are for another model or scheme" in done.stderr
     assert not out.with_name("out.partial").exists()
     assert run(*arguments, "-s", "fp8-per-head").returncode == 0

@@ -254,12 +254,12 @@ def test_vllm_is_not_proposed_for_blocks_that_it_would_split(llama: Path, tmp_pa
     arguments = ("quantize", llama, "--recipe", tmp_path / "blocks.yaml", "-o", tmp_path / "out")
     done = run(*arguments, "--as-written")
     assert done.returncode == 0, done.stderr
-    assert "2 Linears have rows that fill no whole blocks" in " ".join(done.stderr.split())
+    assert "2 Linears have rows that do not fill whole blocks" in " ".join(done.stderr.split())
     assert f"vllm serve {tmp_path / 'out'}" not in done.stdout
 
 
 def test_text_that_verify_would_not_run_is_refused(llama: Path) -> None:
-    refused(2, "--data t.txt: only --attention runs text", "verify", llama, "--data", "t.txt")
+    refused(2, "--data t.txt applies only to --attention", "verify", llama, "--data", "t.txt")
 
 
 def test_inspect_reads_headers(llama: Path) -> None:
@@ -289,10 +289,10 @@ def test_bad_input_is_named(llama: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("device", "code", "words"),
     [
-        ("gpu", 2, "--device gpu: wanted cpu, cuda or cuda:N"),
-        ("cuda:x", 2, "--device cuda:x: wanted cpu, cuda or cuda:N"),
-        ("meta", 2, "--device meta: wanted cpu, cuda or cuda:N"),
-        ("cuda:99", 4, "--device cuda:99: there "),
+        ("gpu", 2, "--device gpu: expected cpu, cuda or cuda:N"),
+        ("cuda:x", 2, "--device cuda:x: expected cpu, cuda or cuda:N"),
+        ("meta", 2, "--device meta: expected cpu, cuda or cuda:N"),
+        ("cuda:99", 4, "this machine"),
     ],
 )
 def test_a_device_that_is_not_here_is_refused_before_the_work(
@@ -351,7 +351,7 @@ def test_codes_that_nothing_explains_are_refused(llama: Path, tmp_path: Path, dt
 
 def test_a_model_without_attention_heads(llama: Path) -> None:
     (llama / "config.json").write_text(json.dumps({"model_type": "mamba"}))
-    words = "KV-cache scales are asked for, but this model has no attention heads"
+    words = "KV-cache scales were requested, but this model has no attention heads"
     refused(2, words, "quantize", llama, "-s", "kv-fp8-per-head")
 
 
@@ -392,7 +392,7 @@ def test_parts_to_permute_are_listed_with_commas_or_one_by_one(llama: Path, tmp_
 
 def test_memory_that_is_too_little_for_the_program_alone(llama: Path, tmp_path: Path) -> None:
     arguments = ("quantize", llama, "-s", "fp8-dynamic", "-o", tmp_path / "out", "--workers", "1")
-    words = "too small: the program needs 760,000,000 bytes with --workers 1\n"
+    words = "too small: ckptq needs 760,000,000 bytes with --workers 1\n"
     refused(2, f"--max-ram 100,000,000: {words}", *arguments, "--max-ram", "100MB")
     assert run(*arguments, "--max-ram", "760MB").returncode == 0
 
@@ -467,7 +467,7 @@ def test_only_what_is_resumed_says_so(llama: Path, monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr("ckptq.verify.run.open_checkpoint", stop)
     monkeypatch.setattr("ckptq.convert.quantize.open_checkpoint", stop)
     for command, words in (
-        (("quantize", llama, "-s", "w8a8"), "the same command goes on"),
+        (("quantize", llama, "-s", "w8a8"), "rerun the same command"),
         (("verify", llama), "interrupted; nothing is kept"),
     ):
         refused(130, words, *command)

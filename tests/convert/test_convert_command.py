@@ -69,7 +69,7 @@ def test_a_run_that_is_stopped_says_how_it_goes_on_and_does(slow, whole, tmp_pat
     printed, said = first.communicate(timeout=SECONDS)
     assert first.returncode == 130, said
     assert printed == ""
-    assert "the same command goes on where this one stopped" in said
+    assert "rerun the same command to resume" in said
     assert "Traceback" not in said
     assert not out.exists()
     last = quantize(slow, out, *SLOW)

@@ -113,16 +113,16 @@ def test_scales_mean_what_transformers_reads(
     given = weights_of(ckpt)
     for name, linear in read_layout(ckpt).linears.items():
         if name in LINEARS:
-            wanted = as_transformers_reads(folder, name)
-            assert torch.equal(whole_weight(read_tensor, linear.weight), wanted), name
-            assert torch.equal(given.load([f"{name}.weight"])[f"{name}.weight"], wanted)
+            expected = as_transformers_reads(folder, name)
+            assert torch.equal(whole_weight(read_tensor, linear.weight), expected), name
+            assert torch.equal(given.load([f"{name}.weight"])[f"{name}.weight"], expected)
     out = convert(folder, tmp_path / "out", recipe_of("fp8 channel")).out
     made = load_file(out / "model.safetensors")
     for name in LINEARS:
-        wanted = quantize(as_transformers_reads(folder, name), scheme_of("fp8 channel"))
-        assert torch.equal(made[f"{name}.weight_scale"], wanted["weight_scale"])
+        expected = quantize(as_transformers_reads(folder, name), scheme_of("fp8 channel"))
+        assert torch.equal(made[f"{name}.weight_scale"], expected["weight_scale"])
         assert torch.equal(
-            made[f"{name}.weight"].view(torch.uint8), wanted["weight"].view(torch.uint8)
+            made[f"{name}.weight"].view(torch.uint8), expected["weight"].view(torch.uint8)
         )
     assert verify(out, folder).ok
 
@@ -146,7 +146,9 @@ def test_a_scale_of_no_known_meaning_is_refused_by_name(tmp_path: Path, dtype: t
     name = f"{LAYER}.self_attn.o_proj.weight_scale_inv"
     odd = torch.ones(3, 3).to(dtype)
     folder = source(tmp_path / "source", (32, 32), "F32", more={name: odd})
-    with pytest.raises(SourceError, match=rf"model\.safetensors: tensor '{name}' is .*wanted F64"):
+    with pytest.raises(
+        SourceError, match=rf"model\.safetensors: tensor '{name}' is .*expected F64"
+    ):
         make_plan(open_checkpoint(folder), load_scheme("fp8-dynamic"))
     tensors = {"weight": torch.ones(96, 96).to(E4M3), "weight_scale": odd}
     with pytest.raises(TypeError, match="no number to multiply with"):
@@ -155,7 +157,7 @@ def test_a_scale_of_no_known_meaning_is_refused_by_name(tmp_path: Path, dtype: t
 
 def test_exponents_under_an_unknown_format_are_refused(tmp_path: Path) -> None:
     folder = source(tmp_path / "source", (32, 32), "U8", {"scale_fmt": "e5m0"})
-    with pytest.raises(SourceError, match="has scale_fmt 'e5m0'; wanted 'ue8m0'"):
+    with pytest.raises(SourceError, match="has scale_fmt 'e5m0'; expected 'ue8m0'"):
         make_plan(open_checkpoint(folder), load_scheme("fp8-dynamic"))
     floats = source(tmp_path / "floats", (32, 32), "F32", {"scale_fmt": "e5m0"})
     make_plan(open_checkpoint(floats), load_scheme("fp8-dynamic"))
@@ -166,7 +168,7 @@ def test_a_grid_of_another_shape_is_refused(tmp_path: Path, shape: tuple[int, ..
     """A single scale would be spread over all blocks in silence."""
     name = f"{LAYER}.self_attn.o_proj.weight_scale_inv"
     folder = source(tmp_path / "source", (32, 32), "F32", more={name: torch.ones(shape)})
-    with pytest.raises(SourceError, match=rf"'{name}' is F32 .* wanted \[3, 3\]"):
+    with pytest.raises(SourceError, match=rf"'{name}' is F32 .* expected \[3, 3\]"):
         make_plan(open_checkpoint(folder), load_scheme("fp8-dynamic"))
 
 
@@ -190,7 +192,7 @@ def test_codes_that_no_scheme_explains_are_refused(
 ) -> None:
     folder = source(tmp_path / "source", (32, 32), "F32", more={name: tensor})
     ckpt = open_checkpoint(folder)
-    with pytest.raises(SourceError, match=f"tensor '{name}' is .* no scheme for it"):
+    with pytest.raises(SourceError, match=f"tensor '{name}' is .* no supported scheme for it"):
         make_plan(ckpt, load_scheme("fp8-dynamic"))
     if tensor.dtype is not torch.int8:
         with pytest.raises(SourceError, match=f"tensor '{name}'"):
@@ -213,7 +215,7 @@ def test_weights_beyond_float16_are_told(tmp_path: Path) -> None:
     config = json.loads((folder / "config.json").read_text())
     convert(folder, tmp_path / "bf16", recipe_of("fp8 channel"))
     (folder / "config.json").write_text(json.dumps(config | {"dtype": "float16"}))
-    with pytest.raises(SourceError, match=r"up_proj\.weight' stands for weights beyond 65504"):
+    with pytest.raises(SourceError, match=r"up_proj\.weight' decodes to weights beyond 65504"):
         convert(folder, tmp_path / "fp16", recipe_of("fp8 channel"))
 
 
@@ -227,5 +229,5 @@ def test_zero_points_in_another_dtype_are_refused(tmp_path: Path, dtype: torch.d
     name = f"{LAYER}.self_attn.v_proj.weight_zero_point"
     tensors[name] = tensors[name].to(dtype)
     save_file(tensors, first / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(SourceError, match=rf"'{name}' is .*; wanted I8 "):
+    with pytest.raises(SourceError, match=rf"'{name}' is .*; expected I8 "):
         make_plan(open_checkpoint(first), load_scheme("fp8-dynamic"))

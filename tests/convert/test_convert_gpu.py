@@ -44,7 +44,7 @@ def test_what_a_kernel_means_is_the_format(format, dtype):
 
 def test_a_gpu_that_is_not_there_is_named(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    with pytest.raises(MachineError, match="--device cuda: there is no such GPU"):
+    with pytest.raises(MachineError, match="--device cuda: no such GPU"):
         arithmetic.arithmetic_on("cuda")
     assert type(arithmetic.arithmetic_on("cpu")) is arithmetic.OnCores
 

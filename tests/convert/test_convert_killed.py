@@ -163,7 +163,7 @@ def test_a_recorded_unit_is_proved_before_it_is_trusted(complete, damage, which)
     convert(run, note=told.append)
     assert digests(run.out) == digests(run.out.with_name("whole"))
     shutil.rmtree(run.out)
-    again = [line for line in told if "not on the disk as they were written" in line]
+    again = [line for line in told if "differ from what was written" in line]
     assert bool(again) == (damage != "longer"), "what is not part of a unit needs no unit again"
 
 

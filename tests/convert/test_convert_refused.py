@@ -104,7 +104,7 @@ def test_a_folder_that_cannot_be_written_is_named(source, monkeypatch):
 
 def test_an_output_behind_a_file_is_refused(source, tmp_path):
     (tmp_path / "file").write_text("")
-    with pytest.raises(UsageError, match=r"file: is a file, wanted a folder to write x in"):
+    with pytest.raises(UsageError, match=r"file: is a file; expected a folder to write x in"):
         convert(source, tmp_path / "file" / "x", FP8)
 
 
@@ -144,7 +144,7 @@ def test_a_disk_that_fills_up_in_the_middle_loses_nothing(source, tmp_path, monk
     with monkeypatch.context() as patched:
         patched.setattr(os, "pwrite", full)
         patched.setattr(output, "COMMIT_BYTES", 10_000)
-        with pytest.raises(MachineError, match="free some space and run the same command again"):
+        with pytest.raises(MachineError, match="free some space and rerun the same command"):
             convert(source, tmp_path / "out", FP8)
     assert calls > 30
     assert not (tmp_path / "out").exists()
@@ -172,7 +172,7 @@ def test_a_disk_that_is_really_full(source, tmp_path, small_disk, monkeypatch):
         patched.setattr(output, "COMMIT_BYTES", 10_000)
         with pytest.raises(MachineError, match="No space left"):
             convert(source, small_disk / "out", FP8)
-    with pytest.raises(MachineError, match="too little disk"):
+    with pytest.raises(MachineError, match="not enough disk space"):
         convert(source, small_disk / "out", FP8)
     subprocess.run(["mount", "-o", "remount,size=80m", str(small_disk)], check=True)
     assert convert(source, small_disk / "out", FP8).resumed_units > 0
@@ -217,7 +217,7 @@ def test_large_experts_get_two_rooms(source, monkeypatch):
 
 def test_a_machine_that_is_too_small_is_named(source, monkeypatch):
     monkeypatch.setattr(preflight, "available_ram", lambda: 500_000_000)
-    with pytest.raises(MachineError, match=r"too little memory.*500,000,000 are available"):
+    with pytest.raises(MachineError, match=r"not enough memory.*500,000,000 are available"):
         convert(source, source.parent / "out", FP8)
 
 

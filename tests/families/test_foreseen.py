@@ -19,7 +19,7 @@ from ckptq.verify.run import verify
 from families.cells import make, write_token_ids
 from families.sources import save, save_variant, write
 
-ONE_BY_ONE = "--ignore 're:.*experts.*' leaves them as they are"
+ONE_BY_ONE = "--ignore 're:.*experts.*' leaves them unquantized"
 
 
 def told(source: Path, scheme: str, ignore: tuple[str, ...] = ()) -> list[str]:
@@ -60,7 +60,7 @@ def one_by_one(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
 def test_experts_whose_scales_vllm_loses(tmp_path: Path) -> None:
     source = save_variant(save("aria", tmp_path), tmp_path / "split", one_by_one, {})
     (doubt,) = told(source, "fp8-dynamic")
-    assert "vLLM does not load quantized experts of Aria" in doubt
+    assert "vLLM does not load quantized experts for Aria" in doubt
     assert "w13_weight_scale" in doubt
     assert ONE_BY_ONE in doubt
     assert told(source, "fp8-dynamic", ignore=("re:.*experts.*",)) == []
@@ -92,8 +92,8 @@ def test_what_vllm_cuts_by_heads_stays_where_a_format_has_other_tensors(
     assert not [n for n in plan.quantized if n.endswith("query_key_value")]
     assert [n for n in plan.quantized if n.endswith("self_attention.dense")]
     (line,) = plan.told
-    assert "4 x self_attention.query_key_value [768, 256]: vLLM's BloomForCausalLM cuts" in line
-    assert line.endswith("`--scheme fp8-dynamic` takes them")
+    assert "4 x self_attention.query_key_value [768, 256]: vLLM's BloomForCausalLM splits" in line
+    assert line.endswith("use `--scheme fp8-dynamic`")
 
 
 def test_what_vllm_merges_with_it_stays_as_well(tmp_path: Path) -> None:
@@ -102,7 +102,7 @@ def test_what_vllm_merges_with_it_stays_as_well(tmp_path: Path) -> None:
     assert {n.rpartition(".")[2] for n in plan.quantized} == {
         "dense", "gate_proj", "up_proj", "down_proj",
     }  # fmt: skip
-    assert "TeleChat2ForCausalLM cuts every tensor of it by heads" in plan.told[0]
+    assert "TeleChat2ForCausalLM splits all its tensors by heads" in plan.told[0]
 
 
 def test_what_vllm_cuts_by_heads_is_quantized_where_all_tensors_have_them(tmp_path: Path) -> None:
@@ -170,7 +170,7 @@ def test_attention_scales_that_transformers_cannot_run_are_told(
     """Sinks, for which it has eager attention alone. A KV-cache scheme it runs."""
     source = save(family, tmp_path)
     lines = transformers_doubts(plan_of(source, "fp8-per-head"))
-    assert [line for line in lines if "eager attention alone" in line]
+    assert [line for line in lines if "only eager attention" in line]
     assert not list(transformers_doubts(plan_of(source, "kv-fp8-per-head")))
     llama = save("llama", tmp_path)
     assert not list(transformers_doubts(plan_of(llama, "fp8-per-head")))
@@ -179,4 +179,4 @@ def test_attention_scales_that_transformers_cannot_run_are_told(
 def test_quantized_weights_that_layers_share_are_told(tmp_path: Path) -> None:
     """Zamba-2: transformers ties the codes, and not their scales."""
     lines = list(transformers_doubts(plan_of(save("zamba2", tmp_path), "fp8-dynamic")))
-    assert [line for line in lines if "weights that layers share" in line]
+    assert [line for line in lines if "weights shared between layers" in line]

@@ -50,7 +50,7 @@ def plan(source: Path, scheme: str = "fp8-dynamic") -> None:
         ("qwen3_next", r"layers\.0\.linear_attn\.in_proj_ba", "linear_attn.in_proj_ba.weight,"),
         ("llava", r"layers\.1\.self_attn\.o_proj", "self_attn.o_proj.weight,"),
         ("gpt_neox", r"layers\.1\.attention\.query_key_value.weight", "query_key_value.weight,"),
-        ("exaone", r"\.h\.1\.", "has no tensor of transformer.h.1; config.json says"),
+        ("exaone", r"\.h\.1\.", "has no tensor of transformer.h.1; config.json declares"),
     ],
 )  # fmt: skip
 def test_a_hole_is_refused_by_name(tmp_path: Path, family: str, pattern: str, said: str) -> None:

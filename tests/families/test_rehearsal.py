@@ -29,7 +29,7 @@ def plan(source: Path, scheme: str = "fp8-per-head", scales: Path | None = None)
         ("mpt", "did not run as attention of transformers' interface"),
         ("mllama", "called 3 of its 4 decoder layers"),
         ("blip2", "missing 1 required positional argument: 'pixel_values'"),
-        ("exaone", "calibration runs the model in transformers"),
+        ("exaone", "calibration needs transformers"),
     ],
 )
 def test_what_calibration_would_refuse_is_refused_by_the_plan(
@@ -46,7 +46,7 @@ def test_what_calibration_would_refuse_is_refused_by_the_plan(
 def test_heads_that_cannot_be_told_apart_are_scaled_per_tensor(tmp_path: Path) -> None:
     """JetMoE, whose attention asks a router first."""
     source = save("jetmoe", tmp_path)
-    with pytest.raises(PlanError, match=r"hands 8 heads to attention where .* is for 4"):
+    with pytest.raises(PlanError, match=r"passes 8 heads to attention, but .* is for 4"):
         plan(source)
     plan(source, "fp8-per-tensor")
 
@@ -61,7 +61,7 @@ def test_code_of_the_checkpoints_own_is_the_way_out(tmp_path: Path) -> None:
     config = json.loads((source / "config.json").read_text())
     config["auto_map"] = {"AutoConfig": "mine.Config", "AutoModelForCausalLM": "mine.Model"}
     (source / "config.json").write_text(json.dumps(config))
-    with pytest.raises(SourceError, match="or --trust-remote-code runs it"):
+    with pytest.raises(SourceError, match="or pass --trust-remote-code"):
         plan(source)
 
 
@@ -100,16 +100,16 @@ def test_a_dry_run_refuses_it(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("family", "scheme", "said"),
     [
-        ("hrm_text", "fp8-dynamic", "HrmTextForCausalLM has no one list of 4 decoder layers"),
-        ("longcat_flash", "w8a8", "LongcatFlashForCausalLM has no one list of 2 decoder layers"),
-        ("longcat_flash", "fp8-per-head", "LongcatFlashForCausalLM has no one list of"),
+        ("hrm_text", "fp8-dynamic", "HrmTextForCausalLM has no single list of 4 decoder layers"),
+        ("longcat_flash", "w8a8", "LongcatFlashForCausalLM has no single list of 2 decoder layers"),
+        ("longcat_flash", "fp8-per-head", "LongcatFlashForCausalLM has no single list of"),
         (
             "mamba",
             "fp8-dynamic",
-            "backbone.layers.0.mixer.dt_proj for one (vLLM never quantizes it)",
+            "such as backbone.layers.0.mixer.dt_proj (vLLM never quantizes it)",
         ),
         ("falcon_mamba", "fp8-per-head", "this model has no attention heads"),
-        ("gpt2", "fp8-per-head", "stored as [in, out] (Conv1D)"),
+        ("gpt2", "fp8-per-head", "layers as [in, out] (Conv1D)"),
     ],
 )
 def test_a_refusal_says_the_true_reason(

@@ -54,9 +54,9 @@ def told(source: Path, scheme: str = "fp8-dynamic") -> list[str]:
 @pytest.mark.parametrize(
     ("family", "said"),
     [
-        ("codegen", "has no class for CodeGenForCausalLM, and its class in transformers"),
-        ("gpt_neo", "an attention that vLLM cannot exchange"),
-        ("xglm", "an attention that vLLM cannot exchange"),
+        ("codegen", "has no class for CodeGenForCausalLM, and its transformers class"),
+        ("gpt_neo", "an attention that vLLM cannot replace"),
+        ("xglm", "an attention that vLLM cannot replace"),
         ("bamba", "does not load BambaForCausalLM, quantized or not: Layer 0"),
         ("dbrx", "KeyError: 'blocks.0.ffn.experts.w13_weight'"),
         ("mpt", "was supported in vLLM until v0.28.0, and is not supported anymore"),
@@ -85,7 +85,7 @@ def test_names_that_its_loader_does_not_take(tmp_path: Path, family: str, new: s
         source, tmp_path / "other", lambda t: renamed(t, ((r"^model\.", new),)), {}
     )
     (doubt,) = told(other)
-    assert f"under these names, {new}layers.0." in doubt
+    assert f"under these names (such as {new}layers.0." in doubt
     assert told(source) == []
 
 
@@ -123,7 +123,7 @@ def test_the_simulation_says_what_vllm_would_not_load(tmp_path: Path) -> None:
     assert verify(out).ok
     (fault,) = verify(out, engine="vllm").findings
     assert fault.code == "engine-refuses"
-    assert "as its table says" in fault.found
+    assert "according to its table" in fault.found
     assert "GPTNeoForCausalLM" in fault.found
 
 

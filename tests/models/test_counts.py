@@ -11,7 +11,7 @@ from families.sources import save
 
 from ckptq.checkpoint.open import open_checkpoint
 from ckptq.errors import SourceError
-from ckptq.models.transformers_model import read_config
+from ckptq.models.tree.transformers_model import read_config
 from ckptq.models.witnesses import read_witnesses
 
 
@@ -45,7 +45,7 @@ def test_as_many_as_models_have_are_read(tmp_path: Path) -> None:
 
 
 def test_no_config_that_transformers_has_is_refused() -> None:
-    from ckptq.models import counts
+    from ckptq.models.tree import counts
 
     asked = 0
     for config_class in set(transformers.CONFIG_MAPPING.values()):

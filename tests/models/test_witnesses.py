@@ -107,7 +107,7 @@ def test_orientation_comes_from_shapes(families: Path, tmp_path: Path, turned: b
 
 def test_experts_of_another_size_are_refused(families: Path, tmp_path: Path) -> None:
     folder = with_experts(save("llama4", families), tmp_path / "cut", lambda w: w[:, 1:, 1:])
-    with pytest.raises(SourceError, match=r"config\.json asks for experts of hidden size"):
+    with pytest.raises(SourceError, match=r"config\.json declares experts with hidden size"):
         plan_of(folder)
 
 
@@ -133,7 +133,7 @@ def test_a_model_that_nobody_knows_is_refused_unless_a_recipe_names_it(
 ) -> None:
     own = {"architectures": ["OwnForCausalLM"], "model_type": "own"}
     folder = changed(save("llama", families), tmp_path / "own", **own)
-    with pytest.raises(PlanError, match=r"OwnForCausalLM: known to neither transformers nor"):
+    with pytest.raises(PlanError, match=r"OwnForCausalLM: unknown to both transformers and"):
         plan_of(folder)
     ckpt = open_checkpoint(folder)
     plan = make_plan(ckpt, load_text("named", NAMED))

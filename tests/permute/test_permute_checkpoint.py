@@ -132,9 +132,9 @@ def test_marks_stand_in_every_shard_and_in_the_config(tmp_path):
 def test_twice_is_refused(tmp_path):
     source = write_checkpoint(tmp_path / "source")
     permute(source, tmp_path / "half")
-    with pytest.raises(UsageError, match="half-split order already"):
+    with pytest.raises(UsageError, match="already in half-split order"):
         permute(tmp_path / "half", tmp_path / "twice")
-    with pytest.raises(UsageError, match="interleaved order already"):
+    with pytest.raises(UsageError, match="already in interleaved order"):
         permute(source, tmp_path / "never", INTER)
     assert not (tmp_path / "twice").exists()
 
@@ -161,7 +161,7 @@ def test_repair_of_one_part(tmp_path):
 
 def test_nothing_to_permute_is_said(tmp_path):
     source = write_checkpoint(tmp_path / "source", "fp8-channel")
-    with pytest.raises(UsageError, match="no zero-points of q/k are indexed by row"):
+    with pytest.raises(UsageError, match="q/k have no zero-points indexed by row"):
         permute(source, tmp_path / "out", only=(Part.ZERO_POINTS,))
 
 
@@ -292,13 +292,13 @@ def test_geometry_from_the_config(extra, rotary_dim):
 @pytest.mark.parametrize(
     ("odd", "said"),
     [
-        ({"head_dim": [1]}, r"head_dim is \[1\], wanted a whole number from 1 on"),
+        ({"head_dim": [1]}, r"head_dim is \[1\]; expected a whole number, at least 1"),
         ({"head_dim": 0}, "head_dim is 0"),
-        ({"hidden_size": 3}, "hidden_size is 3, wanted a whole number from 4 on"),
+        ({"hidden_size": 3}, "hidden_size is 3; expected a whole number, at least 4"),
         ({"hidden_size": None}, "head_dim and hidden_size are missing"),
-        ({"rope_parameters": [1]}, r"rope_parameters is \[1\], wanted an object"),
-        ({"partial_rotary_factor": "half"}, "partial_rotary_factor is 'half', wanted a number"),
-        ({"partial_rotary_factor": 2}, "partial_rotary_factor is 2, wanted a number from 0 to 1"),
+        ({"rope_parameters": [1]}, r"rope_parameters is \[1\], expected an object"),
+        ({"partial_rotary_factor": "half"}, "partial_rotary_factor is 'half', expected a number"),
+        ({"partial_rotary_factor": 2}, "partial_rotary_factor is 2, expected a number from 0 to 1"),
     ],
 )
 def test_a_config_of_no_geometry_is_refused_by_name(odd, said):

@@ -76,15 +76,15 @@ def test_contradictions_name_the_file():
 def test_twice_is_refused_and_back_is_not():
     there = marks.applied({}, HALF, Part, family=INTER)
     assert there == WHOLE
-    with pytest.raises(UsageError, match="half-split order already"):
+    with pytest.raises(UsageError, match="already in half-split order"):
         marks.applied(there, HALF, Part, family=INTER)
-    with pytest.raises(UsageError, match="scales: in half-split"):
+    with pytest.raises(UsageError, match="scales: already in half-split"):
         marks.applied(there, HALF, {Part.SCALES}, family=INTER)
     assert marks.applied(there, INTER, Part, family=INTER) == dict.fromkeys(Part, INTER)
 
 
 def test_the_published_order_counts_for_a_whole_unmarked_checkpoint():
-    with pytest.raises(UsageError, match="interleaved order already"):
+    with pytest.raises(UsageError, match="already in interleaved order"):
         marks.applied({}, INTER, Part, family=INTER)
 
 

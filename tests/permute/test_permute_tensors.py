@@ -94,9 +94,14 @@ def test_packed_zero_points_tell_their_width(words, bits):
     [
         ("qweight", "I32", (8, 512), "no tensor of a q/k projection"),
         ("lora_A.weight", "BF16", (8, 512), "no tensor of a q/k projection"),
-        ("weight", "BF16", (64, 512), r"found BF16 \[64, 512\], want 2 dimensions with 512 rows"),
-        ("weight", "BF16", (512,), "want 2 dimensions"),
-        ("bias", "BF16", (511,), "want 1 dimensions with 512 rows"),
+        (
+            "weight",
+            "BF16",
+            (64, 512),
+            r"BF16 \[64, 512\], expected 2 dimensions with 512 rows",
+        ),
+        ("weight", "BF16", (512,), "expected 2 dimensions"),
+        ("bias", "BF16", (511,), "expected 1 dimensions with 512 rows"),
         ("weight_packed", "I32", (64, 512), "512 rows"),
         ("weight_scale", "BF16", (1, 512), "block_structure"),
         ("weight_scale", "BF16", (4, 1), "block_structure"),
@@ -111,7 +116,7 @@ def test_refused_by_name(local, dtype, shape, reason):
 
 def test_block_grids_must_fit():
     blocks = Projection(Q.name, Q.heads, block=(128, 128))
-    with pytest.raises(PlanError, match="want 4 rows of blocks"):
+    with pytest.raises(PlanError, match="expected 4 rows of blocks"):
         effect_on("weight_scale", TensorSpec("BF16", (5, 2)), blocks)
 
 

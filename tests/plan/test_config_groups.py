@@ -108,15 +108,18 @@ def test_what_is_read_is_written_as_it_was():
 @pytest.mark.parametrize(
     ("config", "said"),
     [
-        ({"config_groups": 1}, r"config\.json: quantization_config\.config_groups is 1, wanted an"),
-        ({"config_groups": {"g": [1]}}, r"config_groups\.g is \[1\], wanted an object"),
-        ({"config_groups": {"g": group([1])}}, r"g\.targets is \[1\], wanted a name"),
-        ({"config_groups": {"g": group("re:(")}}, r"g\.targets is 're:\(', wanted a regular"),
+        (
+            {"config_groups": 1},
+            r"json: quantization_config\.config_groups is 1, expected an",
+        ),
+        ({"config_groups": {"g": [1]}}, r"config_groups\.g is \[1\], expected an object"),
+        ({"config_groups": {"g": group([1])}}, r"g\.targets is \[1\], expected a name"),
+        ({"config_groups": {"g": group("re:(")}}, r"g\.targets is 're:\(', expected a regular"),
         ({"config_groups": {"g": group(weights=3)}}, r"config_groups\.g\.weights is 3"),
         ({"config_groups": {"g": group(input_activations="x")}}, r"input_activations is 'x'"),
         ({"config_groups": {"g": group(weights={"num_bits": "4"})}}, r"weights\.num_bits is '4'"),
-        ({"kv_cache_scheme": ["fp8"]}, r"kv_cache_scheme is \['fp8'\], wanted an object"),
-        ({"ignore": "lm_head"}, r"ignore is 'lm_head', wanted a list of names"),
+        ({"kv_cache_scheme": ["fp8"]}, r"kv_cache_scheme is \['fp8'\], expected an object"),
+        ({"ignore": "lm_head"}, r"ignore is 'lm_head', expected a list of names"),
     ],
 )
 def test_what_is_odd_is_named(declare, config, said):
@@ -143,5 +146,5 @@ def test_every_problem_is_told_to_a_reader_that_goes_on(write):
 
 @pytest.mark.parametrize("odd", [128, [128], ["a", "b"], [128, 0], [True, True]])
 def test_blocks_are_two_whole_numbers(declare, odd):
-    with pytest.raises(SourceError, match=r"weight_block_size is .*, wanted two whole numbers"):
+    with pytest.raises(SourceError, match=r"weight_block_size is .*, expected two whole numbers"):
         declare({"quant_method": "fp8", "weight_block_size": odd})

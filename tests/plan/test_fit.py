@@ -108,9 +108,9 @@ def test_what_a_group_does_not_divide_is_left_named_and_told(narrow: Path) -> No
     assert set(plan.ignore) == {*left, "lm_head"}
     (line,) = plan.told
     assert line == (
-        "left as they are: 3 x mlp.gate_proj [384, 192], 3 x mlp.up_proj [384, 192], 3 x "
+        "left unquantized: 3 x mlp.gate_proj [384, 192], 3 x mlp.up_proj [384, 192], 3 x "
         "self_attn.k_proj [64, 192], 3 x self_attn.q_proj [128, 192], 3 x self_attn.v_proj "
-        "[64, 192]: groups of 128 do not divide 192 columns; `--group-size 64` would take them"
+        "[64, 192]: groups of 128 do not divide 192 columns; `--group-size 64` would fit"
     )
     found = {unit.key: unit.rule for unit in plan.units}
     assert found[f"{left[0]}.weight"] == "groups of 128 do not divide 192 columns"
@@ -135,7 +135,7 @@ def test_all_experts_of_a_layer_stay_together(narrow_experts: Path) -> None:
     assert len(quantized(plan)) == 2 * 4
     (line,) = plan.told
     assert line.startswith(
-        "left as they are: 6 x block_sparse_moe.experts.*.w2 [256, 96], and with them "
+        "left unquantized: 6 x block_sparse_moe.experts.*.w2 [256, 96], and with them "
         "6 x block_sparse_moe.experts.*.w1 [96, 256], 6 x block_sparse_moe.experts.*.w3 [96, 256]: "
         "groups of 128 do not divide 96 columns; `--group-size 32`"
     )
@@ -163,7 +163,7 @@ def test_one_odd_layer_leaves_the_others(save: Save, index: int) -> None:
         ("mxfp4", 208, "groups of 32 do not divide 208 columns"),
         ("mxfp8a16", 208, "groups of 32 do not divide 208 columns"),
         ("fp8-block", 192, "activations in groups of 128 do not divide 192 columns"),
-        ("w4a16-channel", 196, "196 columns fill no whole words of 8 codes"),
+        ("w4a16-channel", 196, "196 columns do not fill whole words of 8 codes"),
         ("W4AFP8", 192, "groups of 128 do not divide 192 columns"),
     ],
 )
@@ -171,7 +171,7 @@ def test_formats_with_sizes_of_their_own(save: Save, scheme: str, hidden: int, w
     plan = plan_of(save(weights(*olmo(hidden, 384)), config(hidden, 384)), scheme)
     told = [line for line in plan.told if why in line]
     assert len(told) == 1
-    assert told[0].endswith("`--scheme fp8-dynamic` takes any width")
+    assert told[0].endswith("`--scheme fp8-dynamic` supports any width")
     assert "model.layers.1.mlp.down_proj" in quantized(plan)
     assert "model.layers.1.mlp.up_proj" in plan.ignore
 
@@ -181,7 +181,7 @@ def test_zero_points_need_whole_words_of_rows(save: Save) -> None:
     folder = save(weights(*olmo(128, 256, kv_rows=60)), config(128, 256))
     plan = plan_of(folder, "w4a16-asym")
     assert not [name for name in quantized(plan) if name.endswith(("q_proj", "k_proj", "v_proj"))]
-    assert "zero points of 60 rows fill no whole words of 8" in plan.told[0]
+    assert "zero points of 60 rows do not fill whole words of 8" in plan.told[0]
     assert len(quantized(plan_of(folder, "w4a16"))) == 3 * 7
 
 
@@ -194,7 +194,9 @@ def test_blocks_of_rows_must_be_whole_where_they_are_merged(save: Save) -> None:
     assert "model.layers.0.self_attn.o_proj" in quantized(plan)
     assert "model.layers.0.mlp.down_proj" in quantized(plan)
     assert not [n for n in quantized(plan) if n.endswith(("q_proj", "v_proj", "up_proj"))]
-    assert [line for line in plan.told if "192 rows are no whole blocks of 128" in line]
+    assert [
+        line for line in plan.told if "192 rows are not a whole number of blocks of 128" in line
+    ]
     assert len(quantized(plan_of(folder, blocks, permutable=False))) == 3 * 7
 
 
@@ -211,8 +213,8 @@ def test_a_recipe_that_fits_nothing_is_refused_with_the_way_out(save: Save) -> N
     with pytest.raises(PlanError) as refused:
         plan_of(folder, "w8a16")
     first, second = str(refused.value).splitlines()
-    assert first == "recipe 'w8a16' fits no Linear of this model:"
-    assert second.endswith("divide 96 columns; `--group-size 32` would take them")
+    assert first == "recipe 'w8a16' fits none of the Linears of this model:"
+    assert second.endswith("divide 96 columns; `--group-size 32` would fit")
     assert len(quantized(plan_of(folder, with_group_size(load_scheme("w8a16"), 32)))) == 7
 
 
@@ -255,14 +257,14 @@ def test_another_size_is_what_llm_compressor_reads(scheme: str, size: int) -> No
 @pytest.mark.parametrize(
     ("scheme", "size", "why"),
     [
-        ("w4a16", 96, "wanted 32, 64 or 128"),
-        ("w4a16", 0, "wanted 32, 64 or 128"),
-        ("nvfp4a16", 32, "one for 16 columns, which its format fixes"),
-        ("mxfp4", 64, "one for 32 columns, which its format fixes"),
-        ("fp8-dynamic", 64, "one for a channel"),
-        ("fp8-block", 64, "one for a block"),
-        ("kv-fp8-per-head", 64, "of attention alone"),
-        ("W4AFP8", 64, "beside which vLLM serves groups of 128 only"),
+        ("w4a16", 96, "expected 32, 64 or 128"),
+        ("w4a16", 0, "expected 32, 64 or 128"),
+        ("nvfp4a16", 32, "one per 16 columns, fixed by the format"),
+        ("mxfp4", 64, "one per 32 columns, fixed by the format"),
+        ("fp8-dynamic", 64, "one per channel"),
+        ("fp8-block", 64, "one per block"),
+        ("kv-fp8-per-head", 64, "for attention only"),
+        ("W4AFP8", 64, "with which vLLM supports only groups of 128"),
     ],
 )
 def test_sizes_that_no_engine_serves_are_refused(scheme: str, size: int, why: str) -> None:

@@ -145,7 +145,7 @@ def test_bloom_has_attention(save: Save) -> None:
 def test_what_is_missing_is_said_truthfully(save: Save) -> None:
     """Projections without heads."""
     folder = fused_qkv(save, 768, {"model_type": "bloom", "n_layer": 2})
-    with pytest.raises(PlanError, match=r"says no number of heads for transformer\.h\.0"):
+    with pytest.raises(PlanError, match=r"gives no number of heads for transformer\.h\.0"):
         make_plan(open_checkpoint(folder), load_scheme("fp8-per-head"))
     ckpt = open_checkpoint(folder)
     assert read_layout(ckpt).num_layers == 2
@@ -154,5 +154,5 @@ def test_what_is_missing_is_said_truthfully(save: Save) -> None:
 def test_heads_without_projections_are_no_model_without_attention(save: Save) -> None:
     odd = weights(("model.layers.0.mixer.keys.weight", (64, 64)))
     folder = save(odd, {"num_attention_heads": 4, "num_hidden_layers": 1})
-    with pytest.raises(PlanError, match=r"finds no Linear .* that makes the keys of 4 heads"):
+    with pytest.raises(PlanError, match=r"found no Linear .* that computes the keys of 4 heads"):
         make_plan(open_checkpoint(folder), load_scheme("fp8-per-head"))

@@ -79,7 +79,7 @@ def test_layers_that_are_stored_transposed_are_refused(llama: Path) -> None:
     """GPT-2's weights have the shapes of Linears, and would be scaled along the wrong axis."""
     config = json.loads((llama / "config.json").read_text())
     (llama / "config.json").write_text(json.dumps(config | {"model_type": "gpt2"}))
-    with pytest.raises(PlanError, match=r"layers of gpt2 are stored as \[in, out\]"):
+    with pytest.raises(PlanError, match=r"gpt2 stores its layers as \[in, out\]"):
         plan_of(llama, "fp8-dynamic")
 
 
@@ -319,7 +319,7 @@ def test_blocks_that_vllm_would_split_are_told(llama: Path) -> None:
     """k has 64 rows beside q's 128: half a block, between two members of a merged layer."""
     doubt, *others = vllm_doubts(plan_of(llama, "fp8-block", permutable=False))
     assert not others
-    assert "self_attn.k_proj 64 of them" in doubt
+    assert "self_attn.k_proj: 64)" in doubt
     assert not list(vllm_doubts(plan_of(llama, "fp8-dynamic")))
     alone = plan_of(llama, "fp8-block", ignore=(r"re:.*\.(q|k|v)_proj$",), permutable=False)
     assert not list(vllm_doubts(alone))
@@ -343,5 +343,5 @@ def test_a_quantization_config_that_is_no_object_is_refused(llama: Path, key: st
     file = llama / "config.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | {key: "fp8"}))
     for scheme in ("fp8-dynamic", "fp8-per-head"):
-        with pytest.raises(SourceError, match=f"config.json: {key} is a str, wanted an object"):
+        with pytest.raises(SourceError, match=f"config.json: {key} is a str, expected an object"):
             plan_of(llama, scheme)

@@ -110,9 +110,9 @@ def test_what_is_no_recipe_is_refused(tmp_path: Path, text: str) -> None:
 @pytest.mark.parametrize(
     ("text", "words"),
     [
-        ("", "holds nothing; wanted a mapping of stages to modifiers"),
-        ("- a\n- b\n", "holds a list; wanted a mapping"),
-        ("fp8", "holds a str; wanted a mapping"),
+        ("", "holds nothing; expected a mapping of stages to modifiers"),
+        ("- a\n- b\n", "holds a list; expected a mapping"),
+        ("fp8", "holds a str; expected a mapping"),
         ("a:\n  b: [1,\n", "not valid YAML: .*line 3"),
     ],
 )

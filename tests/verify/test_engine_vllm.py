@@ -34,8 +34,8 @@ def test_a_python_that_is_none_is_refused(good, tmp_path):
 @pytest.mark.parametrize(
     ("script", "said"),
     [
-        ("exit 0", "said nothing and ended with exit code 0"),
-        ("exit 5", "said nothing and ended with exit code 5"),
+        ("exit 0", "printed nothing and ended with exit code 0"),
+        ("exit 5", "printed nothing and ended with exit code 5"),
         ("echo hello", "printed 'hello' and ended with exit code 0"),
         ("echo '{}'", "printed '{}' and ended with exit code 0"),
         ("echo '[1]'", "printed '[1]' and ended with exit code 0"),
@@ -46,7 +46,7 @@ def test_a_program_that_is_no_python_is_refused_with_what_it_said(good, tmp_path
     program.write_text(f"#!/bin/sh\ncat > /dev/null\n{script}\n")
     program.chmod(0o755)
     folder, _ = good("llama", "int8")
-    with pytest.raises(UsageError, match="as a Python with vLLM gives it") as refused:
+    with pytest.raises(UsageError, match="from a Python with vLLM") as refused:
         verify(folder, engine="vllm", vllm_python=program)
     assert said in str(refused.value)
 

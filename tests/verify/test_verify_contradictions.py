@@ -178,7 +178,7 @@ def test_two_tokens_that_are_exchanged(told):
     (out / "tokenizer.json").write_text(tokenizer({"a": 0, "b": 2, "c": 1}))
     for report in (verify(out), verify(out, source)):
         assert named(report) == {"vocabulary"}
-        assert "2 tokens have other ids: 'b' is" in report.findings[0].found
+        assert "2 tokens have different ids: 'b' is" in report.findings[0].found
     for folder in told:
         (folder / "vocab.json").unlink()
     assert named(verify(out, source)) == {"vocabulary"}

@@ -1,8 +1,8 @@
-"""Cache scales against what passes through the model: whose scales are these?
+"""Cache scales against the values in the model: which explanation fits?
 
-A calibrated scale is the largest value seen, over 448; on other text the largest value is near it.
-So the base-2 logarithm of 448 * scale / amax is near 0 for each head, and where it is not, a
-hypothesis that brings it there is the explanation. Shape letters: H heads.
+A calibrated scale is the largest value seen, over 448; other text gives a similar value. So
+log2(448 * scale / amax) is near 0 for each head; if it is not, the hypothesis that brings it near 0
+is the explanation. Shape letters: H heads.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ class Explanation:
 
 
 def diagnose_cache(watch: Watch) -> list[Finding]:
-    """One finding for each scale tensor that does not fit what passes."""
+    """One finding for each scale tensor that does not fit the values."""
     found: list[Finding] = []
     for (module, which), sums in watch.heads.items():
         scale, amax = fit(sums)
@@ -71,8 +71,8 @@ def diagnose_cache(watch: Watch) -> list[Finding]:
 
 
 def _one_spoiled(name: str, sums: HeadSums) -> Iterator[Finding]:
-    """A head that suffers where the others do not, though no scale is far off: two heads that are
-    nearly alike were exchanged, or it was not calibrated on such text."""
+    """A head with a large error although no scale is far off: two similar heads were exchanged, or
+    it was not calibrated on such text."""
     error_H = sums.errors_3H[0]
     worst = float(error_H.max())
     if worst < LOST or worst < BESIDE * float(error_H.median()):
@@ -110,20 +110,15 @@ def _explanations(watch: Watch, module: str, which: str) -> Iterator[Explanation
     if other is not None:
         theirs = fit(watch.heads[module, other])[1]
         if len(theirs) == len(scale):
-            yield Explanation(
-                code="kv-exchanged",
-                found=f"the scales of {other}",
-                distance=distance(scale, theirs),
-            )
+            found, far = f"the scales of {other}", distance(scale, theirs)
+            yield Explanation(code="kv-exchanged", found=found, distance=far)
     if len(scale) > 1:
         yield _exchanged(scale, amax)
     for (there, theirs_are), others in watch.heads.items():
         theirs = fit(others)[1]
         if there != module and theirs_are == which and len(theirs) == len(scale):
-            yield Explanation(
-                code="cache-scale-of-another", found=f"the scales of {there}",
-                distance=distance(scale, theirs),
-            )  # fmt: skip
+            found, far = f"the scales of {there}", distance(scale, theirs)
+            yield Explanation(code="cache-scale-of-another", found=found, distance=far)
 
 
 def _exchanged(scale_H: Tensor, amax_H: Tensor) -> Explanation:
@@ -137,8 +132,7 @@ def _exchanged(scale_H: Tensor, amax_H: Tensor) -> Explanation:
 
 
 def _one_factor(watch: Watch) -> Iterator[Finding]:
-    """Every scale too large or too small by the same number, as amax / 240 would be: no head alone
-    says so, all together do."""
+    """All scales off by the same factor, such as amax / 240: only visible in all heads together."""
     distances = [(E4M3_MAX * scale / amax).log2() for scale, amax in map(fit, watch.heads.values())]
     all_N = torch.cat([d[d.isfinite()] for d in distances]) if distances else torch.zeros(0)
     if len(all_N) < FEWEST:
@@ -146,11 +140,9 @@ def _one_factor(watch: Watch) -> Iterator[Finding]:
     low, middle, high = all_N.quantile(torch.tensor([0.1, 0.5, 0.9], dtype=all_N.dtype)).tolist()
     if abs(middle) >= TOGETHER and high - low <= TOGETHER:
         module, which = next(iter(watch.heads))
-        yield finding(
-            "cache-scale-factor", f"{module}.{which}_scale",
-            found=f"all {len(all_N)} scales are about {2**middle:.2g} times what this text needs",
-            wanted="the largest values over 448",
-        )  # fmt: skip
+        found = f"all {len(all_N)} scales are about {2**middle:.2g} times what this text requires"
+        wanted = "the largest values over 448"
+        yield finding("cache-scale-factor", f"{module}.{which}_scale", found=found, wanted=wanted)
 
 
 def _best_order(scale_H: Tensor, amax_H: Tensor) -> list[int]:
@@ -162,7 +154,7 @@ def _best_order(scale_H: Tensor, amax_H: Tensor) -> list[int]:
 
 
 def _unexplained(name: str, sums: HeadSums) -> Iterator[Finding]:
-    """Only what it does to a head makes it a fault: text differs from text."""
+    """It is a fault only if a head's error is large: texts differ."""
     error_H = sums.errors_3H[0]
     worst = int(error_H.argmax())
     if float(error_H[worst]) < LOST:
@@ -170,10 +162,8 @@ def _unexplained(name: str, sums: HeadSums) -> Iterator[Finding]:
     holds, reaches = 448 * float(sums.choices.stored[worst]), float(sums.amax_H[worst])
     share = float(sums.saturated_H[worst]) / max(sums.counted, 1)
     found = (
-        f"head {worst} reaches {reaches:.3g}, its scale holds {holds:.3g}: error "
+        f"head {worst} reaches {reaches:.3g}, its scale covers {holds:.3g}: error "
         f"{float(error_H[worst]):.0%}, {share:.2%} of its values are clipped"
     )
-    yield finding(
-        "head-saturates" if holds < reaches else "cache-scale-wrong", name, found=found,
-        wanted=f"an error under {LOST:.0%}",
-    )  # fmt: skip
+    code = "head-saturates" if holds < reaches else "cache-scale-wrong"
+    yield finding(code, name, found=found, wanted=f"an error under {LOST:.0%}")

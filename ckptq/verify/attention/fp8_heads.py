@@ -14,7 +14,7 @@ from ckptq.quantize.scales import E4M3_MAX
 
 
 def in_fp8(x: Tensor, scale: Tensor) -> Tensor:
-    """What a cache gives back: divided, clamped, rounded to E4M3, multiplied; float32.
+    """The values as a cache returns them: divided, clamped, rounded to E4M3, multiplied; float32.
 
     `scale` is broadcast over `x`.
     """

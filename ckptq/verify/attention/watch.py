@@ -1,8 +1,8 @@
-"""A short forward pass of the source: what its q, k and v become under the checkpoint's scales.
+"""A short forward pass of the source, which measures q, k and v under the checkpoint's scales.
 
-The model is run layer by layer (ckptq.forward.layerwise), with a tap that computes each layer's
-attention three times more: with q, k and v rounded to FP8 under the stored scales, under 1.0, and
-under one scale for all heads. Only the exact result goes on.
+The model runs layer by layer (ckptq.forward.layerwise), with a tap that repeats each attention with
+q, k and v rounded to FP8: with the stored scales, with 1.0, and with one scale for all heads. Only
+the exact result is passed on.
 
 Shape letters: B batch, H query heads, K key/value heads, S positions, D head size.
 """

@@ -1,10 +1,10 @@
-"""What happened to a weight that does not come out: hypotheses are tried, the best one is named."""
+"""Diagnosis of a wrong weight: hypotheses are tried, and the best one is reported."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from torch import Tensor
 
@@ -37,13 +37,13 @@ from ckptq.verify.structure.geometry import well_typed
 from ckptq.verify.subject import EXPERT, Subject
 
 BETTER_DB = 3.0
-"""A hypothesis must explain more than what is stored does, by this much."""
+"""A hypothesis must improve on the stored weight by this much."""
 
 TRIED = 8
-"""Samples are read of so many Linears of one name; more would take hours where all are wrong."""
+"""Linears of one name to sample; more would take hours if all are wrong."""
 
 FEW_SCALES = 0.01
-"""Share of the scales that is damage; what exchanges or moves scales leaves fewer in place."""
+"""Share of scales that counts as damage; exchanges affect more."""
 
 SIDES = {"q_proj": "q", "k_proj": "k", "v_proj": "k"}
 
@@ -63,9 +63,9 @@ class Case:
 
 
 def diagnose(case: Case, suspects: list[str]) -> list[Finding]:
-    """One finding for each suspect, or one for several that one cause explains.
+    """One finding per suspect, or one for several with a common cause.
 
-    Of many that are named alike, `TRIED` are tried; what explains all of them explains the rest.
+    Of many with similar names, `TRIED` are tried; what explains all of those explains the rest.
     """
     known = directory(case.tallies)
     explained: dict[str, Explained] = {}
@@ -104,20 +104,18 @@ def _one(case: Case, name: str, known: Directory) -> Finding | Explained:
 
 
 def _like_others(linear: StoredLinear, tried: list[Finding | None]) -> Finding | None:
-    """What was found of all that were tried, said of one that was not."""
+    """The common finding of all that were tried, for one that was not."""
     first = tried[0]
     if first is None or any(one is None or one.code != first.code for one in tried):
         return None
     local = (first.tensor or "").rpartition(".")[2]
-    return finding(
-        first.code, f"{linear.name}.{local}", file=linear.module.file,
-        found=f"as in {len(tried)} others of its kind that were tried: {first.found}",
-        wanted=first.wanted, repair=first.repair,
-    )  # fmt: skip
+    found = f"as in {len(tried)} similar ones that were tried: {first.found}"
+    where, file = f"{linear.name}.{local}", linear.module.file
+    return replace(first, tensor=where, file=file, found=found)
 
 
 def _damaged(tally: Tally) -> bool:
-    """A few codes or scales only: nothing was exchanged, something was hit."""
+    """Only a few codes or scales differ: damage, not an exchange."""
     if tally.foreign == 0 and 0 < tally.scales_wrong <= FEW_SCALES * tally.scales:
         return True
     return (tally.wrong - tally.twice) / max(tally.elements, 1) < DAMAGED and (
@@ -170,7 +168,7 @@ def _reshaped(case: Case, sample: Sample) -> Iterator[tuple[float, Finding]]:
         accept = sample.floor - CHOSEN_DB
         yield accept, _named(linear, "rows-moved", moved.said(linear.name), None)
     rescaled, one_factor = rescaled_columns(sample)
-    found = "every column is the source's, times a number of its own"
+    found = "every column is the source's, times its own factor"
     if rescaled >= one_factor + BETTER_DB:
         yield rescaled, _named(linear, "columns-rescaled", found, None)
 
@@ -200,7 +198,7 @@ class Owned:
 
     explained: Explained
     certain: bool
-    """Codes that are right leave no doubt; others may have more wrong with them."""
+    """Right codes leave no doubt; otherwise there may be other faults."""
 
 
 def _owned(name: str, tally: Tally, known: Directory) -> Owned | None:
@@ -233,7 +231,7 @@ def _heads(case: Case, projection: str) -> Heads | None:
 
 
 def _stale_shards(case: Case, found: Mapping[str, Finding]) -> Iterator[Finding]:
-    """Files of which nothing comes out, while everything in another file does."""
+    """Files in which every weight is wrong, while other files are right."""
     wrong: dict[str, list[str]] = {}
     for name, one in found.items():
         if one.code == "weight-wrong":
@@ -244,16 +242,14 @@ def _stale_shards(case: Case, found: Mapping[str, Finding]) -> Iterator[Finding]
         held[file] = held.get(file, 0) + 1
     stale = {file for file, names in wrong.items() if len(names) == held[file] > 1}
     for file in stale if len(held) > 1 and len(stale) < len(held) else ():
-        yield finding(
-            "stale-shard", file=file, found=f"all {held[file]} Linears are of another source",
-            wanted="this source's",
-        )  # fmt: skip
+        other = f"all {held[file]} Linears come from another source"
+        yield finding("stale-shard", file=file, found=other, wanted="this source's")
     if stale and len(stale) == len(held):
         count = sum(held.values())
+        wanted = "the source of this checkpoint"
         yield finding(
-            "other-source", found=f"none of {count} Linears stands for the source's",
-            wanted="the source of this checkpoint",
-        )  # fmt: skip
+            "other-source", found=f"none of {count} Linears matches the source", wanted=wanted
+        )
     yield from (
         one
         for name, one in found.items()
@@ -266,7 +262,4 @@ def _named(
 ) -> Finding:
     part = "weight_scale" if code.startswith("scale") else linear.scheme.codes
     tensor = linear.tensors[local or ("weight_zero_point" if code.startswith("zero") else part)]
-    return finding(
-        code, tensor.name, file=tensor.file, found=found, wanted="the source's weight",
-        repair=repair,
-    )  # fmt: skip
+    return finding(code, tensor, found=found, wanted="the source's weight", repair=repair)

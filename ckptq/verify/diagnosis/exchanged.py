@@ -1,7 +1,7 @@
-"""Weights that stand in each other's place: other Linears as the explanation of one.
+"""Exchanged weights: another Linear as the explanation of one.
 
-The scales that a Linear should have and those that it holds were digested while it was compared,
-so whose scales they are is a look-up; samples of the data then decide what else was moved.
+The comparison has digested the expected and the stored scales of each Linear, so their owner is a
+lookup; samples of the data then show what else was moved.
 """
 
 from __future__ import annotations
@@ -111,7 +111,7 @@ def explain(mine: Sample, other: Sample) -> Iterator[Explained]:
 
 
 def _same_zero_points(mine: Held, theirs: Held) -> bool:
-    """Those of two weights are never the same by chance, unless all are one number."""
+    """Equal zero points are no coincidence, unless all are the same number."""
     zeros = mine.get("weight_zero_point")
     other = theirs.get("weight_zero_point")
     if zeros is None or other is None or zeros.shape != other.shape:
@@ -133,12 +133,11 @@ def gather(found: Mapping[str, Explained], linears: Mapping[str, StoredLinear]) 
     for prefix, order in experts.items():
         first = next(n for n in found if n.startswith(f"{prefix}."))
         said = ", ".join(f"{i} holds {j}" for i, j in sorted(order.items())[:8])
+        file, wanted = linears[first].module.file, "experts in the source's order"
+        found_order = f"expert {said}"
         made.append(
-            finding(
-                "experts-permuted", prefix, file=linears[first].module.file, found=f"expert {said}",
-                wanted="experts in the source's order",
-            )
-        )  # fmt: skip
+            finding("experts-permuted", prefix, file=file, found=found_order, wanted=wanted)
+        )
     return made
 
 

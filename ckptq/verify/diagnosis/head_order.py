@@ -1,4 +1,4 @@
-"""Whole heads, or their scales alone, that stand in each other's place.
+"""Whole heads, or only their scales, in the wrong order.
 
 Shape letters: H heads, N elements of a head, D rows of a head.
 """

@@ -1,6 +1,6 @@
-"""Ways in which one weight can be wrong, each as a change that would undo it.
+"""Ways in which a weight can be wrong, each as a change that would repair it.
 
-A hypothesis is tried: what is stored is changed back, and if the weight comes out, that was it.
+A hypothesis is confirmed if undoing the change gives the source's weight.
 Shape letters: R rows, C columns, G groups, W words.
 """
 
@@ -40,10 +40,10 @@ class Hypothesis:
 def hypotheses(
     sample: Sample, heads: Heads | None, order: RopeOrder, scales_only: bool, undone: bool
 ) -> Iterator[Hypothesis]:
-    """Everything that can be tried on one weight alone; with `scales_only`, its codes are right.
+    """All hypotheses about a single weight; with `scales_only`, its codes are right.
 
-    `heads` is given for q_proj and k_proj; `order` is the one that their source is in. `undone`
-    says that they are marked with the other, and have been moved back in the sample.
+    `heads` is given for q_proj and k_proj; `order` is their source's. `undone` means that they are
+    marked with the other order and have been moved back in the sample.
     """
     yield from _scales(sample)
     if heads is not None:
@@ -56,30 +56,27 @@ def hypotheses(
 def _scales(sample: Sample) -> Iterator[Hypothesis]:
     scale, scheme = sample.held["weight_scale"], sample.linear.scheme
     if scheme.scale_dtype == "uint8":
-        yield _of_scale(sample, "scale-inverted", "2^(127 - e)", 254 - scale)
+        yield _changed(sample, "scale-inverted", "2^(127 - e)", weight_scale=254 - scale)
     elif scheme.scale_dtype is None:
-        yield _of_scale(sample, "scale-inverted", "reciprocals", 1 / scale.float())
+        yield _changed(sample, "scale-inverted", "reciprocals", weight_scale=1 / scale.float())
     else:
         whole = sample.held["weight_global_scale"]
-        yield Hypothesis(
-            code="scale-inverted", found="the global scale is a reciprocal", repair=None,
-            held=sample.with_tensors(weight_global_scale=1 / whole),
-        )  # fmt: skip
+        found = "the global scale is a reciprocal"
+        yield _changed(sample, "scale-inverted", found, weight_global_scale=1 / whole)
     yield from _one_factor(sample)
     if scale.ndim != 2 or scale.numel() == 1:
         return
     for dim, what in ((0, "row"), (1, "group")):
         for step in (1, -1):
             if scale.shape[dim] > 1:
-                found = f"each scale stands one {what} {'late' if step < 0 else 'early'}"
-                yield _of_scale(sample, "scale-shifted", found, scale.roll(step, dim))
+                found = f"each scale is one {what} {'late' if step < 0 else 'early'}"
+                yield _changed(sample, "scale-shifted", found, weight_scale=scale.roll(step, dim))
     if scale.shape[0] == scale.shape[1]:
-        yield _of_scale(sample, "scale-transposed", "the grid is transposed", scale.t())
+        yield _changed(sample, "scale-transposed", "the grid is transposed", weight_scale=scale.t())
 
 
 def _one_factor(sample: Sample) -> Iterator[Hypothesis]:
-    """All scales too large or too small by one number, as by E4M3's other range or a shift of
-    exponents."""
+    """All scales off by one factor, such as E4M3's other range or shifted exponents."""
     found, wanted = sample.weights(), sample.w_RK
     factor = float((found * wanted).sum() / found.square().sum())
     scale, scheme = sample.held["weight_scale"], sample.linear.scheme
@@ -91,30 +88,28 @@ def _one_factor(sample: Sample) -> Iterator[Hypothesis]:
         steps = round(math.log2(factor))
         said = f"every exponent is {abs(steps)} too {'low' if steps > 0 else 'high'}"
         moved = (scale.int() + steps).clamp(0, 254).to(scale.dtype)
-        yield _of_scale(sample, "scale-wrong", said, moved, f"add {steps} to it")
+        yield _changed(sample, "scale-wrong", said, f"add {steps} to it", weight_scale=moved)
         return
     times = f"{1 / factor:.{3 if scheme.num_bits == 8 else 2}g}"
     said, repair = f"every scale is {times} times the codes'", f"divide the scales by {times}"
     if whole is None:
-        yield _of_scale(sample, "scale-wrong", said, scale.float() * factor, repair)
+        yield _changed(sample, "scale-wrong", said, repair, weight_scale=scale.float() * factor)
     else:
-        yield Hypothesis(
-            code="scale-wrong", found=said, repair=f"multiply the global scale by {times}",
-            held=sample.with_tensors(weight_global_scale=whole / factor),
-        )  # fmt: skip
+        repair = f"multiply the global scale by {times}"
+        yield _changed(sample, "scale-wrong", said, repair, weight_global_scale=whole / factor)
 
 
 def _is_reciprocal(scale: Tensor, factor: float) -> bool:
-    """One number alone is explained either way; the reciprocal is what people write."""
+    """A single number fits both explanations; a reciprocal is more likely."""
     return scale.numel() == 1 and abs(factor * float(scale) ** 2 - 1) < 0.05
 
 
-def _of_scale(
-    sample: Sample, code: str, found: str, scale: Tensor, repair: str | None = None
+def _changed(
+    sample: Sample, code: str, found: str, repair: str | None = None, **tensors: Tensor
 ) -> Hypothesis:
-    return Hypothesis(
-        code=code, found=found, repair=repair, held=sample.with_tensors(weight_scale=scale)
-    )
+    """That these tensors were stored otherwise."""
+    held = sample.with_tensors(**tensors)
+    return Hypothesis(code=code, found=found, repair=repair, held=held)
 
 
 def _rope(
@@ -142,7 +137,7 @@ def _never_moved(sample: Sample, moved: dict[str, Effect], order: RopeOrder) -> 
     }
     return Hypothesis(
         code="rows-permuted",
-        found=f"marked as {order.other}, and in {order} order",
+        found=f"marked as {order.other}, but in {order} order",
         repair="remove the mark ckptq.rope_order from config.json and from every shard's metadata",
         held={**sample.held, **stored},
     )
@@ -226,8 +221,7 @@ def _reordered(packed: Tensor, order: tuple[int, ...]) -> Tensor:
 
 
 def _of_codes(sample: Sample, code: str, found: str, codes: Tensor) -> Hypothesis:
-    held = sample.with_tensors(**{sample.linear.scheme.codes: codes})
-    return Hypothesis(code=code, found=found, repair=None, held=held)
+    return _changed(sample, code, found, None, **{sample.linear.scheme.codes: codes})
 
 
 def _zero_points(sample: Sample) -> Iterator[Hypothesis]:
@@ -244,10 +238,8 @@ def _zero_points(sample: Sample) -> Iterator[Hypothesis]:
         ("zero points are packed the high half first", _joined(high, low)),
     )
     for found, changed in changes:
-        yield Hypothesis(
-            code="zero-points-offset", found=found, repair=None,
-            held=sample.with_tensors(weight_zero_point=changed.view(torch.int32)),
-        )  # fmt: skip
+        zeros = changed.view(torch.int32)
+        yield _changed(sample, "zero-points-offset", found, weight_zero_point=zeros)
 
 
 def _joined(low: Tensor, high: Tensor) -> Tensor:

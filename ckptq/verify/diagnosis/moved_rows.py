@@ -1,6 +1,6 @@
-"""Rows of the source that stand elsewhere: in another order, or mixed with a sibling's.
+"""Rows of the source in other places: reordered, or mixed with a sibling's.
 
-A row is recognized by its direction, so that wrong scales of rows do not hide it.
+Rows are recognized by direction, so that wrong row scales do not hide them.
 Shape letters: R rows, K columns of a sample, N rows that are looked up.
 """
 
@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 LOOKED_UP = 64
-"""Rows, evenly spaced: enough to tell a system from an accident."""
+"""Rows, evenly spaced: enough to distinguish a pattern from an accident."""
 
 FIRST = 16
 """Rows at the top besides: they show the step of an order."""

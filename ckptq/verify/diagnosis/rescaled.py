@@ -1,4 +1,4 @@
-"""Rescaling between a layer's tensors, as SmoothQuant and AWQ do it: it must cancel out.
+"""Rescaling between a layer's tensors, as in SmoothQuant and AWQ: it must cancel out.
 
 They divide what makes an activation (a norm's weight, or the rows of v_proj and up_proj) by a
 number for each channel, and multiply the columns of the Linears that read it. Columns were found
@@ -28,7 +28,7 @@ TOLERANCE, OUTER = 0.03, 0.25
 second for 19 of 20, because factors are measured on quantized weights."""
 
 PARTNERS = {"copy-differs", "scale-wrong", "scale-corrupt", "weight-wrong"}
-"""What such a partner was taken for, as long as it was looked at alone."""
+"""Codes that such a partner gets when looked at alone."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,7 +41,7 @@ class Columns:
 
 
 def settle(case: Case, found: list[Finding]) -> list[Finding]:
-    """Partners whose rescaling cancels out become notes, columns that nothing undoes a fault."""
+    """Partners whose rescaling cancels out become notes, uncompensated columns a fault."""
     readers = [f for f in found if f.code == "columns-rescaled"]
     if not readers:
         return found
@@ -65,11 +65,11 @@ def _module(one: Finding) -> str:
 
 def _settled(one: Finding, undone: dict[str, str], settled: set[str]) -> Finding:
     if one.code == "columns-rescaled" and _module(one) not in undone:
-        found = f"{one.found}; no norm and no rows before it undo that"
+        found = f"{one.found}; no norm or rows before it compensate"
         wrong = finding("columns-unbalanced", one.tensor, found=found, wanted=one.wanted)
         return replace(wrong, file=one.file)
     if one.code in PARTNERS and one.tensor in settled:
-        found = f"{one.found}; undone in the columns that read it"
+        found = f"{one.found}; compensated in the columns that read it"
         note = finding("columns-rescaled", one.tensor, found=found, wanted=one.wanted)
         return replace(note, file=one.file)
     return one

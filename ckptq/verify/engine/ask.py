@@ -1,21 +1,19 @@
-"""`--engine`: asks the engine itself where it can be had, and says where it was not."""
+"""`--engine`: asks the engine itself if it is available, and reports if it is not."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
 from ckptq.verify.engine.by_table import foreseen
-from ckptq.verify.engine.result import Asked
-from ckptq.verify.report import EngineRun
+from ckptq.verify.report import Asked, EngineRun
 from ckptq.verify.subject import Subject
 
 
 def ask_engine(subject: Subject, name: str, vllm_python: Path | None) -> Asked:
-    """What the engine of this name makes of names, shapes and dtypes. Reads headers only.
+    """How the engine would load names, shapes and dtypes. Reads headers only.
 
-    vLLM is asked in the environment of `vllm_python`. Without one its table is, which tells what it
-    has not seen.
-    """
+    vLLM runs in the environment of `vllm_python`; without one its table is used, which notes what
+    it has not seen."""
     if name == "transformers":
         from ckptq.verify.engine.transformers import ask_transformers
 

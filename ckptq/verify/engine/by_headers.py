@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from ckptq.checkpoint.open import Checkpoint
-from ckptq.models.transformers_model import model_class_of, read_config
+from ckptq.models.tree.transformers_model import model_class_of, read_config
 from ckptq.spec import TensorSpec, dtype_name, torch_dtype
 
 if TYPE_CHECKING:
@@ -30,13 +30,13 @@ class Loaded:
     model: PreTrainedModel
     quantizer: Any
     wanted: Mapping[str, TensorSpec]
-    """What the model has places for, before loading."""
+    """The model's parameters before loading."""
     found: Mapping[str, TensorSpec]
-    """The same places after loading, in the dtypes of the disk."""
+    """The same parameters after loading, in the dtypes on disk."""
     missing: frozenset[str]
-    """Places that no tensor filled, without those that a tied tensor fills."""
+    """Parameters that no tensor filled, except tied ones."""
     left_over: frozenset[str]
-    """Tensors without a place, without those that the family says it ignores."""
+    """Tensors without a parameter, except those that the family ignores."""
     errors: Mapping[str, str]
     """Place -> why the conversion of its tensors failed."""
     tied: frozenset[str]
@@ -99,8 +99,8 @@ def _build(ckpt: Checkpoint) -> tuple[PreTrainedModel, Any, torch.dtype]:
 
 
 class Header(torch.Tensor):
-    """A tensor without data that keeps the dtype of the disk: loading would cast a bf16 weight into
-    the place of FP8 codes without a word."""
+    """A tensor without data that keeps its dtype on disk: otherwise loading would silently cast a
+    bf16 weight to FP8."""
 
     def to(self, *_: object, **__: object) -> torch.Tensor:
         return self.as_subclass(torch.Tensor)
@@ -133,8 +133,8 @@ def _specs(model: PreTrainedModel) -> dict[str, TensorSpec]:
 
 @contextmanager
 def _absent_places() -> Iterator[None]:
-    """Tying fails where packing has taken away the parameter that is to be tied; that the module is
-    quantized and tied is told of by what is missing."""
+    """Tying fails if packing removed the parameter to tie; the missing parameters are reported
+    anyway."""
     try:
         yield
     except AttributeError:
@@ -143,7 +143,7 @@ def _absent_places() -> Iterator[None]:
 
 @contextmanager
 def _silence() -> Iterator[None]:
-    """Findings say it better than three progress bars and a report of every key."""
+    """Hide progress bars and key reports; findings replace them."""
     from loguru import logger
     from transformers.utils import logging
 

@@ -1,6 +1,6 @@
-"""`--engine vllm` without vLLM's Python: what its table says of the model, and where it is silent.
+"""`--engine vllm` without vLLM's Python: what its table says about the model.
 
-What the table has not seen is never taken for right: a note says how much of it there is.
+Modules that the table has not seen are never assumed to be right: a note counts them.
 """
 
 from __future__ import annotations
@@ -11,11 +11,11 @@ from ckptq.checkpoint.open import CONFIG
 from ckptq.engines.table import load_table
 from ckptq.models.unserved import model_doubts
 from ckptq.numbered import starred
+from ckptq.printable import listed
 from ckptq.verify.kinds import finding
 from ckptq.verify.report import Finding
 from ckptq.verify.subject import Subject
 
-SHOWN = 3
 ASK = "ask vLLM itself: --vllm-python PYTHON"
 
 
@@ -25,10 +25,10 @@ def foreseen(subject: Subject) -> Iterator[Finding]:
     quantized = [name for name, module in subject.modules.items() if module.quantized]
     doubts = list(model_doubts(subject.witnesses, quantized))
     for doubt in doubts:
-        yield finding(
-            "engine-refuses", file=CONFIG, found=f"vllm, as its table says: {doubt}",
-            wanted="a checkpoint that it loads", repair=f"use transformers, or {ASK}",
-        )  # fmt: skip
+        found = f"vllm, according to its table: {doubt}"
+        wanted = "a checkpoint that it loads"
+        repair = f"use transformers, or {ASK}"
+        yield finding("engine-refuses", file=CONFIG, found=found, wanted=wanted, repair=repair)
     if not doubts:
         yield from _unseen(subject, quantized)
 
@@ -39,11 +39,9 @@ def _unseen(subject: Subject, quantized: list[str]) -> Iterator[Finding]:
     if not unseen:
         return
     kinds = list(dict.fromkeys(map(starred, unseen)))
-    more = f" and {len(kinds) - SHOWN} kinds more" if len(kinds) > SHOWN else ""
-    yield finding(
-        "engine-unseen",
-        found=f"{len(unseen)} of {len(quantized)} quantized Linears that the table of vLLM "
-        f"{load_table().version} has not seen, or saw built differently: "
-        f"{', '.join(kinds[:SHOWN])}{more}",
-        wanted="modules that it has seen", repair=ASK,
-    )  # fmt: skip
+    found = (
+        f"{len(unseen)} of {len(quantized)} quantized Linears that the table of vLLM "
+        f"{load_table().version} has not seen, or has seen built differently: "
+        f"{listed(kinds)}"
+    )
+    yield finding("engine-unseen", found=found, wanted="modules that it has seen", repair=ASK)

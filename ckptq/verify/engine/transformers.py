@@ -1,8 +1,8 @@
-"""`--engine transformers`: transformers builds its own quantized model and says what it lacks.
+"""`--engine transformers`: transformers builds its own quantized model and reports what is missing.
 
-Left-overs and places without a tensor are gathered by module; consequences of one cause are told
-once. What the family itself ignores is no finding, nor are cache scales outside the decoder: towers
-pass no cache to their attention.
+Left-over tensors and unfilled parameters are grouped by module; consequences of one cause are
+reported once. Tensors that the family ignores are no findings, nor are cache scales outside the
+decoder, because towers have no cache.
 """
 
 from __future__ import annotations
@@ -10,27 +10,26 @@ from __future__ import annotations
 import re
 import time
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from textwrap import shorten
 from typing import TYPE_CHECKING, Any
 
 from ckptq.checkpoint.open import CONFIG, Checkpoint
-from ckptq.models.transformers_model import decoder_name, runs_attention_groups
+from ckptq.models.tree.transformers_model import decoder_name, runs_attention_groups
+from ckptq.printable import listed
 from ckptq.spec import FLOATS, TensorSpec
-from ckptq.verify.engine.result import Asked
 from ckptq.verify.kinds import finding
-from ckptq.verify.report import EngineRun, Finding
+from ckptq.verify.report import Asked, EngineRun, Finding
 
 if TYPE_CHECKING:
     from ckptq.verify.engine.by_headers import Loaded
 
 CACHE_SCALES = ("q_scale", "k_scale", "v_scale")
 HARMLESS = re.compile(r"\.([qkv]_zero_point|q_scale)$|\.lora_\w+(\.|$)")
-"""Matrices of an adapter beside a weight transformers leaves over of the source too. llm-compressor
-writes zeros beside cache scales, which no engine reads; q scales are vLLM's, and
-transformers takes them for an attention group alone."""
+"""Left over of the source too, or unused: adapter matrices beside a weight, the zero points that
+llm-compressor writes beside cache scales, and q scales, which transformers reads only with an
+attention group."""
 
-SHOWN = 3
 LONGEST = 240
 
 
@@ -64,25 +63,26 @@ def ask_transformers(ckpt: Checkpoint) -> Asked:
 
 
 def _refused(reason: str, where: str | None = None) -> Finding:
+    found = f"transformers: {shorten(reason, LONGEST, placeholder=' ...')}"
+    wanted = "a checkpoint that it loads"
     return finding(
-        "engine-refuses", where, file=CONFIG if where is None else None,
-        found=f"transformers: {shorten(reason, LONGEST, placeholder=' ...')}",
-        wanted="a checkpoint that it loads",
-    )  # fmt: skip
+        "engine-refuses", where, file=CONFIG if where is None else None, found=found, wanted=wanted
+    )
 
 
 def _judge(ckpt: Checkpoint, loaded: Loaded) -> Iterator[Finding]:
-    """Causes first; what they explain is not told again."""
+    """Causes first; their consequences are not repeated."""
     absent = lacking(loaded)
     over = left_over(loaded)
     other = unlike(loaded)
     failed = {place.rpartition(".")[0] for place in loaded.errors}
     if failed and _attention_first(loaded):
+        lost = f"{len(failed)} expert modules not loaded, first {min(failed)}"
+        found = f"a group without weights before the group of Linears; {lost}"
+        wanted = "groups of Linears first"
         yield finding(
-            "attention-group-first", "config_groups", file=CONFIG,
-            found=f"a group without weights before that of Linears; {len(failed)} modules of "
-            f"experts not loaded, first {min(failed)}", wanted="groups of Linears first",
-        )  # fmt: skip
+            "attention-group-first", "config_groups", file=CONFIG, found=found, wanted=wanted
+        )
     else:
         for place, error in loaded.errors.items():
             yield _refused(_last_line(error), place)
@@ -100,60 +100,50 @@ def _module(
     over: Mapping[str, list[str]],
     other: Mapping[str, list[str]],
 ) -> Iterator[Finding]:
-    """All that is wrong with one module, as one finding where one thing explains it."""
+    """All faults of one module, as one finding if one cause explains them."""
     absent = without.get(module, [])
     cache = [local for local in absent if local in CACHE_SCALES]
     absent = [local for local in absent if local not in cache]
     for local in cache:
-        yield finding(
-            "engine-default", f"{module}.{local}",
-            found="transformers: no tensor fills it, memory that nothing was written to is used",
-            wanted="the stored scale",
-        )  # fmt: skip
+        found = "transformers: no tensor fills it; uninitialised memory is used"
+        yield finding("engine-default", f"{module}.{local}", found=found, wanted="the stored scale")
     extra = over.get(module, [])
     if absent and _stored_plain(loaded, module, extra):
         yield _not_ignored(loaded, module)
         return
     if absent:
-        held = f"; left over: {_some(extra)}" if extra else ""
-        yield finding(
-            "engine-unfilled", module, found=f"transformers: no tensor for {_some(absent)}{held}",
-            wanted="a tensor for every parameter",
-        )  # fmt: skip
+        held = f"; left over: {listed(extra)}" if extra else ""
+        found = f"transformers: no tensor for {listed(absent)}{held}"
+        yield finding("engine-unfilled", module, found=found, wanted="a tensor for every parameter")
         return
     unlike_here = other.get(module, [])
     if any(_holds_codes(loaded, place) for place in unlike_here):
-        yield finding(
-            "never-quantized", module, found="transformers builds it unquantized; codes on disk",
-            wanted="an unquantized weight",
-        )  # fmt: skip
+        found = "transformers builds it unquantized, but codes are stored"
+        yield finding("never-quantized", module, found=found, wanted="an unquantized weight")
         return
     for place in unlike_here:
-        yield finding(
-            "engine-shape", place, file=_file(ckpt, place),
-            found=f"transformers: {loaded.found[place]}", wanted=str(loaded.wanted[place]),
-        )  # fmt: skip
+        found = f"transformers: {loaded.found[place]}"
+        wanted = str(loaded.wanted[place])
+        yield finding("engine-shape", place, file=_file(ckpt, place), found=found, wanted=wanted)
     if extra:
-        yield finding(
-            "engine-left-over", module, found=f"transformers has no place for {_some(extra)}",
-            wanted="no such tensors",
-        )  # fmt: skip
+        found = f"transformers has no parameters for {listed(extra)}"
+        yield finding("engine-left-over", module, found=found, wanted="no such tensors")
 
 
 def _not_ignored(loaded: Loaded, module: str) -> Finding:
     """A Linear that is built quantized and stored, or tied, as it is."""
     repair = f'add "{module}" to quantization_config.ignore'
     if module in loaded.tied:
+        found = "transformers builds it quantized, but it is tied to the embedding"
+        wanted = "an entry in ignore"
         return finding(
-            "tied-head-not-ignored", module, file=CONFIG,
-            found="transformers builds it quantized; its weight is the embedding's",
-            wanted="an entry in ignore", repair=repair,
-        )  # fmt: skip
+            "tied-head-not-ignored", module, file=CONFIG, found=found, wanted=wanted, repair=repair
+        )
+    found = "transformers builds it quantized, but it is stored unquantized"
+    wanted = "an entry in ignore under this name"
     return finding(
-        "engine-not-ignored", module, file=CONFIG,
-        found="transformers builds it quantized; it is stored as it is",
-        wanted="an entry in ignore under this name", repair=repair,
-    )  # fmt: skip
+        "engine-not-ignored", module, file=CONFIG, found=found, wanted=wanted, repair=repair
+    )
 
 
 def _stored_plain(loaded: Loaded, module: str, extra: list[str]) -> bool:
@@ -182,11 +172,11 @@ def _unmatched_attention(loaded: Loaded) -> Iterator[Finding]:
     for name, group in _groups(loaded).items():
         strangers = [t for t in group.targets if not t.startswith("re:") and t not in classes]
         if group.weights is None and strangers:
+            found = f"transformers: no module of class {strangers[0]}"
+            wanted = "the class of its attention"
             yield finding(
-                "target-unmatched", f"config_groups.{name}", file=CONFIG,
-                found=f"transformers: no module of class {strangers[0]}",
-                wanted="the class of its attention",
-            )  # fmt: skip
+                "target-unmatched", f"config_groups.{name}", file=CONFIG, found=found, wanted=wanted
+            )
 
 
 def _attention_that_does_not_run(loaded: Loaded) -> Iterator[Finding]:
@@ -194,11 +184,11 @@ def _attention_that_does_not_run(loaded: Loaded) -> Iterator[Finding]:
         return
     for name, group in _groups(loaded).items():
         if group.weights is None and group.input_activations is not None:
-            yield _refused(
-                f"{type(loaded.model).__name__} has eager attention alone, which "
-                "compressed-tensors does not hook into: the forward pass ends in KeyError",
-                f"config_groups.{name}",
-            )  # fmt: skip
+            reason = (
+                f"{type(loaded.model).__name__} has only eager attention, which "
+                "compressed-tensors does not hook into: the forward pass ends in KeyError"
+            )
+            yield _refused(reason, f"config_groups.{name}")
 
 
 def _groups(loaded: Loaded) -> Mapping[str, Any]:
@@ -218,10 +208,10 @@ def lacking(loaded: Loaded) -> dict[str, list[str]]:
 
 
 def left_over(loaded: Loaded) -> dict[str, list[str]]:
-    """The nearest module that there is -> tensors under it without a place.
+    """The nearest existing module -> tensors under it without a parameter.
 
     Whole layers and branches that transformers does not build (multi-token prediction, towers of a
-    text-only save) are left over of the source too.
+    text-only save) are left over of the source too, and not counted.
     """
     decoder = decoder_name(loaded.model)
     roots = {"", loaded.model.base_model_prefix, decoder, f"{decoder}.layers"}
@@ -274,14 +264,8 @@ def _file(ckpt: Checkpoint, name: str) -> str | None:
     return ckpt.tensors[name].file.name if name in ckpt.tensors else None
 
 
-def _some(names: Iterable[str]) -> str:
-    every = list(names)
-    more = f" and {len(every) - SHOWN} more" if len(every) > SHOWN else ""
-    return ", ".join(every[:SHOWN]) + more
-
-
 def _last_line(error: str) -> str:
-    """The reason within what transformers keeps of an exception: a traceback, the reason, a word on
-    the operation."""
+    """The reason in the text that transformers keeps of an exception: traceback, reason,
+    operation."""
     lines = [line for line in error.strip().splitlines() if line.strip()]
     return lines[-2] if len(lines) > 1 and lines[-1].startswith("Error") else lines[-1]

@@ -1,6 +1,6 @@
 """`--engine vllm --vllm-python PYTHON`: the real vLLM builds its class and loads by headers alone.
 
-vLLM lives in an environment of its own: `vllm_worker.py` runs there as a script, JSON in and out.
+vLLM has its own environment: `vllm_worker.py` runs there as a script, JSON in and out.
 """
 
 from __future__ import annotations
@@ -19,34 +19,32 @@ from typing import Any
 from ckptq.checkpoint.open import CONFIG, Checkpoint
 from ckptq.engines.table import load_table
 from ckptq.errors import MachineError, UsageError
+from ckptq.printable import listed
 from ckptq.recipes.declared import Declared, read_declared
 from ckptq.spec import DTYPES, FLOATS
-from ckptq.verify.engine.result import Asked
 from ckptq.verify.kinds import finding
-from ckptq.verify.report import EngineRun, Finding
+from ckptq.verify.report import Asked, EngineRun, Finding
 
 WORKER = Path(__file__).with_name("vllm_worker.py")
 ANSWER = {"version", "error", "at", "parameters", "kernels"}
 """Keys of what the worker prints."""
 SECONDS = 1800
-"""Tiny checkpoints take ten, most of it imports; 140,000 tensors a few minutes."""
+"""Tiny checkpoints take ten, mostly for imports; 140,000 tensors take a few minutes."""
 
 CACHE_SCALE = re.compile(r"^(?P<module>.+?)(\.attn)?\.(?P<local>[qkv]_scale)$")
 OPTIONAL = re.compile(r"\.(weight_shape|[qkv]_zero_point|prob_scale)$")
-"""Parameters that vLLM makes and nobody has to fill: nothing reads them."""
+"""Parameters that vLLM creates but never reads."""
 INPUT_SCALE = re.compile(r"\.(w\d+_)?input_(global_)?scale$")
 
 PLAIN = frozenset(DTYPES[name][0] for name in FLOATS)
 CODES = frozenset(DTYPES[name][0] for name in ("F8_E4M3", "F8_E5M2", "I8", "U8", "I32"))
-SHOWN = 3
 LONGEST = 300
 
 
 def ask_vllm(ckpt: Checkpoint, python: Path) -> Asked:
-    """What vLLM in the environment of `python` loads, and what it leaves empty.
+    """What vLLM in the environment of `python` loads, and what it leaves unfilled.
 
-    Raises UsageError where that is no Python with vLLM, MachineError where vLLM crashes or takes
-    too long.
+    Raises UsageError if that is not a Python with vLLM, MachineError if vLLM crashes or times out.
     """
     began = time.monotonic()
     told = _work(ckpt, python)
@@ -55,9 +53,7 @@ def ask_vllm(ckpt: Checkpoint, python: Path) -> Asked:
         findings = [_refused(ckpt, told)]
     else:
         findings = list(_judge(ckpt, parameters))
-    remarks = (
-        [] if told["kernels"] else ["its CPU build: what kernels of a GPU refuse was not seen"]
-    )
+    remarks = [] if told["kernels"] else ["CPU build: refusals of GPU kernels were not tested"]
     run = EngineRun(
         name="vllm",
         version=told["version"],
@@ -81,9 +77,7 @@ def _work(ckpt: Checkpoint, python: Path) -> dict[str, Any]:
     except subprocess.TimeoutExpired as error:
         raise MachineError(f"{python}: vLLM took more than {SECONDS} s to load headers") from error
     if "No module named 'vllm'" in done.stderr and not done.stdout:
-        raise UsageError(
-            f"--vllm-python {python}: has no vLLM; give the Python that serves with it"
-        )
+        raise UsageError(f"--vllm-python {python}: has no vLLM; pass the Python that has it")
     told = _answer(done.stdout)
     if told is None:
         raise _no_answer(python, done)
@@ -91,7 +85,7 @@ def _work(ckpt: Checkpoint, python: Path) -> dict[str, Any]:
 
 
 def _answer(text: str) -> dict[str, Any] | None:
-    """The worker's answer; None for what is none."""
+    """The worker's answer; None for any other text."""
     try:
         told = json.loads(text)
     except json.JSONDecodeError:
@@ -100,15 +94,15 @@ def _answer(text: str) -> dict[str, Any] | None:
 
 
 def _no_answer(python: Path, done: subprocess.CompletedProcess[str]) -> Exception:
-    """MachineError with vLLM's last words; UsageError where there are none: it is no Python."""
+    """MachineError with vLLM's last output; UsageError without any: it is not a Python."""
     lines = [line for line in done.stderr.splitlines() if line.strip()][-3:]
     if lines:
         said = " / ".join(lines)[-600:]
         return MachineError(f"{python}: vLLM ended with exit code {done.returncode}: {said}")
-    printed = f"printed {shorten(done.stdout, 80)!r}" if done.stdout.strip() else "said nothing"
+    printed = f"printed {shorten(done.stdout, 80)!r}" if done.stdout.strip() else "printed nothing"
     return UsageError(
-        f"--vllm-python {python}: {printed} and ended with exit code {done.returncode}; wanted the "
-        f"answer of {WORKER.name}, as a Python with vLLM gives it"
+        f"--vllm-python {python}: {printed} and ended with exit code {done.returncode}; "
+        f"expected the answer of {WORKER.name} from a Python with vLLM"
     )
 
 
@@ -124,11 +118,9 @@ def _natural(name: str) -> list[Any]:
 
 def _refused(ckpt: Checkpoint, told: Mapping[str, Any]) -> Finding:
     at = told["at"]
-    return finding(
-        "engine-refuses", at, file=ckpt.tensors[at].file if at in ckpt.tensors else CONFIG,
-        found=f"vllm: {shorten(told['error'], LONGEST, placeholder=' ...')}",
-        wanted="a checkpoint that it loads",
-    )  # fmt: skip
+    file = ckpt.tensors[at].file if at in ckpt.tensors else CONFIG
+    found = f"vllm: {shorten(told['error'], LONGEST, placeholder=' ...')}"
+    return finding("engine-refuses", at, file=file, found=found, wanted="a checkpoint it loads")
 
 
 def _judge(ckpt: Checkpoint, parameters: list[dict[str, Any]]) -> Iterator[Finding]:
@@ -141,32 +133,24 @@ def _judge(ckpt: Checkpoint, parameters: list[dict[str, Any]]) -> Iterator[Findi
         if not _is_read(name, declared) or (engine and engine.leaves_empty(name)):
             continue
         if scale and one["filled"] < size:
-            yield finding(
-                "engine-default", f"{scale['module']}.{scale['local']}",
-                found="vllm: missing: 1.0 is used", wanted="the stored scale",
-            )  # fmt: skip
+            where, used = f"{scale['module']}.{scale['local']}", "vllm: missing: 1.0 is used"
+            yield finding("engine-default", where, found=used, wanted="the stored scale")
         elif one["filled"] == 0 and size:
             module, _, local = name.rpartition(".")
             empty[module].append(local)
         elif one["filled"] < size:
             yield _partly(one, size)
         if _cast(one):
-            yield finding(
-                "engine-shape", name, found=f"vllm: {', '.join(one['sources'])} on disk",
-                wanted=one["dtype"],
-            )  # fmt: skip
+            found = f"vllm: {', '.join(one['sources'])} on disk"
+            yield finding("engine-shape", name, found=found, wanted=one["dtype"])
     for module, locals_ in empty.items():
-        more = f" and {len(locals_) - SHOWN} more" if len(locals_) > SHOWN else ""
-        yield finding(
-            "engine-unfilled", module,
-            found=f"vllm: no tensor for {', '.join(locals_[:SHOWN])}{more}",
-            wanted="a tensor for every parameter",
-        )  # fmt: skip
+        found = f"vllm: no tensor for {listed(locals_)}"
+        yield finding("engine-unfilled", module, found=found, wanted="a tensor for every parameter")
 
 
 def _is_read(parameter: str, declared: Declared) -> bool:
-    """Whether anything reads it under this scheme: NVFP4 experts get scales of static inputs where
-    weights alone are quantized, too."""
+    """Whether anything reads it under this scheme: vLLM creates static input scales for NVFP4
+    experts even in weight-only schemes."""
     if CACHE_SCALE.match(parameter):
         return declared.kv_cache_scheme is not None
     if INPUT_SCALE.search(parameter):
@@ -177,16 +161,13 @@ def _is_read(parameter: str, declared: Declared) -> bool:
 def _partly(one: Mapping[str, Any], size: int) -> Finding:
     """A merged parameter that lacks a part, or experts."""
     rows = one["rows"]
-    bare = f"; nothing in {', '.join(map(str, rows[:SHOWN]))}" if rows else ""
-    bare += f" and {len(rows) - SHOWN} more of its {one['shape'][0]}" if len(rows) > SHOWN else ""
-    return finding(
-        "engine-partly-filled", one["name"],
-        found=f"vllm: {one['filled']:,} of {size:,} elements{bare}",
-        wanted="a tensor for every part",
-    )  # fmt: skip
+    bare = f"; nothing in {listed(rows)} of {one['shape'][0]}" if rows else ""
+    found = f"vllm: {one['filled']:,} of {size:,} elements{bare}"
+    wanted = "a tensor for every part"
+    return finding("engine-partly-filled", one["name"], found=found, wanted=wanted)
 
 
 def _cast(one: Mapping[str, Any]) -> bool:
-    """Whether codes went into floats, or floats into codes, which copying does without a word."""
+    """Whether codes were silently copied into floats, or floats into codes."""
     sources, place = set(one["sources"]), one["dtype"]
     return bool((sources & PLAIN and place in CODES) or (sources & CODES and place in PLAIN))

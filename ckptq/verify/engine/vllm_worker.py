@@ -1,16 +1,14 @@
-"""Runs in vLLM's own environment, where ckptq is not installed: what would vLLM load?
+"""What vLLM would load: a script for vLLM's own environment, where ckptq is not installed.
 
     VLLM_PYTHON vllm_worker.py < REQUEST > ANSWER
 
 REQUEST, JSON: {"path": folder, "tensors": [[name, dtype as torch calls it, [shape]], ...]} in the
 order in which vLLM would read them. ANSWER, JSON, see `answer`.
 
-vLLM builds its model class and loads by names and shapes alone. Large tensors, its parameters and
-those of the checkpoint, are on the meta device, so that nothing of any size is allocated; small
-ones are real, because loaders look at their values. Every write into a parameter is watched: vLLM's
-own check for what was not filled is off for quantized models, and sees neither a missing half of a
-merged parameter nor a missing expert.
-"""
+vLLM builds its model class and loads names and shapes. Large tensors are on the meta device, so
+that almost nothing is allocated; small ones are real, because loaders read their values. Every
+write into a parameter is recorded: vLLM's own check for unfilled parameters is off for quantized
+models, and detects neither a missing half of a merged parameter nor a missing expert."""
 
 from __future__ import annotations
 
@@ -50,8 +48,8 @@ def main() -> None:
 
 
 def answer(path: str, tensors: list[list[Any]]) -> dict[str, Any]:
-    """version; error and the tensor that it came up at, or None; parameters; whether kernels were
-    chosen as they are where it serves."""
+    """version; error and the tensor at which it occurred, or None; parameters; whether kernels were
+    chosen as in serving."""
     import vllm
     from vllm.platforms import current_platform
 
@@ -188,8 +186,8 @@ class Writes(TorchDispatchMode):
             self.sources[storage_of(target)].add(str(source.dtype).removeprefix("torch."))
 
     def parameters(self) -> list[dict[str, Any]]:
-        """Each parameter with its size, how much of it was written, the experts of which nothing
-        was, and the dtypes that went in."""
+        """Each parameter with its size, the number of elements written, the experts without any,
+        and the dtypes written."""
         return [self.parameter(name, place) for name, place in self.places.items()]
 
     def parameter(self, name: str, place: torch.nn.Parameter) -> dict[str, Any]:
@@ -228,8 +226,8 @@ def bare_rows(place: torch.Tensor, regions: dict[Any, int]) -> list[int]:
 
 
 def stand_in_for_kernels() -> None:
-    """Nothing is computed here: where this machine has no kernel for a format, its parameters are
-    made all the same."""
+    """Nothing is computed here: parameters are created even if this machine has no kernel for a
+    format."""
     import pkgutil
 
     import vllm.model_executor.layers.quantization.compressed_tensors as formats

@@ -1,4 +1,4 @@
-"""Tensors that no scheme touches: byte for byte the source's."""
+"""Tensors outside any scheme must equal the source byte for byte."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ CHUNK = 1 << 22
 FAST_BYTES = 1 << 16
 
 EMPTY = 0.25
-"""Share of an embedding that is zero: more than a vocabulary is padded by, or tokens are unused."""
+"""Share of zero rows in an embedding: more than padding and unused tokens explain."""
 
 TABLES = ("embedding", "output head")
 
@@ -42,7 +42,7 @@ class Copy:
     zeros: int = 0
     """Elements that are zero; counted where there is no source."""
     through_one: int = 0
-    """Of the bytes that differ, those of a norm that is stored as (w + 1) - 1, in its own dtype."""
+    """Of these, bytes of a norm that is stored as (w + 1) - 1, rounded to its dtype."""
 
 
 def pairs(subject: Subject) -> Iterator[tuple[StoredTensor, StoredTensor | Weight]]:
@@ -103,8 +103,8 @@ def _chunk(
 
 
 def _through_one(ours: Tensor, theirs: Tensor, tensor: StoredTensor) -> bool:
-    """Whether all of it is what adding one and taking it away again makes of the source: what
-    llm-compressor does to norms that multiply by 1 + w (Gemma, Qwen3-Next)."""
+    """Whether adding and subtracting 1 explains the difference, as llm-compressor does with norms
+    that multiply by 1 + w (Gemma, Qwen3-Next)."""
     dtype = torch_dtype(tensor.spec.dtype)
     return same_bytes(ours, ((theirs.view(dtype) + 1) - 1).view(torch.uint8))
 
@@ -121,21 +121,19 @@ def _whole(tensor: StoredTensor, weight: Weight, files: Files, undo: Undo) -> Co
 
 
 def judge_copy(subject: Subject, copy: Copy) -> Iterator[Finding]:
-    """A copy with anything different in it; a note where that is rounding alone."""
+    """A copy that differs; a note if only by rounding."""
     if copy.different and copy.different == copy.through_one:
-        yield finding(
-            "norm-rounded", copy.name, file=subject.ckpt.tensors[copy.name].file,
-            found="(w + 1) - 1 of the source's, rounded", wanted="the source's bytes",
-        )  # fmt: skip
+        found = "the source's (w + 1) - 1, rounded"
+        wanted = "the source's bytes"
+        yield finding("norm-rounded", subject.ckpt.tensors[copy.name], found=found, wanted=wanted)
     elif copy.different:
-        yield finding(
-            "copy-differs", copy.name, file=subject.ckpt.tensors[copy.name].file,
-            found=f"{copy.different} of {copy.nbytes} bytes differ", wanted="the source's bytes",
-        )  # fmt: skip
+        found = f"{copy.different} of {copy.nbytes} bytes differ"
+        wanted = "the source's bytes"
+        yield finding("copy-differs", subject.ckpt.tensors[copy.name], found=found, wanted=wanted)
 
 
 def finite_tasks(subject: Subject, files: Files, fast: bool) -> Iterator[Callable[[], Copy]]:
-    """Without a source there is only this to ask of an unquantized tensor."""
+    """The only check of an unquantized tensor without a source."""
     for tensor in subject.ckpt.tensors.values():
         module = subject.modules.get(tensor.name.rpartition(".")[0])
         if tensor.spec.dtype in FLOATS and (module is None or not module.quantized):
@@ -156,17 +154,15 @@ def _finite(tensor: StoredTensor, files: Files, start: int, count: int) -> Copy:
 
 def judge_finite(subject: Subject, copy: Copy) -> Iterator[Finding]:
     """NaN or Inf in a norm, an embedding, an unquantized weight; a table that is half zeros."""
+    tensor = subject.ckpt.tensors[copy.name]
     if copy.not_finite:
         yield finding(
-            "not-finite", copy.name, file=subject.ckpt.tensors[copy.name].file,
-            found=f"{copy.not_finite} NaN or Inf", wanted="finite numbers",
-        )  # fmt: skip
-    tensor = subject.ckpt.tensors[copy.name]
+            "not-finite", tensor, found=f"{copy.not_finite} NaN or Inf", wanted="finite numbers"
+        )
     module = subject.modules.get(copy.name.rpartition(".")[0])
     share = copy.zeros / max(tensor.spec.numel, 1)
     table = module is not None and module.kept in TABLES and len(tensor.spec.shape) == 2
     if table and share > EMPTY:
-        yield finding(
-            "rows-empty", copy.name, file=tensor.file, found=f"{share:.0%} of it is zero",
-            wanted="a row for every token",
-        )  # fmt: skip
+        found = f"{share:.0%} zeros"
+        wanted = "a row for every token"
+        yield finding("rows-empty", tensor, found=found, wanted=wanted)

@@ -1,6 +1,6 @@
-"""A loader's part, played: do the weights that arrive in an engine equal the source's?
+"""A simulated loader: do the weights that arrive in an engine equal the source's?
 
-Without a source, what is stored stands for itself: then only what loading does is judged.
+Without a source, the stored weights are the reference, so that only loading is checked.
 Shape letters: R rows, C columns, H query heads, K key/value heads.
 """
 
@@ -35,7 +35,7 @@ from ckptq.verify.structure.rope_readers import order_of, turned_modules
 from ckptq.verify.subject import Module, Subject
 
 MISSING, REFUSED, AS_IT_IS = "missing", "refused", "loads as it is"
-"""How `done` begins for a placeholder, for a refusal, and for tensors that stay as they are."""
+"""Start of `done` for a placeholder, a refusal, and unchanged tensors."""
 
 WANTED = {
     "arrives-wrong": "the source's weight",
@@ -46,7 +46,7 @@ WANTED = {
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class DryRun:
-    """What arrives, tensor by tensor, and what of it is wrong."""
+    """What arrives, tensor by tensor, and the faults."""
 
     arrivals: tuple[Arrival, ...]
     findings: tuple[Finding, ...]
@@ -59,7 +59,7 @@ def dry_run(
     engine: Engine,
     files: Files,
 ) -> DryRun:
-    """Play the engine's loader on q/k projections, on fused sets and on cache scales."""
+    """Simulate the engine's loader for q/k projections, fused sets and cache scales."""
     asked = {n: Asked(one, arrival_floor_db(one, tallies.get(n))) for n, one in linears.items()}
     arrivals = [
         *_turned(subject, asked, engine, files),
@@ -71,7 +71,7 @@ def dry_run(
 
 @dataclass(frozen=True, slots=True)
 class Asked:
-    """A Linear, and the decibels that it must arrive with."""
+    """A Linear, and the required SNR after loading."""
 
     linear: StoredLinear
     floor_db: float
@@ -84,18 +84,17 @@ def _wrong(subject: Subject, engine: Engine, arrivals: list[Arrival]) -> Iterato
         code = "engine-default" if one.done.startswith(MISSING) else "arrives-wrong"
         code = "engine-refuses" if one.done.startswith(REFUSED) else code
         snr = "" if one.snr_db is None else f", {one.snr_db:.1f} dB"
-        yield finding(
-            code, one.tensor, found=f"{engine.name}: {one.done}{snr}", wanted=WANTED[code],
-            repair=_repair(subject, engine, one) if code == "arrives-wrong" else None,
-        )  # fmt: skip
+        found = f"{engine.name}: {one.done}{snr}"
+        repair = _repair(subject, engine, one) if code == "arrives-wrong" else None
+        yield finding(code, one.tensor, found=found, wanted=WANTED[code], repair=repair)
 
 
 def _repair(subject: Subject, engine: Engine, one: Arrival) -> str | None:
-    """What makes this weight arrive; None for the general advice."""
+    """A specific repair; None for the general one."""
     if subject.family.rope != "interleaved":
         return None
     if order_of(subject, Part.WEIGHTS) is RopeOrder.HALF_SPLIT:
-        return f"{engine.name} wants the source's order: `ckptq permute CKPT OUT --to interleaved`"
+        return f"{engine.name} needs the source's order: `ckptq permute CKPT OUT --to interleaved`"
     return None
 
 
@@ -158,9 +157,9 @@ def _turned_codes(asked: Asked, turn: Turn, files: Files) -> Arrival:
 
 
 def _moved_blocks(linear: StoredLinear, local: str, tensor: Tensor, heads: Heads) -> Arrival:
-    """A grid of blocks, taken for rows: it does not fit, or it fits and is wrong."""
+    """A grid of blocks, treated as rows: refused, or silently wrong."""
     fits = tensor.shape[0] % (2 * heads.count) == 0
-    done = f"takes the {tensor.shape[0]} rows of blocks in {local} for rows of the weight"
+    done = f"treats the {tensor.shape[0]} rows of blocks in {local} as rows of the weight"
     if not fits:
         done = f"{REFUSED}: {done}, of {heads.count} heads"
     return Arrival(tensor=linear.name, done=done, snr_db=None, ok=False)
@@ -181,7 +180,7 @@ def _turned_plain(module: Module, turn: Turn, files: Files) -> Arrival:
 
 
 def _wanted(linear: StoredLinear, files: Files, held: Mapping[str, Tensor]) -> Tensor:
-    """The source's weight, or where there is none the one that is stored, in float32."""
+    """The source's weight, or without a source the stored one, in float32."""
     origin = linear.module.origin
     if origin is None:
         return nearest.weights(held, linear.scheme, linear.shape[1])
@@ -189,7 +188,7 @@ def _wanted(linear: StoredLinear, files: Files, held: Mapping[str, Tensor]) -> T
 
 
 def _merged(linears: Mapping[str, Asked], engine: Engine, files: Files) -> Iterator[Arrival]:
-    """Sets whose members have one scale each: codes are made again for the largest."""
+    """Sets whose members have one scale each are requantized with the largest."""
     if not engine.merges_tensor_scales:
         return
     for name, asked in linears.items():
@@ -250,9 +249,9 @@ def _reduced(subject: Subject, files: Files, tensor: StoredTensor) -> Arrival:
         done = f"{REFUSED}: {tensor.spec} is not one scale for each query head"
         return Arrival(tensor=tensor.name, done=done, snr_db=None, ok=False)
     if tensor.spec.dtype not in FLOATS:
-        done = f"{REFUSED}: {tensor.spec} is no float"
+        done = f"{REFUSED}: {tensor.spec} is not a float"
         return Arrival(tensor=tensor.name, done=done, snr_db=None, ok=False)
     scale_HK = read_tensor(tensor, files).reshape(heads[1], -1).float()
     spread = float((scale_HK.amax(1) / scale_HK.amin(1)).max())
-    done = f"the largest of each group of {scale_HK.shape[1]} heads is used, up to {spread:.3g}x"
+    done = f"uses the largest of each group of {scale_HK.shape[1]} heads, up to {spread:.3g}x"
     return Arrival(tensor=tensor.name, done=done, snr_db=None, ok=True)

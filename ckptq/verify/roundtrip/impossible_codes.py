@@ -1,4 +1,4 @@
-"""Codes and zero points that no weight has: NaN, out of range, set padding, rows of zero bytes."""
+"""Impossible codes and zero points: NaN, out of range, padding bits, rows of zero bytes."""
 
 from __future__ import annotations
 
@@ -33,37 +33,28 @@ def check_codes(linear: StoredLinear, held: Mapping[str, Tensor]) -> Iterator[Fi
     if tensor.dtype == torch.float8_e4m3fn:
         nan = (tensor.view(torch.uint8) & 0x7F) == 0x7F
         if nan.any():
-            yield finding(
-                "codes-nan", codes.name, file=codes.file, found=f"{int(nan.sum())} NaN codes",
-                wanted="none",
-            )  # fmt: skip
+            yield finding("codes-nan", codes, found=f"{int(nan.sum())} NaN codes", wanted="none")
     elif tensor.dtype == torch.int32 and _padding(tensor, linear.shape[1], linear.scheme.num_bits):
-        yield finding(
-            "padding", codes.name, file=codes.file, found="bits set behind the last column",
-            wanted="zeros",
-        )  # fmt: skip
+        yield finding("padding", codes, found="bits set after the last column", wanted="zeros")
     if "weight_zero_point" in held:
         yield from _zero_points(linear, held["weight_zero_point"], len(tensor))
 
 
 def _range(linear: StoredLinear, codes: Tensor) -> Iterator[Finding]:
-    """Fewer bits are declared than a byte has: codes of other formats are packed, and cannot be
-    out of range."""
+    """Codes of fewer than 8 bits in bytes; packed codes cannot be out of range."""
     half = 2 ** (linear.scheme.num_bits - 1)
     if codes.dtype != torch.int8 or linear.scheme.num_bits >= 8:
         return
     low, high = int(codes.min()), int(codes.max())
     if low < -half or high >= half:
         tensor = linear.tensors[linear.scheme.codes]
-        yield finding(
-            "codes-range", tensor.name, file=tensor.file, found=f"codes from {low} to {high}",
-            wanted=f"{-half} to {half - 1}, which {linear.scheme.num_bits} bits hold",
-        )  # fmt: skip
+        wanted = f"{-half} to {half - 1}, which {linear.scheme.num_bits} bits hold"
+        yield finding("codes-range", tensor, found=f"codes from {low} to {high}", wanted=wanted)
 
 
 def _empty_rows(linear: StoredLinear, held: Mapping[str, Tensor]) -> Iterator[Finding]:
-    """Rows of zero bytes under a scale that says that something was there: the largest weight of a
-    row, group or block has one of the largest codes."""
+    """Rows of zero bytes with a nonzero scale: impossible, since the largest weight of a row, group
+    or block has one of the largest codes."""
     scheme, scale = linear.scheme, held["weight_scale"]
     if scheme.strategy == "tensor" or scale.ndim != 2:
         return
@@ -85,11 +76,8 @@ def _empty_rows(linear: StoredLinear, held: Mapping[str, Tensor]) -> Iterator[Fi
         empty_R &= ~_all_least(linear, held)
     if count := int(empty_R.sum()):
         tensor = linear.tensors[scheme.codes]
-        yield finding(
-            "codes-empty", tensor.name, file=tensor.file,
-            found=f"{count} of {len(codes)} rows in one place are zero bytes, and have scales",
-            wanted="codes",
-        )  # fmt: skip
+        found = f"{count} of {len(codes)} rows in one place are zero bytes with nonzero scales"
+        yield finding("codes-empty", tensor, found=found, wanted="codes")
 
 
 def _meant(scale: Tensor, scheme: WeightScheme, size: Tensor) -> Tensor:
@@ -114,16 +102,10 @@ def _zero_points(linear: StoredLinear, zero_point: Tensor, rows: int) -> Iterato
     half = 2 ** (bits - 1)
     if linear.scheme.format == "pack-quantized":
         if _padding(zero_point.t().contiguous(), rows, bits):
-            yield finding(
-                "padding", tensor.name, file=tensor.file, found="bits set behind the last row",
-                wanted="zeros",
-            )  # fmt: skip
+            yield finding("padding", tensor, found="bits set after the last row", wanted="zeros")
     elif bool(((zero_point < -half) | (zero_point >= half)).any()):
         found = f"{int(zero_point.min())} to {int(zero_point.max())}"
-        yield finding(
-            "zero-point-range", tensor.name, file=tensor.file, found=found,
-            wanted=f"{-half} to {half - 1}",
-        )  # fmt: skip
+        yield finding("zero-point-range", tensor, found=found, wanted=f"{-half} to {half - 1}")
 
 
 def _padding(word_RW: Tensor, columns: int, num_bits: int) -> bool:

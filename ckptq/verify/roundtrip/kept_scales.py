@@ -1,8 +1,7 @@
-"""Weights that a quantized source holds already: their scales are right as they stand there.
+"""Weights of a quantized source that are kept as stored: their scales are right.
 
-`quantize --scheme kv-fp8-...` leaves such weights as they are stored. What made them may have
-chosen scales in other ways than by the plain extremes, and what codes and scales stand for does
-not always reach the extremes that they were made of.
+`quantize --scheme kv-fp8-...` keeps such weights. Their scales may come from another observer than
+minimum and maximum, and decoded weights do not always reach the original extremes.
 """
 
 from __future__ import annotations
@@ -48,7 +47,7 @@ def _kept(subject: Subject, linear: StoredLinear, files: Files, undo: Undo) -> b
             continue
         if ours is None or theirs is None or ours.spec != theirs.spec:
             return False
-        if not same_bytes(undo.restore(ours.name, read_tensor(ours, files)),
-                          read_tensor(theirs, files)):  # fmt: skip
+        restored = undo.restore(ours.name, read_tensor(ours, files))
+        if not same_bytes(restored, read_tensor(theirs, files)):
             return False
     return True

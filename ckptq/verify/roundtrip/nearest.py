@@ -1,8 +1,8 @@
-"""Which code is the nearest, and what a code stands for: said once more, apart from what quantizes.
+"""The nearest code, and the value of a code: a second implementation, independent of the converter.
 
-Plain torch, as compressed-tensors states it: divide by the scale, add the zero point, round half to
-even, clamp; codes packed from the lowest bit on, integers offset to be unsigned. Only what fixes
-the format is shared with the converter, none of its arithmetic.
+Plain torch, as compressed-tensors defines it: divide by the scale, add the zero point, round half
+to even, clamp; codes packed from the lowest bit on, integers offset to be unsigned. Only the format
+description is shared with the converter, none of its arithmetic.
 
 Shape letters: R rows, C columns, G groups, L columns in a group, W words; blocks of H x V elements
 make a grid M x N. A tile is what shares one scale.

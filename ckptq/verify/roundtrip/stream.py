@@ -1,4 +1,4 @@
-"""Every quantized Linear against its source, streamed; memory is a few runs of rows, or a slab.
+"""Every quantized Linear against its source, streamed; memory holds a few runs of rows, or a slab.
 
 Shape letters: R rows, C columns.
 """
@@ -11,9 +11,8 @@ from functools import partial
 
 from ckptq.checkpoint.read import Files, read_tensor
 from ckptq.checkpoint.view import View, read_slab, window
-from ckptq.errors import SourceError
+from ckptq.models.weight import naming
 from ckptq.models.weight_rows import Rows, rows_of, weight_rows
-from ckptq.quantize.formats import NonFinite
 from ckptq.verify.report import Finding, TensorResult
 from ckptq.verify.roundtrip.impossible_codes import check_codes
 from ckptq.verify.roundtrip.tally import Tally, compare, floor_db
@@ -25,7 +24,7 @@ FAST_ELEMENTS = 1 << 16
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Part:
-    """What some rows of a Linear gave."""
+    """Results for some rows of a Linear."""
 
     name: str
     nbytes: int
@@ -103,7 +102,8 @@ def _compare(linear: StoredLinear, held: Held, rows: Rows | None, start: int, st
         one = None
         if source is not None:
             w_RC = source[first - start : last - start]
-            with naming(linear):
+            assert linear.module.origin is not None
+            with naming(linear.name, linear.module.origin.weight.stored):
                 one = compare(w_RC, cut, linear.scheme)
             tally += one
         if one is None or one.unproved:
@@ -114,24 +114,6 @@ def _compare(linear: StoredLinear, held: Held, rows: Rows | None, start: int, st
         tally=tally if source is not None else None,
         findings=tuple(found),
     )
-
-
-class naming:
-    """Say which source tensor held the NaN that no scheme can bring into range."""
-
-    def __init__(self, linear: StoredLinear) -> None:
-        self.linear = linear
-
-    def __enter__(self) -> None:
-        return None
-
-    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
-        origin = self.linear.module.origin
-        if isinstance(error, NonFinite) and origin is not None:
-            stored = origin.weight.stored
-            raise SourceError(
-                f"{stored.file}: tensor {stored.name!r} (for {self.linear.name}): {error}"
-            ) from error
 
 
 def result_of(linear: StoredLinear, tally: Tally) -> TensorResult:

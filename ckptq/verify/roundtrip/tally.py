@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import torch
 from torch import Tensor
@@ -57,22 +57,9 @@ class Tally:
     """Digests, run by run, of the scales that should be there and of those that are."""
 
     def __add__(self, other: Tally) -> Tally:
-        return Tally(
-            elements=self.elements + other.elements,
-            unproved=self.unproved + other.unproved,
-            wrong=self.wrong + other.wrong,
-            twice=self.twice + other.twice,
-            foreign=self.foreign + other.foreign,
-            scales=self.scales + other.scales,
-            scales_wrong=self.scales_wrong + other.scales_wrong,
-            zeros_wrong=self.zeros_wrong + other.zeros_wrong,
-            signal=self.signal + other.signal,
-            noise=self.noise + other.noise,
-            low=min(self.low, other.low),
-            high=max(self.high, other.high),
-            observed=self.observed + other.observed,
-            held=self.held + other.held,
-        )
+        summed = {f.name: getattr(self, f.name) + getattr(other, f.name) for f in fields(self)}
+        low, high = min(self.low, other.low), max(self.high, other.high)
+        return Tally(**{**summed, "low": low, "high": high})
 
     @property
     def snr_db(self) -> float:

@@ -1,6 +1,6 @@
 """An output head that is stored although config.json ties it to the embedding.
 
-Engines then serve the embedding in its place and never look at what is stored.
+Engines then use the embedding and ignore the stored head.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from ckptq.checkpoint.read import Files, bytes_of, read_into
 from ckptq.verify.kinds import finding
 from ckptq.verify.report import Finding
 from ckptq.verify.roundtrip.tally import same_bytes
-from ckptq.verify.subject import Subject
+from ckptq.verify.subject import Subject, tied
 
 CHUNK = 1 << 22
 
@@ -22,7 +22,7 @@ CHUNK = 1 << 22
 def check_tied_head(subject: Subject, files: Files) -> Iterator[Finding]:
     """A head that is not the embedding, unless the source is stored and declared so too."""
     source = subject.source
-    if source is not None and tied(source.config, source.text_config):
+    if source is not None and tied(source):
         return
     ends = {
         name.rpartition(".")[0].rpartition(".")[2]: tensor
@@ -35,16 +35,10 @@ def check_tied_head(subject: Subject, files: Files) -> Iterator[Finding]:
     if not subject.ties(head.name.removesuffix(".weight")):
         return
     if not _equal(head, embedding, files):
-        yield finding(
-            "tied-head", head.name, file=head.file,
-            found=f"another weight than {embedding.name}, and tie_word_embeddings true",
-            wanted="the embedding's weight", repair="set tie_word_embeddings to false",
-        )  # fmt: skip
-
-
-def tied(*configs: object) -> bool:
-    """Whether any of a model's configs says so."""
-    return any(isinstance(c, dict) and c.get("tie_word_embeddings") is True for c in configs)
+        found = f"differs from {embedding.name}, although tie_word_embeddings is true"
+        wanted = "the embedding's weight"
+        repair = "set tie_word_embeddings to false"
+        yield finding("tied-head", head, found=found, wanted=wanted, repair=repair)
 
 
 def _equal(a: StoredTensor, b: StoredTensor, files: Files) -> bool:

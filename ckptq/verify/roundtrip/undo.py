@@ -1,4 +1,4 @@
-"""Checkpoints in another RoPE order than their source: put what was read back into its order.
+"""Checkpoints in another RoPE order than their source: restore its order.
 
 `ckptq permute` marks what it has moved (ckptq.permute.marks); what is compared with the source has
 to be moved back first.
@@ -47,7 +47,7 @@ class Undo:
 
 
 def make_undo(subject: Subject) -> Undo:
-    """From the marks of both checkpoints; nothing to do where they agree or contradict."""
+    """From the marks of both checkpoints; empty if they agree, or contradict themselves."""
     if subject.source is None:
         return Undo()
     try:
@@ -55,7 +55,7 @@ def make_undo(subject: Subject) -> Undo:
         ours = {part: order_of(subject, part) for part in Part}
         if ours == wanted or not well_typed(subject):
             return Undo()
-        # what fits no heads is a finding of its own, and no reason to take all else for turned
+        # tensors that do not fit the heads are reported elsewhere
         effects = plan_permutation(subject.ckpt, skip_unfit=True)
     except (PlanError, SourceError):
         return Undo()

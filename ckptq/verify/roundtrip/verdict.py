@@ -1,7 +1,7 @@
 """From counts to a verdict: right, right with a note, or suspect.
 
-A checkpoint of another maker may have scales of another observer, or codes of GPTQ: both are
-right as long as the weight is still there, which its signal-to-noise ratio says.
+Other tools may use other observers, or GPTQ codes: both are right as long as the signal-to-noise
+ratio shows that the weight is intact.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ def arrival_floor_db(linear: StoredLinear, tally: Tally | None) -> float:
 
 
 def verdict(linear: StoredLinear, tally: Tally) -> list[Finding] | None:
-    """Notes on a weight that is right, a fault that counts alone prove; None for a suspect."""
+    """Notes on a right weight, or a fault that the counts prove; None for a suspect."""
     floor = floor_db(linear.scheme, linear.shape)
     if tally.wrong > tally.twice:
         return None
@@ -60,12 +60,8 @@ def verdict(linear: StoredLinear, tally: Tally) -> list[Finding] | None:
         return [_other_scales(linear, tally, floor)]
     notes = []
     if tally.twice:
-        notes.append(
-            _about(
-                linear, "rounded-twice", f"{tally.twice} of {tally.elements} codes, a step beside",
-                "the nearest codes",
-            )
-        )  # fmt: skip
+        found = f"{tally.twice} of {tally.elements} codes are one step off"
+        notes.append(_about(linear, "rounded-twice", found, "the nearest codes"))
     if tally.snr_db < floor:
         notes.append(_low(linear, tally, floor))
     return notes
@@ -74,27 +70,25 @@ def verdict(linear: StoredLinear, tally: Tally) -> list[Finding] | None:
 def _other_scales(linear: StoredLinear, tally: Tally, floor: float) -> Finding:
     code = "scale-differs" if tally.snr_db >= floor - CLIPPED_DB else "scale-clips"
     found = f"{tally.scales_wrong} of {tally.scales} scales, {tally.snr_db:.1f} dB"
-    return _about(linear, code, found, f"scales of the plain extremes, {floor:.1f} dB or more")
+    return _about(linear, code, found, f"scales from minimum and maximum, {floor:.1f} dB or more")
 
 
 def _low(linear: StoredLinear, tally: Tally, floor: float) -> Finding:
-    return _about(
-        linear, "low-snr", f"{tally.snr_db:.1f} dB with every code the nearest",
-        f"{floor:.1f} dB, as on Gaussian weights",
-    )  # fmt: skip
+    found = f"{tally.snr_db:.1f} dB with every code the nearest"
+    return _about(linear, "low-snr", found, f"{floor:.1f} dB, as on Gaussian weights")
 
 
 def undiagnosed(linear: StoredLinear, tally: Tally) -> Finding:
-    """What can be said of a suspect that no hypothesis explains."""
+    """The finding for a suspect that no hypothesis explains."""
     floor = floor_db(linear.scheme, linear.shape)
     unexplained = tally.wrong - tally.twice
     share, snr = unexplained / max(tally.elements, 1), tally.snr_db
     if tally.scales_wrong and tally.foreign == 0:
         if tally.zeros_wrong == tally.scales_wrong:
-            found = f"{tally.zeros_wrong} of {tally.scales} zero points are not those of the codes"
+            found = f"{tally.zeros_wrong} of {tally.scales} zero points do not match the codes"
             return _about(linear, "zero-points-wrong", found, "the codes' zero points")
         few = tally.scales_wrong / tally.scales < 0.25
-        found = f"{tally.scales_wrong} of {tally.scales} scales are not those of the codes"
+        found = f"{tally.scales_wrong} of {tally.scales} scales do not match the codes"
         return _about(linear, "scale-corrupt" if few else "scale-wrong", found, "the codes' scales")
     if share < DAMAGED:
         found = f"{unexplained} of {tally.elements} codes are not the nearest"
@@ -109,7 +103,7 @@ def _about(linear: StoredLinear, code: str, found: str, wanted: str) -> Finding:
     local = "weight_scale" if code.startswith("scale") else linear.scheme.codes
     local = "weight_zero_point" if code.startswith("zero") else local
     tensor = linear.tensors[local]
-    return finding(code, tensor.name, file=tensor.file, found=found, wanted=wanted)
+    return finding(code, tensor, found=found, wanted=wanted)
 
 
 def with_tensor_scales(

@@ -14,7 +14,7 @@ T = TypeVar("T")
 def in_order(tasks: Iterable[Callable[[], T]], workers: int | None = None) -> Iterator[T]:
     """The results of the tasks, in their order; tasks are taken only as results are fetched.
 
-    Each worker computes alone: torch's own threads would get in each other's way.
+    Each worker computes on its own; torch's threads would only compete.
     """
     import torch
 

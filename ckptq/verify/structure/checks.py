@@ -1,4 +1,4 @@
-"""All that headers and config.json can tell: no tensor data is read."""
+"""All checks of headers and config.json; no tensor data is read."""
 
 from __future__ import annotations
 

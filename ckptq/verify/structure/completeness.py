@@ -1,4 +1,4 @@
-"""Is everything there, and nothing else? Against the source, or against config.json alone.
+"""Missing and extra tensors, against the source or config.json alone.
 
 Headers only.
 """
@@ -17,7 +17,7 @@ from ckptq.models.witnesses import read_witnesses
 from ckptq.numbered import starred
 from ckptq.verify.kinds import finding
 from ckptq.verify.report import Finding
-from ckptq.verify.subject import CODES, EXPERT, SCALES, Module, Subject
+from ckptq.verify.subject import CODES, EXPERT, SCALES, Module, Subject, tied
 
 EXPERT_COUNTS = ("num_local_experts", "num_experts", "n_routed_experts")
 SHOWN = 8
@@ -43,10 +43,8 @@ def check_completeness(subject: Subject) -> Iterator[Finding]:
 def _moved(subject: Subject, wanted: str) -> Finding:
     """One finding for a prefix, not one for each tensor under it."""
     ours = subject.layers[0]
-    return finding(
-        "names-moved", ours or None, found=f"decoder layers are called {ours or 'otherwise'}.N",
-        wanted=f"{wanted}.N, as in the source",
-    )  # fmt: skip
+    found = f"decoder layers are called {ours or 'otherwise'}.N"
+    return finding("names-moved", ours or None, found=found, wanted=f"{wanted}.N, as in the source")
 
 
 def _layers(subject: Subject) -> Iterator[Finding]:
@@ -57,11 +55,9 @@ def _layers(subject: Subject) -> Iterator[Finding]:
     if not prefix or len(present) >= declared:
         return
     first = next(i for i in range(len(present) + 1) if i not in present)
-    yield finding(
-        "layer-missing", f"{prefix}.{first}", file=CONFIG,
-        found=f"{len(present)} of {declared} layers, the first that is missing is {first}",
-        wanted=f"{subject.family.layers_key} = {declared} layers",
-    )  # fmt: skip
+    found = f"{len(present)} of {declared} layers, first missing: {first}"
+    wanted = f"{subject.family.layers_key} = {declared} layers"
+    yield finding("layer-missing", f"{prefix}.{first}", file=CONFIG, found=found, wanted=wanted)
 
 
 def _experts(subject: Subject) -> Iterator[Finding]:
@@ -79,10 +75,8 @@ def _experts(subject: Subject) -> Iterator[Finding]:
         if count <= 0:
             continue
         missing = _some(i for i in range(wanted) if i not in indices)
-        yield finding(
-            "expert-missing", experts, found=f"{len(indices)} experts, without {missing}",
-            wanted=f"{wanted} experts",
-        )  # fmt: skip
+        found = f"{len(indices)} experts, missing {missing}"
+        yield finding("expert-missing", experts, found=found, wanted=f"{wanted} experts")
 
 
 def _expert_counts(subject: Subject) -> dict[str, int]:
@@ -114,29 +108,26 @@ def _expert_layouts(subject: Subject) -> Iterator[Finding]:
     # an MTP block is another model to vLLM, and stays as it was
     fused, single = (list(filter(subject.witnesses.in_layers, names)) for names in (fused, single))
     if fused and single:
+        found = f"fused {fused[0]} beside separate {single[0]}"
         yield finding(
-            "expert-layouts-mixed", fused[0], file=subject.ckpt.tensors[fused[0]].file,
-            found=f"fused {fused[0]} beside separate {single[0]}", wanted="one layout",
-        )  # fmt: skip
+            "expert-layouts-mixed", subject.ckpt.tensors[fused[0]], found=found, wanted="one layout"
+        )
 
 
 def _tied_head(subject: Subject) -> Iterator[Finding]:
-    configs = (subject.ckpt.text_config, subject.ckpt.config)
-    tied = any(config.get("tie_word_embeddings") is True for config in configs)
+    configs, is_tied = (subject.ckpt.text_config, subject.ckpt.config), tied(subject.ckpt)
     for name, module in subject.modules.items():
-        head = tied and name.rpartition(".")[2] == "lm_head" and module.quantized
+        head = is_tied and name.rpartition(".")[2] == "lm_head" and module.quantized
         if head and subject.ties(name):
-            yield finding(
-                "tied-head", name, file=module.file,
-                found="quantized, with tie_word_embeddings true", wanted="the embedding's weight",
-            )  # fmt: skip
+            found = "quantized, although tie_word_embeddings is true"
+            yield finding("tied-head", module, found=found, wanted="the embedding's weight")
     names = {name.rpartition(".")[0].rpartition(".")[2] for name in subject.ckpt.tensors}
-    untied = not tied and any(config.get("tie_word_embeddings") is False for config in configs)
+    untied = not is_tied and any(config.get("tie_word_embeddings") is False for config in configs)
     if untied and "embed_tokens" in names and "lm_head" not in names and _causal(subject):
-        yield finding(
-            "tensor-missing", "lm_head.weight", found="no such tensor, not tied to the embedding",
-            wanted="an output head", repair="set tie_word_embeddings to true, or store the head",
-        )  # fmt: skip
+        found = "no such tensor, and not tied to the embedding"
+        wanted = "an output head"
+        repair = "set tie_word_embeddings to true, or store the head"
+        yield finding("tensor-missing", "lm_head.weight", found=found, wanted=wanted, repair=repair)
 
 
 def _causal(subject: Subject) -> bool:
@@ -168,15 +159,14 @@ def _missing(subject: Subject) -> Iterator[Finding]:
         if _untold_tie(subject, linear.name) or (match and _expert_of(linear.name) in whole):
             continue
         if linear.name not in subject.modules:  # else its scales are there: weight-missing
-            yield finding(
-                "tensor-missing", f"{linear.name}.weight", found="no such tensor",
-                wanted=str(linear.weight.spec),
-            )  # fmt: skip
+            found = "no such tensor"
+            wanted = str(linear.weight.spec)
+            yield finding("tensor-missing", f"{linear.name}.weight", found=found, wanted=wanted)
 
 
 def _no_matrices(subject: Subject, told: set[str]) -> dict[str, None]:
-    """Source tensors of Linears whose names are here too, on tensors that make no Linear: fused
-    experts left as they are, and whatever has another number of axes."""
+    """Source tensors of Linears that are stored here under the same names but not as Linears: fused
+    experts, and tensors with another number of axes."""
     assert subject.origin is not None
     rest = (one for one in subject.origin.linears.values() if one.name not in told)
     names = (linear.weight.stored.name for linear in rest)
@@ -189,10 +179,8 @@ def _left_alone(module: Module) -> Iterator[Finding]:
     if weight is None or module.quantized or module.origin is None:
         return
     if weight.spec != module.origin.weight.spec:
-        yield finding(
-            "copy-spec", weight.name, file=weight.file, found=str(weight.spec),
-            wanted=str(module.origin.weight.spec),
-        )  # fmt: skip
+        found = str(weight.spec)
+        yield finding("copy-spec", weight, found=found, wanted=str(module.origin.weight.spec))
 
 
 def _expert_of(name: str) -> str:
@@ -200,7 +188,7 @@ def _expert_of(name: str) -> str:
 
 
 def _whole_experts_gone(subject: Subject, gone: set[str]) -> set[str]:
-    """Experts of which nothing is left; `expert-missing` has told of them."""
+    """Experts without any tensors, which `expert-missing` reports."""
     assert subject.origin is not None
     experts = {_expert_of(name) for name in subject.origin.linears if EXPERT.match(name)}
     kept = {_expert_of(n) for n in subject.origin.linears if n not in gone and EXPERT.match(n)}
@@ -216,14 +204,12 @@ def _untold_tie(subject: Subject, name: str) -> bool:
 def _copied(subject: Subject, original: StoredTensor) -> Iterator[Finding]:
     tensor = subject.ckpt.tensors.get(original.name)
     if tensor is None:
-        yield finding(
-            "tensor-missing", original.name, found="no such tensor", wanted=str(original.spec)
-        )
+        found = "no such tensor"
+        yield finding("tensor-missing", original.name, found=found, wanted=str(original.spec))
     elif tensor.spec != original.spec:
-        yield finding(
-            "copy-spec", original.name, file=tensor.file, found=str(tensor.spec),
-            wanted=str(original.spec),
-        )  # fmt: skip
+        found = str(tensor.spec)
+        wanted = str(original.spec)
+        yield finding("copy-spec", original.name, file=tensor.file, found=found, wanted=wanted)
 
 
 def _extra(subject: Subject) -> Iterator[Finding]:
@@ -245,8 +231,8 @@ def _extra(subject: Subject) -> Iterator[Finding]:
 
 
 def _siblings(subject: Subject) -> Iterator[Finding]:
-    """Members of a fused set that this layer lacks and another has, and the source, if there is
-    one, lacks too: `_missing` tells of the others."""
+    """Members of a fused set that this layer lacks, another layer has, and the source lacks too;
+    `_missing` reports the others."""
     theirs = subject.source.tensors if subject.source is not None else {}
     templates = {starred(name) for name in subject.modules}
     for name in subject.modules:
@@ -260,10 +246,9 @@ def _siblings(subject: Subject) -> Iterator[Finding]:
             lacking = member not in there and f"{sibling}.weight" not in theirs
             lacking &= not _unneeded(subject, parent, member)
             if lacking and starred(sibling) in templates:
-                yield finding(
-                    "tensor-missing", f"{sibling}.weight", found="no such tensor",
-                    wanted=f"a weight, as beside {name} in other layers",
-                )  # fmt: skip
+                found = "no such tensor"
+                wanted = f"a weight, as beside {name} in other layers"
+                yield finding("tensor-missing", f"{sibling}.weight", found=found, wanted=wanted)
 
 
 def _unneeded(subject: Subject, attention: str, member: str) -> bool:

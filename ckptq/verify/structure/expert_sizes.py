@@ -12,7 +12,7 @@ from collections.abc import Iterator
 
 from ckptq.checkpoint.open import CONFIG
 from ckptq.models.experts import FUSED_WEIGHT
-from ckptq.models.tree import FusedParameter
+from ckptq.models.tree.module_tree import FusedParameter
 from ckptq.numbered import starred
 from ckptq.verify.kinds import finding
 from ckptq.verify.report import Finding

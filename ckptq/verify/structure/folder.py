@@ -52,8 +52,8 @@ HARMLESS = re.compile(
     r"|^architectures$|^pretraining_tp$|label|^gradient_|^auto_map$|^tie_word_embeddings$|^name$"
     r"|^use_bfloat16$|^chunk_size_feed_forward$|^task_specific|^problem_type$|^is_decoder$|_version$"
 )
-"""Fields that change nothing that is computed: of training, tokens that the tokenizer knows better,
-lengths. A tie is judged by what is stored. Any other field may change it."""
+"""Fields that do not affect the computation: training, token ids, lengths. Ties are judged by what
+is stored. Any other field may matter."""
 
 SHOWN = 5
 """Parts of a tokenizer that one finding lists."""
@@ -66,7 +66,7 @@ Resolved = Callable[[], Configs | None]
 
 
 def check_files(subject: Subject, problems: Problems) -> Iterator[Finding]:
-    """Everything that can be said without looking at a Linear."""
+    """Checks that do not involve Linears."""
     yield from _twice(problems)
     yield from _index(subject.ckpt)
     yield from _stray_shards(subject)
@@ -82,10 +82,11 @@ def _twice(problems: Problems) -> Iterator[Finding]:
     for problem in problems:
         file, _, what = problem.partition(": ")
         if "is also in" in what:
+            name, repair = what.split("'")[1], "delete the file that this run did not write"
+            wanted = "each tensor once"
             yield finding(
-                "index-mismatch", what.split("'")[1], file=Path(file), found=what,
-                wanted="each tensor once", repair="delete the file that is not of this run",
-            )  # fmt: skip
+                "index-mismatch", name, file=Path(file), found=what, wanted=wanted, repair=repair
+            )
 
 
 def _index(ckpt: Checkpoint) -> Iterator[Finding]:
@@ -97,7 +98,7 @@ def _index(ckpt: Checkpoint) -> Iterator[Finding]:
 
 
 def _misplaced(ckpt: Checkpoint, weight_map: Mapping[str, str]) -> Iterator[Finding]:
-    """One finding for all tensors that the index seeks in one file and another holds."""
+    """One finding for all tensors that the index places in the wrong file."""
     held = {name: tensor.file.name for name, tensor in ckpt.tensors.items()}
     moved: dict[tuple[str | None, str | None], list[str]] = {}
     for name in held.keys() | weight_map.keys():
@@ -108,26 +109,25 @@ def _misplaced(ckpt: Checkpoint, weight_map: Mapping[str, str]) -> Iterator[Find
         if len(names) > 1 and (real, said) in moved:
             repair = f"{said} and {real} may have been renamed: exchange their names"
         else:
-            repair = "write the index anew" if real else "find the file that holds it, or " + AGAIN
+            repair = "rewrite the index" if real else "find the file that holds it, or " + AGAIN
         said, real = said or "no file", f"it is in {real}" if real else "no file holds it"
-        more = f", and {len(names) - 1} more like it" if len(names) > 1 else ""
+        more = f", and {len(names) - 1} more" if len(names) > 1 else ""
+        found, wanted = f"index: {said}; {real}{more}", "the file that holds it"
         yield finding(
-            "index-mismatch", min(names), file=INDEX, found=f"index: {said}; {real}{more}",
-            wanted="the file that holds it", repair=repair,
-        )  # fmt: skip
+            "index-mismatch", min(names), file=INDEX, found=found, wanted=wanted, repair=repair
+        )
 
 
 def _total_size(ckpt: Checkpoint, metadata: object) -> Iterator[Finding]:
     total = metadata.get("total_size") if isinstance(metadata, dict) else None
     if total is not None and total != ckpt.nbytes:
-        yield finding(
-            "total-size", "metadata.total_size", file=INDEX, found=str(total)[:40],
-            wanted=f"{ckpt.nbytes} bytes of tensors",
-        )  # fmt: skip
+        found = str(total)[:40]
+        wanted = f"{ckpt.nbytes} bytes of tensors"
+        yield finding("total-size", "metadata.total_size", file=INDEX, found=found, wanted=wanted)
 
 
 def _stray_shards(subject: Subject) -> Iterator[Finding]:
-    """Files at the top that are no shards, and that did not come along from the source.
+    """Top-level safetensors files that are neither shards nor side files of the source.
 
     transformers reads model.safetensors alone where there is no index; vLLM every *.safetensors
     (model_loader/default_loader.py, `_prepare_weights`), and of two tensors the last one.
@@ -140,16 +140,12 @@ def _stray_shards(subject: Subject) -> Iterator[Finding]:
             continue
         again = sorted(tensors_in(path) & subject.ckpt.tensors.keys())
         if again and not indexed:
-            yield finding(
-                "stray-weights", again[0], file=path,
-                found=f"{len(again)} tensors that {min(shards)} holds too",
-                wanted="each tensor once, or an index that says where",
-            )  # fmt: skip
+            found = f"{len(again)} tensors that {min(shards)} holds too"
+            wanted = "each tensor once, or an index"
+            yield finding("stray-weights", again[0], file=path, found=found, wanted=wanted)
         elif path.name not in known:
-            yield finding(
-                "stray-shard", file=path, found="a file that the index does not name",
-                wanted="only the index's files",
-            )  # fmt: skip
+            found = "a file that is not in the index"
+            yield finding("stray-shard", file=path, found=found, wanted="only the index's files")
 
 
 def _side_files(ckpt: Checkpoint, source: Checkpoint) -> Iterator[Finding]:
@@ -159,20 +155,20 @@ def _side_files(ckpt: Checkpoint, source: Checkpoint) -> Iterator[Finding]:
         if not original.is_file():
             continue
         if not there.is_file():
-            yield finding(
-                "side-file-missing", file=name, found="no such file", wanted="the source's",
-                repair=f"copy {name} from the source",
-            )  # fmt: skip
+            found = "no such file"
+            wanted = "the source's"
+            repair = f"copy {name} from the source"
+            yield finding("side-file-missing", file=name, found=found, wanted=wanted, repair=repair)
         elif name == TOKENIZER and (parts := unlike_parts(there, original)):
+            found, repair = f"different {_some(parts)}", f"copy {name} from the source"
             yield finding(
-                "tokenizer-differs", parts[0], file=name, found=f"another {_some(parts)}",
-                wanted="the source's", repair=f"copy {name} from the source",
+                "tokenizer-differs", parts[0], file=name, found=found, wanted="the source's",
+                repair=repair,
             )  # fmt: skip
         elif name not in weights and there.read_bytes() != original.read_bytes():
-            yield finding(
-                "side-file-differs", file=name, found=f"{there.stat().st_size} bytes",
-                wanted=f"the source's {original.stat().st_size} bytes",
-            )  # fmt: skip
+            found = f"{there.stat().st_size} bytes"
+            wanted = f"the source's {original.stat().st_size} bytes"
+            yield finding("side-file-differs", file=name, found=found, wanted=wanted)
 
 
 def _some(parts: list[str]) -> str:
@@ -199,8 +195,8 @@ def _config(
 
 
 def _resolved(ckpt: Checkpoint, source: Checkpoint) -> Configs | None:
-    """Both configs with transformers' defaults; None where it reads one of them not."""
-    from ckptq.models.transformers_model import read_config
+    """Both configs with transformers' defaults; None if it cannot read one."""
+    from ckptq.models.tree.transformers_model import read_config
 
     try:
         return read_config(ckpt).to_dict(), read_config(source).to_dict()
@@ -209,11 +205,8 @@ def _resolved(ckpt: Checkpoint, source: Checkpoint) -> Configs | None:
 
 
 def _means_another(prefix: str, key: str, configs: Configs | None) -> bool:
-    """Whether a field that one of the two lacks makes another model of it, by its default there.
-    What the family has no default for is read by nobody.
-
-    Everything about RoPE ends in one field, whatever it was called.
-    """
+    """Whether a field that one config lacks differs from its default there. A field without a
+    default is not read by anything. All RoPE fields end up in one."""
     if configs is None:
         return False
     values: list[Any] = []

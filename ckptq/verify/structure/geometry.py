@@ -1,7 +1,7 @@
-"""Shapes of the tensors against the sizes in config.json: is this the model that it says it is?
+"""Shapes of the tensors against the sizes in config.json. Headers only.
 
-Headers only. Only what every decoder of Hugging Face shares: the embedding is [vocabulary, hidden],
-k_proj has head_dim rows for each key/value head, and embedding and layers have one parent.
+Uses only what all Hugging Face decoders share: the embedding is [vocabulary, hidden], k_proj has
+head_dim rows per key/value head, and embedding and layers have the same parent.
 """
 
 from __future__ import annotations
@@ -24,10 +24,8 @@ def check_geometry(subject: Subject) -> Iterator[Finding]:
     embeddings = [name for name in subject.ckpt.tensors if name.endswith("embed_tokens.weight")]
     own = f"{parent}.embed_tokens.weight" if parent else "embed_tokens.weight"
     if len(embeddings) == 1 and prefix.rpartition(".")[2] == "layers" and embeddings[0] != own:
-        yield finding(
-            "names-moved", prefix, found=f"layers under {parent or 'nothing'!r}, the embedding is "
-            f"{embeddings[0]}", wanted="one parent",
-        )  # fmt: skip
+        found = f"layers under {parent or 'nothing'!r}, the embedding is {embeddings[0]}"
+        yield finding("names-moved", prefix, found=found, wanted="the same parent")
     if own in subject.ckpt.tensors:
         yield from _embedding(subject, own)
     yield from _heads(subject)
@@ -46,8 +44,8 @@ def _embedding(subject: Subject, name: str) -> Iterator[Finding]:
 
 
 def _heads(subject: Subject) -> Iterator[Finding]:
-    """Rows of k_proj; models whose layers differ in their heads say so in ways of their own, and
-    where transformers builds the model it knows better (`whole`)."""
+    """Rows of k_proj, if all layers have the same heads; where transformers builds the model,
+    `whole` checks this instead."""
     if subject.witnesses.tree is not None:
         return
     rows = {
@@ -69,14 +67,12 @@ def _heads(subject: Subject) -> Iterator[Finding]:
 
 
 def _differs(field: str, said: object, held: str) -> Finding:
-    return finding(
-        "config-shapes", field, file=CONFIG, found=str(said), wanted=held,
-        repair="restore the config.json of this model",
-    )  # fmt: skip
+    repair = "restore the config.json of this model"
+    return finding("config-shapes", field, file=CONFIG, found=str(said), wanted=held, repair=repair)
 
 
 def well_typed(subject: Subject) -> bool:
-    """Whether config.json's geometry is of numbers, so that heads can be computed from it."""
+    """Whether the sizes in config.json are numbers."""
     config = subject.ckpt.text_config
     keys = ("hidden_size", "num_attention_heads", "num_key_value_heads", "head_dim")
     shares = ("partial_rotary_factor", "rotary_pct", "rotary_dim")

@@ -1,4 +1,4 @@
-"""Linears against what the config declares: which are quantized, and with which tensors.
+"""Linears against the config: which are quantized, and with which tensors.
 
 Headers only. Rules of vLLM's loader are those of its compressed-tensors code (0.32).
 """
@@ -15,7 +15,7 @@ from ckptq.verify.subject import EXPERT, SCALES, Module, Subject
 
 
 def check_linears(subject: Subject) -> Iterator[Finding]:
-    """Whether each Linear is what its group, or `ignore`, says it is."""
+    """Whether each Linear matches its group, or `ignore`."""
     if not subject.declared.present:
         yield from _undeclared(subject)
         return
@@ -32,13 +32,11 @@ def _undeclared(subject: Subject) -> Iterator[Finding]:
     quantized = [m for m in subject.modules.values() if m.quantized]
     if quantized:
         names = f"{len(quantized)} quantized Linears, first {quantized[0].name}"
-        yield finding(
-            "no-quantization-config", file=CONFIG, found=names, wanted="a quantization_config"
-        )
+        wanted = "a quantization_config"
+        yield finding("no-quantization-config", file=CONFIG, found=names, wanted=wanted)
     else:
-        yield finding(
-            "not-quantized", file=CONFIG, found="no quantization_config", wanted="a quantized model"
-        )
+        found = "no quantization_config"
+        yield finding("not-quantized", file=CONFIG, found=found, wanted="a quantized model")
 
 
 def _state(subject: Subject, module: Module) -> Iterator[Finding]:
@@ -49,44 +47,35 @@ def _state(subject: Subject, module: Module) -> Iterator[Finding]:
     targeted = module.group is not None and module.kept is None
     for local in orphans:
         if not targeted:
-            yield finding(
-                "orphan-scale", f"{module.name}.{local}", file=module.file,
-                found=f"{module.tensors[local].spec} beside an unquantized weight",
-                wanted="no such tensor",
-            )  # fmt: skip
+            tensor = module.tensors[local]
+            found = f"{tensor.spec} beside an unquantized weight"
+            yield finding("orphan-scale", tensor, found=found, wanted="no such tensor")
     if targeted:
         yield _unquantized(subject, module)
     elif module.group is not None and _transformers_waits(subject, module):
-        yield finding(
-            "not-ignored", module.name, file=CONFIG,
-            found=f"unquantized ({module.kept}) and not in ignore", wanted="an entry in ignore",
-        )  # fmt: skip
+        found = f"unquantized ({module.kept}) and not in ignore"
+        wanted = "an entry in ignore"
+        yield finding("not-ignored", module.name, file=CONFIG, found=found, wanted=wanted)
 
 
 def _quantized(subject: Subject, module: Module) -> Iterator[Finding]:
     found = f"{_codes(module)} on disk"
     if module.kept is not None and not (module.kept == "output head" and _by_name(module)):
         if module.kept == "output head" and module.group is not None:
-            yield finding(
-                "head-untargeted", module.name, file=CONFIG, found=f"{found}, targeted by class",
-                wanted="a target that names it",
-            )  # fmt: skip
+            found, wanted = f"{found}, targeted by class", "a target that names it"
+            yield finding("head-untargeted", module.name, file=CONFIG, found=found, wanted=wanted)
         else:
+            wanted = "an unquantized weight"
             yield finding(
-                "never-quantized", module.name, file=module.file,
-                found=f"{found} ({module.kept})", wanted="an unquantized weight",
-            )  # fmt: skip
+                "never-quantized", module, found=f"{found} ({module.kept})", wanted=wanted
+            )
     elif ignores(subject.declared, module.name):
-        yield finding(
-            "ignored-but-quantized", module.name, file=module.file,
-            found=f"{found}, and an ignore entry that means it", wanted="an unquantized weight",
-        )  # fmt: skip
+        found = f"{found}, and an ignore entry matches it"
+        yield finding("ignored-but-quantized", module, found=found, wanted="an unquantized weight")
     elif module.group is None:
         targets = [t for group in subject.declared.linears for t in group.targets]
-        yield finding(
-            "untargeted", module.name, file=module.file, found=f"{found}, targets are {targets}",
-            wanted="a group that targets it",
-        )  # fmt: skip
+        wanted = "a group that targets it"
+        yield finding("untargeted", module, found=f"{found}, targets are {targets}", wanted=wanted)
 
 
 def _codes(module: Module) -> str:
@@ -98,20 +87,20 @@ def _by_name(module: Module) -> bool:
 
 
 def _unquantized(subject: Subject, module: Module) -> Finding:
-    """A weight that engines will read as codes; blamed on `ignore` if somebody meant it there."""
+    """A weight that engines will read as codes; blames `ignore` if an entry was meant for it."""
     assert module.group is not None
     found = f"{_codes(module)}, targeted by group {module.group.name!r} and not ignored"
     loose = subject.declared.ignored.match_loosely(module.name)
-    return finding(
-        "ignore-not-honoured" if loose else "targeted-but-unquantized", module.name,
-        file=module.file, found=found, wanted="codes and scales, or an ignore entry",
-        repair=f"write {module.name!r} or 're:.*{module.name.rpartition('.')[2]}' in ignore"
-        if loose else None,
-    )  # fmt: skip
+    wanted = "codes and scales, or an ignore entry"
+    if not loose:
+        return finding("targeted-but-unquantized", module, found=found, wanted=wanted)
+    repair = f"write {module.name!r} or 're:.*{module.name.rpartition('.')[2]}' in ignore"
+    return finding("ignore-not-honoured", module, found=found, wanted=wanted, repair=repair)
 
 
 def _transformers_waits(subject: Subject, module: Module) -> bool:
-    """transformers gives every nn.Linear that a group targets its scales; embeddings are none."""
+    """transformers expects scales for every nn.Linear that a group targets; embeddings are not
+    Linears."""
     assert module.group is not None
     return any(map(means_every_linear, module.group.targets)) and module.kept not in (
         "embedding",
@@ -124,10 +113,9 @@ def _renamed_experts(subject: Subject) -> Iterator[Finding]:
     """llm-compressor's `oneshot` renames Mixtral's w1, w2, w3; one note for the checkpoint."""
     for name, module in subject.modules.items():
         if module.origin is not None and module.origin.name != name:
-            yield finding(
-                "expert-names", name, file=module.file, found=f"called {module.origin.name} there",
-                wanted="the source's name",
-            )  # fmt: skip
+            found = f"called {module.origin.name} there"
+            wanted = "the source's name"
+            yield finding("expert-names", name, file=module.file, found=found, wanted=wanted)
             return
 
 
@@ -135,17 +123,14 @@ def _unmatched_groups(subject: Subject) -> Iterator[Finding]:
     used = {m.group.name for m in subject.modules.values() if m.group and m.kept is None}
     used |= {m.group.name for m in subject.modules.values() if m.group and _by_name(m)}
     for group in subject.declared.linears:
+        where, wanted = f"config_groups.{group.name}", "a Linear's name"
         for target in group.targets:
             if means_every_linear(target) and target != "Linear":
-                yield finding(
-                    "target-class", f"config_groups.{group.name}", file=CONFIG,
-                    found=f"target {target!r}", wanted="'Linear'",
-                )  # fmt: skip
+                found = f"target {target!r}"
+                yield finding("target-class", where, file=CONFIG, found=found, wanted="'Linear'")
         if group.name not in used and group.targets:
-            yield finding(
-                "target-unmatched", f"config_groups.{group.name}", file=CONFIG,
-                found=f"targets {list(group.targets)} match no Linear", wanted="a Linear's name",
-            )  # fmt: skip
+            found = f"targets {list(group.targets)} match no Linear"
+            yield finding("target-unmatched", where, file=CONFIG, found=found, wanted=wanted)
 
 
 def _fused_sets(subject: Subject) -> Iterator[Finding]:
@@ -160,9 +145,8 @@ def _fused_sets(subject: Subject) -> Iterator[Finding]:
         for states_of in (said, states):
             if len(set(states_of.values())) > 1:
                 found = ", ".join(f"{n.rpartition('.')[2]} {s}" for n, s in states_of.items())
-                yield finding(
-                    "fused-set-split", name, file=module.file, found=found, wanted="one for all"
-                )
+                wanted = "the same for all"
+                yield finding("fused-set-split", name, file=module.file, found=found, wanted=wanted)
                 break
 
 
@@ -177,10 +161,9 @@ def _experts_alike(subject: Subject) -> Iterator[Finding]:
             continue
         same_group = (first.group and first.group.name) == (module.group and module.group.name)
         if not same_group or first.quantized != module.quantized:
-            yield finding(
-                "experts-differ", name, file=module.file,
-                found=f"{_codes(module)}, expert 0 has {_codes(first)}", wanted="the same for all",
-            )  # fmt: skip
+            found = f"{_codes(module)}, expert 0 has {_codes(first)}"
+            wanted = "the same for all"
+            yield finding("experts-differ", name, file=module.file, found=found, wanted=wanted)
 
 
 def _projections_alike(subject: Subject) -> Iterator[Finding]:
@@ -194,11 +177,9 @@ def _projections_alike(subject: Subject) -> Iterator[Finding]:
         other = subject.modules.get(f"{parent}.{down}")
         if other is None or _said(module) == _said(other):
             continue
-        yield finding(
-            "experts-differ", other.name, file=other.file,
-            found=f"{down} is {_said(other)}, {projection} {_said(module)}",
-            wanted="one scheme for all projections, which is all that vLLM loads",
-        )  # fmt: skip
+        found = f"{down} is {_said(other)}, {projection} {_said(module)}"
+        wanted = "one scheme for all projections, which is all that vLLM loads"
+        yield finding("experts-differ", other, found=found, wanted=wanted)
 
 
 def _said(module: Module) -> str:

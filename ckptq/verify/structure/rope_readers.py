@@ -1,4 +1,4 @@
-"""What engines that permute q/k rows while loading can do with these tensors. Headers only.
+"""Whether engines that permute q/k rows while loading can permute these tensors. Headers only.
 
 vLLM and SGLang permute Llama-4's q_proj and k_proj (ckptq.rope_order): weights, packed weights
 and scales of more than one element; not packed zero points, and block scales cannot follow.
@@ -30,7 +30,7 @@ def read_marks(subject: Subject) -> marks.Marks:
 
 
 def order_of(subject: Subject, part: Part) -> RopeOrder:
-    """The order that a part is in: its mark's, else the one its family is published in."""
+    """The order of a part: its mark, else the family's published order."""
     try:
         marked = read_marks(subject).get(part)
     except SourceError:
@@ -47,22 +47,20 @@ def check_rope(subject: Subject) -> Iterator[Finding]:
         return
     orders = {part: order_of(subject, part) for part in Part}
     if orders[Part.WEIGHTS] is not orders[Part.SCALES] and _scales_move(subject):
-        yield finding(
-            "rope-order-mixed", file=CONFIG, found=repr(marks.dump(found)),
-            wanted="weights and scales in one order",
-            repair=f"`ckptq permute CKPT OUT --to {orders[Part.WEIGHTS]} --only scales`",
-        )  # fmt: skip
+        said, wanted = repr(marks.dump(found)), "weights and scales in one order"
+        repair = f"`ckptq permute CKPT OUT --to {orders[Part.WEIGHTS]} --only scales`"
+        yield finding("rope-order-mixed", file=CONFIG, found=said, wanted=wanted, repair=repair)
     elif orders[Part.WEIGHTS] is not RopeOrder(subject.family.rope):
+        wanted = f"{subject.family.rope} for vLLM and transformers"
         yield finding(
-            "rope-order", file=CONFIG, found=f"marked {marks.dump(found)!r}",
-            wanted=f"{subject.family.rope} for vLLM and transformers",
-        )  # fmt: skip
+            "rope-order", file=CONFIG, found=f"marked {marks.dump(found)!r}", wanted=wanted
+        )
     if subject.family.rope == "interleaved":
         yield from _formats(subject, orders)
 
 
 def _scales_move(subject: Subject) -> bool:
-    """Whether any scale of q/k is indexed by row: one for the whole tensor is in every order."""
+    """Whether any scale of q/k is indexed by row; a single scale has no order."""
     try:
         effects = plan_permutation(subject.ckpt, skip_unfit=True) if well_typed(subject) else {}
     except PlanError:
@@ -90,13 +88,9 @@ def _formats(subject: Subject, orders: dict[Part, RopeOrder]) -> Iterator[Findin
             continue
         scale = module.tensors.get("weight_scale")
         if scheme.block_structure and scale is not None and scale.spec.numel > 1:
-            yield finding(
-                "rope-block-scales", module.name, file=module.file, found=f"{scheme}",
-                wanted="scales per row or per tensor",
-            )  # fmt: skip
+            wanted = "scales per row or per tensor"
+            yield finding("rope-block-scales", module, found=f"{scheme}", wanted=wanted)
         asymmetric = not scheme.symmetric and scheme.format == "pack-quantized"
         if asymmetric and orders[Part.ZERO_POINTS] is not RopeOrder.HALF_SPLIT:
-            yield finding(
-                "rope-zero-points", module.name, file=module.file, found=f"{scheme}",
-                wanted="no packed zero points in interleaved order",
-            )  # fmt: skip
+            wanted = "no packed zero points in interleaved order"
+            yield finding("rope-zero-points", module, found=f"{scheme}", wanted=wanted)

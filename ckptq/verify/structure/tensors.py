@@ -1,4 +1,4 @@
-"""The tensors of each quantized Linear: names, dtypes, shapes, as its scheme wants them.
+"""The tensors of each quantized Linear against its scheme: names, dtypes, shapes.
 
 Headers only. Shape letters: R rows, C columns.
 """
@@ -37,16 +37,16 @@ EXTRA = {
 }
 
 DTYPE_HINTS = {
-    "F8_E5M2": "convert again to E4M3: compressed-tensors has no E5M2 weights",
-    "U8": "store signed codes, 128 less",
+    "F8_E5M2": "convert to E4M3: compressed-tensors does not support E5M2 weights",
+    "U8": "store signed codes (subtract 128)",
     "I8": 'declare format "int-quantized" and type "int"',
     "F8_E4M3": 'declare format "float-quantized" and type "float"',
 }
-"""What codes of this dtype are, or how they become what they should be."""
+"""Repair for codes of this dtype."""
 
 
 def check_tensors(subject: Subject) -> dict[str, tuple[Finding, ...]]:
-    """Every Linear that is quantized and should be -> what is wrong with its tensors."""
+    """Quantized Linear with a scheme -> the faults of its tensors."""
     return {
         name: tuple(_check_module(module))
         for name, module in subject.modules.items()
@@ -55,7 +55,7 @@ def check_tensors(subject: Subject) -> dict[str, tuple[Finding, ...]]:
 
 
 def _comparable(module: Module) -> bool:
-    """Whether a scheme says what this module's tensors must be."""
+    """Whether a scheme determines this module's tensors."""
     return module.quantized and module.scheme is not None
 
 
@@ -74,18 +74,13 @@ def _check_module(module: Module) -> Iterator[Finding]:
         return
     shape = module.shape
     if shape is None:
-        yield finding(
-            "codes-shape", f"{module.name}.{scheme.codes}", file=module.file,
-            found=str(module.codes.spec), wanted="a matrix",
-        )  # fmt: skip
+        yield finding("codes-shape", module.codes, found=str(module.codes.spec), wanted="a matrix")
         return
     try:
         wanted = stored(TensorSpec(_dtype(module), shape), scheme)
     except PlanError as error:
-        yield finding(
-            "group-size", f"{module.name}.{scheme.codes}", file=module.file,
-            found=str(error), wanted=f"a shape that {scheme} fits",
-        )  # fmt: skip
+        fits = f"a shape that {scheme} fits"
+        yield finding("group-size", module.codes, found=str(error), wanted=fits)
         return
     if module.group.input_scale is not None:
         wanted[module.group.input_scale] = TensorSpec("F32", (1,))
@@ -101,14 +96,12 @@ def _dtype(module: Module) -> str:
 
 
 def _codes_local(module: Module, scheme: WeightScheme) -> Finding | None:
-    """Codes under another name than the format's are codes of another format."""
+    """Codes under another name belong to another format."""
     if scheme.codes in module.tensors:
         return None
-    found = next(local for local in CODES if local in module.tensors)
-    return finding(
-        "codes-dtype", f"{module.name}.{found}", file=module.file,
-        found=f"{found} {module.tensors[found].spec}", wanted=f"{scheme.codes} of {scheme}",
-    )  # fmt: skip
+    local = next(local for local in CODES if local in module.tensors)
+    tensor, wanted = module.tensors[local], f"{scheme.codes} of {scheme}"
+    return finding("codes-dtype", tensor, found=f"{local} {tensor.spec}", wanted=wanted)
 
 
 def _against(
@@ -131,10 +124,8 @@ def _against(
     for local in SCALES:
         if local in module.tensors and local not in wanted and local in EXTRA:
             tensor = module.tensors[local]
-            yield finding(
-                EXTRA[local], f"{module.name}.{local}", file=tensor.file,
-                found=str(tensor.spec), wanted=f"no such tensor with {scheme}",
-            )  # fmt: skip
+            found = str(tensor.spec)
+            yield finding(EXTRA[local], tensor, found=found, wanted=f"no such tensor with {scheme}")
 
 
 def _check_codes(
@@ -151,10 +142,11 @@ def _check_codes(
 
 
 def _cut(module: Module, found: TensorSpec) -> str | None:
-    """Whether gate and up are halves of the rows of a fused [E, H, 2 I] instead of its columns."""
+    """A repair if gate and up are halves of the rows of a fused [E, H, 2 I] instead of its
+    columns."""
     fused = module.origin.weight.stored.spec.shape if module.origin is not None else ()
     if EXPERT.match(module.name) and len(fused) == 3 and 2 * found.shape[0] == fused[1]:
-        return "the fused experts were cut along the wrong axis: " + AGAIN
+        return "the fused experts were split along the wrong axis: " + AGAIN
     return None
 
 
@@ -177,13 +169,13 @@ def _why_scale(module: Module, scheme: WeightScheme, found: TensorSpec) -> tuple
     assert shape is not None
     R, C = shape
     if found.numel == 1:
-        return "strategy", "one scale for the tensor: strategy should be tensor"
+        return "strategy", "one scale for the tensor: set strategy to tensor"
     if found.shape == (R, 1):
-        return "strategy", "one scale a row: strategy should be channel"
+        return "strategy", "one scale per row: set strategy to channel"
     if len(found.shape) == 2 and found.shape[0] == R and C % found.shape[1] == 0:
         return "group-size", f"scales of groups of {C // found.shape[1]}"
     if len(found.shape) == 2 and found.shape == (ceil(R / 128), ceil(C / 128)):
-        return "strategy", "scales of 128x128 blocks: strategy should be block"
+        return "strategy", "scales of 128x128 blocks: set strategy to block"
     if found.shape == scale_shape(shape, scheme)[::-1]:
         return "scale-shape", "the grid of scales is transposed"
     return "scale-shape", None
@@ -205,11 +197,8 @@ def _check_zero_point(
 
 
 def _missing(module: Module, local: str, found: str, wanted: str | None = None) -> Finding:
-    scheme = module.scheme
-    return finding(
-        MISSING[local], f"{module.name}.{local}", file=module.file, found=found,
-        wanted=wanted or f"{local} of {scheme}",
-    )  # fmt: skip
+    where, wanted = f"{module.name}.{local}", wanted or f"{local} of {module.scheme}"
+    return finding(MISSING[local], where, file=module.file, found=found, wanted=wanted)
 
 
 def _shape(
@@ -220,7 +209,4 @@ def _shape(
     wanted: TensorSpec,
     hint: str | None = None,
 ) -> Finding:
-    return finding(
-        code, f"{module.name}.{local}", file=module.tensors[local].file, found=str(found),
-        wanted=str(wanted), repair=hint,
-    )  # fmt: skip
+    return finding(code, module.tensors[local], found=str(found), wanted=str(wanted), repair=hint)

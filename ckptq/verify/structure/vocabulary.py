@@ -1,6 +1,6 @@
-"""The vocabulary: the same tokens under the same ids in all files that tell them, and the source.
+"""The vocabulary: all files, and the source, must have the same ids for the same tokens.
 
-Files may be written otherwise and mean the same, so their tokens are compared and not their bytes.
+Files with the same meaning may differ in bytes, so tokens are compared.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ CUTTING = (
     *("model.type", "model.merges", "model.unk_token", "model.byte_fallback"),
     *("model.ignore_merges", "model.continuing_subword_prefix", "model.end_of_word_suffix"),
 )
-"""What decides how text becomes tokens and back, beside the vocabulary."""
+"""What determines tokenization, beside the vocabulary."""
 
 FLAGS = ("lstrip", "rstrip", "single_word", "normalized", "special")
 """Of an added token: what of the text around it is its own, whether text is normalized before it is
@@ -48,7 +48,7 @@ def check_vocabulary(subject: Subject) -> Iterator[Finding]:
     main = ours.get(TOKENIZER, {})
     for name, told in ours.items():
         if name != TOKENIZER and main:
-            yield from _differ(name, told, main, f"as {TOKENIZER} has them")
+            yield from _differ(name, told, main, f"as in {TOKENIZER}")
     if subject.source is not None:
         theirs = read_vocabulary(subject.source.path)
         for name in sorted(ours.keys() & theirs.keys()):
@@ -56,9 +56,9 @@ def check_vocabulary(subject: Subject) -> Iterator[Finding]:
 
 
 def unlike_parts(ours: Path, theirs: Path) -> list[str]:
-    """Parts of two tokenizer.json that cut or write text otherwise, "model.merges" and
-    "added_tokens['<s>'].lstrip"; tokens and their ids, which are told one by one, truncation and
-    padding, which callers set, and layout are none."""
+    """Parts of two tokenizer.json that tokenize or write text differently, "model.merges" and
+    "added_tokens['<s>'].lstrip"; ignores token ids, which are reported one by one, truncation and
+    padding, which callers set, and layout."""
     try:
         found, wanted = (json_object(f, TOKENIZER_BYTES, MOST_VALUES)[0] for f in (ours, theirs))
     except CkptqError:
@@ -99,7 +99,7 @@ def _part(tokenizer: Mapping[str, Any], part: str) -> object:
 
 
 def read_vocabulary(folder: Path) -> dict[str, Ids]:
-    """File -> its tokens; without files that cannot be read, which engines say better."""
+    """File -> its tokens; unreadable files are skipped, as engines report them better."""
     readers = {
         TOKENIZER: _of_tokenizer,
         VOCAB: lambda value: value,
@@ -139,12 +139,10 @@ def _of_config(value: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _differ(name: str, ours: Ids, theirs: Ids, wanted: str) -> Iterator[Finding]:
-    """Tokens that both have, under other ids; what one lacks the other may add itself."""
+    """Tokens with different ids in both; tokens that one lacks are not compared."""
     wrong = [token for token, index in ours.items() if theirs.get(token, index) != index]
     if wrong:
         said = ", ".join(f"{token!r} is {ours[token]}" for token in wrong[:SHOWN])
         right = ", ".join(f"{theirs[token]}" for token in wrong[:SHOWN])
-        yield finding(
-            "vocabulary", file=name, found=f"{len(wrong)} tokens have other ids: {said}"[:200],
-            wanted=f"{right}, {wanted}",
-        )  # fmt: skip
+        found = f"{len(wrong)} tokens have different ids: {said}"[:200]
+        yield finding("vocabulary", file=name, found=found, wanted=f"{right}, {wanted}")

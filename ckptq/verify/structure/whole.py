@@ -1,8 +1,7 @@
-"""Without a source: the model that transformers builds of config.json says what there should be.
+"""Without a source: compare with the model that transformers builds from config.json. Headers only.
 
-Only what no scheme explains is asked of it: norms, biases, embeddings, tensors without a place, and
-sizes. Headers only. A family that transformers lacks, or a config that it refuses, is not judged.
-"""
+Checks only tensors outside any scheme: norms, biases, embeddings, tensors without a place, and
+sizes. Families that transformers lacks, and configs that it refuses, are not checked."""
 
 from __future__ import annotations
 
@@ -41,8 +40,8 @@ SHOWN = 3
 
 
 def check_whole(subject: Subject, told: Iterable[Finding]) -> Iterator[Finding]:
-    """Places of the model that nothing fills, tensors that have none, sizes that differ; nothing of
-    modules of which something was `told` already."""
+    """Parameters without a tensor, tensors without a parameter, and differing sizes; skips modules
+    with findings in `told`."""
     from ckptq.verify.engine.by_headers import load_by_headers
 
     told = list(told)
@@ -77,16 +76,15 @@ def _missing(loaded: Loaded, failed: Collection[str]) -> Iterator[Finding]:
         for local in locals_ if module not in failed else ():
             if _of_scheme(loaded, module, local):
                 continue
-            yield finding(
-                "tensor-missing", f"{module}.{local}" if module else local, found="no such tensor",
-                wanted=f"{loaded.wanted[_joined(module, local)]}, as {_class(loaded)} has it",
-            )  # fmt: skip
+            place = f"{module}.{local}" if module else local
+            wanted = f"{loaded.wanted[place]}, as in {_class(loaded)}"
+            yield finding("tensor-missing", place, found="no such tensor", wanted=wanted)
 
 
 def _of_scheme(loaded: Loaded, module: str, local: str) -> bool:
-    """Codes and scales, which are judged by what the config declares; scales of attention, which
-    compressed-tensors wants of other modules than vLLM; and what is tied, whose codes transformers
-    does not tie."""
+    """Codes and scales, which are checked against the config; attention scales, which
+    compressed-tensors expects for other modules than vLLM; and tied modules, whose codes
+    transformers does not tie."""
     if local.endswith("bias"):
         return False
     if local in CACHE_SCALES:
@@ -103,15 +101,13 @@ def _unknown(ckpt: Checkpoint, loaded: Loaded, failed: Collection[str]) -> Itera
             local = name.rpartition(".")[2]
             tensor = ckpt.tensors.get(name)
             if tensor is not None and local not in (*CODES, *SCALES, *CACHE_SCALES):
-                yield finding(
-                    "tensor-extra" if local == "bias" else "tensor-unknown", name,
-                    file=tensor.file, found=str(tensor.spec),
-                    wanted=f"no such tensor: {_class(loaded)} has no place for it",
-                )  # fmt: skip
+                code = "tensor-extra" if local == "bias" else "tensor-unknown"
+                wanted = f"no such tensor: {_class(loaded)} does not have it"
+                yield finding(code, tensor, found=str(tensor.spec), wanted=wanted)
 
 
 def _sizes(loaded: Loaded, failed: Collection[str]) -> Iterator[Finding]:
-    """One finding for all tensors that differ in their numbers alone."""
+    """One finding for all tensors that differ only in their numbers."""
     seen: set[tuple[str, TensorSpec, TensorSpec]] = set()
     for module, places in unlike(loaded).items():
         for place in places if module not in failed and EXPERTS not in f".{module}" else ():
@@ -120,11 +116,14 @@ def _sizes(loaded: Loaded, failed: Collection[str]) -> Iterator[Finding]:
             if found.shape == wanted.shape or place.rpartition(".")[2] in SCALES or kind in seen:
                 continue
             seen.add(kind)
+            held, built = (
+                f"{list(found.shape)} on disk",
+                f"{list(wanted.shape)} in {_class(loaded)}",
+            )
+            repair = "restore the config.json of this model"
             yield finding(
-                "config-shapes", place, file=CONFIG, found=f"{list(found.shape)} on disk",
-                wanted=f"{list(wanted.shape)} in a {_class(loaded)} of these sizes",
-                repair="restore the config.json of this model",
-            )  # fmt: skip
+                "config-shapes", place, file=CONFIG, found=held, wanted=built, repair=repair
+            )
 
 
 def _strays(subject: Subject, loaded: Loaded) -> Iterator[Finding]:
@@ -147,7 +146,3 @@ def _is_stray(subject: Subject, name: str) -> bool:
 
 def _class(loaded: Loaded) -> str:
     return f"transformers' {type(loaded.model).__name__}"
-
-
-def _joined(module: str, local: str) -> str:
-    return f"{module}.{local}" if module else local

@@ -1,9 +1,9 @@
-"""Blocks and groups that are not whole where engines compute with whole ones only.
+"""Incomplete blocks and groups where engines need complete ones.
 
 vLLM 0.32: each member of a merged layer but the last must have a whole number of blocks of rows
 (`validate_fp8_block_shape`), and so must both of an expert's (`validate_fp8_block_shape_moe`).
 Groups of activations must divide the columns: `per_token_group_quant_fp8` asserts it on GPUs, and
-compressed-tensors in transformers; weights in blocks may well end in half a one.
+compressed-tensors in transformers; block weights may end in a partial block.
 """
 
 from __future__ import annotations
@@ -27,17 +27,14 @@ def check_blocks(subject: Subject) -> Iterator[Finding]:
         there = subject.witnesses.fused_set(name, subject.modules)
         whole = fills_whole_blocks(name, there, of_expert=EXPERT.match(name) is not None)
         if module.shape and whole and module.shape[0] % height:
-            yield finding(
-                "block-rows", name, file=module.file, found=f"{module.shape[0]} rows",
-                wanted=f"a multiple of {height}",
-            )  # fmt: skip
+            found = f"{module.shape[0]} rows"
+            wanted = f"a multiple of {height}"
+            yield finding("block-rows", name, file=module.file, found=found, wanted=wanted)
 
 
 def _columns(module: Module) -> Iterator[Finding]:
     inputs = module.group.inputs if module.group else None
     size = inputs.columns if inputs is not None else None
     if size and module.shape and module.shape[1] % size:
-        yield finding(
-            "block-columns", module.name, file=module.file, found=f"{module.shape[1]} columns",
-            wanted=f"a multiple of {size}, the group of its activations",
-        )  # fmt: skip
+        wanted = f"a multiple of {size}, the activation group size"
+        yield finding("block-columns", module, found=f"{module.shape[1]} columns", wanted=wanted)

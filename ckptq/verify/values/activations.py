@@ -1,6 +1,6 @@
-"""Scales of static activations: numbers that can be, and like those of the other layers.
+"""Scales of static activations: plausible, and similar to those of other layers.
 
-Nothing but text through the model can tell what they should be; what no model has is told here.
+Only running text could show whether they are right; implausible ones are reported here.
 """
 
 from __future__ import annotations
@@ -65,10 +65,8 @@ def _reach(linear: StoredLinear, local: str, scale: float) -> float:
 def _possible(tensor: StoredTensor, reach: float) -> Iterator[Finding]:
     low = SMALLEST if tensor.name.endswith("input_global_scale") else 0.0
     if not low <= reach <= LARGEST:
-        yield finding(
-            "input-scale-implausible", tensor.name, file=tensor.file,
-            found=f"inputs that reach {reach:.3g}", wanted=f"at most {LARGEST:g}",
-        )  # fmt: skip
+        found = f"inputs up to {reach:.3g}"
+        yield finding("input-scale-implausible", tensor, found=found, wanted=f"at most {LARGEST:g}")
 
 
 def _outliers(layers: Mapping[str, tuple[StoredTensor, float]]) -> Iterator[Finding]:
@@ -77,7 +75,5 @@ def _outliers(layers: Mapping[str, tuple[StoredTensor, float]]) -> Iterator[Find
     middle = median(reach for _, reach in layers.values())
     for tensor, reach in layers.values():
         if reach > middle * OUTLIER:
-            yield finding(
-                "scale-outlier", tensor.name, file=tensor.file, found=f"inputs reach {reach:.3g}",
-                wanted=f"near {middle:.3g}, as in the other layers",
-            )  # fmt: skip
+            wanted = f"near {middle:.3g}, as in the other layers"
+            yield finding("scale-outlier", tensor, found=f"inputs up to {reach:.3g}", wanted=wanted)

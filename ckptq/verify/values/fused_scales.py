@@ -1,4 +1,4 @@
-"""Scales of Linears that engines merge into one, where each has only one: they should be the same.
+"""Scales of Linears that engines merge into one, must be the same if each has only one.
 
 vLLM 0.32: weight scales of q/k/v and of gate/up are merged by requantizing to the largest; input
 scales of an expert's gate and up must be equal (`input_scales of w1 and w3 of a layer must be
@@ -42,11 +42,9 @@ def _one_scale(members: list[StoredLinear], local: str, files: Files) -> Iterato
     values = [float(read_tensor(tensor, files)) for tensor in tensors]
     if max(values) - min(values) <= EQUAL * abs(max(values)):
         return
-    expert = EXPERT.match(members[0].name) is not None
+    split = EXPERT.match(members[0].name) is not None and local == "input_scale"
+    code = "input-scale-split" if split else "fused-scales-differ"
     said = ", ".join(
         f"{m.name.rpartition('.')[2]} {v:.6g}" for m, v in zip(members, values, strict=False)
     )
-    yield finding(
-        "input-scale-split" if expert and local == "input_scale" else "fused-scales-differ",
-        tensors[0].name, file=tensors[0].file, found=said, wanted="one number for the set",
-    )  # fmt: skip
+    yield finding(code, tensors[0], found=said, wanted="the same number for the whole set")

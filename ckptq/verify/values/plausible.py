@@ -1,7 +1,4 @@
-"""The numbers that headers cannot tell: scales, zero points, packed padding, NaN codes.
-
-Reads every scale whole, and of the codes as much as the formats can hold a NaN in.
-"""
+"""Checks of values: q/k/v scales, weight scales, weight_shape."""
 
 from __future__ import annotations
 
@@ -28,7 +25,7 @@ CACHE_RANGE = (1e-9, 1e6)
 WEIGHT_MOST = 1e6
 """No weight is that large; uninitialised memory often is."""
 
-UNPROVED = "store dequantization multipliers; --source proves weights that really are so large"
+UNPROVED = "store dequantization multipliers; --source proves weights that are really so large"
 
 SIGNED = 0.05
 """Share of negative scales that is a method; fewer are an accident."""
@@ -67,12 +64,10 @@ def check_scale(
     for code, bad, wanted in checks:
         if bad.any():
             index = int(bad.nonzero()[0])
-            yield finding(
-                code, tensor.name, file=tensor.file, wanted=wanted,
-                found=f"{x[index].item():.4g} at element {index}, {int(bad.sum())} of "
-                f"{x.numel()} are bad",
-                repair=too_large if code == "scale-uninitialised" else None,
-            )  # fmt: skip
+            share = f"{int(bad.sum())} of {x.numel()} are bad"
+            found = f"{x[index].item():.4g} at element {index}, {share}"
+            repair = too_large if code == "scale-uninitialised" else None
+            yield finding(code, tensor, found=found, wanted=wanted, repair=repair)
             return
 
 
@@ -102,23 +97,20 @@ def _placeholders(subject: Subject, scales: Mapping[str, Tensor]) -> Iterator[Fi
     ones = [name for name, scale in scales.items() if bool((scale == 1).all())]
     certain = len(ones) == len(scales) > 1 or any(scales[name].numel() > 1 for name in ones)
     for name in ones if certain or len(scales) == 1 else []:
-        yield finding(
-            "scales-all-one", name, file=subject.ckpt.tensors[name].file,
-            found=f"1.0, in {len(ones)} of {len(scales)} layers", wanted="calibrated scales",
-        )  # fmt: skip
+        found = f"1.0, in {len(ones)} of {len(scales)} layers"
+        wanted = "calibrated scales"
+        yield finding("scales-all-one", subject.ckpt.tensors[name], found=found, wanted=wanted)
 
 
 def _alike(subject: Subject, known: Mapping[str, Mapping[str, Tensor]]) -> Iterator[Finding]:
-    """Scales per head that are one number in every layer: somebody spread a layer's scale."""
+    """Per-head scales that are equal within every layer: a per-layer scale was expanded."""
     scales = {name: scale for layers in known.values() for name, scale in layers.items()}
     several = {name: scale for name, scale in scales.items() if scale.numel() > 1}
     if len(several) > 2 and all(bool((s == s[0]).all()) for s in several.values()):
         name = next(iter(several))
-        yield finding(
-            "heads-alike", name, file=subject.ckpt.tensors[name].file,
-            found=f"the same scale for all heads, in all {len(several)} tensors",
-            wanted="scales of heads, or strategy tensor",
-        )  # fmt: skip
+        found = f"the same scale for all heads, in all {len(several)} tensors"
+        wanted = "a scale per head, or strategy tensor"
+        yield finding("heads-alike", subject.ckpt.tensors[name], found=found, wanted=wanted)
 
 
 def _outliers(subject: Subject, scales: Mapping[str, Tensor]) -> Iterator[Finding]:
@@ -127,10 +119,9 @@ def _outliers(subject: Subject, scales: Mapping[str, Tensor]) -> Iterator[Findin
     middle = median(largest.values())
     for name, value in largest.items():
         if value > middle * OUTLIER or value * OUTLIER < middle:
-            yield finding(
-                "scale-outlier", name, file=subject.ckpt.tensors[name].file,
-                found=f"largest head {value:.4g}", wanted=f"near {middle:.4g}, the other layers'",
-            )  # fmt: skip
+            found = f"largest head {value:.4g}"
+            wanted = f"near {middle:.4g}, as in other layers"
+            yield finding("scale-outlier", subject.ckpt.tensors[name], found=found, wanted=wanted)
 
 
 def check_linear_values(linear: StoredLinear, files: Files) -> Iterator[Finding]:
@@ -163,15 +154,13 @@ def _signed(linear: StoredLinear, tensor: StoredTensor, scale: Tensor) -> list[F
     if share < SIGNED or list(check_scale(tensor, scale.float().abs())):
         return []
     found = f"{share:.0%} of the scales are negative"
-    return [finding("scale-signed", tensor.name, file=tensor.file, found=found, wanted="any sign")]
+    return [finding("scale-signed", tensor, found=found, wanted="any sign")]
 
 
 def _all_ones(tensor: StoredTensor, scale: Tensor) -> Iterator[Finding]:
     if scale.numel() > 1 and bool((scale.float() == 1).all()):
-        yield finding(
-            "scales-all-one", tensor.name, file=tensor.file, found=f"1.0, {scale.numel()} times",
-            wanted="the weight's scales",
-        )  # fmt: skip
+        found = f"1.0, {scale.numel()} times"
+        yield finding("scales-all-one", tensor, found=found, wanted="the weight's scales")
 
 
 def _implausible(linear: StoredLinear, tensor: StoredTensor, scale: Tensor) -> Iterator[Finding]:
@@ -181,26 +170,19 @@ def _implausible(linear: StoredLinear, tensor: StoredTensor, scale: Tensor) -> I
     reach = E4M3_MAX if linear.scheme.type == "float" else 2.0 ** (linear.scheme.num_bits - 1)
     largest = reach * float(scale.float().abs().median())
     if largest > LARGEST_WEIGHT:
-        yield finding(
-            "scale-implausible", tensor.name, file=tensor.file,
-            found=f"the largest weights of half the rows or groups would be beyond {largest:.3g}",
-            wanted=f"at most {LARGEST_WEIGHT:g}", repair=UNPROVED,
-        )  # fmt: skip
+        found = f"half of the rows or groups would have weights beyond {largest:.3g}"
+        wanted = f"at most {LARGEST_WEIGHT:g}"
+        yield finding("scale-implausible", tensor, found=found, wanted=wanted, repair=UNPROVED)
 
 
 def _mx(tensor: StoredTensor, exponent: Tensor) -> Iterator[Finding]:
     if bool((exponent == 255).any()):
-        yield finding(
-            "scale-not-finite", tensor.name, file=tensor.file, found="an E8M0 of 255, which is NaN",
-            wanted="0 to 254",
-        )  # fmt: skip
+        found = "the E8M0 code 255, which is NaN"
+        yield finding("scale-not-finite", tensor, found=found, wanted="0 to 254")
 
 
 def _shape_value(linear: StoredLinear, files: Files) -> Iterator[Finding]:
     tensor = linear.tensors["weight_shape"]
     said = read_tensor(tensor, files).tolist()
     if said != list(linear.shape):
-        yield finding(
-            "weight-shape-value", tensor.name, file=tensor.file, found=str(said),
-            wanted=str(list(linear.shape)),
-        )  # fmt: skip
+        yield finding("weight-shape-value", tensor, found=str(said), wanted=str(list(linear.shape)))

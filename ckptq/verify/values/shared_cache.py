@@ -1,4 +1,4 @@
-"""Layers that read another layer's KV cache must do it with the scales that wrote it."""
+"""Layers that read another layer's KV cache must use the scales that wrote it."""
 
 from __future__ import annotations
 
@@ -20,10 +20,8 @@ def check_shared_cache(subject: Subject, rows: Iterable[ScaleRow]) -> Iterator[F
                 continue
             found, wanted = values.get(tensor.name), values.get(own.name)
             if found is not None and wanted is not None and found != wanted:
-                yield finding(
-                    "shared-cache-scale", tensor.name, file=tensor.file,
-                    found=f"{_some(found)}", wanted=f"{_some(wanted)}, as {own.name}",
-                )  # fmt: skip
+                owners = f"{_some(wanted)}, as {own.name}"
+                yield finding("shared-cache-scale", tensor, found=_some(found), wanted=owners)
 
 
 def _some(values: tuple[float, ...]) -> str:

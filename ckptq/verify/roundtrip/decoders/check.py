@@ -1,10 +1,9 @@
 """Samples of every kind of weight, decoded by ckptq and by the libraries that define the formats.
 
-What writes and what verifies share ckptq's reading of a format; where that is wrong, both are, and
-agree. So the first, the last and one other weight of each kind go through compressed-tensors (its
-own formats) and transformers (sources of other tools), and both must say the same of the stored
-weight, of the source, and of how far apart they are.
-"""
+The writer and the verifier share ckptq's reading of a format, so that both could be wrong and
+agree. Therefore the first, the last and one other weight of each kind are decoded by
+compressed-tensors (its own formats) and transformers (sources of other tools), which must agree
+with ckptq on the stored weight, the source, and their distance."""
 
 from __future__ import annotations
 
@@ -48,8 +47,8 @@ EXACT_DB = 60.0
 def check_decoders(
     subject: Subject, linears: Mapping[str, StoredLinear], files: Files, undo: Undo
 ) -> Iterator[Finding]:
-    """A finding for each sample of which the libraries make something else than ckptq, and for each
-    config group that compressed-tensors does not take."""
+    """A finding for each sample that the libraries decode differently, and for each config group
+    that compressed-tensors refuses."""
     schemes: dict[str, QuantizationScheme | None] = {}
     for linear, start, stop in samples(linears):
         group = linear.module.group
@@ -68,12 +67,8 @@ def _scheme(subject: Subject, group: str) -> tuple[QuantizationScheme | None, li
         raise
     except Exception as error:  # pydantic's, and whatever validators of compressed-tensors raise
         said = " ".join(str(error).split())[:200]
-        return None, [
-            finding(
-                "group-invalid", f"config_groups.{group}", file=CONFIG, found=said,
-                wanted="a scheme that compressed-tensors takes",
-            )
-        ]  # fmt: skip
+        where, wanted = f"config_groups.{group}", "a scheme that compressed-tensors accepts"
+        return None, [finding("group-invalid", where, file=CONFIG, found=said, wanted=wanted)]
 
 
 def samples(linears: Mapping[str, StoredLinear]) -> list[tuple[StoredLinear, int, int]]:
@@ -130,7 +125,7 @@ def _compared(
     held = linear.read(files, start, stop)
     ours = nearest.weights(held, linear.scheme, linear.shape[1])
     theirs = _or_error(lambda: decode_compressed(linear.tensors, scheme, linear.shape, start, stop))
-    yield from _differ(name, "what is stored", "compressed-tensors", ours, theirs)
+    yield from _differ(name, "the stored weight", "compressed-tensors", ours, theirs)
     origin = linear.module.origin
     if origin is None or subject.source is None:
         return
@@ -152,7 +147,7 @@ def _is_ct(subject: Subject) -> bool:
 
 
 def _or_error(decode: Callable[[], Tensor | None]) -> Tensor | Exception | None:
-    """What a library makes of it; its error, of whatever kind, is an answer too."""
+    """A library's result, or its error, of whatever kind."""
     try:
         return decode()
     except MemoryError:
@@ -175,10 +170,8 @@ def _differ(
         said = f"{apart:,} of {ours.numel():,} elements, {snr_db(ours, theirs):.1f} dB"
         if apart == 0:
             return
-    yield finding(
-        "decoder-disagrees", name, found=f"{library} decodes {what} otherwise: {said}",
-        wanted="the same weight from both",
-    )  # fmt: skip
+    found = f"{library} decodes {what} differently: {said}"
+    yield finding("decoder-disagrees", name, found=found, wanted="the same weight from both")
 
 
 def _equal(ours: Tensor, theirs: Tensor) -> Tensor:
@@ -193,8 +186,5 @@ def _equal(ours: Tensor, theirs: Tensor) -> Tensor:
 def _apart(name: str, ours_db: float, theirs_db: float) -> Iterator[Finding]:
     """Whether the libraries find the stored weight further from the source than ckptq does."""
     if theirs_db < ours_db - CLOSE_DB and theirs_db < EXACT_DB:
-        yield finding(
-            "decoder-disagrees", name,
-            found=f"{theirs_db:.1f} dB from the source by its libraries, {ours_db:.1f} dB by ckptq",
-            wanted="the same distance from both",
-        )  # fmt: skip
+        found = f"{theirs_db:.1f} dB from the source by the libraries, {ours_db:.1f} dB by ckptq"
+        yield finding("decoder-disagrees", name, found=found, wanted="the same distance from both")

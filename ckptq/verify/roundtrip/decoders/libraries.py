@@ -1,7 +1,7 @@
 """Rows of a stored weight as compressed-tensors and transformers decode them.
 
-Nothing of ckptq's is used but the places of tensors: safetensors reads, the schemes are what
-compressed-tensors makes of config.json's groups, and decoding is theirs.
+Uses nothing of ckptq but the tensors' locations: safetensors reads, compressed-tensors parses
+config.json's groups, and the libraries decode.
 
 Shape letters: R rows, C columns.
 """
@@ -23,11 +23,11 @@ from ckptq.checkpoint.open import Checkpoint
 from ckptq.checkpoint.view import View
 from ckptq.models.encoded import Encoded
 from ckptq.models.weight import Weight
+from ckptq.verify.subject import CODES
 
 if TYPE_CHECKING:
     from compressed_tensors.quantization import QuantizationScheme
 
-CODES = ("weight", "weight_packed")
 NOT_WEIGHTS = ("weight_shape", "input_scale", "input_zero_point", "input_global_scale")
 
 

@@ -74,7 +74,7 @@ def lacking_everywhere(
     missing may be there under a name that transformers does not know. Biases may be left out where
     they are zero.
     """
-    from ckptq.models.transformers_model import decoder_name
+    from ckptq.models.tree.transformers_model import decoder_name
 
     there = {starred(parameter) for parameter in filled}
     inside = starred(f"{layers.name}.")

@@ -1,7 +1,7 @@
 """What transformers makes of a checkpoint: its own module tree, built on the meta device.
 
-One of the witnesses of `models.witnesses`. The tree answers by the names on disk: they pass through
-transformers' own conversion of names first. Modules that differ only in numbers are one kind.
+One of the witnesses of `models.witnesses`. Queries use names on disk, which go through
+transformers' own renaming first. Modules that differ only in numbers are one kind.
 """
 
 from __future__ import annotations
@@ -11,8 +11,8 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from ckptq.checkpoint.open import Checkpoint
-from ckptq.models.holes import Layers, Numbers, lacking, lacking_everywhere, numbers_of
-from ckptq.models.initialized import wants_weights
+from ckptq.models.tree.holes import Layers, Numbers, lacking, lacking_everywhere, numbers_of
+from ckptq.models.tree.initialized import wants_weights
 from ckptq.numbered import starred
 
 if TYPE_CHECKING:
@@ -98,12 +98,13 @@ class ModuleTree:
 
 
 def build_tree(ckpt: Checkpoint) -> ModuleTree | str:
-    """The tree of a checkpoint's model, or in a line why there is none. Reads no weights."""
+    """The tree of a checkpoint's model, or a one-line reason why there is none. Reads no
+    weights."""
     import torch
 
     from ckptq.errors import CkptqError
     from ckptq.models.refusals import refusals
-    from ckptq.models.transformers_model import model_class_of, on_meta, read_config
+    from ckptq.models.tree.transformers_model import model_class_of, on_meta, read_config
 
     try:
         with refusals("transformers"):
@@ -120,8 +121,8 @@ def _tree(model: PreTrainedModel, ckpt: Checkpoint) -> ModuleTree:
     from compressed_tensors.quantization.lifecycle.initialize import is_cached_attention_module
     from torch import nn
 
-    from ckptq.models.parameters import sources_of_parameters
-    from ckptq.models.transformers_model import decoder_layers_of, runs_attention_groups
+    from ckptq.models.tree.parameters import sources_of_parameters
+    from ckptq.models.tree.transformers_model import decoder_layers_of, runs_attention_groups
 
     modules: dict[str, nn.Module] = dict(model.named_modules())
     first, numbers = _first_of_each(ckpt)
@@ -199,7 +200,7 @@ def _loads_split(model: PreTrainedModel, fused: str, module: nn.Module) -> bool:
 
     Either transformers' conversion fuses them, or its quantizer takes the module's parts apart.
     """
-    from ckptq.models.parameters import sources_of_parameters
+    from ckptq.models.tree.parameters import sources_of_parameters
 
     experts, _, which = fused.rpartition(".")
     if which not in SPLIT:
@@ -266,7 +267,7 @@ def _names(
     model: PreTrainedModel, ckpt: Checkpoint, made: Mapping[str, str], linears: Iterable[str]
 ) -> dict[str, str]:
     """Disk -> transformers, for the Linears of kinds whose names differ."""
-    from ckptq.models.parameters import sources_of_parameters
+    from ckptq.models.tree.parameters import sources_of_parameters
 
     renamed = {
         starred(stored)

@@ -6,8 +6,8 @@ from typing import TYPE_CHECKING, Any
 
 from ckptq.checkpoint.open import CONFIG, Checkpoint
 from ckptq.errors import SourceError
-from ckptq.models.counts import check_counts
 from ckptq.models.refusals import refusals
+from ckptq.models.tree.counts import check_counts
 
 if TYPE_CHECKING:
     import torch
@@ -49,7 +49,7 @@ def model_class_of(
     model_class: type[PreTrainedModel]
     own = (ckpt.config.get("auto_map") or {}).get("AutoModelForCausalLM")
     if own is not None and trust_remote_code:
-        with refusals(f"{ckpt.path}: the model code that it carries ({own}) does not load"):
+        with refusals(f"{ckpt.path}: its model code ({own}) does not load"):
             model_class = get_class_from_dynamic_module(own, ckpt.path, local_files_only=True)
         return model_class
     known = _known_class(ckpt)
@@ -80,9 +80,9 @@ def on_meta(
 def runs_attention_groups(model: PreTrainedModel) -> bool:
     """Whether transformers runs what a config group for attention asks for.
 
-    compressed-tensors puts itself in the place of a registered implementation of attention, and
-    "eager", all that a model without SDPA has (gpt-oss and others with sinks), is none: the
-    forward pass ends in KeyError. A kv_cache_scheme alone runs everywhere.
+    compressed-tensors replaces a registered attention implementation. "eager", the only one of
+    models without SDPA (gpt-oss and others with sinks), is not registered, so the forward pass ends
+    in KeyError. A kv_cache_scheme alone runs everywhere.
     """
     return bool(model._supports_sdpa)
 

@@ -1,4 +1,4 @@
-"""How many modules a config asks for, before anything builds as many."""
+"""Limits on the number of modules in a config, checked before any are built."""
 
 from __future__ import annotations
 
@@ -14,12 +14,11 @@ MOST = {"expert": 1 << 16, "layer": 1024, "block": 1024, "depth": 1024, "stage":
 of a row each."""
 
 SIZE = re.compile(r"size|dim|width|length|position|token|window|cutoff|block_sparse|seq", re.I)
-"""What such a word is part of where it counts something else."""
+"""Names that contain such a word but do not count modules."""
 
 
 def check_counts(ckpt: Checkpoint) -> None:
-    """SourceError for a number of layers or experts that no model has, and that would take a
-    machine's memory to build."""
+    """SourceError for an implausible number of layers or experts, which would exhaust memory."""
     check_config(str(ckpt.path / CONFIG), ckpt.config)
 
 
