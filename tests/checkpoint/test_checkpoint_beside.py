@@ -29,6 +29,9 @@ MODEL = {
     f"{LAYER}.mlp.gate_proj.weight": (96, H),
     f"{LAYER}.mlp.up_proj.weight": (96, H),
     f"{LAYER}.mlp.down_proj.weight": (H, 96),
+    f"{LAYER}.input_layernorm.weight": (H,),
+    f"{LAYER}.post_attention_layernorm.weight": (H,),
+    "model.norm.weight": (H,),
     "model.embed_tokens.weight": (32, H),
     "lm_head.weight": (32, H),
 }

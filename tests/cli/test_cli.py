@@ -33,6 +33,7 @@ from ckptq.spec import dtype_name
 SURFACE = {
     "quantize": {
         "--scheme", "--recipe", "--output", "--revision", "--ignore", "--group-size", "--scales",
+        "--search",
         "--data", "--samples", "--seq-len", "--batch-size", "--seed", "--device", "--shard-size",
         "--max-ram", "--workers", "--rope-order", "--as-written",
         "--dry-run", "--restart", "--trust-remote-code", "--json",

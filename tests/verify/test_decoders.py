@@ -8,7 +8,7 @@ from safetensors.torch import load_file
 from tiny.formats import FORMATS
 from verify_checkpoints import convert, copy_of, recipe
 
-from ckptq.quantize import dequantize as decoding
+from ckptq.quantize import dispatch as decoding
 from ckptq.spec import torch_dtype
 from ckptq.verify.roundtrip import nearest
 from ckptq.verify.roundtrip.decoders.check import kind_of, samples

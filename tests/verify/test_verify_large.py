@@ -49,6 +49,7 @@ def write(folder):
     group = {"targets": ["Linear"], "format": "float-quantized", "weights": weights}
     config = {
         "model_type": "qwen3_moe", "num_hidden_layers": LAYERS, "num_experts": EXPERTS,
+        "hidden_size": HIDDEN, "moe_intermediate_size": INTERMEDIATE,
         "quantization_config": {
             "quant_method": "compressed-tensors", "quantization_status": "compressed",
             "ignore": ["lm_head", r"re:.*self_attn\..*"], "config_groups": {"linear": group},

@@ -97,10 +97,17 @@ def test_codes_that_gptq_chose(sources, tmp_path, data):
     assert "codes-not-nearest" in codes_of(report) <= {"codes-not-nearest", "side-file-differs"}
 
 
-def test_scales_of_another_observer(sources, tmp_path, data):
+def test_scales_of_a_search_are_proved_and_those_of_another_observer_noted(sources, tmp_path, data):
     source = sources("llama")
     mse = INT4 | {"strategy": "group", "group_size": 32, "observer": "mse"}
-    report = verify(oneshot(source, tmp_path / "out", {"group_0": linears(mse)}, data), source)
+    out = oneshot(source, tmp_path / "out", {"group_0": linears(mse)}, data)
+    report = verify(out, source)
+    assert report.findings == ()
+    assert codes_of(report) <= {"rounded-twice", "side-file-differs"}
+    config = (out / "config.json").read_text()
+    assert config.count('"mse"') == 1
+    (out / "config.json").write_text(config.replace('"mse"', '"memoryless_minmax"'))
+    report = verify(out, source)
     assert report.findings == ()
     assert {"scale-differs"} <= codes_of(report) <= {"scale-differs", "side-file-differs"}
 

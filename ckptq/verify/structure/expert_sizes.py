@@ -41,6 +41,8 @@ def _one_by_one(subject: Subject) -> Iterator[tuple[str, str, str]]:
         match, fused = EXPERT.match(name), _parameter(subject, name)
         if match is None or fused is None or not subject.witnesses.in_layers(name):
             continue
+        if module.quantized and module.scheme is None:
+            continue  # codes of an unknown format do not tell the weight's size
         E, *inner = fused.shape
         if int(match["index"]) >= E:
             yield name, f"expert {match['index']}", f"{E} experts"
