@@ -12,6 +12,7 @@ from typing import Any
 from ckptq.checkpoint.beside import WEIGHT_FORMATS, tensors_in
 from ckptq.checkpoint.open import CONFIG, INDEX, Checkpoint, Problems
 from ckptq.errors import CkptqError
+from ckptq.printable import listed
 from ckptq.verify.kinds import AGAIN, finding
 from ckptq.verify.report import Finding
 from ckptq.verify.structure.vocabulary import TOKENIZER, check_vocabulary, unlike_parts
@@ -160,7 +161,7 @@ def _side_files(ckpt: Checkpoint, source: Checkpoint) -> Iterator[Finding]:
             repair = f"copy {name} from the source"
             yield finding("side-file-missing", file=name, found=found, wanted=wanted, repair=repair)
         elif name == TOKENIZER and (parts := unlike_parts(there, original)):
-            found, repair = f"different {_some(parts)}", f"copy {name} from the source"
+            found, repair = f"different {listed(parts, SHOWN)}", f"copy {name} from the source"
             yield finding(
                 "tokenizer-differs", parts[0], file=name, found=found, wanted="the source's",
                 repair=repair,
@@ -169,11 +170,6 @@ def _side_files(ckpt: Checkpoint, source: Checkpoint) -> Iterator[Finding]:
             found = f"{there.stat().st_size} bytes"
             wanted = f"the source's {original.stat().st_size} bytes"
             yield finding("side-file-differs", file=name, found=found, wanted=wanted)
-
-
-def _some(parts: list[str]) -> str:
-    more = f" and {len(parts) - SHOWN} more" if len(parts) > SHOWN else ""
-    return ", ".join(parts[:SHOWN]) + more
 
 
 def _config(

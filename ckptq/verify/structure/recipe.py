@@ -14,6 +14,7 @@ from typing import Any
 from ckptq.checkpoint.open import CONFIG
 from ckptq.errors import CkptqError
 from ckptq.plan.permutable import permutable
+from ckptq.printable import listed
 from ckptq.recipes.args import Args
 from ckptq.recipes.load import load_written
 from ckptq.recipes.scheme import PARTS, Group, Recipe
@@ -63,7 +64,7 @@ def _linears(subject: Subject, recipe: Recipe) -> Iterator[Finding]:
             for field, ours, theirs in _group(module.group, permutable(wanted, module.group.name)):
                 unlike[f"config_groups.{field}", _shown(ours), _shown(theirs)].append(name)
     for (field, found, wanted_value), names in unlike.items():
-        yield _differs(field, f"{found}, for {names[0]}{_more(names)}", wanted_value)
+        yield _differs(field, f"{found}, for {listed(names, 1)}", wanted_value)
 
 
 def _group(found: Group, wanted: Group) -> Iterator[Difference]:
@@ -87,10 +88,6 @@ def _args(where: str, found: Args | None, wanted: Args | None) -> Iterator[Diffe
             ours, theirs = getattr(found, field), getattr(wanted, field)
             if ours != theirs:
                 yield f"{where}.{'group_size' if field == 'columns' else field}", ours, theirs
-
-
-def _more(names: list[str]) -> str:
-    return f" and {len(names) - 1} more" if len(names) > 1 else ""
 
 
 def _shown(value: Any) -> str:

@@ -13,6 +13,7 @@ from ckptq.checkpoint.open import CONFIG, Checkpoint
 from ckptq.models.family import LAYER
 from ckptq.numbered import starred
 from ckptq.plan.left import EXPECTED
+from ckptq.printable import listed
 from ckptq.spec import TensorSpec
 from ckptq.verify.engine.transformers import (
     CACHE_SCALES,
@@ -35,8 +36,6 @@ EXPERTS = ".experts"
 
 OTHER_PARTS = re.compile(r"(^|[._])(mtp|nextn|vision|visual|vit|audio|image|speech|talker|lora)")
 """In names of branches that other models read."""
-
-SHOWN = 3
 
 
 def check_whole(subject: Subject, told: Iterable[Finding]) -> Iterator[Finding]:
@@ -132,9 +131,8 @@ def _strays(subject: Subject, loaded: Loaded) -> Iterator[Finding]:
     inside = {name for names in left_over(loaded).values() for name in names}
     names = sorted(n for n in loaded.left_over - inside if _is_stray(subject, n))
     if names:
-        more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
         yield finding(
-            "tensor-placeless", names[0], found=", ".join(names[:SHOWN]) + more,
+            "tensor-placeless", names[0], found=listed(names),
             wanted=f"tensors of {_class(loaded)}, which leaves these out",
         )  # fmt: skip
 
