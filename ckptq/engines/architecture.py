@@ -6,14 +6,13 @@ A module is named as on disk, without `.weight`. A fused tensor of experts count
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cache, cached_property
 from typing import Literal
 
 from ckptq.engines.renames import Rename
-from ckptq.numbered import NUMBER, starred
+from ckptq.numbered import NUMBER, starred, unstarred
 
 Fate = Literal["quantized", "plain"]
 Kind = Literal["heads", "latent", "state", "other"]
@@ -238,8 +237,7 @@ class Architecture:
 
 def _fill(pattern: str, name: str) -> str:
     """Put the first numbers of a name in the place of a pattern's `*`."""
-    numbers = iter(NUMBER.findall(name))
-    return re.sub(r"\*", lambda star: next(numbers, "*"), pattern)
+    return unstarred(pattern, NUMBER.findall(name))
 
 
 def _parent(name: str) -> str:

@@ -13,7 +13,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, NamedTuple
 
 from ckptq.models.family import LAYER
-from ckptq.numbered import NUMBER, starred
+from ckptq.numbered import NUMBER, starred, unstarred
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -78,8 +78,8 @@ def lacking_everywhere(
 
     there = {starred(parameter) for parameter in filled}
     inside = starred(f"{layers.name}.")
-    said = type(model).__name__ in (model.config.architectures or ())
-    if not said or not layers.name or not any(kind.startswith(inside) for kind in there):
+    seen = layers.name and any(kind.startswith(inside) for kind in there)
+    if not seen or not _is_named(model):
         return ()
     strange = _strange(layers, placeless)
     decoder = decoder_name(model)
@@ -137,7 +137,7 @@ def _of_kind(
         if not found and usual:
             whole = usual[0][0]
         for pattern in sorted((whole or found) - found):
-            yield _filled(pattern, numbers_of(parameter))
+            yield unstarred(pattern, numbers_of(parameter), "0")
         for pattern in sorted(found):
             yield from _experts(model, parameter, pattern, inner[pattern])
 
@@ -163,7 +163,7 @@ def _experts(
     shape = getattr(model.get_submodule(name), local).shape
     for index in range(shape[0] if len(shape) == 3 else 0):
         if (str(index),) not in there:
-            yield _filled(pattern, (*own, str(index)))
+            yield unstarred(pattern, (*own, str(index)), "0")
 
 
 def _output_head(
@@ -177,11 +177,16 @@ def _output_head(
     names = {id(module): name for name, module in model.named_modules()}
     head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
     parameter = f"{names.get(id(head), '')}.weight"
-    said = type(model).__name__ in (model.config.architectures or ())
-    if not said or head is None or parameter not in wanted or parameter in made.values():
+    absent = head is not None and parameter in wanted and parameter not in made.values()
+    if not absent or not _is_named(model):
         return
     if f"{names.get(id(embedding), '')}.weight" in made.values():
         yield parameter
+
+
+def _is_named(model: PreTrainedModel) -> bool:
+    """Whether config.json names its class."""
+    return type(model).__name__ in (model.config.architectures or ())
 
 
 def _may_be_absent(model: PreTrainedModel, parameter: str) -> bool:
@@ -194,8 +199,3 @@ def _may_be_absent(model: PreTrainedModel, parameter: str) -> bool:
         return True
     shared = getattr(model.config.get_text_config(decoder=True), "num_kv_shared_layers", 0)
     return bool(shared) and READERS.search(parameter) is not None
-
-
-def _filled(pattern: str, numbers: Numbers) -> str:
-    rest = iter(numbers)
-    return re.sub(r"\*", lambda star: next(rest, "0"), pattern)
