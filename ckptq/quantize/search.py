@@ -30,8 +30,9 @@ def best_ranges(
     `x` is a weight as `tiles.tiled` shows it; the results are [R, G], or [M, N] for blocks.
     `NonFinite` on NaN or Inf.
     """
-    found = [_of_block(_rows_of_tiles(part), scheme, search, scratch) for part in blocks(x)]
-    low, high = (torch.cat(parts) for parts in zip(*found, strict=True))
+    parts = map(_rows_of_tiles, blocks(x, scratch.block_elements))
+    found = [_of_block(part, scheme, search, scratch) for part in parts]
+    low, high = (torch.cat(each) for each in zip(*found, strict=True))
     return low, high
 
 
