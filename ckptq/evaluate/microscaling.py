@@ -57,9 +57,9 @@ def _reciprocal(x: Tensor) -> Tensor:
 
 
 def _e2m1(x: Tensor) -> Tensor:
-    """The nearest of 0, 0.5, 1, 1.5, 2, 3, 4, 6 with the sign of x, ties to even."""
+    """The nearest E2M1 number, in new memory."""
     import torch
 
-    top = x.abs().clamp(max=E2M1_MAX)
-    step = torch.where(top < 2, 0.5, torch.where(top < 4, 1.0, 2.0))
-    return torch.sign(x) * (top / step).round() * step
+    from ckptq.quantize.codes import round_to_e2m1
+
+    return round_to_e2m1(x.clone(), torch.empty_like(x))

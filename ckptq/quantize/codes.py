@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ckptq.quantize.scales import E2M1_MAX, E4M3_MAX
+from ckptq.quantize.scales import E2M1_MAX, E4M3_MAX, FLOATS
 from ckptq.quantize.scratch import Scratch
 from ckptq.quantize.tiles import BITS
 from ckptq.quantize.weight_scheme import WeightScheme
@@ -45,6 +45,23 @@ def e2m1_codes(x: Tensor, scratch: Scratch) -> Tensor:
     torch.minimum(first, torch.round(x, out=second).add_(2), out=first)
     torch.minimum(first, x.mul_(0.5).round_().add_(4), out=first)
     return code.bitwise_or_(scratch.tensor("second", x.shape, torch.int8).copy_(first))
+
+
+def round_to_e2m1(x: Tensor, step: Tensor) -> Tensor:
+    """x in place to the nearest E2M1 number, ties to even, saturating at 6; `step` is overwritten.
+
+    E2M1's numbers are 0.5 apart below 2, 1 below 4 and 2 from there on: half the power of two of
+    the number, of 1 at least, which its exponent's bits hold.
+    """
+    mantissa, bias = FLOATS[x.dtype]
+    bits, exponents = (
+        x.clamp_(-E2M1_MAX, E2M1_MAX).view(BITS[x.itemsize]),
+        step.view(BITS[x.itemsize]),
+    )
+    mask = ((1 << (8 * x.itemsize - 1 - mantissa)) - 1) << mantissa
+    torch.bitwise_and(bits, mask, out=exponents)
+    exponents.clamp_(min=bias << mantissa).sub_(1 << mantissa)
+    return x.div_(step).round_().mul_(step)
 
 
 def decode_e2m1(code: Tensor) -> Tensor:

@@ -17,8 +17,9 @@ import torch
 from torch import Tensor
 
 from ckptq.quantize import scales
+from ckptq.quantize.codes import round_to_e2m1
 from ckptq.quantize.scratch import Scratch, blocks
-from ckptq.quantize.tiles import BITS, NonFinite
+from ckptq.quantize.tiles import NonFinite
 from ckptq.quantize.weight_scheme import Search, WeightScheme
 
 
@@ -114,22 +115,7 @@ def _round(q: Tensor, scheme: WeightScheme, scratch: Scratch) -> None:
     elif scheme.num_bits == 8:
         q.clamp_(-scales.E4M3_MAX, scales.E4M3_MAX).copy_(q.to(torch.float8_e4m3fn))
     else:
-        q.clamp_(-scales.E2M1_MAX, scales.E2M1_MAX)
-        step = scratch.tensor("step", q.shape, q.dtype)
-        q.div_(_e2m1_step(q, step)).round_().mul_(step)
-
-
-def _e2m1_step(q: Tensor, out: Tensor) -> Tensor:
-    """How far E2M1's numbers are apart there: 0.5 below 2, 1 below 4, 2 from there on.
-
-    The power of two of the number, of 1 at least, halved: all of it in the exponent's bits.
-    """
-    mantissa, bias = scales.FLOATS[q.dtype]
-    bits, step = q.view(BITS[q.itemsize]), out.view(BITS[q.itemsize])
-    exponent = ((1 << (8 * q.itemsize - 1 - mantissa)) - 1) << mantissa
-    torch.bitwise_and(bits, exponent, out=step)
-    step.clamp_(min=bias << mantissa).sub_(1 << mantissa)
-    return out
+        round_to_e2m1(q, scratch.tensor("step", q.shape, q.dtype))
 
 
 def _power(q: Tensor, norm: float, scratch: Scratch) -> Tensor:
