@@ -1,4 +1,5 @@
-"""Hessians of the inputs of Linears, as llm-compressor accumulates them: 2 X X^T over the batches.
+"""Hessians of the inputs of Linears, as llm-compressor accumulates them: 2 X X^T over the batches,
+without tokens that would outweigh all others.
 
 Linears that are given the same tensor (q, k and v; gate and up) share one.
 
@@ -10,6 +11,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
+
+from ckptq.gptq.massive import ordinary
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -25,14 +28,16 @@ class Hessian:
         self._like = torch.nn.Linear(features, 1, bias=False, device="meta")
         self._sum_FF = make_empty_hessian(self._like, device=torch.device(str(device)))
         self._batches = torch.zeros((), device=self._sum_FF.device)
-        self.tokens = 0
+        self.left_out = 0
+        """Massive tokens, which are not in it."""
 
     def add(self, x_TF: Tensor) -> None:
         """The tokens of one batch."""
         from llmcompressor.modifiers.gptq.helpers import accumulate_hessian
 
-        accumulate_hessian(x_TF, self._like, self._sum_FF, self._batches)
-        self.tokens += len(x_TF)
+        kept_TF = ordinary(x_TF)
+        accumulate_hessian(kept_TF, self._like, self._sum_FF, self._batches)
+        self.left_out += len(x_TF) - len(kept_TF)
 
     def mean(self) -> Tensor:
         """[F, F] in float32, over the batches, in new memory."""

@@ -20,6 +20,9 @@ class Told:
     experts: dict[str, dict[int, int]] = field(default_factory=dict)
     """The first Linear of each module of experts -> expert -> tokens that it got."""
 
+    massive: dict[str, int] = field(default_factory=dict)
+    """Linear -> how many tokens are left out of its Hessian."""
+
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
 
@@ -30,6 +33,7 @@ def together(layers: Sequence[Mapping[str, Any]]) -> Told:
     return Told(
         nearest=[name for told in every for name in told.nearest],
         unsolved=[name for told in every for name in told.unsolved],
+        massive={name: count for told in every for name, count in told.massive.items()},
         experts={first: counts for told in every for first, counts in told.experts.items()},
     )
 
@@ -46,6 +50,12 @@ def lines_of(told: Told) -> Iterator[str]:
         yield (
             f"GPTQ: the Hessian of {listed(told.unsolved)} cannot be inverted, so their weights "
             "are rounded to nearest; use more text, or a larger dampening_frac"
+        )
+    if told.massive:
+        yield (
+            f"GPTQ: massive activations in {listed(list(told.massive))}: "
+            f"{sum(told.massive.values()):,} tokens outweigh all others of their text and are left "
+            "out of the Hessians"
         )
     counts = [count for each in told.experts.values() for count in each.values()]
     if counts:

@@ -66,6 +66,8 @@ class Units:
         if hessian is None:
             told.nearest.append(name)
             return quantize(w_RC, scheme, shared)
+        if hessian.left_out:
+            told.massive[name] = hessian.left_out
         on = grid(w_RC, scheme, shared)
         chosen = choose(w_RC, hessian.mean(), on, self._args[name], self._how)
         if not chosen.solved:
