@@ -53,6 +53,11 @@ def calibrate_to_file(
 
     Under torchrun only the first process writes, prints and returns scales.
     """
+    if request.recipe.gptq is not None:
+        raise UsageError(
+            f"recipe {request.recipe.name!r} runs the model for GPTQ; `ckptq quantize` calibrates "
+            "its scales on the quantized layers in the same pass"
+        )
     ckpt = open_checkpoint(request.model, request.revision)
     plan = make_plan(ckpt, request.recipe)
     refuse_holes(ckpt, plan.layout)

@@ -169,7 +169,7 @@ def _recipe(
         text=text,
     )
     if chosen is not None:
-        gptq.check_formats(made)
+        gptq.check_gptq(made)
     return made
 
 
