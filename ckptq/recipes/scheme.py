@@ -165,6 +165,11 @@ class Recipe(Scheme):
     """The recipe as YAML in llm-compressor's dialect; kept with the output."""
 
     @property
+    def runs_layers(self) -> bool:
+        """Whether weights are quantized by their inputs, which the layers show when they run."""
+        return self.gptq is not None or any(g.weights and g.weights.weighed for g in self.groups)
+
+    @property
     def chooses(self) -> bool:
         """Whether GPTQ chooses codes, here or in llm-compressor; they need not be the nearest."""
         return self.gptq is not None or "GPTQModifier" in self.handed_over

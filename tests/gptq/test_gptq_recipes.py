@@ -115,7 +115,7 @@ def test_calibrate_leaves_it_to_quantize(llama: Path, tmp_path: Path) -> None:
     wanted = CalibrationRequest(samples=1, seq_len=8)
     recipe = load_scheme("fp8-per-head-gptq")
     request = ScalesRequest(model=llama, recipe=recipe, output=tmp_path / "s", text=wanted)
-    with pytest.raises(UsageError, match="`ckptq quantize` calibrates its scales"):
+    with pytest.raises(UsageError, match="`ckptq quantize` calibrates its scales in the same pass"):
         calibrate_to_file(request)
     assert not (tmp_path / "s").exists()
 

@@ -83,5 +83,5 @@ def test_what_is_wrong_with_them_is_found(llama: Path, tmp_path: Path, damage: s
 def test_a_folder_says_in_its_record_what_gptq_did(llama: Path, tmp_path: Path) -> None:
     out = converted(llama, tmp_path / "out", "w4a16-g32-gptq")
     record = json.loads((out / "ckptq.json").read_text())
-    assert record["gptq"] == {"nearest": [], "unsolved": [], "massive": {}, "experts": {}}
+    assert record["by_inputs"] == {"nearest": [], "unsolved": [], "massive": {}, "experts": {}}
     assert record["calibration"]["samples"] == 12
