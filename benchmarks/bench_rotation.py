@@ -21,7 +21,7 @@ import torch
 import transformers
 
 from ckptq.checkpoint.open import open_checkpoint
-from ckptq.evaluate.kv_cache import ROTATED, UNROTATED
+from ckptq.evaluate.caches.kv_cache import ROTATED, UNROTATED
 from ckptq.evaluate.result import Evaluation
 from ckptq.evaluate.run import evaluate
 from ckptq.evaluate.text import Text, read_questions, text_of

@@ -15,14 +15,14 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 from ckptq.errors import SourceError
-from ckptq.evaluate.inputs import InputMaxima, InputScheme, remembering, rules_of
-from ckptq.evaluate.kv_cache import PLAIN, Maxima, See, through_cache
+from ckptq.evaluate.caches.kv_cache import PLAIN, Maxima, See, through_cache
+from ckptq.evaluate.linears.inputs import InputMaxima, InputScheme, remembering, rules_of
+from ckptq.evaluate.linears.products import Change, experts_one_by_one, inputs_changed
 from ckptq.evaluate.pieces import cut, pieces_of
-from ckptq.evaluate.products import Change, experts_one_by_one, inputs_changed
 from ckptq.evaluate.scores import Measures, Scores
-from ckptq.evaluate.spoil import spoiled, spoiled_layer
 from ckptq.evaluate.text import Text
 from ckptq.evaluate.variant import Run, Track, Variant
+from ckptq.evaluate.weights.spoil import spoiled, spoiled_layer
 from ckptq.forward.layerwise import LayerwiseModel
 from ckptq.forward.linear_inputs import real_positions
 from ckptq.forward.tap import Tap, tapped

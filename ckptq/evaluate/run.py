@@ -9,14 +9,14 @@ from pathlib import Path
 
 from ckptq.checkpoint.open import Checkpoint
 from ckptq.errors import UsageError
+from ckptq.evaluate.caches.kv_cache import KVCache, declared_cache, parse_cache
 from ckptq.evaluate.compare import Comparison, Outcome
-from ckptq.evaluate.engine import EngineRow, EngineRun, engine_row, in_vllm
-from ckptq.evaluate.inputs import InputScheme, declared_inputs
-from ckptq.evaluate.kv_cache import KVCache, declared_cache, parse_cache
+from ckptq.evaluate.linears.inputs import InputScheme, declared_inputs
+from ckptq.evaluate.outside.engine import EngineRow, EngineRun, engine_row, in_vllm
 from ckptq.evaluate.result import Evaluation, Row, Thresholds
-from ckptq.evaluate.schemes import SchemeWeights, planned_cache, planned_inputs
 from ckptq.evaluate.text import Text
 from ckptq.evaluate.variant import Track, Variant
+from ckptq.evaluate.weights.schemes import SchemeWeights, planned_cache, planned_inputs
 from ckptq.forward.decoded import DecodedWeights, weights_of
 from ckptq.forward.layerwise import LayerwiseModel, open_model
 from ckptq.forward.reader import Reader

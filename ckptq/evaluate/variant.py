@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
-from ckptq.evaluate.inputs import InputScheme
-from ckptq.evaluate.kv_cache import BF16, KVCache
+from ckptq.evaluate.caches.kv_cache import BF16, KVCache
+from ckptq.evaluate.linears.inputs import InputScheme
 from ckptq.evaluate.text import Line, Text
 from ckptq.forward.layerwise import LayerwiseModel, Stream
 from ckptq.text.samples import Batch

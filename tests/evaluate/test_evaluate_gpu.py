@@ -8,10 +8,10 @@ import pytest
 import torch
 from evaluate_models import rows_of
 
-from ckptq.evaluate.kv_cache import MODES
+from ckptq.evaluate.caches.kv_cache import MODES
 from ckptq.evaluate.run import evaluate
-from ckptq.evaluate.schemes import SchemeWeights
 from ckptq.evaluate.text import Line, Text
+from ckptq.evaluate.weights.schemes import SchemeWeights
 from ckptq.forward import reader
 from ckptq.forward.decoded import DecodedWeights
 from ckptq.forward.reader import Reader

@@ -9,8 +9,8 @@ from test_evaluate_compare import ROWS, TEXT, with_weights
 
 from ckptq.checkpoint.open import open_checkpoint
 from ckptq.errors import PlanError, SourceError
-from ckptq.evaluate.inputs import InputScheme, declared_inputs, input_scheme, remembering
-from ckptq.evaluate.products import inputs_changed
+from ckptq.evaluate.linears.inputs import InputScheme, declared_inputs, input_scheme, remembering
+from ckptq.evaluate.linears.products import inputs_changed
 from ckptq.evaluate.run import evaluate
 from ckptq.evaluate.text import Line, Text
 from ckptq.models.encoded import read_encoded

@@ -13,9 +13,9 @@ from ckptq.checkpoint.header import StoredTensor
 from ckptq.checkpoint.open import Checkpoint
 from ckptq.checkpoint.view import View
 from ckptq.errors import SourceError
-from ckptq.evaluate.inputs import InputScheme, input_scheme
-from ckptq.evaluate.kv_cache import BF16, PER_HEAD, PER_TENSOR, KVCache
-from ckptq.evaluate.noise import Noise
+from ckptq.evaluate.caches.kv_cache import BF16, PER_HEAD, PER_TENSOR, KVCache
+from ckptq.evaluate.linears.inputs import InputScheme, input_scheme
+from ckptq.evaluate.weights.noise import Noise
 from ckptq.forward.reader import Reader
 from ckptq.models.encoded import Encoded
 from ckptq.models.weight_rows import place_of, stored_of, whole_weight

@@ -17,7 +17,7 @@ from ckptq.checkpoint.open import Checkpoint
 from ckptq.checkpoint.read import read_tensor
 from ckptq.engines.vllm import group_of
 from ckptq.errors import PlanError, SourceError
-from ckptq.evaluate.microscaling import mxfp4, mxfp8, nvfp4
+from ckptq.evaluate.linears.microscaling import mxfp4, mxfp8, nvfp4
 from ckptq.forward.linear_inputs import real_tokens
 from ckptq.recipes.args import Args
 from ckptq.recipes.declared import declared
