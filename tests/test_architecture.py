@@ -48,11 +48,6 @@ WAITING = {
         *("quantize.quantize_expert_blocks:quantize_expert_blocks",),
         *("int4.quantize_int4_experts:quantize_int4_experts",),
     ),
-    "the validation forward: KV caches": (
-        *("cache.write_cache:write_cache", "cache.paged_attention:paged_attention"),
-        *("token_head.write_token_head:write_token_head", "token_head.kv_lifted:write_lifted"),
-        *("token_head.token_head_attention:token_head_attention", "token_head.hadamard:rotate"),
-    ),
 }
 """Purpose -> the launchers that no command reaches yet. It only shrinks."""
 

@@ -15,7 +15,10 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 from ckptq.errors import SourceError
-from ckptq.evaluate.caches.kv_cache import PLAIN, Maxima, See, through_cache
+from ckptq.evaluate.caches.held import Held
+from ckptq.evaluate.caches.kv_cache import PLAIN, Maxima
+from ckptq.evaluate.caches.paged import pages_serve
+from ckptq.evaluate.caches.simulated import See
 from ckptq.evaluate.linears.inputs import InputMaxima, InputScheme
 from ckptq.evaluate.linears.products import experts_one_by_one, products_treated
 from ckptq.evaluate.linears.treatments import Weights, observed, rules_of, treated
@@ -47,6 +50,8 @@ class Outcome:
     measures: Measures
     layers: tuple[float, ...]
     """Relative error of the hidden states after each decoder layer, mean over tokens."""
+    notes: tuple[str, ...] = ()
+    """What was simulated although the device computes as an engine does, and why."""
     tokens: Tokens = field(default_factory=dict, compare=False, repr=False)
 
 
@@ -66,6 +71,8 @@ class Comparison:
     input_maxima: InputMaxima = field(default_factory=InputMaxima)
     errors: dict[str, list[Tensor]] = field(default_factory=dict)
     """By variant, layer after layer, on the device: reading one makes the host wait."""
+    notes: dict[str, dict[str, None]] = field(default_factory=dict)
+    """By variant, what was not computed as an engine does; each once, in order."""
 
     def run(self, report: Report) -> dict[str, Outcome]:
         """Results by name of the variant. SourceError for tokens outside the vocabulary."""
@@ -86,7 +93,10 @@ class Comparison:
         self.release()
         return {
             name: Outcome(
-                measures=found.measures(), layers=_numbers(self.errors[name]), tokens=found.tokens()
+                measures=found.measures(),
+                layers=_numbers(self.errors[name]),
+                notes=tuple(self.notes.get(name, ())),
+                tokens=found.tokens(),
             )
             for name, found in scores.items()
         }
@@ -105,7 +115,7 @@ class Comparison:
         name = track.model.layer_names[index]
         is_spoiled = index == spoiled_layer(len(track.model.layer_names))
         rules: dict[str, Rules] = {}
-        sees: dict[str, See] = {}
+        caches: dict[str, Held] = {}
 
         @contextmanager
         def watch(layer: nn.Module, run: Batch) -> Iterator[None]:
@@ -113,9 +123,7 @@ class Comparison:
             variant, weights = run.variant, track.weights(name, layer, self.consumed)
             if variant.name not in rules:
                 rules[variant.name] = self._rules(weights, variant)
-                sees[variant.name] = through_cache(
-                    variant.cache, self.maxima, track.model.loader.stored_module
-                )
+                caches[variant.name] = self._held(track, variant)
             with ExitStack() as stack:
                 spoils = variant.spoiled and is_spoiled
                 if spoils:
@@ -124,8 +132,7 @@ class Comparison:
                     see = self._measuring(run, track.model.loader.stored_module)
                     stack.enter_context(tapped(layer, name, Tap(run.lengths, see)))
                 elif variant.cache.mode != PLAIN:
-                    tap = Tap(run.lengths, sees[variant.name])
-                    stack.enter_context(tapped(layer, name, tap))
+                    stack.enter_context(tapped(layer, name, caches[variant.name].tap(run.lengths)))
                 if variant is self.source:
                     look = partial(self.input_maxima.see, run.lengths)
                     treatments = dict(observed(weights, rules[variant.name], look))
@@ -136,6 +143,16 @@ class Comparison:
                 yield
 
         return watch
+
+    def _held(self, track: Track, variant: Variant) -> Held:
+        return Held(
+            *(variant.cache, self.maxima, track.model.loader.stored_module),
+            in_pages=pages_serve(track.model.device),
+            note=partial(self._note, variant),
+        )
+
+    def _note(self, variant: Variant, said: str) -> None:
+        self.notes.setdefault(variant.name, {})[said] = None
 
     def _rules(self, weights: Weights, variant: Variant) -> Rules:
         """How the inputs of this layer's weights are rounded; of the source's, which are seen."""

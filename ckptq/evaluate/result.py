@@ -39,6 +39,11 @@ class Row:
         return self.outcome.measures
 
     @property
+    def notes(self) -> tuple[str, ...]:
+        """What was simulated although the device computes as an engine does, and why."""
+        return self.outcome.notes
+
+    @property
     def label(self) -> str:
         return f"{self.weights}, {self.kv_cache} cache"
 
@@ -52,6 +57,7 @@ class Row:
             "snr_db": self.snr_db,
             **asdict(self.measures),
             "layers": list(self.outcome.layers),
+            "notes": list(self.notes),
         }
 
 

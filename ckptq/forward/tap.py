@@ -23,6 +23,7 @@ from ckptq.forward import kernel_attention
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
+    from ckptq.forward.kernel_attention import Words
     from ckptq.kernels.attention.maxima import Maxima
 
 NAME = "ckptq"
@@ -37,6 +38,11 @@ Attend = Callable[["Tensor", "Tensor", "Tensor"], Result]
 """The module's own attention of any q, k and v of the same batch: [B, S, H, D] comes first."""
 
 
+Replace = Callable[[str, Qkv, "Words | None"], "Tensor | None"]
+"""Gets (module name, q [B, H, S, D], k and v [B, K, S, D], what is asked of attention), gives its
+result [B, S, H, D]; None where it has none. What is asked is None where kernels do not know it."""
+
+
 @dataclass(frozen=True)
 class Tap:
     """Receives the q, k and v of one batch from attention."""
@@ -47,6 +53,8 @@ class Tap:
     """Gets (module name, q [B, H, S, D], k [B, K, S, D], v [B, K, S, D])."""
     maxima: Callable[[str, Tensor, Tensor], Maxima] | None = None
     """Gets (module name, q, k), gives buffers for a kernel to fold into; None if those don't do."""
+    replace: Replace | None = None
+    """Attention in the place of the module's own; asked first."""
     compare: Callable[[str, Qkv, Tensor, Attend], None] | None = None
     """Gets (module name, q, k and v, what attention made of them, how to compute it of others)."""
 
@@ -74,6 +82,13 @@ def attention(
         if out is not None:
             return out, None
 
+    if tap is not None and tap.replace is not None:
+        lengths = tuple(tap.lengths)
+        words = kernel_attention.in_words(module, lengths, query, key, attention_mask, kwargs)
+        out = tap.replace(name, (query, key, value), words)
+        if out is not None:
+            return out, None
+
     def attend(q: Tensor, k: Tensor, v: Tensor) -> Result:
         return sdpa_attention_forward(module, q, k, v, attention_mask, **kwargs)
 
@@ -91,6 +106,10 @@ def eager_attention(
     """The `eager_attention_forward` of the module's own family, with its tap called first."""
     family = sys.modules[type(module).__module__]
     name, tap = getattr(module, _TAP, ("", None))
+    if tap is not None and tap.replace is not None:
+        out = tap.replace(name, (query, key, value), None)
+        if out is not None:
+            return out, None
 
     def attend(q: Tensor, k: Tensor, v: Tensor) -> Result:
         result: Result = family.eager_attention_forward(module, q, k, v, attention_mask, **kwargs)

@@ -10,12 +10,10 @@ from ckptq.evaluate.caches.kv_cache import (
     MODES,
     KVCache,
     Maxima,
-    cut_toward_zero,
     declared_cache,
-    effective,
     parse_cache,
-    through_cache,
 )
+from ckptq.evaluate.caches.simulated import Scales, cut_toward_zero, effective, simulated
 from ckptq.evaluate.result import Thresholds
 from ckptq.evaluate.run import evaluate
 from ckptq.recipes.load import load_scheme
@@ -35,9 +33,8 @@ def through(name: str, outliers: bool = False, **changes) -> list[float]:
     before, after = qkv(outliers), qkv(outliers)
     maxima = Maxima()
     maxima.see("attn", dict(zip("qkv", before, strict=True)), (16, 16))
-    through_cache(KVCache(**{**_fields(name), **changes}), maxima, lambda path: path)(
-        "attn", *after
-    )
+    cache = KVCache(**{**_fields(name), **changes})
+    simulated(cache, Scales(cache, maxima, lambda path: path))("attn", *after)
     return [
         ((a.float() - b.float()).norm() / b.float().norm()).item()
         for a, b in zip(after, before, strict=True)

@@ -5,7 +5,8 @@ heads that share a key/value head, so that a decode step (one query) still fills
 over the keys that these queries see, found through the block table.
 
 E4M3 keys and values are decoded to the query's dtype, which holds every E4M3 value; an E4M3 query
-is decoded too. Their scales are folded into the softmax and the result.
+is decoded too. Their scales are folded into the softmax and the result. Under an E4M3 query the
+softmax's weights are rounded to E4M3, lifted to 256 at most, as FlashAttention 3 does.
 
 Shape letters: T queries of all sequences, H query heads, K key/value heads, D head dimension,
 M rows of a tile (queries x heads of a group), N keys of a tile.
@@ -29,7 +30,7 @@ from ckptq.kernels.attention.online_softmax import (
 )
 from ckptq.kernels.cache.paged_addresses import key_offset, query_rows
 from ckptq.kernels.cache.paging import Layout, Sequences
-from ckptq.kernels.rounding import e4m3_value, narrow
+from ckptq.kernels.rounding import e4m3_round, e4m3_value, has_native_e4m3, narrow
 
 FP8 = torch.float8_e4m3fn
 
@@ -70,6 +71,8 @@ def _paged_attention_kernel(
     WINDOW: tl.constexpr,
     CHUNK: tl.constexpr,
     CAPPED: tl.constexpr,
+    LIFT: tl.constexpr,
+    NATIVE: tl.constexpr,
     BLOCK_D: tl.constexpr,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
@@ -115,7 +118,9 @@ def _paged_attention_kernel(
             score_MN = cap(score_MN, slope)
         seen_MN = visible(q_pos_M, k_pos_N, length, CAUSAL, WINDOW, CHUNK)
         score_MN = tl.where(seen_MN, score_MN, float("-inf"))
-        weight_MN, decay_M, max_M, sum_M = fold(score_MN, max_M, sum_M, factor, 0, True)
+        weight_MN, decay_M, max_M, sum_M = fold(score_MN, max_M, sum_M, factor, LIFT, True)
+        if LIFT:
+            weight_MN = e4m3_round(weight_MN, NATIVE)
         acc_MD = dot(narrow(weight_MN, DTYPE), v_ND, acc_MD * decay_M[:, None])
 
     out_MD = finish(acc_MD, sum_M) * tl.load(v_descale_ptr + kv)
@@ -198,6 +203,8 @@ def paged_attention(
         BLOCK=block,
         **mask.constexprs(),
         CAPPED=softcap is not None,
+        LIFT=8 if fp8_query else 0,
+        NATIVE=has_native_e4m3(query_THD.device),
         BLOCK_D=max(16, triton.next_power_of_2(D)),
         **tile,
     )
