@@ -17,7 +17,6 @@ from typing import TYPE_CHECKING
 from ckptq.errors import SourceError
 from ckptq.evaluate.caches.held import Held
 from ckptq.evaluate.caches.kv_cache import PLAIN, Maxima
-from ckptq.evaluate.caches.paged import pages_serve
 from ckptq.evaluate.caches.simulated import See
 from ckptq.evaluate.linears.inputs import InputMaxima, InputScheme
 from ckptq.evaluate.linears.products import experts_one_by_one, products_treated
@@ -29,6 +28,7 @@ from ckptq.evaluate.variant import Run, Track, Variant
 from ckptq.evaluate.weights.spoil import spoiled, spoiled_layer
 from ckptq.forward.layerwise import LayerwiseModel
 from ckptq.forward.linear_inputs import real_positions
+from ckptq.forward.over_pages import pages_serve
 from ckptq.forward.tap import Tap, tapped
 from ckptq.progress import Report
 from ckptq.text.samples import Batch

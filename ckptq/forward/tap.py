@@ -38,9 +38,16 @@ Attend = Callable[["Tensor", "Tensor", "Tensor"], Result]
 """The module's own attention of any q, k and v of the same batch: [B, S, H, D] comes first."""
 
 
-Replace = Callable[[str, Qkv, "Words | None"], "Tensor | None"]
-"""Gets (module name, q [B, H, S, D], k and v [B, K, S, D], what is asked of attention), gives its
-result [B, S, H, D]; None where it has none. What is asked is None where kernels do not know it."""
+Asked = Callable[[], "Words | None"]
+"""What is asked of attention, as kernels take it; None where they do not know it."""
+
+Replace = Callable[[str, Qkv, Asked], "Tensor | None"]
+"""Gets (module name, q [B, H, S, D], k and v [B, K, S, D], what is asked), gives the result
+[B, S, H, D]; None where it has none."""
+
+Compare = Callable[[str, Qkv, "Tensor", Attend, Asked], None]
+"""Gets (module name, q, k and v, what attention made of them, how to compute it of others, what is
+asked)."""
 
 
 @dataclass(frozen=True)
@@ -55,8 +62,8 @@ class Tap:
     """Gets (module name, q, k), gives buffers for a kernel to fold into; None if those don't do."""
     replace: Replace | None = None
     """Attention in the place of the module's own; asked first."""
-    compare: Callable[[str, Qkv, Tensor, Attend], None] | None = None
-    """Gets (module name, q, k and v, what attention made of them, how to compute it of others)."""
+    compare: Compare | None = None
+    """Asked last, with the result."""
 
 
 def attention(
@@ -82,17 +89,14 @@ def attention(
         if out is not None:
             return out, None
 
-    if tap is not None and tap.replace is not None:
-        lengths = tuple(tap.lengths)
-        words = kernel_attention.in_words(module, lengths, query, key, attention_mask, kwargs)
-        out = tap.replace(name, (query, key, value), words)
-        if out is not None:
-            return out, None
-
     def attend(q: Tensor, k: Tensor, v: Tensor) -> Result:
         return sdpa_attention_forward(module, q, k, v, attention_mask, **kwargs)
 
-    return _shown(name, tap, attend, (query, key, value))
+    def asked() -> Words | None:
+        lengths = tuple(tap.lengths) if tap is not None else ()
+        return kernel_attention.in_words(module, lengths, query, key, attention_mask, kwargs)
+
+    return _shown(name, tap, attend, (query, key, value), asked)
 
 
 def eager_attention(
@@ -106,25 +110,26 @@ def eager_attention(
     """The `eager_attention_forward` of the module's own family, with its tap called first."""
     family = sys.modules[type(module).__module__]
     name, tap = getattr(module, _TAP, ("", None))
-    if tap is not None and tap.replace is not None:
-        out = tap.replace(name, (query, key, value), None)
-        if out is not None:
-            return out, None
 
     def attend(q: Tensor, k: Tensor, v: Tensor) -> Result:
         result: Result = family.eager_attention_forward(module, q, k, v, attention_mask, **kwargs)
         return result
 
-    return _shown(name, tap, attend, (query, key, value))
+    return _shown(name, tap, attend, (query, key, value), lambda: None)
 
 
-def _shown(name: str, tap: Tap | None, attend: Attend, qkv: Qkv) -> Result:
-    """The attention of q, k and v after the tap has seen them."""
-    if tap is not None and tap.see is not None:
+def _shown(name: str, tap: Tap | None, attend: Attend, qkv: Qkv, asked: Asked) -> Result:
+    """The attention of q, k and v: the tap's, or the module's own after the tap has seen them."""
+    if tap is None:
+        return attend(*qkv)
+    out = tap.replace(name, qkv, asked) if tap.replace is not None else None
+    if out is not None:
+        return out, None
+    if tap.see is not None:
         tap.see(name, *qkv)
     result = attend(*qkv)
-    if tap is not None and tap.compare is not None:
-        tap.compare(name, qkv, result[0], attend)
+    if tap.compare is not None:
+        tap.compare(name, qkv, result[0], attend, asked)
     return result
 
 

@@ -9,8 +9,8 @@ import pytest
 import torch
 from evaluate_models import HEAD_DIM, HEADS, KV_HEADS, rows_of
 
-from ckptq.evaluate.caches.kv_cache import MODES, STATIC, KVCache, Maxima, parse_cache
-from ckptq.evaluate.caches.paged import paged
+from ckptq.evaluate.caches.held import Held
+from ckptq.evaluate.caches.kv_cache import MODES, STATIC, Maxima, parse_cache
 from ckptq.evaluate.caches.simulated import Scales, simulated
 from ckptq.evaluate.run import evaluate
 from ckptq.evaluate.text import Line, Text
@@ -45,12 +45,6 @@ def qkv(S: int = 21):
     return [x.bfloat16().to(DEVICE) for x in made]
 
 
-def scales_of(cache: KVCache) -> Scales:
-    maxima = Maxima()
-    maxima.see("attn", dict(zip("qkv", qkv(), strict=True)), (21, 21))
-    return Scales(cache, maxima, lambda path: path)
-
-
 def dense(q, k, v, words: Words):
     seen = reference.seen(words.mask, q.shape[2], k.shape[2], device=q.device)
     return reference.attention(q, k, v, seen, scaling=words.scaling, softcap=words.softcap)
@@ -59,13 +53,14 @@ def dense(q, k, v, words: Words):
 def both(name: str, words: Words) -> tuple[torch.Tensor, torch.Tensor]:
     """Attention over pages, and of what the cache would give back."""
     cache = parse_cache(name, None)
-    scales = scales_of(cache)
-    simulate, rounded = simulated(cache, scales), qkv()
-    simulate("attn", *rounded)
-    q, k, v = qkv()
-    static = name in STATIC
-    found = paged(cache, scales.of("attn", q, k) if static else {}, q, k, v, words)
-    return found, dense(*rounded, words)
+    rounded = qkv()
+    maxima = Maxima()
+    maxima.see("attn", dict(zip("qkv", rounded, strict=True)), (21, 21))
+    simulated(cache, Scales(cache, maxima, str))("attn", *rounded)
+    held = Held(cache, maxima, str, in_pages=True, note=pytest.fail)
+    replace = held.tap((21, 21)).replace
+    assert replace is not None
+    return replace("attn", tuple(qkv()), lambda: words), dense(*rounded, words)
 
 
 def distance(found, wanted) -> float:

@@ -9,14 +9,13 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 from ckptq.evaluate.caches.kv_cache import STATIC, KVCache, Maxima
-from ckptq.evaluate.caches.paged import paged, unpaged
 from ckptq.evaluate.caches.simulated import Scales, simulated
-from ckptq.forward.tap import Qkv, Tap
+from ckptq.forward.over_pages import over_static_fp8, over_tokens_and_heads
+from ckptq.forward.tap import Asked, Qkv, Tap
+from ckptq.kernels.token_head.kv_format import FORMATS, rotation_block
 
 if TYPE_CHECKING:
     from torch import Tensor
-
-    from ckptq.forward.kernel_attention import Words
 
 
 class Held:
@@ -42,13 +41,26 @@ class Held:
         replace = self._paged if self._in_pages else None
         return Tap(lengths, self._simulated, replace=replace)
 
-    def _paged(self, module: str, qkv: Qkv, asked: Words | None) -> Tensor | None:
+    def _paged(self, module: str, qkv: Qkv, asked: Asked) -> Tensor | None:
         q_BHSD, k_BKSD, v_BKSD = qkv
-        why = unpaged(self._cache, k_BKSD, v_BKSD)
-        if asked is None or why is not None:
+        why, words = unpaged(self._cache, k_BKSD, v_BKSD), asked()
+        if words is None or why is not None:
             own = "sinks, or a mask, that kernels do not know"
             self._note(f"cache simulated, not held in pages: {why or own}")
             return None
-        static = self._cache.mode in STATIC
-        scales = self._scales.of(module, q_BHSD, k_BKSD) if static else {}
-        return paged(self._cache, scales, q_BHSD, k_BKSD, v_BKSD, asked)
+        if self._cache.mode in STATIC:
+            scales = self._scales.of(module, q_BHSD, k_BKSD)
+            return over_static_fp8(qkv, scales, words, round_query=self._cache.query)
+        fmt = FORMATS[self._cache.mode.replace("-", "_")]
+        return over_tokens_and_heads(qkv, fmt, self._cache.rotation, words)
+
+
+def unpaged(cache: KVCache, k_BKSD: Tensor, v_BKSD: Tensor) -> str | None:
+    """Why such keys and values are not held in pages; None where they are."""
+    if k_BKSD.shape != v_BKSD.shape:
+        return f"values of {v_BKSD.shape[3]} beside keys of {k_BKSD.shape[3]}"
+    if cache.toward_zero:
+        return "a cache that truncates"
+    if cache.mode not in STATIC and rotation_block(k_BKSD.shape[3]) < 8:
+        return f"a head size of {k_BKSD.shape[3]}"
+    return None

@@ -1,6 +1,7 @@
 """What a KV cache does to q, k and v, without a cache: rounded where they are, before attention.
 
-So it is on a CPU, and on a GPU for attention that its kernels do not know; `paged` is the cache.
+So it is on a CPU, and on a GPU for attention that kernels do not know; `forward.over_pages`
+is the cache.
 
 Shape letters: B batch, H query heads, K KV heads, S positions, D head size.
 """
