@@ -33,7 +33,7 @@ def _has_block_products(device: torch.device) -> bool:
 def multiplies_blocks(a_MK: Tensor, w_NK: Tensor, dtype: torch.dtype) -> bool:
     """Whether `linear_fp8_block` here takes these codes and pays."""
     (M, K), N = a_MK.shape, len(w_NK)
-    whole = K % SIDE == 0 and N % SIDE == 0 and M % 4 == 0
+    whole = K % (4 * SIDE) == 0 and N % SIDE == 0 and M % 4 == 0  # cuBLAS wants scales by fours
     dense = a_MK.is_contiguous() and w_NK.is_contiguous()
     fits = whole and dense and dtype == torch.bfloat16
     return fits and M >= MANY and _has_block_products(a_MK.device)
