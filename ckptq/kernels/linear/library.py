@@ -45,14 +45,13 @@ def linear_fp8_block(
     """a @ w.T in bf16, [M, N], of E4M3 codes that `multiplies_blocks` has admitted."""
     from torch.nn.functional import ScalingType
 
-    # cuBLAS wants both with neighbours along the other side
-    a_scale, w_scale = (s.float().t().contiguous().t() for s in (a_scale_MG, w_scale_HG))
+    a_scale = a_scale_MG.float().t().contiguous().t()  # cuBLAS wants tokens to be neighbours
     return functional.scaled_mm(
         a_MK,
         w_NK.t(),
         a_scale,
         ScalingType.BlockWise1x128,
-        w_scale.t(),
+        w_scale_HG.float().contiguous().t(),
         ScalingType.BlockWise128x128,
         output_dtype=torch.bfloat16,
     )
