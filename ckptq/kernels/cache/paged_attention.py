@@ -130,8 +130,8 @@ def _paged_attention_kernel(
 
 
 DECODE: dict[int, tuple[int, int]] = {16: (64, 3), 8: (128, 2), 4: (128, 2), 2: (64, 2)}
-"""Bits of a cached value -> keys of a tile and stages for one query of each sequence: the fastest of
-32 sequences of 8,192 keys on an H200."""
+"""Bits of a cached value -> keys of a tile, and stages, for one query of each sequence: the fastest
+for 32 sequences of 8,192 keys on an H200."""
 
 
 def paged_tile(group: int, longest: int, bits: int, D: int, device: torch.device) -> dict[str, int]:
@@ -147,7 +147,7 @@ def paged_tile(group: int, longest: int, bits: int, D: int, device: torch.device
         rows = max(16, whole)
     else:
         columns, stages = 64, 2
-        rows = max(16, whole, min(128, triton.next_power_of_2(group * longest)))
+        rows = max(16, whole, min(64, triton.next_power_of_2(group * longest)))
     bytes_of_key = 2 * D * (2 if bits == 16 else 1)
     room = shared_memory(device) - 2 * D * rows
     while columns > 16 and columns * (stages * bytes_of_key + 4 * D) > room:

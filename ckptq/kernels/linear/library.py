@@ -26,6 +26,8 @@ SIDE = 128
 def _has_block_products(device: torch.device) -> bool:
     """cuBLAS has them since CUDA 12.9, on Hopper alone."""
     version = tuple(int(part) for part in (torch.version.cuda or "0.0").split(".")[:2])
+    if device.type != "cuda":
+        return False
     hopper = torch.cuda.get_device_capability(device) == (9, 0)
     return hopper and version >= (12, 9) and hasattr(functional, "scaled_mm")
 
@@ -39,9 +41,7 @@ def multiplies_blocks(a_MK: Tensor, w_NK: Tensor, dtype: torch.dtype) -> bool:
     return fits and M >= MANY and _has_block_products(a_MK.device)
 
 
-def linear_fp8_block(
-    a_MK: Tensor, a_scale_MG: Tensor, w_NK: Tensor, w_scale_HG: Tensor
-) -> Tensor:
+def linear_fp8_block(a_MK: Tensor, a_scale_MG: Tensor, w_NK: Tensor, w_scale_HG: Tensor) -> Tensor:
     """a @ w.T in bf16, [M, N], of E4M3 codes that `multiplies_blocks` has admitted."""
     from torch.nn.functional import ScalingType
 
