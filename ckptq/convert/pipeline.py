@@ -21,9 +21,10 @@ from ckptq.checkpoint.write import Run, Shards
 from ckptq.convert.arithmetic import OnCores
 from ckptq.convert.blocks import Span, blocks, runs
 from ckptq.convert.schedule import Schedule, Task, Work
-from ckptq.convert.slabs import Slab, Slabs, held_bytes, views_of
+from ckptq.convert.slabs import Slab, Slabs, Whole, held_bytes, views_of
+from ckptq.models.encoded import HeldWhole
 from ckptq.models.weight import naming
-from ckptq.models.weight_rows import Rows, weight_rows
+from ckptq.models.weight_rows import Rows, decoded_rows, weight_rows
 from ckptq.permute.reordered import Reordered, Source
 from ckptq.plan.unit import Part, Unit
 from ckptq.quantize.formats import constants, merge_statistic, needs_statistic
@@ -70,14 +71,21 @@ def work(unit: Unit, ends: Ends) -> Work:
         yield [*_copy_tasks(unit, rows, ends), *_quantize_tasks(unit, rows, shared, ends)]
 
 
-def _rows(view: Source, slabs: Mapping[View, Slab], ends: Ends) -> Rows:
+def _rows(view: Source, slabs: Mapping[Whole, Slab], ends: Ends) -> Rows:
     """How to get rows of a weight: reordered, dequantized, from its file, cut out of its slab."""
     if isinstance(view, Reordered):
         moved, rows = view.moved, _rows(view.inner, slabs, ends)
         return lambda start, stop: moved(rows(start, stop))
+    if isinstance(view, HeldWhole):
+        return decoded_rows(view, dict(zip(view.tensors, slabs[view].tensors, strict=True)))
     if not isinstance(view, View) or view not in slabs:
         return weight_rows(ends.files, view, ends.arithmetic.memory)
-    matrix = window(slabs[view].matrix, view)
+    return _cut_out(view, slabs[view], ends)
+
+
+def _cut_out(view: View, slab: Slab, ends: Ends) -> Rows:
+    """Rows of a transposed or interleaved window, in the thread's own memory."""
+    matrix = window(slab.tensors[0], view)
 
     def cut(start: int, stop: int) -> Tensor:
         part_RC = matrix[start:stop]
