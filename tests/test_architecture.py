@@ -32,7 +32,7 @@ ROOMS = {
     ),
     "ckptq.evaluate": (
         *("text", "scores", "linears", "caches", "weights"),
-        *("variant", "pieces", "compare", "outside", "result", "run", "request"),
+        *("variant", "watching", "pieces", "compare", "outside", "result", "run", "request"),
     ),
     "ckptq.kernels": (
         *("gpu", "shared_memory", "rounding", "product_rows"),

@@ -39,6 +39,10 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
 
+Watch = Callable[["nn.Module", Batch], "AbstractContextManager[None] | None"]
+"""Makes the context in which a layer runs on a batch, for hooks; None where it does not run. Then,
+and where the context swallows an error, the hidden states stay as they are."""
+
 SHARE_OF_GPU = 0.25
 """Share of a GPU's free memory up to which hidden states stay there, saving two copies a layer."""
 
@@ -92,16 +96,8 @@ class LayerwiseModel:
                 stream.arguments.append(memo.keep(calls))
         return stream
 
-    def run_layer(
-        self,
-        index: int,
-        stream: Stream,
-        watch: Callable[[nn.Module, Batch], AbstractContextManager[None]] | None = None,
-    ) -> None:
-        """Load one decoder layer, run every batch through it, drop it.
-
-        `watch` makes the context in which the layer runs on a batch, for hooks.
-        """
+    def run_layer(self, index: int, stream: Stream, watch: Watch | None = None) -> None:
+        """Load one decoder layer, run every batch through it, drop it."""
         name = self.layer_names[index]
         layer = self.skeleton.layers[name]
         with self.loader.loaded(name), _no_grad():
@@ -109,12 +105,14 @@ class LayerwiseModel:
                 self.loader.announce(self.layer_names[index + 1])
             moved = Moved(self.device)
             for number, hidden_BSE in enumerate(stream.hidden_BSE):
-                args, kwargs = moved(stream.arguments[number][index])
-                hidden_BSE = hidden_BSE.to(self.device)
-                with nullcontext() if watch is None else watch(layer, stream.batches[number]):
-                    result = self._through(layer, name, hidden_BSE, args, kwargs)
-                result_BSE: Tensor = result[0] if isinstance(result, tuple) else result
-                stream.hidden_BSE[number] = result_BSE.to(stream.place)
+                context = nullcontext() if watch is None else watch(layer, stream.batches[number])
+                if context is not None:
+                    args, kwargs = moved(stream.arguments[number][index])
+                    result = hidden_BSE = hidden_BSE.to(self.device)
+                    with context:
+                        result = self._through(layer, name, hidden_BSE, args, kwargs)
+                    result_BSE: Tensor = result[0] if isinstance(result, tuple) else result
+                    stream.hidden_BSE[number] = result_BSE.to(stream.place)
                 stream.arguments[number][index] = ((), {})
 
     def _through(
