@@ -17,7 +17,7 @@ ORDER = (
     *("errors", "interrupts", "numbered", "patterns", "printable", "progress", "spec"),
     *("device", "files", "rope_order"),
     *("kernels", "quantize", "checkpoint", "recipes", "engines", "models", "permute", "plan"),
-    *("text", "forward", "calibrate"),
+    *("text", "forward", "gptq", "calibrate"),
     *("verify", "convert", "evaluate", "inspect"),
     *("show", "options", "cli", "__main__"),
 )

@@ -20,7 +20,7 @@ from ckptq.forward.source import CheckpointWeights, WeightSource
 from ckptq.models.encoded import BELONGS_TO_SCHEME, Encoded, decode, read_encoded
 from ckptq.models.family import family_of
 from ckptq.models.published import Windows, windows_for, windows_of
-from ckptq.models.readable import refuse_bare_codes
+from ckptq.models.quantized.readable import refuse_bare_codes
 from ckptq.models.weight_rows import place_of
 from ckptq.permute.effect import Part
 from ckptq.permute.targets import read_permutation

@@ -96,24 +96,45 @@ class LayerwiseModel:
                 stream.arguments.append(memo.keep(calls))
         return stream
 
-    def run_layer(self, index: int, stream: Stream, watch: Watch | None = None) -> None:
-        """Load one decoder layer, run every batch through it, drop it."""
+    def run_layer(
+        self,
+        index: int,
+        stream: Stream,
+        watch: Watch | None = None,
+        change: Callable[[], None] | None = None,
+    ) -> None:
+        """Load one decoder layer, run every batch through it, drop it.
+
+        `watch` makes the context in which the layer runs on a batch, for hooks. `change` is called
+        when all have run; the layer is then loaded again, and runs again unwatched: what comes out
+        of it is what the changed weights make of the same batches.
+        """
         name = self.layer_names[index]
-        layer = self.skeleton.layers[name]
+        if change is not None:
+            with self.loader.loaded(name), _no_grad():
+                for _ in self._results(index, stream, watch):
+                    pass  # only watched
+                change()
+            watch = None
         with self.loader.loaded(name), _no_grad():
             if index + 1 < len(self.layer_names):
                 self.loader.announce(self.layer_names[index + 1])
-            moved = Moved(self.device)
-            for number, hidden_BSE in enumerate(stream.hidden_BSE):
-                context = nullcontext() if watch is None else watch(layer, stream.batches[number])
-                if context is not None:
-                    args, kwargs = moved(stream.arguments[number][index])
-                    result = hidden_BSE = hidden_BSE.to(self.device)
-                    with context:
-                        result = self._through(layer, name, hidden_BSE, args, kwargs)
-                    result_BSE: Tensor = result[0] if isinstance(result, tuple) else result
-                    stream.hidden_BSE[number] = result_BSE.to(stream.place)
+            for number, result_BSE in enumerate(self._results(index, stream, watch)):
+                stream.hidden_BSE[number] = result_BSE.to(stream.place)
                 stream.arguments[number][index] = ((), {})
+
+    def _results(self, index: int, stream: Stream, watch: Watch | None) -> Iterator[Tensor]:
+        """What the layer makes of each batch [B, S, E]."""
+        name = self.layer_names[index]
+        layer, moved = self.skeleton.layers[name], Moved(self.device)
+        for number, hidden_BSE in enumerate(stream.hidden_BSE):
+            result: Any = hidden_BSE
+            context = nullcontext() if watch is None else watch(layer, stream.batches[number])
+            if context is not None:
+                args, kwargs = moved(stream.arguments[number][index])
+                with context:
+                    result = self._through(layer, name, hidden_BSE.to(self.device), args, kwargs)
+            yield result[0] if isinstance(result, tuple) else result
 
     def _through(
         self,
