@@ -62,6 +62,18 @@ class Row:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class FailedRow:
+    """A row that ended early; the others did not."""
+
+    weights: str
+    kv_cache: str
+    error: str
+
+    def __str__(self) -> str:
+        return f"{self.weights}, {self.kv_cache} cache: not measured: {self.error}"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Thresholds:
     """Limits; None means no limit."""
 
@@ -114,6 +126,7 @@ class Evaluation:
 
     source: Row
     rows: tuple[Row, ...]
+    failed: tuple[FailedRow, ...] = ()
     zero: Row
     """The source against itself."""
     control: Row
@@ -129,12 +142,12 @@ class Evaluation:
 
     @property
     def failures(self) -> tuple[str, ...]:
-        """A line for each number beyond its limit."""
+        """A line for each row that failed, and for each number beyond its limit."""
         found = [f for row in self.rows for f in self.thresholds.failures(row, self.source)]
         for row in self.engines[1:]:
             found += self.thresholds.engine_failures(row, self.source)
         found += self.thresholds.benchmark_failures(self.benchmarks)
-        return (*self._not_zero(), *found)
+        return (*map(str, self.failed), *self._not_zero(), *found)
 
     @property
     def ok(self) -> bool:
@@ -179,6 +192,7 @@ class Evaluation:
                 "samples": self.samples,
                 "source": self.source.to_dict(),
                 "rows": [row.to_dict() for row in self.rows],
+                "failed": [asdict(row) for row in self.failed],
                 "zero": self.zero.to_dict(),
                 "control": self.control.to_dict(),
                 "engines": [asdict(row) for row in self.engines],

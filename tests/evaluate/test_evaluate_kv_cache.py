@@ -167,6 +167,13 @@ def test_bits_of_a_value_count_its_share_of_scales_and_zero_points():
     }
 
 
+def test_heads_that_are_not_packed_are_refused():
+    for name in ("int4-per-token-head", "int2-per-token-head-unrotated"):
+        with pytest.raises(UsageError, match=f"--kv-cache {name}: .* multiple of 8; .* is 12"):
+            parse_cache(name, None).bits(12)
+    assert parse_cache("int8-per-token-head", None).bits(12) == 8 + 32 / 12
+
+
 def test_the_smallest_cache_of_those_within_the_limits_is_named(saved):
     words = ("bf16", "int8-per-token-head", "int4-per-token-head")
     found = evaluate(saved("llama"), TEXT, caches=words, thresholds=Thresholds(max_kl=10))

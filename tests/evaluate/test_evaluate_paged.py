@@ -33,7 +33,7 @@ def kernels(monkeypatch):
     """Every door opens to a kernel."""
     for module in (caching, quantizing, by_token_and_head):
         monkeypatch.setattr(module, "on_gpu", lambda _x: True)
-    monkeypatch.setattr("ckptq.evaluate.compare.pages_serve", lambda _device: True)
+    monkeypatch.setattr("ckptq.evaluate.watching.pages_serve", lambda _device: True)
 
 
 def qkv(S: int = 21):
@@ -112,7 +112,7 @@ def test_what_kernels_do_not_know_is_simulated_and_told(saved, kernels, monkeypa
     monkeypatch.setattr("ckptq.forward.kernel_attention.in_words", lambda *_: None)
     names = ["fp8-per-head", "int4-per-token-head"]
     found = evaluate(saved("llama"), TEXT, caches=names, device=DEVICE)
-    monkeypatch.setattr("ckptq.evaluate.compare.pages_serve", lambda _device: False)
+    monkeypatch.setattr("ckptq.evaluate.watching.pages_serve", lambda _device: False)
     wanted = evaluate(saved("llama"), TEXT, caches=names, device=DEVICE)
     for row, other in zip(found.rows, wanted.rows, strict=True):
         assert row.measures == other.measures

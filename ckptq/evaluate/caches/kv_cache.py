@@ -59,13 +59,23 @@ class KVCache:
         return self.mode + suffixes[self.rotation]
 
     def bits(self, head_dim: int) -> float:
-        """Per cached value: its code, and its share of the scale and zero point per head."""
+        """Per cached value: its code, and its share of the scale and zero point per head.
+
+        UsageError for a head size that the format does not pack.
+        """
         if self.mode == PLAIN:
             return 16.0
         if self.mode in STATIC:
             return 8.0
         held = FORMATS[self.mode.replace("-", "_")]
-        return 8 * (held.width(head_dim) + 4 + held.asymmetric) / head_dim
+        try:
+            width = held.width(head_dim)
+        except ValueError as error:
+            raise UsageError(
+                f"--kv-cache {self.name}: packs heads whose size is a multiple of 8; this model's "
+                f"is {head_dim}"
+            ) from error
+        return 8 * (width + 4 + held.asymmetric) / head_dim
 
     @property
     def measures(self) -> bool:
