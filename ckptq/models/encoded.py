@@ -22,6 +22,7 @@ from ckptq.models.quantized.encoded_weight import (
     decode,
     decode_rows,
 )
+from ckptq.models.quantized.modelopt import read_modelopt
 
 __all__ = [
     "BELONGS_TO_SCHEME",
@@ -52,6 +53,7 @@ READERS: Mapping[str, Reader] = {
     "fp8": read_compressed,
     "gptq": read_gptq,
     "awq": read_awq,
+    "modelopt": read_modelopt,
 }
 """quant_method -> what reads it."""
 
@@ -70,6 +72,7 @@ def read_encoded(ckpt: Checkpoint) -> dict[str, Encoded]:
     config = ckpt.quantization_config
     if config is None:
         _refuse_odd_config(ckpt)
+        _refuse_undeclared(ckpt)
         return {}
     method = config.get("quant_method")
     reader = READERS.get(method) if isinstance(method, str) else None
@@ -106,6 +109,20 @@ def _refuse_odd_config(ckpt: Checkpoint) -> None:
                     f"{ckpt.path / CONFIG}: {key} is a {type(holder[key]).__name__}, "
                     "expected an object"
                 )
+
+
+UNDECLARED = re.compile(r".*(\.qweight|\.weight_packed|_blocks)$")
+"""Tensors that hold nothing but codes."""
+
+
+def _refuse_undeclared(ckpt: Checkpoint) -> None:
+    """SourceError for codes in a checkpoint that does not say how it is quantized."""
+    for name, tensor in ckpt.tensors.items():
+        if UNDECLARED.match(name) and tensor.spec.dtype in ("I32", "U8"):
+            raise SourceError(
+                f"{tensor.file}: tensor {name!r} holds {tensor.spec} codes, but {CONFIG} has no "
+                "quantization_config that says what they are"
+            )
 
 
 def unquantized_config(config: Mapping[str, Any]) -> dict[str, Any]:

@@ -180,3 +180,51 @@ def awq(w_RC: Tensor) -> tuple[Stored, Tensor]:
         "scales": scale_RG.t(),
     }
     return held, (code_RC - zero_RG[:, group_C]).half() * scale_RG[:, group_C]
+
+
+def fp8_method(**more: Any) -> dict[str, Any]:
+    """As ModelOpt writes it into config.json."""
+    part = {"dynamic": False, "num_bits": 8, "type": "float"}
+    group = {"input_activations": part, "weights": part, "targets": ["Linear"]}
+    return {
+        "quant_method": "modelopt", "quant_algo": "FP8", "ignore": ["lm_head"],
+        "config_groups": {"group_0": group}, "producer": {"name": "modelopt", "version": "0.47.0"},
+        **more,
+    }  # fmt: skip
+
+
+def fp8(w_RC: Tensor) -> tuple[Stored, Tensor]:
+    """ModelOpt's, with static inputs."""
+    scale = w_RC.abs().max() / 448
+    code_RC = (w_RC / scale).to(torch.float8_e4m3fn)
+    held = {"weight": code_RC, "weight_scale": scale, "input_scale": torch.tensor(0.03)}
+    return held, (code_RC.float() * scale).bfloat16()
+
+
+E2M1 = torch.tensor([0, 0.5, 1, 1.5, 2, 3, 4, 6, -0.0, -0.5, -1, -1.5, -2, -3, -4, -6])
+
+
+def e2m1_codes(x: Tensor) -> Tensor:
+    """The nearest of the sixteen numbers, by trying them all."""
+    return (x[..., None] - E2M1).abs().argmin(-1).to(torch.uint8)
+
+
+def nvfp4(w_RC: Tensor) -> tuple[Stored, Tensor]:
+    """ModelOpt's, with static inputs."""
+    second = w_RC.abs().max() / (6 * 448)
+    x = w_RC.unflatten(1, (-1, 16))
+    scale = (x.abs().amax(-1) / 6 / second).clamp(2**-9, 448).to(torch.float8_e4m3fn)
+    step = (scale.float() * second)[..., None]
+    code = e2m1_codes(x / step)
+    code_RC = code.flatten(1)
+    held = {
+        "weight": code_RC[:, ::2] | code_RC[:, 1::2] << 4,
+        "weight_scale": scale,
+        "weight_scale_2": second,
+        "input_scale": torch.tensor(0.0007),
+    }
+    return held, (E2M1[code.long()] * step).flatten(1).bfloat16()
+
+
+def nvfp4_method(**more: Any) -> dict[str, Any]:
+    return fp8_method(quant_algo="NVFP4", group_size=16, **more)

@@ -80,7 +80,8 @@ class Encoded:
 
     def dims(self, local: str) -> int:
         """Dimensions of a stored tensor; one that has a single one has no rows of its own."""
-        return len(quantum_specs(self.scheme, self.shape[1])[local].shape)
+        spec = quantum_specs(self.scheme, self.shape[1]).get(local)
+        return len(spec.shape) if spec is not None else 1
 
     def span(self, local: str, start: int, stop: int) -> tuple[int, int]:
         """The rows of a stored tensor that hold rows start..stop of the weight."""
