@@ -45,7 +45,7 @@ class DecodedWeights:
     ) -> None:
         self._ckpt = ckpt
         self._reader = reader or Reader()
-        self._encoded = read_encoded(ckpt)
+        self._encoded = {e.plain: e for e in read_encoded(ckpt).values()}
         self._parts = {t.name for e in self._encoded.values() for t in e.tensors.values()}
         self._order = _reordering(ckpt, like)
         own = self._own_specs()
@@ -91,7 +91,7 @@ class DecodedWeights:
         ]
         refuse_bare_codes(plain)
         own = {stored.name: stored.spec for stored in plain}
-        return own | {f"{module}.weight": e.spec for module, e in self._encoded.items()}
+        return own | {name: e.written for name, e in self._encoded.items()}
 
     def _tensor(self, name: str) -> Tensor:
         whole = self._whole(name)
@@ -102,16 +102,16 @@ class DecodedWeights:
         raise SourceError(f"{self.label}: holds no tensor for {name!r} of the unquantized model")
 
     def _held(self, name: str) -> Encoded | StoredTensor | None:
-        """One Linear's weight, or a tensor that is stored unchanged; None if it is neither."""
-        module, _, local = name.rpartition(".")
-        if local == "weight" and module in self._encoded:
-            return self._encoded[module]
+        """A quantized weight, or a tensor that is stored unchanged; None if it is neither."""
+        if name in self._encoded:
+            return self._encoded[name]
         return self._ckpt.tensors.get(name) if name not in self._parts else None
 
     def _whole(self, name: str) -> Tensor | None:
         held = self._held(name)
         if isinstance(held, Encoded):
-            return self._in_order(held.stored, whole_weight(self._reader.take, held))
+            made = whole_weight(self._reader.take, held).view(held.written.shape)
+            return self._in_order(held.stored, made)
         return None if held is None else self._in_order(held, self._reader.take(held))
 
     def _assembled(self, name: str) -> Tensor:

@@ -23,6 +23,7 @@ from ckptq.models.quantized.encoded_weight import (
     decode_rows,
 )
 from ckptq.models.quantized.modelopt import read_modelopt
+from ckptq.models.quantized.mxfp4_blocks import read_mxfp4
 
 __all__ = [
     "BELONGS_TO_SCHEME",
@@ -54,6 +55,7 @@ READERS: Mapping[str, Reader] = {
     "gptq": read_gptq,
     "awq": read_awq,
     "modelopt": read_modelopt,
+    "mxfp4": read_mxfp4,
 }
 """quant_method -> what reads it."""
 
@@ -64,7 +66,8 @@ REFUSED: Mapping[str, str] = {
 
 
 def read_encoded(ckpt: Checkpoint) -> dict[str, Encoded]:
-    """Module name -> its quantized weight, for all that the checkpoint stores quantized.
+    """Module name -> its quantized weight, for all that the checkpoint stores quantized. Experts in
+    one tensor have that tensor's name.
 
     Empty for an unquantized checkpoint. PlanError for an unsupported method or scheme, SourceError
     for tensors that do not fit the scheme.

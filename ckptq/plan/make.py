@@ -153,6 +153,8 @@ def _units(
         linears = [layout.linears[n] for n in layout.consumed.get(name, ())]
         if name in layout.others:
             yield Unit(key=name, rule=layout.others[name], copies={name: tensor})
+        elif name in layout.decoded:
+            yield _decoded(layout, layout.decoded[name])
         elif name in layout.dropped:
             yield Unit(key=name, rule=layout.dropped[name])
         elif linears and linears[0].weight.index is not None and not split:
@@ -247,6 +249,11 @@ def _left_alone(linear: Linear, tensor: StoredTensor) -> Unit:
     if linear.bias is not None:
         views[f"{linear.name}.bias"] = linear.bias
     return Unit(key=linear.name, rule=rule, views=views)
+
+
+def _decoded(layout: Layout, weight: Encoded) -> Unit:
+    rule = f"{layout.whole_experts[weight.name]}; dequantized"
+    return Unit(key=weight.plain, rule=rule, views={weight.plain: weight})
 
 
 def _refuse_twins(units: Iterable[Unit]) -> None:

@@ -45,10 +45,17 @@ class Encoded:
     index: None = None
     streams: ClassVar[bool] = True
     """As for a `View`: its rows are runs of bytes, and it is not part of a 3-D tensor."""
+    fused: ClassVar[bool] = False
+    """Whether it stands for all experts of a layer in one tensor, and is no Linear."""
 
     @property
     def written(self) -> TensorSpec:
         return self.spec
+
+    @property
+    def plain(self) -> str:
+        """Name of the dequantized tensor."""
+        return f"{self.name}.weight"
 
     @property
     def stored(self) -> StoredTensor:
@@ -109,6 +116,13 @@ class Encoded:
         """A single number in as many dimensions as a scale of this scheme has."""
         return tensor.reshape(-1, *(1,) * (self.dims(local) - 1))
 
+    def decoded(self, parts: Mapping[str, Tensor], rows: int) -> Tensor:
+        """What these parts of so many rows stand for, [rows, C], on their device."""
+        from ckptq.quantize.dispatch import dequantize
+
+        shape = (rows, self.shape[1])
+        return dequantize(parts, self.scheme, shape, torch_dtype(self.spec.dtype))
+
     @property
     def nbytes(self) -> int:
         return sum(tensor.nbytes for tensor in self.tensors.values())
@@ -150,14 +164,8 @@ def decode_rows(files: Files, encoded: Encoded, start: int, stop: int) -> Tensor
 
 
 def decode(encoded: Encoded, parts: Mapping[str, Tensor], rows: int) -> Tensor:
-    """What these parts of so many rows stand for, [rows, C], on their device.
-
-    SourceError for what float16 cannot hold.
-    """
-    from ckptq.quantize.dispatch import dequantize
-
-    shape = (rows, encoded.shape[1])
-    w_RC = dequantize(parts, encoded.scheme, shape, torch_dtype(encoded.spec.dtype))
+    """`Encoded.decoded`; SourceError for what float16 cannot hold."""
+    w_RC = encoded.decoded(parts, rows)
     if encoded.spec.dtype == "F16" and not w_RC.isfinite().all():
         raise SourceError(
             f"{encoded.stored.file}: tensor {encoded.stored.name!r} decodes to weights beyond "

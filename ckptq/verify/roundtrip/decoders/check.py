@@ -8,6 +8,7 @@ with ckptq on the stored weight, the source, and their distance."""
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from random import Random
 from typing import TYPE_CHECKING
 
@@ -27,6 +28,7 @@ from ckptq.verify.roundtrip.decoders.libraries import (
     decode_source,
     source_library,
 )
+from ckptq.verify.roundtrip.decoders.makers import first_expert
 from ckptq.verify.roundtrip.tally import snr_db
 from ckptq.verify.roundtrip.undo import Undo
 from ckptq.verify.stored_linear import StoredLinear
@@ -63,6 +65,16 @@ def check_decoders(
             yield from refused
         if (scheme := schemes[group.name]) is not None:
             yield from _compared(subject, linear, scheme, files, undo, start, stop)
+
+
+def check_fused(subject: Subject, files: Files) -> Iterator[Finding]:
+    """As `check_decoders`, for the first and last of the experts that a source holds in tensors of
+    codes for all."""
+    fused = list(subject.decoded.values())
+    for weight in {id(one): one for one in (*fused[:1], *fused[-1:])}.values():
+        ours = weight_rows(files, weight)(0, weight.quantum).float()
+        theirs = _or_error(partial(first_expert, weight.tensors))
+        yield from _differ(weight.stored.name, "the source", "transformers", ours, theirs)
 
 
 def _scheme(subject: Subject, group: str) -> tuple[QuantizationScheme | None, list[Finding]]:

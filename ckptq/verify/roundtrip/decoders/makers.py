@@ -86,6 +86,15 @@ def modelopt(_: Mapping[str, Any], tensors: Tensors, start: int, stop: int) -> T
     return code_rC.float() * scale.float()[row_r][:, column_C]
 
 
+def first_expert(tensors: Tensors) -> Tensor:
+    """Of gpt-oss: the first expert [C, O] of a layer's MXFP4 blocks, by transformers."""
+    from transformers.integrations.mxfp4 import _convert_moe_packed_tensors
+
+    blocks, scales = (_rows(tensors[part], 0, 1) for part in ("weight_packed", "weight_scale"))
+    expert: Tensor = _convert_moe_packed_tensors(blocks, scales)[0]
+    return expert.float()
+
+
 DECODERS: Mapping[str, tuple[str, Decoder]] = {
     "gptq": ("the description of GPTQ's format", gptq),
     "awq": ("compressed-tensors", awq),
