@@ -17,6 +17,7 @@ from ckptq.files import read_small
 from ckptq.recipes.args import Args
 from ckptq.recipes.dialect import QUANTIZES, read_modifiers, read_stages
 from ckptq.recipes.preset import EMPTY, preset_text
+from ckptq.recipes.rewritten import REWRITTEN, rewriting
 from ckptq.recipes.scheme import PARTS, Recipe, read_groups, read_strings
 from ckptq.recipes.searched import SUFFIX, with_search
 from ckptq.recipes.spelled import spelled
@@ -39,6 +40,8 @@ def load_scheme(name: str) -> Recipe:
     """
     if name.lower().endswith(SUFFIX):
         return with_search(load_scheme(name[: -len(SUFFIX)]))
+    if name.lower() in REWRITTEN:
+        return rewriting(name.lower())
     files = built_in()
     if name.lower() in files:
         text = files[name.lower()].read_text()
@@ -66,7 +69,7 @@ def describe() -> dict[str, str]:
 
     ours = {name: _first_comment(path) for name, path in built_in().items()}
     presets = {name: "compressed-tensors preset" for name in PRESET_SCHEMES if name != EMPTY}
-    return ours | presets
+    return ours | dict(REWRITTEN) | presets
 
 
 def _first_comment(path: Path) -> str:

@@ -136,11 +136,16 @@ class Scheme:
         return next(named, None) or next(by_class, None)
 
 
+DEQUANTIZE, REPACK = "dequantize", "repack"
+
+
 @dataclass(frozen=True, kw_only=True)
 class Recipe(Scheme):
     """What a recipe asks for, resolved: presets spelled out, scheme names gone."""
 
     name: str
+    conversion: str | None = None
+    """DEQUANTIZE or REPACK: it quantizes nothing, and a quantized source is written otherwise."""
     handed_over: tuple[str, ...] = ()
     """Modifiers that llm-compressor has to run itself, by class name."""
     text: str

@@ -42,6 +42,8 @@ class Encoded:
     scheme: WeightScheme
     spec: TensorSpec
     """Of the weight [R, C] once it is dequantized."""
+    input_scale: StoredTensor | None = field(default=None, hash=False)
+    """Of its static inputs, where they have one."""
     index: None = None
     streams: ClassVar[bool] = True
     """As for a `View`: its rows are runs of bytes, and it is not part of a 3-D tensor."""
@@ -122,6 +124,10 @@ class Encoded:
 
         shape = (rows, self.shape[1])
         return dequantize(parts, self.scheme, shape, torch_dtype(self.spec.dtype))
+
+    def why_not_repacked(self) -> str | None:
+        """Why compressed-tensors' layout cannot hold the same numbers; None if it can."""
+        return None
 
     @property
     def nbytes(self) -> int:

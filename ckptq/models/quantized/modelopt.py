@@ -59,7 +59,13 @@ def read_modelopt(ckpt: Checkpoint, dtype: str) -> Mapping[str, Encoded]:
         spec = TensorSpec(dtype, (R, C))
         make = _fp4 if fp4 else _fp8
         scheme, parts = make(tensors, spec)
-        found[module] = Encoded(name=module, tensors=parts, scheme=scheme, spec=spec)
+        found[module] = Encoded(
+            name=module,
+            tensors=parts,
+            scheme=scheme,
+            spec=spec,
+            input_scale=ckpt.tensors.get(f"{module}.input_scale"),
+        )
     return found
 
 
