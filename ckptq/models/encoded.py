@@ -22,6 +22,8 @@ from ckptq.models.quantized.encoded_weight import (
     decode,
     decode_rows,
 )
+from ckptq.models.quantized.modelopt import read_modelopt
+from ckptq.models.quantized.mxfp4_blocks import read_mxfp4
 
 __all__ = [
     "BELONGS_TO_SCHEME",
@@ -52,6 +54,8 @@ READERS: Mapping[str, Reader] = {
     "fp8": read_compressed,
     "gptq": read_gptq,
     "awq": read_awq,
+    "modelopt": read_modelopt,
+    "mxfp4": read_mxfp4,
 }
 """quant_method -> what reads it."""
 
@@ -62,7 +66,8 @@ REFUSED: Mapping[str, str] = {
 
 
 def read_encoded(ckpt: Checkpoint) -> dict[str, Encoded]:
-    """Module name -> its quantized weight, for all that the checkpoint stores quantized.
+    """Module name -> its quantized weight, for all that the checkpoint stores quantized. Experts in
+    one tensor have that tensor's name.
 
     Empty for an unquantized checkpoint. PlanError for an unsupported method or scheme, SourceError
     for tensors that do not fit the scheme.
@@ -70,6 +75,7 @@ def read_encoded(ckpt: Checkpoint) -> dict[str, Encoded]:
     config = ckpt.quantization_config
     if config is None:
         _refuse_odd_config(ckpt)
+        _refuse_undeclared(ckpt)
         return {}
     method = config.get("quant_method")
     reader = READERS.get(method) if isinstance(method, str) else None
@@ -106,6 +112,20 @@ def _refuse_odd_config(ckpt: Checkpoint) -> None:
                     f"{ckpt.path / CONFIG}: {key} is a {type(holder[key]).__name__}, "
                     "expected an object"
                 )
+
+
+UNDECLARED = re.compile(r".*(\.qweight|\.weight_packed|_blocks)$")
+"""Tensors that hold nothing but codes."""
+
+
+def _refuse_undeclared(ckpt: Checkpoint) -> None:
+    """SourceError for codes in a checkpoint that does not say how it is quantized."""
+    for name, tensor in ckpt.tensors.items():
+        if UNDECLARED.match(name) and tensor.spec.dtype in ("I32", "U8"):
+            raise SourceError(
+                f"{tensor.file}: tensor {name!r} holds {tensor.spec} codes, but {CONFIG} has no "
+                "quantization_config that says what they are"
+            )
 
 
 def unquantized_config(config: Mapping[str, Any]) -> dict[str, Any]:

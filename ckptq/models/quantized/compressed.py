@@ -24,6 +24,8 @@ SCALE = "weight_scale"
 FOREIGN_NAMES = {"weight_scale_inv": SCALE}
 """Names that other tools give to compressed-tensors' tensors."""
 
+INPUT_SCALES = ("input_scale", "activation_scale")
+
 LOCAL = (
     *("weight", "weight_packed", SCALE, "weight_zero_point", "weight_shape"),
     *("weight_global_scale", *FOREIGN_NAMES),
@@ -46,7 +48,14 @@ def read_compressed(ckpt: Checkpoint, dtype: str) -> dict[str, Encoded]:
         scheme = _scheme(ckpt, said, module, tensors[SCALE])
         spec = TensorSpec(dtype, _shape(module, tensors, scheme))
         check_readable(module, tensors, scheme, spec, said if said.is_fp8 else None)
-        found[module] = Encoded(name=module, tensors=tensors, scheme=scheme, spec=spec)
+        inputs = (ckpt.tensors.get(f"{module}.{local}") for local in INPUT_SCALES)
+        found[module] = Encoded(
+            name=module,
+            tensors=tensors,
+            scheme=scheme,
+            spec=spec,
+            input_scale=next((scale for scale in inputs if scale is not None), None),
+        )
     return found
 
 
