@@ -128,7 +128,7 @@ def _documents(
         config = marked_config(config, plan.marks)
     made = {"calibration": scales.record()} if scales is not None else {}
     if kept is not None:
-        made["gptq"] = together(kept.told()).to_json()
+        made["by_inputs"] = together(kept.told()).to_json()
     return documents.render(ckpt, config, plan, {**record, **made})
 
 

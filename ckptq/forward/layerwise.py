@@ -101,27 +101,36 @@ class LayerwiseModel:
         index: int,
         stream: Stream,
         watch: Watch | None = None,
-        change: Callable[[], None] | None = None,
+        after: Callable[[], None] | None = None,
+        *,
+        again: bool = False,
     ) -> None:
         """Load one decoder layer, run every batch through it, drop it.
 
-        `watch` makes the context in which the layer runs on a batch, for hooks. `change` is called
-        when all have run; the layer is then loaded again, and runs again unwatched: what comes out
-        of it is what the changed weights make of the same batches.
+        `watch` makes the context in which the layer runs on a batch, for hooks; `after` is called
+        when all have run. With `again` it changes the layer's weights, which are then loaded again:
+        what comes out is what the changed layer makes of the same batches, unwatched.
         """
         name = self.layer_names[index]
-        if change is not None:
-            with self.loader.loaded(name), _no_grad():
+        with self.loader.loaded(name), _no_grad():
+            if again:
                 for _ in self._results(index, stream, watch):
                     pass  # only watched
-                change()
-            watch = None
-        with self.loader.loaded(name), _no_grad():
-            if index + 1 < len(self.layer_names):
-                self.loader.announce(self.layer_names[index + 1])
-            for number, result_BSE in enumerate(self._results(index, stream, watch)):
-                stream.hidden_BSE[number] = result_BSE.to(stream.place)
-                stream.arguments[number][index] = ((), {})
+            else:
+                self._advance(index, stream, watch)
+            if after is not None:
+                after()
+        if again:
+            with self.loader.loaded(name), _no_grad():
+                self._advance(index, stream, None)
+
+    def _advance(self, index: int, stream: Stream, watch: Watch | None) -> None:
+        """Put what the layer makes of the batches in their place."""
+        if index + 1 < len(self.layer_names):
+            self.loader.announce(self.layer_names[index + 1])
+        for number, result_BSE in enumerate(self._results(index, stream, watch)):
+            stream.hidden_BSE[number] = result_BSE.to(stream.place)
+            stream.arguments[number][index] = ((), {})
 
     def _results(self, index: int, stream: Stream, watch: Watch | None) -> Iterator[Tensor]:
         """What the layer makes of each batch [B, S, E]."""

@@ -110,8 +110,8 @@ class Plan:
 
     @property
     def calibrated(self) -> bool:
-        """Whether something of it is made by running the model: scales, or GPTQ's codes."""
-        return bool(self.attention or self.inputs or self.recipe.gptq)
+        """Whether something of it is made by running the model: scales, or quantized weights."""
+        return bool(self.attention or self.inputs or self.recipe.runs_layers)
 
     @property
     def read_bytes(self) -> int:

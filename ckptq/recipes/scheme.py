@@ -169,6 +169,16 @@ class Recipe(Scheme):
     text: str
     """The recipe as YAML in llm-compressor's dialect; kept with the output."""
 
+    @property
+    def runs_layers(self) -> bool:
+        """Whether weights are quantized by their inputs, which the layers show when they run."""
+        return self.gptq is not None or any(g.weights and g.weights.weighed for g in self.groups)
+
+    @property
+    def chooses(self) -> bool:
+        """Whether GPTQ chooses codes, here or in llm-compressor; they need not be the nearest."""
+        return self.gptq is not None or "GPTQModifier" in self.handed_over
+
 
 def read_groups(entries: Mapping[str, Any], format: str | None, problem: Problem) -> list[Group]:
     """`config_groups` of a recipe or a config.json; `format` holds where a group has none."""
