@@ -25,7 +25,7 @@ from record import add_option, publish
 
 from ckptq.calibrate.request import CalibrationRequest
 from ckptq.convert.quantize import QuantizeRequest, quantize
-from ckptq.evaluate.engine import EngineRow
+from ckptq.evaluate.outside.engine import EngineRow
 from ckptq.evaluate.request import EvaluationRequest, evaluate_request
 from ckptq.evaluate.result import Evaluation, Row
 from ckptq.recipes.load import built_in, load_scheme

@@ -23,7 +23,7 @@ from measure import machine
 from record import Row, Value, add_option, publish
 
 from ckptq.checkpoint.open import open_checkpoint
-from ckptq.evaluate.kv_cache import ROTATED, UNROTATED
+from ckptq.evaluate.caches.kv_cache import ROTATED, UNROTATED
 from ckptq.evaluate.result import Evaluation
 from ckptq.evaluate.run import evaluate
 from ckptq.evaluate.text import Text, read_questions, text_of

@@ -9,21 +9,23 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial, reduce
 
 import torch
 from torch import Tensor
 
+from ckptq.checkpoint.header import StoredTensor
 from ckptq.checkpoint.read import Files, bytes_of
 from ckptq.checkpoint.view import View, window
 from ckptq.checkpoint.write import Run, Shards
 from ckptq.convert.arithmetic import OnCores
 from ckptq.convert.blocks import Span, blocks, runs
 from ckptq.convert.schedule import Schedule, Task, Work
-from ckptq.convert.slabs import Slab, Slabs, held_bytes, views_of
+from ckptq.convert.slabs import Slab, Slabs, Whole, held_bytes, views_of
+from ckptq.models.encoded import HeldWhole
 from ckptq.models.weight import naming
-from ckptq.models.weight_rows import Rows, weight_rows
+from ckptq.models.weight_rows import Rows, decoded_rows, weight_rows
 from ckptq.permute.reordered import Reordered, Source
 from ckptq.plan.unit import Part, Unit
 from ckptq.quantize.formats import constants, merge_statistic, needs_statistic
@@ -38,6 +40,8 @@ class Ends:
 
     files: Files
     scales: Mapping[str, Tensor]
+    made: Mapping[str, StoredTensor] = field(default_factory=dict)
+    """Quantized where calibration ran the layers; a unit's parts are all in it, or none."""
     shards: Shards
     slabs: Slabs
     source_lasts: bool = True
@@ -58,6 +62,9 @@ def convert(
 
 def work(unit: Unit, ends: Ends) -> Work:
     """The work for one unit, step by step."""
+    if any(f"{part.linear.name}.{part.scheme.codes}" in ends.made for part in unit.parts):
+        yield list(_made_tasks(unit, ends))
+        unit = replace(unit, parts=())
     with ends.slabs.of(unit) as slabs:
         distinct = {id(slab): slab for slab in slabs.values()}
         yield [task for slab in distinct.values() for task in slab.read_tasks(ends.files)]
@@ -70,14 +77,21 @@ def work(unit: Unit, ends: Ends) -> Work:
         yield [*_copy_tasks(unit, rows, ends), *_quantize_tasks(unit, rows, shared, ends)]
 
 
-def _rows(view: Source, slabs: Mapping[View, Slab], ends: Ends) -> Rows:
+def _rows(view: Source, slabs: Mapping[Whole, Slab], ends: Ends) -> Rows:
     """How to get rows of a weight: reordered, dequantized, from its file, cut out of its slab."""
     if isinstance(view, Reordered):
         moved, rows = view.moved, _rows(view.inner, slabs, ends)
         return lambda start, stop: moved(rows(start, stop))
+    if isinstance(view, HeldWhole):
+        return decoded_rows(view, dict(zip(view.tensors, slabs[view].tensors, strict=True)))
     if not isinstance(view, View) or view not in slabs:
         return weight_rows(ends.files, view, ends.arithmetic.memory)
-    matrix = window(slabs[view].matrix, view)
+    return _cut_out(view, slabs[view], ends)
+
+
+def _cut_out(view: View, slab: Slab, ends: Ends) -> Rows:
+    """Rows of a transposed or interleaved window, in the thread's own memory."""
+    matrix = window(slab.tensors[0], view)
 
     def cut(start: int, stop: int) -> Tensor:
         part_RC = matrix[start:stop]
@@ -124,6 +138,17 @@ def _copy_tasks(unit: Unit, rows: Mapping[Source, Rows], ends: Ends) -> Iterator
             yield partial(_cut_out_run, name, view, rows[view], run, ends.shards)
     for name in unit.scales:
         yield partial(ends.shards.write, name, 0, bytes_of(ends.scales[name].contiguous()))
+
+
+def _made_tasks(unit: Unit, ends: Ends) -> Iterator[Task]:
+    """The parts of a unit whose codes are there already."""
+    for part in unit.parts:
+        for local in part.writes:
+            name = f"{part.linear.name}.{local}"
+            tensor = ends.made[name]
+            for start in range(0, tensor.nbytes, COPY_BYTES):
+                count = min(COPY_BYTES, tensor.nbytes - start)
+                yield partial(ends.shards.copy_through, name, tensor, ends.files, start, count)
 
 
 def _cut_out_run(name: str, view: Source, rows: Rows, run: Span, shards: Shards) -> None:

@@ -15,14 +15,15 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 from ckptq.errors import SourceError
-from ckptq.evaluate.inputs import InputMaxima, InputScheme, remembering, rules_of
-from ckptq.evaluate.kv_cache import PLAIN, Maxima, See, through_cache
+from ckptq.evaluate.caches.kv_cache import PLAIN, Maxima, See, through_cache
+from ckptq.evaluate.linears.inputs import InputMaxima, InputScheme
+from ckptq.evaluate.linears.products import experts_one_by_one, products_treated
+from ckptq.evaluate.linears.treatments import Weights, observed, rules_of, treated
 from ckptq.evaluate.pieces import cut, pieces_of
-from ckptq.evaluate.products import Change, experts_one_by_one, inputs_changed
 from ckptq.evaluate.scores import Measures, Scores
-from ckptq.evaluate.spoil import spoiled, spoiled_layer
 from ckptq.evaluate.text import Text
 from ckptq.evaluate.variant import Run, Track, Variant
+from ckptq.evaluate.weights.spoil import spoiled, spoiled_layer
 from ckptq.forward.layerwise import LayerwiseModel
 from ckptq.forward.linear_inputs import real_positions
 from ckptq.forward.tap import Tap, tapped
@@ -32,8 +33,8 @@ from ckptq.text.samples import Batch
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
-Rules = Mapping[str, tuple["Tensor", InputScheme]]
-"""Parameter -> its weight, and how the input of it is rounded."""
+Rules = Mapping[str, InputScheme]
+"""Parameter -> how its input is rounded."""
 
 Tokens = Mapping[tuple[int, int], tuple[float, int]]
 """(line, position) -> log-probability of the next token, and the most likely one."""
@@ -77,6 +78,7 @@ class Comparison:
         for index, name in enumerate(layers):
             for track in self.tracks:
                 track.model.run_layer(index, track.stream, self._watch(track, index))
+                track.forget()
             self.release()
             self._note_errors()
             report(name, 1)
@@ -108,14 +110,15 @@ class Comparison:
         @contextmanager
         def watch(layer: nn.Module, run: Batch) -> Iterator[None]:
             assert isinstance(run, Run)
-            variant = run.variant
+            variant, weights = run.variant, track.weights(name, layer, self.consumed)
             if variant.name not in rules:
-                rules[variant.name] = self._rules(track, name, layer, variant)
+                rules[variant.name] = self._rules(weights, variant)
                 sees[variant.name] = through_cache(
                     variant.cache, self.maxima, track.model.loader.stored_module
                 )
             with ExitStack() as stack:
-                if variant.spoiled and is_spoiled:
+                spoils = variant.spoiled and is_spoiled
+                if spoils:
                     stack.enter_context(spoiled(layer))
                 if variant is self.source and self._measures_caches:
                     see = self._measuring(run, track.model.loader.stored_module)
@@ -123,30 +126,23 @@ class Comparison:
                 elif variant.cache.mode != PLAIN:
                     tap = Tap(run.lengths, sees[variant.name])
                     stack.enter_context(tapped(layer, name, tap))
-                changes = dict(self._changes(run, rules[variant.name]))
-                stack.enter_context(inputs_changed(changes))
+                if variant is self.source:
+                    look = partial(self.input_maxima.see, run.lengths)
+                    treatments = dict(observed(weights, rules[variant.name], look))
+                else:
+                    # codes are those of weights that are not spoiled
+                    treatments = dict(treated(weights, rules[variant.name], codes=not spoils))
+                stack.enter_context(products_treated(treatments))
                 yield
 
         return watch
 
-    def _rules(self, track: Track, name: str, layer: nn.Module, variant: Variant) -> Rules:
+    def _rules(self, weights: Weights, variant: Variant) -> Rules:
         """How the inputs of this layer's weights are rounded; of the source's, which are seen."""
-        inputs = self._static if variant is self.source else variant.inputs
-        stored_names = track.model.loader.stored_names(name)
-        found = rules_of(layer, name, stored_names, self.consumed, inputs)
         if variant is self.source:
-            return found
-        filled = self.input_maxima.filled
-        return {p: (weight, filled(p, rule)) for p, (weight, rule) in found.items()}
-
-    def _changes(self, run: Run, rules: Rules) -> Iterator[tuple[Tensor, Change]]:
-        """Measure the source's inputs, round the others'."""
-        remembered = remembering()
-        for parameter, (weight, rule) in rules.items():
-            if run.variant is self.source:
-                yield weight, partial(self.input_maxima.see, parameter, run.lengths)
-            else:
-                yield weight, partial(remembered, rule)
+            return rules_of(weights, self._static)
+        found = rules_of(weights, variant.inputs)
+        return {p: self.input_maxima.filled(p, rule) for p, rule in found.items()}
 
     @property
     def _measures_caches(self) -> bool:

@@ -10,8 +10,8 @@ from typing import Any
 
 from ckptq.errors import UsageError
 from ckptq.evaluate.compare import Outcome
-from ckptq.evaluate.engine import EngineRow
-from ckptq.evaluate.harness import TaskScore
+from ckptq.evaluate.outside.engine import EngineRow
+from ckptq.evaluate.outside.harness import TaskScore
 from ckptq.evaluate.scores import Measures
 
 ACCURACIES = ("acc", "exact_match")

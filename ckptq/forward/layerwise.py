@@ -39,6 +39,9 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
 
+Watch = Callable[["nn.Module", Batch], AbstractContextManager[None]]
+"""Gets a layer and the batch that it is about to run on."""
+
 SHARE_OF_GPU = 0.25
 """Share of a GPU's free memory up to which hidden states stay there, saving two copies a layer."""
 
@@ -96,26 +99,39 @@ class LayerwiseModel:
         self,
         index: int,
         stream: Stream,
-        watch: Callable[[nn.Module, Batch], AbstractContextManager[None]] | None = None,
+        watch: Watch | None = None,
+        change: Callable[[], None] | None = None,
     ) -> None:
         """Load one decoder layer, run every batch through it, drop it.
 
-        `watch` makes the context in which the layer runs on a batch, for hooks.
+        `watch` makes the context in which the layer runs on a batch, for hooks. `change` is called
+        when all have run; the layer is then loaded again, and runs again unwatched: what comes out
+        of it is what the changed weights make of the same batches.
         """
         name = self.layer_names[index]
-        layer = self.skeleton.layers[name]
+        if change is not None:
+            with self.loader.loaded(name), _no_grad():
+                for _ in self._results(index, stream, watch):
+                    pass  # only watched
+                change()
+            watch = None
         with self.loader.loaded(name), _no_grad():
             if index + 1 < len(self.layer_names):
                 self.loader.announce(self.layer_names[index + 1])
-            moved = Moved(self.device)
-            for number, hidden_BSE in enumerate(stream.hidden_BSE):
-                args, kwargs = moved(stream.arguments[number][index])
-                hidden_BSE = hidden_BSE.to(self.device)
-                with nullcontext() if watch is None else watch(layer, stream.batches[number]):
-                    result = self._through(layer, name, hidden_BSE, args, kwargs)
-                result_BSE: Tensor = result[0] if isinstance(result, tuple) else result
+            for number, result_BSE in enumerate(self._results(index, stream, watch)):
                 stream.hidden_BSE[number] = result_BSE.to(stream.place)
                 stream.arguments[number][index] = ((), {})
+
+    def _results(self, index: int, stream: Stream, watch: Watch | None) -> Iterator[Tensor]:
+        """What the layer makes of each batch [B, S, E]."""
+        name = self.layer_names[index]
+        layer, moved = self.skeleton.layers[name], Moved(self.device)
+        for number, hidden_BSE in enumerate(stream.hidden_BSE):
+            args, kwargs = moved(stream.arguments[number][index])
+            hidden_BSE = hidden_BSE.to(self.device)
+            with nullcontext() if watch is None else watch(layer, stream.batches[number]):
+                result = self._through(layer, name, hidden_BSE, args, kwargs)
+            yield result[0] if isinstance(result, tuple) else result
 
     def _through(
         self,

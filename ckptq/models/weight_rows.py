@@ -6,12 +6,13 @@ Shape letters: R rows, C columns.
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import TYPE_CHECKING
 
 from ckptq.checkpoint.header import StoredTensor
 from ckptq.checkpoint.read import Files, Memory
 from ckptq.checkpoint.view import View, read_rows, read_slab, window
-from ckptq.models.encoded import Encoded, Take, decode, decode_rows
+from ckptq.models.encoded import Encoded, Held, HeldWhole, Take, decode, decode_rows
 from ckptq.models.weight import Weight
 
 if TYPE_CHECKING:
@@ -24,8 +25,10 @@ Rows = Callable[[int, int], "Tensor"]
 def weight_rows(files: Files, weight: Weight, memory: Memory | None = None) -> Rows:
     """Reads rows of a weight, dequantized where it is stored quantized; one that does not stream
     is held whole. In `memory`, where it is given, rows last until the thread's next call."""
+    if isinstance(weight, HeldWhole):
+        return decoded_rows(weight, weight.hold(files))
     if isinstance(weight, Encoded):
-        return _decoded_rows(files, weight)
+        return _on_quantum(weight, partial(decode_rows, files, weight))
     if weight.streams:
         return lambda start, stop: read_rows(files, weight, start, stop, memory)
     return rows_of(window(read_slab(files, weight), weight))
@@ -58,12 +61,21 @@ def rows_of(matrix: Tensor) -> Rows:
     return lambda start, stop: matrix[start:stop].contiguous()
 
 
-def _decoded_rows(files: Files, weight: Encoded) -> Rows:
+def decoded_rows(weight: HeldWhole, held: Held) -> Rows:
+    """Rows of a quantized weight whose stored tensors are in memory."""
+
+    def rows(start: int, stop: int) -> Tensor:
+        return decode(weight, weight.cut(held, start, stop), stop - start)
+
+    return _on_quantum(weight, rows)
+
+
+def _on_quantum(weight: Encoded, aligned: Rows) -> Rows:
     """From any row on, though only multiples of the quantum can be read."""
 
     def rows(start: int, stop: int) -> Tensor:
         first = start // weight.quantum * weight.quantum
         last = min(-(-stop // weight.quantum) * weight.quantum, weight.spec.shape[0])
-        return decode_rows(files, weight, first, last)[start - first : stop - first]
+        return aligned(first, last)[start - first : stop - first]
 
     return rows

@@ -107,6 +107,11 @@ class Plan:
         return frozenset(name for names in self.groups.values() for name in names)
 
     @property
+    def calibrated(self) -> bool:
+        """Whether something of it is made by running the model: scales, or GPTQ's codes."""
+        return bool(self.attention or self.inputs or self.recipe.gptq)
+
+    @property
     def read_bytes(self) -> int:
         return sum(u.read_bytes for u in self.units)
 

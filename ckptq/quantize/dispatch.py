@@ -45,7 +45,8 @@ def dequantize(
     tensors: Mapping[str, Tensor], scheme: WeightScheme, shape: tuple[int, int], dtype: torch.dtype
 ) -> Tensor:
     """`formats.dequantize` of a whole weight, or of rows with all their scales."""
-    kernel = inverse_of(scheme) if on_gpu(tensors["weight_scale"]) else None
+    plain = on_gpu(tensors["weight_scale"]) and "weight_g_idx" not in tensors
+    kernel = inverse_of(scheme) if plain else None
     if kernel is None or tensors["weight_scale"].dtype not in KERNEL_SCALES:
         return formats.dequantize(tensors, scheme, shape, dtype)
     with torch.cuda.device_of(tensors["weight_scale"]):

@@ -12,6 +12,9 @@ P packed columns.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
@@ -27,11 +30,14 @@ from ckptq.quantize.weight_scheme import WeightScheme
 from ckptq.spec import TensorSpec, spec_of, torch_dtype
 
 __all__ = [
+    "Grid",
     "NonFinite",
     "Scratch",
     "WeightScheme",
+    "codes_on",
     "constants",
     "dequantize",
+    "grid",
     "merge_statistic",
     "needs_statistic",
     "quantize",
@@ -89,15 +95,65 @@ def quantize(
     `NonFinite` on NaN or Inf, from `statistic` already where the scheme needs one. With `scratch`
     the codes are in its memory: the next call in this thread overwrites them.
     """
-    code = stored(spec_of(w_RC), scheme)[scheme.codes]
     scratch = scratch or Scratch(w_RC.device)
     x = tiled(w_RC.contiguous(), scheme)
     scale, zero_point, divisor = _scale(x, scheme, statistic, scratch)
-    code_RP = scratch.tensor("stored", code.shape, torch_dtype(code.dtype))
-    encode(x, divisor, zero_point, scheme, scratch, code_RP)
+    code_RP = _codes(w_RC, divisor, zero_point, scheme, scratch)
     if scheme.strategy == "tensor":
         return {scheme.codes: code_RP}
     return {scheme.codes: code_RP} | _scale_tensors(scale, zero_point, scheme)
+
+
+@dataclass(frozen=True, slots=True)
+class Grid:
+    """What a weight's codes may stand for: (code - zero point) * divisor, with one of each a tile.
+
+    Tiles are groups [R, G], blocks [M, N], rows [R, 1] or the whole [1].
+    """
+
+    stored: Mapping[str, Tensor]
+    """Scales and zero points as they are stored, without what `constants` makes."""
+    scale: Tensor
+    """As a number: float8 and exponents in float32."""
+    zero_point: Tensor | None
+    divisor: Tensor
+    """The scale, divided by the global scale where there is one."""
+    global_scale: Tensor | None
+
+
+def grid(
+    w_RC: Tensor,
+    scheme: WeightScheme,
+    statistic: Tensor | None = None,
+    scratch: Scratch | None = None,
+) -> Grid:
+    """The grid on which `quantize` rounds a whole weight, for who chooses codes otherwise."""
+    stored(spec_of(w_RC), scheme)
+    scratch = scratch or Scratch(w_RC.device)
+    x = tiled(w_RC.contiguous(), scheme)
+    scale, zero_point, divisor = _scale(x, scheme, statistic, scratch)
+    kept = {} if scheme.strategy == "tensor" else _scale_tensors(scale, zero_point, scheme)
+    number = {None: scale, "uint8": divisor}.get(scheme.scale_dtype, scale.float())
+    whole = _global_scale(statistic, scheme) if scheme.strategy == "tensor_group" else None
+    return Grid(kept, number, zero_point, divisor, whole)
+
+
+def codes_on(w_RC: Tensor, on: Grid, scheme: WeightScheme) -> Tensor:
+    """The stored codes of weights that lie on a grid, or those nearest to them."""
+    return _codes(w_RC, on.divisor, on.zero_point, scheme, Scratch(w_RC.device))
+
+
+def _codes(
+    w_RC: Tensor,
+    divisor: Tensor,
+    zero_point: Tensor | None,
+    scheme: WeightScheme,
+    scratch: Scratch,
+) -> Tensor:
+    code = stored(spec_of(w_RC), scheme)[scheme.codes]
+    code_RP = scratch.tensor("stored", code.shape, torch_dtype(code.dtype))
+    encode(tiled(w_RC.contiguous(), scheme), divisor, zero_point, scheme, scratch, code_RP)
+    return code_RP
 
 
 def _scale(

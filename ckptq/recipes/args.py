@@ -118,15 +118,14 @@ class Args:
     def weight_scheme(self, format: str, *, stored: bool = False) -> WeightScheme:
         """The part that determines the stored bytes, for weights in this format.
 
-        `stored` means that the weights already exist, so that any observer and GPTQ's activation
-        order will do. "naive-quantized" becomes the format with the same bytes. PlanError names an
-        unknown or unsupported field.
+        `stored` means that the weights already exist, so that any observer will do. The order in
+        which GPTQ takes columns changes no format. "naive-quantized" becomes the format with the
+        same bytes. PlanError names an unknown or unsupported field.
         """
         for name in self.unknown:
             want("field", name, FIELDS)
         want("dynamic", self.dynamic, [False])
-        orders = [None, False, "weight", "static"] if stored else [None, False]
-        want("actorder", self.actorder, orders)
+        want("actorder", self.actorder, [None, False, "weight", "static"])
         if not stored:
             want("observer", self.observer, (*MINMAX, *SEARCHES))
         if not self.symmetric:

@@ -7,7 +7,7 @@ output's config.json and recipe are written from.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from typing import Any
 
@@ -137,10 +137,28 @@ class Scheme:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Gptq:
+    """How codes are chosen: llm-compressor's `GPTQModifier`, with its names and defaults.
+
+    In which order columns are taken, `actorder`, stands in the `Args` of each group's weights.
+    """
+
+    block_size: int = 128
+    """Columns after which the error is passed on to all others."""
+    dampening_frac: float = 0.01
+    """Added to the diagonal of the Hessian, as a share of its mean."""
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+@dataclass(frozen=True, kw_only=True)
 class Recipe(Scheme):
     """What a recipe asks for, resolved: presets spelled out, scheme names gone."""
 
     name: str
+    gptq: Gptq | None = None
+    """None rounds to the nearest code."""
     handed_over: tuple[str, ...] = ()
     """Modifiers that llm-compressor has to run itself, by class name."""
     text: str

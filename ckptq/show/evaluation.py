@@ -9,8 +9,8 @@ from ckptq.printable import size
 from ckptq.show import console
 
 if TYPE_CHECKING:
-    from ckptq.evaluate.engine import EngineRow
-    from ckptq.evaluate.harness import TaskScore
+    from ckptq.evaluate.outside.engine import EngineRow
+    from ckptq.evaluate.outside.harness import TaskScore
     from ckptq.evaluate.result import Evaluation, Row
     from ckptq.show.evaluate_page import Table
 

@@ -5,8 +5,8 @@ from evaluate_models import LAYERS, kl_by_torch, plain_logits, plain_model, rows
 from ckptq.errors import SourceError, UsageError
 from ckptq.evaluate import compare, pieces
 from ckptq.evaluate.run import evaluate
-from ckptq.evaluate.spoil import spoiled
 from ckptq.evaluate.text import Line, Text
+from ckptq.evaluate.weights.spoil import spoiled
 from ckptq.forward.decoded import DecodedWeights
 from ckptq.recipes.load import load_scheme
 

@@ -6,7 +6,7 @@ from evaluate_models import HEAD_DIM, HEADS, KV_HEADS, kl_by_torch, plain_logits
 from test_evaluate_compare import ROWS, TEXT, with_weights
 
 from ckptq.errors import UsageError
-from ckptq.evaluate.kv_cache import (
+from ckptq.evaluate.caches.kv_cache import (
     MODES,
     KVCache,
     Maxima,

@@ -67,14 +67,15 @@ def _run(linear: StoredLinear, files: Files, start: int, stop: int) -> list[Part
 
 def _slab(linears: list[StoredLinear], files: Files, fast: bool) -> list[Part]:
     """gate and up of one expert share a slab: read it once."""
-    views = [one.module.origin.weight for one in linears if one.module.origin is not None]
-    first = views[0]
-    assert isinstance(first, View)
-    slab = read_slab(files, first)
+    weights = [one.module.origin.weight for one in linears if one.module.origin is not None]
+    first = weights[0]
+    slab = read_slab(files, first) if isinstance(first, View) else None
     parts = []
-    for linear, view in zip(linears, views, strict=True):
-        assert isinstance(view, View)
-        rows = rows_of(window(slab, view))
+    for linear, weight in zip(linears, weights, strict=True):
+        if slab is not None and isinstance(weight, View):
+            rows = rows_of(window(slab, weight))
+        else:
+            rows = weight_rows(files, weight)
         for start, stop in spans(linear, fast):
             parts.append(_compare(linear, linear.read(files, start, stop), rows, start, stop))
     return parts

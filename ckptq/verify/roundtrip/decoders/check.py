@@ -21,7 +21,12 @@ from ckptq.models.weight_rows import weight_rows
 from ckptq.verify.kinds import finding
 from ckptq.verify.report import Finding
 from ckptq.verify.roundtrip import nearest
-from ckptq.verify.roundtrip.decoders.libraries import ct_scheme, decode_compressed, decode_source
+from ckptq.verify.roundtrip.decoders.libraries import (
+    ct_scheme,
+    decode_compressed,
+    decode_source,
+    source_library,
+)
 from ckptq.verify.roundtrip.tally import snr_db
 from ckptq.verify.roundtrip.undo import Undo
 from ckptq.verify.stored_linear import StoredLinear
@@ -132,18 +137,13 @@ def _compared(
     source, weight = subject.source, origin.weight
     ours_there = weight_rows(files, weight)(start, stop).float()
     theirs_there = _or_error(lambda: decode_source(source, weight, start, stop))
-    library = "compressed-tensors" if _is_ct(subject) else "transformers"
+    library = source_library(source)
     yield from _differ(weight.stored.name, "the source", library, ours_there, theirs_there)
     both = isinstance(theirs, Tensor) and isinstance(theirs_there, Tensor)
     if both and not undo.module(name, linear.tensors):
         assert isinstance(theirs, Tensor)
         assert isinstance(theirs_there, Tensor)
         yield from _apart(name, snr_db(ours, ours_there), snr_db(theirs, theirs_there))
-
-
-def _is_ct(subject: Subject) -> bool:
-    config = subject.source.quantization_config if subject.source is not None else None
-    return (config or {}).get("quant_method") == "compressed-tensors"
 
 
 def _or_error(decode: Callable[[], Tensor | None]) -> Tensor | Exception | None:

@@ -13,13 +13,14 @@ from ckptq.checkpoint.header import StoredTensor
 from ckptq.checkpoint.open import Checkpoint
 from ckptq.checkpoint.view import View
 from ckptq.errors import SourceError
-from ckptq.evaluate.inputs import InputScheme, input_scheme
-from ckptq.evaluate.kv_cache import BF16, PER_HEAD, PER_TENSOR, KVCache
-from ckptq.evaluate.noise import Noise
+from ckptq.evaluate.caches.kv_cache import BF16, PER_HEAD, PER_TENSOR, KVCache
+from ckptq.evaluate.linears.inputs import InputScheme, input_scheme
+from ckptq.evaluate.weights.noise import Noise
 from ckptq.forward.reader import Reader
 from ckptq.models.encoded import Encoded
 from ckptq.models.weight_rows import place_of, stored_of, whole_weight
 from ckptq.plan.unit import Plan, Unit
+from ckptq.quantize.coded import Coded, Keep
 from ckptq.quantize.dispatch import dequantize, quantize
 from ckptq.quantize.formats import NonFinite, merge_statistic, needs_statistic, statistic
 
@@ -30,8 +31,16 @@ if TYPE_CHECKING:
 class SchemeWeights:
     """The source's tensors, quantized by a plan and dequantized where they are: on a GPU, there."""
 
-    def __init__(self, ckpt: Checkpoint, plan: Plan, reader: Reader | None = None) -> None:
+    def __init__(
+        self,
+        ckpt: Checkpoint,
+        plan: Plan,
+        reader: Reader | None = None,
+        keep: Keep | None = None,
+    ) -> None:
+        """`keep` gets the codes of every weight that is loaded."""
         self._ckpt = ckpt
+        self._keep = keep
         self._reader = reader or Reader()
         self._layout = plan.layout
         self._recipe = plan.recipe.name
@@ -109,6 +118,8 @@ class SchemeWeights:
         except NonFinite as error:
             raise SourceError(f"{self._ckpt.path}: tensor {linear!r}: {error}") from error
         R, C = w_RC.shape
+        if self._keep is not None:
+            self._keep(linear, Coded(made, part.scheme, (R, C)))
         back_RC = dequantize(made, part.scheme, (R, C), w_RC.dtype)
         self._noise.count(linear, w_RC, back_RC)
         return back_RC

@@ -8,22 +8,24 @@ Shape letters: T tokens and whatever leads, C columns, E experts, G groups.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 from ckptq.calibrate.observers import FP8_MAX, INT8_MAX, NVFP4_MAX
 from ckptq.checkpoint.open import Checkpoint
 from ckptq.checkpoint.read import read_tensor
 from ckptq.engines.vllm import group_of
 from ckptq.errors import PlanError, SourceError
-from ckptq.evaluate.microscaling import mxfp4, mxfp8, nvfp4
+from ckptq.evaluate.linears.microscaling import mxfp4, mxfp8, nvfp4
 from ckptq.forward.linear_inputs import real_tokens
 from ckptq.recipes.args import Args
 from ckptq.recipes.declared import declared
 
 if TYPE_CHECKING:
-    from torch import Tensor, nn
+    from torch import Tensor
+
+Made = TypeVar("Made")
 
 LARGEST = {"float": 448.0, "int": 127.0, "int4": 7.0}
 INPUT_SCALES = ("input_scale", "activation_scale", "input_global_scale")
@@ -57,9 +59,9 @@ class InputScheme:
         if self.scale is not None:
             return _rounded(x_TC, _like(x_TC, self.scale), self.type)
         if self.group is None:
-            return _rounded(x_TC, _scale(x_TC, self.type), self.type)
-        x_TGg = _in_groups(x_TC, self.group)
-        rounded = _rounded(x_TGg, _scale(x_TGg, self.type), self.type)
+            return _rounded(x_TC, scale_of_inputs(x_TC, self.type), self.type)
+        x_TGg = in_groups(x_TC, self.group)
+        rounded = _rounded(x_TGg, scale_of_inputs(x_TGg, self.type), self.type)
         return rounded.flatten(-2)[..., : x_TC.shape[-1]]
 
 
@@ -106,30 +108,11 @@ def declared_inputs(ckpt: Checkpoint, linears: Collection[str]) -> dict[str, Inp
     return found
 
 
-def rules_of(
-    layer: nn.Module,
-    name: str,
-    stored_names: Mapping[str, tuple[str, ...]],
-    consumed: Mapping[str, tuple[str, ...]],
-    inputs: Mapping[str, InputScheme],
-) -> dict[str, tuple[Tensor, InputScheme]]:
-    """Parameter of a layer called `name` -> its weight, and the input scheme of its Linears.
+def shared_rule(rules: Collection[InputScheme], name: str) -> InputScheme:
+    """The largest of static scales, which vLLM uses for all experts of one call.
 
-    `stored_names`: parameter -> tensors on disk; `consumed`: tensor on disk -> Linears. PlanError
-    if experts that share a tensor have different schemes.
+    PlanError for rules that differ in more.
     """
-    found: dict[str, tuple[Tensor, InputScheme]] = {}
-    for local, weight in layer.named_parameters() if inputs else ():
-        tensors = stored_names.get(f"{name}.{local}", ())
-        linears = (linear for tensor in tensors for linear in consumed.get(tensor, ()))
-        rules = {inputs[linear] for linear in linears if linear in inputs}
-        if rules:
-            found[f"{name}.{local}"] = weight, _shared(rules, f"{name}.{local}")
-    return found
-
-
-def _shared(rules: Collection[InputScheme], name: str) -> InputScheme:
-    """The largest of static scales, which vLLM uses for all experts of one call."""
     if len(rules) == 1:
         return next(iter(rules))
     scales = [rule.scale for rule in rules if rule.scale is not None]
@@ -139,17 +122,19 @@ def _shared(rules: Collection[InputScheme], name: str) -> InputScheme:
     return InputScheme(kind, scale=min(scales) if kind == "nvfp4" else max(scales))
 
 
-def remembering() -> Callable[[InputScheme, Tensor], Tensor]:
-    """Rounds inputs; q, k and v multiply the same tensor, which is rounded once for a scheme."""
-    last: dict[InputScheme, tuple[Tensor, int, Tensor]] = {}
+def remembering(
+    made: Callable[[InputScheme, Tensor], Made],
+) -> Callable[[InputScheme, Tensor], Made]:
+    """`made`, once for an input and a scheme: q, k and v multiply the same tensor."""
+    last: dict[InputScheme, tuple[Tensor, int, Made]] = {}
 
-    def rounded(rule: InputScheme, x_TC: Tensor) -> Tensor:
+    def remembered(rule: InputScheme, x_TC: Tensor) -> Made:
         found = last.get(rule)
         if found is None or found[0] is not x_TC or found[1] != x_TC._version:
-            found = last[rule] = x_TC, x_TC._version, rule.round(x_TC)
+            found = last[rule] = x_TC, x_TC._version, made(rule, x_TC)
         return found[2]
 
-    return rounded
+    return remembered
 
 
 class InputMaxima:
@@ -159,7 +144,7 @@ class InputMaxima:
         self._amax: dict[str, Tensor] = {}
         """On the device: reading one makes the host wait."""
 
-    def see(self, parameter: str, lengths: Sequence[int], x: Tensor) -> Tensor:
+    def see(self, lengths: Sequence[int], parameter: str, x: Tensor) -> Tensor:
         """Fold one input in and return it; padding does not count."""
         import torch
 
@@ -187,7 +172,7 @@ def _like(x: Tensor, value: float) -> Tensor:
     return x.new_full((1,), value, dtype=x.float().dtype)
 
 
-def _in_groups(x_TC: Tensor, size: int) -> Tensor:
+def in_groups(x_TC: Tensor, size: int) -> Tensor:
     """[T, G, size]; an incomplete last group is padded with zeros, as in vLLM's torch path for
     FP8."""
     from torch.nn.functional import pad
@@ -195,7 +180,8 @@ def _in_groups(x_TC: Tensor, size: int) -> Tensor:
     return pad(x_TC, (0, -x_TC.shape[-1] % size)).unflatten(-1, (-1, size))
 
 
-def _scale(x: Tensor, kind: str) -> Tensor:
+def scale_of_inputs(x: Tensor, kind: str) -> Tensor:
+    """Of each token or group, in float32: [..., 1]."""
     scale = x.abs().amax(-1, keepdim=True).float() / LARGEST[kind]
     return scale.clamp_min(SMALLEST_SCALE) if kind == "float" else scale.clamp_min(1e-12)
 

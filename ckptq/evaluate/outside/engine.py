@@ -12,9 +12,9 @@ from typing import Any
 
 from ckptq.checkpoint.open import Checkpoint
 from ckptq.errors import MachineError
+from ckptq.evaluate.caches.kv_cache import PER_HEAD, KVCache, declared_cache, on_cpu
 from ckptq.evaluate.compare import Outcome, Tokens
-from ckptq.evaluate.interpreter import run_python
-from ckptq.evaluate.kv_cache import PER_HEAD, KVCache, declared_cache, on_cpu
+from ckptq.evaluate.outside.interpreter import run_python
 from ckptq.evaluate.scores import share
 from ckptq.evaluate.text import Text
 

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from ckptq.errors import MachineError, UsageError
-from ckptq.evaluate.interpreter import run_python
+from ckptq.evaluate.outside.interpreter import run_python
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
