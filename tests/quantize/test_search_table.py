@@ -14,7 +14,7 @@ from ckptq.quantize.scratch import Scratch
 from ckptq.quantize.search import best_ranges
 from ckptq.quantize.tile_error import powered_errors
 from ckptq.quantize.tiles import tiled
-from ckptq.quantize.weight_scheme import Search, WeightScheme
+from ckptq.quantize.weight_scheme import WeightScheme
 from ckptq.recipes.load import load_scheme
 
 SCHEMES = (
@@ -113,23 +113,28 @@ def test_a_wrong_row_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
     assert not torch.equal(got[1], want[1])
 
 
-@pytest.mark.parametrize("search", [Search(), Search(expand=1.8, maxshrink=0.5, grid=50, norm=2)])
-@pytest.mark.parametrize("name", ["w8a8", "w4a16-g32", "fp8-dynamic"])
-def test_equals_llm_compressor_that_never_stops_early(name: str, search: Search) -> None:
-    (group,) = load_scheme(name).groups
-    scheme = group.weight_scheme()
-    x = tiled(weights(64, 512), scheme)
-    kwargs = {"patience": 10**6, "expand": search.expand, "maxshrink": search.maxshrink}
-    kwargs |= {"grid": search.grid, "norm": search.norm}
+@pytest.mark.parametrize("name", ["w8a8", "w4a16-g32", "fp8-dynamic", "nvfp4a16", "mxfp4a16"])
+def test_equals_llm_compressor_that_never_stops_early(name: str) -> None:
+    """With the observer and its arguments that the recipe names, `patience` apart."""
+    scheme = scheme_of(name)
+    (group,) = load_scheme(f"{name}-search").groups
     assert group.weights is not None
+    assert scheme.search is not None
+    x = tiled(weights(64, 512), scheme)
     args = QuantizationArgs(
-        num_bits=scheme.num_bits, type=scheme.type, strategy="channel", observer_kwargs=kwargs
+        num_bits=scheme.num_bits,
+        type=scheme.type,
+        strategy=scheme.strategy,
+        group_size=scheme.group_size,
+        scale_dtype=getattr(torch, scheme.scale_dtype) if scheme.scale_dtype else None,
+        observer=group.weights.observer,
+        observer_kwargs={**(group.weights.observer_kwargs or {}), "patience": 10**6},
     )
-    observer = Observer.load_from_registry("memoryless_mse", base_name="weight", args=args)
-    observer.update_statistics_from_observed(x.reshape(1, -1, 1, x.shape[-1]))
-    low, high = best_ranges(x, scheme, search, Scratch())
-    assert torch.equal(low.flatten(), observer.min_vals.flatten())
-    assert torch.equal(high.flatten(), observer.max_vals.flatten())
+    observer = Observer.load_from_registry(args.observer, base_name="weight", args=args)
+    observer.update_statistics_from_observed(x[None])
+    low, high = best_ranges(x, scheme, scheme.search, Scratch())
+    assert torch.equal(low, observer.min_vals)
+    assert torch.equal(high, observer.max_vals)
 
 
 def test_the_first_of_the_least_wins() -> None:
