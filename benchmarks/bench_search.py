@@ -48,7 +48,7 @@ def evaluated(model: Path, schemes: list[str], given: argparse.Namespace) -> dic
     """Scheme -> its row of `ckptq evaluate`."""
     command = [sys.executable, "-m", "ckptq", "evaluate", str(model), "--data", str(given.data)]
     command += ["--schemes", ",".join(schemes), "--json", "--device", given.device]
-    command += ["--samples", "128", "--seq-len", "512", "--batch-size", "4"]
+    command += ["--samples", given.samples, "--seq-len", "512"]
     done = subprocess.run(command, stdout=subprocess.PIPE, check=True)
     return {row["weights"]: row for row in json.loads(done.stdout)["rows"]}
 
@@ -87,6 +87,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("model", type=Path)
     parser.add_argument("--data", type=Path, help="a text, for KL and perplexity")
+    parser.add_argument("--samples", default="128", help="of the text")
     parser.add_argument("--schemes", default=SCHEMES)
     parser.add_argument("--peers", default="fp8-dynamic,w8a8,w4a16-g32,nvfp4a16")
     parser.add_argument("--workers", default="2", help="of model_free_ptq")
