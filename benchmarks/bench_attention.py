@@ -45,10 +45,9 @@ H, K, D, BLOCK = 32, 8, 128, 16
 SCALING = D**-0.5
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 Row = dict[str, Any]
-SHARED = ("ckptq/kernels/rounding.py", "ckptq/kernels/gpu.py", "ckptq/kernels/shared_memory.py")
-ATTENTION = ("ckptq/kernels/attention", *SHARED)
-CACHE = ("ckptq/kernels/cache", *SHARED)
-TOKEN_HEAD = ("ckptq/kernels/token_head", *SHARED)
+ATTENTION = ("ckptq/kernels/attention",)
+CACHE = ("ckptq/kernels/cache",)
+TOKEN_HEAD = ("ckptq/kernels/token_head",)
 TILES = [
     *(Tile(128, 64, 8, stages) for stages in (2, 3, 4)),
     *(Tile(128, 128, 8, stages) for stages in (2, 3)),
@@ -366,7 +365,7 @@ def main() -> None:
     rows = token_head_rows(65536 // small, runs)
     publish("token-head-writes", "Writes by token and head", rows, code=TOKEN_HEAD, **where)
     rows = decode_rows(4096 // small, 64 // min(small, 16), runs)
-    code = (*CACHE, "ckptq/kernels/token_head")
+    code = (*CACHE, *TOKEN_HEAD)
     publish("cache-decode", "Decoding from a paged cache", rows, code=code, **where)
     rows = error_rows(2048 // min(small, 16))
     publish("kv-error", "Error of KV formats", rows, code=TOKEN_HEAD, **where)

@@ -33,9 +33,8 @@ from ckptq.kernels.quantize.quantize_blocks import quantize_blocks
 from ckptq.kernels.quantize.quantize_rows import quantize_rows
 from ckptq.kernels.quantize.quantize_static import quantize_static
 
-SHARED = ("ckptq/kernels/rounding.py", "ckptq/kernels/gpu.py")
-CODE = ("ckptq/kernels/quantize", "ckptq/kernels/int4", *SHARED)
-PRODUCTS = (*CODE, "ckptq/kernels/linear", "ckptq/kernels/product_rows.py")
+CODE = ("ckptq/kernels/quantize", "ckptq/kernels/int4")
+PRODUCTS = ("ckptq/kernels/linear",)
 FP8, INT8 = torch.float8_e4m3fn, torch.int8
 LLAMA_70B = [(8192, 8192), (28672, 8192), (8192, 28672)]
 """q_proj and o_proj, gate_proj and up_proj, down_proj of Llama-3.1-70B."""

@@ -36,7 +36,8 @@ class Result:
     date: str
     commit: str
     code: list[str]
-    """Modules and folders of ckptq that were measured: a change there makes the figures old."""
+    """Modules and folders of ckptq that were measured: a change there, or in what they import from
+    their room, makes the figures old."""
     digest: str
     figures: dict[str, dict[str, Value]]
     """Row -> column -> figure, in the unit of the column."""

@@ -72,27 +72,6 @@ def test_results_are_quoted_and_whole(name: str) -> None:
     assert re.fullmatch(r"[0-9a-f]{64}", result.digest)
 
 
-@pytest.mark.parametrize("name", [name for name, held in HELD.items() if not held.is_old()])
-def test_kernels_are_digested_with_all_that_they_import(name: str) -> None:
-    """Code that is still the measured code: a kernel's helpers belong to it."""
-    code = HELD[name].code
-    found = {module for path in code for module in modules(ROOT / path)}
-    kernels = [module for module in found if "kernels" in module.parts]
-    imported = {path for module in kernels for path in kernels_imported(module)}
-    assert imported <= found
-
-
-def kernels_imported(module: Path) -> set[Path]:
-    names = re.findall(r"^from (ckptq\.kernels[\w.]*) import ([\w, ]+)", module.read_text(), re.M)
-    paths = set()
-    for package, words in names:
-        base = ROOT / package.replace(".", "/")
-        paths |= {base.with_suffix(".py")} | {
-            base / f"{word.strip()}.py" for word in words.split(",")
-        }
-    return {path for path in paths if path.is_file()}
-
-
 # ---- what the tests above are worth: each change to a copy is noticed
 
 
@@ -189,6 +168,22 @@ def test_a_module_more_is_noticed(copy: Path) -> None:
     before = digest(["ckptq"], copy)
     (copy / "ckptq" / "more.py").write_text("")
     assert digest(["ckptq"], copy) != before
+
+
+def test_a_helper_that_is_imported_counts(copy: Path) -> None:
+    kernels, other = copy / "ckptq" / "kernels", copy / "ckptq" / "errors.py"
+    (kernels / "linear").mkdir(parents=True)
+    (kernels / "linear" / "linear.py").write_text(
+        "from ckptq.errors import E\nfrom ckptq.kernels import rows\n"
+    )
+    (kernels / "rows.py").write_text("from ckptq.kernels.rounding import narrow\n")
+    (kernels / "rounding.py").write_text("def narrow(x): return x\n")
+    other.write_text("class E(Exception): pass\n")
+    before = digest(["ckptq/kernels/linear"], copy)
+    other.write_text("class E(ValueError): pass\n")
+    assert digest(["ckptq/kernels/linear"], copy) == before
+    (kernels / "rounding.py").write_text("def narrow(x): return -x\n")
+    assert digest(["ckptq/kernels/linear"], copy) != before
 
 
 def test_prose_and_format_are_not_code(copy: Path, result: Result) -> None:
