@@ -18,7 +18,7 @@ from ckptq.recipes import gptq, imatrix, searched
 from ckptq.recipes.args import Args
 from ckptq.recipes.dialect import read_modifiers, read_stages
 from ckptq.recipes.preset import EMPTY, preset_text
-from ckptq.recipes.rewritten import REWRITTEN, rewriting
+from ckptq.recipes.rewriting import REWRITTEN, rewriting
 from ckptq.recipes.scheme import PARTS, Gptq, Recipe, read_groups, read_strings
 from ckptq.recipes.spelled import GPTQ, MODIFIERS, PLAIN, STAGE, spelled
 
