@@ -22,6 +22,7 @@ from ckptq.models.quantized.encoded_weight import (
     decode,
     decode_rows,
 )
+from ckptq.models.quantized.fp8_scales import read_fp8
 from ckptq.models.quantized.modelopt import read_modelopt
 from ckptq.models.quantized.mxfp4_blocks import read_mxfp4
 
@@ -41,7 +42,7 @@ __all__ = [
 CONFIG_KEYS = ("quantization_config", "compression_config")
 
 BELONGS_TO_SCHEME = re.compile(
-    r".*\.(input_scale|activation_scale|input_zero_point|input_global_scale|output_scale"
+    r".*\.(input_scale|activation_scale|(input|activation)_scale_ub|input_zero_point|input_global_scale|output_scale"
     r"|[qkv]_scale|[qkv]_zero_point|kv_scale)$"
 )
 """Tensors without a meaning once the weights are dequantized."""
@@ -51,7 +52,8 @@ Reader = Callable[[Checkpoint, str], Mapping[str, Encoded]]
 
 READERS: Mapping[str, Reader] = {
     "compressed-tensors": read_compressed,
-    "fp8": read_compressed,
+    "fp8": read_fp8,
+    "fbgemm_fp8": read_fp8,
     "gptq": read_gptq,
     "awq": read_awq,
     "modelopt": read_modelopt,

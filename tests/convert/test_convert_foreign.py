@@ -13,11 +13,15 @@ from convert_killed import Run, digests, perform
 from safetensors.torch import load_file, save_file
 from tiny.foreign import (
     AWQ_METHOD,
+    FP8_METHOD,
     LINEARS,
     Foreign,
+    Maker,
     awq,
+    deepseek,
     fp8,
     fp8_method,
+    fp8_rows,
     gptq,
     gptq_method,
     nvfp4,
@@ -38,19 +42,23 @@ GPTQ: dict[str, dict[str, Any]] = {
     "gptq 3-bit asym": {"bits": 3, "sym": False},
     "gptq 8-bit": {"bits": 8},
 }
-FORMATS = (*GPTQ, "awq", "modelopt fp8", "modelopt nvfp4")
+OTHERS: dict[str, tuple[Maker, dict[str, Any]]] = {
+    "modelopt fp8": (fp8, fp8_method()),
+    "modelopt nvfp4": (nvfp4, nvfp4_method()),
+    "fp8 rows": (fp8_rows(), FP8_METHOD),
+    "fbgemm": (fp8_rows(flat=True), {"quant_method": "fbgemm_fp8", "activation_scale_ub": 1200.0}),
+    "deepseek": (deepseek, FP8_METHOD | {"weight_block_size": [128, 128]}),
+}
+FORMATS = (*GPTQ, "awq", *OTHERS)
 
 
 def source(folder: Path, format: str) -> Foreign:
     if format in GPTQ:
         given = GPTQ[format]
         return write(folder, gptq(**given), gptq_method(**given))
-    maker, method = {
-        "awq": (awq, AWQ_METHOD),
-        "modelopt fp8": (fp8, fp8_method()),
-        "modelopt nvfp4": (nvfp4, nvfp4_method()),
-    }[format]
-    return write(folder, maker, method, torch.float16 if format == "awq" else torch.bfloat16)
+    if format == "awq":
+        return write(folder, awq, AWQ_METHOD)
+    return write(folder, *OTHERS[format], torch.bfloat16)
 
 
 @pytest.mark.parametrize("scheme", ["fp8 channel", "int4 group asym", "nvfp4"])

@@ -34,6 +34,8 @@ KINDS = {
     "awq": "int4 group 32 asym",
     "modelopt fp8": "fp8 tensor",
     "modelopt nvfp4": "nvfp4",
+    "fp8 rows": "fp8 channel",
+    "fbgemm": "fp8 channel",
 }
 
 
@@ -121,6 +123,23 @@ def test_dequantized_it_is_the_unquantized_model(tmp_path: Path, format: str) ->
     change(out, "model.layers.0.self_attn.o_proj.weight", flip)
     found = faults(verify(out, foreign.folder))
     assert found == [("copy-differs", "model.layers.0.self_attn.o_proj.weight")]
+
+
+def test_a_source_of_several_formats_is_repacked_in_groups(tmp_path: Path) -> None:
+    """DeepSeek-V4's: FP8 in blocks, and MXFP4; vLLM reads their exponents as float32 and U8."""
+    foreign = source(tmp_path / "source", "deepseek")
+    out = convert(foreign.folder, tmp_path / "out", REPACK).out
+    config = json.loads((out / "config.json").read_text())["quantization_config"]
+    formats = {group["format"] for group in config["config_groups"].values()}
+    assert formats == {"float-quantized", "mxfp4-pack-quantized"}
+    assert config["format"] == "mixed-precision"
+    report = verify(out, foreign.folder)
+    assert report.ok, report.findings
+    assert {one.snr_db for one in report.tensors} == {float("inf")}
+    change(out, "model.layers.0.mlp.up_proj.weight_scale", flip)
+    assert {t.rpartition(".")[0] for _, t in faults(verify(out, foreign.folder)) if t} == {
+        "model.layers.0.mlp.up_proj"
+    }
 
 
 def test_modules_of_other_bits_get_a_group_of_their_own(tmp_path: Path) -> None:

@@ -214,6 +214,35 @@ def test_modelopt_s_own_file_counts_where_config_json_is_silent(tmp_path: Path) 
     assert ckpt.side_files() == []
 
 
+E8M0 = torch.float8_e8m0fnu
+PAIRS = torch.zeros(8, 32, dtype=torch.int8)
+CODES = torch.zeros(8, 64).to(torch.float8_e4m3fn)
+
+
+@pytest.mark.parametrize(
+    ("held", "message"),
+    [
+        ({"weight": PAIRS, "scale": torch.ones(8, 3).to(E8M0)}, r"F8_E8M0 .*; expected \[8, 2\]"),
+        ({"weight": PAIRS, "scale": torch.ones(8, 2)}, "F32 .*expected U8 or F8_E8M0"),
+        ({"weight": CODES, "scale": torch.ones(4)}, r"no weight_block_size; .*or \[8, 1\]"),
+        ({"weight": CODES, "weight_scale": torch.ones(1, 8)}, r"or \[8, 1\]"),
+        ({"weight": CODES[None], "scale": torch.ones(8)}, "expected a matrix"),
+    ],
+)
+def test_scales_of_other_makers_fp8_that_do_not_fit_are_refused(
+    tmp_path: Path, held: dict[str, Tensor], message: str
+) -> None:
+    with pytest.raises(SourceError, match=message):
+        stored(tmp_path, {"quant_method": "fp8"}, held)
+
+
+def test_a_scale_beside_numbers_is_none_of_a_quantized_weight(tmp_path: Path) -> None:
+    """Some modules have a parameter of that name."""
+    held = {"weight": torch.ones(8, 64).bfloat16(), "scale": torch.ones(8)}
+    with pytest.raises(KeyError):
+        stored(tmp_path, {"quant_method": "fp8"}, held)
+
+
 @pytest.mark.parametrize("local", ["qweight", "weight_packed", "gate_up_proj_blocks"])
 def test_codes_of_a_checkpoint_that_says_nothing_of_them_are_refused(
     tmp_path: Path, local: str

@@ -297,3 +297,42 @@ def gpt_oss(folder: Path) -> Foreign:
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     (folder / "config.json").write_text(json.dumps(GPT_OSS))
     return Foreign(folder, weights, tensors)
+
+
+def fp8_rows(name: str = "weight_scale", flat: bool = False) -> Maker:
+    """A scale for each row, [R, 1] or [R]."""
+
+    def make(w_RC: Tensor) -> tuple[Stored, Tensor]:
+        scale = w_RC.abs().amax(1, keepdim=True) / 448
+        code = (w_RC / scale).to(torch.float8_e4m3fn)
+        held = {"weight": code, name: scale.flatten() if flat else scale}
+        return held, (code.float() * scale).bfloat16()
+
+    return make
+
+
+def deepseek(w_RC: Tensor) -> tuple[Stored, Tensor]:
+    """As DeepSeek-V4 has it: FP8 in blocks for attention, pairs of FP4 for its experts' MLPs, both
+    with exponents named `scale`. The number of rows tells which."""
+    R, C = w_RC.shape
+    if R == I or C == I:
+        x = w_RC.unflatten(1, (-1, 32))
+        exponent = (x.abs().amax(-1) / 6).log2().ceil()
+        code = e2m1_codes(x / torch.exp2(exponent)[..., None])
+        w = (E2M1[code.long()] * torch.exp2(exponent)[..., None]).flatten(1)
+        code_RC = code.flatten(1)
+        pairs = (code_RC[:, ::2] | code_RC[:, 1::2] << 4).view(torch.int8)
+        return {
+            "weight": pairs,
+            "scale": torch.exp2(exponent).to(torch.float8_e8m0fnu),
+        }, w.bfloat16()
+    scale = torch.exp2(torch.randint(-14, -10, (-(-R // 128), -(-C // 128))).float())
+    whole = scale.repeat_interleave(128, 0)[:R].repeat_interleave(128, 1)[:, :C]
+    code = (w_RC / whole).clamp(-448, 448).to(torch.float8_e4m3fn)
+    held = {"weight": code, "scale": scale.to(torch.float8_e8m0fnu)}
+    return held, (code.float() * whole).bfloat16()
+
+
+FP8_METHOD: dict[str, Any] = {
+    "quant_method": "fp8", "activation_scheme": "dynamic", "fmt": "e4m3", "scale_fmt": "ue8m0"
+}  # fmt: skip

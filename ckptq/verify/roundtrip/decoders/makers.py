@@ -86,6 +86,20 @@ def modelopt(_: Mapping[str, Any], tensors: Tensors, start: int, stop: int) -> T
     return code_rC.float() * scale.float()[row_r][:, column_C]
 
 
+def fp8(_: Mapping[str, Any], tensors: Tensors, start: int, stop: int) -> Tensor:
+    """A scale for each row; or FP4 pairs by transformers' reading of MXFP4."""
+    scale_rG = _rows(tensors["weight_scale"], start, stop)
+    if "weight" in tensors:
+        return _rows(tensors["weight"], start, stop).float() * scale_rG.float().reshape(-1, 1)
+    from transformers.integrations.mxfp4 import _convert_moe_packed_tensors
+
+    code_rGB = _rows(tensors["weight_packed"], start, stop).view(torch.uint8).unflatten(1, (-1, 16))
+    made_Cr: Tensor = _convert_moe_packed_tensors(
+        code_rGB[None], scale_rG.view(torch.uint8)[None], dtype=torch.float32
+    )[0]
+    return made_Cr.t()
+
+
 def first_expert(tensors: Tensors) -> Tensor:
     """Of gpt-oss: the first expert [C, O] of a layer's MXFP4 blocks, by transformers."""
     from transformers.integrations.mxfp4 import _convert_moe_packed_tensors
@@ -98,6 +112,8 @@ def first_expert(tensors: Tensors) -> Tensor:
 DECODERS: Mapping[str, tuple[str, Decoder]] = {
     "gptq": ("the description of GPTQ's format", gptq),
     "awq": ("compressed-tensors", awq),
+    "fp8": ("transformers", fp8),
+    "fbgemm_fp8": ("torch", fp8),
     "modelopt": ("the description of ModelOpt's format", modelopt),
 }
 """quant_method -> who decodes, and how."""
