@@ -67,6 +67,11 @@ class Module:
     """Whether its codes are said to be chosen by GPTQ, so that they need not be the nearest."""
 
     @property
+    def weighed(self) -> bool:
+        """Whether its ranges are said to be chosen by its inputs, which nothing here can repeat."""
+        return bool(self.group and self.group.weights and self.group.weights.weighed)
+
+    @property
     def scheme(self) -> WeightScheme | None:
         """That of its group; None without a valid one."""
         return self.group.scheme if self.group is not None else None

@@ -14,6 +14,7 @@ from ckptq.recipes.load import load_text
 from ckptq.verify.run import verify
 
 SCHEMES = ["w4a16-g32-gptq", "w4a16-asym-gptq", "w8a8-gptq", "nvfp4a16-gptq", "fp8-dynamic-gptq"]
+WEIGHED = ["w4a16-g32-imatrix", "nvfp4a16-imatrix", "w4a16-g32-imatrix-gptq", "w8a8-imatrix-gptq"]
 UNORDERED = """
 quant_stage:
   quant_modifiers:
@@ -34,6 +35,21 @@ def test_codes_that_gptq_chose_are_no_fault(llama: Path, tmp_path: Path, scheme:
     [note] = {note.code: note for note in report.notes}.values()
     assert note.code == "codes-not-nearest"
     assert "codes chosen by GPTQ" in str(note)
+
+
+@pytest.mark.parametrize("scheme", WEIGHED)
+def test_ranges_that_inputs_weigh_are_no_fault(llama: Path, tmp_path: Path, scheme: str) -> None:
+    out = converted(llama, tmp_path / "out", scheme)
+    report = verify(out, llama)
+    assert report.findings == ()
+    assert {note.code for note in report.notes} <= {"codes-not-nearest", "scale-differs"}
+
+    def double(tensors: dict[str, torch.Tensor]) -> None:
+        scale = tensors[f"{LAYER}.gate_proj.weight_scale"]
+        scale.copy_(scale.float() * 4)
+
+    edit(out, double)
+    assert not verify(out, llama).ok
 
 
 def test_the_recipe_says_so_where_config_json_does_not(llama: Path, tmp_path: Path) -> None:

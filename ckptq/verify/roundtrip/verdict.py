@@ -24,8 +24,8 @@ CHOSEN_DB = 6.0
 """GPTQ's codes cost less than this against the floor."""
 
 LEAST_CHOSEN_DB = 3.0
-"""Where config.json or the recipe says GPTQ, its codes reach this. Channels that inputs hardly use
-may lose all accuracy, for the sake of the others; codes of another weight reach 0."""
+"""Where config.json or the recipe says GPTQ or iMatrix, codes reach this. Columns of small
+inputs lose accuracy for the sake of the others; codes of another weight reach 0."""
 
 ARRIVED_DB = 1.0
 """A weight that arrives as it is stored is no further than this from its tally, which `fast` takes
@@ -72,7 +72,8 @@ def verdict(linear: StoredLinear, tally: Tally) -> list[Finding] | None:
 
 
 def _other_scales(linear: StoredLinear, tally: Tally, floor: float) -> Finding:
-    code = "scale-differs" if tally.snr_db >= floor - CLIPPED_DB else "scale-clips"
+    least = LEAST_CHOSEN_DB if linear.module.weighed else floor - CLIPPED_DB
+    code = "scale-differs" if tally.snr_db >= least else "scale-clips"
     found = f"{tally.scales_wrong} of {tally.scales} scales, {tally.snr_db:.1f} dB"
     return _about(linear, code, found, f"scales from minimum and maximum, {floor:.1f} dB or more")
 
@@ -97,7 +98,8 @@ def undiagnosed(linear: StoredLinear, tally: Tally) -> Finding:
     if linear.module.chosen and _few_scales(tally) and linear.scheme.search is None:
         found = f"{tally.scales_wrong} of {tally.scales} scales are of another range"
         return _about(linear, "scale-corrupt", found, "scales from minimum and maximum")
-    if linear.module.chosen and not tally.scales_wrong and snr >= LEAST_CHOSEN_DB:
+    known = not tally.scales_wrong or linear.module.weighed
+    if linear.module.chosen and known and snr >= LEAST_CHOSEN_DB:
         found = f"{snr:.1f} dB, {share:.0%} of the codes are not the nearest"
         return _about(linear, "codes-not-nearest", found, "codes chosen by GPTQ")
     if share < DAMAGED:
