@@ -2,11 +2,12 @@
 
     python benchmarks/figures.py     # make figures: put the figures of benchmarks/results in
 
-Three marks, as comments that a reader does not see:
+Four marks, as comments that a reader does not see:
 
     7.9x<!-- figure: calibration-llama-8b / ckptq / x oneshot -->    the number before it
     <!-- table: evaluate-real-schemes -->                            the table on the next line
     <!-- measured: kernels -->...<!-- end -->                        machine, date and commit
+    <!-- commit: kernels -->...<!-- end -->                          the commit alone
 
 A cell of a table, in a column that is aligned to the right, is the figure of the row that the first
 cell names in `backticks` (or in plain words) and of the column's head. As many decimals are shown
@@ -29,8 +30,8 @@ NUMBER = r"(?P<number>\d[\d,]*(?:\.\d+)?)"
 CELL = re.compile(rf"{NUMBER}(?P<unit>[^\d]{{0,4}})")
 FIGURE = re.compile(rf"{NUMBER}(?P<unit>[^\d<>|]{{0,8}})<!-- figure: (?P<at>.+?) -->")
 TABLE = re.compile(r"(?P<mark><!-- table: (?P<name>\S+) -->\n)(?P<rows>(?:\|.*\n)+)")
-MEASURED = re.compile(r"<!-- measured: (?P<name>\S+) -->.*?<!-- end -->", re.DOTALL)
-MARK = re.compile(r"<!-- (?:figure|table|measured): ")
+MEASURED = re.compile(r"<!-- (?P<how>measured|commit): (?P<name>\S+) -->.*?<!-- end -->", re.DOTALL)
+MARK = re.compile(r"<!-- (?:figure|table|measured|commit): ")
 HEADING = re.compile(r"^(?=#)", re.MULTILINE)
 
 Results = Mapping[str, Result]
@@ -54,10 +55,10 @@ def rendered(text: str, held: Results, root: Path = REPOSITORY) -> str:
     """The document with the figures that are held; `Unfounded` if one is not, or has no note."""
     text = FIGURE.sub(lambda found: _figure(found, held), text)
     text = TABLE.sub(lambda found: found["mark"] + _table(found, held), text)
-    text = MEASURED.sub(lambda found: _measured(found["name"], held, root), text)
+    text = MEASURED.sub(lambda found: _measured(found, held, root), text)
     _check_marks(text)
     for section in HEADING.split(text):
-        if missing := quoted(section) - set(MEASURED.findall(section)):
+        if missing := quoted(section) - {found["name"] for found in MEASURED.finditer(section)}:
             raise Unfounded(f"no `measured` mark beside figures of {', '.join(sorted(missing))}")
     return text
 
@@ -133,14 +134,17 @@ def _row(line: str, columns: list[str | None], name: str, held: Results) -> str:
     return f"|{'|'.join([first, *cells])}|"
 
 
-def _measured(name: str, held: Results, root: Path) -> str:
+def _measured(found: re.Match[str], held: Results, root: Path) -> str:
+    how, name = found["how"], found["name"]
     if name not in held:
         raise Unfounded(f"no benchmarks/results/{name}.json")
     result = held[name]
-    said = f"{result.machine.split(',')[0]}, {result.date}, commit {result.commit}"
+    said = f"commit {result.commit}"
+    if how == "measured":
+        said = f"{result.machine.split(',')[0]}, {result.date}, {said}"
     if result.is_old(root):
         said += ", code changed since"
-    return f"<!-- measured: {name} -->{said}<!-- end -->"
+    return f"<!-- {how}: {name} -->{said}<!-- end -->"
 
 
 def _put_in() -> Iterator[Path]:

@@ -164,6 +164,12 @@ def test_changed_code_is_noticed_and_said(copy: Path, result: Result) -> None:
     assert rendered(TEXT, {"kernel": result}, copy) == said
 
 
+def test_a_short_note_says_the_commit_alone(copy: Path, result: Result) -> None:
+    short = TEXT.replace("measured: kernel -->A GPU, 2026-11-27, ", "commit: kernel -->")
+    assert rendered(short, {"kernel": result}, copy) == short
+    assert "<!-- commit: kernel -->commit 1234567<!-- end -->" in short
+
+
 def test_a_module_more_is_noticed(copy: Path) -> None:
     before = digest(["ckptq"], copy)
     (copy / "ckptq" / "more.py").write_text("")
