@@ -75,6 +75,17 @@ def quantization_of(config: Mapping[str, Any]) -> Mapping[str, Any]:
     return inner if isinstance(inner, Mapping) else config
 
 
+def has_fp8_cache(config: Mapping[str, Any]) -> bool:
+    """Whether engines keep the KV cache in FP8 for a checkpoint with this quantization config."""
+    if config.get("quant_method") != "modelopt":
+        return False
+    scheme = config.get("kv_cache_scheme")
+    if isinstance(scheme, Mapping):
+        return (scheme.get("type"), scheme.get("num_bits")) == ("float", 8)
+    said = quantization_of(config).get("kv_cache_quant_algo", scheme)
+    return str(said).upper() == "FP8"
+
+
 def _check_algorithms(ckpt: Checkpoint) -> None:
     said = quantization_of(ckpt.quantization_config or {})
     layers = said.get("quantized_layers")
