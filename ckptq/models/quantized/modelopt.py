@@ -20,6 +20,7 @@ from ckptq.errors import PlanError, SourceError
 from ckptq.models.quantized.encoded_weight import Encoded
 from ckptq.quantize.stored import stored
 from ckptq.quantize.weight_scheme import WeightScheme
+from ckptq.recipes.args import Args
 from ckptq.spec import FLOATS, TensorSpec
 
 ALGORITHMS = (
@@ -81,7 +82,8 @@ def has_fp8_cache(config: Mapping[str, Any]) -> bool:
         return False
     scheme = config.get("kv_cache_scheme")
     if isinstance(scheme, Mapping):
-        return (scheme.get("type"), scheme.get("num_bits")) == ("float", 8)
+        args = Args.read(scheme, "kv_cache_scheme", lambda *_: None)
+        return (args.type, args.num_bits) == ("float", 8)
     said = quantization_of(config).get("kv_cache_quant_algo", scheme)
     return str(said).upper() == "FP8"
 
