@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from ckptq.checkpoint.header import StoredTensor
-from ckptq.checkpoint.read import Files, Memory, bytes_of, read_into, read_range
+from ckptq.checkpoint.read import Files, Memory, read_range, read_tensor
 from ckptq.spec import TensorSpec
 
 if TYPE_CHECKING:
@@ -71,14 +71,13 @@ class View:
         return self.stored, self.index, self.rows.start, self.rows.stop
 
     @property
-    def slab_spec(self) -> TensorSpec:
-        """Dtype and shape of the slab."""
-        _, _, first, last = self.slab
-        return TensorSpec(self.stored.spec.dtype, (last - first, self.stored.spec.shape[-1]))
+    def slab_pieces(self) -> tuple[StoredTensor, ...]:
+        """The slab as a tensor of its own; empty where the view streams."""
+        return () if self.streams else (_slab(self),)
 
     @property
     def slab_bytes(self) -> int:
-        return 0 if self.streams else self.slab_spec.nbytes
+        return sum(piece.nbytes for piece in self.slab_pieces)
 
 
 def read_rows(
@@ -95,15 +94,7 @@ def read_rows(
 
 def read_slab(files: Files, view: View) -> Tensor:
     """The whole slab, in new memory."""
-    _, _, first, last = view.slab
-    return read_range(files, _matrix(view), first, last)
-
-
-def read_slab_rows(files: Files, view: View, slab: Tensor, start: int, stop: int) -> None:
-    """Fill rows start..stop of an existing slab."""
-    _, _, first, _ = view.slab
-    step = view.slab_spec.nbytes // view.slab_spec.shape[0]
-    read_into(files, _matrix(view), (first + start) * step, bytes_of(slab[start:stop]))
+    return read_tensor(_slab(view), files)
 
 
 def window(slab: Tensor, view: View) -> Tensor:
@@ -112,6 +103,16 @@ def window(slab: Tensor, view: View) -> Tensor:
     rows = None if view.rows is None else slice(view.rows.start - first, None, view.rows.step)
     found = slab[rows or slice(None), _slice(view.columns)]
     return found.t() if view.transposed else found
+
+
+def _slab(view: View) -> StoredTensor:
+    """The rows of the slab, as if they were stored alone."""
+    _, _, first, last = view.slab
+    matrix = _matrix(view)
+    rows, columns = matrix.spec.shape
+    spec = TensorSpec(matrix.spec.dtype, (last - first, columns))
+    at = matrix.offset + first * (matrix.nbytes // rows)
+    return StoredTensor(matrix.name, spec, matrix.file, at, matrix.identity)
 
 
 def _matrix(view: View) -> StoredTensor:

@@ -123,7 +123,7 @@ def _documents(
 ) -> dict[str, bytes]:
     attention_class = scales.attention_class if scales and plan.attention else None
     quantization = documents.quantization_config(plan, attention_class)
-    config = {**unquantized_config(ckpt.config), "quantization_config": quantization}
+    config = {**unquantized_config(ckpt.config), **quantization}
     if plan.marks:
         config = marked_config(config, plan.marks)
     made = {"calibration": scales.record()} if scales is not None else {}

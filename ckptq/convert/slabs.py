@@ -1,4 +1,5 @@
-"""Memory for weights that cannot be streamed by rows: a transposed expert is held whole.
+"""Memory for weights that cannot be streamed by rows: a transposed expert is held whole, and so are
+GPTQ's and AWQ's codes.
 
 Units reuse a fixed number of rooms, so that memory stays within the plan and pages are faulted in
 only once.
@@ -6,7 +7,7 @@ only once.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -14,10 +15,12 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from ckptq.checkpoint.read import Files
-from ckptq.checkpoint.view import View, read_slab_rows
+from ckptq.checkpoint.header import StoredTensor
+from ckptq.checkpoint.read import Files, bytes_of, read_into
+from ckptq.checkpoint.view import View
 from ckptq.convert.schedule import Task
-from ckptq.permute.reordered import Source
+from ckptq.models.encoded import Encoded, HeldWhole
+from ckptq.permute.reordered import Reordered, Source
 from ckptq.plan.unit import Unit
 from ckptq.spec import TensorSpec, torch_dtype
 
@@ -26,21 +29,23 @@ BAND_BYTES = 1 << 24
 
 ALIGNMENT = 64
 
+Whole = View | HeldWhole
+"""What cannot be read by rows."""
+
 
 @dataclass(frozen=True, slots=True)
 class Slab:
-    """One matrix in memory, and a view that lies on it."""
+    """Stored tensors that are in memory whole."""
 
-    view: View
-    matrix: Tensor
+    pieces: tuple[StoredTensor, ...]
+    tensors: tuple[Tensor, ...]
 
     def read_tasks(self, files: Files) -> Iterator[Task]:
-        """Tasks that together fill the matrix."""
-        rows = self.matrix.shape[0]
-        step = max(BAND_BYTES * rows // self.view.slab_bytes, 1)
-        for start in range(0, rows, step):
-            stop = min(start + step, rows)
-            yield partial(read_slab_rows, files, self.view, self.matrix, start, stop)
+        """Tasks that together fill the tensors."""
+        for piece, tensor in zip(self.pieces, self.tensors, strict=True):
+            data = bytes_of(tensor)
+            for start in range(0, piece.nbytes, BAND_BYTES):
+                yield partial(read_into, files, piece, start, data[start : start + BAND_BYTES])
 
 
 class Slabs:
@@ -55,14 +60,14 @@ class Slabs:
         return not self._free and not self._not_made
 
     @contextmanager
-    def of(self, unit: Unit) -> Iterator[dict[View, Slab]]:
-        """The slabs of a unit by the views on them, not yet read; views that stream have none."""
-        views = [v for v in views_of(unit) if isinstance(v, View) and not v.streams]
-        if not views:
+    def of(self, unit: Unit) -> Iterator[dict[Whole, Slab]]:
+        """The slabs of a unit by the weights in them, not yet read; what streams has none."""
+        whole = [weight for weight in map(_inner, views_of(unit)) if not weight.streams]
+        if not whole:
             yield {}
             return
         room = self._take()
-        yield _furnish(room, views)
+        yield _furnish(room, whole)
         self._free.append(room)
 
     def _take(self) -> Tensor:
@@ -73,19 +78,28 @@ class Slabs:
         return torch.empty(self._room_bytes, dtype=torch.uint8)
 
 
-def _furnish(room: Tensor, views: list[View]) -> dict[View, Slab]:
+def _furnish(room: Tensor, weights: Iterable[View | Encoded]) -> dict[Whole, Slab]:
     slabs: dict[object, Slab] = {}
+    found: dict[Whole, Slab] = {}
     at = 0
-    for view in views:
-        if view.slab not in slabs:
-            spec = view.slab_spec
-            slabs[view.slab] = Slab(view, _tensor(room[at : at + spec.nbytes], spec))
-            at += _aligned(spec.nbytes)
-    return {view: slabs[view.slab] for view in views}
+    for weight in weights:
+        assert isinstance(weight, View | HeldWhole)
+        if weight.slab not in slabs:
+            tensors = []
+            for piece in weight.slab_pieces:
+                tensors.append(_tensor(room[at : at + piece.nbytes], piece.spec))
+                at += _aligned(piece.nbytes)
+            slabs[weight.slab] = Slab(weight.slab_pieces, tuple(tensors))
+        found[weight] = slabs[weight.slab]
+    return found
 
 
 def _tensor(memory: Tensor, spec: TensorSpec) -> Tensor:
     return memory.view(torch_dtype(spec.dtype)).view(spec.shape)
+
+
+def _inner(weight: Source) -> View | Encoded:
+    return weight.inner if isinstance(weight, Reordered) else weight
 
 
 def views_of(unit: Unit) -> list[Source]:
@@ -95,8 +109,8 @@ def views_of(unit: Unit) -> list[Source]:
 
 def held_bytes(unit: Unit) -> int:
     """The room that a unit's slabs need together; 0 where everything streams."""
-    sizes = {view.slab: view.slab_bytes for view in views_of(unit)}
-    return sum(map(_aligned, sizes.values()))
+    pieces = {weight.slab: weight.slab_pieces for weight in map(_inner, views_of(unit))}
+    return sum(_aligned(piece.nbytes) for held in pieces.values() for piece in held)
 
 
 def _aligned(nbytes: int) -> int:

@@ -39,8 +39,9 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
 
-Watch = Callable[["nn.Module", Batch], AbstractContextManager[None]]
-"""Gets a layer and the batch that it is about to run on."""
+Watch = Callable[["nn.Module", Batch], "AbstractContextManager[None] | None"]
+"""Makes the context in which a layer runs on a batch, for hooks; None where it does not run. Then,
+and where the context swallows an error, the hidden states stay as they are."""
 
 SHARE_OF_GPU = 0.25
 """Share of a GPU's free memory up to which hidden states stay there, saving two copies a layer."""
@@ -136,10 +137,12 @@ class LayerwiseModel:
         name = self.layer_names[index]
         layer, moved = self.skeleton.layers[name], Moved(self.device)
         for number, hidden_BSE in enumerate(stream.hidden_BSE):
-            args, kwargs = moved(stream.arguments[number][index])
-            hidden_BSE = hidden_BSE.to(self.device)
-            with nullcontext() if watch is None else watch(layer, stream.batches[number]):
-                result = self._through(layer, name, hidden_BSE, args, kwargs)
+            result: Any = hidden_BSE
+            context = nullcontext() if watch is None else watch(layer, stream.batches[number])
+            if context is not None:
+                args, kwargs = moved(stream.arguments[number][index])
+                with context:
+                    result = self._through(layer, name, hidden_BSE.to(self.device), args, kwargs)
             yield result[0] if isinstance(result, tuple) else result
 
     def _through(

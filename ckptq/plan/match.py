@@ -12,7 +12,7 @@ from ckptq.errors import PlanError, SourceError, UsageError
 from ckptq.models.experts import FUSED_WEIGHT, experts_of
 from ckptq.models.family import in_layers
 from ckptq.models.modules import Layout, Linear
-from ckptq.models.readable import refuse_bare_codes, unread
+from ckptq.models.quantized.readable import refuse_bare_codes, unread
 from ckptq.models.witnesses import NAMEABLE, Witnesses
 from ckptq.plan.left import EXPECTED
 from ckptq.printable import listed

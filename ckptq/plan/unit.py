@@ -28,6 +28,8 @@ class Part:
     scheme: WeightScheme
     writes: Mapping[str, TensorSpec]
     """Local names: "weight", "weight_scale", ..."""
+    kept: bool = False
+    """Whether the source's codes and scales are written as they are, and nothing is quantized."""
 
     @property
     def quantum(self) -> int:

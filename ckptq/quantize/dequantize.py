@@ -30,10 +30,14 @@ def dequantize(
 
     In the dtype of the scales, or float32 where that is not one for weights (exponents, NVFP4);
     rounded to `dtype` if one is given. The columns of packed integers come from `shape`, else from
-    "weight_shape". `TypeError` for scales of a dtype that is neither a float nor an exponent.
+    "weight_shape". "weight_g_idx" [C] is the group of each column, where groups are in activation
+    order; "weight_scale_2" is ModelOpt's, by which NVFP4's scales are multiplied. `TypeError` for
+    scales of a dtype that is neither a float nor an exponent.
     """
     scale = _scale(tensors, scheme)
     code_RC = _codes(tensors, scheme, shape).to(scale.dtype)
+    if "weight_g_idx" in tensors:
+        return _reordered(code_RC, scale, tensors, scheme).to(dtype or scale.dtype)
     x = tiled(code_RC, scheme)
     if not scheme.symmetric:
         zero_point = _zero_point(tensors, scheme, code_RC.shape[0])
@@ -42,8 +46,21 @@ def dequantize(
     return w_RC.to(dtype or scale.dtype).contiguous()
 
 
+def _reordered(
+    code_RC: Tensor, scale_RG: Tensor, tensors: Mapping[str, Tensor], scheme: WeightScheme
+) -> Tensor:
+    """Groups in activation order: each column has the scale of the group that it names."""
+    index_C = tensors["weight_g_idx"].long()
+    if not scheme.symmetric:
+        zero_RG = _zero_point(tensors, scheme, code_RC.shape[0]).to(scale_RG.dtype)
+        code_RC = code_RC - zero_RG[:, index_C]
+    return code_RC * scale_RG[:, index_C]
+
+
 def _scale(tensors: Mapping[str, Tensor], scheme: WeightScheme) -> Tensor:
     scale = tensors["weight_scale"]
+    if scheme.strategy == "tensor_group" and "weight_scale_2" in tensors:
+        return scale.float() * tensors["weight_scale_2"]
     if scheme.strategy == "tensor_group":
         return scale.float() / tensors["weight_global_scale"]
     if scale.dtype in EXPONENTS:

@@ -18,6 +18,7 @@ from ckptq.recipes import gptq, imatrix, searched
 from ckptq.recipes.args import Args
 from ckptq.recipes.dialect import read_modifiers, read_stages
 from ckptq.recipes.preset import EMPTY, preset_text
+from ckptq.recipes.rewriting import REWRITTEN, rewriting
 from ckptq.recipes.scheme import PARTS, Gptq, Recipe, read_groups, read_strings
 from ckptq.recipes.spelled import GPTQ, MODIFIERS, PLAIN, STAGE, spelled
 
@@ -48,6 +49,8 @@ def load_scheme(name: str) -> Recipe:
     for suffix, change in SUFFIXES.items():
         if name.lower().endswith(suffix):
             return change(load_scheme(name[: -len(suffix)]))
+    if name.lower() in REWRITTEN:
+        return rewriting(name.lower())
     files = built_in()
     if name.lower() in files:
         text = files[name.lower()].read_text()
@@ -75,7 +78,7 @@ def describe() -> dict[str, str]:
 
     ours = {name: _first_comment(path) for name, path in built_in().items()}
     presets = {name: "compressed-tensors preset" for name in PRESET_SCHEMES if name != EMPTY}
-    return ours | presets
+    return ours | dict(REWRITTEN) | presets
 
 
 def _first_comment(path: Path) -> str:

@@ -136,6 +136,9 @@ class Scheme:
         return next(named, None) or next(by_class, None)
 
 
+DEQUANTIZE, REPACK = "dequantize", "repack"
+
+
 @dataclass(frozen=True, kw_only=True)
 class Gptq:
     """How codes are chosen: llm-compressor's `GPTQModifier`, with its names and defaults.
@@ -159,6 +162,8 @@ class Recipe(Scheme):
     name: str
     gptq: Gptq | None = None
     """None rounds to the nearest code."""
+    conversion: str | None = None
+    """DEQUANTIZE or REPACK: it quantizes nothing, and a quantized source is written otherwise."""
     handed_over: tuple[str, ...] = ()
     """Modifiers that llm-compressor has to run itself, by class name."""
     text: str

@@ -21,7 +21,7 @@ from ckptq.models.attention import (
     cache_scales,
     layer_index,
 )
-from ckptq.models.encoded import packed_columns
+from ckptq.models.encoded import Encoded, packed_columns
 from ckptq.models.family import Family, family_of
 from ckptq.models.heads import Heads, config_heads, heads_in, layer_heads
 from ckptq.models.modules import Layout, Linear, read_layout
@@ -136,6 +136,12 @@ class Subject:
     @cached_property
     def origin(self) -> Layout | None:
         return read_layout(self.source) if self.source is not None else None
+
+    @cached_property
+    def decoded(self) -> Mapping[str, Encoded]:
+        """Tensor -> the experts in one tensor of codes, in the source, that it was made of."""
+        found = self.origin.decoded.values() if self.origin is not None else ()
+        return {weight.plain: weight for weight in found}
 
     @cached_property
     def heads(self) -> Heads | None:

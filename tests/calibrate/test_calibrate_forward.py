@@ -212,6 +212,6 @@ def test_code_in_the_checkpoint_runs_only_when_trusted(saved, batches, tmp_path,
 
 def test_a_source_that_cannot_be_read_back_is_refused(saved):
     ckpt = saved("llama")
-    config = {**ckpt.config, "quantization_config": {"quant_method": "gptq"}}
-    with pytest.raises(PlanError, match="quantized with 'gptq', which ckptq cannot read"):
+    config = {**ckpt.config, "quantization_config": {"quant_method": "hqq"}}
+    with pytest.raises(PlanError, match="quantized with 'hqq', which ckptq cannot read"):
         open_model(replace(ckpt, config=config))

@@ -32,7 +32,7 @@ class Layers(NamedTuple):
     number: int
 
 
-SCALES = re.compile(r"scale|zero_point|weight_shape|g_idx|absmax")
+SCALES = re.compile(r"scale|zero_point|qzeros|weight_shape|g_idx|absmax")
 """In names of tensors that stand beside quantized weights, and have no place in the model."""
 
 READERS = re.compile(r"\.(k|v)_(proj|norm)\.\w+$")

@@ -190,9 +190,16 @@ def _first_of_each(ckpt: Checkpoint) -> tuple[dict[str, str], dict[str, set[Numb
     return first, numbers
 
 
+CODES = {".weight_packed": ".weight", ".qweight": ".weight", "_proj_blocks": "_proj"}
+"""How tensors of codes end, and the weights that they stand for."""
+
+
 def plain_name(name: str) -> str:
     """A packed weight passes as the weight that it stands for."""
-    return name.removesuffix("_packed") if name.endswith(".weight_packed") else name
+    for codes, weight in CODES.items():
+        if name.endswith(codes):
+            return name.removesuffix(codes) + weight
+    return name
 
 
 def _loads_split(model: PreTrainedModel, fused: str, module: nn.Module) -> bool:

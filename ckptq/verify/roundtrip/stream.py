@@ -11,6 +11,7 @@ from functools import partial
 
 from ckptq.checkpoint.read import Files, read_tensor
 from ckptq.checkpoint.view import View, read_slab, window
+from ckptq.models.encoded import Encoded
 from ckptq.models.weight import naming
 from ckptq.models.weight_rows import Rows, rows_of, weight_rows
 from ckptq.verify.report import Finding, TensorResult
@@ -67,14 +68,15 @@ def _run(linear: StoredLinear, files: Files, start: int, stop: int) -> list[Part
 
 def _slab(linears: list[StoredLinear], files: Files, fast: bool) -> list[Part]:
     """gate and up of one expert share a slab: read it once."""
-    views = [one.module.origin.weight for one in linears if one.module.origin is not None]
-    first = views[0]
-    assert isinstance(first, View)
-    slab = read_slab(files, first)
+    weights = [one.module.origin.weight for one in linears if one.module.origin is not None]
+    first = weights[0]
+    slab = read_slab(files, first) if isinstance(first, View) else None
     parts = []
-    for linear, view in zip(linears, views, strict=True):
-        assert isinstance(view, View)
-        rows = rows_of(window(slab, view))
+    for linear, weight in zip(linears, weights, strict=True):
+        if slab is not None and isinstance(weight, View):
+            rows = rows_of(window(slab, weight))
+        else:
+            rows = weight_rows(files, weight)
         for start, stop in spans(linear, fast):
             parts.append(_compare(linear, linear.read(files, start, stop), rows, start, stop))
     return parts
@@ -103,8 +105,10 @@ def _compare(linear: StoredLinear, held: Held, rows: Rows | None, start: int, st
         if source is not None:
             w_RC = source[first - start : last - start]
             assert linear.module.origin is not None
-            with naming(linear.name, linear.module.origin.weight.stored):
-                one = compare(w_RC, cut, linear.scheme)
+            origin = linear.module.origin.weight
+            alike = isinstance(origin, Encoded) and str(origin.scheme) == str(linear.scheme)
+            with naming(linear.name, origin.stored):
+                one = compare(w_RC, cut, linear.scheme, alike=alike)
             tally += one
         if one is None or one.unproved:
             found += check_codes(linear, cut)

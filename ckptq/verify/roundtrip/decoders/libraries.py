@@ -23,10 +23,13 @@ from ckptq.checkpoint.open import Checkpoint
 from ckptq.checkpoint.view import View
 from ckptq.models.encoded import Encoded
 from ckptq.models.weight import Weight
+from ckptq.verify.roundtrip.decoders.makers import DECODERS, decode_foreign
 from ckptq.verify.subject import CODES
 
 if TYPE_CHECKING:
     from compressed_tensors.quantization import QuantizationScheme
+
+COMPRESSED = "compressed-tensors"
 
 NOT_WEIGHTS = ("weight_shape", "input_scale", "input_zero_point", "input_global_scale")
 
@@ -79,17 +82,35 @@ def _share(local: str, scheme: QuantizationScheme, format: str) -> Fraction | No
     return Fraction(1)
 
 
+def source_library(ckpt: Checkpoint | None) -> str:
+    """Who decodes the weights of a source."""
+    method = str(((ckpt.quantization_config if ckpt else None) or {}).get("quant_method"))
+    if method in DECODERS:
+        return DECODERS[method][0]
+    return COMPRESSED if method == COMPRESSED else "transformers"
+
+
 def decode_source(ckpt: Checkpoint, weight: Weight, start: int, stop: int) -> Tensor | None:
     """Rows start..stop of a source weight, in float32; None for one that no library decodes."""
     if isinstance(weight, View):
         return _window(weight)[start:stop].float()
-    if (ckpt.quantization_config or {}).get("quant_method") == "fp8":
+    method = (ckpt.quantization_config or {}).get("quant_method")
+    if method == "fp8" and _has_blocks(ckpt, weight):
         return _fp8(ckpt, weight, start, stop)
+    if method != COMPRESSED:
+        return decode_foreign(ckpt, weight.tensors, start, stop)
     group = _group_name(ckpt, weight)
     if group is None:
         return None
     R, C = weight.spec.shape
     return decode_compressed(weight.tensors, ct_scheme(ckpt, group), (R, C), start, stop)
+
+
+def _has_blocks(ckpt: Checkpoint, weight: Encoded) -> bool:
+    """Or one scale: what transformers reads of FP8."""
+    block = (ckpt.quantization_config or {}).get("weight_block_size")
+    one = weight.tensors["weight_scale"].spec.numel == 1
+    return "weight" in weight.tensors and (bool(block) or one)
 
 
 def _window(view: View) -> Tensor:

@@ -1,0 +1,1 @@
+"""Weights that a checkpoint stores quantized: one module for each maker's format."""
