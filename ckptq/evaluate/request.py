@@ -64,6 +64,12 @@ def evaluate_request(
     _check(asked)
     named = {recipe.name: recipe for recipe in map(load_scheme, asked.schemes)}
     recipes = list(named.values())
+    for recipe in recipes:
+        if recipe.runs_layers:
+            raise UsageError(
+                f"--schemes {recipe.name}: weights are quantized by their inputs, which takes a "
+                "calibration; run `ckptq quantize`, then evaluate its result with --source"
+            )
     ckpt = open_checkpoint(path, revision)
     source = open_checkpoint(asked.source) if asked.source is not None else None
     if source is None and ckpt.quantization_config is not None and not asked.caches:

@@ -11,6 +11,7 @@ from ckptq.calibrate.request import CalibrationRequest
 from ckptq.calibrate.to_file import ScalesRequest, calibrate_to_file
 from ckptq.convert.quantize import QuantizeRequest, plan_of, quantize
 from ckptq.errors import UsageError
+from ckptq.evaluate.request import EvaluationRequest, evaluate_request
 from ckptq.recipes.gptq import with_gptq
 from ckptq.recipes.group_size import with_group_size
 from ckptq.recipes.load import load_scheme, load_text, load_written
@@ -101,6 +102,13 @@ def test_gptq_cannot_be_added_to_what_is_handed_over() -> None:
 def test_the_plan_is_shown_without_running_anything(llama: Path) -> None:
     plan = plan_of(QuantizeRequest(model=llama, recipe=load_scheme("w4a16-g32-gptq")))
     assert len(plan.quantized) == 7
+
+
+@pytest.mark.parametrize("scheme", ["w4a16-g32-gptq", "w4a16-g32-imatrix"])
+def test_evaluate_does_not_pass_rounding_off_as_it(llama: Path, scheme: str) -> None:
+    asked = EvaluationRequest(schemes=(scheme,))
+    with pytest.raises(UsageError, match="run `ckptq quantize`, then evaluate its result"):
+        evaluate_request(llama, asked)
 
 
 def test_scales_from_a_file_do_not_go_with_it(llama: Path, tmp_path: Path) -> None:
