@@ -24,7 +24,6 @@ from ckptq.models.quantized.groups import (
     rows_of_scales,
     want_shapes,
 )
-from ckptq.quantize.packing import pack_nibbles
 from ckptq.spec import TensorSpec
 
 if TYPE_CHECKING:
@@ -46,6 +45,8 @@ class Awq(HeldWhole):
 
     def cut(self, held: Held, start: int, stop: int) -> dict[str, Tensor]:
         import torch
+
+        from ckptq.quantize.packing import pack_nibbles
 
         low, high = start // len(ORDER), stop // len(ORDER)
         code_RC = _channels(held["qweight"][:, low:high])

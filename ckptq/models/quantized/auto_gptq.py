@@ -31,7 +31,7 @@ from ckptq.models.quantized.groups import (
     want_shapes,
     words_span,
 )
-from ckptq.quantize.packing import pack_words, unpack_words, words
+from ckptq.quantize.stored import words
 from ckptq.spec import TensorSpec
 
 if TYPE_CHECKING:
@@ -112,6 +112,8 @@ class Gptq(HeldWhole):
         if not self.less_one:
             return word_GW.t().contiguous()
         import torch
+
+        from ckptq.quantize.packing import pack_words, unpack_words
 
         bits = self.scheme.num_bits
         half = 2 ** (bits - 1)

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, TypeVar, cast
 from ckptq.checkpoint.header import StoredTensor
 from ckptq.checkpoint.open import CONFIG, Checkpoint
 from ckptq.errors import PlanError, SourceError
-from ckptq.quantize.packing import unpack_words, words
+from ckptq.quantize.stored import words
 from ckptq.quantize.weight_scheme import WeightScheme
 from ckptq.spec import TensorSpec
 
@@ -94,6 +94,8 @@ def check_symmetric(stored: StoredTensor, zero_WG: Tensor, bits: int, rows: int)
 
     vLLM does not read them then, other engines do. `zero_WG` is packed as compressed-tensors packs.
     """
+    from ckptq.quantize.packing import unpack_words
+
     zero_GR = unpack_words(zero_WG.t().contiguous(), bits, rows)
     if zero_GR.any():
         raise SourceError(
