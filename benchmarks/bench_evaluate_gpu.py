@@ -111,10 +111,10 @@ def rows_timed() -> Iterator[dict[str, list[tuple[Any, Any]]]]:
     """CUDA events around every batch of every row in every layer, by row."""
     import torch
 
-    from ckptq.evaluate.compare import Comparison
+    from ckptq.evaluate.watching import Watching
 
     events: dict[str, list[tuple[Any, Any]]] = defaultdict(list)
-    watch_of = Comparison._watch
+    watch_of = Watching.layer
 
     def timed(self: Any, track: Any, index: int) -> Any:
         watch = watch_of(self, track, index)
@@ -123,18 +123,20 @@ def rows_timed() -> Iterator[dict[str, list[tuple[Any, Any]]]]:
         def both(layer: Any, run: Any) -> Iterator[None]:
             start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
             start.record()
-            with watch(layer, run):
+            around = watch(layer, run)
+            assert around is not None, run.variant.name
+            with around:
                 yield
             end.record()
             events[run.variant.name].append((start, end))
 
         return both
 
-    Comparison._watch = timed  # type: ignore[method-assign]
+    Watching.layer = timed  # type: ignore[method-assign]
     try:
         yield events
     finally:
-        Comparison._watch = watch_of  # type: ignore[method-assign]
+        Watching.layer = watch_of  # type: ignore[method-assign]
 
 
 def _timed(function: Callable[..., Any], seconds: list[float]) -> Callable[..., Any]:

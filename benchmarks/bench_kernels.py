@@ -4,8 +4,7 @@
 
 Every kernel's result is first compared with eager torch's at the very shape that is timed, to the
 bit, and a difference ends the run. Bytes count every input and output once, whatever a kernel
-really moves; the operations that have to see all of the input before their first code count it
-twice ("2 reads"). compressed-tensors is timed where it is installed: extrema, its qparams, its
+really moves. compressed-tensors is timed where it is installed: extrema, its qparams, its
 quantization and packing, and whether its codes are ours. Linear products are compared with
 dequantize-then-multiply in fp32 and timed beside torch's bf16 product.
 
@@ -26,29 +25,21 @@ from record import add_option, extremes, gpu, publish
 from torch import Tensor
 
 from ckptq.kernels.int4.quantize_int4 import dequantize_int4, quantize_int4
-from ckptq.kernels.int4.quantize_int4_experts import quantize_int4_experts
 from ckptq.kernels.linear.linear_fp8_block import linear_fp8_block
 from ckptq.kernels.linear.linear_w4a16 import linear_w4a16
 from ckptq.kernels.linear.linear_w8a8 import linear_w8a8
 from ckptq.kernels.quantize.dequantize_codes import dequantize
 from ckptq.kernels.quantize.quantize_blocks import quantize_blocks
-from ckptq.kernels.quantize.quantize_expert_blocks import quantize_expert_blocks
-from ckptq.kernels.quantize.quantize_experts import quantize_experts
 from ckptq.kernels.quantize.quantize_rows import quantize_rows
 from ckptq.kernels.quantize.quantize_static import quantize_static
-from ckptq.kernels.quantize.quantize_tensor import quantize_heads, quantize_tensor
 
 CODE = ("ckptq/kernels/quantize", "ckptq/kernels/int4")
 PRODUCTS = ("ckptq/kernels/linear",)
 FP8, INT8 = torch.float8_e4m3fn, torch.int8
 LLAMA_70B = [(8192, 8192), (28672, 8192), (8192, 28672)]
 """q_proj and o_proj, gate_proj and up_proj, down_proj of Llama-3.1-70B."""
-LLAMA_4 = [(16, 5120, 16384), (16, 8192, 5120)]
-"""Fused gate_up_proj and down_proj of a Llama-4 Scout layer; of the first, gate is a half."""
 LINEAR = [(16, 28672, 8192), (4096, 28672, 8192)]
 """Tokens, output channels, input features: gate_proj of Llama-3.1-70B, decoding and a prompt."""
-KEYS = [(65536, 8, 128)]
-"""Tokens, key heads, head dimension of Llama-3.1-70B."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,18 +52,10 @@ class Case:
     eager: Callable[..., Any]
     theirs: Callable[..., Any] | None = None
     prepare: Callable[[Tensor], tuple] = lambda x: (x,)
-    reads: int = 1
-    """How often the input has to be read."""
 
 
 def static_inputs(x: Tensor) -> tuple:
     return x, torch.full((1, 1), 0.01, dtype=x.dtype, device=x.device)
-
-
-def gate(x_EKN: Tensor) -> tuple:
-    """The first half of the columns where gate and up are fused, else all."""
-    _, K, N = x_EKN.shape
-    return (x_EKN[:, :, : N // 2] if N > 2 * K else x_EKN,)
 
 
 def cases() -> list[Case]:
@@ -93,14 +76,6 @@ def cases() -> list[Case]:
             theirs=theirs("int_channel"),
         ),
         Case(
-            name="fp8 tensor, 2 reads",
-            shapes=LLAMA_70B,
-            kernel=quantize_tensor,
-            eager=base.tensor,
-            theirs=theirs("tensor"),
-            reads=2,
-        ),
-        Case(
             name="fp8 tensor, static",
             shapes=LLAMA_70B,
             kernel=lambda x, s: quantize_static(x, s, tuple(x.shape)),
@@ -113,13 +88,6 @@ def cases() -> list[Case]:
             kernel=quantize_blocks,
             eager=base.blocks,
             theirs=theirs("block"),
-        ),
-        Case(
-            name="fp8 head, 2 reads",
-            shapes=KEYS,
-            kernel=quantize_heads,
-            eager=base.heads,
-            reads=2,
         ),
         Case(
             name="int4 g128 + pack",
@@ -148,28 +116,6 @@ def cases() -> list[Case]:
             kernel=lambda p, s: dequantize_int4(p, s, p.shape[1] * 8),
             eager=lambda p, s: base.dequantized_int4(p, s, p.shape[1] * 8),
             prepare=lambda x: quantize_int4(x)[:2],
-        ),
-        Case(
-            name="experts, fp8 channel, 2 reads",
-            shapes=LLAMA_4,
-            kernel=quantize_experts,
-            eager=partial(base.turned, base.rows),
-            prepare=gate,
-            reads=2,
-        ),
-        Case(
-            name="experts, fp8 block 128",
-            shapes=LLAMA_4,
-            kernel=quantize_expert_blocks,
-            eager=partial(base.turned, base.blocks),
-            prepare=gate,
-        ),
-        Case(
-            name="experts, int4 g128 + pack",
-            shapes=LLAMA_4,
-            kernel=lambda x: quantize_int4_experts(x)[:2],
-            eager=partial(base.turned, base.int4),
-            prepare=gate,
         ),
     ]
 
@@ -204,7 +150,7 @@ def bench(case: Case, shape: tuple[int, ...], device: torch.device) -> dict[str,
     got = case.kernel(*inputs)
     if not equal(got, case.eager(*inputs)):
         sys.exit(f"{case.name} {shape}: kernel and eager torch differ; nothing is reported")
-    moved = nbytes_of(got) + nbytes_of(inputs) * case.reads
+    moved = nbytes_of(got) + nbytes_of(inputs)
     ms, copy = measure(lambda: case.kernel(*inputs)), copy_gbs(moved // 2, device)
     eager_ms = measure(lambda: case.eager(*inputs), 5)
     row = {

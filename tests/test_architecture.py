@@ -32,7 +32,7 @@ ROOMS = {
     ),
     "ckptq.evaluate": (
         *("text", "scores", "linears", "caches", "weights"),
-        *("variant", "pieces", "compare", "outside", "result", "run", "request"),
+        *("variant", "watching", "pieces", "compare", "outside", "result", "run", "request"),
     ),
     "ckptq.kernels": (
         *("gpu", "shared_memory", "rounding", "product_rows"),
@@ -41,20 +41,8 @@ ROOMS = {
 }
 """House -> the rooms in it, from the bottom up."""
 
-WAITING = {
-    "the validation forward: fused experts": (
-        *("quantize.quantize_tensor:scales_of_maxima", "quantize.quantize_tensor:scale_columns"),
-        *("quantize.quantize_experts:quantize_experts",),
-        *("quantize.quantize_expert_blocks:quantize_expert_blocks",),
-        *("int4.quantize_int4_experts:quantize_int4_experts",),
-    ),
-    "the validation forward: KV caches": (
-        *("cache.write_cache:write_cache", "cache.paged_attention:paged_attention"),
-        *("token_head.write_token_head:write_token_head", "token_head.kv_lifted:write_lifted"),
-        *("token_head.token_head_attention:token_head_attention", "token_head.hadamard:rotate"),
-    ),
-}
-"""Purpose -> the launchers that no command reaches yet. It only shrinks."""
+WAITING: dict[str, tuple[str, ...]] = {}
+"""Purpose -> the launchers that no command reaches yet: none."""
 
 Sources = Mapping[str, str]
 """Module -> its text."""

@@ -73,10 +73,10 @@ def scales_source(
 ) -> ScalesSource | None:
     """None where the plan needs no scales; UsageError for a scales file that nothing needs."""
     needed = plan.calibrated
-    if file is not None and plan.recipe.gptq is not None:
+    if file is not None and plan.recipe.runs_layers:
         raise UsageError(
-            f"{file}: recipe {plan.recipe.name!r} runs the model for GPTQ, and calibrates its "
-            "scales on the quantized layers in the same pass; leave --scales out"
+            f"{file}: recipe {plan.recipe.name!r} quantizes weights by their inputs, and "
+            "calibrates its scales in the same pass; leave --scales out"
         )
     if file is not None:
         if not needed:
@@ -92,7 +92,7 @@ def scales_source(
     return ScalesSource(
         arguments=wanted.arguments(),
         load=lambda folder: calibrate_plan(ckpt, plan, wanted, device, begin, folder, note=note),
-        made=lambda folder: kept_in(folder) if plan.recipe.gptq is not None else None,
+        made=lambda folder: kept_in(folder) if plan.recipe.runs_layers else None,
         runs_model=True,
     )
 
@@ -127,7 +127,7 @@ def calibrate_plan(
         trust_remote_code=wanted.trust_remote_code,
     )
     quantizer = None
-    if plan.recipe.gptq is not None and folder is not None:
+    if plan.recipe.runs_layers and folder is not None:
         quantizer = LayerQuantizer(plan, folder, found)
     report = begin("calibrate", plan.layout.num_layers, "layers")
     made = calibrate(
@@ -146,7 +146,7 @@ def calibrate_plan(
     )
     if quantizer is not None:
         for line in lines_of(together(quantizer.kept.told())):
-            note(line)
+            note(f"{plan.recipe.name}: {line}")
     if wanted.data is not None and made.made.samples < wanted.samples:
         note(
             f"{wanted.data}: has {made.made.samples} of the {wanted.samples} requested samples, "

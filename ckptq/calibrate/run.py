@@ -89,8 +89,8 @@ def calibrate(
     With `ranks` every process runs its share of the batches, with its own journal, and all get the
     merged scales.
 
-    A `quantizer` quantizes every layer once it has run; the next is given what the quantized layer
-    makes of the samples, and scales are of that.
+    A `quantizer` quantizes every layer once it has run. If it `propagates`, the next is given what
+    the quantized layer makes of the samples, and scales are of that.
     """
     if batch_size < 1:
         raise UsageError(f"batch_size must be at least 1, got {batch_size}")
@@ -156,8 +156,11 @@ def _run(
     for index, name in enumerate(layers):
         if index >= done:
             watch = _watch(model, name, statistics, inputs, quantizer)
-            change = partial(quantizer.finish, model, index) if quantizer is not None else None
-            model.run_layer(index, stream, watch, change)
+            if quantizer is None:
+                model.run_layer(index, stream, watch)
+            else:
+                after = partial(quantizer.finish, model, index)
+                model.run_layer(index, stream, watch, after, again=quantizer.propagates)
             statistics.settle()
             if stream.batches:
                 found = {p: stats["amax"].numel() for p, stats in statistics.points.items()}

@@ -42,6 +42,13 @@ AGAIN: Mapping[str, tuple[str, ...]] = {
 }
 """Reason -> patterns of paths in a checkpoint; without a slash, of files at its top only."""
 
+MODELOPT = "hf_quant_config.json"
+
+DECLARATIONS = (MODELOPT, "quantize_config.json", "quant_config.json")
+"""Where ModelOpt, AutoGPTQ and AutoAWQ say how weights are quantized, beside config.json."""
+
+DECLARED = "config.json says how the output is quantized"
+
 SHARDS = ("model.safetensors", "model-*-of-*.safetensors")
 """What the shards of an output are called."""
 
@@ -129,6 +136,8 @@ _MERGE = (
 
 def _why_left(folder: Path, path: Path, tensors: Collection[str]) -> str | None:
     at_top = len(path.parts) == 1
+    if at_top and path.name in DECLARATIONS:
+        return DECLARED
     if path.name.endswith(INDEX_SUFFIX):
         stem = path.name.removesuffix(INDEX_SUFFIX)
         return "it is an index for other weights" if at_top else _matched(path.with_name(stem))

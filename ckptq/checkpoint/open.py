@@ -13,6 +13,7 @@ from typing import Any
 
 from ckptq.checkpoint.beside import (
     AGAIN,
+    MODELOPT,
     PICKLES,
     Beside,
     refuse_adapter,
@@ -108,6 +109,7 @@ def open_checkpoint(
     refuse_adapter(path)
     config, identity = _config(path)
     identities = {path / CONFIG: identity}
+    config |= _quantization_beside(path, config, identities)
     index = _index(path, identities)
     headers = _headers(path, _shards(path, index))
     identities |= {header.file: header.identity for header in headers}
@@ -211,6 +213,17 @@ def _config(path: Path) -> tuple[dict[str, Any], Identity]:
     if not os.path.lexists(path / CONFIG):
         raise SourceError(f"{path}: no {CONFIG}; expected a Hugging Face checkpoint")
     return json_object(path / CONFIG)
+
+
+def _quantization_beside(
+    path: Path, config: Mapping[str, Any], identities: dict[Path, Identity]
+) -> dict[str, Any]:
+    """ModelOpt's own file, where vLLM looks if config.json has no quantization."""
+    file = path / MODELOPT
+    if "quantization_config" in config or not file.is_file():
+        return {}
+    found, identities[file] = json_object(file)
+    return {"quantization_config": {"quant_method": "modelopt", **found}}
 
 
 def _index(path: Path, identities: dict[Path, Identity]) -> dict[str, str] | None:

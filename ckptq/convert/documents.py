@@ -18,7 +18,7 @@ from ckptq.checkpoint.side_files import render_json
 from ckptq.files import json_bytes, text_bytes
 from ckptq.plan.merged import merged_names
 from ckptq.plan.unit import Plan
-from ckptq.recipes.scheme import Group, Recipe
+from ckptq.recipes.scheme import DEQUANTIZE, REPACK, Group, Recipe
 
 PROVENANCE = "ckptq.json"
 RECIPE = "recipe.yaml"
@@ -28,6 +28,13 @@ PACKAGES = ("torch", "transformers", "compressed-tensors", "llmcompressor", "saf
 
 
 def quantization_config(plan: Plan, attention_class: str | None) -> dict[str, Any]:
+    """config.json's entry for it, or none where the output is not quantized."""
+    if plan.recipe.conversion == DEQUANTIZE:
+        return {}
+    return {"quantization_config": _quantization_config(plan, attention_class)}
+
+
+def _quantization_config(plan: Plan, attention_class: str | None) -> dict[str, Any]:
     """The `quantization_config` of config.json, as vLLM and transformers read it.
 
     `config_groups` is always there: without it vLLM refuses per-head scales. An attention group has
@@ -76,7 +83,7 @@ def render(
     provenance = {key: value for key, value in record.items() if key != "recipe"}
     return {
         CONFIG: render_json(ckpt.path / CONFIG, config),
-        RECIPE: text_bytes(plan.recipe.text),
+        **({} if plan.recipe.conversion == DEQUANTIZE else {RECIPE: text_bytes(plan.recipe.text)}),
         CARD: text_bytes(model_card(ckpt, plan)),
         PROVENANCE: json_bytes(provenance, sort_keys=True),
     }
@@ -110,22 +117,26 @@ def _source_record(ckpt: Checkpoint) -> dict[str, Any]:
 
 def model_card(ckpt: Checkpoint, plan: Plan) -> str:
     """A README.md with the front matter that the hub reads, and a description of the run."""
+    plain = plan.recipe.conversion == DEQUANTIZE
+    what = {DEQUANTIZE: "dequantized", REPACK: "repacked"}.get(plan.recipe.conversion or "")
     lines = [
         "---",
         f"base_model: {ckpt.name}",
-        "base_model_relation: quantized",
+        *([] if plain else ["base_model_relation: quantized"]),
         "library_name: transformers",
         "tags:",
-        "- compressed-tensors",
+        *([] if plain else ["- compressed-tensors"]),
         "- vllm",
         f"- {plan.recipe.name}",
         "---",
         "",
-        f"# {ckpt.name}, quantized with `{plan.recipe.name}`",
+        f"# {ckpt.name}, {what or f'quantized with `{plan.recipe.name}`'}",
         "",
         f"Made by ckptq {__version__} from `{ckpt.name}`"
         + (f" at revision `{ckpt.revision}`." if ckpt.revision else "."),
-        f"The recipe is in `{RECIPE}`, the record of the run in `{PROVENANCE}`.",
+        f"The record of the run is in `{PROVENANCE}`."
+        if plain
+        else f"The recipe is in `{RECIPE}`, the record of the run in `{PROVENANCE}`.",
         "",
     ]
     for name, linears in plan.groups.items():

@@ -23,15 +23,19 @@ from ckptq.convert.arithmetic import OnCores
 from ckptq.convert.blocks import Span, blocks, runs
 from ckptq.convert.schedule import Schedule, Task, Work
 from ckptq.convert.slabs import Slab, Slabs, Whole, held_bytes, views_of
-from ckptq.models.encoded import HeldWhole
+from ckptq.models.encoded import Encoded, Held, HeldWhole
+from ckptq.models.quantized.repacked import repacked_constants, repacked_rows
 from ckptq.models.weight import naming
-from ckptq.models.weight_rows import Rows, decoded_rows, weight_rows
+from ckptq.models.weight_rows import Rows, decoded_rows, parts_of, weight_rows
 from ckptq.permute.reordered import Reordered, Source
 from ckptq.plan.unit import Part, Unit
 from ckptq.quantize.formats import constants, merge_statistic, needs_statistic
 from ckptq.quantize.stored import stored_span
 
 COPY_BYTES = 1 << 24
+
+Make = Callable[[int, int], Mapping[str, Tensor]]
+"""(start, stop) -> what is stored for these rows of a Linear."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -70,11 +74,40 @@ def work(unit: Unit, ends: Ends) -> Work:
         yield [task for slab in distinct.values() for task in slab.read_tasks(ends.files)]
         rows = {view: _rows(view, slabs, ends) for view in views_of(unit)}
         shared = None
-        if unit.parts and needs_statistic(unit.parts[0].scheme):
+        if unit.parts and not unit.parts[0].kept and needs_statistic(unit.parts[0].scheme):
             found: list[Tensor] = []
             yield list(_statistic_tasks(unit, rows, found, ends.arithmetic))
             shared = reduce(merge_statistic, found)
-        yield [*_copy_tasks(unit, rows, ends), *_quantize_tasks(unit, rows, shared, ends)]
+        makers = {part.linear.name: _maker(part, rows, slabs, shared, ends) for part in unit.parts}
+        yield [*_copy_tasks(unit, rows, ends), *_part_tasks(unit, makers, shared, ends)]
+
+
+def _maker(
+    part: Part,
+    rows: Mapping[Source, Rows],
+    slabs: Mapping[Whole, Slab],
+    shared: Tensor | None,
+    ends: Ends,
+) -> Make:
+    """What makes the stored tensors of rows of a Linear."""
+    weight = part.weight
+    if part.kept:
+        assert isinstance(weight, Encoded)
+        parts = parts_of(ends.files, weight, _held(weight, slabs))
+        return lambda start, stop: repacked_rows(weight, parts(start, stop))
+
+    def quantized(start: int, stop: int) -> Mapping[str, Tensor]:
+        with naming(part.linear.name, weight.stored):
+            return ends.arithmetic.quantize(rows[weight](start, stop), part.scheme, shared)
+
+    return quantized
+
+
+def _held(weight: Encoded, slabs: Mapping[Whole, Slab]) -> Held | None:
+    """The stored tensors of a weight that is held whole."""
+    if not isinstance(weight, HeldWhole):
+        return None
+    return dict(zip(weight.tensors, slabs[weight].tensors, strict=True))
 
 
 def _rows(view: Source, slabs: Mapping[Whole, Slab], ends: Ends) -> Rows:
@@ -83,7 +116,7 @@ def _rows(view: Source, slabs: Mapping[Whole, Slab], ends: Ends) -> Rows:
         moved, rows = view.moved, _rows(view.inner, slabs, ends)
         return lambda start, stop: moved(rows(start, stop))
     if isinstance(view, HeldWhole):
-        return decoded_rows(view, dict(zip(view.tensors, slabs[view].tensors, strict=True)))
+        return decoded_rows(ends.files, view, _held(view, slabs))
     if not isinstance(view, View) or view not in slabs:
         return weight_rows(ends.files, view, ends.arithmetic.memory)
     return _cut_out(view, slabs[view], ends)
@@ -158,27 +191,33 @@ def _cut_out_run(name: str, view: Source, rows: Rows, run: Span, shards: Shards)
             written.write(bytes_of(rows(start, stop)))
 
 
-def _quantize_tasks(
-    unit: Unit, rows: Mapping[Source, Rows], shared: Tensor | None, ends: Ends
+def _part_tasks(
+    unit: Unit, makers: Mapping[str, Make], shared: Tensor | None, ends: Ends
 ) -> Iterator[Task]:
     for part in unit.parts:
-        view = part.weight
-        for local, tensor in constants(view.spec, part.scheme, shared).items():
+        spec = part.weight.spec
+        for local, tensor in _constants(part, shared, ends).items():
             data = bytes_of(tensor.contiguous())
             yield partial(ends.shards.write, f"{part.linear.name}.{local}", 0, data)
-        for run in runs(view.spec, part.quantum):
-            yield partial(_quantize_run, part, rows[view], run, shared, ends)
+        for run in runs(spec, part.quantum):
+            yield partial(_make_run, part, makers[part.linear.name], run, ends)
 
 
-def _quantize_run(part: Part, rows: Rows, run: Span, shared: Tensor | None, ends: Ends) -> None:
-    """Quantize a run of rows block by block and write each where it belongs."""
+def _constants(part: Part, shared: Tensor | None, ends: Ends) -> Mapping[str, Tensor]:
+    """What belongs to no row."""
+    if part.kept:
+        assert isinstance(part.weight, Encoded)
+        return repacked_constants(part.weight, ends.files)
+    return constants(part.weight.spec, part.scheme, shared)
+
+
+def _make_run(part: Part, make: Make, run: Span, ends: Ends) -> None:
+    """Make a run of rows block by block and write each where it belongs."""
     weight = part.weight.spec
     with ExitStack() as stack:
         written: dict[str, Run] = {}
         for start, stop in blocks(run, weight, part.quantum, ends.arithmetic.elements):
-            with naming(part.linear.name, part.weight.stored):
-                made = ends.arithmetic.quantize(rows(start, stop), part.scheme, shared)
-            for local, tensor in made.items():
+            for local, tensor in make(start, stop).items():
                 if local not in written:
                     spec = part.writes[local]
                     first, _ = stored_span(local, part.scheme, weight.shape[1], *run)

@@ -123,12 +123,12 @@ def _documents(
 ) -> dict[str, bytes]:
     attention_class = scales.attention_class if scales and plan.attention else None
     quantization = documents.quantization_config(plan, attention_class)
-    config = {**unquantized_config(ckpt.config), "quantization_config": quantization}
+    config = {**unquantized_config(ckpt.config), **quantization}
     if plan.marks:
         config = marked_config(config, plan.marks)
     made = {"calibration": scales.record()} if scales is not None else {}
     if kept is not None:
-        made["gptq"] = together(kept.told()).to_json()
+        made["by_inputs"] = together(kept.told()).to_json()
     return documents.render(ckpt, config, plan, {**record, **made})
 
 

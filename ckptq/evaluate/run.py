@@ -8,15 +8,16 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from ckptq.checkpoint.open import Checkpoint
-from ckptq.errors import UsageError
+from ckptq.errors import CkptqError, UsageError
 from ckptq.evaluate.caches.kv_cache import KVCache, declared_cache, parse_cache
 from ckptq.evaluate.compare import Comparison, Outcome
 from ckptq.evaluate.linears.coded_product import codes_multiply
 from ckptq.evaluate.linears.inputs import InputScheme, declared_inputs
 from ckptq.evaluate.outside.engine import EngineRow, EngineRun, engine_row, in_vllm
-from ckptq.evaluate.result import Evaluation, Row, Thresholds
+from ckptq.evaluate.result import Evaluation, FailedRow, Row, Thresholds
 from ckptq.evaluate.text import Text
 from ckptq.evaluate.variant import Track, Variant
+from ckptq.evaluate.watching import Watching
 from ckptq.evaluate.weights.schemes import SchemeWeights, planned_cache, planned_inputs
 from ckptq.forward.decoded import DecodedWeights, weights_of
 from ckptq.forward.layerwise import LayerwiseModel, open_model
@@ -87,11 +88,17 @@ def evaluate(
         bench.add_scheme(recipe)
     if vllm_python is not None:
         bench.add_engine(vllm_python, text, ckpt)
-    outcomes = bench.run(text, batch_size, begin)
-    rows = [draft.row(outcomes) for draft in bench.drafts]
+    outcomes, failed = bench.run(text, batch_size, begin)
+    lost = [draft for draft in bench.drafts if draft.variant.name in failed]
+    rows = [draft.row(outcomes) for draft in bench.drafts if draft not in lost]
+    if not rows:
+        raise next(iter(failed.values()))
     return Evaluation(
         source=bench.source.row(outcomes),
         rows=tuple(rows),
+        failed=tuple(
+            draft.failed(failed) for draft in bench.drafts if draft.variant.name in failed
+        ),
         zero=bench.zero.row(outcomes),
         control=bench.control.row(outcomes),
         text=text.source,
@@ -122,6 +129,10 @@ class _Draft:
             snr_db=self.quantized.snr_db if self.quantized is not None else None,
             outcome=outcomes[self.variant.name],
         )
+
+    def failed(self, errors: Mapping[str, CkptqError]) -> FailedRow:
+        cache, error = self.variant.cache.name, str(errors[self.variant.name])
+        return FailedRow(weights=self.weights, kv_cache=cache, error=error)
 
 
 @dataclass
@@ -198,17 +209,27 @@ class _Bench:
         return tuple(
             engine_row(draft.weights, run, text, outcomes[draft.variant.name], source)
             for draft, run in self._engines
+            if draft.variant.name in outcomes
         )
 
-    def run(self, text: Text, batch_size: int | None, begin: Begin) -> dict[str, Outcome]:
+    def run(
+        self, text: Text, batch_size: int | None, begin: Begin
+    ) -> tuple[dict[str, Outcome], Mapping[str, CkptqError]]:
+        """Outcomes by row, and why the others ended."""
         tracks = [Track(*each) for each in self._tracks]
         layout = read_layout(self.base)
         own = {f"{name}.weight": (name,) for name in layout.linears}
         if batch_size is None and self.reader.device.type == "cpu":
             batch_size = 1
-        consumed = {**own, **layout.consumed}
-        comparison = Comparison(tracks, text, consumed, batch_size, self.reader.release)
-        return comparison.run(begin("evaluate", len(tracks[0].model.layer_names), "layers"))
+        needed = {draft.variant.name for draft in (self.source, self.zero, self.control)}
+        watching = Watching(
+            source=self.source.variant,
+            rows=[row for track in tracks for row in track.variants],
+            needed=needed,
+            consumed={**own, **layout.consumed},
+        )
+        comparison = Comparison(tracks, text, watching, batch_size, self.reader.release)
+        return comparison.run(begin), watching.failed
 
     def _track(self, weights: WeightSource, variants: list[Variant], codes: Codes) -> None:
         model = open_model(self.base, str(self.reader.device), weights)

@@ -52,7 +52,7 @@ class DecodedWeights:
         self._ckpt = ckpt
         self._keep = keep
         self._reader = reader or Reader()
-        self._encoded = read_encoded(ckpt)
+        self._encoded = {e.plain: e for e in read_encoded(ckpt).values()}
         self._parts = {t.name for e in self._encoded.values() for t in e.tensors.values()}
         self._order = _reordering(ckpt, like)
         own = self._own_specs()
@@ -98,7 +98,7 @@ class DecodedWeights:
         ]
         refuse_bare_codes(plain)
         own = {stored.name: stored.spec for stored in plain}
-        return own | {f"{module}.weight": e.spec for module, e in self._encoded.items()}
+        return own | {name: e.written for name, e in self._encoded.items()}
 
     def _tensor(self, name: str) -> Tensor:
         whole = self._whole(name)
@@ -109,10 +109,9 @@ class DecodedWeights:
         raise SourceError(f"{self.label}: holds no tensor for {name!r} of the unquantized model")
 
     def _held(self, name: str) -> Encoded | StoredTensor | None:
-        """One Linear's weight, or a tensor that is stored unchanged; None if it is neither."""
-        module, _, local = name.rpartition(".")
-        if local == "weight" and module in self._encoded:
-            return self._encoded[module]
+        """A quantized weight, or a tensor that is stored unchanged; None if it is neither."""
+        if name in self._encoded:
+            return self._encoded[name]
         return self._ckpt.tensors.get(name) if name not in self._parts else None
 
     def _whole(self, name: str) -> Tensor | None:
@@ -121,7 +120,8 @@ class DecodedWeights:
             tensors = held.whole(self._reader.take)
             if self._keep is not None:
                 self._keep(held.name, Coded(tensors, held.scheme, held.shape))
-            return self._in_order(held.stored, decode(held, tensors, held.shape[0]))
+            made = decode(held, tensors, held.shape[0]).view(held.written.shape)
+            return self._in_order(held.stored, made)
         return None if held is None else self._in_order(held, self._reader.take(held))
 
     def _assembled(self, name: str) -> Tensor:

@@ -39,8 +39,9 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
 
-Watch = Callable[["nn.Module", Batch], AbstractContextManager[None]]
-"""Gets a layer and the batch that it is about to run on."""
+Watch = Callable[["nn.Module", Batch], "AbstractContextManager[None] | None"]
+"""Makes the context in which a layer runs on a batch, for hooks; None where it does not run. Then,
+and where the context swallows an error, the hidden states stay as they are."""
 
 SHARE_OF_GPU = 0.25
 """Share of a GPU's free memory up to which hidden states stay there, saving two copies a layer."""
@@ -100,37 +101,48 @@ class LayerwiseModel:
         index: int,
         stream: Stream,
         watch: Watch | None = None,
-        change: Callable[[], None] | None = None,
+        after: Callable[[], None] | None = None,
+        *,
+        again: bool = False,
     ) -> None:
         """Load one decoder layer, run every batch through it, drop it.
 
-        `watch` makes the context in which the layer runs on a batch, for hooks. `change` is called
-        when all have run; the layer is then loaded again, and runs again unwatched: what comes out
-        of it is what the changed weights make of the same batches.
+        `watch` makes the context in which the layer runs on a batch, for hooks; `after` is called
+        when all have run. With `again` it changes the layer's weights, which are then loaded again:
+        what comes out is what the changed layer makes of the same batches, unwatched.
         """
         name = self.layer_names[index]
-        if change is not None:
-            with self.loader.loaded(name), _no_grad():
+        with self.loader.loaded(name), _no_grad():
+            if again:
                 for _ in self._results(index, stream, watch):
                     pass  # only watched
-                change()
-            watch = None
-        with self.loader.loaded(name), _no_grad():
-            if index + 1 < len(self.layer_names):
-                self.loader.announce(self.layer_names[index + 1])
-            for number, result_BSE in enumerate(self._results(index, stream, watch)):
-                stream.hidden_BSE[number] = result_BSE.to(stream.place)
-                stream.arguments[number][index] = ((), {})
+            else:
+                self._advance(index, stream, watch)
+            if after is not None:
+                after()
+        if again:
+            with self.loader.loaded(name), _no_grad():
+                self._advance(index, stream, None)
+
+    def _advance(self, index: int, stream: Stream, watch: Watch | None) -> None:
+        """Put what the layer makes of the batches in their place."""
+        if index + 1 < len(self.layer_names):
+            self.loader.announce(self.layer_names[index + 1])
+        for number, result_BSE in enumerate(self._results(index, stream, watch)):
+            stream.hidden_BSE[number] = result_BSE.to(stream.place)
+            stream.arguments[number][index] = ((), {})
 
     def _results(self, index: int, stream: Stream, watch: Watch | None) -> Iterator[Tensor]:
         """What the layer makes of each batch [B, S, E]."""
         name = self.layer_names[index]
         layer, moved = self.skeleton.layers[name], Moved(self.device)
         for number, hidden_BSE in enumerate(stream.hidden_BSE):
-            args, kwargs = moved(stream.arguments[number][index])
-            hidden_BSE = hidden_BSE.to(self.device)
-            with nullcontext() if watch is None else watch(layer, stream.batches[number]):
-                result = self._through(layer, name, hidden_BSE, args, kwargs)
+            result: Any = hidden_BSE
+            context = nullcontext() if watch is None else watch(layer, stream.batches[number])
+            if context is not None:
+                args, kwargs = moved(stream.arguments[number][index])
+                with context:
+                    result = self._through(layer, name, hidden_BSE.to(self.device), args, kwargs)
             yield result[0] if isinstance(result, tuple) else result
 
     def _through(

@@ -1,4 +1,4 @@
-"""Codes of one Linear, chosen by llm-compressor's GPTQ on the grid that rounding would use.
+"""Ranges and codes of one Linear, chosen by llm-compressor's own functions.
 
 Shape letters: R rows, C columns.
 """
@@ -8,7 +8,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from ckptq.quantize.formats import Grid
+from ckptq.gptq.moments import Moments
+from ckptq.quantize.formats import Grid, Ranges
 from ckptq.recipes.args import Args
 from ckptq.recipes.scheme import Gptq
 
@@ -49,6 +50,22 @@ def choose(w_RC: Tensor, hessian_CC: Tensor, on: Grid, args: Args, how: Gptq) ->
     return Chosen(weight_RC, not bool(nearest))
 
 
+def weighed_ranges(w_RC: Tensor, moments: Moments, args: Args) -> Ranges:
+    """What the codes of each tile have to reach, by the observer that the recipe names: with the
+    least error where a column counts as much as its inputs are large."""
+    import torch
+    from llmcompressor.observers import Observer
+
+    observer: Any = Observer.load_from_registry(
+        str(args.observer), base_name="weight", args=_library_args(args)
+    )
+    observer._imatrix_sum = moments.squares_F
+    observer._imatrix_count = torch.tensor(moments.tokens, device=w_RC.device)
+    with torch.no_grad():
+        observer(w_RC)
+    return observer.min_vals.clamp(max=0), observer.max_vals.clamp(min=0)
+
+
 def _zero_point(on: Grid) -> Tensor:
     import torch
 
@@ -59,5 +76,4 @@ def _library_args(args: Args) -> Any:
     """compressed-tensors' own of what stands in the recipe."""
     from compressed_tensors.quantization import QuantizationArgs
 
-    fields = {k: v for k, v in args.to_dict().items() if not k.startswith("observer")}
-    return QuantizationArgs(**fields)
+    return QuantizationArgs(**args.to_dict())

@@ -1,4 +1,4 @@
-"""GPTQ of one decoder layer after the other, while calibration runs them.
+"""One decoder layer after the other quantized by its inputs, while calibration runs them.
 
 Shape letters: R rows, C columns.
 """
@@ -14,8 +14,8 @@ from ckptq.errors import UsageError
 from ckptq.forward.layerwise import LayerwiseModel
 from ckptq.forward.linear_inputs import Experts, Inputs
 from ckptq.forward.source import WeightSource
-from ckptq.gptq.hessians import Hessians
 from ckptq.gptq.kept import kept_in
+from ckptq.gptq.moments import Seen
 from ckptq.gptq.rewritten import Rewritten
 from ckptq.gptq.routed import Routed
 from ckptq.gptq.told import Told
@@ -36,20 +36,31 @@ class LayerQuantizer:
         source's, which the layers cannot run with."""
         if any(part.weight is not part.linear.weight for unit in plan.units for part in unit.parts):
             raise UsageError(
-                f"recipe {plan.recipe.name!r}: GPTQ runs the layers in the source's RoPE order; "
+                f"recipe {plan.recipe.name!r} runs the layers in the source's RoPE order; "
                 "run `ckptq permute` on its result instead of --rope-order"
             )
         self._plan = plan
         self._units = Units(plan, device)
         self.kept = kept_in(folder)
         self._weights: Rewritten | None = None
-        self._hessians = Hessians()
+        self._seen = self._unseen()
         self._routed: dict[str, Routed] = {}
+
+    def _unseen(self) -> Seen:
+        return Seen(pairs=self.propagates)
 
     def weights(self, source: WeightSource) -> WeightSource:
         """What the model is to read: the source, with the layer at hand as it was quantized."""
         self._weights = Rewritten(source)
         return self._weights
+
+    @property
+    def propagates(self) -> bool:
+        """Whether a layer is given what the quantized ones before it make of the samples.
+
+        As in llm-compressor, which rounds weights only when all is over, but has GPTQ's at once.
+        """
+        return self._plan.recipe.gptq is not None
 
     def holds(self, layers: range) -> bool:
         """Whether these are finished, and as they were written."""
@@ -68,7 +79,7 @@ class LayerQuantizer:
             routed = self._routed.setdefault(_first(experts), Routed(module, experts))
             routed.see(args, batch.lengths)
 
-        return inputs.watched(layer, name, batch.lengths, self._hessians.add, route)
+        return inputs.watched(layer, name, batch.lengths, self._seen.add, route)
 
     def finish(self, model: LayerwiseModel, index: int) -> None:
         """Quantize a layer that has run on all batches, and keep the result."""
@@ -77,20 +88,22 @@ class LayerQuantizer:
         units = list(self._units_of(model, model.layer_names[index]))
         for ready in self._in_turn(units, told):
             for unit in ready:
-                made |= self._units.quantized(unit, self._hessians, told)
+                made |= self._units.quantized(unit, self._seen, told)
         self.kept.keep(index, made, told.to_json())
-        self._weights.rewrite([part for unit in units for part in unit.parts], made)
-        self._hessians, self._routed = Hessians(), {}
+        if self.propagates:
+            self._weights.rewrite([part for unit in units for part in unit.parts], made)
+        self._seen, self._routed = self._unseen(), {}
 
     def _in_turn(self, units: Sequence[Unit], told: Told) -> Iterator[list[Unit]]:
-        """The units, with the Hessians of their Linears at hand: those of experts in portions."""
+        """The units, with the moments of their Linears at hand: those of experts in portions."""
         routed = {name for each in self._routed.values() for name in each.linears}
         yield [unit for unit in units if not _names(unit) & routed]
         for first, each in self._routed.items():
             told.experts[first] = each.tokens()
             for portion in each.portions():
-                for linear, hessian in each.hessians(portion):
-                    self._hessians.put(linear, hessian)
+                for number in portion:
+                    for linear, moments in each.moments(number, self._seen.pairs):
+                        self._seen.put(linear, moments)
                 names = {name for number in portion for name in each.experts[number]}
                 yield [unit for unit in units if _names(unit) & names]
 

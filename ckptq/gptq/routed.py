@@ -1,4 +1,4 @@
-"""Hessians of experts that one module holds as 3-D parameters, a few experts at a time.
+"""Moments of experts that one module holds as 3-D parameters, a few experts at a time.
 
 While the layer runs, only the tokens and where each was routed are kept. Afterwards the experts'
 inputs are made from them, for as many experts at a time as their Hessians fit `HESSIAN_BYTES`.
@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from ckptq.forward.linear_inputs import Experts, between, reads_input, real_positions
-from ckptq.gptq.hessians import Hessian
+from ckptq.gptq.moments import Moments
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -63,13 +63,9 @@ class Routed:
         for start in range(0, len(numbers), step):
             yield numbers[start : start + step]
 
-    def hessians(self, portion: Sequence[int]) -> Iterator[tuple[str, Hessian]]:
-        """Of each Linear of these experts, as far as they got tokens."""
-        for number in portion:
-            yield from self._of_expert(number)
-
-    def _of_expert(self, number: int) -> Iterator[tuple[str, Hessian]]:
-        shared: dict[bool, Hessian] = {}
+    def moments(self, number: int, pairs: bool) -> Iterator[tuple[str, Moments]]:
+        """Of each Linear of an expert, if it got tokens."""
+        shared: dict[bool, Moments] = {}
         device = self.module.gate_up_proj.device
         for x_NF, expert_NK in self.calls:
             x_TF = x_NF[(expert_NK == number).any(-1)].to(device)
@@ -77,7 +73,7 @@ class Routed:
                 continue
             for outer, y_TF in ((True, x_TF), (False, between(self.module, number, x_TF))):
                 if outer not in shared:
-                    shared[outer] = Hessian(y_TF.shape[1], device)
+                    shared[outer] = Moments(y_TF.shape[1], device, pairs)
                 shared[outer].add(y_TF)
         for name in self.experts[number] if shared else ():
             yield name, shared[reads_input(name)]

@@ -1,4 +1,4 @@
-"""What a run is to tell of its layers: what was not chosen by GPTQ, and why."""
+"""What a run is to tell of its layers: what their inputs did not decide on, and why."""
 
 from __future__ import annotations
 
@@ -14,11 +14,14 @@ class Told:
     """Of one layer, or of all."""
 
     nearest: list[str] = field(default_factory=list)
-    """Linears that no token reached, rounded to nearest."""
+    """Linears that no token reached, rounded to nearest by their own values alone."""
     unsolved: list[str] = field(default_factory=list)
     """Linears whose Hessian cannot be inverted, rounded to nearest."""
     experts: dict[str, dict[int, int]] = field(default_factory=dict)
     """The first Linear of each module of experts -> expert -> tokens that it got."""
+
+    massive: dict[str, int] = field(default_factory=dict)
+    """Linear -> how many tokens are left out of its Hessian."""
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
@@ -30,6 +33,7 @@ def together(layers: Sequence[Mapping[str, Any]]) -> Told:
     return Told(
         nearest=[name for told in every for name in told.nearest],
         unsolved=[name for told in every for name in told.unsolved],
+        massive={name: count for told in every for name, count in told.massive.items()},
         experts={first: counts for told in every for first, counts in told.experts.items()},
     )
 
@@ -38,18 +42,24 @@ def lines_of(told: Told) -> Iterator[str]:
     """A line for the user about each."""
     if told.nearest:
         yield (
-            f"GPTQ: no token of the calibration text reached {listed(told.nearest)}, so their "
-            "weights are rounded to nearest; more text, or text from the model's domain, may reach "
-            "them"
+            f"no token of the calibration text reached {listed(told.nearest)}, so their "
+            "weights are rounded by themselves; more text, or text from the model's domain, may "
+            "reach them"
         )
     if told.unsolved:
         yield (
-            f"GPTQ: the Hessian of {listed(told.unsolved)} cannot be inverted, so their weights "
-            "are rounded to nearest; use more text, or a larger dampening_frac"
+            f"the Hessian of {listed(told.unsolved)} cannot be inverted, so their weights "
+            "are rounded by themselves; use more text, or a larger dampening_frac"
+        )
+    if told.massive:
+        yield (
+            f"massive activations in {listed(list(told.massive))}: "
+            f"{sum(told.massive.values()):,} tokens outweigh all others of their text and are left "
+            "out of what is gathered of their inputs"
         )
     counts = [count for each in told.experts.values() for count in each.values()]
     if counts:
         yield (
-            f"GPTQ: {sum(map(bool, counts))} of {len(counts)} experts were reached, by "
+            f"{sum(map(bool, counts))} of {len(counts)} experts were reached, by "
             f"{min(counts):,} to {max(counts):,} tokens each"
         )

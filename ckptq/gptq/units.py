@@ -1,31 +1,34 @@
-"""A unit of a plan quantized by GPTQ: its grid, then the codes of each of its Linears.
+"""A unit of a plan quantized by what its inputs were: its grid, then the codes of each Linear.
 
 Shape letters: R rows, C columns.
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from functools import reduce
 from typing import TYPE_CHECKING
 
 from ckptq.forward.reader import Reader
-from ckptq.gptq.choose import choose
-from ckptq.gptq.hessians import Hessians
+from ckptq.gptq.choose import choose, weighed_ranges
+from ckptq.gptq.moments import Moments, Seen
 from ckptq.gptq.told import Told
 from ckptq.models.weight import naming
 from ckptq.models.weight_rows import whole_weight
 from ckptq.plan.unit import Part, Plan, Unit
 from ckptq.quantize.formats import (
+    Grid,
+    NonFinite,
+    Ranges,
     codes_on,
     constants,
     grid,
     merge_statistic,
     needs_statistic,
-    quantize,
     statistic,
+    statistic_of,
 )
 from ckptq.recipes.args import Args
-from ckptq.recipes.scheme import Gptq
 
 if TYPE_CHECKING:
     import torch
@@ -39,45 +42,70 @@ class Units:
     """Those of one plan."""
 
     def __init__(self, plan: Plan, device: torch.device) -> None:
-        self._how = plan.recipe.gptq or Gptq()
+        self._how = plan.recipe.gptq
         schemes = {group.name: group.weights or Args() for group in plan.recipe.groups}
         self._args = {name: schemes[g] for g, names in plan.groups.items() for name in names}
         self._reader = Reader(device)
 
-    def quantized(self, unit: Unit, hessians: Hessians, told: Told) -> Made:
+    def quantized(self, unit: Unit, seen: Seen, told: Told) -> Made:
         """What is stored of its Linears. SourceError for a weight that is not finite."""
         take = self._reader.take
-        weights = {p.linear.name: whole_weight(take, p.linear.weight) for p in unit.parts}
-        shared = _shared(unit, weights)
+        parts = [
+            _Weight(part, whole_weight(take, part.linear.weight), seen.take(part.linear.name))
+            for part in unit.parts
+        ]
+        for each in parts:
+            each.find_ranges(self._args[each.name])
+        statistics = [each.statistic() for each in parts if needs_statistic(each.part.scheme)]
+        shared = reduce(merge_statistic, statistics) if statistics else None
         made: Made = {}
-        for part in unit.parts:
-            name = part.linear.name
-            with naming(name, part.weight.stored):
-                found = self._linear(part, weights.pop(name), shared, hessians, told)
-            found |= constants(part.weight.spec, part.scheme, shared)
-            made |= {f"{name}.{local}": tensor.cpu().clone() for local, tensor in found.items()}
+        for each in parts:
+            found = self._linear(each, each.grid(shared), told)
+            found |= constants(each.part.weight.spec, each.part.scheme, shared)
+            made |= {f"{each.name}.{local}": t.cpu().clone() for local, t in found.items()}
         return made
 
-    def _linear(
-        self, part: Part, w_RC: Tensor, shared: Tensor | None, hessians: Hessians, told: Told
-    ) -> dict[str, Tensor]:
-        name, scheme = part.linear.name, part.scheme
-        hessian = hessians.take(name)
-        if hessian is None:
-            told.nearest.append(name)
-            return quantize(w_RC, scheme, shared)
-        on = grid(w_RC, scheme, shared)
-        chosen = choose(w_RC, hessian.mean(), on, self._args[name], self._how)
-        if not chosen.solved:
-            told.unsolved.append(name)
-        return {scheme.codes: codes_on(chosen.weight_RC.to(w_RC.dtype), on, scheme), **on.stored}
+    def _linear(self, each: _Weight, on: Grid, told: Told) -> dict[str, Tensor]:
+        w_RC, moments, scheme = each.w_RC, each.moments, each.part.scheme
+        if moments is None:
+            told.nearest.append(each.name)
+        elif moments.left_out:
+            told.massive[each.name] = moments.left_out
+        if moments is not None and self._how is not None:
+            chosen = choose(w_RC, moments.hessian(), on, self._args[each.name], self._how)
+            if not chosen.solved:
+                told.unsolved.append(each.name)
+            w_RC = chosen.weight_RC.to(w_RC.dtype)
+        return {scheme.codes: codes_on(w_RC, on, scheme), **on.stored}
 
 
-def _shared(unit: Unit, weights: dict[str, Tensor]) -> Tensor | None:
-    """The one number that all parts of the unit share."""
-    found = []
-    for part in unit.parts:
-        with naming(part.linear.name, part.weight.stored):
-            if needs_statistic(part.scheme):
-                found.append(statistic(weights[part.linear.name], part.scheme))
-    return reduce(merge_statistic, found) if found else None
+@dataclass
+class _Weight:
+    """One part at work."""
+
+    part: Part
+    w_RC: Tensor
+    moments: Moments | None
+    """Of its inputs; None where no token reached it."""
+    ranges: Ranges | None = None
+    """Where its inputs decide on them."""
+
+    @property
+    def name(self) -> str:
+        return self.part.linear.name
+
+    def find_ranges(self, args: Args) -> None:
+        with naming(self.name, self.part.weight.stored):
+            if not self.w_RC.isfinite().all():
+                raise NonFinite("NaN or Inf")
+        if self.moments is not None and args.weighed:
+            self.ranges = weighed_ranges(self.w_RC, self.moments, args)
+
+    def statistic(self) -> Tensor:
+        """Its share in the one number that all parts of the unit have in common."""
+        if self.ranges is not None:
+            return statistic_of(self.ranges)
+        return statistic(self.w_RC, self.part.scheme)
+
+    def grid(self, shared: Tensor | None) -> Grid:
+        return grid(self.w_RC, self.part.scheme, shared, self.ranges)

@@ -22,6 +22,9 @@ from ckptq.models.quantized.encoded_weight import (
     decode,
     decode_rows,
 )
+from ckptq.models.quantized.fp8_scales import read_fp8
+from ckptq.models.quantized.modelopt import read_modelopt
+from ckptq.models.quantized.mxfp4_blocks import read_mxfp4
 
 __all__ = [
     "BELONGS_TO_SCHEME",
@@ -39,7 +42,7 @@ __all__ = [
 CONFIG_KEYS = ("quantization_config", "compression_config")
 
 BELONGS_TO_SCHEME = re.compile(
-    r".*\.(input_scale|activation_scale|input_zero_point|input_global_scale|output_scale"
+    r".*\.(input_scale|activation_scale|(input|activation)_scale_ub|input_zero_point|input_global_scale|output_scale"
     r"|[qkv]_scale|[qkv]_zero_point|kv_scale)$"
 )
 """Tensors without a meaning once the weights are dequantized."""
@@ -49,9 +52,12 @@ Reader = Callable[[Checkpoint, str], Mapping[str, Encoded]]
 
 READERS: Mapping[str, Reader] = {
     "compressed-tensors": read_compressed,
-    "fp8": read_compressed,
+    "fp8": read_fp8,
+    "fbgemm_fp8": read_fp8,
     "gptq": read_gptq,
     "awq": read_awq,
+    "modelopt": read_modelopt,
+    "mxfp4": read_mxfp4,
 }
 """quant_method -> what reads it."""
 
@@ -62,7 +68,8 @@ REFUSED: Mapping[str, str] = {
 
 
 def read_encoded(ckpt: Checkpoint) -> dict[str, Encoded]:
-    """Module name -> its quantized weight, for all that the checkpoint stores quantized.
+    """Module name -> its quantized weight, for all that the checkpoint stores quantized. Experts in
+    one tensor have that tensor's name.
 
     Empty for an unquantized checkpoint. PlanError for an unsupported method or scheme, SourceError
     for tensors that do not fit the scheme.
@@ -70,6 +77,7 @@ def read_encoded(ckpt: Checkpoint) -> dict[str, Encoded]:
     config = ckpt.quantization_config
     if config is None:
         _refuse_odd_config(ckpt)
+        _refuse_undeclared(ckpt)
         return {}
     method = config.get("quant_method")
     reader = READERS.get(method) if isinstance(method, str) else None
@@ -106,6 +114,20 @@ def _refuse_odd_config(ckpt: Checkpoint) -> None:
                     f"{ckpt.path / CONFIG}: {key} is a {type(holder[key]).__name__}, "
                     "expected an object"
                 )
+
+
+UNDECLARED = re.compile(r".*(\.qweight|\.weight_packed|_blocks)$")
+"""Tensors that hold nothing but codes."""
+
+
+def _refuse_undeclared(ckpt: Checkpoint) -> None:
+    """SourceError for codes in a checkpoint that does not say how it is quantized."""
+    for name, tensor in ckpt.tensors.items():
+        if UNDECLARED.match(name) and tensor.spec.dtype in ("I32", "U8"):
+            raise SourceError(
+                f"{tensor.file}: tensor {name!r} holds {tensor.spec} codes, but {CONFIG} has no "
+                "quantization_config that says what they are"
+            )
 
 
 def unquantized_config(config: Mapping[str, Any]) -> dict[str, Any]:

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from ckptq.checkpoint.header import StoredTensor
 from ckptq.checkpoint.open import Checkpoint
 from ckptq.checkpoint.view import View
-from ckptq.models.encoded import BELONGS_TO_SCHEME, read_encoded
+from ckptq.models.encoded import BELONGS_TO_SCHEME, Encoded, read_encoded
 from ckptq.models.experts import FUSED_WEIGHT, fused_layouts, holds_experts, why_whole
 from ckptq.models.family import Family, FusedExperts, family_of
 from ckptq.models.weight import Weight
@@ -58,6 +58,9 @@ class Layout:
     whole_experts: Mapping[str, str] = field(default_factory=dict)
     """3-D tensors of experts that nothing cuts, without `.weight` -> the reason."""
 
+    decoded: Mapping[str, Encoded] = field(default_factory=dict)
+    """Tensor of codes -> the experts that it holds, which are dequantized and stay one tensor."""
+
     @property
     def layers(self) -> str:
         """Name of the list of decoder layers: "model.layers"."""
@@ -81,7 +84,13 @@ def read_layout(ckpt: Checkpoint) -> Layout:
     consumed: dict[str, tuple[str, ...]] = {}
     dropped: dict[str, str] = {}
     whole: dict[str, str] = {}
+    decoded: dict[str, Encoded] = {}
     for module, weight in read_encoded(ckpt).items():
+        if weight.fused:
+            decoded[weight.stored.name] = weight
+            consumed |= dict.fromkeys((t.name for t in weight.tensors.values()), ())
+            whole[module] = why_whole(ckpt, witnesses, module) or "experts in one tensor"
+            continue
         kept = witnesses.why_kept(module)
         linears[module] = Linear(name=module, weight=weight, kept=kept)
         consumed |= dict.fromkeys((t.name for t in weight.tensors.values()), (module,))
@@ -109,6 +118,7 @@ def read_layout(ckpt: Checkpoint) -> Layout:
         consumed=consumed,
         dropped=dropped,
         whole_experts=whole,
+        decoded=decoded,
     )
 
 

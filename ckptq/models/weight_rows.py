@@ -5,14 +5,14 @@ Shape letters: R rows, C columns.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import TYPE_CHECKING
 
 from ckptq.checkpoint.header import StoredTensor
 from ckptq.checkpoint.read import Files, Memory
 from ckptq.checkpoint.view import View, read_rows, read_slab, window
-from ckptq.models.encoded import Encoded, Held, HeldWhole, Take, decode, decode_rows
+from ckptq.models.encoded import Encoded, Held, HeldWhole, Take, decode
 from ckptq.models.weight import Weight
 
 if TYPE_CHECKING:
@@ -25,10 +25,8 @@ Rows = Callable[[int, int], "Tensor"]
 def weight_rows(files: Files, weight: Weight, memory: Memory | None = None) -> Rows:
     """Reads rows of a weight, dequantized where it is stored quantized; one that does not stream
     is held whole. In `memory`, where it is given, rows last until the thread's next call."""
-    if isinstance(weight, HeldWhole):
-        return decoded_rows(weight, weight.hold(files))
     if isinstance(weight, Encoded):
-        return _on_quantum(weight, partial(decode_rows, files, weight))
+        return decoded_rows(files, weight)
     if weight.streams:
         return lambda start, stop: read_rows(files, weight, start, stop, memory)
     return rows_of(window(read_slab(files, weight), weight))
@@ -61,21 +59,25 @@ def rows_of(matrix: Tensor) -> Rows:
     return lambda start, stop: matrix[start:stop].contiguous()
 
 
-def decoded_rows(weight: HeldWhole, held: Held) -> Rows:
-    """Rows of a quantized weight whose stored tensors are in memory."""
-
-    def rows(start: int, stop: int) -> Tensor:
-        return decode(weight, weight.cut(held, start, stop), stop - start)
-
-    return _on_quantum(weight, rows)
+Parts = Callable[[int, int], Mapping[str, "Tensor"]]
+"""(start, stop) -> the parts of these rows; `start` is a multiple of the quantum."""
 
 
-def _on_quantum(weight: Encoded, aligned: Rows) -> Rows:
-    """From any row on, though only multiples of the quantum can be read."""
+def parts_of(files: Files, weight: Encoded, held: Held | None = None) -> Parts:
+    """What is stored for rows of a quantized weight. `held` are the tensors of one that does not
+    stream, where they are in memory already; else they are read first, all of them."""
+    if isinstance(weight, HeldWhole):
+        return partial(weight.cut, weight.hold(files) if held is None else held)
+    return partial(weight.read, files)
+
+
+def decoded_rows(files: Files, weight: Encoded, held: Held | None = None) -> Rows:
+    """Dequantized, from any row on, though only multiples of the quantum can be read."""
+    parts = parts_of(files, weight, held)
 
     def rows(start: int, stop: int) -> Tensor:
         first = start // weight.quantum * weight.quantum
         last = min(-(-stop // weight.quantum) * weight.quantum, weight.spec.shape[0])
-        return aligned(first, last)[start - first : stop - first]
+        return decode(weight, parts(first, last), last - first)[start - first : stop - first]
 
     return rows

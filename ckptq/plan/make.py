@@ -13,6 +13,7 @@ from ckptq.checkpoint.header import StoredTensor
 from ckptq.checkpoint.open import Checkpoint
 from ckptq.errors import PlanError, UsageError
 from ckptq.models.modules import Layout, Linear, read_layout
+from ckptq.models.quantized.repacked import repacked_specs
 from ckptq.models.weight import Encoded, View
 from ckptq.permute.reordered import Source
 from ckptq.plan.attention import AttentionPlan, as_planned, last_tensors, plan_attention
@@ -27,19 +28,18 @@ from ckptq.plan.match import (
     refuse_unserved_experts,
 )
 from ckptq.plan.permutable import keep_permutable
+from ckptq.plan.repack import carried_scales, repack_recipe
 from ckptq.plan.rope import read_marks, reordering
+from ckptq.plan.shards import SHARD_BYTES, fill_shards
 from ckptq.plan.stored_as_is import copied_units, kept_config
 from ckptq.plan.unit import Part, Plan, Unit
 from ckptq.quantize.formats import needs_statistic
 from ckptq.quantize.stored import stored
 from ckptq.quantize.weight_scheme import WeightScheme
 from ckptq.recipes.args import Args
-from ckptq.recipes.scheme import Group, Recipe
+from ckptq.recipes.scheme import DEQUANTIZE, REPACK, Group, Recipe
 from ckptq.rope_order import RopeOrder
 from ckptq.spec import TensorSpec
-
-SHARD_BYTES = 5_000_000_000
-"""Default size of an output shard, as in huggingface_hub."""
 
 RopeChoice = Literal["keep", "half-split"]
 
@@ -63,7 +63,10 @@ def make_plan(
     `rope_order` "half-split" writes q/k of interleaved models in the order that kernels use, and
     marks the checkpoint; engines that permute while loading must not load it.
     """
-    if ckpt.quantization_config is not None and all(g.is_attention for g in recipe.groups):
+    quantized = ckpt.quantization_config is not None
+    if recipe.conversion == DEQUANTIZE and not quantized:
+        raise UsageError(f"scheme {recipe.name!r}: {ckpt.path} is not quantized")
+    if quantized and recipe.conversion is None and all(g.is_attention for g in recipe.groups):
         if rope_order != "keep":
             raise UsageError(
                 f"recipe {recipe.name!r} keeps quantized weights as stored; run `ckptq permute` on "
@@ -72,15 +75,17 @@ def make_plan(
         return _cache_alone(ckpt, recipe, shard_bytes, served=permutable)
     layout = read_layout(ckpt)
     refuse_unread_weights(ckpt, layout)
+    if recipe.conversion == REPACK:
+        recipe = repack_recipe(ckpt, layout, recipe)
     order = reordering(ckpt, RopeOrder.HALF_SPLIT) if rope_order == "half-split" else None
     refuse_unserved(recipe.groups)
     refuse_idle_ignores(layout, ignore)
     attention = None
-    if recipe.attention is not None:
+    if recipe.attention is not None and recipe.conversion is None:
         attention = plan_attention(ckpt, layout, recipe.attention, served=permutable)
         recipe = as_planned(recipe, attention)
     chosen = choose(layout, recipe, (*recipe.ignore, *ignore))
-    if permutable:
+    if permutable and recipe.conversion is None:
         recipe = keep_permutable(recipe, layout, chosen)
         chosen = choose(layout, recipe, (*recipe.ignore, *ignore))
     refuse_split_sets(layout, chosen)
@@ -91,7 +96,7 @@ def make_plan(
     if order is not None:
         units = order.units(units)
     _refuse_twins(units)
-    if not chosen and attention is None:
+    if not chosen and attention is None and recipe.conversion is None:
         raise PlanError(
             f"{ckpt.path}: recipe {recipe.name!r} matched no tensor; `ckptq inspect` lists them"
         )
@@ -104,7 +109,7 @@ def make_plan(
             for group in recipe.groups
             if not group.is_attention
         },
-        inputs={n: g.largest_input for n, g in chosen.items() if g.input_scale},
+        inputs=_static_inputs(recipe, chosen),
         input_observer=_input_observer(recipe),
         ignore=left_names(layout, chosen) if chosen else (),
         attention=attention,
@@ -146,6 +151,8 @@ def _units(
     """Walk the source in the order of its bytes; each tensor is in exactly one unit."""
     schemes = {g.name: g.weight_scheme() for g in recipe.groups if g.weights is not None}
     ends = last_tensors(ckpt, attention) if attention else {}
+    kept = recipe.conversion == REPACK
+    carried = carried_scales(ckpt) if kept else {}
     split = any(layout.linears[name].weight.index is not None for name in chosen)
     done: set[str] = set()
     errors: list[str] = []
@@ -153,6 +160,10 @@ def _units(
         linears = [layout.linears[n] for n in layout.consumed.get(name, ())]
         if name in layout.others:
             yield Unit(key=name, rule=layout.others[name], copies={name: tensor})
+        elif name in layout.decoded:
+            yield _decoded(layout, layout.decoded[name])
+        elif name in carried:
+            yield Unit(key=name, rule="cache scale, as stored", copies=carried[name])
         elif name in layout.dropped:
             yield Unit(key=name, rule=layout.dropped[name])
         elif linears and linears[0].weight.index is not None and not split:
@@ -161,7 +172,7 @@ def _units(
         else:
             for linear in linears:
                 try:
-                    yield from _linear_unit(layout, linear, tensor, chosen, schemes, done)
+                    yield from _linear_unit(layout, linear, tensor, chosen, schemes, done, kept)
                 except PlanError as error:
                     errors.append(str(error))
         if attention is not None and name in ends:
@@ -170,6 +181,13 @@ def _units(
     if errors:
         more = f"\nand {len(errors) - MAX_ERRORS} more" if len(errors) > MAX_ERRORS else ""
         raise PlanError("\n".join(errors[:MAX_ERRORS]) + more)
+
+
+def _static_inputs(recipe: Recipe, chosen: Mapping[str, Group]) -> dict[str, float]:
+    """What has to be calibrated; a source that is repacked has its scales."""
+    if recipe.conversion == REPACK:
+        return {}
+    return {n: g.largest_input for n, g in chosen.items() if g.input_scale}
 
 
 def _input_observer(recipe: Recipe) -> str:
@@ -188,6 +206,7 @@ def _linear_unit(
     chosen: Mapping[str, Group],
     schemes: Mapping[str, WeightScheme],
     done: set[str],
+    kept: bool,
 ) -> Iterator[Unit]:
     """The unit of a Linear, unless a sibling has already taken it along."""
     if linear.name in done:
@@ -196,6 +215,10 @@ def _linear_unit(
     if group is None:
         done.add(linear.name)
         yield _left_alone(linear, tensor)
+        return
+    if kept:
+        done.add(linear.name)
+        yield _kept(linear, group)
         return
     members = _together(layout, linear, schemes[group.name], chosen)
     done.update(m.name for m in members)
@@ -237,6 +260,20 @@ def _quantized(members: Iterable[Linear], scheme: WeightScheme, group: Group) ->
     )
 
 
+def _kept(linear: Linear, group: Group) -> Unit:
+    """The source's codes and scales, in compressed-tensors' layout."""
+    weight = linear.weight
+    assert isinstance(weight, Encoded)
+    part = Part(
+        linear=linear,
+        weight=weight,
+        scheme=weight.scheme,
+        writes=repacked_specs(weight),
+        kept=True,
+    )
+    return Unit(key=linear.name, rule=f"{group.name}: {weight.scheme}, as stored", parts=(part,))
+
+
 def _left_alone(linear: Linear, tensor: StoredTensor) -> Unit:
     rule = linear.kept or UNCHOSEN
     if isinstance(linear.weight, Encoded):
@@ -249,6 +286,11 @@ def _left_alone(linear: Linear, tensor: StoredTensor) -> Unit:
     return Unit(key=linear.name, rule=rule, views=views)
 
 
+def _decoded(layout: Layout, weight: Encoded) -> Unit:
+    rule = f"{layout.whole_experts[weight.name]}; dequantized"
+    return Unit(key=weight.plain, rule=rule, views={weight.plain: weight})
+
+
 def _refuse_twins(units: Iterable[Unit]) -> None:
     seen: set[str] = set()
     for unit in units:
@@ -256,25 +298,3 @@ def _refuse_twins(units: Iterable[Unit]) -> None:
             if name in seen:
                 raise PlanError(f"{name}: two source tensors would get this name")
             seen.add(name)
-
-
-def fill_shards(units: Sequence[Unit], shard_bytes: int) -> dict[str, tuple[Unit, ...]]:
-    """Next fit, in order. A unit is never split, so a large one gets a shard to itself.
-
-    Example: units of 6, 6, 2, 6 GB with 10 GB shards land in shards 1, 2, 2, 3.
-    """
-    runs: list[list[Unit]] = [[]]
-    room = shard_bytes
-    for unit in units:
-        nbytes = sum(spec.nbytes for spec in unit.writes.values())
-        if runs[-1] and nbytes > room:
-            runs.append([])
-            room = shard_bytes
-        runs[-1].append(unit)
-        room -= nbytes
-    if len(runs) == 1:
-        return {"model.safetensors": tuple(runs[0])}
-    return {
-        f"model-{number:05d}-of-{len(runs):05d}.safetensors": tuple(run)
-        for number, run in enumerate(runs, 1)
-    }

@@ -28,6 +28,8 @@ class Part:
     scheme: WeightScheme
     writes: Mapping[str, TensorSpec]
     """Local names: "weight", "weight_scale", ..."""
+    kept: bool = False
+    """Whether the source's codes and scales are written as they are, and nothing is quantized."""
 
     @property
     def quantum(self) -> int:
@@ -108,8 +110,8 @@ class Plan:
 
     @property
     def calibrated(self) -> bool:
-        """Whether something of it is made by running the model: scales, or GPTQ's codes."""
-        return bool(self.attention or self.inputs or self.recipe.gptq)
+        """Whether something of it is made by running the model: scales, or quantized weights."""
+        return bool(self.attention or self.inputs or self.recipe.runs_layers)
 
     @property
     def read_bytes(self) -> int:

@@ -31,7 +31,8 @@ def dequantize(
     In the dtype of the scales, or float32 where that is not one for weights (exponents, NVFP4);
     rounded to `dtype` if one is given. The columns of packed integers come from `shape`, else from
     "weight_shape". "weight_g_idx" [C] is the group of each column, where groups are in activation
-    order. `TypeError` for scales of a dtype that is neither a float nor an exponent.
+    order; "weight_scale_2" is ModelOpt's, by which NVFP4's scales are multiplied. `TypeError` for
+    scales of a dtype that is neither a float nor an exponent.
     """
     scale = _scale(tensors, scheme)
     code_RC = _codes(tensors, scheme, shape).to(scale.dtype)
@@ -58,6 +59,8 @@ def _reordered(
 
 def _scale(tensors: Mapping[str, Tensor], scheme: WeightScheme) -> Tensor:
     scale = tensors["weight_scale"]
+    if scheme.strategy == "tensor_group" and "weight_scale_2" in tensors:
+        return scale.float() * tensors["weight_scale_2"]
     if scheme.strategy == "tensor_group":
         return scale.float() / tensors["weight_global_scale"]
     if scale.dtype in EXPONENTS:

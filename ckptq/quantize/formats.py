@@ -32,6 +32,7 @@ from ckptq.spec import TensorSpec, spec_of, torch_dtype
 __all__ = [
     "Grid",
     "NonFinite",
+    "Ranges",
     "Scratch",
     "WeightScheme",
     "codes_on",
@@ -43,8 +44,13 @@ __all__ = [
     "quantize",
     "row_quantum",
     "statistic",
+    "statistic_of",
     "stored",
 ]
+
+
+Ranges = tuple[Tensor, Tensor]
+"""Of each tile the lowest number, 0 or less, and the highest, 0 or more, in the weight's dtype."""
 
 
 def needs_statistic(scheme: WeightScheme) -> bool:
@@ -62,6 +68,11 @@ def statistic(w_RC: Tensor, scheme: WeightScheme, scratch: Scratch | None = None
         return extreme_of_best(tiled(w_RC.contiguous(), scheme), scheme, scheme.search, scratch)
     low_R, high_R = extremes(w_RC.contiguous(), scratch)
     return torch.stack((low_R.amin(), high_R.amax()))
+
+
+def statistic_of(ranges: Ranges) -> Tensor:
+    """The statistic of rows whose tiles have these ranges."""
+    return torch.stack((ranges[0].amin(), ranges[1].amax()))
 
 
 def merge_statistic(a_2: Tensor, b_2: Tensor) -> Tensor:
@@ -125,13 +136,16 @@ def grid(
     w_RC: Tensor,
     scheme: WeightScheme,
     statistic: Tensor | None = None,
-    scratch: Scratch | None = None,
+    ranges: Ranges | None = None,
 ) -> Grid:
-    """The grid on which `quantize` rounds a whole weight, for who chooses codes otherwise."""
+    """The grid on which `quantize` rounds a whole weight, for who chooses codes otherwise.
+
+    `ranges` are what each tile's codes have to reach, in place of what the scheme says.
+    """
     stored(spec_of(w_RC), scheme)
-    scratch = scratch or Scratch(w_RC.device)
+    scratch = Scratch(w_RC.device)
     x = tiled(w_RC.contiguous(), scheme)
-    scale, zero_point, divisor = _scale(x, scheme, statistic, scratch)
+    scale, zero_point, divisor = _scale(x, scheme, statistic, scratch, ranges)
     kept = {} if scheme.strategy == "tensor" else _scale_tensors(scale, zero_point, scheme)
     number = {None: scale, "uint8": divisor}.get(scheme.scale_dtype, scale.float())
     whole = _global_scale(statistic, scheme) if scheme.strategy == "tensor_group" else None
@@ -157,16 +171,21 @@ def _codes(
 
 
 def _scale(
-    x: Tensor, scheme: WeightScheme, statistic: Tensor | None, scratch: Scratch
+    x: Tensor,
+    scheme: WeightScheme,
+    statistic: Tensor | None,
+    scratch: Scratch,
+    ranges: Ranges | None = None,
 ) -> tuple[Tensor, Tensor | None, Tensor]:
     """Of each tile: the scale as it is stored, the zero point, and what weights are divided by."""
     if scheme.strategy == "tensor":
         scale, zero_point = _scale_of_tensor(statistic, scheme)
         return scale, zero_point, scale
     if not scheme.symmetric:
-        scale, zero_point = scales.asymmetric(*_ranges(x, scheme, scratch), scheme.num_bits)
+        low, high = ranges or _ranges(x, scheme, scratch)
+        scale, zero_point = scales.asymmetric(low, high, scheme.num_bits)
         return scale, zero_point, scale
-    amax = tile_amax(x, scheme, scratch)
+    amax = torch.maximum(-ranges[0], ranges[1]) if ranges else tile_amax(x, scheme, scratch)
     if scheme.strategy == "tensor_group":
         global_scale = _global_scale(statistic, scheme)
         scale = scales.nvfp4(amax, global_scale)

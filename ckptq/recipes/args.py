@@ -28,8 +28,13 @@ SEARCHES = {
     "mse": Search(),
     "nvfp4_expanded_mse": _EXPANDED,
     "fouroversix": _EXPANDED,
+    "imatrix_mse": Search(maxshrink=0.95, grid=20.0, norm=3.0),
+    "nvfp4_expanded_imatrix": _EXPANDED,
 }
 """llm-compressor's observers of weights that search, with its defaults."""
+
+WEIGHED = ("imatrix_mse", "nvfp4_expanded_imatrix")
+"""Those in which a column counts as much as its inputs are large; all alike without inputs."""
 
 UNUSED = ("patience", "triton_error_buffer", "averaging_constant")
 """Arguments of those observers without effect here: every step is tried, of a weight seen once."""
@@ -99,6 +104,11 @@ class Args:
     def columns(self) -> int | None:
         """Columns that share a scale; None where no group of columns has its own."""
         return self.group_size if self.group_size != -1 else None
+
+    @property
+    def weighed(self) -> bool:
+        """Whether the inputs of weights decide on their ranges."""
+        return self.observer in WEIGHED
 
     def said(self, name: str) -> object:
         """A field as it was written; None where it was left out."""

@@ -16,6 +16,9 @@ SUFFIX = "-gptq"
 FORMATS = ("pack-quantized", "int-quantized", "float-quantized", "nvfp4-pack-quantized")
 """What llm-compressor 0.14 chooses codes for; E8M0 scales it has none for."""
 
+ORDERS = (None, False, "static", "weight")
+"""Those with which columns are stored in their own order; "weight" is another name of "static"."""
+
 
 def with_gptq(recipe: Recipe) -> Recipe:
     """The recipe with its codes chosen by GPTQ, with llm-compressor's defaults: blocks of 128
@@ -31,13 +34,19 @@ def with_gptq(recipe: Recipe) -> Recipe:
         raise UsageError(f"recipe {recipe.name!r} quantizes no weights, so GPTQ has none to choose")
     groups = tuple(_ordered(group) for group in recipe.groups)
     made = replace(recipe, name=recipe.name + SUFFIX, groups=groups, gptq=Gptq())
-    check_formats(made)
+    check_gptq(made)
     return replace(made, text=spelled(made))
 
 
-def check_formats(recipe: Recipe) -> None:
-    """UsageError for a group whose codes GPTQ cannot choose."""
+def check_gptq(recipe: Recipe) -> None:
+    """UsageError for a group whose codes GPTQ cannot choose, or not in the order that it names."""
     for group in recipe.linears:
+        order = group.weights.actorder if group.weights is not None else None
+        if order not in ORDERS:
+            raise UsageError(
+                f"recipe {recipe.name!r}: group {group.name!r} has actorder {order!r}, which no "
+                "engine reads any more; expected static, or null"
+            )
         if group.format not in (*FORMATS, "naive-quantized"):
             raise UsageError(
                 f"recipe {recipe.name!r}: group {group.name!r} is {group.format}; GPTQ chooses "

@@ -14,16 +14,21 @@ import yaml
 
 from ckptq.errors import UsageError
 from ckptq.files import read_small
-from ckptq.recipes import gptq, searched
+from ckptq.recipes import gptq, imatrix, searched
 from ckptq.recipes.args import Args
 from ckptq.recipes.dialect import read_modifiers, read_stages
 from ckptq.recipes.preset import EMPTY, preset_text
+from ckptq.recipes.rewriting import REWRITTEN, rewriting
 from ckptq.recipes.scheme import PARTS, Gptq, Recipe, read_groups, read_strings
 from ckptq.recipes.spelled import GPTQ, MODIFIERS, PLAIN, STAGE, spelled
 
 FOLDER = Path(__file__).parent
 
-SUFFIXES = {searched.SUFFIX: searched.with_search, gptq.SUFFIX: gptq.with_gptq}
+SUFFIXES = {
+    searched.SUFFIX: searched.with_search,
+    imatrix.SUFFIX: imatrix.with_imatrix,
+    gptq.SUFFIX: gptq.with_gptq,
+}
 """What may stand behind the name of a scheme, and what it makes of the scheme."""
 
 RECIPE_BYTES = 1 << 20
@@ -38,11 +43,14 @@ def built_in() -> dict[str, Path]:
 def load_scheme(name: str) -> Recipe:
     """`--scheme NAME`: a built-in recipe, or a compressed-tensors preset (FP8_DYNAMIC).
 
-    With "-search" behind it, as `--search` makes it; with "-gptq", its codes chosen by GPTQ.
+    With "-search" behind it, as `--search` makes it; with "-imatrix", ranges that its inputs weigh;
+    with "-gptq", codes chosen by GPTQ.
     """
     for suffix, change in SUFFIXES.items():
         if name.lower().endswith(suffix):
             return change(load_scheme(name[: -len(suffix)]))
+    if name.lower() in REWRITTEN:
+        return rewriting(name.lower())
     files = built_in()
     if name.lower() in files:
         text = files[name.lower()].read_text()
@@ -70,7 +78,7 @@ def describe() -> dict[str, str]:
 
     ours = {name: _first_comment(path) for name, path in built_in().items()}
     presets = {name: "compressed-tensors preset" for name in PRESET_SCHEMES if name != EMPTY}
-    return ours | presets
+    return ours | dict(REWRITTEN) | presets
 
 
 def _first_comment(path: Path) -> str:
@@ -169,7 +177,7 @@ def _recipe(
         text=text,
     )
     if chosen is not None:
-        gptq.check_formats(made)
+        gptq.check_gptq(made)
     return made
 
 

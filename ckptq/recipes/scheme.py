@@ -136,6 +136,9 @@ class Scheme:
         return next(named, None) or next(by_class, None)
 
 
+DEQUANTIZE, REPACK = "dequantize", "repack"
+
+
 @dataclass(frozen=True, kw_only=True)
 class Gptq:
     """How codes are chosen: llm-compressor's `GPTQModifier`, with its names and defaults.
@@ -159,10 +162,22 @@ class Recipe(Scheme):
     name: str
     gptq: Gptq | None = None
     """None rounds to the nearest code."""
+    conversion: str | None = None
+    """DEQUANTIZE or REPACK: it quantizes nothing, and a quantized source is written otherwise."""
     handed_over: tuple[str, ...] = ()
     """Modifiers that llm-compressor has to run itself, by class name."""
     text: str
     """The recipe as YAML in llm-compressor's dialect; kept with the output."""
+
+    @property
+    def runs_layers(self) -> bool:
+        """Whether weights are quantized by their inputs, which the layers show when they run."""
+        return self.gptq is not None or any(g.weights and g.weights.weighed for g in self.groups)
+
+    @property
+    def chooses(self) -> bool:
+        """Whether GPTQ chooses codes, here or in llm-compressor; they need not be the nearest."""
+        return self.gptq is not None or "GPTQModifier" in self.handed_over
 
 
 def read_groups(entries: Mapping[str, Any], format: str | None, problem: Problem) -> list[Group]:

@@ -38,6 +38,7 @@ def show_evaluation(found: Evaluation, json: bool) -> None:
         "KL is of source‖row in nats per token; the last column is the relative error of the "
         "hidden states after the last layer",
         *(f"note  {warning}" for warning in found.warnings),
+        *(f"note  {row.label}: {said}" for row in found.rows for said in row.notes),
         *(f"FAIL  {failure}" for failure in found.failures),
         *_verdict(found),
     )

@@ -15,7 +15,7 @@ from ckptq.verify.diagnosis.rescaled import settle
 from ckptq.verify.options import Options, Progress
 from ckptq.verify.report import Checked, Finding
 from ckptq.verify.roundtrip.copies import Copy, copy_tasks, finite_tasks, judge_copy, judge_finite
-from ckptq.verify.roundtrip.decoders.check import check_decoders
+from ckptq.verify.roundtrip.decoders.check import check_decoders, check_fused
 from ckptq.verify.roundtrip.dry_run import DryRun, dry_run
 from ckptq.verify.roundtrip.kept_scales import with_kept_scales
 from ckptq.verify.roundtrip.stream import Part, result_of, tasks
@@ -58,6 +58,7 @@ def check_data(
         found += check_fused_scales(subject.witnesses, linears, files)
         found += check_tied_head(subject, files)
         found += _new_groups(check_decoders(subject, linears, files, undo), structure)
+        found += check_fused(subject, files)
         parts = _round_trip(linears, files, undo, fast, progress)
         copies = _copies(subject, files, undo, fast, progress)
         tallies = _tallies(subject.witnesses, linears, parts, files, fast)

@@ -13,11 +13,19 @@ from convert_killed import Run, digests, perform
 from safetensors.torch import load_file, save_file
 from tiny.foreign import (
     AWQ_METHOD,
+    FP8_METHOD,
     LINEARS,
     Foreign,
+    Maker,
     awq,
+    deepseek,
+    fp8,
+    fp8_method,
+    fp8_rows,
     gptq,
     gptq_method,
+    nvfp4,
+    nvfp4_method,
     unquantized,
     write,
 )
@@ -34,14 +42,23 @@ GPTQ: dict[str, dict[str, Any]] = {
     "gptq 3-bit asym": {"bits": 3, "sym": False},
     "gptq 8-bit": {"bits": 8},
 }
-FORMATS = (*GPTQ, "awq")
+OTHERS: dict[str, tuple[Maker, dict[str, Any]]] = {
+    "modelopt fp8": (fp8, fp8_method()),
+    "modelopt nvfp4": (nvfp4, nvfp4_method()),
+    "fp8 rows": (fp8_rows(), FP8_METHOD),
+    "fbgemm": (fp8_rows(flat=True), {"quant_method": "fbgemm_fp8", "activation_scale_ub": 1200.0}),
+    "deepseek": (deepseek, FP8_METHOD | {"weight_block_size": [128, 128]}),
+}
+FORMATS = (*GPTQ, "awq", *OTHERS)
 
 
 def source(folder: Path, format: str) -> Foreign:
     if format in GPTQ:
         given = GPTQ[format]
         return write(folder, gptq(**given), gptq_method(**given))
-    return write(folder, awq, AWQ_METHOD)
+    if format == "awq":
+        return write(folder, awq, AWQ_METHOD)
+    return write(folder, *OTHERS[format], torch.bfloat16)
 
 
 @pytest.mark.parametrize("scheme", ["fp8 channel", "int4 group asym", "nvfp4"])
@@ -72,14 +89,21 @@ def test_a_forward_pass_is_given_the_same_weights(tmp_path: Path, format: str) -
 
 
 @pytest.mark.parametrize(
-    ("format", "local"), [("gptq", "qweight"), ("gptq asym v2", "qzeros"), ("awq", "scales")]
+    ("format", "local"),
+    [
+        ("gptq", "qweight"),
+        ("gptq asym v2", "qzeros"),
+        ("awq", "scales"),
+        ("modelopt nvfp4", "weight_scale"),
+    ],
 )
 def test_a_source_that_is_another_one_is_noticed(tmp_path: Path, format: str, local: str) -> None:
     foreign = source(tmp_path / "source", format)
     out = convert(foreign.folder, tmp_path / "out", recipe_of("int4 group asym")).out
     name = f"model.layers.1.mlp.up_proj.{local}"
     tensors = load_file(foreign.folder / "model.safetensors")
-    tensors[name] = tensors[name].flip(1).contiguous()
+    bits = {1: torch.uint8, 2: torch.int16, 4: torch.int32}[tensors[name].itemsize]
+    tensors[name] = tensors[name].view(bits).flip(1).view(tensors[name].dtype)
     save_file(tensors, foreign.folder / "model.safetensors", metadata={"format": "pt"})
     faults = {
         f.tensor.rpartition(".")[0]

@@ -30,6 +30,8 @@ FAMILIES = ["llama", "llama4", "mixtral"]
 LAYERS = 0.03
 """Of the relative error of hidden states after each layer: codes are multiplied where a CPU rounds
 once more, and sums are in another order. KL of a random model is chaotic, and is shown alone."""
+ROUTED = 0.08
+"""The same where a token may be routed to another expert."""
 
 
 def different(found, wanted) -> list[str]:
@@ -70,7 +72,7 @@ def shares(found, wanted) -> list[float]:
     return [abs(here - there) / there if there else here for here, there in pairs]
 
 
-def far_rows(found, wanted) -> dict[str, object]:
+def far_rows(found, wanted, bound: float = LAYERS) -> dict[str, object]:
     """Rows whose layers differ by more than the bound; every row is printed."""
     far = {}
     for row, other in zip(found.rows, wanted.rows, strict=True):
@@ -80,7 +82,7 @@ def far_rows(found, wanted) -> dict[str, object]:
             f"{other.measures.kl:.4f}; {' '.join(row.notes)}"
         )
         print(said)
-        if max(shares(row, other)) > LAYERS:
+        if max(shares(row, other)) > bound:
             far[name] = said
     return far
 
@@ -102,8 +104,9 @@ def test_scores_of_schemes_and_caches_are_the_cpu_s(saved, batch_size):
 def test_scores_of_a_checkpoint_are_the_cpu_s(saved, family):
     source, ckpt = saved(family), saved(family, "fp8-dynamic")
     here, there = (evaluate(ckpt, TEXT, source=source, device=d) for d in ("cpu", "cuda"))
-    assert far_rows(there, here) == {}
-    assert max(shares(there.control, here.rows[0])) > 4 * LAYERS
+    bound = ROUTED if family == "mixtral" else LAYERS
+    assert far_rows(there, here, bound) == {}
+    assert max(shares(there.control, here.rows[0])) > 4 * bound
 
 
 def test_two_runs_give_the_same_numbers(saved):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from contextlib import nullcontext
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -61,7 +62,7 @@ def converted(
     **options: Any,
 ) -> Path:
     """What `ckptq quantize` writes for these rows, one a batch."""
-    data = write_rows(out.with_suffix(".jsonl"), rows)
+    data = write_rows(out.parent / "rows.jsonl", rows)
     wanted = CalibrationRequest(data=str(data), samples=len(rows), seq_len=len(rows[0]))
     recipe = load_scheme(recipe) if isinstance(recipe, str) else recipe
     options.setdefault("options", RunOptions(device="cpu", workers=1))
@@ -95,3 +96,9 @@ def by_oneshot(
         )
         model.save_pretrained(out)
     return tensors_in(out)
+
+
+def digests(folder: Path) -> dict[str, str]:
+    """Every file of an output, by its digest."""
+    files = (path for path in folder.rglob("*") if path.is_file())
+    return {str(p.relative_to(folder)): sha256(p.read_bytes()).hexdigest() for p in files}

@@ -20,6 +20,7 @@ from ckptq.recipes.load import load_scheme, load_text
 SCHEMES = [
     *("w4a16-gptq", "w4a16-g32-gptq", "w8a8-gptq", "nvfp4a16-gptq"),
     *("w4a16-asym-gptq", "w4a16-channel-gptq", "fp8-dynamic-gptq", "w4a16-g32-search-gptq"),
+    *("w4a16-g32-imatrix-gptq", "nvfp4a16-imatrix-gptq", "w8a8-imatrix-gptq"),
 ]
 
 
@@ -37,6 +38,16 @@ def test_codes_and_scales_are_oneshots(llama: Path, tmp_path: Path, scheme: str)
     codes = [name for name in ours if name.endswith(("_proj.weight", "_proj.weight_packed"))]
     assert len(codes) == 21
     assert set(codes) <= set(differences(ours, nearest)), "nothing was chosen"
+
+
+@pytest.mark.parametrize("scheme", ["w4a16-g32-imatrix", "nvfp4a16-imatrix"])
+def test_ranges_that_inputs_weigh_are_oneshots(llama: Path, tmp_path: Path, scheme: str) -> None:
+    """Without GPTQ no layer sees what quantized ones before it make."""
+    ours = tensors_in(converted(llama, tmp_path / "out", scheme))
+    theirs = by_oneshot(llama, tmp_path / "oneshot", load_scheme(scheme).text)
+    assert differences(ours, theirs) == []
+    other = tensors_in(converted(llama, tmp_path / "other", scheme, token_rows([48] * 12, seed=8)))
+    assert len([n for n in differences(ours, other) if n.endswith("weight_scale")]) == 21
 
 
 def test_16_bit_weights_with_4_bit_codes_are_oneshots_too(tmp_path: Path) -> None:

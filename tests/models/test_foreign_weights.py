@@ -49,11 +49,19 @@ def gptq_config(case: str) -> dict[str, Any]:
 AWQ = {"quant_method": "awq", "bits": 4, "group_size": 16, "zero_point": True, "version": "gemm"}
 
 
+MODELOPT = {"quant_method": "modelopt", "quant_algo": "NVFP4", "ignore": ["lm_head"]}
+FP8 = {"quant_method": "modelopt", "quantization": {"quant_algo": "FP8"}}
+PER_CHANNEL = {"quant_method": "modelopt", "quant_algo": "fp8_per_channel_per_token"}
+
+
 def every_case() -> Iterator[Any]:
     for case, held in cases("gptq").items():
         yield pytest.param(gptq_config(case), held, id=f"gptq {case}")
     for case, held in cases("awq").items():
         yield pytest.param(AWQ, held, id=f"awq {case}")
+    for case, held in cases("modelopt").items():
+        if case.startswith("nvfp4"):
+            yield pytest.param(MODELOPT, held, id=f"modelopt {case}")
 
 
 def stored(
@@ -78,6 +86,169 @@ def test_a_weight_is_what_its_maker_makes_of_it(
         rows = weight_rows(files, weight)
         for start, stop in ((0, 8), (8, 32), (3, 17), (31, 32)):
             assert torch.equal(rows(start, stop), expected[start:stop])
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+@pytest.mark.parametrize(("case", "config"), [("fp8", FP8), ("fp8 per channel", PER_CHANNEL)])
+def test_fp8_of_modelopt_is_multiplied_as_engines_do(
+    tmp_path: Path, case: str, config: dict[str, Any], dtype: str
+) -> None:
+    """ModelOpt's own dequantization rounds the scale to the weight's dtype first; vLLM's does not,
+    and neither does transformers' of the same codes."""
+    held = cases("modelopt")[f"{case} {dtype}"]
+    maker_s = held.pop("dequantized")
+    scale = held["weight_scale"].reshape(-1, 1)
+    assert torch.equal(held["weight"].to(maker_s.dtype) * scale.to(maker_s.dtype), maker_s)
+    weight = stored(tmp_path, config, held, dtype)
+    expected = (held["weight"].float() * scale).to(maker_s.dtype)
+    assert torch.equal(whole_weight(read_tensor, weight), expected)
+    assert weight.scheme.strategy == ("tensor" if case == "fp8" else "channel")
+
+
+def fp8_rows(shape: tuple[int, ...], dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
+    torch.manual_seed(0)
+    scale = torch.randint(118, 130, shape).to(torch.uint8)
+    if dtype != torch.uint8:
+        scale = torch.rand(shape).to(dtype)
+    return {"weight": (torch.randn(160, 192) * 50).to(torch.float8_e4m3fn), "weight_scale": scale}
+
+
+@pytest.mark.parametrize(
+    ("shape", "dtype", "scheme"),
+    [
+        ((2, 2), torch.float32, "fp8 block 128x128"),
+        ((2, 1, 2, 1), torch.float32, "fp8 block 128x128"),
+        ((160, 1), torch.bfloat16, "fp8 channel"),
+        ((1,), torch.float32, "fp8 tensor"),
+        ((160, 6), torch.uint8, "mxfp8"),
+    ],
+)
+def test_kinds_of_fp8_are_told_apart_by_their_scales(
+    tmp_path: Path, shape: tuple[int, ...], dtype: torch.dtype, scheme: str
+) -> None:
+    held = fp8_rows(shape, dtype)
+    config = {
+        "quant_method": "modelopt",
+        "quant_algo": "MIXED_PRECISION",
+        "quantized_layers": {NAME: {"quant_algo": "FP8_PB_WO"}},
+    }
+    weight = stored(tmp_path, config, held, "bfloat16")
+    assert str(weight.scheme) == scheme
+    scale = held["weight_scale"]
+    scale = torch.exp2(scale.float() - 127) if dtype == torch.uint8 else scale.float()
+    scale = scale.reshape(weight.tensors["weight_scale"].spec.shape)
+    if scale.numel() > 1:
+        rows = 128 if scale.shape[0] == 2 else 1
+        wide = 128 if rows == 128 else 192 // scale.shape[1]
+        scale = scale.repeat_interleave(rows, 0).repeat_interleave(wide, 1)[:160, :192]
+    expected = (held["weight"].float() * scale).bfloat16()
+    assert torch.equal(whole_weight(read_tensor, weight), expected)
+    with Files() as files:
+        quantum = weight.quantum
+        assert torch.equal(weight_rows(files, weight)(quantum, 160), expected[quantum:])
+
+
+@pytest.mark.parametrize(
+    ("held", "config", "message"),
+    [
+        (fp8_rows((3, 2)), FP8, "weight_scale' is F32 .*; expected 1, 160 or 2x2 scales"),
+        (fp8_rows((160, 6), torch.int8), FP8, r"expected a float, or U8 \[160, 6\]"),
+        (fp8_rows(()) | {"weight": torch.zeros(4, 4, dtype=torch.int8)}, FP8, "expected F8_E4M3"),
+        (fp8_rows(()) | {"weight": torch.zeros(4, 8, dtype=torch.uint8)}, FP8, "but no .*_scale_2"),
+        (
+            cases("modelopt")["nvfp4 float16"] | {"weight_scale": torch.ones(32, 4)},
+            MODELOPT,
+            r"weight_scale' is F32 .*expected F8_E4M3 \[32, 4\]",
+        ),
+        (
+            cases("modelopt")["nvfp4 float16"] | {"weight_scale_2": torch.ones(2)},
+            MODELOPT,
+            r"weight_scale_2' is F32 \[2\]; expected",
+        ),
+        ({"weight_scale": torch.ones(1)}, FP8, r"found .*weight_scale but no .*\.weight"),
+    ],
+)
+def test_tensors_of_modelopt_that_do_not_fit_are_refused(
+    tmp_path: Path, held: dict[str, Tensor], config: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(SourceError, match=message):
+        stored(tmp_path, config, held)
+
+
+@pytest.mark.parametrize(
+    ("config", "more", "message"),
+    [
+        ({"quant_algo": "W4A16_AWQ"}, {}, "ModelOpt's 'W4A16_AWQ', which ckptq cannot read"),
+        ({"quantization": {"quant_algo": "INT8"}}, {}, "ModelOpt's 'INT8'"),
+        ({}, {}, "ModelOpt's None"),
+        (
+            {
+                "quant_algo": "MIXED_PRECISION",
+                "quantized_layers": {"a": {"quant_algo": "NVFP4_AWQ"}},
+            },
+            {},
+            "ModelOpt's 'NVFP4_AWQ'",
+        ),
+        ({"quant_algo": "NVFP4"}, {"pre_quant_scale": torch.ones(64)}, "need another input"),
+    ],
+)
+def test_algorithms_of_modelopt_that_are_not_read_are_refused(
+    tmp_path: Path, config: dict[str, Any], more: dict[str, Tensor], message: str
+) -> None:
+    held = cases("modelopt")["nvfp4 float16"] | more
+    with pytest.raises(PlanError, match=message):
+        stored(tmp_path, {"quant_method": "modelopt", **config}, held)
+
+
+def test_modelopt_s_own_file_counts_where_config_json_is_silent(tmp_path: Path) -> None:
+    held = cases("modelopt")["nvfp4 bfloat16"]
+    expected = held.pop("dequantized")
+    stored(tmp_path, MODELOPT, held, "bfloat16")
+    plain = {"model_type": "llama", "dtype": "bfloat16"}
+    (tmp_path / "config.json").write_text(json.dumps(plain))
+    quantization = {"quant_algo": "NVFP4", "kv_cache_quant_algo": None, "group_size": 16}
+    own = {"producer": {"name": "modelopt"}, "quantization": quantization}
+    (tmp_path / "hf_quant_config.json").write_text(json.dumps(own))
+    ckpt = open_checkpoint(tmp_path)
+    assert torch.equal(whole_weight(read_tensor, read_encoded(ckpt)[NAME]), expected)
+    assert ckpt.side_files() == []
+
+
+E8M0 = torch.float8_e8m0fnu
+PAIRS = torch.zeros(8, 32, dtype=torch.int8)
+CODES = torch.zeros(8, 64).to(torch.float8_e4m3fn)
+
+
+@pytest.mark.parametrize(
+    ("held", "message"),
+    [
+        ({"weight": PAIRS, "scale": torch.ones(8, 3).to(E8M0)}, r"F8_E8M0 .*; expected \[8, 2\]"),
+        ({"weight": PAIRS, "scale": torch.ones(8, 2)}, "F32 .*expected U8 or F8_E8M0"),
+        ({"weight": CODES, "scale": torch.ones(4)}, r"no weight_block_size; .*or \[8, 1\]"),
+        ({"weight": CODES, "weight_scale": torch.ones(1, 8)}, r"or \[8, 1\]"),
+        ({"weight": CODES[None], "scale": torch.ones(8)}, "expected a matrix"),
+    ],
+)
+def test_scales_of_other_makers_fp8_that_do_not_fit_are_refused(
+    tmp_path: Path, held: dict[str, Tensor], message: str
+) -> None:
+    with pytest.raises(SourceError, match=message):
+        stored(tmp_path, {"quant_method": "fp8"}, held)
+
+
+def test_a_scale_beside_numbers_is_none_of_a_quantized_weight(tmp_path: Path) -> None:
+    """Some modules have a parameter of that name."""
+    held = {"weight": torch.ones(8, 64).bfloat16(), "scale": torch.ones(8)}
+    with pytest.raises(KeyError):
+        stored(tmp_path, {"quant_method": "fp8"}, held)
+
+
+@pytest.mark.parametrize("local", ["qweight", "weight_packed", "gate_up_proj_blocks"])
+def test_codes_of_a_checkpoint_that_says_nothing_of_them_are_refused(
+    tmp_path: Path, local: str
+) -> None:
+    with pytest.raises(SourceError, match=rf"{local}' holds U8 .*has no quantization_config"):
+        stored(tmp_path, {}, {local: torch.zeros(4, 4, dtype=torch.uint8)})
 
 
 @pytest.mark.parametrize("maker", ["gptq 4-bit v1 asym", "gptq 3-bit v2 asym", "awq gemm"])

@@ -58,10 +58,10 @@ def test_the_recipe_names_the_observer_as_llm_compressor_reads_it(scheme: str) -
 def test_a_recipe_that_searches_already_is_left_alone() -> None:
     with pytest.raises(UsageError, match="--search"):
         with_search(load_scheme("w4a16-search"))
-    gptq = {"GPTQModifier": {"targets": ["Linear"], "scheme": "W4A16"}}
-    text = yaml.safe_dump({"quantization_stage": {"quantization_modifiers": gptq}})
+    awq = {"AWQModifier": {}, "QuantizationModifier": {"targets": ["Linear"], "scheme": "W4A16"}}
+    text = yaml.safe_dump({"quantization_stage": {"quantization_modifiers": awq}})
     with pytest.raises(UsageError, match="runs in llm-compressor"):
-        with_search(load_text("gptq", text))
+        with_search(load_text("awq", text))
 
 
 @pytest.mark.parametrize(

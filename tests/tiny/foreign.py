@@ -180,3 +180,159 @@ def awq(w_RC: Tensor) -> tuple[Stored, Tensor]:
         "scales": scale_RG.t(),
     }
     return held, (code_RC - zero_RG[:, group_C]).half() * scale_RG[:, group_C]
+
+
+def fp8_method(**more: Any) -> dict[str, Any]:
+    """As ModelOpt writes it into config.json."""
+    part = {"dynamic": False, "num_bits": 8, "type": "float"}
+    group = {"input_activations": part, "weights": part, "targets": ["Linear"]}
+    return {
+        "quant_method": "modelopt", "quant_algo": "FP8", "ignore": ["lm_head"],
+        "config_groups": {"group_0": group}, "producer": {"name": "modelopt", "version": "0.47.0"},
+        **more,
+    }  # fmt: skip
+
+
+def fp8(w_RC: Tensor) -> tuple[Stored, Tensor]:
+    """ModelOpt's, with static inputs."""
+    scale = w_RC.abs().max() / 448
+    code_RC = (w_RC / scale).to(torch.float8_e4m3fn)
+    held = {"weight": code_RC, "weight_scale": scale, "input_scale": torch.tensor(0.03)}
+    return held, (code_RC.float() * scale).bfloat16()
+
+
+E2M1 = torch.tensor([0, 0.5, 1, 1.5, 2, 3, 4, 6, -0.0, -0.5, -1, -1.5, -2, -3, -4, -6])
+
+
+def e2m1_codes(x: Tensor) -> Tensor:
+    """The nearest of the sixteen numbers, by trying them all."""
+    return (x[..., None] - E2M1).abs().argmin(-1).to(torch.uint8)
+
+
+def nvfp4(w_RC: Tensor) -> tuple[Stored, Tensor]:
+    """ModelOpt's, with static inputs."""
+    second = w_RC.abs().max() / (6 * 448)
+    x = w_RC.unflatten(1, (-1, 16))
+    scale = (x.abs().amax(-1) / 6 / second).clamp(2**-9, 448).to(torch.float8_e4m3fn)
+    step = (scale.float() * second)[..., None]
+    code = e2m1_codes(x / step)
+    code_RC = code.flatten(1)
+    held = {
+        "weight": code_RC[:, ::2] | code_RC[:, 1::2] << 4,
+        "weight_scale": scale,
+        "weight_scale_2": second,
+        "input_scale": torch.tensor(0.0007),
+    }
+    return held, (E2M1[code.long()] * step).flatten(1).bfloat16()
+
+
+def nvfp4_method(**more: Any) -> dict[str, Any]:
+    return fp8_method(quant_algo="NVFP4", group_size=16, **more)
+
+
+EXPERTS = 4
+GPT_OSS: dict[str, Any] = {
+    "architectures": ["GptOssForCausalLM"],
+    "model_type": "gpt_oss",
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 32,
+    "vocab_size": V,
+    "num_local_experts": EXPERTS,
+    "num_experts_per_tok": 2,
+    "layer_types": ["sliding_attention", "full_attention"],
+    "sliding_window": 16,
+    "tie_word_embeddings": False,
+    "dtype": "bfloat16",
+    "max_position_embeddings": 256,
+    "quantization_config": {
+        "quant_method": "mxfp4",
+        "modules_to_not_convert": [
+            *("model.layers.*.self_attn", "model.layers.*.mlp.router"),
+            *("model.embed_tokens", "lm_head"),
+        ],
+    },
+}
+
+
+def gpt_oss(folder: Path) -> Foreign:
+    """Experts in MXFP4 blocks of random codes, exponents of the size that real ones have."""
+    torch.manual_seed(0)
+    hidden, inner, wide = 64, 96, 128
+
+    def plain(*shape: int, scale: float = 0.1) -> Tensor:
+        return (torch.randn(*shape) * scale).bfloat16()
+
+    tensors: Stored = {
+        "model.embed_tokens.weight": plain(V, hidden, scale=1.0),
+        "model.norm.weight": torch.ones(hidden).bfloat16(),
+        "lm_head.weight": plain(V, hidden, scale=0.3),
+    }
+    weights: Stored = {}
+    for layer in (f"model.layers.{i}" for i in range(2)):
+        for norm in ("input_layernorm", "post_attention_layernorm"):
+            tensors[f"{layer}.{norm}.weight"] = torch.ones(hidden).bfloat16()
+        shapes = {"q": (wide, hidden), "k": (64, hidden), "v": (64, hidden), "o": (hidden, wide)}
+        for name, shape in shapes.items():
+            tensors[f"{layer}.self_attn.{name}_proj.weight"] = plain(*shape)
+            tensors[f"{layer}.self_attn.{name}_proj.bias"] = plain(shape[0])
+        tensors[f"{layer}.self_attn.sinks"] = plain(4)
+        tensors[f"{layer}.mlp.router.weight"] = plain(EXPERTS, hidden)
+        tensors[f"{layer}.mlp.router.bias"] = plain(EXPERTS)
+        for name, (outs, ins) in {
+            "gate_up_proj": (2 * inner, hidden), "down_proj": (hidden, inner)
+        }.items():  # fmt: skip
+            whole = f"{layer}.mlp.experts.{name}"
+            blocks = torch.randint(0, 256, (EXPERTS, outs, ins // 32, 16), dtype=torch.uint8)
+            scales = torch.randint(116, 124, (EXPERTS, outs, ins // 32), dtype=torch.uint8)
+            tensors |= {f"{whole}_blocks": blocks, f"{whole}_scales": scales}
+            tensors[f"{whole}_bias"] = plain(EXPERTS, outs)
+            pair = torch.stack((E2M1[(blocks & 15).long()], E2M1[(blocks >> 4).long()]), -1)
+            w = pair.flatten(3) * torch.exp2(scales.float() - 127)[..., None]
+            weights[whole] = w.flatten(2).transpose(1, 2).contiguous().bfloat16()
+    folder.mkdir(parents=True)
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    (folder / "config.json").write_text(json.dumps(GPT_OSS))
+    return Foreign(folder, weights, tensors)
+
+
+def fp8_rows(name: str = "weight_scale", flat: bool = False) -> Maker:
+    """A scale for each row, [R, 1] or [R]."""
+
+    def make(w_RC: Tensor) -> tuple[Stored, Tensor]:
+        scale = w_RC.abs().amax(1, keepdim=True) / 448
+        code = (w_RC / scale).to(torch.float8_e4m3fn)
+        held = {"weight": code, name: scale.flatten() if flat else scale}
+        return held, (code.float() * scale).bfloat16()
+
+    return make
+
+
+def deepseek(w_RC: Tensor) -> tuple[Stored, Tensor]:
+    """As DeepSeek-V4 has it: FP8 in blocks for attention, pairs of FP4 for its experts' MLPs, both
+    with exponents named `scale`. The number of rows tells which."""
+    R, C = w_RC.shape
+    if R == I or C == I:
+        x = w_RC.unflatten(1, (-1, 32))
+        exponent = (x.abs().amax(-1) / 6).log2().ceil()
+        code = e2m1_codes(x / torch.exp2(exponent)[..., None])
+        w = (E2M1[code.long()] * torch.exp2(exponent)[..., None]).flatten(1)
+        code_RC = code.flatten(1)
+        pairs = (code_RC[:, ::2] | code_RC[:, 1::2] << 4).view(torch.int8)
+        return {
+            "weight": pairs,
+            "scale": torch.exp2(exponent).to(torch.float8_e8m0fnu),
+        }, w.bfloat16()
+    scale = torch.exp2(torch.randint(-14, -10, (-(-R // 128), -(-C // 128))).float())
+    whole = scale.repeat_interleave(128, 0)[:R].repeat_interleave(128, 1)[:, :C]
+    code = (w_RC / whole).clamp(-448, 448).to(torch.float8_e4m3fn)
+    held = {"weight": code, "scale": scale.to(torch.float8_e8m0fnu)}
+    return held, (code.float() * whole).bfloat16()
+
+
+FP8_METHOD: dict[str, Any] = {
+    "quant_method": "fp8", "activation_scheme": "dynamic", "fmt": "e4m3", "scale_fmt": "ue8m0"
+}  # fmt: skip

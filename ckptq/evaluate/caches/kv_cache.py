@@ -8,7 +8,7 @@ Shape letters: B batch, H heads of any kind, K KV heads, S positions, D head siz
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
@@ -31,9 +31,6 @@ DYNAMIC = tuple(name.replace("_", "-") for name in FORMATS)
 UNROTATED, ROTATED = "-unrotated", "-rotated"
 MODES = (PLAIN, *STATIC, *DYNAMIC)
 """Values of `--kv-cache`. Those per token and head may end in "-unrotated" or "-rotated"."""
-
-See = Callable[[str, "Tensor", "Tensor", "Tensor"], None]
-"""Gets (module name, q [B, H, S, D], k and v [B, K, S, D]) on their way into attention."""
 
 AttentionScales = Mapping[str, "Tensor"]
 """Scales of "q", "k" and "v" of one attention, [1] or one a head, as a checkpoint stores them."""
@@ -62,13 +59,23 @@ class KVCache:
         return self.mode + suffixes[self.rotation]
 
     def bits(self, head_dim: int) -> float:
-        """Per cached value: its code, and its share of the scale and zero point per head."""
+        """Per cached value: its code, and its share of the scale and zero point per head.
+
+        UsageError for a head size that the format does not pack.
+        """
         if self.mode == PLAIN:
             return 16.0
         if self.mode in STATIC:
             return 8.0
         held = FORMATS[self.mode.replace("-", "_")]
-        return 8 * (held.width(head_dim) + 4 + held.asymmetric) / head_dim
+        try:
+            width = held.width(head_dim)
+        except ValueError as error:
+            raise UsageError(
+                f"--kv-cache {self.name}: packs heads whose size is a multiple of 8; this model's "
+                f"is {head_dim}"
+            ) from error
+        return 8 * (width + 4 + held.asymmetric) / head_dim
 
     @property
     def measures(self) -> bool:
@@ -161,76 +168,3 @@ def _stored(ckpt: Checkpoint) -> dict[str, dict[str, Tensor]]:
     for (module, which), tensor in cache_scales(ckpt.tensors).items():
         found.setdefault(module, {})[which] = read_tensor(tensor)
     return found
-
-
-def through_cache(cache: KVCache, maxima: Maxima, on_disk: Callable[[str], str]) -> See:
-    """Replaces q, k and v by what attention would read from such a cache.
-
-    Scales of a module are those at its first batch, and stay on the device.
-    """
-    held = cut_toward_zero if cache.toward_zero else _static
-    known: dict[str, dict[str, Tensor]] = {}
-
-    def static(module: str, q_BHSD: Tensor, k_BHSD: Tensor, v_BHSD: Tensor) -> None:
-        if module not in known:
-            name = on_disk(module)
-            found = maxima.scales(name) if cache.measures else (cache.scales or {}).get(name, {})
-            scales = effective(cache.mode, found, q_BHSD.shape[1], k_BHSD.shape[1])
-            known[module] = {which: scale.to(q_BHSD.device) for which, scale in scales.items()}
-        for which, x_BHSD in {"q": q_BHSD, "k": k_BHSD, "v": v_BHSD}.items():
-            if which != "q" or cache.query:
-                x_BHSD.copy_(held(x_BHSD, known[module][which]))
-
-    def dynamic(module: str, q_BHSD: Tensor, k_BHSD: Tensor, v_BHSD: Tensor) -> None:
-        for x_BHSD in (k_BHSD, v_BHSD):
-            x_BHSD.copy_(_dynamic(x_BHSD, cache))
-
-    return static if cache.mode in STATIC else dynamic
-
-
-def effective(mode: str, scales: AttentionScales, heads: int, kv_heads: int) -> dict[str, Tensor]:
-    """Scale of every head of q, k and v, [heads] and twice [kv_heads], as vLLM uses them.
-
-    A missing scale is 1.0, as in vLLM.
-    """
-    import torch
-
-    made = {}
-    for which in ("q", "k", "v"):
-        scale_H = scales.get(which, torch.ones(1)).float().flatten()
-        if mode == SCALE_1:
-            scale_H = torch.ones(1)
-        elif mode == PER_TENSOR:
-            scale_H = scale_H.amax(0, keepdim=True)
-        count = heads if which == "q" else kv_heads
-        scale_H = scale_H.expand(count) if scale_H.numel() == 1 else scale_H
-        if which == "q":
-            group = heads // kv_heads
-            scale_H = scale_H.view(kv_heads, group).amax(1).repeat_interleave(group)
-        made[which] = scale_H
-    return made
-
-
-def cut_toward_zero(x_BHSD: Tensor, scale_H: Tensor) -> Tensor:
-    """To E4M3 and back, truncated."""
-    import torch
-
-    scale_H11 = scale_H.view(-1, 1, 1).to(x_BHSD.device)
-    y_BHSD = (x_BHSD.float() / scale_H11).clamp(-448, 448)
-    nearest = y_BHSD.to(torch.float8_e4m3fn)
-    # magnitudes of codes are in the order of their bits
-    larger = (nearest.float().abs() > y_BHSD.abs()).to(torch.uint8)
-    code_BHSD = (nearest.view(torch.uint8) - larger).view(torch.float8_e4m3fn)
-    return (code_BHSD.float() * scale_H11).to(x_BHSD.dtype)
-
-
-def _static(x_BHSD: Tensor, scale_H: Tensor) -> Tensor:
-    from ckptq.kernels.token_head.kv_simulate import fake_quantize_kv
-
-    return fake_quantize_kv(x_BHSD, "fp8_per_head", scale=scale_H)
-
-
-def _dynamic(x_BHSD: Tensor, cache: KVCache) -> Tensor:
-    from ckptq.kernels.token_head.kv_simulate import fake_quantize_kv
-
-    return fake_quantize_kv(x_BHSD, cache.mode.replace("-", "_"), rotation=cache.rotation)

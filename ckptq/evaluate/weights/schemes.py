@@ -6,7 +6,7 @@ Shape letters: R rows, C columns.
 from __future__ import annotations
 
 from collections.abc import Collection
-from functools import reduce
+from functools import partial, reduce
 from typing import TYPE_CHECKING
 
 from ckptq.checkpoint.header import StoredTensor
@@ -47,6 +47,8 @@ class SchemeWeights:
         self._parts = {part.linear.name: (unit, part) for unit in plan.units for part in unit.parts}
         self._shared: dict[str, Tensor] = {}
         self._noise = Noise()
+        self._finite: dict[str, Tensor] = {}
+        """Of weights quantized by kernels: whether all is finite, on the device."""
 
     @property
     def label(self) -> str:
@@ -74,7 +76,21 @@ class SchemeWeights:
         """These tensors on the reader's device. SourceError names a weight that holds NaN or
         Inf."""
         self._reader.begin(self._stored(names))
-        return {name: self._tensor(name) for name in names}
+        made = {name: self._tensor(name) for name in names}
+        self._check_finite()
+        return made
+
+    def _check_finite(self) -> None:
+        """Of all weights that were quantized since, in one wait for the device."""
+        import torch
+
+        names, answers = list(self._finite), list(self._finite.values())
+        self._finite.clear()
+        if not answers:
+            return
+        bad = [n for n, good in zip(names, torch.stack(answers).tolist(), strict=True) if not good]
+        if bad:
+            raise SourceError(f"{self._ckpt.path}: tensor {bad[0]!r}: NaN or Inf")
 
     def _stored(self, names: Collection[str]) -> list[StoredTensor]:
         """What these are made of."""
@@ -114,7 +130,8 @@ class SchemeWeights:
         """The weight after quantization and back, by kernels where the device has them."""
         unit, part = self._parts[linear]
         try:
-            made = quantize(w_RC, part.scheme, self._statistic(unit, linear, w_RC))
+            shared = self._statistic(unit, linear, w_RC)
+            made = quantize(w_RC, part.scheme, shared, partial(self._finite.__setitem__, linear))
         except NonFinite as error:
             raise SourceError(f"{self._ckpt.path}: tensor {linear!r}: {error}") from error
         R, C = w_RC.shape

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING
 
 from ckptq.checkpoint.header import StoredTensor
 from ckptq.checkpoint.open import Checkpoint
+from ckptq.checkpoint.read import read_tensor
 from ckptq.errors import SourceError
 from ckptq.models.quantized.encoded_weight import Held, HeldWhole
 from ckptq.models.quantized.groups import (
@@ -94,6 +95,17 @@ class Gptq(HeldWhole):
                 f"{int(index_C.max())}; expected 0 to {G - 1}"
             )
         return True
+
+    def why_not_repacked(self) -> str | None:
+        if self.in_order or "g_idx" not in self.tensors:
+            return None
+        if not self.group_order(read_tensor(self.tensors["g_idx"])):
+            return None
+        return (
+            "its groups are in activation order (desc_act), which vLLM no longer serves in "
+            "compressed-tensors' layout; vLLM serves the source as it is, and scheme 'w4a16' "
+            "quantizes it anew"
+        )
 
     def _zero_points(self, word_GW: Tensor, count: int) -> Tensor:
         """Packed as compressed-tensors does, [W, G]."""

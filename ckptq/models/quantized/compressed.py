@@ -1,8 +1,4 @@
-"""Linears that compressed-tensors has quantized, and FP8 as DeepSeek and Mistral ship it.
-
-The latter (`quant_method: fp8`) has one scale per block or tensor, named `weight_scale_inv`
-although it is a multiplier.
-"""
+"""Linears that compressed-tensors has quantized."""
 
 from __future__ import annotations
 
@@ -21,12 +17,10 @@ from ckptq.recipes.declared import Declared, declared
 from ckptq.spec import TensorSpec
 
 SCALE = "weight_scale"
-FOREIGN_NAMES = {"weight_scale_inv": SCALE}
-"""Names that other tools give to compressed-tensors' tensors."""
 
 LOCAL = (
     *("weight", "weight_packed", SCALE, "weight_zero_point", "weight_shape"),
-    *("weight_global_scale", *FOREIGN_NAMES),
+    "weight_global_scale",
 )
 
 
@@ -43,9 +37,9 @@ def read_compressed(ckpt: Checkpoint, dtype: str) -> dict[str, Encoded]:
     said = declared(ckpt)
     found = {}
     for module, tensors in _modules(ckpt):
-        scheme = _scheme(ckpt, said, module, tensors[SCALE])
+        scheme = _scheme(ckpt, said, module)
         spec = TensorSpec(dtype, _shape(module, tensors, scheme))
-        check_readable(module, tensors, scheme, spec, said if said.is_fp8 else None)
+        check_readable(module, tensors, scheme, spec)
         found[module] = Encoded(name=module, tensors=tensors, scheme=scheme, spec=spec)
     return found
 
@@ -54,31 +48,22 @@ def _modules(ckpt: Checkpoint) -> Iterator[tuple[str, dict[str, StoredTensor]]]:
     """Modules that have a weight scale, each with its tensors by local name."""
     for name in ckpt.tensors:
         module, _, local = name.rpartition(".")
-        if FOREIGN_NAMES.get(local, local) != SCALE:
+        if local != SCALE:
             continue
-        tensors = {
-            FOREIGN_NAMES.get(part, part): ckpt.tensors[f"{module}.{part}"]
-            for part in LOCAL
-            if f"{module}.{part}" in ckpt.tensors
-        }
+        parts = {part: ckpt.tensors.get(f"{module}.{part}") for part in LOCAL}
+        tensors = {part: tensor for part, tensor in parts.items() if tensor is not None}
         if not any(code in tensors for code in CODES):
             raise SourceError(f"{ckpt.path}: found {name} but no {module}.weight")
         yield module, tensors
 
 
-def _scheme(ckpt: Checkpoint, said: Declared, module: str, scale: StoredTensor) -> WeightScheme:
+def _scheme(ckpt: Checkpoint, said: Declared, module: str) -> WeightScheme:
     group = group_of(said, module)
     if group is None:
         raise SourceError(
             f"{ckpt.path}: {module} has a weight_scale, but no config group targets it"
         )
-    scheme = group.weight_scheme(stored=True)
-    if said.is_fp8 and scheme.strategy == "tensor" and scale.spec.numel != 1:
-        raise SourceError(
-            f"{scale.file}: tensor {scale.name!r} is {scale.spec}, but config.json has no "
-            "weight_block_size; expected that field, or one scale for the tensor"
-        )
-    return scheme
+    return group.weight_scheme(stored=True)
 
 
 def _shape(

@@ -42,13 +42,22 @@ class Encoded:
     scheme: WeightScheme
     spec: TensorSpec
     """Of the weight [R, C] once it is dequantized."""
+    input_scale: StoredTensor | None = field(default=None, hash=False)
+    """Of its static inputs, where they have one."""
     index: None = None
     streams: ClassVar[bool] = True
     """As for a `View`: its rows are runs of bytes, and it is not part of a 3-D tensor."""
+    fused: ClassVar[bool] = False
+    """Whether it stands for all experts of a layer in one tensor, and is no Linear."""
 
     @property
     def written(self) -> TensorSpec:
         return self.spec
+
+    @property
+    def plain(self) -> str:
+        """Name of the dequantized tensor."""
+        return f"{self.name}.weight"
 
     @property
     def stored(self) -> StoredTensor:
@@ -80,7 +89,8 @@ class Encoded:
 
     def dims(self, local: str) -> int:
         """Dimensions of a stored tensor; one that has a single one has no rows of its own."""
-        return len(quantum_specs(self.scheme, self.shape[1])[local].shape)
+        spec = quantum_specs(self.scheme, self.shape[1]).get(local)
+        return len(spec.shape) if spec is not None else 1
 
     def span(self, local: str, start: int, stop: int) -> tuple[int, int]:
         """The rows of a stored tensor that hold rows start..stop of the weight."""
@@ -107,6 +117,17 @@ class Encoded:
     def _lone(self, local: str, tensor: Tensor) -> Tensor:
         """A single number in as many dimensions as a scale of this scheme has."""
         return tensor.reshape(-1, *(1,) * (self.dims(local) - 1))
+
+    def decoded(self, parts: Mapping[str, Tensor], rows: int) -> Tensor:
+        """What these parts of so many rows stand for, [rows, C], on their device."""
+        from ckptq.quantize.dispatch import dequantize
+
+        shape = (rows, self.shape[1])
+        return dequantize(parts, self.scheme, shape, torch_dtype(self.spec.dtype))
+
+    def why_not_repacked(self) -> str | None:
+        """Why compressed-tensors' layout cannot hold the same numbers; None if it can."""
+        return None
 
     @property
     def nbytes(self) -> int:
@@ -149,14 +170,8 @@ def decode_rows(files: Files, encoded: Encoded, start: int, stop: int) -> Tensor
 
 
 def decode(encoded: Encoded, parts: Mapping[str, Tensor], rows: int) -> Tensor:
-    """What these parts of so many rows stand for, [rows, C], on their device.
-
-    SourceError for what float16 cannot hold.
-    """
-    from ckptq.quantize.dispatch import dequantize
-
-    shape = (rows, encoded.shape[1])
-    w_RC = dequantize(parts, encoded.scheme, shape, torch_dtype(encoded.spec.dtype))
+    """`Encoded.decoded`; SourceError for what float16 cannot hold."""
+    w_RC = encoded.decoded(parts, rows)
     if encoded.spec.dtype == "F16" and not w_RC.isfinite().all():
         raise SourceError(
             f"{encoded.stored.file}: tensor {encoded.stored.name!r} decodes to weights beyond "

@@ -190,7 +190,7 @@ def _first_of_each(ckpt: Checkpoint) -> tuple[dict[str, str], dict[str, set[Numb
     return first, numbers
 
 
-CODES = {".weight_packed": ".weight", ".qweight": ".weight"}
+CODES = {".weight_packed": ".weight", ".qweight": ".weight", "_proj_blocks": "_proj"}
 """How tensors of codes end, and the weights that they stand for."""
 
 

@@ -12,6 +12,7 @@ from torch import Tensor
 from ckptq.checkpoint.header import StoredTensor
 from ckptq.checkpoint.read import Files, bytes_of, read_into, read_tensor
 from ckptq.checkpoint.view import View
+from ckptq.models.encoded import Encoded
 from ckptq.models.weight import Weight
 from ckptq.models.weight_rows import weight_rows
 from ckptq.spec import FLOATS, torch_dtype
@@ -57,6 +58,8 @@ def pairs(subject: Subject) -> Iterator[tuple[StoredTensor, StoredTensor | Weigh
         original = subject.source.tensors.get(name)
         if original is not None and original.spec == tensor.spec:
             yield tensor, original
+        elif name in subject.decoded and subject.decoded[name].written == tensor.spec:
+            yield tensor, subject.decoded[name]
         elif known is not None and known.origin is not None:
             weight = {"weight": known.origin.weight, "bias": known.origin.bias}.get(local)
             if weight is not None and _same(weight, tensor):
@@ -79,9 +82,27 @@ def copy_tasks(
             for start in _starts(tensor.nbytes, fast):
                 count = min(FAST_BYTES if fast else CHUNK, tensor.nbytes - start)
                 yield partial(_chunk, tensor, original, files, start, count)
+        elif isinstance(original, Encoded) and original.fused:
+            for start in _starts_of_rows(original, fast):
+                yield partial(_decoded, tensor, original, files, start)
         else:
             weight = View(original) if isinstance(original, StoredTensor) else original
             yield partial(_whole, tensor, weight, files, undo)
+
+
+def _starts_of_rows(weight: Encoded, fast: bool) -> list[int]:
+    starts = list(range(0, weight.spec.shape[0], weight.quantum))
+    return sorted({starts[0], starts[-1]}) if fast else starts
+
+
+def _decoded(tensor: StoredTensor, weight: Encoded, files: Files, start: int) -> Copy:
+    """One expert of a tensor of all."""
+    theirs = weight_rows(files, weight)(start, start + weight.quantum).contiguous()
+    ours, row_bytes = torch.empty_like(theirs), weight.spec.nbytes // weight.spec.shape[0]
+    read_into(files, tensor, start * row_bytes, bytes_of(ours))
+    a, b = (torch.frombuffer(bytes_of(t), dtype=torch.uint8) for t in (ours, theirs))
+    different = 0 if same_bytes(a, b) else int((a != b).sum())
+    return Copy(name=tensor.name, nbytes=ours.nbytes, different=different)
 
 
 def _starts(nbytes: int, fast: bool) -> list[int]:

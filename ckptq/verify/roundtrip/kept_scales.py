@@ -1,7 +1,8 @@
 """Weights of a quantized source that are kept as stored: their scales are right.
 
-`quantize --scheme kv-fp8-...` keeps such weights. Their scales may come from another observer than
-minimum and maximum, and decoded weights do not always reach the original extremes.
+`quantize --scheme kv-fp8-...` and `--scheme repack` keep such weights. Their scales may come from
+another observer than minimum and maximum, and decoded weights do not always reach the original
+extremes.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ def with_kept_scales(
         name: replace(tally, scales_wrong=0, zeros_wrong=0)
         if tally.scales_wrong
         and tally.wrong <= tally.twice
-        and _kept(subject, linears[name], files, undo)
+        and (tally.exact == tally.elements or _kept(subject, linears[name], files, undo))
         else tally
         for name, tally in tallies.items()
     }

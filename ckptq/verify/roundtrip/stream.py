@@ -11,6 +11,7 @@ from functools import partial
 
 from ckptq.checkpoint.read import Files, read_tensor
 from ckptq.checkpoint.view import View, read_slab, window
+from ckptq.models.encoded import Encoded
 from ckptq.models.weight import naming
 from ckptq.models.weight_rows import Rows, rows_of, weight_rows
 from ckptq.verify.report import Finding, TensorResult
@@ -104,8 +105,10 @@ def _compare(linear: StoredLinear, held: Held, rows: Rows | None, start: int, st
         if source is not None:
             w_RC = source[first - start : last - start]
             assert linear.module.origin is not None
-            with naming(linear.name, linear.module.origin.weight.stored):
-                one = compare(w_RC, cut, linear.scheme)
+            origin = linear.module.origin.weight
+            alike = isinstance(origin, Encoded) and str(origin.scheme) == str(linear.scheme)
+            with naming(linear.name, origin.stored):
+                one = compare(w_RC, cut, linear.scheme, alike=alike)
             tally += one
         if one is None or one.unproved:
             found += check_codes(linear, cut)

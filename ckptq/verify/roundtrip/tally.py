@@ -47,6 +47,8 @@ class Tally:
     """Scales, or zero points, that the plain minimum and maximum do not give."""
     zeros_wrong: int = 0
     """Of those, the ones of which only the zero point is another."""
+    exact: int = 0
+    """Elements that are the source's own number; counted for a source in the same scheme."""
     signal: float = 0.0
     noise: float = 0.0
     low: float = 0.0
@@ -95,12 +97,20 @@ def floor_db(scheme: WeightScheme, shape: tuple[int, int]) -> float:
     return 20 * math.log10(scheme.half_range * math.sqrt(12) / crest) - MARGIN_DB
 
 
-def compare(w_RC: Tensor, held: Mapping[str, Tensor], scheme: WeightScheme) -> Tally:
-    """Everything countable about these rows. Raises `NonFinite` where the source is NaN or Inf."""
+def compare(
+    w_RC: Tensor, held: Mapping[str, Tensor], scheme: WeightScheme, *, alike: bool = False
+) -> Tally:
+    """Everything countable about these rows. Raises `NonFinite` where the source is NaN or Inf.
+
+    `alike` says that the source is quantized in the same scheme.
+    """
     made = observe(w_RC, held, scheme)
     dequantized = nearest.weights(held, scheme, w_RC.shape[1])
+    exact = int(same_numbers(dequantized, w_RC, scheme).sum()) if alike else 0
     wide_RC = w_RC.float()
     noise, signal = _energy(dequantized.sub_(wide_RC)), _energy(wide_RC)
+    if exact == w_RC.numel():
+        noise = 0.0  # but for the rounding of the source's numbers to their dtype
     other_scale = _scales_differ(made, held, scheme)
     differ = other_scale | _zeros_differ(made, held, scheme, w_RC.shape[0])
     wrong = twice = foreign = 0
@@ -119,6 +129,7 @@ def compare(w_RC: Tensor, held: Mapping[str, Tensor], scheme: WeightScheme) -> T
         scales=differ.numel(),
         scales_wrong=int(differ.sum()),
         zeros_wrong=int((differ & ~other_scale).sum()),
+        exact=exact,
         signal=signal,
         noise=noise,
         low=low,
@@ -132,6 +143,20 @@ def _energy(x_RC: Tensor) -> float:
     """Sum of squares; float32 is enough for a block, whose sums are added in float64."""
     flat = x_RC.reshape(-1)
     return torch.dot(flat, flat).item()
+
+
+INVERTED = 2.0**-22
+"""How far a global scale may be from the inverse of ModelOpt's: both are float32."""
+
+
+def same_numbers(found: Tensor, w_RC: Tensor, scheme: WeightScheme) -> Tensor:
+    """Element by element, whether `found` in float32 is the number of the source, in its dtype."""
+    same = found.to(w_RC.dtype) == w_RC
+    if scheme.strategy != "tensor_group" or same.all():
+        return same
+    for slack in (1 - INVERTED, 1 + INVERTED):
+        same |= (found * slack).to(w_RC.dtype) == w_RC
+    return same
 
 
 def observe(w_RC: Tensor, held: Mapping[str, Tensor], scheme: WeightScheme) -> dict[str, Tensor]:

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 
-from ckptq.checkpoint.header import StoredTensor
 from ckptq.checkpoint.open import CONFIG
 from ckptq.engines.vllm import common_set
 from ckptq.models.attention import OF_CACHE
@@ -15,6 +14,7 @@ from ckptq.models.experts import FUSED_WEIGHT
 from ckptq.models.family import LAYER
 from ckptq.models.witnesses import read_witnesses
 from ckptq.numbered import starred
+from ckptq.spec import TensorSpec
 from ckptq.verify.kinds import finding
 from ckptq.verify.report import Finding
 from ckptq.verify.subject import CODES, EXPERT, SCALES, Module, Subject, tied
@@ -145,9 +145,11 @@ def _missing(subject: Subject) -> Iterator[Finding]:
     assert subject.source is not None
     told = {m.origin.name for m in subject.modules.values() if m.origin and m.codes is not None}
     for name in (*subject.origin.others, *_no_matrices(subject, told)):
-        yield from _copied(subject, subject.source.tensors[name])
+        yield from _copied(subject, name, subject.source.tensors[name].spec)
     for module in subject.modules.values():
         yield from _left_alone(module)
+    for name, weight in subject.decoded.items():
+        yield from _copied(subject, name, weight.written)
     gone = [
         linear
         for linear in subject.origin.linears.values()
@@ -201,15 +203,13 @@ def _untold_tie(subject: Subject, name: str) -> bool:
     return name.rpartition(".")[2] == "lm_head" and config.get("tie_word_embeddings") is True
 
 
-def _copied(subject: Subject, original: StoredTensor) -> Iterator[Finding]:
-    tensor = subject.ckpt.tensors.get(original.name)
+def _copied(subject: Subject, name: str, spec: TensorSpec) -> Iterator[Finding]:
+    tensor = subject.ckpt.tensors.get(name)
     if tensor is None:
-        found = "no such tensor"
-        yield finding("tensor-missing", original.name, found=found, wanted=str(original.spec))
-    elif tensor.spec != original.spec:
+        yield finding("tensor-missing", name, found="no such tensor", wanted=str(spec))
+    elif tensor.spec != spec:
         found = str(tensor.spec)
-        wanted = str(original.spec)
-        yield finding("copy-spec", original.name, file=tensor.file, found=found, wanted=wanted)
+        yield finding("copy-spec", name, file=tensor.file, found=found, wanted=str(spec))
 
 
 def _extra(subject: Subject) -> Iterator[Finding]:
@@ -219,7 +219,7 @@ def _extra(subject: Subject) -> Iterator[Finding]:
         module, _, local = name.rpartition(".")
         known = subject.modules.get(module)
         of_cache = OF_CACHE.match(name) is not None and local != "kv_scale"
-        if name in subject.source.tensors or of_cache:
+        if name in subject.source.tensors or name in subject.decoded or of_cache:
             continue
         if known is not None and known.origin is not None:
             if local in CODES or local in SCALES:

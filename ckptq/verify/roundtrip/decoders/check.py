@@ -8,6 +8,7 @@ with ckptq on the stored weight, the source, and their distance."""
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from random import Random
 from typing import TYPE_CHECKING
 
@@ -18,6 +19,8 @@ from ckptq.checkpoint.open import CONFIG
 from ckptq.checkpoint.read import Files
 from ckptq.models.encoded import Encoded
 from ckptq.models.weight_rows import weight_rows
+from ckptq.quantize.weight_scheme import WeightScheme
+from ckptq.spec import torch_dtype
 from ckptq.verify.kinds import finding
 from ckptq.verify.report import Finding
 from ckptq.verify.roundtrip import nearest
@@ -27,7 +30,8 @@ from ckptq.verify.roundtrip.decoders.libraries import (
     decode_source,
     source_library,
 )
-from ckptq.verify.roundtrip.tally import snr_db
+from ckptq.verify.roundtrip.decoders.makers import first_expert
+from ckptq.verify.roundtrip.tally import same_numbers, snr_db
 from ckptq.verify.roundtrip.undo import Undo
 from ckptq.verify.stored_linear import StoredLinear
 from ckptq.verify.subject import EXPERT, Subject
@@ -63,6 +67,16 @@ def check_decoders(
             yield from refused
         if (scheme := schemes[group.name]) is not None:
             yield from _compared(subject, linear, scheme, files, undo, start, stop)
+
+
+def check_fused(subject: Subject, files: Files) -> Iterator[Finding]:
+    """As `check_decoders`, for the first and last of the experts that a source holds in tensors of
+    codes for all."""
+    fused = list(subject.decoded.values())
+    for weight in {id(one): one for one in (*fused[:1], *fused[-1:])}.values():
+        ours = weight_rows(files, weight)(0, weight.quantum).float()
+        theirs = _or_error(partial(first_expert, weight.tensors))
+        yield from _differ(weight.stored.name, "the source", "transformers", ours, theirs)
 
 
 def _scheme(subject: Subject, group: str) -> tuple[QuantizationScheme | None, list[Finding]]:
@@ -144,6 +158,9 @@ def _compared(
         assert isinstance(theirs, Tensor)
         assert isinstance(theirs_there, Tensor)
         yield from _apart(name, snr_db(ours, ours_there), snr_db(theirs, theirs_there))
+        dtype = torch_dtype(weight.spec.dtype)
+        if same_numbers(ours, ours_there.to(dtype), linear.scheme).all():
+            yield from _not_exact(name, linear.scheme, theirs, theirs_there.to(dtype))
 
 
 def _or_error(decode: Callable[[], Tensor | None]) -> Tensor | Exception | None:
@@ -181,6 +198,16 @@ def _equal(ours: Tensor, theirs: Tensor) -> Tensor:
     slack = RELATIVE * ours.abs() + ABSOLUTE * reach
     same = ((ours - theirs).abs() <= slack) & finite
     return same | (~ours.isfinite() & ~theirs.isfinite())
+
+
+def _not_exact(
+    name: str, scheme: WeightScheme, stored: Tensor, source: Tensor
+) -> Iterator[Finding]:
+    """What ckptq finds to be the source's own numbers has to be so by the libraries too."""
+    differ = int((~same_numbers(stored, source, scheme)).sum())
+    if differ:
+        found = f"{differ:,} of {source.numel():,} elements differ from the source by the libraries"
+        yield finding("decoder-disagrees", name, found=found, wanted="none, as ckptq finds")
 
 
 def _apart(name: str, ours_db: float, theirs_db: float) -> Iterator[Finding]:

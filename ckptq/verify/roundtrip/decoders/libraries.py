@@ -95,7 +95,7 @@ def decode_source(ckpt: Checkpoint, weight: Weight, start: int, stop: int) -> Te
     if isinstance(weight, View):
         return _window(weight)[start:stop].float()
     method = (ckpt.quantization_config or {}).get("quant_method")
-    if method == "fp8":
+    if method == "fp8" and _has_blocks(ckpt, weight):
         return _fp8(ckpt, weight, start, stop)
     if method != COMPRESSED:
         return decode_foreign(ckpt, weight.tensors, start, stop)
@@ -104,6 +104,13 @@ def decode_source(ckpt: Checkpoint, weight: Weight, start: int, stop: int) -> Te
         return None
     R, C = weight.spec.shape
     return decode_compressed(weight.tensors, ct_scheme(ckpt, group), (R, C), start, stop)
+
+
+def _has_blocks(ckpt: Checkpoint, weight: Encoded) -> bool:
+    """Or one scale: what transformers reads of FP8."""
+    block = (ckpt.quantization_config or {}).get("weight_block_size")
+    one = weight.tensors["weight_scale"].spec.numel == 1
+    return "weight" in weight.tensors and (bool(block) or one)
 
 
 def _window(view: View) -> Tensor:

@@ -1,7 +1,7 @@
 """Rows of a source weight in another maker's format, decoded without anything of ckptq's reading.
 
 AutoAWQ by compressed-tensors' own converter. GPTQ, which no library here reads on a CPU, bit by bit
-from the format's description.
+from the format's description; ModelOpt by plain torch.
 
 Shape letters: R rows (out), C columns (in), G groups.
 """
@@ -63,9 +63,58 @@ def awq(config: Mapping[str, Any], tensors: Tensors, start: int, stop: int) -> T
     return (x * scale_rG[..., None]).flatten(1).float()
 
 
+def modelopt(_: Mapping[str, Any], tensors: Tensors, start: int, stop: int) -> Tensor:
+    """NVFP4 by compressed-tensors' unpacking, FP8 by torch's cast; scales spread by index."""
+    second = tensors.get("weight_scale_2")
+    codes = tensors["weight_packed"] if second is not None else tensors["weight"]
+    code_rC = _rows(codes, start, stop)
+    scale = _whole(tensors["weight_scale"]).reshape(tensors["weight_scale"].spec.shape)
+    if second is not None:
+        from compressed_tensors.compressors.nvfp4.helpers import unpack_fp4_from_uint8
+
+        columns = code_rC.shape[1] * 2
+        code_rC = unpack_fp4_from_uint8(code_rC, stop - start, columns, torch.float32)
+        scale = scale.float() * _whole(second)
+    elif scale.dtype == torch.uint8:
+        scale = torch.exp2(scale.float() - 127)
+    if scale.numel() == 1:
+        return code_rC.float() * scale.float().reshape(1, 1)
+    in_blocks = len(scale) != codes.spec.shape[0]
+    row_r, column_C = torch.arange(start, stop), torch.arange(code_rC.shape[1])
+    row_r = row_r // 128 if in_blocks else row_r
+    column_C = column_C // (128 if in_blocks else code_rC.shape[1] // scale.shape[1])
+    return code_rC.float() * scale.float()[row_r][:, column_C]
+
+
+def fp8(_: Mapping[str, Any], tensors: Tensors, start: int, stop: int) -> Tensor:
+    """A scale for each row; or FP4 pairs by transformers' reading of MXFP4."""
+    scale_rG = _rows(tensors["weight_scale"], start, stop)
+    if "weight" in tensors:
+        return _rows(tensors["weight"], start, stop).float() * scale_rG.float().reshape(-1, 1)
+    from transformers.integrations.mxfp4 import _convert_moe_packed_tensors
+
+    code_rGB = _rows(tensors["weight_packed"], start, stop).view(torch.uint8).unflatten(1, (-1, 16))
+    made_Cr: Tensor = _convert_moe_packed_tensors(
+        code_rGB[None], scale_rG.view(torch.uint8)[None], dtype=torch.float32
+    )[0]
+    return made_Cr.t()
+
+
+def first_expert(tensors: Tensors) -> Tensor:
+    """Of gpt-oss: the first expert [C, O] of a layer's MXFP4 blocks, by transformers."""
+    from transformers.integrations.mxfp4 import _convert_moe_packed_tensors
+
+    blocks, scales = (_rows(tensors[part], 0, 1) for part in ("weight_packed", "weight_scale"))
+    expert: Tensor = _convert_moe_packed_tensors(blocks, scales)[0]
+    return expert.float()
+
+
 DECODERS: Mapping[str, tuple[str, Decoder]] = {
     "gptq": ("the description of GPTQ's format", gptq),
     "awq": ("compressed-tensors", awq),
+    "fp8": ("transformers", fp8),
+    "fbgemm_fp8": ("torch", fp8),
+    "modelopt": ("the description of ModelOpt's format", modelopt),
 }
 """quant_method -> who decodes, and how."""
 
@@ -90,6 +139,12 @@ def _numbers(bit_NB: Tensor, bits: int) -> Tensor:
     count = bit_NB.shape[1] // bits
     place = 2 ** torch.arange(bits, dtype=torch.int32)
     return (bit_NB[:, : count * bits].unflatten(1, (count, bits)).int() * place).sum(-1)
+
+
+def _rows(tensor: StoredTensor, start: int, stop: int) -> Tensor:
+    with safe_open(tensor.file, "pt") as file:
+        rows: Tensor = file.get_slice(tensor.name)[start:stop]
+        return rows
 
 
 def _columns(tensor: StoredTensor, start: int, stop: int) -> Tensor:

@@ -1,0 +1,262 @@
+"""A quantized source in compressed-tensors' layout, number for number; and in no layout at all."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from compressed_tensors.compressors import BaseCompressor
+from compressed_tensors.quantization import QuantizationScheme
+from convert_cases import convert
+from convert_killed import Run, digests, perform
+from safetensors.torch import load_file, save_file
+from test_convert_foreign import source
+from tiny.foreign import (
+    LINEARS,
+    Foreign,
+    fp8,
+    fp8_method,
+    gptq,
+    gptq_method,
+    unquantized,
+    write,
+)
+from tiny.tensors import differences, tensors_in
+from torch import Tensor
+
+from ckptq.errors import PlanError, UsageError
+from ckptq.recipes.load import load_scheme
+from ckptq.verify.report import Report
+from ckptq.verify.run import verify
+
+REPACK, DEQUANTIZE = load_scheme("repack"), load_scheme("dequantize")
+KINDS = {
+    "gptq": "int4 group 32",
+    "gptq asym v2": "int4 group 32 asym",
+    "gptq 3-bit asym": "int3 group 32 asym",
+    "gptq 8-bit": "int8 group 32",
+    "awq": "int4 group 32 asym",
+    "modelopt fp8": "fp8 tensor",
+    "modelopt nvfp4": "nvfp4",
+    "fp8 rows": "fp8 channel",
+    "fbgemm": "fp8 channel",
+}
+
+
+def faults(report: Report) -> list[tuple[str, str | None]]:
+    return [(f.code, f.tensor) for f in report.findings if f.severity == "fault"]
+
+
+def by_compressed_tensors(folder: Path, linear: str) -> Tensor:
+    """A weight as compressed-tensors reads the output, in float32."""
+    config = json.loads((folder / "config.json").read_text())["quantization_config"]
+    (group,) = config["config_groups"].values()
+    scheme: Any = QuantizationScheme.model_validate(group)
+    prefix = f"{linear}."
+    held = {n.removeprefix(prefix): t for n, t in tensors_in(folder).items() if prefix in n}
+    held = {n: t for n, t in held.items() if not n.startswith("input")}
+    compressor: Any = BaseCompressor.get_value_from_registry(group["format"])
+    return compressor.decompress(held, scheme)["weight"]
+
+
+@pytest.mark.parametrize("format", KINDS)
+def test_the_numbers_are_the_source_s(tmp_path: Path, format: str) -> None:
+    foreign = source(tmp_path / "source", format)
+    out = convert(foreign.folder, tmp_path / "out", REPACK).out
+    for name in LINEARS:
+        made = by_compressed_tensors(out, name)
+        wanted = foreign.weights[name]
+        apart = (made.to(wanted.dtype) != wanted).float().mean()
+        # the inverse of NVFP4's global scale is not always a float32
+        assert apart <= (1e-3 if format == "modelopt nvfp4" else 0), name
+    report = verify(out, foreign.folder)
+    assert report.ok, report.findings
+    assert [f.code for f in report.findings if f.severity != "note"] == []
+    assert {one.scheme for one in report.tensors} == {KINDS[format]}
+    assert all(one.snr_db == float("inf") for one in report.tensors)
+
+
+def change(folder: Path, name: str, edit: Callable[[Tensor], None]) -> None:
+    for file in folder.glob("*.safetensors"):
+        tensors = load_file(file)
+        if name in tensors:
+            edit(tensors[name])
+            save_file(tensors, file, metadata={"format": "pt"})
+            return
+    raise AssertionError(f"no {name}")
+
+
+def flip(tensor: Tensor) -> None:
+    tensor.view(torch.uint8).view(-1)[3] ^= 0x10
+
+
+@pytest.mark.parametrize(
+    ("format", "local"),
+    [
+        ("gptq asym v2", "weight_packed"),
+        ("gptq asym v2", "weight_zero_point"),
+        ("gptq asym v2", "weight_scale"),
+        ("awq", "weight_packed"),
+        ("modelopt fp8", "weight"),
+        ("modelopt fp8", "weight_scale"),
+        ("modelopt nvfp4", "weight_packed"),
+        ("modelopt nvfp4", "weight_scale"),
+        ("modelopt nvfp4", "weight_global_scale"),
+    ],
+)
+def test_a_number_that_is_another_one_is_noticed(tmp_path: Path, format: str, local: str) -> None:
+    foreign = source(tmp_path / "source", format)
+    out = convert(foreign.folder, tmp_path / "out", REPACK).out
+    name = "model.layers.1.mlp.up_proj"
+    change(out, f"{name}.{local}", flip)
+    found = faults(verify(out, foreign.folder))
+    assert {tensor.rpartition(".")[0] for _, tensor in found if tensor} == {name}
+
+
+@pytest.mark.parametrize("format", ["gptq", "gptq asym ordered", "awq", "modelopt nvfp4"])
+def test_dequantized_it_is_the_unquantized_model(tmp_path: Path, format: str) -> None:
+    foreign = source(tmp_path / "source", format)
+    plain = unquantized(foreign, tmp_path / "plain")
+    out = convert(foreign.folder, tmp_path / "out", DEQUANTIZE).out
+    assert differences(tensors_in(out), tensors_in(plain)) == []
+    assert json.loads((out / "config.json").read_text()) == json.loads(
+        (plain / "config.json").read_text()
+    )
+    assert not (out / "recipe.yaml").exists()
+    assert verify(out, foreign.folder).ok
+    change(out, "model.layers.0.self_attn.o_proj.weight", flip)
+    found = faults(verify(out, foreign.folder))
+    assert found == [("copy-differs", "model.layers.0.self_attn.o_proj.weight")]
+
+
+def test_a_source_of_several_formats_is_repacked_in_groups(tmp_path: Path) -> None:
+    """DeepSeek-V4's: FP8 in blocks, and MXFP4; vLLM reads their exponents as float32 and U8."""
+    foreign = source(tmp_path / "source", "deepseek")
+    out = convert(foreign.folder, tmp_path / "out", REPACK).out
+    config = json.loads((out / "config.json").read_text())["quantization_config"]
+    formats = {group["format"] for group in config["config_groups"].values()}
+    assert formats == {"float-quantized", "mxfp4-pack-quantized"}
+    assert config["format"] == "mixed-precision"
+    report = verify(out, foreign.folder)
+    assert report.ok, report.findings
+    assert {one.snr_db for one in report.tensors} == {float("inf")}
+    change(out, "model.layers.0.mlp.up_proj.weight_scale", flip)
+    assert {t.rpartition(".")[0] for _, t in faults(verify(out, foreign.folder)) if t} == {
+        "model.layers.0.mlp.up_proj"
+    }
+
+
+def test_modules_of_other_bits_get_a_group_of_their_own(tmp_path: Path) -> None:
+    """GPTQModel's `dynamic`; and a module that it leaves alone."""
+    makers = {"v_proj": gptq(bits=8), "q_proj": gptq(bits=8), "k_proj": gptq(bits=8)}
+    plain = "model.layers.1.mlp.down_proj"
+
+    def maker(w_RC: Tensor) -> Any:
+        return makers.get(next(turns).rpartition(".")[2], gptq())(w_RC)
+
+    turns = iter(LINEARS)
+    foreign = write(tmp_path / "source", maker, gptq_method())
+    stored = load_file(foreign.folder / "model.safetensors")
+    stored = {n: t for n, t in stored.items() if not n.startswith(f"{plain}.")}
+    stored[f"{plain}.weight"] = foreign.weights[plain]
+    save_file(stored, foreign.folder / "model.safetensors", metadata={"format": "pt"})
+    out = convert(foreign.folder, tmp_path / "out", REPACK).out
+    config = json.loads((out / "config.json").read_text())["quantization_config"]
+    groups = list(config["config_groups"].values())
+    assert [group["weights"]["num_bits"] for group in groups] == [8, 4]
+    assert groups[1]["targets"] == ["Linear"]
+    assert "model.layers.0.self_attn.qkv_proj" in groups[0]["targets"]
+    assert plain in config["ignore"]
+    report = verify(out, foreign.folder)
+    assert report.ok, report.findings
+
+
+def test_static_inputs_keep_their_scales(tmp_path: Path) -> None:
+    for format, local, value in (
+        ("modelopt fp8", "input_scale", 0.03),
+        ("modelopt nvfp4", "input_global_scale", 1 / 0.0007),
+    ):
+        foreign = source(tmp_path / format, format)
+        out = convert(foreign.folder, tmp_path / f"{format} out", REPACK).out
+        made = tensors_in(out)
+        for name in LINEARS:
+            assert made[f"{name}.{local}"].dtype == torch.float32
+            assert torch.allclose(made[f"{name}.{local}"], torch.tensor([value]))
+
+
+def test_scales_of_an_fp8_cache_are_carried(tmp_path: Path) -> None:
+    """Under the names that engines load for this layout; queries get the keys' scale."""
+    attention = [f"model.layers.{i}.self_attn" for i in range(2)]
+    more = {
+        f"{a}.{w}_proj.{w}_scale": torch.tensor(0.5 if w == "k" else 0.25)
+        for a in attention
+        for w in "kv"
+    }
+    scheme = {"dynamic": False, "num_bits": 8, "type": "float"}
+    method = fp8_method(kv_cache_scheme=scheme)
+    foreign = write(tmp_path / "source", fp8, method, torch.bfloat16, more)
+    out = convert(foreign.folder, tmp_path / "out", REPACK).out
+    made = tensors_in(out)
+    for a in attention:
+        found = {which: made[f"{a}.{which}_scale"].tolist() for which in "qkv"}
+        assert found == {"q": [0.5], "k": [0.5], "v": [0.25]}
+    config = json.loads((out / "config.json").read_text())["quantization_config"]
+    assert config["kv_cache_scheme"]["strategy"] == "tensor"
+    report = verify(out, foreign.folder)
+    assert report.ok, report.findings
+    anew = convert(foreign.folder, tmp_path / "anew", load_scheme("fp8-dynamic")).out
+    assert not [name for name in tensors_in(anew) if name.endswith(("k_scale", "v_scale"))]
+    half = {name: tensor for name, tensor in more.items() if "layers.0" in name}
+    lacking = half | {f"{attention[1]}.k_proj.k_scale": torch.tensor(1.0)}
+    foreign = write(tmp_path / "half", fp8, method, torch.bfloat16, lacking)
+    out = convert(foreign.folder, tmp_path / "half out", REPACK).out
+    assert (
+        json.loads((out / "config.json").read_text())["quantization_config"]["kv_cache_scheme"]
+        is None
+    )
+    assert not [name for name in tensors_in(out) if name.endswith(("k_scale", "v_scale"))]
+
+
+def test_groups_in_activation_order_are_refused_with_what_to_do(tmp_path: Path) -> None:
+    foreign = source(tmp_path / "source", "gptq asym ordered")
+    with pytest.raises(PlanError, match=r"activation order .*vLLM serves the source as it is"):
+        convert(foreign.folder, tmp_path / "out", REPACK)
+    in_order = write(tmp_path / "in order", gptq(), gptq_method() | {"desc_act": True})
+    assert verify(convert(in_order.folder, tmp_path / "made", REPACK).out, in_order.folder).ok
+
+
+def test_an_unquantized_source_is_refused(tmp_path: Path) -> None:
+    foreign = source(tmp_path / "source", "awq")
+    plain = unquantized(foreign, tmp_path / "plain")
+    with pytest.raises(UsageError, match=r"needs a quantized source; .*plain is not quantized"):
+        convert(plain, tmp_path / "out", REPACK)
+    with pytest.raises(UsageError, match=r"scheme 'dequantize': .*plain is not quantized"):
+        convert(plain, tmp_path / "out", DEQUANTIZE)
+    made = convert(foreign.folder, tmp_path / "made", REPACK).out
+    with pytest.raises(UsageError, match="made: is in compressed-tensors' layout already"):
+        convert(made, tmp_path / "out", REPACK)
+
+
+def test_what_was_repacked_is_a_source_like_any_other(tmp_path: Path) -> None:
+    foreign = source(tmp_path / "source", "gptq asym v2")
+    made = convert(foreign.folder, tmp_path / "made", REPACK).out
+    back = convert(made, tmp_path / "back", DEQUANTIZE).out
+    plain = unquantized(foreign, tmp_path / "plain")
+    assert differences(tensors_in(back), tensors_in(plain)) == []
+
+
+def test_killed_at_any_step_it_resumes(tmp_path: Path) -> None:
+    foreign: Foreign = source(tmp_path / "source", "awq")
+    run = Run(source=foreign.folder, out=tmp_path / "whole", recipe=REPACK)
+    code, steps = perform(run)
+    assert code == 0
+    for at in range(20, steps * 9 // 10, steps // 4):
+        killed = replace(run, out=tmp_path / f"killed-{at}")
+        assert perform(replace(killed, die_at=at))[0] != 0
+        assert perform(killed)[0] == 0
+        assert digests(killed.out) == digests(run.out)
