@@ -5,6 +5,7 @@ Shape letters: R rows, C columns.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -27,27 +28,37 @@ class Chosen:
     """False where the Hessian could not be inverted: then every weight is rounded by itself."""
 
 
-def choose(w_RC: Tensor, hessian_CC: Tensor, on: Grid, args: Args, how: Gptq) -> Chosen:
-    """The weights of a grid with which the Linear does to its inputs what it did before.
+@dataclass(frozen=True)
+class Choice:
+    """What GPTQ has to choose by."""
 
-    The Hessian is used up.
+    w_RC: Tensor
+    hessian_CC: Tensor
+    on: Grid
+
+
+def choose(choices: Sequence[Choice], args: Args, how: Gptq) -> list[Chosen]:
+    """The weights of a grid with which each Linear does to its inputs what it did before.
+
+    All have the same shape. On a CPU one at a time gives llm-compressor's bits.
     """
     import torch
     from llmcompressor.modifiers.gptq.gptq_quantize import quantize_weight
 
+    global_scales = [each.on.global_scale for each in choices if each.on.global_scale is not None]
     with torch.no_grad():
         made: Any = quantize_weight(
-            weights=w_RC.float()[None].clone(),
-            hessians=hessian_CC[None],
-            scale=on.scale[None],
-            zero_point=_zero_point(on)[None],
-            global_scale=on.global_scale,
+            weights=torch.stack([each.w_RC.float() for each in choices]),
+            hessians=torch.stack([each.hessian_CC for each in choices]),
+            scale=torch.stack([each.on.scale for each in choices]),
+            zero_point=torch.stack([_zero_point(each.on) for each in choices]),
+            global_scale=torch.cat(global_scales) if global_scales else None,
             quant_args=_library_args(args),
             blocksize=how.block_size,
             percdamp=how.dampening_frac,
         )
-    (weight_RC,), _, (nearest,) = made
-    return Chosen(weight_RC, not bool(nearest))
+    weights, _, nearest = made
+    return [Chosen(w_RC, not n) for w_RC, n in zip(weights, nearest.tolist(), strict=True)]
 
 
 def weighed_ranges(w_RC: Tensor, moments: Moments, args: Args) -> Ranges:

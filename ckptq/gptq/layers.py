@@ -20,7 +20,7 @@ from ckptq.gptq.rewritten import Rewritten
 from ckptq.gptq.routed import Routed
 from ckptq.gptq.told import Told
 from ckptq.gptq.units import Made, Units
-from ckptq.plan.unit import Part, Plan, Unit
+from ckptq.plan.unit import Plan, Unit
 from ckptq.text.samples import Batch
 
 if TYPE_CHECKING:
@@ -45,6 +45,8 @@ class LayerQuantizer:
         self._weights: Rewritten | None = None
         self._seen = self._unseen()
         self._routed: dict[str, Routed] = {}
+        self._of_layer: dict[str, list[Unit]] = {}
+        """That of the last layer asked for."""
 
     def _unseen(self) -> Seen:
         return Seen(pairs=self.propagates)
@@ -73,7 +75,8 @@ class LayerQuantizer:
         self, model: LayerwiseModel, name: str, layer: nn.Module, batch: Batch
     ) -> AbstractContextManager[None]:
         """Gathers, while the layer runs on a batch, what its Linears are given."""
-        inputs = Inputs(model.loader, {part.linear.name for part in self._parts(model, name)})
+        names = (_names(unit) for unit in self._units_of(model, name))
+        inputs = Inputs(model.loader, set().union(*names))
 
         def route(experts: Experts, module: nn.Module, args: tuple[Any, ...]) -> None:
             routed = self._routed.setdefault(_first(experts), Routed(module, experts))
@@ -85,10 +88,10 @@ class LayerQuantizer:
         """Quantize a layer that has run on all batches, and keep the result."""
         assert self._weights is not None
         made, told = Made(), Told()
-        units = list(self._units_of(model, model.layer_names[index]))
+        units = self._units_of(model, model.layer_names[index])
         for ready in self._in_turn(units, told):
-            for unit in ready:
-                made |= self._units.quantized(unit, self._seen, told)
+            for batch in self._units.in_batches(ready):
+                made |= self._units.quantized(batch, self._seen, told)
         self.kept.keep(index, made, told.to_json())
         if self.propagates:
             self._weights.rewrite([part for unit in units for part in unit.parts], made)
@@ -107,15 +110,14 @@ class LayerQuantizer:
                 names = {name for number in portion for name in each.experts[number]}
                 yield [unit for unit in units if _names(unit) & names]
 
-    def _parts(self, model: LayerwiseModel, name: str) -> Iterator[Part]:
-        for unit in self._units_of(model, name):
-            yield from unit.parts
-
-    def _units_of(self, model: LayerwiseModel, name: str) -> Iterator[Unit]:
+    def _units_of(self, model: LayerwiseModel, name: str) -> list[Unit]:
         """What of a layer is quantized."""
-        prefix = model.loader.stored_module(name) + "."
-        quantized = (unit for unit in self._plan.units if unit.parts)
-        return (unit for unit in quantized if unit.parts[0].linear.name.startswith(prefix))
+        if name not in self._of_layer:
+            prefix = model.loader.stored_module(name) + "."
+            quantized = (unit for unit in self._plan.units if unit.parts)
+            held = [unit for unit in quantized if unit.parts[0].linear.name.startswith(prefix)]
+            self._of_layer = {name: held}
+        return self._of_layer[name]
 
 
 def _names(unit: Unit) -> set[str]:

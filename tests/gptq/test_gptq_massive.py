@@ -11,7 +11,7 @@ from gptq_cases import converted, save
 from safetensors.torch import load_file, save_file
 
 from ckptq.gptq import massive
-from ckptq.gptq.choose import choose
+from ckptq.gptq.choose import Choice, choose
 from ckptq.gptq.moments import Moments
 from ckptq.quantize.formats import grid
 from ckptq.recipes.load import load_scheme
@@ -38,8 +38,10 @@ def losses(x_TF: torch.Tensor) -> tuple[float, float]:
     moments.add(x_TF)
     how = load_scheme("w4a16-g32-gptq").gptq
     assert how is not None
-    chosen = choose(w_RC, moments.hessian(), on, group.weights, how).weight_RC
-    even = choose(w_RC, torch.eye(FEATURES), on, group.weights, how).weight_RC
+    [chosen, even] = (
+        choose([Choice(w_RC, hessian, on)], group.weights, how)[0].weight_RC
+        for hessian in (moments.hessian(), torch.eye(FEATURES))
+    )
     others = torch.cat((x_TF[:7], x_TF[8:]))
     return tuple(((others @ (made - w_RC).t()) ** 2).sum().item() for made in (chosen, even))
 

@@ -6,6 +6,7 @@ moves some of the 8-bit codes that GPTQ has chosen.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -128,9 +129,12 @@ def test_a_difference_in_what_is_computed_is_noticed(
         rows = token_rows([48] * 12, seed=8)
     elif broken == "a Hessian":
         run = choose.choose
-        monkeypatch.setattr(
-            "ckptq.gptq.units.choose", lambda w, h, *rest: run(w, h.diag().diag(), *rest)
-        )
+
+        def diagonal(choices: list[choose.Choice], *rest: object) -> object:
+            changed = [replace(c, hessian_CC=c.hessian_CC.diag().diag()) for c in choices]
+            return run(changed, *rest)
+
+        monkeypatch.setattr("ckptq.gptq.units.choose", diagonal)
     else:
         monkeypatch.setattr("ckptq.gptq.rewritten.Rewritten.rewrite", lambda *_: None)
     other = tensors_in(converted(llama, tmp_path / "other", scheme, rows))
