@@ -6,7 +6,7 @@
 `quality`: each scheme is written by `ckptq quantize` and measured by `ckptq evaluate` on held-out
 text: KL, perplexity, dB, size, seconds and peak RSS. `layer`: one layer of Llama 3.1 8B's shapes,
 or one with 128 experts of Qwen3-30B-A3B's, quantized by ckptq and by llm-compressor's oneshot from
-the same tokens: seconds, peak memory, and the share of codes that are equal.
+the same tokens: seconds and peak memory of the whole process, and what is lost.
 """
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
-from datetime import date
 from pathlib import Path
 from typing import Any
 
 from measure import machine, run, warm
+from record import Row, add_option, gpu, publish
 
 SCHEMES = (
     *("w4a16-g32", "w4a16-g32-search", "w4a16-g32-gptq", "w4a16-g32-imatrix-gptq"),
@@ -89,65 +89,65 @@ finally:
               file=sys.stderr)
 """
 
-EQUAL = """
-import sys
-from pathlib import Path
-from safetensors.torch import load_file
-ours, theirs = (
-    {k: v for f in Path(p).glob("*.safetensors") for k, v in load_file(f).items()}
-    for p in sys.argv[1:]
-)
-names = [n for n in ours if n.endswith(("weight_packed", "weight_scale")) and n in theirs]
-for kind in ("weight_scale", "weight_packed"):
-    of = [n for n in names if n.endswith(kind)]
-    same = sum((ours[n] == theirs[n]).sum().item() for n in of)
-    print(f"{kind}: {same / sum(ours[n].numel() for n in of):.4%} of {len(of)} tensors equal")
-"""
+CODE = ["ckptq/gptq", "ckptq/forward", "ckptq/calibrate", "ckptq/quantize"]
 
 
-def quality(given: argparse.Namespace, work: Path) -> Iterator[str]:
-    yield "| scheme | KL | perplexity | dB | size | seconds | peak RSS |"
-    yield "|---|---:|---:|---:|---:|---:|---:|"
+def quality(given: argparse.Namespace, work: Path) -> Iterator[Row]:
     for scheme in given.schemes.split(","):
         out = work / scheme
-        command = ["-m", "ckptq", "quantize", given.model, "-o", out, "-s", scheme]
-        command += ["--data", given.data, "--samples", given.samples, "--seq-len", given.seq_len]
+        command = ["quantize", given.model, "-o", out, "-s", scheme, "--device", given.device]
+        if any(scheme.endswith(way) for way in ("gptq", "imatrix")):
+            command += ["--data", given.data, *_tokens(given)]
         warm(given.model)
-        took = run([sys.executable, *map(str, command), "--device", given.device])
-        row = evaluated(out, given)
-        size = sum(file.stat().st_size for file in out.glob("*.safetensors"))
-        yield (
-            f"| `{scheme}` | {row['kl']:.4f} | {row['perplexity']:.2f} | {row['snr_db']:.1f} "
-            f"| {size / 1e6:.0f} MB | {took.seconds:.0f} | {took.peak_bytes / 1e9:.1f} GB |"
-        )
+        took = run([sys.executable, "-m", "ckptq", *map(str, command)])
+        (row,) = scores(given.model, [out], given.held_out, given.device)
+        yield {
+            "scheme": scheme,
+            "KL": row["kl"],
+            "perplexity": row["perplexity"],
+            "dB": row["snr_db"],
+            "MB": sum(file.stat().st_size for file in out.glob("*.safetensors")) / 1e6,
+            "seconds": took.seconds,
+            "peak MB": took.peak_bytes / 1e6,
+        }
 
 
-def evaluated(out: Path, given: argparse.Namespace) -> dict[str, Any]:
-    command = ["-m", "ckptq", "evaluate", out, "--source", given.model, "--data", given.held_out]
-    command += ["--samples", "128", "--seq-len", "512", "--device", given.device, "--json"]
+def _tokens(given: argparse.Namespace) -> list[str]:
+    return ["--samples", given.samples, "--seq-len", given.seq_len]
+
+
+def scores(source: Path, outs: list[Path], text: Path, device: str) -> list[dict[str, Any]]:
+    """A row of `ckptq evaluate` for each output."""
+    command = ["-m", "ckptq", "evaluate", *outs, "--source", source, "--data", text, "--json"]
+    command += ["--samples", "128", "--seq-len", "512", "--device", device]
     done = subprocess.run([sys.executable, *map(str, command)], stdout=subprocess.PIPE, check=True)
-    row: dict[str, Any] = json.loads(done.stdout)["rows"][0]
-    return row
+    rows: list[dict[str, Any]] = json.loads(done.stdout)["rows"]
+    return rows
 
 
-def layer(given: argparse.Namespace, work: Path) -> Iterator[str]:
+def layer(given: argparse.Namespace, work: Path) -> Iterator[Row]:
     family, sizes = LAYERS[given.kind]
-    source, rows, scheme = work / "source", work / "rows.jsonl", given.scheme
+    source, text, S = work / "source", work / "rows.jsonl", int(given.seq_len)
     subprocess.run([sys.executable, "-c", MAKE, family, json.dumps(sizes), source], check=True)
-    S = int(given.seq_len)
     ids = ([(7 * i * j + i) % 1000 + 1 for j in range(S)] for i in range(1, int(given.samples) + 1))
-    rows.write_text("".join(json.dumps({"input_ids": row}) + "\n" for row in ids))
+    text.write_text("".join(json.dumps({"input_ids": row}) + "\n" for row in ids))
     warm(source)
-    ours = ["quantize", source, "-o", work / "ours", "-s", scheme, "--data", rows]
-    ours += ["--samples", given.samples, "--seq-len", S, "--device", given.device]
-    mine = run([sys.executable, "-c", OURS, *map(str, ours)])
-    yield f"ckptq: {mine.seconds:.1f} s, peak RSS {mine.peak_bytes / 1e9:.1f} GB"
-    theirs = run([sys.executable, "-c", PEER, source, work / "theirs", scheme, rows])
-    yield f"oneshot: {theirs.seconds:.1f} s, peak RSS {theirs.peak_bytes / 1e9:.1f} GB"
-    yield f"{theirs.seconds / mine.seconds:.2f} times as fast as oneshot, imports included"
-    folders = [work / "ours", work / "theirs"]
-    done = subprocess.run([sys.executable, "-c", EQUAL, *folders], stdout=subprocess.PIPE)
-    yield done.stdout.decode().strip()
+    outs = [work / "ours", work / "theirs"]
+    ours = ["quantize", source, "-o", outs[0], "-s", given.scheme, "--data", text]
+    ours += [*_tokens(given), "--device", given.device]
+    took = {
+        "ckptq": run([sys.executable, "-c", OURS, *map(str, ours)]),
+        "oneshot": run([sys.executable, "-c", PEER, source, outs[1], given.scheme, text]),
+    }
+    rows = scores(source, outs, text, given.device)
+    for (name, one), row in zip(took.items(), rows, strict=True):
+        yield {
+            "tool": name,
+            "seconds": one.seconds,
+            "peak MB": one.peak_bytes / 1e6,
+            "dB": row["snr_db"],
+            "KL": row["kl"],
+        }
 
 
 def main() -> None:
@@ -165,12 +165,27 @@ def main() -> None:
         each.add_argument("--device", default="cpu")
         each.add_argument("--samples", default="64")
         each.add_argument("--seq-len", default="512")
+        add_option(each)
     given = parser.parse_args()
-    print(f"# GPTQ on {machine()}, {date.today()}\n", flush=True)
-    print(f"`python benchmarks/bench_gptq.py {' '.join(sys.argv[1:])}`\n", flush=True)
     with tempfile.TemporaryDirectory() as work:
-        for line in (quality if given.mode == "quality" else layer)(given, Path(work)):
-            print(line, flush=True)
+        if given.mode == "quality":
+            name, what = "gptq-quality", f"GPTQ and iMatrix, {given.model.name}"
+            rows = list(told(quality(given, Path(work))))
+        else:
+            name, what = f"gptq-layer-{given.kind}", f"One layer, {given.kind}, {given.scheme}"
+            rows = list(told(layer(given, Path(work))))
+    publish(name, what, rows, code=CODE, machine=where(given), folder=given.record)
+
+
+def told(rows: Iterator[Row]) -> Iterator[Row]:
+    """Each as it comes."""
+    for row in rows:
+        print(row, file=sys.stderr, flush=True)
+        yield row
+
+
+def where(given: argparse.Namespace) -> str:
+    return gpu() if given.device.startswith("cuda") else machine()
 
 
 if __name__ == "__main__":
