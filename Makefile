@@ -3,6 +3,7 @@
 #   make demo-real   a real model from PyPI in five schemes, each loaded in transformers (and, with
 #                    VLLM_PYTHON, in vLLM) and held against what `ckptq evaluate` says
 #   make test        all tests (no network, no GPU)
+# make figures puts the figures of benchmarks/results into README and docs (benchmarks/figures.py).
 # make engine-table VLLM_PYTHON=... asks a vLLM what it does with each architecture (docs/engines.md).
 # make ci-example runs examples/ci/run.sh, the steps of a CI job, on a trained model: one line of its
 # task has 19 tokens, and lines joined are nothing that it knows. VLLM_PYTHON runs it in vLLM too
@@ -15,12 +16,14 @@ DEMO ?= demo
 REAL ?= real
 FAMILY ?= llama
 SCHEME ?= fp8
+# of make bench and bench-kernels: write results files too
+RECORD ?= --record benchmarks/results
 
 export TOKENIZERS_PARALLELISM = false
 export HF_HUB_DISABLE_TELEMETRY = 1
 
 .PHONY: demo demo-real ci-example engine-table test lint test-gpu test-engines bench \
-    bench-kernels clean
+    bench-kernels figures clean
 
 $(VENV)/installed: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
@@ -78,13 +81,16 @@ test-engines: $(VENV)/installed
 	VLLM_PYTHON=$(VLLM_PYTHON) TRITON_INTERPRET=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m engine
 
 bench: $(VENV)/installed
-	$(BIN)/python benchmarks/bench_convert.py
+	$(BIN)/python benchmarks/bench_convert.py $(RECORD)
+
+figures:
+	$(PYTHON) benchmarks/figures.py
 
 bench-kernels:
-	$(PYTHON) benchmarks/bench_kernels.py
-	$(PYTHON) benchmarks/bench_attention.py
-	$(PYTHON) benchmarks/bench_calibrate.py
-	$(PYTHON) benchmarks/bench_calibrate.py --shape llama4 --samples 32
+	$(PYTHON) benchmarks/bench_kernels.py $(RECORD)
+	$(PYTHON) benchmarks/bench_attention.py $(RECORD)
+	$(PYTHON) benchmarks/bench_calibrate.py $(RECORD)
+	$(PYTHON) benchmarks/bench_calibrate.py --shape llama4 --samples 32 $(RECORD)
 
 clean:
 	rm -rf $(VENV) $(DEMO) $(REAL)

@@ -1,6 +1,6 @@
 """Attention and KV-cache kernels: speed against torch and a device copy, error of each KV format.
 
-    python benchmarks/bench_attention.py --out benchmarks/results/attention
+    python benchmarks/bench_attention.py [--record benchmarks/results]
 
 Each result is checked first, attention against float64, bytes and maxima for equality, and a
 difference ends the run. Attention is causal, 32 query and 8 key/value heads of 128 (Llama-3.1-8B),
@@ -13,15 +13,14 @@ times other tiles of the attention kernel.
 """
 
 import argparse
-import json
 import statistics
 import sys
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
-from kernel_timing import copy_gbs, environment, markdown, measure
+from kernel_timing import copy_gbs, measure
+from record import add_option, extremes, gpu, publish
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
@@ -46,6 +45,9 @@ H, K, D, BLOCK = 32, 8, 128, 16
 SCALING = D**-0.5
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 Row = dict[str, Any]
+ATTENTION = ("ckptq/kernels/attention",)
+CACHE = ("ckptq/kernels/cache",)
+TOKEN_HEAD = ("ckptq/kernels/token_head",)
 TILES = [
     *(Tile(128, 64, 8, stages) for stages in (2, 3, 4)),
     *(Tile(128, 128, 8, stages) for stages in (2, 3)),
@@ -137,12 +139,11 @@ def attention_rows(length: int, tokens: int, runs: int) -> list[Row]:
     base = ms.get("SDPA flash", ms["ckptq"])
     return [
         {
-            "tokens": length,
-            "attention": name,
+            "attention": f"{name}, {length} tokens",
             "ms": ms[name],
             "TFLOP/s": flops / ms[name] / 1e9,
-            "time / SDPA flash": ms[name] / base,
-            "time / without maxima": ms[name] / ms["ckptq"],
+            "of SDPA flash's time": ms[name] / base,
+            "of the time without maxima": ms[name] / ms["ckptq"],
             "relative error": variants[name][1],
         }
         for name in variants
@@ -158,7 +159,7 @@ def tile_rows(length: int, tokens: int, runs: int) -> list[Row]:
     codes, ones = [x.to(FP8) for x in (q, k, v)], (1.0, 1.0, 1.0)
     rows = []
     for tile in TILES:
-        row: Row = {"tokens": length, "tile": str(tile)}
+        row: Row = {"tile": f"{length} tokens, {tile}"}
         for name, run in {
             "bf16 ms": lambda t=tile: attention(q, k, v, scaling=SCALING, tile=t),
             "fp8 ms": lambda t=tile: attention(*codes, scaling=SCALING, descales=ones, tile=t),
@@ -187,7 +188,7 @@ def kv_row(
         "kernel": name,
         "ms": ms,
         "GB/s": gbs,
-        "of copy": gbs / copy,
+        "% of copy": 100 * gbs / copy,
         "copy GB/s": copy,
         "torch eager ms": measure(eager, 5),
     }
@@ -224,7 +225,7 @@ def write_rows(tokens: int, runs: int) -> list[Row]:
                     turned[slot_T // BLOCK, slot_T % BLOCK] = encoded(x)
 
             moved = 2 * k.numel() * (2 + dtype.itemsize) + 8 * tokens
-            rows.append(kv_row(f"write {layout} {held}", run, eager, moved, runs))
+            rows.append(kv_row(f"{layout} {held}", run, eager, moved, runs))
     return rows
 
 
@@ -319,9 +320,7 @@ def error_rows(tokens: int) -> list[Row]:
                 small = [i for i in range(D) if not 5 <= i < 5 + outliers]
                 rows.append(
                     {
-                        "format": fmt.name,
-                        "rotation": str(rotation),
-                        "outlier channels of k": outliers,
+                        "format": f"{fmt.name}, rotation {rotation}, {outliers} outliers",
                         "k error %": 100 * relative(fakes[0], k),
                         "other channels of k %": 100
                         * relative(fakes[0][..., small], k[..., small]),
@@ -333,32 +332,43 @@ def error_rows(tokens: int) -> list[Row]:
     return rows
 
 
+def whole(rows: list[Row]) -> list[Row]:
+    """All rows, and the extremes of each variant over the lengths."""
+    columns = ["TFLOP/s", "of SDPA flash's time", "of the time without maxima"]
+    found = list(rows)
+    for name in dict.fromkeys(row["attention"].rpartition(",")[0] for row in rows):
+        same = [row for row in rows if row["attention"].rpartition(",")[0] == name]
+        found += extremes(same, columns, name)
+    return found
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--out", type=Path)
+    add_option(parser)
     parser.add_argument("--shrink", type=int, default=1)
     parser.add_argument("--runs", type=int, default=10)
     parser.add_argument("--tune", action="store_true")
     args = parser.parse_args()
     small, runs = args.shrink, args.runs
-    tables: dict[str, list[Row]] = {"Attention": []}
+    where = {"machine": gpu(), "folder": args.record}
+    rows: list[Row] = []
     for length in (2048, 4096, 8192):
-        tables["Attention"] += attention_rows(length // small, 16384 // small, runs)
+        rows += attention_rows(length // small, 16384 // small, runs)
+    publish("attention", "Causal attention, heads of 128", whole(rows), code=ATTENTION, **where)
     if args.tune:
-        tables["Tiles"] = tile_rows(2048 // small, 16384 // small, 10)
-        tables["Tiles"] += tile_rows(8192 // small, 16384 // small, 10)
-    tables["Write a paged cache"] = write_rows(65536 // small, runs)
-    tables["Quantize by token and head"] = token_head_rows(65536 // small, runs)
-    tables["Decode from a paged cache"] = decode_rows(4096 // small, 64 // min(small, 16), runs)
-    tables["Error of KV formats"] = error_rows(2048 // min(small, 16))
-    report = {"environment": environment(), "tables": tables}
-    text = f"{json.dumps(report['environment'])}\n"
-    for title, rows in tables.items():
-        text += f"\n## {title}\n\n{markdown(rows)}"
-    print(text)
-    if args.out:
-        args.out.with_suffix(".md").write_text(text)
-        args.out.with_suffix(".json").write_text(json.dumps(report, indent=1))
+        rows = tile_rows(2048 // small, 16384 // small, 10)
+        rows += tile_rows(8192 // small, 16384 // small, 10)
+        publish("attention-tiles", "Tiles of the attention kernel", rows, code=ATTENTION, **where)
+    rows = write_rows(65536 // small, runs)
+    rows += extremes(rows, ["% of copy"])
+    publish("cache-writes", "Writes into a paged cache", rows, code=CACHE, **where)
+    rows = token_head_rows(65536 // small, runs)
+    publish("token-head-writes", "Writes by token and head", rows, code=TOKEN_HEAD, **where)
+    rows = decode_rows(4096 // small, 64 // min(small, 16), runs)
+    code = (*CACHE, *TOKEN_HEAD)
+    publish("cache-decode", "Decoding from a paged cache", rows, code=code, **where)
+    rows = error_rows(2048 // min(small, 16))
+    publish("kv-error", "Error of KV formats", rows, code=TOKEN_HEAD, **where)
 
 
 if __name__ == "__main__":

@@ -6,7 +6,7 @@ A random model of the real shape is written to disk first. Each contender runs i
 own on the same random tokens: the plain forward and oneshot with the model resident, ckptq
 streaming the weights from disk layer by layer (that reading is in its time; the files are in the
 page cache). The plain forward and ckptq have run two samples before, which imports and compiles.
-`--out FILE` writes the table as JSON. Needs a CUDA device, llmcompressor and datasets.
+Needs a CUDA device, llmcompressor and datasets.
 """
 
 from __future__ import annotations
@@ -19,8 +19,13 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+
+from record import Row, add_option, gpu, publish
+
+CODE = ("ckptq/calibrate", "ckptq/forward", "ckptq/kernels/attention")
 
 SHAPES: dict[str, dict[str, Any]] = {
     "llama-8b": {
@@ -205,7 +210,7 @@ def difference(work: Path) -> dict[str, float]:
     short = {".".join(n.split(".")[-4:]): t for n, t in theirs.items()}
     pairs = [(t, short[".".join(n.split(".")[-4:])]) for n, t in ours.items() if ".q_" not in n]
     gaps = torch.cat([(a - b).abs() / b for a, b in pairs])
-    return {"largest": float(gaps.max()), "median": float(gaps.median()), "scales": len(gaps)}
+    return {"largest gap": float(gaps.max()), "median gap": float(gaps.median())}
 
 
 STEPS = {"plain": plain, "oneshot": oneshot, "ckptq": ckptq}
@@ -217,11 +222,11 @@ def step(name: str, shape: str, work: Path, samples: int, seq_len: int) -> None:
 
     seconds = STEPS[name](shape, work, tokens(shape, samples, seq_len))
     figures = {
-        "tokens_per_s": samples * seq_len / seconds,
+        "tokens/s": samples * seq_len / seconds,
         "seconds": seconds,
-        "peak_device_gib": torch.cuda.max_memory_allocated() / 2**30,
-        "peak_rss_gib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20,
-        "device": torch.cuda.get_device_name(),
+        "device GiB": torch.cuda.max_memory_allocated() / 2**30,
+        "RSS GiB": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20,
+        "machine": gpu(),
     }
     print(json.dumps(figures))
 
@@ -238,7 +243,7 @@ def main() -> None:
     parser.add_argument("--seq-len", type=int, default=2048)
     parser.add_argument("--work", type=Path)
     parser.add_argument("--without-oneshot", action="store_true")
-    parser.add_argument("--out", type=Path)
+    add_option(parser)
     parser.add_argument("--step", choices=["make", *STEPS], help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.step == "make":
@@ -254,23 +259,28 @@ def main() -> None:
         child("--step", "make", *common)
     steps = [name for name in STEPS if name != "oneshot" or not options.without_oneshot]
     found = {n: json.loads(child("--step", n, *common).splitlines()[-1]) for n in steps}
-    report: dict[str, Any] = {"shape": options.shape, **found}
-    print(f"{options.shape}, {options.samples} x {options.seq_len}, {found['ckptq']['device']}")
-    for name, figures in found.items():
-        print(
-            f"{name:8} {figures['tokens_per_s']:10,.0f} tokens/s  {figures['seconds']:7.1f} s  "
-            f"{figures['peak_device_gib']:6.1f} GiB device  {figures['peak_rss_gib']:6.1f} GiB RSS"
-        )
-    ours = found["ckptq"]["tokens_per_s"]
-    print(f"against the plain forward {ours / found['plain']['tokens_per_s']:.2f}x")
-    if "oneshot" in found:
-        report["scales_against_oneshot"] = difference(work)
-        print(f"against oneshot {ours / found['oneshot']['tokens_per_s']:.2f}x")
-        print(f"k/v scales against oneshot: {report['scales_against_oneshot']}")
-    if options.out:
-        options.out.write_text(json.dumps(report, indent=2) + "\n")
+    machine = found["ckptq"]["machine"]
+    gaps = difference(work) if "oneshot" in found else {}
+    what = f"Calibration per head, {options.shape} shape, {options.samples} x {options.seq_len}"
+    publish(
+        f"calibration-{options.shape}",
+        what,
+        list(rows(found, gaps)),
+        code=CODE,
+        machine=machine,
+        folder=options.record,
+    )
     if not options.work:
         shutil.rmtree(work)
+
+
+def rows(found: dict[str, dict[str, Any]], gaps: dict[str, float]) -> Iterator[Row]:
+    """A row for each contender; with oneshot, how far ckptq's k and v scales are from its."""
+    for name, figures in found.items():
+        speed = figures["tokens/s"]
+        against = {f"x {n}": speed / f["tokens/s"] for n, f in found.items() if n != "ckptq"}
+        kept = {key: value for key, value in figures.items() if key != "machine"}
+        yield {"forward": name, **kept, **against, **(gaps if name == "ckptq" else {})}
 
 
 if __name__ == "__main__":

@@ -5,8 +5,7 @@
 Makes Llama-shaped bf16 checkpoints of random weights in `work/`, converts them to FP8 with dynamic
 activations, and deletes everything again. Each command runs whole (imports included) and until its
 output is on the disk, with the source in the page cache. Commands take turns, and the best of
-several turns counts, because whatever else the machine does can only add. A table goes to stdout
-and to `benchmarks/results/`, with the machine and the date in its name.
+several turns counts, because whatever else the machine does can only add.
 """
 
 from __future__ import annotations
@@ -15,13 +14,14 @@ import argparse
 import os
 import shutil
 import sys
-from collections.abc import Mapping
-from datetime import date
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from measure import Took, load, machine, run, warm
+from record import Row, add_option, publish
 
 HERE = Path(__file__).parent
+CODE = ("ckptq/checkpoint", "ckptq/convert", "ckptq/quantize")
 LAYERS = {4: 8, 8: 17, 1: 1}
 """GB -> layers of Llama-3.1-8B's shapes, with a vocabulary of 32,000 (0.5 GB)."""
 
@@ -67,48 +67,36 @@ def measure(work: Path, given: argparse.Namespace) -> dict[Key, list[Took]]:
     return found
 
 
-def table(found: Mapping[Key, list[Took]], sizes: Mapping[int, int], start: Took) -> str:
-    """The result as Markdown. `sizes`: GB -> bytes of the source."""
+def rows(found: Mapping[Key, list[Took]], sizes: Mapping[int, int], start: Took) -> Iterator[Row]:
+    """The best turn of each tool and size, then what all sizes together say; `sizes`: GB -> bytes
+    of the source."""
     best = {key: min(took, key=lambda t: t.seconds) for key, took in found.items()}
-    lines = [
-        "| source | tool | seconds | of all turns | CPU seconds | peak RSS | to cp |",
-        "|---|---|---|---|---|---|---|",
-    ]
     for (tool, size), took in sorted(best.items(), key=lambda item: item[0][1]):
-        turns = ", ".join(f"{t.seconds:.2f}" for t in found[tool, size])
-        ratio = took.seconds / best["cp", size].seconds
-        lines.append(
-            f"| {sizes[size] / 1e9:.2f} GB | {tool} | {took.seconds:.2f} | {turns} "
-            f"| {took.cpu_seconds:.2f} | {took.peak_bytes / 1e6:.0f} MB | {ratio:.2f} |"
-        )
-    lines += ["", *summary(best, sizes, start)]
-    return "\n".join(lines)
-
-
-def summary(best: Mapping[Key, Took], sizes: Mapping[int, int], start: Took) -> list[str]:
-    """The figures that a promise was made about."""
-    small, large = min(sizes), max(sizes)
-    lines = [
-        f"start-up: {start.seconds:.2f} s for a checkpoint of a few kB, imports and exit included"
-    ]
-    if small != large:
-        more = (sizes[large] - sizes[small]) / 1e9
-        slope = {
-            tool: (best[tool, large].seconds - best[tool, small].seconds) / more
-            for tool in ("cp", "ckptq")
+        yield {
+            "command": f"{size} GB, {tool}",
+            "seconds": took.seconds,
+            "of all turns": ", ".join(f"{t.seconds:.2f}" for t in found[tool, size]),
+            "CPU seconds": took.cpu_seconds,
+            "peak MB": took.peak_bytes / 1e6,
+            "x cp": took.seconds / best["cp", size].seconds,
         }
-        ratio = slope["ckptq"] / slope["cp"]
-        lines.append(
-            f"seconds per GB between {small} and {large} GB: cp {slope['cp']:.3f}, "
-            f"ckptq {slope['ckptq']:.3f}, ratio {ratio:.2f} (promised: at most 1.3)"
-        )
+    yield from slopes(best, sizes)
+    small = min(sizes)
     if ("model_free_ptq", small) in best:
         faster = best["model_free_ptq", small].seconds / best["ckptq", small].seconds
-        lines.append(
-            f"all included, {small} GB: {faster:.1f} times as fast as model_free_ptq "
-            "(promised: at least 5)"
-        )
-    return lines
+        yield {"command": "model_free_ptq", "x ckptq": faster}
+    yield {"command": "start-up", "seconds": start.seconds}
+
+
+def slopes(best: Mapping[Key, Took], sizes: Mapping[int, int]) -> Iterator[Row]:
+    """Seconds per GB more, of cp and of ckptq: what start-up does not blur."""
+    small, large = min(sizes), max(sizes)
+    if small == large:
+        return
+    more = (sizes[large] - sizes[small]) / 1e9
+    seconds = {t: (best[t, large].seconds - best[t, small].seconds) / more for t in ("cp", "ckptq")}
+    yield {"command": "cp", "s/GB": seconds["cp"]}
+    yield {"command": "ckptq", "s/GB": seconds["ckptq"], "x cp": seconds["ckptq"] / seconds["cp"]}
 
 
 def note(text: str) -> None:
@@ -129,7 +117,7 @@ def main() -> None:
     parser.add_argument("--scheme", default="fp8-dynamic")
     parser.add_argument("--without-model-free", action="store_true")
     parser.add_argument("--gpu", action="store_true", help="and once more with --device cuda")
-    parser.add_argument("--results", type=Path, default=HERE / "results")
+    add_option(parser)
     given = parser.parse_args()
     work = given.work / "bench-convert"
     work.mkdir(parents=True)
@@ -141,17 +129,12 @@ def main() -> None:
             gb: synthetic(work / f"source-{gb}", "--layers", str(LAYERS[gb])) for gb in given.gb
         }
         found = measure(work, given)
-        title = f"# Conversion to {given.scheme} on {machine()}, {date.today()}"
-        crowd = f"Load average {began:.1f} before, {load():.1f} after."
-        command = f"`python benchmarks/bench_convert.py {' '.join(sys.argv[1:])}`".replace(
-            " `", "`"
-        )
-        text = "\n\n".join([title, f"{command}. {crowd}", table(found, sizes, start)]) + "\n"
     finally:
         shutil.rmtree(work)
-    print(text)
-    given.results.mkdir(exist_ok=True)
-    (given.results / f"{date.today()}-convert-{given.scheme}-{machine()}.md").write_text(text)
+    what = f"Conversion to {given.scheme} beside cp and model_free_ptq, load {began:.1f}"
+    table = list(rows(found, sizes, start))
+    name = "convert" if given.scheme == "fp8-dynamic" else f"convert-{given.scheme}"
+    publish(name, what, table, code=CODE, machine=machine(), folder=given.record)
 
 
 def _start_up(work: Path, given: argparse.Namespace) -> Took:

@@ -1,6 +1,6 @@
 """`ckptq evaluate` on a GPU beside a plain transformers forward, in the shape of a real model.
 
-    python benchmarks/bench_evaluate_gpu.py [--layers 32] [--samples 32] [--work DIR] [--out FILE]
+    python benchmarks/bench_evaluate_gpu.py [--layers 32] [--samples 32] [--work DIR] [--record DIR]
 
 A random checkpoint is written first and read once, so that it lies in the page cache. Then, each in
 a process of its own and on the same random tokens: the plain forward with the model resident (in
@@ -27,8 +27,10 @@ from pathlib import Path
 from typing import Any
 
 from make_synthetic import SHAPES, make
-from measure import machine, warm
+from measure import warm
+from record import Row, add_option, gpu, publish
 
+CODE = ("ckptq/evaluate", "ckptq/forward", "ckptq/quantize", "ckptq/kernels")
 SCHEMES = ("fp8-dynamic", "w4a16")
 CACHES = ("fp8-per-head", "int8-per-token-head", "int4-per-token-head")
 VOCABULARY = 128256
@@ -64,8 +66,7 @@ def plain(model: Path, samples: int) -> dict[str, Any]:
     return {
         "seconds": time.perf_counter() - began,
         "peak_bytes": torch.cuda.max_memory_allocated(),
-        "device": torch.cuda.get_device_name(),
-        "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
+        "machine": f"{gpu()}, transformers {transformers.__version__}",
     }
 
 
@@ -110,10 +111,10 @@ def rows_timed() -> Iterator[dict[str, list[tuple[Any, Any]]]]:
     """CUDA events around every batch of every row in every layer, by row."""
     import torch
 
-    from ckptq.evaluate.compare import Comparison
+    from ckptq.evaluate.watching import Watching
 
     events: dict[str, list[tuple[Any, Any]]] = defaultdict(list)
-    watch_of = Comparison._watch
+    watch_of = Watching.layer
 
     def timed(self: Any, track: Any, index: int) -> Any:
         watch = watch_of(self, track, index)
@@ -122,18 +123,20 @@ def rows_timed() -> Iterator[dict[str, list[tuple[Any, Any]]]]:
         def both(layer: Any, run: Any) -> Iterator[None]:
             start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
             start.record()
-            with watch(layer, run):
+            around = watch(layer, run)
+            assert around is not None, run.variant.name
+            with around:
                 yield
             end.record()
             events[run.variant.name].append((start, end))
 
         return both
 
-    Comparison._watch = timed  # type: ignore[method-assign]
+    Watching.layer = timed  # type: ignore[method-assign]
     try:
         yield events
     finally:
-        Comparison._watch = watch_of  # type: ignore[method-assign]
+        Watching.layer = watch_of  # type: ignore[method-assign]
 
 
 def _timed(function: Callable[..., Any], seconds: list[float]) -> Callable[..., Any]:
@@ -156,27 +159,28 @@ def in_a_process(what: str, model: Path, samples: int) -> dict[str, Any]:
     return json.loads(done.stdout.splitlines()[-1]) | {"process": time.perf_counter() - began}
 
 
-def table(layers: int, samples: int, found: dict[str, dict[str, Any]]) -> Iterator[str]:
-    tokens, base = samples * LINE, found["plain"]
-    speed = tokens / base["seconds"]
-    yield f"Llama-8B shape, {layers} layers, {tokens} tokens; {base['device']}, {machine()}"
-    yield f"plain forward: {base['seconds']:.2f} s, {speed:,.0f} tokens/s, {_gib(base)} GiB"
+def rows(samples: int, found: dict[str, dict[str, Any]]) -> Iterator[Row]:
+    """The plain forward, both runs whole, and each row of the second beside the plain forward."""
+    tokens, base = samples * LINE, found["plain"]["seconds"]
+    yield {"what": "plain", "seconds": base, "tokens/s": tokens / base, **_memory(found["plain"])}
     for name in ("first", "second"):
         run = found[name]
-        yield (
-            f"evaluate, {name} run: {run['seconds']:.1f} s ({run['process']:.1f} s with start-up), "
-            f"of which loading {run['loading']:.1f} s and rows {sum(run['rows'].values()):.1f} s; "
-            f"{_gib(run)} GiB"
-        )
-    yield "| row | seconds | tokens/s | of the plain forward |"
-    yield "|---|---:|---:|---:|"
-    for row, seconds in found["second"]["rows"].items():
-        share = base["seconds"] / seconds
-        yield f"| {row} | {seconds:.2f} | {tokens / seconds:,.0f} | {share:.2f} |"
+        yield {
+            "what": f"{name} run",
+            "seconds": run["seconds"],
+            "with start-up": run["process"],
+            "loading": run["loading"],
+            "all rows": sum(run["rows"].values()),
+            **_memory(run),
+        }
+    ours = found["second"]["rows"]
+    for row, seconds in {**ours, "slowest row": max(ours.values())}.items():
+        speed = {"seconds": seconds, "tokens/s": tokens / seconds, "x plain": base / seconds}
+        yield {"what": row, **speed}
 
 
-def _gib(run: dict[str, Any]) -> str:
-    return f"{run['peak_bytes'] / 2**30:.1f}"
+def _memory(run: dict[str, Any]) -> dict[str, float]:
+    return {"device GiB": run["peak_bytes"] / 2**30}
 
 
 def main() -> None:
@@ -184,7 +188,7 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=32)
     parser.add_argument("--samples", type=int, default=32, help=f"lines of {LINE} tokens")
     parser.add_argument("--work", type=Path, help="where the checkpoint is written, and stays")
-    parser.add_argument("--out", type=Path, help="write everything there as JSON")
+    add_option(parser)
     parser.add_argument("--child", choices=("plain", "evaluate"), help=argparse.SUPPRESS)
     given = parser.parse_args()
     if given.child is not None:
@@ -198,11 +202,14 @@ def main() -> None:
         warm(model)
         runs = {"plain": "plain", "first": "evaluate", "second": "evaluate"}
         found = {name: in_a_process(what, model, given.samples) for name, what in runs.items()}
-    for line in table(given.layers, given.samples, found):
-        print(line)
-    if given.out is not None:
-        held = {"layers": given.layers, "tokens": given.samples * LINE, "machine": machine()}
-        given.out.write_text(json.dumps(held | found, indent=2) + "\n")
+    publish(
+        "evaluate-gpu",
+        f"`ckptq evaluate`, Llama-8B shape, {given.layers} layers, {given.samples * LINE} tokens",
+        list(rows(given.samples, found)),
+        code=CODE,
+        machine=found["plain"]["machine"],
+        folder=given.record,
+    )
 
 
 if __name__ == "__main__":

@@ -14,7 +14,11 @@ import json
 import shutil
 import sys
 from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
+
+from measure import machine
+from record import Row, add_option, publish
 
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent / "tests"))
@@ -24,6 +28,8 @@ from families.hub import FP8_BLOCK  # noqa: E402
 from families.sources import FAMILIES, save  # noqa: E402
 from families.vllm_cells import Cell, cell, load, warm  # noqa: E402
 
+CODE = ("ckptq/plan", "ckptq/models", "ckptq/engines", "ckptq/convert")
+OUTCOMES = ("loaded", "refused", "told", "source", "WRONG")
 Answers = dict[tuple[str, str], Cell]
 
 
@@ -33,6 +39,7 @@ def main() -> None:
     parser.add_argument("--vllm", required=True)
     parser.add_argument("--families", default=",".join((*FAMILIES, *FP8_BLOCK)))
     parser.add_argument("--schemes", default=",".join(NOISE))
+    add_option(parser)
     chosen = parser.parse_args()
     families, schemes = chosen.families.split(","), chosen.schemes.split(",")
     chosen.work.mkdir(parents=True, exist_ok=True)
@@ -50,6 +57,9 @@ def main() -> None:
             print(json.dumps([*key, found.outcome, found.reason]), file=file, flush=True)
             print(*key, found.outcome, found.reason[:300], file=sys.stderr, flush=True)
     print(table(answers, families, schemes))
+    where = {"machine": machine(), "folder": chosen.record}
+    rows = list(counts(answers, families, schemes))
+    publish("families-vllm-0.32", "Families in the real vLLM", rows, code=CODE, **where)
 
 
 def read(kept: Path) -> Answers:
@@ -70,8 +80,16 @@ def ask(python: Path, wanted: list[tuple[str, str]], work: Path):
         shutil.rmtree(out, ignore_errors=True)
 
 
+def counts(answers: Answers, families: list[str], schemes: list[str]) -> Iterator[Row]:
+    """How many cells of each scheme, and of all, end how."""
+    for name, some in (*((scheme, [scheme]) for scheme in schemes), ("all", schemes)):
+        found = Counter(answers[family, scheme].outcome for family in families for scheme in some)
+        outcomes = {outcome: found[outcome] for outcome in OUTCOMES}
+        yield {"scheme": name, **outcomes, "families": len(families), "cells": found.total()}
+
+
 def table(answers: Answers, families: list[str], schemes: list[str]) -> str:
-    """Family x scheme, how many of each, and the reasons below."""
+    """Family x scheme, and the reasons below."""
     lines = [
         "| family | " + " | ".join(schemes) + " |",
         "|---|" + "---|" * len(schemes),
@@ -86,9 +104,6 @@ def table(answers: Answers, families: list[str], schemes: list[str]) -> str:
                 key = f"{found.outcome}: {one_line(found.reason)}"
                 reasons.setdefault(key, []).append(f"{family} {scheme}")
         lines.append(f"| {family} | " + " | ".join(one.outcome for one in row) + " |")
-    counts = [Counter(answers[f, scheme].outcome for f in families) for scheme in schemes]
-    for outcome in ("loaded", "refused", "told", "source", "WRONG"):
-        lines.append(f"| **{outcome}** | " + " | ".join(str(c[outcome]) for c in counts) + " |")
     lines += ["", *(f"- {', '.join(cells)}: {reason}" for reason, cells in reasons.items())]
     return "\n".join(lines)
 

@@ -1,53 +1,45 @@
 """Quantize, pack and dequantize kernels: GB/s against a device copy, torch eager, others' code.
 
-    python benchmarks/bench_kernels.py --out benchmarks/results/kernels
+    python benchmarks/bench_kernels.py [--record benchmarks/results]
 
 Every kernel's result is first compared with eager torch's at the very shape that is timed, to the
 bit, and a difference ends the run. Bytes count every input and output once, whatever a kernel
-really moves; the operations that have to see all of the input before their first code count it
-twice ("2 reads"). compressed-tensors is timed where it is installed: extrema, its qparams, its
+really moves. compressed-tensors is timed where it is installed: extrema, its qparams, its
 quantization and packing, and whether its codes are ours. Linear products are compared with
-dequantize-then-multiply in fp32 and timed beside torch's bf16 product. Writes PATH.md, PATH.json.
+dequantize-then-multiply in fp32 and timed beside torch's bf16 product.
 
 `--shrink 32` divides the shapes; with TRITON_INTERPRET=1 that tries the script without a GPU.
 """
 
 import argparse
-import json
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import kernel_baselines as base
 import torch
-from kernel_timing import copy_gbs, environment, markdown, measure, nbytes_of
+from kernel_timing import copy_gbs, measure, nbytes_of
+from record import add_option, extremes, gpu, publish
 from torch import Tensor
 
 from ckptq.kernels.int4.quantize_int4 import dequantize_int4, quantize_int4
-from ckptq.kernels.int4.quantize_int4_experts import quantize_int4_experts
 from ckptq.kernels.linear.linear_fp8_block import linear_fp8_block
 from ckptq.kernels.linear.linear_w4a16 import linear_w4a16
 from ckptq.kernels.linear.linear_w8a8 import linear_w8a8
 from ckptq.kernels.quantize.dequantize_codes import dequantize
 from ckptq.kernels.quantize.quantize_blocks import quantize_blocks
-from ckptq.kernels.quantize.quantize_expert_blocks import quantize_expert_blocks
-from ckptq.kernels.quantize.quantize_experts import quantize_experts
 from ckptq.kernels.quantize.quantize_rows import quantize_rows
 from ckptq.kernels.quantize.quantize_static import quantize_static
-from ckptq.kernels.quantize.quantize_tensor import quantize_heads, quantize_tensor
 
+CODE = ("ckptq/kernels/quantize", "ckptq/kernels/int4")
+PRODUCTS = ("ckptq/kernels/linear",)
 FP8, INT8 = torch.float8_e4m3fn, torch.int8
 LLAMA_70B = [(8192, 8192), (28672, 8192), (8192, 28672)]
 """q_proj and o_proj, gate_proj and up_proj, down_proj of Llama-3.1-70B."""
-LLAMA_4 = [(16, 5120, 16384), (16, 8192, 5120)]
-"""Fused gate_up_proj and down_proj of a Llama-4 Scout layer; of the first, gate is a half."""
 LINEAR = [(16, 28672, 8192), (4096, 28672, 8192)]
 """Tokens, output channels, input features: gate_proj of Llama-3.1-70B, decoding and a prompt."""
-KEYS = [(65536, 8, 128)]
-"""Tokens, key heads, head dimension of Llama-3.1-70B."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,18 +52,10 @@ class Case:
     eager: Callable[..., Any]
     theirs: Callable[..., Any] | None = None
     prepare: Callable[[Tensor], tuple] = lambda x: (x,)
-    reads: int = 1
-    """How often the input has to be read."""
 
 
 def static_inputs(x: Tensor) -> tuple:
     return x, torch.full((1, 1), 0.01, dtype=x.dtype, device=x.device)
-
-
-def gate(x_EKN: Tensor) -> tuple:
-    """The first half of the columns where gate and up are fused, else all."""
-    _, K, N = x_EKN.shape
-    return (x_EKN[:, :, : N // 2] if N > 2 * K else x_EKN,)
 
 
 def cases() -> list[Case]:
@@ -92,14 +76,6 @@ def cases() -> list[Case]:
             theirs=theirs("int_channel"),
         ),
         Case(
-            name="fp8 tensor, 2 reads",
-            shapes=LLAMA_70B,
-            kernel=quantize_tensor,
-            eager=base.tensor,
-            theirs=theirs("tensor"),
-            reads=2,
-        ),
-        Case(
             name="fp8 tensor, static",
             shapes=LLAMA_70B,
             kernel=lambda x, s: quantize_static(x, s, tuple(x.shape)),
@@ -112,13 +88,6 @@ def cases() -> list[Case]:
             kernel=quantize_blocks,
             eager=base.blocks,
             theirs=theirs("block"),
-        ),
-        Case(
-            name="fp8 head, 2 reads",
-            shapes=KEYS,
-            kernel=quantize_heads,
-            eager=base.heads,
-            reads=2,
         ),
         Case(
             name="int4 g128 + pack",
@@ -147,28 +116,6 @@ def cases() -> list[Case]:
             kernel=lambda p, s: dequantize_int4(p, s, p.shape[1] * 8),
             eager=lambda p, s: base.dequantized_int4(p, s, p.shape[1] * 8),
             prepare=lambda x: quantize_int4(x)[:2],
-        ),
-        Case(
-            name="experts, fp8 channel, 2 reads",
-            shapes=LLAMA_4,
-            kernel=quantize_experts,
-            eager=partial(base.turned, base.rows),
-            prepare=gate,
-            reads=2,
-        ),
-        Case(
-            name="experts, fp8 block 128",
-            shapes=LLAMA_4,
-            kernel=quantize_expert_blocks,
-            eager=partial(base.turned, base.blocks),
-            prepare=gate,
-        ),
-        Case(
-            name="experts, int4 g128 + pack",
-            shapes=LLAMA_4,
-            kernel=lambda x: quantize_int4_experts(x)[:2],
-            eager=partial(base.turned, base.int4),
-            prepare=gate,
         ),
     ]
 
@@ -203,12 +150,11 @@ def bench(case: Case, shape: tuple[int, ...], device: torch.device) -> dict[str,
     got = case.kernel(*inputs)
     if not equal(got, case.eager(*inputs)):
         sys.exit(f"{case.name} {shape}: kernel and eager torch differ; nothing is reported")
-    moved = nbytes_of(got) + nbytes_of(inputs) * case.reads
+    moved = nbytes_of(got) + nbytes_of(inputs)
     ms, copy = measure(lambda: case.kernel(*inputs)), copy_gbs(moved // 2, device)
     eager_ms = measure(lambda: case.eager(*inputs), 5)
     row = {
-        "operation": case.name,
-        "shape": "x".join(map(str, inputs[0].shape)),
+        "operation": f"{case.name}, {'x'.join(map(str, inputs[0].shape))}",
         "ms": ms,
         "GB/s": moved / ms / 1e6,
         "copy GB/s": copy,
@@ -232,10 +178,10 @@ def bench_linear(shape: tuple[int, int, int], device: torch.device) -> list[dict
     groups = quantize_rows(a.view(-1, 128))
     group_args = groups[0].view(M, K), groups[1].view(M, -1)
     products: dict[str, tuple[Callable[..., Tensor], tuple]] = {
-        "linear fp8": (linear_w8a8, (*quantize_rows(a), *quantize_rows(w))),
-        "linear fp8 block": (linear_fp8_block, (*group_args, *quantize_blocks(w))),
-        "linear int8": (linear_w8a8, (*quantize_rows(a, INT8), *quantize_rows(w, INT8))),
-        "linear w4a16": (linear_w4a16, (a, *quantize_int4(w)[:2])),
+        "fp8": (linear_w8a8, (*quantize_rows(a), *quantize_rows(w))),
+        "fp8 block": (linear_fp8_block, (*group_args, *quantize_blocks(w))),
+        "int8": (linear_w8a8, (*quantize_rows(a, INT8), *quantize_rows(w, INT8))),
+        "w4a16": (linear_w4a16, (a, *quantize_int4(w)[:2])),
     }
     rows = []
     for name, (product, args) in products.items():
@@ -243,7 +189,7 @@ def bench_linear(shape: tuple[int, int, int], device: torch.device) -> list[dict
         if not off < 0.01:
             sys.exit(f"{name} {shape}: off by {off:.2%} of dequantize-then-multiply")
         ms = measure(lambda run=product, args=args: run(*args))
-        row = {"operation": name, "M x N x K": f"{M}x{N}x{K}", "ms": ms}
+        row = {"operation": f"{name}, {M} tokens", "ms": ms}
         row |= {"TFLOP/s": 2 * M * N * K / ms / 1e9, "bf16 ms": bf16_ms, "x bf16": bf16_ms / ms}
         rows.append(row | {"relative error": off})
     return rows
@@ -251,7 +197,7 @@ def bench_linear(shape: tuple[int, int, int], device: torch.device) -> list[dict
 
 def dequantized_pair(name: str, args: tuple, a: Tensor, w: Tensor) -> tuple[Tensor, Tensor]:
     """Activations and weights as the product sees them, at most 4096 output channels of them."""
-    if name == "linear w4a16":
+    if name == "w4a16":
         return a, dequantize_int4(args[1], args[2], a.shape[1])[:4096]
     tiles = ((1, 128), (128, 128)) if "block" in name else ((1, a.shape[1]), (1, w.shape[1]))
     return (
@@ -267,7 +213,7 @@ def relative_error(got_MN: Tensor, a_MK: Tensor, w_LK: Tensor) -> float:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--out", type=Path, help="writes OUT.md and OUT.json")
+    add_option(parser)
     parser.add_argument("--only", default="", help="operations whose name contains this")
     parser.add_argument("--shrink", type=int, default=1, help="divide sides over 128")
     args = parser.parse_args()
@@ -278,21 +224,19 @@ def main() -> None:
             shape = tuple(shrunk(side, args.shrink) for side in full)
             rows.append(bench(case, shape, device))
             print(rows[-1], flush=True)
-    rows.sort(key=lambda row: "CT ms" not in row)  # a full row first: it names the columns
+    where = {"machine": gpu(), "folder": args.record}
+    if rows:
+        total = extremes(rows, ["% of copy", "x eager", *(["x CT"] if "x CT" in rows[0] else [])])
+        what = "Kernels that quantize, pack and dequantize"
+        publish("kernels", what, [*rows, *total], code=CODE, **where)
     products = []
     for sides in LINEAR if args.only in "linear" else []:
         M, N, K = (shrunk(side, args.shrink) for side in sides)
         products += bench_linear((M, N, K), device)
-    where = environment()
-    report = "\n".join(f"{key}: {value}  " for key, value in where.items())
-    report += "".join("\n\n" + markdown(table) for table in (rows, products) if table)
-    print(report)
-    if args.out:
-        args.out.parent.mkdir(parents=True, exist_ok=True)
-        args.out.with_suffix(".md").write_text(f"# {__doc__.splitlines()[0]}\n\n{report}")
-        args.out.with_suffix(".json").write_text(
-            json.dumps({"where": where, "rows": rows + products})
-        )
+    if products:
+        sides = "x".join(map(str, LINEAR[0][1:]))
+        what = f"Products with quantized weights, tokens x {sides}"
+        publish("products", what, products, code=PRODUCTS, **where)
 
 
 if __name__ == "__main__":

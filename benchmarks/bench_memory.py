@@ -12,12 +12,13 @@ from __future__ import annotations
 import argparse
 import shutil
 import sys
-from datetime import date
 from pathlib import Path
 
 from measure import machine, run
+from record import Row, add_option, publish
 
 HERE = Path(__file__).parent
+CODE = ("ckptq/checkpoint", "ckptq/convert", "ckptq/quantize")
 
 HOLES = """
 import os, sys
@@ -55,7 +56,7 @@ UNIT_BYTES = {"llama4-maverick": 2 * 5120 * 2 * 8192}
 """The largest unit, where it is held whole: gate and up of one expert."""
 
 
-def peak(work: Path, shapes: str, layers: int | None, scheme: str) -> str:
+def peak(work: Path, shapes: str, layers: int | None, scheme: str) -> Row:
     """One line of the table."""
     source, out = work / "source", work / "out"
     depth = [] if layers is None else ["--layers", str(layers)]
@@ -69,36 +70,31 @@ def peak(work: Path, shapes: str, layers: int | None, scheme: str) -> str:
     unit = UNIT_BYTES.get(shapes, 0)
     ceiling = 10**9 + 3 * unit
     print(f"{shapes} {nbytes / 1e9:.1f} GB: {took.peak_bytes / 1e6:.0f} MB", file=sys.stderr)
-    return (
-        f"| {shapes} | {nbytes / 1e9:.1f} GB in {shards} | {scheme} | {unit / 1e6:.0f} MB "
-        f"| {took.peak_bytes / 1e6:.0f} MB | {ceiling / 1e6:.0f} MB | {took.seconds:.0f} |"
-    )
+    return {
+        "source": f"{shapes}, {nbytes / 1e9:.1f} GB",
+        "files": shards,
+        "held whole MB": unit / 1e6,
+        "peak MB": took.peak_bytes / 1e6,
+        "promised MB": ceiling / 1e6,
+        "seconds": took.seconds,
+    }
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--work", type=Path, default="work", help="a folder on a disk, some MB")
     parser.add_argument("--only", help="shapes of this name alone, e.g. llama-70b")
-    parser.add_argument("--results", type=Path, default=HERE / "results")
+    add_option(parser)
     given = parser.parse_args()
     work = given.work / "bench-memory"
     work.mkdir(parents=True)
     try:
-        lines = [peak(work, *case) for case in CASES if given.only in (None, case[0])]
+        rows = [peak(work, *case) for case in CASES if given.only in (None, case[0])]
     finally:
         shutil.rmtree(work)
-    head = [
-        f"# Peak memory of a conversion on {machine()}, {date.today()}",
-        "",
-        "`python benchmarks/bench_memory.py`",
-        "",
-        "| shapes | source, files | scheme | held whole | peak RSS | promised | seconds |",
-        "|---|---|---|---|---|---|---|",
-    ]
-    text = "\n".join([*head, *lines]) + "\n"
-    print(text)
-    given.results.mkdir(exist_ok=True)
-    (given.results / f"{date.today()}-convert-memory-{machine()}.md").write_text(text)
+    what = "Peak memory of a conversion to fp8-dynamic"
+    name = "convert-memory" if given.only is None else f"convert-memory-{given.only}"
+    publish(name, what, rows, code=CODE, machine=machine(), folder=given.record)
 
 
 if __name__ == "__main__":

@@ -11,17 +11,22 @@ Timed is the CPU time of the thread, the best of several rounds, so that a neigh
 from __future__ import annotations
 
 import argparse
+import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 
 import torch
+from measure import machine
+from record import Row, add_option, publish
 from torch import Tensor
 
 from ckptq.quantize import scratch
 from ckptq.quantize.formats import Scratch, WeightScheme, needs_statistic, quantize, statistic
 from ckptq.recipes.args import Args
 
+CODE = ("ckptq/quantize",)
 R, C = 2048, 4096  # 16 MB of bf16: not in a core's own cache
 CALL_ROWS = 256
 ROUNDS = 7
@@ -72,7 +77,7 @@ def copier() -> Callable[[Tensor], object]:
     return lambda rows: target.copy_(rows)
 
 
-def measure(make: Callable[[Tensor], Callable[[Tensor], object]], threads: int) -> float:
+def speed(make: Callable[[Tensor], Callable[[Tensor], object]], threads: int) -> float:
     """GB/s of one thread, the slowest of `threads` that run at once."""
 
     def alone(seed: int) -> float:
@@ -84,26 +89,26 @@ def measure(make: Callable[[Tensor], Callable[[Tensor], object]], threads: int) 
         return min(pool.map(alone, range(threads)))
 
 
-def show(name: str, speeds: Sequence[float]) -> None:
-    print(f"{name:22}" + "".join(f"{speed:9.2f}" for speed in speeds), flush=True)
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description="GB of bf16 source a second and core")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--blocks", action="store_true", help="over block sizes")
+    add_option(parser)
     options = parser.parse_args()
     torch.set_num_threads(1)
     sizes = BLOCKS if options.blocks else (scratch.BLOCK_ELEMENTS,)
-    print(f"{'elements a block':22}" + "".join(f"{size >> 10:8}K" for size in sizes))
-    show("copy", [measure(lambda _: copier(), options.threads)])
-    show("statistic", [measure(lambda _: statistic, options.threads)])
-    for scheme in SCHEMES:
-        speeds = []
+    makers = {"copy": lambda _: copier(), "statistic": lambda _: statistic}
+    makers |= {str(scheme): partial(quantizer, scheme) for scheme in SCHEMES}
+    rows: list[Row] = []
+    for name, make in makers.items():
+        row: dict[str, str | float] = {"GB/s": name}
         for size in sizes:
             scratch.BLOCK_ELEMENTS = size
-            speeds.append(measure(lambda w_RC, s=scheme: quantizer(s, w_RC), options.threads))
-        show(str(scheme), speeds)
+            row[f"{size >> 10}K"] = speed(make, options.threads)
+        print(row, file=sys.stderr, flush=True)
+        rows.append(row)
+    what = "GB of bf16 source a second and core, over elements a block"
+    publish("quantize-cpu", what, rows, code=CODE, machine=machine(), folder=options.record)
 
 
 if __name__ == "__main__":

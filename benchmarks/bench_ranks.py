@@ -1,6 +1,6 @@
 """`ckptq calibrate` on one GPU and under torchrun on several: whole commands, and equal files.
 
-    python benchmarks/bench_ranks.py [--processes 2] [--samples 256] [--work DIR] [--out FILE]
+    python benchmarks/bench_ranks.py [--processes 2] [--samples 256] [--work DIR]
 
 The random 8B-shaped model and the tokens are those of bench_calibrate.py. Each command is run on
 a few samples first, which fills the page cache and compiles. Needs as many CUDA devices.
@@ -15,8 +15,9 @@ import sys
 import tempfile
 from pathlib import Path
 
-from bench_calibrate import make, tokens
+from bench_calibrate import CODE, make, tokens
 from measure import run
+from record import Row, add_option, gpu, publish
 
 SHAPE, SEQ_LEN = "llama-8b", 2048
 
@@ -41,7 +42,7 @@ def main() -> None:
     parser.add_argument("--processes", type=int, default=2)
     parser.add_argument("--samples", type=int, default=256)
     parser.add_argument("--work", type=Path)
-    parser.add_argument("--out", type=Path)
+    add_option(parser)
     parser.add_argument("--make", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as scratch:
@@ -57,13 +58,18 @@ def main() -> None:
             seconds[processes] = calibrate(processes, work, options.samples)
         one, several = (work / f"scales-{options.samples}-{n}" for n in seconds)
         assert one.read_bytes() == several.read_bytes(), "the scales differ"
-    lines = ["| processes | seconds | tokens/s | against one |", "|---:|---:|---:|---:|"]
-    for processes, took in seconds.items():
-        rate = options.samples * SEQ_LEN / took
-        lines.append(f"| {processes} | {took:.1f} | {rate:,.0f} | {seconds[1] / took:.2f}x |")
-    print("\n".join(lines))
-    if options.out:
-        options.out.write_text("\n".join(lines) + "\n")
+    rows: list[Row] = [
+        {
+            "processes": f"{options.samples} samples, {processes} processes",
+            "seconds": took,
+            "tokens/s": options.samples * SEQ_LEN / took,
+            "x one": seconds[1] / took,
+        }
+        for processes, took in seconds.items()
+    ]
+    what = "`ckptq calibrate` on one GPU and on several, Llama-3.1-8B shape"
+    machine = f"{options.processes} x {gpu()}"
+    publish("ranks", what, rows, code=CODE, machine=machine, folder=options.record)
 
 
 if __name__ == "__main__":

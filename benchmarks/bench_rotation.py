@@ -1,6 +1,6 @@
 """What the rotation gains a KV cache of few bits, with and without outlier channels.
 
-    python benchmarks/bench_rotation.py MODEL [--report FILE]
+    python benchmarks/bench_rotation.py MODEL [--record FOLDER]
 
 MODEL is a Llama (no norm between k_proj and the cache), for example one that
 `examples/make_checkpoint.py --family llama --no-outliers` has made. Its copy with outliers computes
@@ -19,13 +19,16 @@ from pathlib import Path
 
 import torch
 import transformers
+from measure import machine
+from record import Row, Value, add_option, publish
 
 from ckptq.checkpoint.open import open_checkpoint
-from ckptq.evaluate.kv_cache import ROTATED, UNROTATED
+from ckptq.evaluate.caches.kv_cache import ROTATED, UNROTATED
 from ckptq.evaluate.result import Evaluation
 from ckptq.evaluate.run import evaluate
 from ckptq.evaluate.text import Text, read_questions, text_of
 
+CODE = ("ckptq/evaluate", "ckptq/forward", "ckptq/kernels/token_head")
 FACTORS = (1, 8, 64)
 CHANNEL = 5
 FORMATS = ("int8-per-token-head", "int4-per-token-head", "int2-per-token-head")
@@ -54,30 +57,34 @@ def measured(model: Path, text: Text) -> Evaluation:
     return evaluate(open_checkpoint(model), text, caches=CACHES, batch_size=64)
 
 
-def rows(found: Evaluation, factor: int) -> list[str]:
-    """A line of the table for each cache: outliers, cache, KL, agreement, exact match."""
-    return [
-        f"| {factor}x | `{row.kv_cache}` | {row.measures.kl:.5f} | "
-        f"{row.measures.agreement:.1%} | {row.measures.accuracy or 0:.1%} |"
+def figures(found: Evaluation, factor: int) -> dict[str, dict[str, Value]]:
+    """Cache -> what it does to a model with such outliers."""
+    return {
+        row.kv_cache: {
+            f"{factor}x: KL": row.measures.kl,
+            f"{factor}x: exact": 100 * (row.measures.accuracy or 0),
+        }
         for row in found.rows
-    ]
+    }
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("model", type=Path)
-    parser.add_argument("--report", type=Path, help="write the table there as well")
+    add_option(parser)
     asked = parser.parse_args()
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     text = text_of(None, read_questions(asked.model / "task.jsonl", asked.model), "task.jsonl")
-    lines = ["| outliers | cache | KL | agreement | exact |", "|---|---|---:|---:|---:|"]
+    rows: dict[str, dict[str, Value]] = {cache: {"cache": cache} for cache in CACHES}
     for factor in FACTORS:
         with tempfile.TemporaryDirectory() as folder:
-            lines += rows(measured(with_outliers(asked.model, factor, Path(folder)), text), factor)
-    print("\n".join(lines))
-    if asked.report is not None:
-        asked.report.write_text("\n".join(lines) + "\n")
+            found = measured(with_outliers(asked.model, factor, Path(folder)), text)
+        for cache, more in figures(found, factor).items():
+            rows[cache] |= more
+    what = "What the rotation gains a KV cache: outliers of 1, 8 and 64 times"
+    table: list[Row] = list(rows.values())
+    publish("rotation", what, table, code=CODE, machine=machine(), folder=asked.record)
 
 
 if __name__ == "__main__":

@@ -7,7 +7,7 @@ full size and take no disk; their headers are read once before. Round trip: a Ll
 checkpoint of random weights and its FP8 and INT4 conversions, in the page cache, beside `cat`,
 `cp` and `sha256sum` of the same bytes. Each command runs whole, start-up included, in turns; the
 best of several turns counts, because whatever else the machine does can only add. Everything is
-made in `work/` and deleted again; the tables go to stdout and to `benchmarks/results/`.
+made in `work/` and deleted again.
 """
 
 from __future__ import annotations
@@ -19,14 +19,15 @@ import shutil
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import replace
-from datetime import date
 from functools import partial
 from pathlib import Path
 
 from make_synthetic import SHAPES, make
 from measure import Took, load, machine, run, warm
+from record import Row, add_option, publish
 
 HERE = Path(__file__).parent
+CODE = ("ckptq/verify", "ckptq/checkpoint", "ckptq/quantize")
 
 BIG = {"llama-70b": 112, "llama4-maverick": 24}
 """Shapes -> layers: 101 GB of FP8 in a dense model, 388 GB in 24 layers of 128 experts."""
@@ -75,10 +76,8 @@ def apart(work: Callable[..., object], *paths: Path) -> None:
         raise SystemExit(f"{work} failed")
 
 
-def structure(work: Path, turns: int) -> Iterator[str]:
+def structure(work: Path, turns: int) -> Iterator[Row]:
     """Rows of the first table."""
-    yield "| checkpoint | size | files | tensors | whole command | within Python | peak RSS |"
-    yield "|---|---|---|---|---|---|---|"
     for name, layers in BIG.items():
         source, out = work / f"{name}-source", work / name
         make(source, replace(SHAPES[name], layers=layers), sparse=True)
@@ -92,11 +91,15 @@ def structure(work: Path, turns: int) -> Iterator[str]:
             inside.append(said["seconds"])
         best = min(took, key=lambda t: t.seconds)
         files = len(list(out.glob("*.safetensors")))
-        yield (
-            f"| {name}, {layers} layers | {said['nbytes'] / 1e9:.0f} GB | {files} "
-            f"| {said['tensors']:,} | {best.seconds:.2f} s | {min(inside):.2f} s "
-            f"| {best.peak_bytes / 1e6:.0f} MB |"
-        )
+        yield {
+            "checkpoint": f"{name}, {layers} layers",
+            "GB": said["nbytes"] / 1e9,
+            "files": files,
+            "tensors": said["tensors"],
+            "seconds": best.seconds,
+            "within Python": min(inside),
+            "peak MB": best.peak_bytes / 1e6,
+        }
         shutil.rmtree(source)
         shutil.rmtree(out)
 
@@ -115,10 +118,8 @@ def commands(source: Path, out: Path, copied: Path) -> dict[str, list[str | Path
     }
 
 
-def round_trip(work: Path, given: argparse.Namespace) -> Iterator[str]:
+def round_trip(work: Path, given: argparse.Namespace) -> Iterator[Row]:
     """Rows of the second table."""
-    yield "| scheme | command | seconds | of all turns | CPU seconds | s/GB | peak RSS |"
-    yield "|---|---|---|---|---|---|---|"
     source = work / "source"
     apart(partial(make, shapes=replace(SHAPES["llama-8b"], layers=given.layers)), source)
     for scheme in given.schemes:
@@ -143,16 +144,17 @@ def round_trip(work: Path, given: argparse.Namespace) -> Iterator[str]:
     shutil.rmtree(source)
 
 
-def _row(scheme: str, name: str, found: list[Took], nbytes: int) -> str:
+def _row(scheme: str, name: str, found: list[Took], nbytes: int) -> Row:
     best = min(found, key=lambda t: t.seconds)
-    turns = ", ".join(f"{t.seconds:.2f}" for t in found)
-    rate = (
-        f"{best.seconds / nbytes * 1e9:.2f}" if "fast" not in name and "alone" not in name else ""
-    )
-    return (
-        f"| {scheme}, {nbytes / 1e9:.1f} GB | {name} | {best.seconds:.2f} | {turns} "
-        f"| {best.cpu_seconds:.1f} | {rate} | {best.peak_bytes / 1e6:.0f} MB |"
-    )
+    reads_all = "fast" not in name and "alone" not in name
+    return {
+        "command": f"{scheme}, {nbytes / 1e9:.1f} GB, {name}",
+        "seconds": best.seconds,
+        "of all turns": ", ".join(f"{t.seconds:.2f}" for t in found),
+        "CPU seconds": best.cpu_seconds,
+        "s/GB": best.seconds / nbytes * 1e9 if reads_all else None,
+        "peak MB": best.peak_bytes / 1e6,
+    }
 
 
 def note(text: str) -> None:
@@ -166,22 +168,20 @@ def main() -> None:
     parser.add_argument("--schemes", nargs="+", default=["fp8-dynamic", "w4a16"])
     parser.add_argument("--turns", type=int, default=3)
     parser.add_argument("--parts", nargs="+", default=["structure", "round-trip"])
+    add_option(parser)
     given = parser.parse_args()
     given.work.mkdir(parents=True, exist_ok=True)
-    parts: dict[str, tuple[str, Callable[[], Iterator[str]]]] = {
-        "structure": ("Headers only", lambda: structure(given.work, given.turns)),
-        "round-trip": ("Every byte", lambda: round_trip(given.work, given)),
+    parts: dict[str, tuple[str, Callable[[], Iterator[Row]]]] = {
+        "structure": ("`ckptq verify`, headers only", lambda: structure(given.work, given.turns)),
+        "round-trip": (
+            "`ckptq verify --source` beside cat, cp and sha256sum",
+            lambda: round_trip(given.work, given),
+        ),
     }
-    lines = [f"# verify on {machine()}, {date.today()}", ""]
-    lines += ["    python benchmarks/bench_verify.py " + " ".join(sys.argv[1:]), ""]
     for name in given.parts:
-        title, rows = parts[name]
-        lines += [f"## {title}", "", *rows(), ""]
-    text = "\n".join(lines)
-    print(text)
-    out = HERE / "results" / f"{date.today()}-verify-{machine()}.md"
-    out.write_text(text)
-    note(f"written to {out}")
+        what, rows = parts[name]
+        where = {"machine": machine(), "folder": given.record}
+        publish(f"verify-{name}", what, list(rows()), code=CODE, **where)
 
 
 if __name__ == "__main__":

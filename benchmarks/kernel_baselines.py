@@ -3,11 +3,10 @@
 Both compute on the device what the kernels do, scales in the source's dtype and codes divided in
 fp32, so that results can be compared bit for bit.
 
-Shape letters: R rows, C columns, G x K the grid of scales, E experts, K x N an expert as stored.
+Shape letters: R rows, C columns, G x K the grid of scales.
 """
 
 from collections.abc import Callable
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -32,16 +31,6 @@ def codes(x: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
 def rows(x_RC: Tensor, dtype: torch.dtype = FP8) -> tuple[Tensor, Tensor]:
     scale_R1 = scale_of(x_RC.abs().amax(1, keepdim=True), HALF_RANGE[dtype])
     return codes(x_RC, scale_R1, dtype), scale_R1
-
-
-def tensor(x_RC: Tensor, dtype: torch.dtype = FP8) -> tuple[Tensor, Tensor]:
-    scale_1 = scale_of(x_RC.abs().amax().view(1), HALF_RANGE[dtype])
-    return codes(x_RC, scale_1, dtype), scale_1
-
-
-def heads(x_THD: Tensor, dtype: torch.dtype = FP8) -> tuple[Tensor, Tensor]:
-    scale_H = scale_of(x_THD.abs().amax((0, 2)), HALF_RANGE[dtype])
-    return codes(x_THD, scale_H[None, :, None], dtype), scale_H
 
 
 def blocks(x_RC: Tensor, dtype: torch.dtype = FP8) -> tuple[Tensor, Tensor]:
@@ -73,12 +62,6 @@ def int4(x: Tensor, group: int = 128, symmetric: bool = True) -> tuple[Tensor, .
     ratio = x_GL.float() / scale[..., None].float() + zero[..., None].float()
     packed = pack(ratio.clamp_(-8, 7).round_().flatten(-2))
     return packed, scale, pack(zero.transpose(-1, -2)).transpose(-1, -2)
-
-
-def turned(quantize: Callable[..., tuple], x_EKN: Tensor, *args: Any) -> tuple[Tensor, ...]:
-    """Transpose every expert, copy it, quantize it."""
-    parts = [quantize(x_KN.t().contiguous(), *args) for x_KN in x_EKN]
-    return tuple(torch.stack(part) for part in zip(*parts, strict=True))
 
 
 def dequantized(code_RC: Tensor, scale_R1: Tensor) -> Tensor:

@@ -10,7 +10,6 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-import triton
 from torch import Tensor
 
 FLUSH_BYTES = 512 << 20
@@ -53,28 +52,3 @@ def nbytes_of(tensors: Any) -> int:
     if isinstance(tensors, tuple | list):
         return sum(nbytes_of(tensor) for tensor in tensors)
     return 0
-
-
-def environment() -> dict[str, str]:
-    """The versions and the device that numbers belong to."""
-    cuda = torch.cuda.is_available()
-    return {
-        "device": torch.cuda.get_device_name() if cuda else "cpu, interpreted",
-        "torch": torch.__version__,
-        "triton": triton.__version__,
-        "cuda": str(torch.version.cuda),
-    }
-
-
-def markdown(rows: list[dict[str, Any]]) -> str:
-    """A table whose columns are the keys of the first row; missing values are empty."""
-    head = list(rows[0])
-    lines = ["| " + " | ".join(head) + " |", "|" + " --- |" * len(head)]
-    lines += ["| " + " | ".join(_cell(row.get(key)) for key in head) + " |" for row in rows]
-    return "\n".join(lines) + "\n"
-
-
-def _cell(value: Any) -> str:
-    if value is None:
-        return ""
-    return f"{value:.4g}" if isinstance(value, float) else str(value)

@@ -213,6 +213,7 @@ def verify(
         typer.Option("--attention", help="Run text and measure q, k and v in FP8."),
     ] = False,
     data: Text = None,
+    device: Device = None,
     html: Annotated[
         Path | None, typer.Option(help="Write the report as a self-contained page.")
     ] = None,
@@ -235,6 +236,7 @@ def verify(
             vllm_python=vllm_python,
             attention=attention,
             text=data,
+            device=device,
             begin=begin,
         )
     if html is not None:

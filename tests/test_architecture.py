@@ -17,7 +17,7 @@ ORDER = (
     *("errors", "interrupts", "numbered", "patterns", "printable", "progress", "spec"),
     *("device", "files", "rope_order"),
     *("kernels", "quantize", "checkpoint", "recipes", "engines", "models", "permute", "plan"),
-    *("text", "forward", "calibrate"),
+    *("text", "forward", "gptq", "calibrate"),
     *("verify", "convert", "evaluate", "inspect"),
     *("show", "options", "cli", "__main__"),
 )
@@ -30,6 +30,10 @@ ROOMS = {
         *("engine", "structure", "values", "roundtrip", "attention", "diagnosis"),
         *("one_pass", "run"),
     ),
+    "ckptq.evaluate": (
+        *("text", "scores", "linears", "caches", "weights"),
+        *("variant", "watching", "pieces", "compare", "outside", "result", "run", "request"),
+    ),
     "ckptq.kernels": (
         *("gpu", "shared_memory", "rounding", "product_rows"),
         *("quantize", "int4", "linear", "attention", "cache", "token_head"),
@@ -37,24 +41,8 @@ ROOMS = {
 }
 """House -> the rooms in it, from the bottom up."""
 
-WAITING = {
-    "the validation forward: fused experts": (
-        *("quantize.quantize_tensor:scales_of_maxima", "quantize.quantize_tensor:scale_columns"),
-        *("quantize.quantize_experts:quantize_experts",),
-        *("quantize.quantize_expert_blocks:quantize_expert_blocks",),
-        *("int4.quantize_int4_experts:quantize_int4_experts",),
-    ),
-    "the validation forward: quantized products": (
-        *("linear.linear_w8a8:linear_w8a8", "linear.linear_fp8_block:linear_fp8_block"),
-        *("linear.linear_w4a16:linear_w4a16",),
-    ),
-    "the validation forward: KV caches": (
-        *("cache.write_cache:write_cache", "cache.paged_attention:paged_attention"),
-        *("token_head.write_token_head:write_token_head", "token_head.kv_lifted:write_lifted"),
-        *("token_head.token_head_attention:token_head_attention", "token_head.hadamard:rotate"),
-    ),
-}
-"""Purpose -> the launchers that no command reaches yet. It only shrinks."""
+WAITING: dict[str, tuple[str, ...]] = {}
+"""Purpose -> the launchers that no command reaches yet: none."""
 
 Sources = Mapping[str, str]
 """Module -> its text."""
@@ -192,13 +180,13 @@ def test_a_circle_is_noticed():
     assert circle(chain | {c: f"def f():\n    from {a} import x"}) == [a, b, c]
 
 
-def not_waiting(known: Sources) -> list[str]:
+def not_waiting(known: Sources, listed: Mapping[str, tuple[str, ...]] = WAITING) -> list[str]:
     """A line for each kernel and launcher that neither a command nor a listed launcher reaches,
     and for each listed one that a command does reach, or that is gone."""
     named = reach.names(known)
     commands = [name for name in named if name.startswith(("ckptq.cli:", "ckptq.__main__:"))]
     served = reach.reached(named, commands)
-    waiting = {f"ckptq.kernels.{name}" for names in WAITING.values() for name in names}
+    waiting = {f"ckptq.kernels.{name}" for names in listed.values() for name in names}
     needed = served | reach.reached(named, waiting)
     launchers = reach.launchers(known)
     return [
@@ -243,13 +231,14 @@ def test_a_kernel_that_serves_no_command_is_noticed():
 
 
 def test_a_waiting_kernel_that_came_or_went_is_noticed():
-    whole = sources()
-    listed = "ckptq.kernels.linear.linear_w8a8:linear_w8a8"
-    use = "\nfrom ckptq.kernels.linear import dispatch\nTABLE = {'w8a8': dispatch.linear_w8a8}\n"
+    whole = sources() | {"ckptq.kernels.fake": KERNEL}
+    listed = {**WAITING, "a test": ("fake:copy",)}
+    assert not_waiting(whole, listed) == []
+    use = "\nfrom ckptq.kernels.fake import copy\nTABLE = {'copy': copy}\n"
     served = whole | {"ckptq.cli": whole["ckptq.cli"] + use}
-    assert not_waiting(served) == [f"{listed} waits for nothing: a command reaches it"]
-    gone = {name: text for name, text in whole.items() if name != listed.partition(":")[0]}
-    assert f"{listed} is no launcher" in not_waiting(gone)
+    waits = "ckptq.kernels.fake:copy waits for nothing: a command reaches it"
+    assert not_waiting(served, listed) == [waits]
+    assert not_waiting(sources(), listed) == ["ckptq.kernels.fake:copy is no launcher"]
 
 
 def test_an_import_that_climbs_within_kernels_is_noticed():
@@ -260,7 +249,7 @@ def test_an_import_that_climbs_within_kernels_is_noticed():
     assert upward(whole | {"ckptq.kernels.token_head.fake": text}, "ckptq.kernels") == []
 
 
-LARGE = {"ckptq": 15, "checkpoint": 15, "evaluate": 20}
+LARGE = {"ckptq": 15, "checkpoint": 15}
 """Folders with more than 14 modules. They only become fewer, and smaller."""
 
 

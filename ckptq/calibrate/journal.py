@@ -65,10 +65,18 @@ class Journal:
         result = self._folder / RESULT
         return load_scales(result / SCALES) if is_whole(result) else None
 
-    def restore(self, stream: Stream, statistics: Statistics) -> int:
-        """Put the last state into stream and statistics; how many layers it has behind it."""
+    def restore(
+        self,
+        stream: Stream,
+        statistics: Statistics,
+        holds: Callable[[range], bool] | None = None,
+    ) -> int:
+        """Put the last state into stream and statistics; how many layers it has behind it.
+
+        `holds` says whether what else was made of these layers is still there.
+        """
         state = self._last_whole() if stream.resumable else None
-        if state is None:
+        if state is None or (holds is not None and not holds(range(_layers_of(state)))):
             return 0
         for number in range(len(stream.batches)):
             file = state / _batch(number)
@@ -79,7 +87,7 @@ class Journal:
             point, _, key = name.rpartition("|")
             points.setdefault(point, {})[key] = tensor
         statistics.points = {point: points[point] for point in json.loads(header.metadata["order"])}
-        return int(state.name.removeprefix("layer-"))
+        return _layers_of(state)
 
     def _last_whole(self) -> Path | None:
         """The state after the most layers; damaged states cause a warning and are redone."""
@@ -151,6 +159,11 @@ class Journal:
         scratch.rename(folder)
         sync_folder(self._folder)
         return folder
+
+
+def _layers_of(state: Path) -> int:
+    """How many layers a state has behind it."""
+    return int(state.name.removeprefix("layer-"))
 
 
 def holds_work(folder: Path) -> bool:

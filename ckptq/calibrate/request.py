@@ -13,6 +13,9 @@ from ckptq.calibrate.scales import Record, Scales, load_scales, source_fingerpri
 from ckptq.checkpoint.open import Checkpoint
 from ckptq.device import find_device
 from ckptq.errors import SourceError, UsageError
+from ckptq.gptq.kept import Kept, kept_in
+from ckptq.gptq.layers import LayerQuantizer
+from ckptq.gptq.told import lines_of, together
 from ckptq.plan.unit import Plan
 from ckptq.progress import Begin, Note, untold
 
@@ -51,6 +54,8 @@ class ScalesSource:
     arguments: Mapping[str, Any]
     load: Callable[[Path], Scales]
     """Takes the folder for its state, from which it resumes after an interruption."""
+    made: Callable[[Path], Kept | None] = lambda folder: None
+    """What is quantized where the model runs, kept in that folder."""
     runs_model: bool = False
     """Whether it runs the model, layer by layer, rather than reading a file."""
     doubt: str | None = None
@@ -67,7 +72,12 @@ def scales_source(
     note: Note = untold,
 ) -> ScalesSource | None:
     """None where the plan needs no scales; UsageError for a scales file that nothing needs."""
-    needed = plan.attention is not None or bool(plan.inputs)
+    needed = plan.calibrated
+    if file is not None and plan.recipe.runs_layers:
+        raise UsageError(
+            f"{file}: recipe {plan.recipe.name!r} quantizes weights by their inputs, and "
+            "calibrates its scales in the same pass; leave --scales out"
+        )
     if file is not None:
         if not needed:
             raise UsageError(f"{file}: recipe {plan.recipe.name!r} uses no calibrated scales")
@@ -82,6 +92,7 @@ def scales_source(
     return ScalesSource(
         arguments=wanted.arguments(),
         load=lambda folder: calibrate_plan(ckpt, plan, wanted, device, begin, folder, note=note),
+        made=lambda folder: kept_in(folder) if plan.recipe.runs_layers else None,
         runs_model=True,
     )
 
@@ -115,6 +126,9 @@ def calibrate_plan(
         seed=wanted.seed,
         trust_remote_code=wanted.trust_remote_code,
     )
+    quantizer = None
+    if plan.recipe.runs_layers and folder is not None:
+        quantizer = LayerQuantizer(plan, folder, found)
     report = begin("calibrate", plan.layout.num_layers, "layers")
     made = calibrate(
         ckpt,
@@ -128,7 +142,11 @@ def calibrate_plan(
         progress=lambda done, total: report(f"layer {done}", 1),
         journal=folder,
         ranks=ranks,
+        quantizer=quantizer,
     )
+    if quantizer is not None:
+        for line in lines_of(together(quantizer.kept.told())):
+            note(f"{plan.recipe.name}: {line}")
     if wanted.data is not None and made.made.samples < wanted.samples:
         note(
             f"{wanted.data}: has {made.made.samples} of the {wanted.samples} requested samples, "
@@ -138,8 +156,8 @@ def calibrate_plan(
 
 
 def _check_calibrated(plan: Plan) -> None:
-    """UsageError for a recipe without calibrated scales."""
-    if plan.attention is None and not plan.inputs:
+    """UsageError for a recipe that calibration has nothing to do for."""
+    if not plan.calibrated:
         raise UsageError(
             f"recipe {plan.recipe.name!r} uses no calibrated scales; fp8-per-head, fp8-per-tensor, "
             "fp8-static and nvfp4 do"

@@ -9,6 +9,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -24,9 +25,12 @@ from ckptq.calibrate.statistics import Statistics, Wanted
 from ckptq.checkpoint.identity import Identity, check_unchanged, lasting
 from ckptq.checkpoint.open import Checkpoint
 from ckptq.errors import PlanError, SourceError, UsageError
-from ckptq.forward.layerwise import LayerwiseModel, open_model
+from ckptq.forward.decoded import weights_of
+from ckptq.forward.layerwise import LayerwiseModel, Watch, open_model
 from ckptq.forward.linear_inputs import Inputs
+from ckptq.forward.reader import Reader
 from ckptq.forward.tap import Tap, tapped
+from ckptq.gptq.layers import LayerQuantizer
 from ckptq.models.refusals import WEIGHTS_ALONE
 from ckptq.plan.attention import AttentionPlan
 from ckptq.text.samples import Batch, Samples
@@ -59,6 +63,7 @@ def calibrate(
     progress: Progress = lambda done, total: None,
     journal: Path | None = None,
     ranks: Ranks = ALONE,
+    quantizer: LayerQuantizer | None = None,
 ) -> Scales:
     """Scales for q, k and v of every attention layer: [H, 1, 1] for "attn_head", [1] for "tensor".
 
@@ -83,6 +88,9 @@ def calibrate(
 
     With `ranks` every process runs its share of the batches, with its own journal, and all get the
     merged scales.
+
+    A `quantizer` quantizes every layer once it has run. If it `propagates`, the next is given what
+    the quantized layer makes of the samples, and scales are of that.
     """
     if batch_size < 1:
         raise UsageError(f"batch_size must be at least 1, got {batch_size}")
@@ -100,13 +108,17 @@ def calibrate(
         depends = _identity(ckpt, pinned, samples, wanted, batch_size, device, eager)
         kept = Journal(journal, depends)
         # of several processes none may be missing when the others merge
-        if ranks.world == 1 and (finished := kept.finished()) is not None:
+        alone = ranks.world == 1 and (quantizer is None or quantizer.holds_all())
+        if alone and (finished := kept.finished()) is not None:
             return finished
-    model = open_model(ckpt, device, eager=eager, trust_remote_code=trust_remote_code)
+    weights = None
+    if quantizer is not None:
+        weights = quantizer.weights(weights_of(ckpt, Reader(device)))
+    model = open_model(ckpt, device, weights, eager, trust_remote_code)
     statistics = Statistics(wanted)
     _check_vocabulary(model, samples)
     batches = ranks.share(samples.batches(batch_size))
-    _run(model, batches, statistics, progress, kept, observed)
+    _run(model, batches, statistics, progress, kept, observed, quantizer)
     check_unchanged(pinned)
     ranks.merge(statistics)
     classes = _classes(model, statistics)
@@ -134,14 +146,21 @@ def _run(
     progress: Progress,
     journal: Journal | None,
     attention: AttentionPlan,
+    quantizer: LayerQuantizer | None,
 ) -> None:
     """All layers, or those that are left."""
     stream = model.embed(batches)
     layers, inputs = model.layer_names, Inputs(model.loader, statistics.wanted.inputs.keys())
-    done = journal.restore(stream, statistics) if journal is not None else 0
+    holds = quantizer.holds if quantizer is not None else None
+    done = journal.restore(stream, statistics, holds) if journal is not None else 0
     for index, name in enumerate(layers):
         if index >= done:
-            model.run_layer(index, stream, _watch(model, name, statistics, inputs))
+            watch = _watch(model, name, statistics, inputs, quantizer)
+            if quantizer is None:
+                model.run_layer(index, stream, watch)
+            else:
+                after = partial(quantizer.finish, model, index)
+                model.run_layer(index, stream, watch, after, again=quantizer.propagates)
             statistics.settle()
             if stream.batches:
                 found = {p: stats["amax"].numel() for p, stats in statistics.points.items()}
@@ -153,8 +172,12 @@ def _run(
 
 
 def _watch(
-    model: LayerwiseModel, name: str, statistics: Statistics, inputs: Inputs
-) -> Callable[[nn.Module, Batch], Any]:
+    model: LayerwiseModel,
+    name: str,
+    statistics: Statistics,
+    inputs: Inputs,
+    quantizer: LayerQuantizer | None,
+) -> Watch:
     """Sets the taps on a layer for one batch."""
     stored, wanted = model.loader.stored_module, statistics.wanted
 
@@ -174,7 +197,8 @@ def _watch(
     def watch(layer: nn.Module, batch: Batch) -> Iterator[None]:
         attention = tapped(layer, name, tap_for(batch)) if wanted.strategy else nullcontext()
         linears = inputs.watched(layer, name, batch.lengths, statistics.add_input)
-        with attention, linears:
+        weights = quantizer.watched(model, name, layer, batch) if quantizer else nullcontext()
+        with attention, linears, weights:
             yield
 
     return watch

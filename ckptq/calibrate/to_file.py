@@ -53,6 +53,11 @@ def calibrate_to_file(
 
     Under torchrun only the first process writes, prints and returns scales.
     """
+    if request.recipe.runs_layers:
+        raise UsageError(
+            f"recipe {request.recipe.name!r} quantizes weights by their inputs; `ckptq quantize` "
+            "calibrates its scales in the same pass"
+        )
     ckpt = open_checkpoint(request.model, request.revision)
     plan = make_plan(ckpt, request.recipe)
     refuse_holes(ckpt, plan.layout)

@@ -22,7 +22,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from ckptq.errors import MachineError, UsageError
-from ckptq.files import machine_errors, sync_folder
+from ckptq.files import UNFINISHED, machine_errors, sync_folder
 
 LOCK = "lock"
 JOURNAL = "journal.jsonl"
@@ -85,20 +85,26 @@ def discard(partial: Path) -> None:
     means nothing without it."""
     with machine_errors(partial):
         (partial / JOURNAL).unlink(missing_ok=True)
-        for path in made_by_runs(partial):
-            shutil.rmtree(path)
+        _empty(partial)
 
 
 def remove(partial: Path) -> None:
     """Remove the folder of a finished run. The journal goes last: until then the same command can
     finish the removal. Files that no run has made stay, and so does the folder then."""
     with machine_errors(partial):
-        for path in made_by_runs(partial):
-            shutil.rmtree(path)
+        _empty(partial)
         for name in (JOURNAL, LOCK):
             (partial / name).unlink(missing_ok=True)
         with suppress(OSError):
             partial.rmdir()
+
+
+def _empty(partial: Path) -> None:
+    """Remove the folders of runs, and the files that killed ones were writing beside them."""
+    for path in made_by_runs(partial):
+        shutil.rmtree(path)
+    for file in partial.glob(f".*{UNFINISHED}"):
+        file.unlink()
 
 
 def made_by_runs(partial: Path) -> list[Path]:

@@ -1,4 +1,4 @@
-"""Recipes that llm-compressor runs: GPTQ, AWQ, SmoothQuant, SpinQuant.
+"""Recipes that llm-compressor runs: AWQ, SmoothQuant, SpinQuant, and GPTQ behind one of these.
 
 It loads the whole model and writes a checkpoint of its own; that goes through the same writer as
 everything else (shards, side files, provenance, RoPE order, one rename) and is verified at the end.

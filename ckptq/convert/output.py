@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ckptq.checkpoint.header import StoredTensor
 from ckptq.checkpoint.identity import check_unchanged, lasting
 from ckptq.checkpoint.journal import Journal, check_apart
 from ckptq.checkpoint.open import Checkpoint
@@ -70,6 +71,8 @@ class Job:
     documents: Mapping[str, bytes]
     """What is made for the output beside shards and index."""
     scales: Mapping[str, Tensor] = field(default_factory=dict)
+    made: Mapping[str, StoredTensor] = field(default_factory=dict)
+    """What calibration has quantized, in files of the run's own."""
     workers: int
     device: str | None = "cpu"
     rooms: tuple[int, int] = (0, 0)
@@ -173,6 +176,7 @@ def _fill(job: Job, journal: Journal, report: Report, note: Note) -> int:
             ends = Ends(
                 files=files,
                 scales=job.scales,
+                made=job.made,
                 shards=shards,
                 slabs=Slabs(*job.rooms),
                 source_lasts=job.source_lasts,

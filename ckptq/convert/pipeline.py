@@ -9,12 +9,13 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial, reduce
 
 import torch
 from torch import Tensor
 
+from ckptq.checkpoint.header import StoredTensor
 from ckptq.checkpoint.read import Files, bytes_of
 from ckptq.checkpoint.view import View, window
 from ckptq.checkpoint.write import Run, Shards
@@ -43,6 +44,8 @@ class Ends:
 
     files: Files
     scales: Mapping[str, Tensor]
+    made: Mapping[str, StoredTensor] = field(default_factory=dict)
+    """Quantized where calibration ran the layers; a unit's parts are all in it, or none."""
     shards: Shards
     slabs: Slabs
     source_lasts: bool = True
@@ -63,6 +66,9 @@ def convert(
 
 def work(unit: Unit, ends: Ends) -> Work:
     """The work for one unit, step by step."""
+    if any(f"{part.linear.name}.{part.scheme.codes}" in ends.made for part in unit.parts):
+        yield list(_made_tasks(unit, ends))
+        unit = replace(unit, parts=())
     with ends.slabs.of(unit) as slabs:
         distinct = {id(slab): slab for slab in slabs.values()}
         yield [task for slab in distinct.values() for task in slab.read_tasks(ends.files)]
@@ -165,6 +171,17 @@ def _copy_tasks(unit: Unit, rows: Mapping[Source, Rows], ends: Ends) -> Iterator
             yield partial(_cut_out_run, name, view, rows[view], run, ends.shards)
     for name in unit.scales:
         yield partial(ends.shards.write, name, 0, bytes_of(ends.scales[name].contiguous()))
+
+
+def _made_tasks(unit: Unit, ends: Ends) -> Iterator[Task]:
+    """The parts of a unit whose codes are there already."""
+    for part in unit.parts:
+        for local in part.writes:
+            name = f"{part.linear.name}.{local}"
+            tensor = ends.made[name]
+            for start in range(0, tensor.nbytes, COPY_BYTES):
+                count = min(COPY_BYTES, tensor.nbytes - start)
+                yield partial(ends.shards.copy_through, name, tensor, ends.files, start, count)
 
 
 def _cut_out_run(name: str, view: Source, rows: Rows, run: Span, shards: Shards) -> None:

@@ -84,7 +84,7 @@ def _opened(request: QuantizeRequest) -> tuple[Checkpoint, Plan]:
         rope_order=request.rope_order,
     )
     refuse_holes(ckpt, plan.layout)
-    if request.scales is None and (plan.attention is not None or plan.inputs):
+    if request.scales is None and plan.calibrated:
         find_device(request.options.device)
         rehearse(ckpt, plan, request.calibration.trust_remote_code)
     return ckpt, plan

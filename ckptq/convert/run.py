@@ -14,6 +14,8 @@ from ckptq.convert.output import DEFAULTS, Job, RunOptions, write_output
 from ckptq.convert.preflight import check_disk, check_layers, slab_rooms
 from ckptq.device import find_device
 from ckptq.errors import UsageError
+from ckptq.gptq.kept import Kept
+from ckptq.gptq.told import together
 from ckptq.models.encoded import unquantized_config
 from ckptq.permute.marks import marked_config
 from ckptq.plan.doubts import transformers_doubts, vllm_doubts
@@ -74,15 +76,17 @@ def write_quantized(
     _documents(ckpt, plan, None, record)  # fail now if they cannot be written
 
     def prepare(journal: Journal) -> Job:
-        made = None
+        made, kept = None, None
         if scales is not None and not journal.renamed:
             made = scales.load(journal.calibration)
+            kept = scales.made(journal.calibration)
         return Job(
             name="quantize",
             shards=plan.shards,
             marks=plan.marks,
-            documents=_documents(ckpt, plan, made, record),
+            documents=_documents(ckpt, plan, made, record, kept),
             scales=scale_tensors(plan, made) if not journal.renamed else {},
+            made=kept.stored() if kept is not None else {},
             workers=options.threads,
             device=options.device,
             rooms=rooms,
@@ -111,7 +115,11 @@ def result_of(ckpt: Checkpoint, plan: Plan, out: Path, resumed: int) -> Result:
 
 
 def _documents(
-    ckpt: Checkpoint, plan: Plan, scales: Scales | None, record: Mapping[str, Any]
+    ckpt: Checkpoint,
+    plan: Plan,
+    scales: Scales | None,
+    record: Mapping[str, Any],
+    kept: Kept | None = None,
 ) -> dict[str, bytes]:
     attention_class = scales.attention_class if scales and plan.attention else None
     quantization = documents.quantization_config(plan, attention_class)
@@ -119,6 +127,8 @@ def _documents(
     if plan.marks:
         config = marked_config(config, plan.marks)
     made = {"calibration": scales.record()} if scales is not None else {}
+    if kept is not None:
+        made["by_inputs"] = together(kept.told()).to_json()
     return documents.render(ckpt, config, plan, {**record, **made})
 
 

@@ -8,32 +8,24 @@ Shape letters: B batch, S positions, E hidden size, N positions of a chunk, V vo
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import partial
 from typing import TYPE_CHECKING
 
 from ckptq.errors import SourceError
-from ckptq.evaluate.inputs import InputMaxima, InputScheme, remembering, rules_of
-from ckptq.evaluate.kv_cache import PLAIN, Maxima, See, through_cache
+from ckptq.evaluate.linears.products import experts_one_by_one
 from ckptq.evaluate.pieces import cut, pieces_of
-from ckptq.evaluate.products import Change, experts_one_by_one, inputs_changed
 from ckptq.evaluate.scores import Measures, Scores
-from ckptq.evaluate.spoil import spoiled, spoiled_layer
 from ckptq.evaluate.text import Text
-from ckptq.evaluate.variant import Run, Track, Variant
+from ckptq.evaluate.variant import Track
+from ckptq.evaluate.watching import Watching
 from ckptq.forward.layerwise import LayerwiseModel
 from ckptq.forward.linear_inputs import real_positions
-from ckptq.forward.tap import Tap, tapped
-from ckptq.progress import Report
+from ckptq.progress import Begin
 from ckptq.text.samples import Batch
 
 if TYPE_CHECKING:
-    from torch import Tensor, nn
-
-Rules = Mapping[str, tuple["Tensor", InputScheme]]
-"""Parameter -> its weight, and how the input of it is rounded."""
+    from torch import Tensor
 
 Tokens = Mapping[tuple[int, int], tuple[float, int]]
 """(line, position) -> log-probability of the next token, and the most likely one."""
@@ -46,6 +38,8 @@ class Outcome:
     measures: Measures
     layers: tuple[float, ...]
     """Relative error of the hidden states after each decoder layer, mean over tokens."""
+    notes: tuple[str, ...] = ()
+    """What was simulated although the device computes as an engine does, and why."""
     tokens: Tokens = field(default_factory=dict, compare=False, repr=False)
 
 
@@ -55,143 +49,84 @@ class Comparison:
 
     tracks: Sequence[Track]
     text: Text
-    consumed: Mapping[str, tuple[str, ...]]
-    """Tensor of the source -> the Linears that it contains."""
+    watching: Watching
     batch_size: int | None = 1
     """Lines in a forward pass; None for as many of one length as make `TOKENS_AT_ONCE`."""
     release: Callable[[], None] = lambda: None
     """Called when all tracks have loaded a layer: what they share of it may go."""
-    maxima: Maxima = field(default_factory=Maxima)
-    input_maxima: InputMaxima = field(default_factory=InputMaxima)
     errors: dict[str, list[Tensor]] = field(default_factory=dict)
     """By variant, layer after layer, on the device: reading one makes the host wait."""
 
-    def run(self, report: Report) -> dict[str, Outcome]:
-        """Results by name of the variant. SourceError for tokens outside the vocabulary."""
+    def run(self, begin: Begin) -> dict[str, Outcome]:
+        """Results by name of the variant; those in `watching.failed` have none. SourceError for
+        tokens outside the vocabulary."""
         _check_vocabulary(self.tracks[0].model, self.text)
         for track in self.tracks:
             experts_one_by_one(track.model.skeleton.model)
-            track.embed(self.text, self.batch_size)
+            with self.watching.told(*track.variants):
+                track.embed(self.text, self.batch_size)
         self.release()
         layers = self.tracks[0].model.layer_names
+        report = begin("evaluate", len(layers), "layers")
         for index, name in enumerate(layers):
             for track in self.tracks:
-                track.model.run_layer(index, track.stream, self._watch(track, index))
+                self._run_layer(track, index)
             self.release()
             self._note_errors()
             report(name, 1)
-        scores = self._scores()
+        scores = self._scores(begin)
         self.release()
-        return {
-            name: Outcome(
-                measures=found.measures(), layers=_numbers(self.errors[name]), tokens=found.tokens()
-            )
-            for name, found in scores.items()
-        }
+        return {name: self._outcome(name, found) for name, found in scores.items()}
 
-    @property
-    def source(self) -> Variant:
-        return self.tracks[0].variants[0]
+    def _run_layer(self, track: Track, index: int) -> None:
+        if self.watching.alive(track):
+            with self.watching.told(*track.variants):
+                track.model.run_layer(index, track.stream, self.watching.layer(track, index))
+            if not self.watching.alive(track):
+                track.model.loader.unload(track.model.layer_names[index])
+        track.forget()
 
-    def _watch(
-        self, track: Track, index: int
-    ) -> Callable[[nn.Module, Batch], AbstractContextManager[None]]:
-        """What happens to a layer while one batch of one variant runs through it.
-
-        What a variant does to a layer is worked out at its first batch, after the source's last.
-        """
-        name = track.model.layer_names[index]
-        is_spoiled = index == spoiled_layer(len(track.model.layer_names))
-        rules: dict[str, Rules] = {}
-        sees: dict[str, See] = {}
-
-        @contextmanager
-        def watch(layer: nn.Module, run: Batch) -> Iterator[None]:
-            assert isinstance(run, Run)
-            variant = run.variant
-            if variant.name not in rules:
-                rules[variant.name] = self._rules(track, name, layer, variant)
-                sees[variant.name] = through_cache(
-                    variant.cache, self.maxima, track.model.loader.stored_module
-                )
-            with ExitStack() as stack:
-                if variant.spoiled and is_spoiled:
-                    stack.enter_context(spoiled(layer))
-                if variant is self.source and self._measures_caches:
-                    see = self._measuring(run, track.model.loader.stored_module)
-                    stack.enter_context(tapped(layer, name, Tap(run.lengths, see)))
-                elif variant.cache.mode != PLAIN:
-                    tap = Tap(run.lengths, sees[variant.name])
-                    stack.enter_context(tapped(layer, name, tap))
-                changes = dict(self._changes(run, rules[variant.name]))
-                stack.enter_context(inputs_changed(changes))
-                yield
-
-        return watch
-
-    def _rules(self, track: Track, name: str, layer: nn.Module, variant: Variant) -> Rules:
-        """How the inputs of this layer's weights are rounded; of the source's, which are seen."""
-        inputs = self._static if variant is self.source else variant.inputs
-        stored_names = track.model.loader.stored_names(name)
-        found = rules_of(layer, name, stored_names, self.consumed, inputs)
-        if variant is self.source:
-            return found
-        filled = self.input_maxima.filled
-        return {p: (weight, filled(p, rule)) for p, (weight, rule) in found.items()}
-
-    def _changes(self, run: Run, rules: Rules) -> Iterator[tuple[Tensor, Change]]:
-        """Measure the source's inputs, round the others'."""
-        remembered = remembering()
-        for parameter, (weight, rule) in rules.items():
-            if run.variant is self.source:
-                yield weight, partial(self.input_maxima.see, parameter, run.lengths)
-            else:
-                yield weight, partial(remembered, rule)
-
-    @property
-    def _measures_caches(self) -> bool:
-        return any(v.cache.measures for track in self.tracks for v in track.variants)
-
-    @property
-    def _static(self) -> dict[str, InputScheme]:
-        """Linears whose static scales no checkpoint has."""
-        every = (v.inputs.items() for track in self.tracks for v in track.variants)
-        return {name: rule for inputs in every for name, rule in inputs if rule.static}
-
-    def _measuring(self, run: Run, on_disk: Callable[[str], str]) -> See:
-        def see(module: str, q_BHSD: Tensor, k_BHSD: Tensor, v_BHSD: Tensor) -> None:
-            qkv = {"q": q_BHSD, "k": k_BHSD, "v": v_BHSD}
-            self.maxima.see(on_disk(module), qkv, run.lengths)
-
-        return see
+    def _outcome(self, name: str, found: Scores) -> Outcome:
+        return Outcome(
+            measures=found.measures(),
+            layers=_numbers(self.errors[name]),
+            notes=tuple(self.watching.notes.get(name, ())),
+            tokens=found.tokens(),
+        )
 
     def _note_errors(self) -> None:
         """After a layer: the distance of each variant's hidden states from the source's."""
         count = len(self.tracks[0].stream.batches) // len(self.tracks[0].variants)
         reference = self.tracks[0].stream.hidden_BSE[:count]
         for track in self.tracks:
-            for number, variant in enumerate(track.variants):
+            for variant in self.watching.alive(track):
+                number = track.variants.index(variant)
                 hidden = track.stream.hidden_BSE[number * count : (number + 1) * count]
                 runs = track.stream.batches[:count]
                 error = relative_error(reference, hidden, runs)
                 self.errors.setdefault(variant.name, []).append(error)
 
-    def _scores(self) -> dict[str, Scores]:
+    def _scores(self, begin: Begin) -> dict[str, Scores]:
         """Score logits in chunks: the source's first, then each variant's."""
-        first = self.tracks[0]
-        pieces = list(pieces_of(first))
-        heads = [track.model.head(cut(track, pieces)) for track in self.tracks]
-        scores = {v.name: Scores() for track in self.tracks for v in track.variants}
+        pieces = list(pieces_of(self.tracks[0]))
+        running = [(t, self.watching.alive(t)) for t in self.tracks if self.watching.alive(t)]
+        heads = [track.model.head(cut(track, pieces, rows)) for track, rows in running]
+        scores = {row.name: Scores() for _, rows in running for row in rows}
+        report = begin("output head", len(pieces) * len(scores), "pieces of text")
         for piece in pieces:
-            reference_NV = None
-            for track, head in zip(self.tracks, heads, strict=True):
-                for variant in track.variants:
-                    logits_NV = piece.logits(next(head))
-                    reference_NV = logits_NV if reference_NV is None else reference_NV
-                    scores[variant.name].add(piece.positions, reference_NV, logits_NV)
+            reference: list[Tensor] = []
+            for (_, rows), head in zip(running, heads, strict=True):
+                if rows[0].name not in self.watching.failed:
+                    with self.watching.told(*rows):
+                        for row in rows:
+                            logits_NV = piece.logits(next(head))
+                            reference = reference or [logits_NV]
+                            scores[row.name].add(piece.positions, reference[0], logits_NV)
+                for row in rows:
+                    report(row.name, 1)
         for head in heads:
             head.close()  # type: ignore[attr-defined]
-        return scores
+        return {name: each for name, each in scores.items() if name not in self.watching.failed}
 
 
 def relative_error(

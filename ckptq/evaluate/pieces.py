@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from ckptq.evaluate.scores import Position
-from ckptq.evaluate.variant import Run, Track
+from ckptq.evaluate.variant import Run, Track, Variant
 from ckptq.forward.layerwise import LayerwiseModel, Stream
 from ckptq.text.samples import Batch
 
@@ -66,12 +66,12 @@ def _positions(run: Run, first_line: int) -> Iterator[Position]:
                 yield Position(first_line + row, row, at, target, scored, asked)
 
 
-def cut(track: Track, pieces: Sequence[Piece]) -> Stream:
-    """The pieces of every variant, as batches of their own: heads work position by position."""
+def cut(track: Track, pieces: Sequence[Piece], rows: Sequence[Variant]) -> Stream:
+    """The pieces of these variants, as batches of their own: heads work position by position."""
     count = len(track.stream.batches) // len(track.variants)
     batches, hidden = [], []
     for piece in pieces:
-        for number in range(len(track.variants)):
+        for number in map(track.variants.index, rows):
             at, span = number * count + piece.batch, slice(piece.start, piece.stop)
             batch = track.stream.batches[at]
             ids_BN, mask_BN = batch.input_ids_BS[:, span], batch.mask_BS[:, span]

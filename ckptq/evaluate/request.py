@@ -9,8 +9,8 @@ from pathlib import Path
 from ckptq.checkpoint.open import Checkpoint, open_checkpoint
 from ckptq.device import find_device
 from ckptq.errors import UsageError
-from ckptq.evaluate.harness import Benchmarks, check_installed, run_benchmarks
-from ckptq.evaluate.kv_cache import parse_cache
+from ckptq.evaluate.caches.kv_cache import parse_cache
+from ckptq.evaluate.outside.harness import Benchmarks, check_installed, run_benchmarks
 from ckptq.evaluate.result import Evaluation, Thresholds
 from ckptq.progress import Begin, Note, silent, untold
 from ckptq.recipes.load import load_scheme

@@ -10,8 +10,8 @@ from typing import Any
 
 from ckptq.errors import UsageError
 from ckptq.evaluate.compare import Outcome
-from ckptq.evaluate.engine import EngineRow
-from ckptq.evaluate.harness import TaskScore
+from ckptq.evaluate.outside.engine import EngineRow
+from ckptq.evaluate.outside.harness import TaskScore
 from ckptq.evaluate.scores import Measures
 
 ACCURACIES = ("acc", "exact_match")
@@ -39,6 +39,11 @@ class Row:
         return self.outcome.measures
 
     @property
+    def notes(self) -> tuple[str, ...]:
+        """What was simulated although the device computes as an engine does, and why."""
+        return self.outcome.notes
+
+    @property
     def label(self) -> str:
         return f"{self.weights}, {self.kv_cache} cache"
 
@@ -52,7 +57,20 @@ class Row:
             "snr_db": self.snr_db,
             **asdict(self.measures),
             "layers": list(self.outcome.layers),
+            "notes": list(self.notes),
         }
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class FailedRow:
+    """A row that ended early; the others did not."""
+
+    weights: str
+    kv_cache: str
+    error: str
+
+    def __str__(self) -> str:
+        return f"{self.weights}, {self.kv_cache} cache: not measured: {self.error}"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -108,6 +126,7 @@ class Evaluation:
 
     source: Row
     rows: tuple[Row, ...]
+    failed: tuple[FailedRow, ...] = ()
     zero: Row
     """The source against itself."""
     control: Row
@@ -123,12 +142,12 @@ class Evaluation:
 
     @property
     def failures(self) -> tuple[str, ...]:
-        """A line for each number beyond its limit."""
+        """A line for each row that failed, and for each number beyond its limit."""
         found = [f for row in self.rows for f in self.thresholds.failures(row, self.source)]
         for row in self.engines[1:]:
             found += self.thresholds.engine_failures(row, self.source)
         found += self.thresholds.benchmark_failures(self.benchmarks)
-        return (*self._not_zero(), *found)
+        return (*map(str, self.failed), *self._not_zero(), *found)
 
     @property
     def ok(self) -> bool:
@@ -173,6 +192,7 @@ class Evaluation:
                 "samples": self.samples,
                 "source": self.source.to_dict(),
                 "rows": [row.to_dict() for row in self.rows],
+                "failed": [asdict(row) for row in self.failed],
                 "zero": self.zero.to_dict(),
                 "control": self.control.to_dict(),
                 "engines": [asdict(row) for row in self.engines],

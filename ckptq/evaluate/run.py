@@ -8,15 +8,17 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from ckptq.checkpoint.open import Checkpoint
-from ckptq.errors import UsageError
+from ckptq.errors import CkptqError, UsageError
+from ckptq.evaluate.caches.kv_cache import KVCache, declared_cache, parse_cache
 from ckptq.evaluate.compare import Comparison, Outcome
-from ckptq.evaluate.engine import EngineRow, EngineRun, engine_row, in_vllm
-from ckptq.evaluate.inputs import InputScheme, declared_inputs
-from ckptq.evaluate.kv_cache import KVCache, declared_cache, parse_cache
-from ckptq.evaluate.result import Evaluation, Row, Thresholds
-from ckptq.evaluate.schemes import SchemeWeights, planned_cache, planned_inputs
+from ckptq.evaluate.linears.coded_product import codes_multiply
+from ckptq.evaluate.linears.inputs import InputScheme, declared_inputs
+from ckptq.evaluate.outside.engine import EngineRow, EngineRun, engine_row, in_vllm
+from ckptq.evaluate.result import Evaluation, FailedRow, Row, Thresholds
 from ckptq.evaluate.text import Text
 from ckptq.evaluate.variant import Track, Variant
+from ckptq.evaluate.watching import Watching
+from ckptq.evaluate.weights.schemes import SchemeWeights, planned_cache, planned_inputs
 from ckptq.forward.decoded import DecodedWeights, weights_of
 from ckptq.forward.layerwise import LayerwiseModel, open_model
 from ckptq.forward.reader import Reader
@@ -26,9 +28,13 @@ from ckptq.models.heads import config_head_dim, config_heads
 from ckptq.models.modules import read_layout
 from ckptq.plan.make import make_plan
 from ckptq.progress import Begin, silent
+from ckptq.quantize.coded import Coded, Keep
 from ckptq.recipes.scheme import Recipe
 
 NOTHING = Thresholds()
+
+Codes = dict[str, Coded]
+"""Linear -> its codes, of the layer that is loaded."""
 
 
 def check_compared(
@@ -82,11 +88,17 @@ def evaluate(
         bench.add_scheme(recipe)
     if vllm_python is not None:
         bench.add_engine(vllm_python, text, ckpt)
-    outcomes = bench.run(text, batch_size, begin)
-    rows = [draft.row(outcomes) for draft in bench.drafts]
+    outcomes, failed = bench.run(text, batch_size, begin)
+    lost = [draft for draft in bench.drafts if draft.variant.name in failed]
+    rows = [draft.row(outcomes) for draft in bench.drafts if draft not in lost]
+    if not rows:
+        raise next(iter(failed.values()))
     return Evaluation(
         source=bench.source.row(outcomes),
         rows=tuple(rows),
+        failed=tuple(
+            draft.failed(failed) for draft in bench.drafts if draft.variant.name in failed
+        ),
         zero=bench.zero.row(outcomes),
         control=bench.control.row(outcomes),
         text=text.source,
@@ -118,6 +130,10 @@ class _Draft:
             outcome=outcomes[self.variant.name],
         )
 
+    def failed(self, errors: Mapping[str, CkptqError]) -> FailedRow:
+        cache, error = self.variant.cache.name, str(errors[self.variant.name])
+        return FailedRow(weights=self.weights, kv_cache=cache, error=error)
+
 
 @dataclass
 class _Bench:
@@ -133,8 +149,9 @@ class _Bench:
         self.zero = self._draft(Variant(name="zero"), self.base)
         self.control = self._draft(Variant(name="control", spoiled=True), self.base)
         self._engines: list[tuple[_Draft, EngineRun]] = []
-        self._tracks: list[tuple[LayerwiseModel, list[Variant]]] = []
-        self._track(weights_of(self.base, self.reader), [self.source.variant, self.zero.variant])
+        self._tracks: list[tuple[LayerwiseModel, list[Variant], Codes]] = []
+        weights = weights_of(self.base, self.reader)
+        self._track(weights, [self.source.variant, self.zero.variant], {})
 
     def add_output(self, ckpt: Checkpoint, caches: Sequence[str]) -> None:
         """The quantized checkpoint: with its own cache, with others, and spoiled."""
@@ -146,8 +163,10 @@ class _Bench:
         spoiled = Variant(name="control", cache=first.cache, inputs=inputs, spoiled=True)
         self.control = self._draft(spoiled, ckpt)
         every = [draft.variant for draft in self.drafts]
-        weights = DecodedWeights(ckpt, self.base, Reader(self.reader.device))
-        self._track(weights, [*every, spoiled])
+        codes: Codes = {}
+        reader = Reader(self.reader.device)
+        weights = DecodedWeights(ckpt, self.base, reader, self._keep(codes))
+        self._track(weights, [*every, spoiled], codes)
 
     def add_caches(self, caches: Sequence[str]) -> None:
         """Caches under the unquantized weights, and the control: those weights spoiled."""
@@ -159,7 +178,8 @@ class _Bench:
     def add_scheme(self, recipe: Recipe) -> None:
         """A scheme, quantized in memory layer by layer."""
         plan = make_plan(self.base, recipe)
-        weights = SchemeWeights(self.base, plan, self.reader)
+        codes: Codes = {}
+        weights = SchemeWeights(self.base, plan, self.reader, self._keep(codes))
         variant = self._variant(recipe.name, planned_cache(plan), planned_inputs(plan))
         draft = replace(
             self._draft(variant, self.base),
@@ -168,7 +188,7 @@ class _Bench:
             quantized=weights,
         )
         self.drafts.append(draft)
-        self._track(weights, [variant])
+        self._track(weights, [variant], codes)
 
     def add_engine(self, python: Path, text: Text, ckpt: Checkpoint) -> None:
         """Source and checkpoint in vLLM, to be compared with the same caches in ckptq."""
@@ -189,20 +209,35 @@ class _Bench:
         return tuple(
             engine_row(draft.weights, run, text, outcomes[draft.variant.name], source)
             for draft, run in self._engines
+            if draft.variant.name in outcomes
         )
 
-    def run(self, text: Text, batch_size: int | None, begin: Begin) -> dict[str, Outcome]:
-        tracks = [Track(model, variants) for model, variants in self._tracks]
+    def run(
+        self, text: Text, batch_size: int | None, begin: Begin
+    ) -> tuple[dict[str, Outcome], Mapping[str, CkptqError]]:
+        """Outcomes by row, and why the others ended."""
+        tracks = [Track(*each) for each in self._tracks]
         layout = read_layout(self.base)
         own = {f"{name}.weight": (name,) for name in layout.linears}
         if batch_size is None and self.reader.device.type == "cpu":
             batch_size = 1
-        consumed = {**own, **layout.consumed}
-        comparison = Comparison(tracks, text, consumed, batch_size, self.reader.release)
-        return comparison.run(begin("evaluate", len(tracks[0].model.layer_names), "layers"))
+        needed = {draft.variant.name for draft in (self.source, self.zero, self.control)}
+        watching = Watching(
+            source=self.source.variant,
+            rows=[row for track in tracks for row in track.variants],
+            needed=needed,
+            consumed={**own, **layout.consumed},
+        )
+        comparison = Comparison(tracks, text, watching, batch_size, self.reader.release)
+        return comparison.run(begin), watching.failed
 
-    def _track(self, weights: WeightSource, variants: list[Variant]) -> None:
-        self._tracks.append((open_model(self.base, str(self.reader.device), weights), variants))
+    def _track(self, weights: WeightSource, variants: list[Variant], codes: Codes) -> None:
+        model = open_model(self.base, str(self.reader.device), weights)
+        self._tracks.append((model, variants, codes))
+
+    def _keep(self, codes: Codes) -> Keep | None:
+        """What weights of a row do with their codes: they are kept where they are multiplied."""
+        return codes.__setitem__ if codes_multiply(self.reader.device) else None
 
     def _draft(self, variant: Variant, ckpt: Checkpoint) -> _Draft:
         config = self.base.text_config

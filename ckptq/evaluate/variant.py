@@ -4,12 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
-from ckptq.evaluate.inputs import InputScheme
-from ckptq.evaluate.kv_cache import BF16, KVCache
+from ckptq.evaluate.caches.kv_cache import BF16, KVCache
+from ckptq.evaluate.linears.inputs import InputScheme
+from ckptq.evaluate.linears.treatments import Weights, weights_of_layer
 from ckptq.evaluate.text import Line, Text
 from ckptq.forward.layerwise import LayerwiseModel, Stream
+from ckptq.quantize.coded import Coded
 from ckptq.text.samples import Batch
+
+if TYPE_CHECKING:
+    from torch import nn
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -33,12 +39,33 @@ class Run(Batch):
 
 
 class Track:
-    """One set of weights, and the variants that run on it: each layer is loaded once for all."""
+    """One set of weights, and the variants that run on it: each layer is loaded once for all.
 
-    def __init__(self, model: LayerwiseModel, variants: Iterable[Variant]) -> None:
+    `codes` is where the source of the weights puts the codes of those that it has just loaded.
+    """
+
+    def __init__(
+        self, model: LayerwiseModel, variants: Iterable[Variant], codes: dict[str, Coded]
+    ) -> None:
         self.model = model
         self.variants = tuple(variants)
         self.stream = Stream([], [], [])
+        self._codes = codes
+        self._weights: Weights | None = None
+
+    def weights(
+        self, name: str, layer: nn.Module, consumed: Mapping[str, tuple[str, ...]]
+    ) -> Weights:
+        """Of the layer that is loaded, called `name`, until `forget`."""
+        if self._weights is None:
+            stored = self.model.loader.stored_names(name)
+            self._weights = weights_of_layer(layer, name, stored, consumed, self._codes)
+        return self._weights
+
+    def forget(self) -> None:
+        """Drop what is known of a layer, when all variants have run it."""
+        self._weights = None
+        self._codes.clear()
 
     def embed(self, text: Text, batch_size: int | None) -> None:
         """Start every variant on its own copy of the text, variant after variant."""

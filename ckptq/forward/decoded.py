@@ -17,14 +17,15 @@ from ckptq.checkpoint.open import Checkpoint
 from ckptq.errors import SourceError
 from ckptq.forward.reader import Reader
 from ckptq.forward.source import CheckpointWeights, WeightSource
-from ckptq.models.encoded import BELONGS_TO_SCHEME, Encoded, read_encoded
+from ckptq.models.encoded import BELONGS_TO_SCHEME, Encoded, decode, read_encoded
 from ckptq.models.family import family_of
 from ckptq.models.published import Windows, windows_for, windows_of
 from ckptq.models.quantized.readable import refuse_bare_codes
-from ckptq.models.weight_rows import place_of, whole_weight
+from ckptq.models.weight_rows import place_of
 from ckptq.permute.effect import Part
 from ckptq.permute.targets import read_permutation
 from ckptq.plan.rope import Reordering, read_marks
+from ckptq.quantize.coded import Coded, Keep
 from ckptq.rope_order import RopeOrder
 from ckptq.spec import TensorSpec, torch_dtype
 
@@ -38,12 +39,18 @@ class DecodedWeights:
     `like` is that unquantized checkpoint, whose names and shapes are used. Without it, names are
     those that the family is published under: the checkpoint's own without the quantization
     ("q_proj.weight" for "q_proj.weight_packed" and its scales), with the family's fused experts.
+    `keep` gets the codes of every weight that is loaded, in the order in which they are stored.
     """
 
     def __init__(
-        self, ckpt: Checkpoint, like: Checkpoint | None = None, reader: Reader | None = None
+        self,
+        ckpt: Checkpoint,
+        like: Checkpoint | None = None,
+        reader: Reader | None = None,
+        keep: Keep | None = None,
     ) -> None:
         self._ckpt = ckpt
+        self._keep = keep
         self._reader = reader or Reader()
         self._encoded = {e.plain: e for e in read_encoded(ckpt).values()}
         self._parts = {t.name for e in self._encoded.values() for t in e.tensors.values()}
@@ -110,7 +117,10 @@ class DecodedWeights:
     def _whole(self, name: str) -> Tensor | None:
         held = self._held(name)
         if isinstance(held, Encoded):
-            made = whole_weight(self._reader.take, held).view(held.written.shape)
+            tensors = held.whole(self._reader.take)
+            if self._keep is not None:
+                self._keep(held.name, Coded(tensors, held.scheme, held.shape))
+            made = decode(held, tensors, held.shape[0]).view(held.written.shape)
             return self._in_order(held.stored, made)
         return None if held is None else self._in_order(held, self._reader.take(held))
 

@@ -10,6 +10,7 @@ Shape letters: B batch, H query heads, K key/value heads, S positions, D head si
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
@@ -40,21 +41,50 @@ def fused_attention(
     from ckptq.kernels.attention.calibration_attention import attention_with_maxima
 
     query, key, value = qkv_BHSD
-    if _unknown(kwargs) or query.shape[2] != key.shape[2]:
+    real = tuple(lengths)
+    words = in_words(module, real, query, key, attention_mask, kwargs)
+    if words is None:
         return None
-    mask, real = mask_in_words(module, kwargs), tuple(lengths)
-    if not says_the_same(mask, attention_mask, real, query.shape[2]):
-        return None
-    scaling = kwargs.get("scaling")
     return attention_with_maxima(
         *(query, key, value),
-        scaling=query.shape[-1] ** -0.5 if scaling is None else scaling,
-        sliding_window=mask.sliding_window,
-        chunk=mask.chunk,
-        softcap=kwargs.get("softcap"),
+        scaling=words.scaling,
+        sliding_window=words.mask.sliding_window,
+        chunk=words.mask.chunk,
+        softcap=words.softcap,
         spans=spans_of(real, query.device) if len(set(real)) > 1 else None,
         maxima=buffers(),
     )
+
+
+@dataclass(frozen=True, slots=True)
+class Words:
+    """What attention does, as kernels take it."""
+
+    mask: Mask
+    scaling: float
+    softcap: float | None = None
+
+
+def in_words(
+    module: nn.Module,
+    lengths: tuple[int, ...],
+    query: Tensor,
+    key: Tensor,
+    attention_mask: Tensor | None,
+    kwargs: Mapping[str, Any],
+) -> Words | None:
+    """What attention is asked for; None where kernels do not know it (sinks, a bias, other masks).
+
+    `query` [B, H, S, D], `key` [B, K, S, D]; `lengths` is the number of real positions in each row.
+    """
+    if _unknown(kwargs) or query.shape[2] != key.shape[2]:
+        return None
+    mask = mask_in_words(module, kwargs)
+    if not says_the_same(mask, attention_mask, lengths, query.shape[2]):
+        return None
+    scaling = kwargs.get("scaling")
+    usual = query.shape[-1] ** -0.5
+    return Words(mask, usual if scaling is None else scaling, kwargs.get("softcap"))
 
 
 def _unknown(kwargs: Mapping[str, Any]) -> bool:

@@ -39,6 +39,10 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
 
+Watch = Callable[["nn.Module", Batch], "AbstractContextManager[None] | None"]
+"""Makes the context in which a layer runs on a batch, for hooks; None where it does not run. Then,
+and where the context swallows an error, the hidden states stay as they are."""
+
 SHARE_OF_GPU = 0.25
 """Share of a GPU's free memory up to which hidden states stay there, saving two copies a layer."""
 
@@ -96,26 +100,50 @@ class LayerwiseModel:
         self,
         index: int,
         stream: Stream,
-        watch: Callable[[nn.Module, Batch], AbstractContextManager[None]] | None = None,
+        watch: Watch | None = None,
+        after: Callable[[], None] | None = None,
+        *,
+        again: bool = False,
     ) -> None:
         """Load one decoder layer, run every batch through it, drop it.
 
-        `watch` makes the context in which the layer runs on a batch, for hooks.
+        `watch` makes the context in which the layer runs on a batch, for hooks; `after` is called
+        when all have run. With `again` it changes the layer's weights, which are then loaded again:
+        what comes out is what the changed layer makes of the same batches, unwatched.
         """
         name = self.layer_names[index]
-        layer = self.skeleton.layers[name]
         with self.loader.loaded(name), _no_grad():
-            if index + 1 < len(self.layer_names):
-                self.loader.announce(self.layer_names[index + 1])
-            moved = Moved(self.device)
-            for number, hidden_BSE in enumerate(stream.hidden_BSE):
+            if again:
+                for _ in self._results(index, stream, watch):
+                    pass  # only watched
+            else:
+                self._advance(index, stream, watch)
+            if after is not None:
+                after()
+        if again:
+            with self.loader.loaded(name), _no_grad():
+                self._advance(index, stream, None)
+
+    def _advance(self, index: int, stream: Stream, watch: Watch | None) -> None:
+        """Put what the layer makes of the batches in their place."""
+        if index + 1 < len(self.layer_names):
+            self.loader.announce(self.layer_names[index + 1])
+        for number, result_BSE in enumerate(self._results(index, stream, watch)):
+            stream.hidden_BSE[number] = result_BSE.to(stream.place)
+            stream.arguments[number][index] = ((), {})
+
+    def _results(self, index: int, stream: Stream, watch: Watch | None) -> Iterator[Tensor]:
+        """What the layer makes of each batch [B, S, E]."""
+        name = self.layer_names[index]
+        layer, moved = self.skeleton.layers[name], Moved(self.device)
+        for number, hidden_BSE in enumerate(stream.hidden_BSE):
+            result: Any = hidden_BSE
+            context = nullcontext() if watch is None else watch(layer, stream.batches[number])
+            if context is not None:
                 args, kwargs = moved(stream.arguments[number][index])
-                hidden_BSE = hidden_BSE.to(self.device)
-                with nullcontext() if watch is None else watch(layer, stream.batches[number]):
-                    result = self._through(layer, name, hidden_BSE, args, kwargs)
-                result_BSE: Tensor = result[0] if isinstance(result, tuple) else result
-                stream.hidden_BSE[number] = result_BSE.to(stream.place)
-                stream.arguments[number][index] = ((), {})
+                with context:
+                    result = self._through(layer, name, hidden_BSE.to(self.device), args, kwargs)
+            yield result[0] if isinstance(result, tuple) else result
 
     def _through(
         self,

@@ -8,7 +8,7 @@ Shape letters: B batch, S positions, F features in, T tokens that are real, I in
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from math import prod
@@ -24,6 +24,12 @@ if TYPE_CHECKING:
 Fold = Callable[[Sequence[str], "Tensor"], None]
 """Gets the names of the Linears that share an input, and that input's real tokens [T, F]."""
 
+Experts = Mapping[int, Sequence[str]]
+"""Expert -> its wanted Linears."""
+
+Route = Callable[[Experts, "nn.Module", tuple[Any, ...]], None]
+"""Gets the wanted Linears of a module of fused experts, and what it is called with."""
+
 INTO_HIDDEN = ("gate_proj", "up_proj", "w1", "w3")
 """Projections of an expert that read its input; the other reads their result."""
 
@@ -38,19 +44,32 @@ class Inputs:
 
     @contextmanager
     def watched(
-        self, layer: nn.Module, name: str, lengths: Sequence[int], fold: Fold
+        self,
+        layer: nn.Module,
+        name: str,
+        lengths: Sequence[int],
+        fold: Fold,
+        route: Route | None = None,
     ) -> Iterator[None]:
-        """In the block, `fold` sees the inputs of the wanted Linears of a layer called `name`."""
+        """In the block, `fold` sees the inputs of the wanted Linears of a layer called `name`.
+
+        `route` gets the calls of fused experts, instead of `fold` every token for each expert.
+        """
         with ExitStack() as stack:
             for path, module in layer.named_modules(prefix=name) if self._wanted else ():
-                hook = self._hook(path, module, lengths, fold)
+                hook = self._hook(path, module, lengths, fold, route)
                 if hook is not None:
                     handle = module.register_forward_pre_hook(hook)
                     stack.callback(handle.remove)
             yield
 
     def _hook(
-        self, path: str, module: nn.Module, lengths: Sequence[int], fold: Fold
+        self,
+        path: str,
+        module: nn.Module,
+        lengths: Sequence[int],
+        fold: Fold,
+        route: Route | None,
     ) -> Callable[..., None] | None:
         from torch import nn
 
@@ -60,6 +79,8 @@ class Inputs:
                 return partial(_see_linear, linear, lengths, fold)
         elif _is_fused_experts(module):
             experts = self._experts.get(self._loader.stored_module(path))
+            if experts is not None and route is not None:
+                return partial(route, experts)
             if experts is not None:
                 return partial(_see_experts, experts, lengths, fold)
         return None
@@ -98,18 +119,18 @@ def _see_experts(
     x_TF = x_TF[x_TF.any(-1)]
     held = {n: names for n, names in experts.items() if n < len(module.gate_up_proj)}
     every = [name for names in held.values() for name in names]
-    fold([name for name in every if _reads_input(name)], x_TF)
+    fold([name for name in every if reads_input(name)], x_TF)
     for number, names in held.items():
-        inner = [name for name in names if not _reads_input(name)]
+        inner = [name for name in names if not reads_input(name)]
         if inner:
-            fold(inner, _between(module, number, x_TF))
+            fold(inner, between(module, number, x_TF))
 
 
-def _reads_input(name: str) -> bool:
+def reads_input(name: str) -> bool:
     return name.rpartition(".")[2] in INTO_HIDDEN
 
 
-def _between(experts: Any, number: int, x_TF: Tensor) -> Tensor:
+def between(experts: Any, number: int, x_TF: Tensor) -> Tensor:
     """The input of one expert's down projection, [T, I]: activation(gate) * up."""
     import torch
 

@@ -23,6 +23,7 @@ from ckptq.forward import kernel_attention
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
+    from ckptq.forward.kernel_attention import Words
     from ckptq.kernels.attention.maxima import Maxima
 
 NAME = "ckptq"
@@ -37,6 +38,18 @@ Attend = Callable[["Tensor", "Tensor", "Tensor"], Result]
 """The module's own attention of any q, k and v of the same batch: [B, S, H, D] comes first."""
 
 
+Asked = Callable[[], "Words | None"]
+"""What is asked of attention, as kernels take it; None where they do not know it."""
+
+Replace = Callable[[str, Qkv, Asked], "Tensor | None"]
+"""Gets (module name, q [B, H, S, D], k and v [B, K, S, D], what is asked), gives the result
+[B, S, H, D]; None where it has none."""
+
+Compare = Callable[[str, Qkv, "Tensor", Attend, Asked], None]
+"""Gets (module name, q, k and v, what attention made of them, how to compute it of others, what is
+asked)."""
+
+
 @dataclass(frozen=True)
 class Tap:
     """Receives the q, k and v of one batch from attention."""
@@ -47,8 +60,10 @@ class Tap:
     """Gets (module name, q [B, H, S, D], k [B, K, S, D], v [B, K, S, D])."""
     maxima: Callable[[str, Tensor, Tensor], Maxima] | None = None
     """Gets (module name, q, k), gives buffers for a kernel to fold into; None if those don't do."""
-    compare: Callable[[str, Qkv, Tensor, Attend], None] | None = None
-    """Gets (module name, q, k and v, what attention made of them, how to compute it of others)."""
+    replace: Replace | None = None
+    """Attention in the place of the module's own; asked first."""
+    compare: Compare | None = None
+    """Asked last, with the result."""
 
 
 def attention(
@@ -77,7 +92,11 @@ def attention(
     def attend(q: Tensor, k: Tensor, v: Tensor) -> Result:
         return sdpa_attention_forward(module, q, k, v, attention_mask, **kwargs)
 
-    return _shown(name, tap, attend, (query, key, value))
+    def asked() -> Words | None:
+        lengths = tuple(tap.lengths) if tap is not None else ()
+        return kernel_attention.in_words(module, lengths, query, key, attention_mask, kwargs)
+
+    return _shown(name, tap, attend, (query, key, value), asked)
 
 
 def eager_attention(
@@ -96,16 +115,21 @@ def eager_attention(
         result: Result = family.eager_attention_forward(module, q, k, v, attention_mask, **kwargs)
         return result
 
-    return _shown(name, tap, attend, (query, key, value))
+    return _shown(name, tap, attend, (query, key, value), lambda: None)
 
 
-def _shown(name: str, tap: Tap | None, attend: Attend, qkv: Qkv) -> Result:
-    """The attention of q, k and v after the tap has seen them."""
-    if tap is not None and tap.see is not None:
+def _shown(name: str, tap: Tap | None, attend: Attend, qkv: Qkv, asked: Asked) -> Result:
+    """The attention of q, k and v: the tap's, or the module's own after the tap has seen them."""
+    if tap is None:
+        return attend(*qkv)
+    out = tap.replace(name, qkv, asked) if tap.replace is not None else None
+    if out is not None:
+        return out, None
+    if tap.see is not None:
         tap.see(name, *qkv)
     result = attend(*qkv)
-    if tap is not None and tap.compare is not None:
-        tap.compare(name, qkv, result[0], attend)
+    if tap.compare is not None:
+        tap.compare(name, qkv, result[0], attend, asked)
     return result
 
 

@@ -109,6 +109,11 @@ class Plan:
         return frozenset(name for names in self.groups.values() for name in names)
 
     @property
+    def calibrated(self) -> bool:
+        """Whether something of it is made by running the model: scales, or quantized weights."""
+        return bool(self.attention or self.inputs or self.recipe.runs_layers)
+
+    @property
     def read_bytes(self) -> int:
         return sum(u.read_bytes for u in self.units)
 

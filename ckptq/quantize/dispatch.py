@@ -28,15 +28,28 @@ Inverse = Callable[[Mapping[str, Tensor], WeightScheme, tuple[int, int]], Tensor
 KERNEL_SCALES = (torch.bfloat16, torch.float16, torch.float32)
 
 
-def quantize(w_RC: Tensor, scheme: WeightScheme, statistic: Tensor | None = None) -> Made:
+def _at_once(finite: Tensor) -> None:
+    if not finite:
+        raise NonFinite("NaN or Inf")
+
+
+def quantize(
+    w_RC: Tensor,
+    scheme: WeightScheme,
+    statistic: Tensor | None = None,
+    check: Callable[[Tensor], None] = _at_once,
+) -> Made:
     """`formats.quantize` and `formats.constants`: everything that is stored for a weight, on its
-    device (except "weight_shape"). `NonFinite` on NaN or Inf."""
+    device (except "weight_shape"). `NonFinite` on NaN or Inf.
+
+    Where a kernel quantizes, `check` gets whether all is finite, on the device: it may read that
+    later, as reading makes the host wait for everything before it.
+    """
     made = constants(spec_of(w_RC), scheme, statistic)
     kernel = kernel_of(scheme) if on_gpu(w_RC) and w_RC.dtype in KERNEL_SCALES else None
     if kernel is None:
         return made | formats.quantize(w_RC, scheme, statistic)
-    if not w_RC.isfinite().all():
-        raise NonFinite("NaN or Inf")
+    check(w_RC.isfinite().all())
     with torch.cuda.device_of(w_RC):  # triton launches on the current device
         return made | kernel(w_RC.contiguous(), scheme, statistic)
 

@@ -12,6 +12,9 @@ P packed columns.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
@@ -27,18 +30,27 @@ from ckptq.quantize.weight_scheme import WeightScheme
 from ckptq.spec import TensorSpec, spec_of, torch_dtype
 
 __all__ = [
+    "Grid",
     "NonFinite",
+    "Ranges",
     "Scratch",
     "WeightScheme",
+    "codes_on",
     "constants",
     "dequantize",
+    "grid",
     "merge_statistic",
     "needs_statistic",
     "quantize",
     "row_quantum",
     "statistic",
+    "statistic_of",
     "stored",
 ]
+
+
+Ranges = tuple[Tensor, Tensor]
+"""Of each tile the lowest number, 0 or less, and the highest, 0 or more, in the weight's dtype."""
 
 
 def needs_statistic(scheme: WeightScheme) -> bool:
@@ -56,6 +68,11 @@ def statistic(w_RC: Tensor, scheme: WeightScheme, scratch: Scratch | None = None
         return extreme_of_best(tiled(w_RC.contiguous(), scheme), scheme, scheme.search, scratch)
     low_R, high_R = extremes(w_RC.contiguous(), scratch)
     return torch.stack((low_R.amin(), high_R.amax()))
+
+
+def statistic_of(ranges: Ranges) -> Tensor:
+    """The statistic of rows whose tiles have these ranges."""
+    return torch.stack((ranges[0].amin(), ranges[1].amax()))
 
 
 def merge_statistic(a_2: Tensor, b_2: Tensor) -> Tensor:
@@ -89,28 +106,86 @@ def quantize(
     `NonFinite` on NaN or Inf, from `statistic` already where the scheme needs one. With `scratch`
     the codes are in its memory: the next call in this thread overwrites them.
     """
-    code = stored(spec_of(w_RC), scheme)[scheme.codes]
     scratch = scratch or Scratch(w_RC.device)
     x = tiled(w_RC.contiguous(), scheme)
     scale, zero_point, divisor = _scale(x, scheme, statistic, scratch)
-    code_RP = scratch.tensor("stored", code.shape, torch_dtype(code.dtype))
-    encode(x, divisor, zero_point, scheme, scratch, code_RP)
+    code_RP = _codes(w_RC, divisor, zero_point, scheme, scratch)
     if scheme.strategy == "tensor":
         return {scheme.codes: code_RP}
     return {scheme.codes: code_RP} | _scale_tensors(scale, zero_point, scheme)
 
 
+@dataclass(frozen=True, slots=True)
+class Grid:
+    """What a weight's codes may stand for: (code - zero point) * divisor, with one of each a tile.
+
+    Tiles are groups [R, G], blocks [M, N], rows [R, 1] or the whole [1].
+    """
+
+    stored: Mapping[str, Tensor]
+    """Scales and zero points as they are stored, without what `constants` makes."""
+    scale: Tensor
+    """As a number: float8 and exponents in float32."""
+    zero_point: Tensor | None
+    divisor: Tensor
+    """The scale, divided by the global scale where there is one."""
+    global_scale: Tensor | None
+
+
+def grid(
+    w_RC: Tensor,
+    scheme: WeightScheme,
+    statistic: Tensor | None = None,
+    ranges: Ranges | None = None,
+) -> Grid:
+    """The grid on which `quantize` rounds a whole weight, for who chooses codes otherwise.
+
+    `ranges` are what each tile's codes have to reach, in place of what the scheme says.
+    """
+    stored(spec_of(w_RC), scheme)
+    scratch = Scratch(w_RC.device)
+    x = tiled(w_RC.contiguous(), scheme)
+    scale, zero_point, divisor = _scale(x, scheme, statistic, scratch, ranges)
+    kept = {} if scheme.strategy == "tensor" else _scale_tensors(scale, zero_point, scheme)
+    number = {None: scale, "uint8": divisor}.get(scheme.scale_dtype, scale.float())
+    whole = _global_scale(statistic, scheme) if scheme.strategy == "tensor_group" else None
+    return Grid(kept, number, zero_point, divisor, whole)
+
+
+def codes_on(w_RC: Tensor, on: Grid, scheme: WeightScheme) -> Tensor:
+    """The stored codes of weights that lie on a grid, or those nearest to them."""
+    return _codes(w_RC, on.divisor, on.zero_point, scheme, Scratch(w_RC.device))
+
+
+def _codes(
+    w_RC: Tensor,
+    divisor: Tensor,
+    zero_point: Tensor | None,
+    scheme: WeightScheme,
+    scratch: Scratch,
+) -> Tensor:
+    code = stored(spec_of(w_RC), scheme)[scheme.codes]
+    code_RP = scratch.tensor("stored", code.shape, torch_dtype(code.dtype))
+    encode(tiled(w_RC.contiguous(), scheme), divisor, zero_point, scheme, scratch, code_RP)
+    return code_RP
+
+
 def _scale(
-    x: Tensor, scheme: WeightScheme, statistic: Tensor | None, scratch: Scratch
+    x: Tensor,
+    scheme: WeightScheme,
+    statistic: Tensor | None,
+    scratch: Scratch,
+    ranges: Ranges | None = None,
 ) -> tuple[Tensor, Tensor | None, Tensor]:
     """Of each tile: the scale as it is stored, the zero point, and what weights are divided by."""
     if scheme.strategy == "tensor":
         scale, zero_point = _scale_of_tensor(statistic, scheme)
         return scale, zero_point, scale
     if not scheme.symmetric:
-        scale, zero_point = scales.asymmetric(*_ranges(x, scheme, scratch), scheme.num_bits)
+        low, high = ranges or _ranges(x, scheme, scratch)
+        scale, zero_point = scales.asymmetric(low, high, scheme.num_bits)
         return scale, zero_point, scale
-    amax = tile_amax(x, scheme, scratch)
+    amax = torch.maximum(-ranges[0], ranges[1]) if ranges else tile_amax(x, scheme, scratch)
     if scheme.strategy == "tensor_group":
         global_scale = _global_scale(statistic, scheme)
         scale = scales.nvfp4(amax, global_scale)

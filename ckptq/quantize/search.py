@@ -2,23 +2,25 @@
 
 Of the ranges of a `Search` each tile gets the first of those with the least error. Everything is
 computed in the dtype of the weight and in llm-compressor's order (`observers/mse_quant.py`),
-because the winner depends on it. Its early stop, when no tile of a weight has improved for
-`patience` steps, is left out: a tile's bytes would depend on its neighbours. Unless it would have
-stopped, ranges are equal bit for bit, and finite where expanding overflows.
+because the winner depends on it; errors of bf16 weights are looked up where they can be. Its early
+stop, when no tile of a weight has improved for `patience` steps, is left out: a tile's bytes would
+depend on its neighbours. Unless it would have stopped, ranges are equal bit for bit, and finite
+where expanding overflows.
 
-Shape letters: T tiles, L weights of a tile.
+Shape letters: K candidates, T tiles, L weights of a tile.
 """
 
 from __future__ import annotations
 
-from functools import cache
+from itertools import repeat
 
 import torch
 from torch import Tensor
 
 from ckptq.quantize import scales
-from ckptq.quantize.codes import round_to_e2m1
+from ckptq.quantize.error_table import error_table, has_table
 from ckptq.quantize.scratch import Scratch, blocks
+from ckptq.quantize.tile_error import powered_errors
 from ckptq.quantize.tiles import NonFinite
 from ckptq.quantize.weight_scheme import Search, WeightScheme
 
@@ -57,27 +59,41 @@ def _rows_of_tiles(x: Tensor) -> Tensor:
 
 
 def _of_block(
-    x_TL: Tensor, scheme: WeightScheme, search: Search, scratch: Scratch
+    x: Tensor, scheme: WeightScheme, search: Search, scratch: Scratch
 ) -> tuple[Tensor, Tensor]:
+    x_TL = x.flatten(0, -2)
     low, high = x_TL.amin(-1), x_TL.amax(-1)
     if not (low.isfinite() & high.isfinite()).all():
         raise NonFinite("NaN or Inf")
     largest = torch.finfo(low.dtype).max
     low, high = (x.mul_(search.expand).clamp_(-largest, largest) for x in (low, high))
-    best_low, best_high = low.clone(), high.clone()
-    least = torch.full_like(low, largest)
-    for share in search.shares:
-        lower, higher = low * share, high * share
-        error = _error(x_TL, *_candidate(lower, higher, scheme), scheme, search.norm, scratch)
-        better = error < least
-        least = torch.where(better, error, least)
-        best_low = torch.where(better, lower, best_low)
-        best_high = torch.where(better, higher, best_high)
-    return best_low, best_high
+    low_KT, high_KT = (_shares(x, search) for x in (low, high))
+    error_KT = _errors(x_TL, *_candidates(low_KT, high_KT, scheme), scheme, search.norm, scratch)
+    best_1T = _first_of_least(error_KT)
+    best_low, best_high = (x_KT.gather(0, best_1T)[0] for x_KT in (low_KT, high_KT))
+    return best_low.view(x.shape[:-1]), best_high.view(x.shape[:-1])
 
 
-def _candidate(low: Tensor, high: Tensor, scheme: WeightScheme) -> tuple[Tensor, Tensor | None]:
-    """Scale and zero point of a range, as `calculate_qparams` has them without a global scale."""
+def _shares(x_T: Tensor, search: Search) -> Tensor:
+    """[K, T]: all shares of x, multiplied as torch multiplies by a Python number."""
+    wide = torch.promote_types(x_T.dtype, torch.float32)
+    share_K1 = torch.tensor(search.shares, dtype=wide, device=x_T.device)[:, None]
+    return (x_T.to(wide) * share_K1).to(x_T.dtype)
+
+
+def _first_of_least(error_KT: Tensor) -> Tensor:
+    """[1, T]: the first candidate with the least error; 0 where no error is less than the dtype's
+    largest number."""
+    error_KT.nan_to_num_(nan=torch.inf, posinf=torch.inf)
+    least_1T = error_KT.amin(0, keepdim=True)
+    turn_K1 = torch.arange(len(error_KT), 0, -1, dtype=torch.int16, device=error_KT.device)[:, None]
+    turn_1T = ((error_KT == least_1T) * turn_K1).amax(0, keepdim=True)
+    found = least_1T < torch.finfo(error_KT.dtype).max
+    return (len(error_KT) - turn_1T).long() * found
+
+
+def _candidates(low: Tensor, high: Tensor, scheme: WeightScheme) -> tuple[Tensor, Tensor | None]:
+    """Scales and zero points of ranges, as `calculate_qparams` has them without a global scale."""
     low, high = low.clamp(max=0), high.clamp(min=0)
     if not scheme.symmetric:
         return scales.asymmetric(low, high, scheme.num_bits)
@@ -88,48 +104,21 @@ def _candidate(low: Tensor, high: Tensor, scheme: WeightScheme) -> tuple[Tensor,
     return scales.symmetric(amax, most), None
 
 
-def _error(
+def _errors(
     x_TL: Tensor,
-    scale_T: Tensor,
-    zero_point_T: Tensor | None,
+    scale_KT: Tensor,
+    zero_point_KT: Tensor | None,
     scheme: WeightScheme,
     norm: float,
     scratch: Scratch,
 ) -> Tensor:
-    """[T]: the sum of |dequantized - x|^norm of each tile, every operation rounded to the dtype."""
-    held = scratch.tensor("searched", x_TL.shape, x_TL.dtype)
-    q = torch.div(x_TL, scale_T[..., None], out=held)
-    if zero_point_T is not None:
-        q.add_(zero_point_T[..., None].to(q.dtype))
-    _round(q, scheme, scratch)
-    if zero_point_T is not None:
-        q.sub_(zero_point_T[..., None].to(q.dtype))
-    q.mul_(scale_T[..., None]).sub_(x_TL).abs_()
-    return _power(q, norm, scratch).sum(-1)
-
-
-def _round(q: Tensor, scheme: WeightScheme, scratch: Scratch) -> None:
-    """To the nearest number that a code stands for, in place; ties to even."""
-    if scheme.type == "int":
-        q.clamp_(-(2 ** (scheme.num_bits - 1)), 2 ** (scheme.num_bits - 1) - 1).round_()
-    elif scheme.num_bits == 8:
-        q.clamp_(-scales.E4M3_MAX, scales.E4M3_MAX).copy_(q.to(torch.float8_e4m3fn))
-    else:
-        round_to_e2m1(q, scratch.tensor("step", q.shape, q.dtype))
-
-
-def _power(q: Tensor, norm: float, scratch: Scratch) -> Tensor:
-    """q ** norm for q >= 0, in place where it can be; dtypes of 16 bits look it up, as their
-    numbers are few and torch's pow takes longer than all else."""
-    if q.itemsize != 2 or q.device.type != "cpu":
-        return q.pow_(norm)
-    index = scratch.tensor("power", (q.numel(),), torch.int32)
-    index.copy_(q.view(torch.int16).flatten())
-    powers = scratch.tensor("powers", (q.numel(),), q.dtype)
-    return torch.index_select(_powers(q.dtype, norm), 0, index, out=powers).view(q.shape)
-
-
-@cache
-def _powers(dtype: torch.dtype, norm: float) -> Tensor:
-    """Of every number that is not negative, by its bits."""
-    return torch.arange(1 << 15, dtype=torch.int16).view(dtype).pow(norm)
+    """[K, T]: the sum of |dequantized - x|^norm of each tile under each candidate."""
+    if has_table(x_TL, scheme):
+        table = error_table(scheme, norm)
+        column_TL, row_KT = table.columns(x_TL), table.rows(scale_KT, scratch)
+        if column_TL is not None and row_KT is not None:
+            return table.sums(column_TL, row_KT, scratch)
+    zero_points = repeat(None) if zero_point_KT is None else zero_point_KT[..., None]
+    candidates = zip(scale_KT[..., None], zero_points, strict=False)
+    errors = (powered_errors(x_TL, *each, scheme, norm, scratch) for each in candidates)
+    return torch.stack([error_TL.sum(-1) for error_TL in errors])

@@ -28,8 +28,13 @@ SEARCHES = {
     "mse": Search(),
     "nvfp4_expanded_mse": _EXPANDED,
     "fouroversix": _EXPANDED,
+    "imatrix_mse": Search(maxshrink=0.95, grid=20.0, norm=3.0),
+    "nvfp4_expanded_imatrix": _EXPANDED,
 }
 """llm-compressor's observers of weights that search, with its defaults."""
+
+WEIGHED = ("imatrix_mse", "nvfp4_expanded_imatrix")
+"""Those in which a column counts as much as its inputs are large; all alike without inputs."""
 
 UNUSED = ("patience", "triton_error_buffer", "averaging_constant")
 """Arguments of those observers without effect here: every step is tried, of a weight seen once."""
@@ -100,6 +105,11 @@ class Args:
         """Columns that share a scale; None where no group of columns has its own."""
         return self.group_size if self.group_size != -1 else None
 
+    @property
+    def weighed(self) -> bool:
+        """Whether the inputs of weights decide on their ranges."""
+        return self.observer in WEIGHED
+
     def said(self, name: str) -> object:
         """A field as it was written; None where it was left out."""
         return getattr(self, name) if name in self.written or not self.written else None
@@ -118,15 +128,14 @@ class Args:
     def weight_scheme(self, format: str, *, stored: bool = False) -> WeightScheme:
         """The part that determines the stored bytes, for weights in this format.
 
-        `stored` means that the weights already exist, so that any observer and GPTQ's activation
-        order will do. "naive-quantized" becomes the format with the same bytes. PlanError names an
-        unknown or unsupported field.
+        `stored` means that the weights already exist, so that any observer will do. The order in
+        which GPTQ takes columns changes no format. "naive-quantized" becomes the format with the
+        same bytes. PlanError names an unknown or unsupported field.
         """
         for name in self.unknown:
             want("field", name, FIELDS)
         want("dynamic", self.dynamic, [False])
-        orders = [None, False, "weight", "static"] if stored else [None, False]
-        want("actorder", self.actorder, orders)
+        want("actorder", self.actorder, [None, False, "weight", "static"])
         if not stored:
             want("observer", self.observer, (*MINMAX, *SEARCHES))
         if not self.symmetric:

@@ -16,9 +16,6 @@ import yaml
 
 from ckptq.errors import UsageError
 
-QUANTIZES = "QuantizationModifier"
-"""The modifier that ckptq implements itself."""
-
 WANTED = "a mapping of stages to modifiers, as `ckptq recipes NAME` prints"
 MOST_VALUES = 100_000
 LONGEST = 100

@@ -14,15 +14,22 @@ import yaml
 
 from ckptq.errors import UsageError
 from ckptq.files import read_small
+from ckptq.recipes import gptq, imatrix, searched
 from ckptq.recipes.args import Args
-from ckptq.recipes.dialect import QUANTIZES, read_modifiers, read_stages
+from ckptq.recipes.dialect import read_modifiers, read_stages
 from ckptq.recipes.preset import EMPTY, preset_text
-from ckptq.recipes.rewritten import REWRITTEN, rewriting
-from ckptq.recipes.scheme import PARTS, Recipe, read_groups, read_strings
-from ckptq.recipes.searched import SUFFIX, with_search
-from ckptq.recipes.spelled import spelled
+from ckptq.recipes.rewriting import REWRITTEN, rewriting
+from ckptq.recipes.scheme import PARTS, Gptq, Recipe, read_groups, read_strings
+from ckptq.recipes.spelled import GPTQ, MODIFIERS, PLAIN, STAGE, spelled
 
 FOLDER = Path(__file__).parent
+
+SUFFIXES = {
+    searched.SUFFIX: searched.with_search,
+    imatrix.SUFFIX: imatrix.with_imatrix,
+    gptq.SUFFIX: gptq.with_gptq,
+}
+"""What may stand behind the name of a scheme, and what it makes of the scheme."""
 
 RECIPE_BYTES = 1 << 20
 """Of a recipe of the user's own; the largest that are known have 10 kB."""
@@ -36,10 +43,12 @@ def built_in() -> dict[str, Path]:
 def load_scheme(name: str) -> Recipe:
     """`--scheme NAME`: a built-in recipe, or a compressed-tensors preset (FP8_DYNAMIC).
 
-    With "-search" behind it, as `--search` makes it.
+    With "-search" behind it, as `--search` makes it; with "-imatrix", ranges that its inputs weigh;
+    with "-gptq", codes chosen by GPTQ.
     """
-    if name.lower().endswith(SUFFIX):
-        return with_search(load_scheme(name[: -len(SUFFIX)]))
+    for suffix, change in SUFFIXES.items():
+        if name.lower().endswith(suffix):
+            return change(load_scheme(name[: -len(suffix)]))
     if name.lower() in REWRITTEN:
         return rewriting(name.lower())
     files = built_in()
@@ -113,7 +122,8 @@ def load_text(name: str, text: str) -> Recipe:
     """Parse with llm-compressor's own models, so that a typo fails with its field named."""
     modifiers, configs = read_modifiers(text)
     kinds = [type(modifier).__name__ for modifier in modifiers]
-    others = tuple(kind for kind in kinds if kind != QUANTIZES)
+    chosen = gptq.read_gptq(modifiers[0].model_dump()) if kinds == [GPTQ] else None
+    others = () if chosen else tuple(kind for kind in kinds if kind != PLAIN)
     if not modifiers:
         raise UsageError(
             "the recipe has no modifier; expected a stage of modifiers, as in `ckptq recipes NAME`"
@@ -134,21 +144,41 @@ def load_text(name: str, text: str) -> Recipe:
             "ignore": list(config.ignore or ()),
             "kv_cache_scheme": kv.model_dump(mode="json") if kv is not None else None,
         }
-    return _recipe(name, text, modifier, others)
+    made = _recipe(name, text, modifier, others, chosen)
+    _refuse_idle_order(made)
+    return made
+
+
+def _refuse_idle_order(recipe: Recipe) -> None:
+    """UsageError for an order of columns in a recipe that rounds to nearest."""
+    for group in recipe.linears if recipe.gptq is None and not recipe.handed_over else ():
+        if group.weights is not None and group.weights.actorder:
+            raise UsageError(
+                f"config_groups.{group.name}.weights.actorder is {group.weights.actorder!r}, which "
+                f"{GPTQ} alone obeys; {PLAIN} rounds every weight by itself"
+            )
 
 
 def _recipe(
-    name: str, text: str, modifier: Mapping[str, Any], handed_over: tuple[str, ...] = ()
+    name: str,
+    text: str,
+    modifier: Mapping[str, Any],
+    handed_over: tuple[str, ...] = (),
+    chosen: Gptq | None = None,
 ) -> Recipe:
     kv = modifier.get("kv_cache_scheme")
-    return Recipe(
+    made = Recipe(
         name=name,
         groups=tuple(read_groups(modifier.get("config_groups", {}), None, _refuse)),
         ignore=read_strings(modifier.get("ignore", []), "ignore", _refuse),
         kv_cache_scheme=None if kv is None else Args.read(kv, "kv_cache_scheme", _refuse),
         handed_over=handed_over,
+        gptq=chosen,
         text=text,
     )
+    if chosen is not None:
+        gptq.check_gptq(made)
+    return made
 
 
 def _refuse(name: str, found: object, wanted: str) -> None:
@@ -169,6 +199,8 @@ def _format(scheme: Any) -> str:
 
 def _plain(name: str, text: str) -> Recipe:
     """One of our own files: already resolved."""
-    stages = yaml.safe_load(text)
-    modifier = stages["quantization_stage"]["quantization_modifiers"]["QuantizationModifier"]
-    return _recipe(name, text, modifier)
+    modifiers = yaml.safe_load(text)[STAGE][MODIFIERS]
+    if GPTQ in modifiers:
+        chosen = gptq.read_gptq(modifiers[GPTQ])
+        return _recipe(name, text, modifiers[GPTQ], chosen=chosen)
+    return _recipe(name, text, modifiers[PLAIN])

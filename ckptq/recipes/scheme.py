@@ -7,7 +7,7 @@ output's config.json and recipe are written from.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from typing import Any
 
@@ -140,16 +140,44 @@ DEQUANTIZE, REPACK = "dequantize", "repack"
 
 
 @dataclass(frozen=True, kw_only=True)
+class Gptq:
+    """How codes are chosen: llm-compressor's `GPTQModifier`, with its names and defaults.
+
+    In which order columns are taken, `actorder`, stands in the `Args` of each group's weights.
+    """
+
+    block_size: int = 128
+    """Columns after which the error is passed on to all others."""
+    dampening_frac: float = 0.01
+    """Added to the diagonal of the Hessian, as a share of its mean."""
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+@dataclass(frozen=True, kw_only=True)
 class Recipe(Scheme):
     """What a recipe asks for, resolved: presets spelled out, scheme names gone."""
 
     name: str
+    gptq: Gptq | None = None
+    """None rounds to the nearest code."""
     conversion: str | None = None
     """DEQUANTIZE or REPACK: it quantizes nothing, and a quantized source is written otherwise."""
     handed_over: tuple[str, ...] = ()
     """Modifiers that llm-compressor has to run itself, by class name."""
     text: str
     """The recipe as YAML in llm-compressor's dialect; kept with the output."""
+
+    @property
+    def runs_layers(self) -> bool:
+        """Whether weights are quantized by their inputs, which the layers show when they run."""
+        return self.gptq is not None or any(g.weights and g.weights.weighed for g in self.groups)
+
+    @property
+    def chooses(self) -> bool:
+        """Whether GPTQ chooses codes, here or in llm-compressor; they need not be the nearest."""
+        return self.gptq is not None or "GPTQModifier" in self.handed_over
 
 
 def read_groups(entries: Mapping[str, Any], format: str | None, problem: Problem) -> list[Group]:

@@ -53,9 +53,10 @@ def _searched(group: Group) -> Group:
     args = group.weights
     if args is None or args.strategy == "tensor" or args.observer not in MINMAX:
         return group
-    return replace(group, weights=_with(args, BEST.get(group.format or "", MSE)))
+    return replace(group, weights=with_observer(args, BEST.get(group.format or "", MSE)))
 
 
-def _with(args: Args, observer: Mapping[str, Any]) -> Args:
+def with_observer(args: Args, observer: Mapping[str, Any]) -> Args:
+    """The same with another observer, and its arguments."""
     written = tuple(n for n in args.written if n not in ("observer", "observer_kwargs"))
     return replace(args, **observer, written=(*written, *observer) if args.written else ())

@@ -9,8 +9,8 @@ from ckptq.printable import size
 from ckptq.show import console
 
 if TYPE_CHECKING:
-    from ckptq.evaluate.engine import EngineRow
-    from ckptq.evaluate.harness import TaskScore
+    from ckptq.evaluate.outside.engine import EngineRow
+    from ckptq.evaluate.outside.harness import TaskScore
     from ckptq.evaluate.result import Evaluation, Row
     from ckptq.show.evaluate_page import Table
 
@@ -38,6 +38,7 @@ def show_evaluation(found: Evaluation, json: bool) -> None:
         "KL is of source‖row in nats per token; the last column is the relative error of the "
         "hidden states after the last layer",
         *(f"note  {warning}" for warning in found.warnings),
+        *(f"note  {row.label}: {said}" for row in found.rows for said in row.notes),
         *(f"FAIL  {failure}" for failure in found.failures),
         *_verdict(found),
     )

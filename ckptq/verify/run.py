@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ckptq.checkpoint.open import Checkpoint, Problems, open_checkpoint
+from ckptq.device import find_device
 from ckptq.errors import SourceError, UsageError
 from ckptq.progress import Begin, silent
 from ckptq.verify.config_judge import judge_config
@@ -31,6 +32,7 @@ def verify(
     vllm_python: Path | None = None,
     attention: bool = False,
     text: str | None = None,
+    device: str | None = None,
     begin: Begin = silent,
 ) -> Report:
     """Check a finished compressed-tensors checkpoint, against its source where one is given.
@@ -40,7 +42,7 @@ def verify(
     `ckptq.verify.loaders.ENGINES`) that engine loads names, shapes and dtypes (vLLM only with
     `vllm_python`), and the effect of loading on the values is simulated. `attention` runs the
     source on a little text (`text`: a file or data set, else a built-in corpus) and measures its
-    q, k and v in FP8 with the stored scales.
+    q, k and v in FP8 with the stored scales, on `device` (`find_device`).
 
     Raises SourceError for a checkpoint that cannot be read; everything else is a finding.
     """
@@ -55,6 +57,9 @@ def verify(
         raise UsageError("simulating vllm needs tensors; give --vllm-python or drop --headers-only")
     if text is not None and not attention:
         raise UsageError(f"--data {text} applies only to --attention")
+    if device is not None and not attention:
+        raise UsageError(f"--device {device} applies only to --attention")
+    where = find_device(device)
     began = time.monotonic()
     problems: Problems = []
     ckpt = open_checkpoint(path, problems=problems)
@@ -66,7 +71,7 @@ def verify(
     if source is None and not headers_only and engine != "transformers":
         structure += check_whole(subject, structure)
     checked = Checked() if headers_only else _data(subject, by_linear, structure, options)
-    seen = _attention(subject, text) if attention else Attention()
+    seen = _attention(subject, text, str(where)) if attention else Attention()
     answers = asked.findings if asked is not None else ()
     everything = [*structure, *once([*answers, *checked.findings]), *seen.findings]
     return Report(
@@ -100,11 +105,11 @@ class Attention:
     layers: tuple[LayerResult, ...] = ()
 
 
-def _attention(subject: Subject, text: str | None) -> Attention:
+def _attention(subject: Subject, text: str | None, device: str) -> Attention:
     from ckptq.verify.attention.cache_diagnosis import diagnose_cache
     from ckptq.verify.attention.watch import check_attention, head_results, layer_results
 
-    watch = check_attention(subject, text)
+    watch = check_attention(subject, text, device)
     return Attention(
         findings=tuple(diagnose_cache(watch)),
         heads=tuple(head_results(watch)),

@@ -13,6 +13,7 @@ from functools import cached_property
 from ckptq.checkpoint.header import StoredTensor
 from ckptq.checkpoint.open import Checkpoint
 from ckptq.engines.vllm import group_of
+from ckptq.errors import CkptqError
 from ckptq.models.attention import (
     AttentionKind,
     attention_kind,
@@ -27,7 +28,8 @@ from ckptq.models.modules import Layout, Linear, read_layout
 from ckptq.models.witnesses import Witnesses, read_witnesses
 from ckptq.quantize.weight_scheme import WeightScheme
 from ckptq.recipes.declared import Declared
-from ckptq.recipes.scheme import Group
+from ckptq.recipes.load import load_written
+from ckptq.recipes.scheme import Group, Recipe
 
 CODES = ("weight", "weight_packed")
 SCALES = (
@@ -40,6 +42,11 @@ EXPERT = re.compile(r"^(?P<experts>.*\.experts)\.(?P<index>\d+)\.(?P<projection>
 
 MIXTRAL = {"w1": "gate_proj", "w3": "up_proj", "w2": "down_proj"}
 """What llm-compressor's `oneshot` calls the experts' projections that Mixtral calls w1, w2, w3."""
+
+RECIPE, RECORD = "recipe.yaml", "ckptq.json"
+
+ORDERED = ("weight", "static")
+"""Orders of columns, which GPTQ alone has."""
 
 QUANTIZED = ("F8_E4M3", "F8_E5M2", "I8", "U8", "I32")
 
@@ -56,6 +63,13 @@ class Module:
     """Its config group; None if it is ignored or not targeted."""
     origin: Linear | None
     """The same Linear in the source, where a source is given and has it."""
+    chosen: bool = False
+    """Whether its codes are said to be chosen by GPTQ, so that they need not be the nearest."""
+
+    @property
+    def weighed(self) -> bool:
+        """Whether its ranges are said to be chosen by its inputs, which nothing here can repeat."""
+        return bool(self.group and self.group.weights and self.group.weights.weighed)
 
     @property
     def scheme(self) -> WeightScheme | None:
@@ -144,18 +158,33 @@ class Subject:
         return {name: m.shape for name, m in self.modules.items() if m.shape is not None}
 
     @cached_property
+    def recipe(self) -> Recipe | None:
+        """What ckptq wrote beside the checkpoint, if it is there and can be read."""
+        ours = all((self.ckpt.path / name).is_file() for name in (RECIPE, RECORD))
+        if not self.declared.present or not ours:
+            return None
+        try:
+            return load_written(self.ckpt.path / RECIPE)
+        except CkptqError:
+            return None
+
+    @cached_property
     def modules(self) -> dict[str, Module]:
         """Every Linear on disk, quantized or not, in the order of the bytes."""
-        return {
-            name: Module(
-                name=name,
-                tensors=tensors,
-                kept=self.witnesses.why_kept(name),
-                group=group_of(self.declared, name),
-                origin=self._origin(name),
-            )
-            for name, tensors in self._by_module().items()
-        }
+        return {name: self._module(name, tensors) for name, tensors in self._by_module().items()}
+
+    def _module(self, name: str, tensors: Mapping[str, StoredTensor]) -> Module:
+        group = group_of(self.declared, name)
+        weights = group.weights if group is not None else None
+        return Module(
+            name=name,
+            tensors=tensors,
+            kept=self.witnesses.why_kept(name),
+            group=group,
+            origin=self._origin(name),
+            chosen=(weights is not None and weights.actorder in ORDERED)
+            or (self.recipe is not None and self.recipe.chooses),
+        )
 
     def _by_module(self) -> dict[str, dict[str, StoredTensor]]:
         found: dict[str, dict[str, StoredTensor]] = {}

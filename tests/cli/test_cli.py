@@ -44,7 +44,7 @@ SURFACE = {
     },
     "verify": {
         "--source", "--fast", "--headers-only", "--engine", "--vllm-python", "--attention",
-        "--data", "--html", "--json",
+        "--data", "--device", "--html", "--json",
     },
     "evaluate": {
         "--source", "--schemes", "--kv-cache", "--revision", "--data", "--task", "--questions",

@@ -47,6 +47,9 @@ class Garden:
         """What is there is the user's."""
         self._mine[path] = state(path)
 
+    def is_mine(self, path: Path) -> bool:
+        return path in self._mine
+
     def expect(self, states: Mapping[str, str]) -> None:
         """That is the user's, and was like this."""
         self._mine |= {Path(path): was for path, was in states.items()}
@@ -122,6 +125,7 @@ def _a_file(rng: random.Random, garden: Garden) -> Path | None:
     files = [p for p in garden.partial.rglob("*") if p.is_file() and p.name != "lock"]
     if garden.out.is_dir():
         files += [p for p in garden.out.rglob("*") if p.is_file()]
+    files = [p for p in files if not garden.is_mine(p)]
     return rng.choice(sorted(files)) if files else None
 
 

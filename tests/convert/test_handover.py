@@ -1,4 +1,5 @@
-"""GPTQ in llm-compressor, its result through our writer; other modifiers refused by name."""
+"""SmoothQuant and GPTQ in llm-compressor, their result through our writer; other modifiers refused
+by name."""
 
 from __future__ import annotations
 
@@ -23,9 +24,10 @@ from ckptq.errors import SourceError, UsageError
 from ckptq.recipes.load import load_text
 from ckptq.verify.run import verify
 
-GPTQ = """
+BOTH = """
 quant_stage:
   quant_modifiers:
+    SmoothQuantModifier: {mappings: [[["re:.*nowhere"], "re:.*nowhere"]]}
     GPTQModifier: {targets: [Linear], scheme: W4A16, ignore: [lm_head]}
 """
 
@@ -56,12 +58,14 @@ def llama(tmp_path: Path) -> Path:
     return folder
 
 
-def test_gptq_runs_in_llm_compressor_and_is_written_by_us(llama: Path, tmp_path: Path) -> None:
+def test_smoothquant_and_gptq_run_in_llm_compressor_and_is_written_by_us(
+    llama: Path, tmp_path: Path
+) -> None:
     generation = '{"do_sample": false, "temperature": 0.6, "top_p": 0.9}'  # read, and never saved
     (llama / "generation_config.json").write_text(generation)
     wanted = CalibrationRequest(data=str(tmp_path / "text.txt"), samples=8, seq_len=32)
-    recipe = load_text("gptq", GPTQ)
-    assert recipe.handed_over == ("GPTQModifier",)
+    recipe = load_text("both", BOTH)
+    assert recipe.handed_over == ("SmoothQuantModifier", "GPTQModifier")
     out = tmp_path / "out"
     ckpt = open_checkpoint(llama)
     result = write_handed_over(ckpt, recipe, out, wanted, arguments=wanted.arguments())
@@ -78,13 +82,13 @@ def test_gptq_runs_in_llm_compressor_and_is_written_by_us(llama: Path, tmp_path:
 
 @pytest.mark.parametrize("damage", ["cut", "gone", "none"])
 @pytest.mark.parametrize("step", ["before the rename", "after the rename"])
-def test_killed_after_gptq_its_result_is_proved_or_made_again(
+def test_killed_after_oneshot_its_result_is_proved_or_made_again(
     llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, damage: str, step: str
 ) -> None:
     if step == "after the rename" and damage != "none":
         pytest.skip("then nothing is left of it")
     wanted = CalibrationRequest(data=str(tmp_path / "text.txt"), samples=2, seq_len=8)
-    recipe, runs = load_text("gptq", GPTQ), []
+    recipe, runs = load_text("both", BOTH), []
     oneshot = handover.run_oneshot
     monkeypatch.setattr(handover, "run_oneshot", lambda *a: (runs.append(a), oneshot(*a))[1])
 
@@ -128,7 +132,7 @@ def test_a_model_that_transformers_cannot_load_is_named(
     config = json.loads((llama / "config.json").read_text())
     (llama / "config.json").write_text(json.dumps(config | changed))
     wanted = CalibrationRequest(data=str(tmp_path / "text.txt"), samples=2, seq_len=8)
-    recipe = load_text("gptq", GPTQ)
+    recipe = load_text("both", BOTH)
     with pytest.raises(SourceError, match=words):
         write_handed_over(open_checkpoint(llama), recipe, tmp_path / "out", wanted, arguments={})
 
@@ -145,7 +149,7 @@ def test_a_model_that_transformers_cannot_load_is_named(
     ],
 )
 def test_options_that_would_not_be_heard_are_refused(llama: Path, option: str, given) -> None:
-    request = QuantizeRequest(model=llama, recipe=load_text("gptq", GPTQ), **given)
+    request = QuantizeRequest(model=llama, recipe=load_text("both", BOTH), **given)
     with pytest.raises(UsageError, match=f"does not support --{option}"):
         quantize(request)
 
@@ -153,7 +157,7 @@ def test_options_that_would_not_be_heard_are_refused(llama: Path, option: str, g
 def test_the_built_in_corpus_is_said_for_llm_compressor_too(llama: Path, tmp_path: Path) -> None:
     heard: list[str] = []
     wanted = CalibrationRequest(samples=2, seq_len=8)
-    recipe = load_text("gptq", GPTQ)
+    recipe = load_text("both", BOTH)
     out = tmp_path / "out"
     quantize(
         QuantizeRequest(model=llama, recipe=recipe, out=out, calibration=wanted),
@@ -172,8 +176,8 @@ prune_stage:
         check_handed_over(load_text("prune", pruning))
 
 
-def test_a_cache_scheme_beside_gptq_is_refused_with_the_reason() -> None:
-    both = GPTQ.replace("ignore: [lm_head]}", f"ignore: [lm_head], kv_cache_scheme: {KV}}}")
+def test_a_cache_scheme_beside_oneshot_is_refused_with_the_reason() -> None:
+    both = BOTH.replace("ignore: [lm_head]}", f"ignore: [lm_head], kv_cache_scheme: {KV}}}")
     with pytest.raises(UsageError, match="q scales uninitialised"):
         check_handed_over(load_text("both", both))
 
@@ -197,7 +201,7 @@ def test_settings_that_transformers_would_not_save_are_copied_as_they_are(
     wanted = CalibrationRequest(data=str(tmp_path / "text.txt"), samples=2, seq_len=16)
     out = tmp_path / "out"
     ckpt = open_checkpoint(llama)
-    write_handed_over(ckpt, load_text("gptq", GPTQ), out, wanted, arguments={})
+    write_handed_over(ckpt, load_text("both", BOTH), out, wanted, arguments={})
     assert (out / "generation_config.json").read_bytes() == file.read_bytes()
     written = json.loads((out / "config.json").read_text())
     assert {key: written[key] for key in config} == config
@@ -206,7 +210,7 @@ def test_settings_that_transformers_would_not_save_are_copied_as_they_are(
 def refused_before_calibration(folder: Path, tmp_path: Path, words: str, **wanted: Any) -> None:
     request = CalibrationRequest(data=str(tmp_path / "ids.jsonl"), samples=2, seq_len=16, **wanted)
     (tmp_path / "ids.jsonl").write_text(json.dumps({"input_ids": [1, 2, 3]}))
-    ckpt, recipe = open_checkpoint(folder), load_text("gptq", GPTQ)
+    ckpt, recipe = open_checkpoint(folder), load_text("both", BOTH)
     began: list[object] = []
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("llmcompressor.oneshot", began.append)
@@ -246,9 +250,11 @@ def test_a_config_that_does_not_save_is_told_before_the_calibration(
 
 def test_what_llm_compressor_cannot_run_is_one_message(llama: Path, tmp_path: Path) -> None:
     """Groups that do not divide the columns."""
-    odd = GPTQ.replace("scheme: W4A16", "config_groups: {g: {targets: [Linear], weights: "
+    odd = BOTH.replace("scheme: W4A16", "config_groups: {g: {targets: [Linear], weights: "
                        "{num_bits: 4, strategy: group, group_size: 96}}}")  # fmt: skip
     wanted = CalibrationRequest(data=str(tmp_path / "text.txt"), samples=2, seq_len=16)
     ckpt = open_checkpoint(llama)
-    with pytest.raises(SourceError, match="llama: llm-compressor cannot run GPTQModifier on it: "):
-        write_handed_over(ckpt, load_text("gptq", odd), tmp_path / "out", wanted, arguments={})
+    with pytest.raises(
+        SourceError, match="llama: llm-compressor cannot run SmoothQuantModifier on it: "
+    ):
+        write_handed_over(ckpt, load_text("both", odd), tmp_path / "out", wanted, arguments={})

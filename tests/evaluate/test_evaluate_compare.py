@@ -5,8 +5,8 @@ from evaluate_models import LAYERS, kl_by_torch, plain_logits, plain_model, rows
 from ckptq.errors import SourceError, UsageError
 from ckptq.evaluate import compare, pieces
 from ckptq.evaluate.run import evaluate
-from ckptq.evaluate.spoil import spoiled
 from ckptq.evaluate.text import Line, Text
+from ckptq.evaluate.weights.spoil import spoiled
 from ckptq.forward.decoded import DecodedWeights
 from ckptq.recipes.load import load_scheme
 
@@ -110,7 +110,7 @@ def test_the_head_in_chunks_is_the_head(saved, monkeypatch):
     monkeypatch.setattr(pieces, "CHUNK_ELEMENTS", 5 * 64 * 2)
     calls = []
     cut = compare.cut
-    monkeypatch.setattr(compare, "cut", lambda t, p: calls.append(len(p)) or cut(t, p))
+    monkeypatch.setattr(compare, "cut", lambda t, p, rows: calls.append(len(p)) or cut(t, p, rows))
     chunked = evaluate(ckpt, TEXT, source=source, batch_size=2)
     assert calls[0] == 5 + 3  # 23 positions of two rows by 5, 30 of one row by 10
     assert chunked.rows[0].measures.kl == pytest.approx(whole.rows[0].measures.kl, rel=1e-2)

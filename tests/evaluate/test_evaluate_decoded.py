@@ -8,8 +8,8 @@ from tiny.tensors import tensors_in
 
 from ckptq.checkpoint.open import open_checkpoint
 from ckptq.errors import SourceError
-from ckptq.evaluate.noise import squares
-from ckptq.evaluate.schemes import SchemeWeights
+from ckptq.evaluate.weights.noise import squares
+from ckptq.evaluate.weights.schemes import SchemeWeights
 from ckptq.forward.decoded import DecodedWeights
 from ckptq.forward.source import CheckpointWeights
 from ckptq.plan.make import make_plan

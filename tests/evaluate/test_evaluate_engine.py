@@ -9,14 +9,14 @@ import pytest
 from test_evaluate_compare import TEXT
 
 from ckptq.errors import MachineError, UsageError
-from ckptq.evaluate.engine import EngineRun, engine_row, heads_with_scales, in_vllm
-from ckptq.evaluate.harness import Benchmarks, command, run_benchmarks, scores
-from ckptq.evaluate.interpreter import last_words
-from ckptq.evaluate.kv_cache import declared_cache
+from ckptq.evaluate.caches.kv_cache import declared_cache
+from ckptq.evaluate.outside.engine import EngineRun, engine_row, heads_with_scales, in_vllm
+from ckptq.evaluate.outside.harness import Benchmarks, command, run_benchmarks, scores
+from ckptq.evaluate.outside.interpreter import last_words
+from ckptq.evaluate.outside.vllm_worker import ranks_for
 from ckptq.evaluate.result import Thresholds
 from ckptq.evaluate.run import evaluate
 from ckptq.evaluate.text import Line, Text
-from ckptq.evaluate.vllm_worker import ranks_for
 
 VLLM_PYTHON = os.environ.get("VLLM_PYTHON")
 

@@ -8,10 +8,10 @@ import pytest
 import torch
 from evaluate_models import rows_of
 
-from ckptq.evaluate.kv_cache import MODES
+from ckptq.evaluate.caches.kv_cache import MODES
 from ckptq.evaluate.run import evaluate
-from ckptq.evaluate.schemes import SchemeWeights
 from ckptq.evaluate.text import Line, Text
+from ckptq.evaluate.weights.schemes import SchemeWeights
 from ckptq.forward import reader
 from ckptq.forward.decoded import DecodedWeights
 from ckptq.forward.reader import Reader
@@ -27,8 +27,11 @@ ROWS = rows_of((24, 24, 13, 7))
 TEXT = Text(tuple(Line(tuple(row)) for row in ROWS), "test")
 SCHEMES = [name for name in built_in() if "kv-" not in name]
 FAMILIES = ["llama", "llama4", "mixtral"]
-KL_SHARE, KL_STEP, PERPLEXITY_SHARE = 0.25, 5e-3, 0.03
-"""The bounds: bf16 sums in another order, which a random model blows up from layer to layer."""
+LAYERS = 0.03
+"""Of the relative error of hidden states after each layer: codes are multiplied where a CPU rounds
+once more, and sums are in another order. KL of a random model is chaotic, and is shown alone."""
+ROUTED = 0.08
+"""The same where a token may be routed to another expert."""
 
 
 def different(found, wanted) -> list[str]:
@@ -63,11 +66,25 @@ def test_a_checkpoint_is_decoded_to_the_same_bits(saved, family, scheme):
     assert different(whole(there), whole(here)) == []
 
 
-def close(found, wanted) -> bool:
-    kl, perplexity = found.measures.kl, found.measures.perplexity
-    return kl == pytest.approx(
-        wanted.measures.kl, rel=KL_SHARE, abs=KL_STEP
-    ) and perplexity == pytest.approx(wanted.measures.perplexity, rel=PERPLEXITY_SHARE)
+def shares(found, wanted) -> list[float]:
+    """By how much the error after each layer differs, as a share of it."""
+    pairs = zip(found.outcome.layers, wanted.outcome.layers, strict=True)
+    return [abs(here - there) / there if there else here for here, there in pairs]
+
+
+def far_rows(found, wanted, bound: float = LAYERS) -> dict[str, object]:
+    """Rows whose layers differ by more than the bound; every row is printed."""
+    far = {}
+    for row, other in zip(found.rows, wanted.rows, strict=True):
+        name = f"{row.weights} / {row.kv_cache}"
+        said = (
+            f"{name}: layers {max(shares(row, other)):.2%} apart; KL {row.measures.kl:.4f}, CPU "
+            f"{other.measures.kl:.4f}; {' '.join(row.notes)}"
+        )
+        print(said)
+        if max(shares(row, other)) > bound:
+            far[name] = said
+    return far
 
 
 @pytest.mark.parametrize("batch_size", [None, 3])
@@ -78,21 +95,18 @@ def test_scores_of_schemes_and_caches_are_the_cpu_s(saved, batch_size):
     asked["schemes"] = [load_scheme(scheme) for scheme in SCHEMES]
     here, there = (evaluate(source, TEXT, device=d, **asked) for d in ("cpu", "cuda"))
     assert there.zero.measures.kl == 0.0
-    far = {
-        f"{row.weights} / {row.kv_cache}": (row.measures, wanted.measures)
-        for row, wanted in zip(there.rows, here.rows, strict=True)
-        if not close(row, wanted)
-    }
-    assert far == {}
-    assert close(there.source, here.source)
-    assert not any(close(there.control, row) for row in here.rows if row.measures.kl < 0.1)
+    assert far_rows(there, here) == {}
+    for row in here.rows:
+        assert max(shares(there.control, row)) > 4 * LAYERS, row
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_scores_of_a_checkpoint_are_the_cpu_s(saved, family):
     source, ckpt = saved(family), saved(family, "fp8-dynamic")
     here, there = (evaluate(ckpt, TEXT, source=source, device=d) for d in ("cpu", "cuda"))
-    assert close(there.rows[0], here.rows[0]), (there.rows[0].measures, here.rows[0].measures)
+    bound = ROUTED if family == "mixtral" else LAYERS
+    assert far_rows(there, here, bound) == {}
+    assert max(shares(there.control, here.rows[0])) > 4 * bound
 
 
 def test_two_runs_give_the_same_numbers(saved):

@@ -9,8 +9,8 @@ from test_evaluate_compare import ROWS, TEXT, with_weights
 
 from ckptq.checkpoint.open import open_checkpoint
 from ckptq.errors import PlanError, SourceError
-from ckptq.evaluate.inputs import InputScheme, declared_inputs, input_scheme, remembering
-from ckptq.evaluate.products import inputs_changed
+from ckptq.evaluate.linears.inputs import InputScheme, declared_inputs, input_scheme, remembering
+from ckptq.evaluate.linears.products import Treatment, products_treated
 from ckptq.evaluate.run import evaluate
 from ckptq.evaluate.text import Line, Text
 from ckptq.models.encoded import read_encoded
@@ -87,7 +87,7 @@ def test_a_static_scale_saturates():
 
 
 def test_one_input_of_several_weights_is_rounded_once():
-    rounded, x, rule = remembering(), x_TC(), InputScheme("float")
+    rounded, x, rule = remembering(InputScheme.round), x_TC(), InputScheme("float")
     first = rounded(rule, x)
     assert torch.equal(first, rule.round(x))
     assert rounded(rule, x) is first
@@ -103,7 +103,7 @@ def test_only_products_with_the_weight_or_a_part_of_it_are_changed():
     ruled, other = torch.randn(3, 8, 8), torch.randn(8, 8)
     x, ones = torch.randn(2, 8), torch.ones(2, 8)
     linear = torch.nn.functional.linear
-    with inputs_changed({ruled: torch.ones_like}):
+    with products_treated({ruled: Treatment(torch.ones_like)}):
         assert torch.equal(linear(x, ruled[1]), linear(ones, ruled[1]))
         assert torch.equal(x @ ruled[2], ones @ ruled[2])
         assert torch.equal(linear(x, other), x @ other.t())

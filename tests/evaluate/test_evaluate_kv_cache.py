@@ -6,16 +6,14 @@ from evaluate_models import HEAD_DIM, HEADS, KV_HEADS, kl_by_torch, plain_logits
 from test_evaluate_compare import ROWS, TEXT, with_weights
 
 from ckptq.errors import UsageError
-from ckptq.evaluate.kv_cache import (
+from ckptq.evaluate.caches.kv_cache import (
     MODES,
     KVCache,
     Maxima,
-    cut_toward_zero,
     declared_cache,
-    effective,
     parse_cache,
-    through_cache,
 )
+from ckptq.evaluate.caches.simulated import Scales, cut_toward_zero, effective, simulated
 from ckptq.evaluate.result import Thresholds
 from ckptq.evaluate.run import evaluate
 from ckptq.recipes.load import load_scheme
@@ -35,9 +33,8 @@ def through(name: str, outliers: bool = False, **changes) -> list[float]:
     before, after = qkv(outliers), qkv(outliers)
     maxima = Maxima()
     maxima.see("attn", dict(zip("qkv", before, strict=True)), (16, 16))
-    through_cache(KVCache(**{**_fields(name), **changes}), maxima, lambda path: path)(
-        "attn", *after
-    )
+    cache = KVCache(**{**_fields(name), **changes})
+    simulated(cache, Scales(cache, maxima, lambda path: path))("attn", *after)
     return [
         ((a.float() - b.float()).norm() / b.float().norm()).item()
         for a, b in zip(after, before, strict=True)
@@ -168,6 +165,13 @@ def test_bits_of_a_value_count_its_share_of_scales_and_zero_points():
         "int4-per-token-head": 4 + (32 + 8) / 64,
         "int2-per-token-head": 2 + 32 / 64,
     }
+
+
+def test_heads_that_are_not_packed_are_refused():
+    for name in ("int4-per-token-head", "int2-per-token-head-unrotated"):
+        with pytest.raises(UsageError, match=f"--kv-cache {name}: .* multiple of 8; .* is 12"):
+            parse_cache(name, None).bits(12)
+    assert parse_cache("int8-per-token-head", None).bits(12) == 8 + 32 / 12
 
 
 def test_the_smallest_cache_of_those_within_the_limits_is_named(saved):

@@ -14,8 +14,8 @@ from test_evaluate_compare import ROWS, TEXT, with_weights
 from test_evaluate_inputs import _kl
 
 from ckptq.errors import PlanError
-from ckptq.evaluate.inputs import InputScheme, declared_inputs, input_scheme
-from ckptq.evaluate.microscaling import mxfp4, mxfp8, nvfp4
+from ckptq.evaluate.linears.inputs import InputScheme, declared_inputs, input_scheme
+from ckptq.evaluate.linears.microscaling import mxfp4, mxfp8, nvfp4
 from ckptq.evaluate.run import evaluate
 from ckptq.models.encoded import read_encoded
 from ckptq.recipes.load import load_scheme

@@ -3,17 +3,13 @@
 import torch
 
 from ckptq.kernels.int4.quantize_int4 import dequantize_int4, quantize_int4
-from ckptq.kernels.int4.quantize_int4_experts import quantize_int4_experts
 from ckptq.kernels.linear.linear_fp8_block import linear_fp8_block
 from ckptq.kernels.linear.linear_w4a16 import linear_w4a16
 from ckptq.kernels.linear.linear_w8a8 import linear_w8a8
 from ckptq.kernels.quantize.dequantize_codes import dequantize
 from ckptq.kernels.quantize.quantize_blocks import quantize_blocks
-from ckptq.kernels.quantize.quantize_expert_blocks import quantize_expert_blocks
-from ckptq.kernels.quantize.quantize_experts import quantize_experts
 from ckptq.kernels.quantize.quantize_rows import quantize_rows
 from ckptq.kernels.quantize.quantize_static import quantize_static
-from ckptq.kernels.quantize.quantize_tensor import quantize_tensor
 from ckptq.rope_order import Heads
 
 FP8, INT8 = torch.float8_e4m3fn, torch.int8
@@ -27,7 +23,6 @@ def launch_all(device: torch.device) -> None:
     quantize_rows(x.float(), INT8)
     quantize_rows(torch.zeros(2, 40_000, dtype=torch.float16, device=device), FP8)
     quantize_blocks(x, FP8)
-    quantize_tensor(x, FP8)
     scale = torch.ones(2, 8, device=device)
     codes = quantize_static(x, scale, (128, 128), FP8, heads)
     dequantize(codes, scale, (128, 128))
@@ -36,13 +31,6 @@ def launch_all(device: torch.device) -> None:
     packed, scales, _ = quantize_int4(x, 128, heads=heads)
     _, _, zero = quantize_int4(x, 128, symmetric=False)
     dequantize_int4(packed, scales, 1024, zero)
-
-    experts = x.view(1, 256, 1024)
-    quantize_experts(experts, FP8)
-    quantize_experts(experts.float(), INT8)
-    quantize_expert_blocks(experts, FP8)
-    quantize_int4_experts(experts, 128)
-    quantize_int4_experts(experts, 32, symmetric=False)
 
     for tokens in (16, 256):
         a = codes[:tokens]

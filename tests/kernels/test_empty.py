@@ -8,7 +8,6 @@ from torch import Tensor
 
 from ckptq.kernels.attention.dense_attention import attention
 from ckptq.kernels.int4 import dispatch as int4
-from ckptq.kernels.quantize import dispatch
 from ckptq.kernels.quantize import reference as meaning
 from ckptq.kernels.token_head.hadamard import rotate
 from ckptq.kernels.token_head.kv_format import Rotation
@@ -20,8 +19,6 @@ W4, W4_SCALE, W4_ZERO = int4.quantize_int4(W, 32, False)
 NO_CODES, NO_SCALE = EMPTY.to(torch.float8_e4m3fn), W_SCALE[:0]
 CALLS: dict[str, tuple] = {
     "quantize_rows": (EMPTY,),
-    "quantize_tensor": (EMPTY,),
-    "quantize_heads": (EMPTY.view(0, 2, 128),),
     "quantize_blocks": (EMPTY,),
     "quantize_static": (EMPTY, NO_SCALE, (1, 256)),
     "dequantize": (NO_CODES, NO_SCALE, (1, 256)),
@@ -45,13 +42,6 @@ def test_no_rows(device: torch.device, monkeypatch: pytest.MonkeyPatch, name: st
     want, got = results
     assert want[0].shape[0] == 0
     assert all(same(g, w) for g, w in zip(got, want, strict=True))
-
-
-def test_the_scale_of_nothing_is_that_of_zeros(device: torch.device) -> None:
-    """And not what happened to lie in memory, which the fixture makes NaN."""
-    for shape in ((0, 64), (3, 64)):
-        scale = dispatch.quantize_tensor(torch.zeros(shape, dtype=torch.bfloat16, device=device))[1]
-        assert scale.tolist() == [torch.finfo(torch.bfloat16).eps]
 
 
 def test_no_queries_no_keys_no_batch(device: torch.device) -> None:

@@ -22,18 +22,14 @@ from ckptq.kernels.cache.paging import Layout
 from ckptq.kernels.cache.write_cache import write_cache
 from ckptq.kernels.int4 import reference as int4_meaning
 from ckptq.kernels.int4.quantize_int4 import dequantize_int4, quantize_int4
-from ckptq.kernels.int4.quantize_int4_experts import quantize_int4_experts
 from ckptq.kernels.linear.linear_fp8_block import linear_fp8_block
 from ckptq.kernels.linear.linear_w4a16 import linear_w4a16
 from ckptq.kernels.linear.linear_w8a8 import linear_w8a8
 from ckptq.kernels.quantize import reference as meaning
 from ckptq.kernels.quantize.dequantize_codes import dequantize
 from ckptq.kernels.quantize.quantize_blocks import quantize_blocks
-from ckptq.kernels.quantize.quantize_expert_blocks import quantize_expert_blocks
-from ckptq.kernels.quantize.quantize_experts import quantize_experts
 from ckptq.kernels.quantize.quantize_rows import quantize_rows
 from ckptq.kernels.quantize.quantize_static import quantize_static
-from ckptq.kernels.quantize.quantize_tensor import quantize_tensor
 from ckptq.kernels.token_head import reference as kv
 from ckptq.kernels.token_head.kv_format import FORMATS, KVFormat
 from ckptq.kernels.token_head.token_head_attention import token_head_attention
@@ -69,7 +65,6 @@ def test_rows(memory: Tensor) -> None:
     far = placed(memory, x, (1 << 29, 1))
     assert both_same(quantize_rows(far), meaning.quantize_rows(x))
     assert both_same(quantize_rows(far, FP8, heads_), meaning.quantize_rows(x, FP8, heads_))
-    assert both_same(quantize_tensor(far), meaning.quantize_tensor(x))
     assert both_same(quantize_blocks(far, FP8, (4, 32)), meaning.quantize_blocks(x, FP8, (4, 32)))
     scale = torch.full((1, 1), 0.01)
     got = quantize_static(far, scale.to(far.device), (6, 64))
@@ -81,20 +76,6 @@ def test_rows(memory: Tensor) -> None:
             strict=True,
         )
         assert all(same(got, want) for got, want in pairs if want is not None)
-
-
-@pytest.mark.parametrize("strides", [(1 << 30, 8, 1), (64, 1 << 25, 1)], ids=["expert", "row"])
-def test_experts(memory: Tensor, strides: tuple[int, int, int]) -> None:
-    x = weights((3, 128, 8))
-    far = placed(memory, x, strides)
-    assert both_same(quantize_experts(far), meaning.quantize_experts(x))
-    assert both_same(quantize_expert_blocks(far), meaning.quantize_expert_blocks(x))
-    pairs = zip(
-        quantize_int4_experts(far, 32, False),
-        int4_meaning.quantize_int4_experts(x, 32, False),
-        strict=True,
-    )
-    assert all(same(got, want) for got, want in pairs if want is not None)
 
 
 def test_products(memory: Tensor) -> None:
@@ -219,8 +200,3 @@ def test_results_of_more_than_two_to_the_31() -> None:
     back = dequantize_int4(packed, scale, 4096, zero)
     assert torch.equal(back[-24:], dequantize_int4(alone[0], alone[1], 4096, alone[2]))
     del back, packed
-    turned = x.view(4, -1, 4096)
-    code, scale = quantize_experts(turned)
-    alone = quantize_experts(turned[3:])
-    assert torch.equal(code[3:].view(torch.uint8), alone[0].view(torch.uint8))
-    assert torch.equal(scale[3:], alone[1])

@@ -274,11 +274,11 @@ def test_sizes_that_no_engine_serves_are_refused(scheme: str, size: int, why: st
 
 def test_what_is_handed_over_is_not_resized() -> None:
     text = (
-        "quant_stage: {quant_modifiers: {GPTQModifier: "
+        "quant_stage: {quant_modifiers: {AWQModifier: {}, QuantizationModifier: "
         "{targets: [Linear], ignore: [lm_head], scheme: W4A16}}}"
     )
     with pytest.raises(UsageError, match="runs in llm-compressor"):
-        with_group_size(load_text("gptq", text), 64)
+        with_group_size(load_text("awq", text), 64)
 
 
 @pytest.mark.parametrize("scheme", ["w4a16", "fp8-block", "nvfp4a16", "w4a16-g64"])

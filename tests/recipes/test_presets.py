@@ -8,7 +8,7 @@ import yaml
 from compressed_tensors.quantization.quant_scheme import PRESET_SCHEMES
 
 from ckptq.errors import UsageError
-from ckptq.evaluate.inputs import input_scheme
+from ckptq.evaluate.linears.inputs import input_scheme
 from ckptq.recipes.args import Args
 from ckptq.recipes.load import describe, load_scheme, load_text
 from ckptq.recipes.preset import EMPTY, preset_text

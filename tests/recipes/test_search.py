@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 
 from ckptq.convert.quantize import QuantizeRequest, quantize
 from ckptq.errors import UsageError
+from ckptq.quantize import formats
 from ckptq.recipes.load import built_in, load_scheme, load_text
 from ckptq.recipes.searched import with_search
 from ckptq.verify.run import verify
@@ -57,10 +58,10 @@ def test_the_recipe_names_the_observer_as_llm_compressor_reads_it(scheme: str) -
 def test_a_recipe_that_searches_already_is_left_alone() -> None:
     with pytest.raises(UsageError, match="--search"):
         with_search(load_scheme("w4a16-search"))
-    gptq = {"GPTQModifier": {"targets": ["Linear"], "scheme": "W4A16"}}
-    text = yaml.safe_dump({"quantization_stage": {"quantization_modifiers": gptq}})
+    awq = {"AWQModifier": {}, "QuantizationModifier": {"targets": ["Linear"], "scheme": "W4A16"}}
+    text = yaml.safe_dump({"quantization_stage": {"quantization_modifiers": awq}})
     with pytest.raises(UsageError, match="runs in llm-compressor"):
-        with_search(load_text("gptq", text))
+        with_search(load_text("awq", text))
 
 
 @pytest.mark.parametrize(
@@ -89,3 +90,16 @@ def test_verify_notices_a_scale_that_the_search_does_not_give(source: Path, tmp_
               metadata={"format": "pt"})  # fmt: skip
     found = verify(searched, source)
     assert [n for n in (*found.notes, *found.findings) if n.code == "scale-differs"]
+
+
+def test_mxfp4_tries_the_exponent_above_and_the_one_below() -> None:
+    """E8M0 rounded up is a candidate: it wins where 6.9 ends at 6 under both, as it comes first."""
+    scheme = load_scheme("mxfp4a16-search").groups[0].weight_scheme()
+    plain = load_scheme("mxfp4a16").groups[0].weight_scheme()
+    w_RC = torch.randn(256, 1024, generator=torch.Generator().manual_seed(0))
+    w_RC[0, :32] = torch.tensor([6.9] + [0.0] * 31)
+    searched, own = (
+        formats.quantize(w_RC.bfloat16(), s)["weight_scale"].int() for s in (scheme, plain)
+    )
+    assert (searched - own)[0, 0] == 1
+    assert set((searched - own)[1:].unique().tolist()) == {-1, 0}

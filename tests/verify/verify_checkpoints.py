@@ -86,6 +86,9 @@ ATTENTION = {
     "MixtralForCausalLM": "MixtralAttention",
     "Qwen3MoeForCausalLM": "Qwen3MoeAttention",
     "Gemma4ForCausalLM": "Gemma4TextAttention",
+    "GptOssForCausalLM": "GptOssAttention",
+    "Gemma3ForCausalLM": "Gemma3Attention",
+    "Qwen2ForCausalLM": "Qwen2Attention",
 }
 """The class that calibration would have found, by architecture."""
 

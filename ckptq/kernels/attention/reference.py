@@ -9,6 +9,7 @@ from torch import Tensor
 
 from ckptq.kernels.attention.mask import Mask
 from ckptq.kernels.attention.maxima import Maxima
+from ckptq.kernels.quantize.reference import nearest_e4m3
 
 
 def seen(
@@ -49,8 +50,13 @@ def attention(
     scaling: float,
     softcap: float | None = None,
     dtype: torch.dtype = torch.float64,
+    e4m3_weights: bool = False,
 ) -> Tensor:
-    """[B, Sq, H, E] in `dtype`, which is also computed in. Queries that see nothing give zeros."""
+    """[B, Sq, H, E] in `dtype`, which is also computed in. Queries that see nothing give zeros.
+
+    With `e4m3_weights`, values are multiplied with weights rounded to E4M3, of which the largest is
+    256, and their sum is of those before (FlashAttention 3 in FP8).
+    """
     group = query.shape[1] // key.shape[1]
     key, value = (x.to(dtype).repeat_interleave(group, 1) for x in (key, value))
     score = query.to(dtype) @ key.mT * scaling
@@ -58,6 +64,9 @@ def attention(
         score = torch.tanh(score / softcap) * softcap
     score = score.masked_fill(~seen_B1SS, float("-inf"))
     weight = score.softmax(-1).nan_to_num(0.0)
+    if e4m3_weights:
+        lift = 256.0 / weight.amax(-1, keepdim=True).clamp_min(torch.finfo(dtype).tiny)
+        weight = nearest_e4m3((weight * lift).float()).to(dtype) / lift
     return (weight @ value).transpose(1, 2)
 
 

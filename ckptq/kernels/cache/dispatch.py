@@ -76,13 +76,15 @@ def paged_attention(
         ]
         for cache, descale in ((key_cache, k), (value_cache, v))
     ]
+    fp8_query = query_THD.dtype == torch.float8_e4m3fn
     out_THD = reference.attention(
         *(_values(query_THD, q), held[0], held[1], sequences),
         scaling=scaling,
         mask=mask,
         softcap=softcap,
+        e4m3_weights=fp8_query,
     )
-    return out_THD.to(dtype if query_THD.dtype == torch.float8_e4m3fn else query_THD.dtype)
+    return out_THD.to(dtype if fp8_query else query_THD.dtype)
 
 
 def _values(code: Tensor, descale: Descale) -> Tensor:

@@ -5,7 +5,8 @@ heads that share a key/value head, so that a decode step (one query) still fills
 over the keys that these queries see, found through the block table.
 
 E4M3 keys and values are decoded to the query's dtype, which holds every E4M3 value; an E4M3 query
-is decoded too. Their scales are folded into the softmax and the result.
+is decoded too. Their scales are folded into the softmax and the result. Under an E4M3 query the
+softmax's weights are rounded to E4M3, lifted to 256 at most, as FlashAttention 3 does.
 
 Shape letters: T queries of all sequences, H query heads, K key/value heads, D head dimension,
 M rows of a tile (queries x heads of a group), N keys of a tile.
@@ -29,7 +30,8 @@ from ckptq.kernels.attention.online_softmax import (
 )
 from ckptq.kernels.cache.paged_addresses import key_offset, query_rows
 from ckptq.kernels.cache.paging import Layout, Sequences
-from ckptq.kernels.rounding import e4m3_value, narrow
+from ckptq.kernels.rounding import e4m3_round, e4m3_value, has_native_e4m3, narrow
+from ckptq.kernels.shared_memory import shared_memory
 
 FP8 = torch.float8_e4m3fn
 
@@ -70,6 +72,8 @@ def _paged_attention_kernel(
     WINDOW: tl.constexpr,
     CHUNK: tl.constexpr,
     CAPPED: tl.constexpr,
+    LIFT: tl.constexpr,
+    NATIVE: tl.constexpr,
     BLOCK_D: tl.constexpr,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
@@ -115,7 +119,9 @@ def _paged_attention_kernel(
             score_MN = cap(score_MN, slope)
         seen_MN = visible(q_pos_M, k_pos_N, length, CAUSAL, WINDOW, CHUNK)
         score_MN = tl.where(seen_MN, score_MN, float("-inf"))
-        weight_MN, decay_M, max_M, sum_M = fold(score_MN, max_M, sum_M, factor, 0, True)
+        weight_MN, decay_M, max_M, sum_M = fold(score_MN, max_M, sum_M, factor, LIFT, True)
+        if LIFT:
+            weight_MN = e4m3_round(weight_MN, NATIVE)
         acc_MD = dot(narrow(weight_MN, DTYPE), v_ND, acc_MD * decay_M[:, None])
 
     out_MD = finish(acc_MD, sum_M) * tl.load(v_descale_ptr + kv)
@@ -123,15 +129,35 @@ def _paged_attention_kernel(
     tl.store(out_ptrs, narrow(out_MD, out_ptr.dtype.element_ty), mask=m_MD)
 
 
-def paged_tile(group: int) -> dict[str, int]:
-    """Launch arguments by the query heads that share a key/value head: rows, keys, warps, stages.
+DECODE: dict[int, tuple[int, int]] = {16: (64, 3), 8: (128, 2), 4: (128, 2), 2: (64, 2)}
+"""Bits of a cached value -> keys of a tile, and stages, for one query of each sequence: the fastest
+for 32 sequences of 8,192 keys on an H200."""
 
-    A few queries with the heads of a group fill a tile, as many as products need; of a large group
-    one, or its rows would leave the registers and, of 128 heads, shared memory.
+
+def paged_tile(group: int, longest: int, bits: int, D: int, device: torch.device) -> dict[str, int]:
+    """Launch arguments by the query heads that share a key/value head, the most queries of a
+    sequence, and the bits of a cached value: rows, keys, warps, stages.
+
+    A few queries with the heads of a group fill a tile, as many as there are; of a large group one,
+    or its rows would leave the registers and, of 128 heads, shared memory.
     """
     whole = triton.next_power_of_2(group)
-    rows = max(16, whole, min(64, triton.next_power_of_2(4 * group)))
-    return {"ROWS": rows, "COLUMNS": 32, "num_warps": 4 if rows <= 64 else 8, "num_stages": 2}
+    if longest == 1:
+        columns, stages = DECODE[bits]
+        rows = max(16, whole)
+    else:
+        columns, stages = 64, 2
+        rows = max(16, whole, min(64, triton.next_power_of_2(group * longest)))
+    bytes_of_key = 2 * D * (2 if bits == 16 else 1)
+    room = shared_memory(device) - 2 * D * rows
+    while columns > 16 and columns * (stages * bytes_of_key + 4 * D) > room:
+        columns //= 2
+    return {
+        "ROWS": rows,
+        "COLUMNS": columns,
+        "num_warps": 4 if rows <= 64 else 8,
+        "num_stages": stages,
+    }
 
 
 def _check(query_THD: Tensor, key_cache: Tensor, value_cache: Tensor, layout: Layout) -> None:
@@ -184,7 +210,8 @@ def paged_attention(
     out = torch.empty(T, H, D, dtype=dtype, device=query_THD.device)
     if query_THD.stride(2) != 1:
         query_THD = query_THD.contiguous()
-    group, tile = H // K, paged_tile(H // K)
+    group, bits = H // K, 8 * key_cache.element_size()
+    tile = paged_tile(group, sequences.longest, bits, D, query_THD.device)
     tiles = triton.cdiv(sequences.longest, tile["ROWS"] // group)
     _paged_attention_kernel[(tiles, len(sequences.lengths) * K)](
         query_THD.view(torch.uint8) if fp8_query else query_THD,
@@ -198,6 +225,8 @@ def paged_attention(
         BLOCK=block,
         **mask.constexprs(),
         CAPPED=softcap is not None,
+        LIFT=8 if fp8_query else 0,
+        NATIVE=has_native_e4m3(query_THD.device),
         BLOCK_D=max(16, triton.next_power_of_2(D)),
         **tile,
     )

@@ -50,6 +50,7 @@ def attention(
     scaling: float,
     mask: Mask = Mask(),  # noqa: B008, frozen
     softcap: float | None = None,
+    e4m3_weights: bool = False,
 ) -> Tensor:
     """[T, H, D] in float64, sequence by sequence; keys and values are lists of [S, K, D]."""
     bounds, outs = sequences.query_starts.tolist(), []
@@ -59,7 +60,10 @@ def attention(
         k_KSD, v_KSD = k_SKD.transpose(0, 1), v_SKD.transpose(0, 1)
         outs.append(
             dense.attention(
-                *(q_HTD[None], k_KSD[None], v_KSD[None], seen), scaling=scaling, softcap=softcap
+                *(q_HTD[None], k_KSD[None], v_KSD[None], seen),
+                scaling=scaling,
+                softcap=softcap,
+                e4m3_weights=e4m3_weights,
             )[0]
         )
     return torch.cat(outs)

@@ -126,7 +126,9 @@ def write_cache(
         raise ValueError("the caches of keys and values must be laid out alike")
     check_slots(slot_T, len(key_TKD), key_cache)
     (_, K, D), T = key_TKD.shape, len(slot_T)
-    k_scale, v_scale = (None if s is None else s.reshape(-1) for s in (k_scale, v_scale))
+    k_scale, v_scale = (
+        None if s is None else s.reshape(-1).contiguous() for s in (k_scale, v_scale)
+    )
     switches = {"FP8": False, "NARROW": False, "NATIVE": False}
     if k_scale is not None and v_scale is not None:
         wide = torch.promote_types(k_scale.dtype, v_scale.dtype)

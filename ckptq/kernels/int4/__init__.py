@@ -1,1 +1,1 @@
-"""Weights to packed INT4 codes and back, fused experts included."""
+"""Weights to packed INT4 codes and back."""

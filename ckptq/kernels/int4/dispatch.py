@@ -37,12 +37,3 @@ def dequantize_int4(
 
         return fast(packed_RP, scale_RG, columns, zero_ZG)
     return reference.dequantize_int4(packed_RP, scale_RG, columns, zero_ZG)
-
-
-def quantize_int4_experts(x_EKN: Tensor, group: int = 128, symmetric: bool = True) -> Packed:
-    """Fused experts transposed and packed: [E, N, K / 8], [E, N, G], [E, N / 8, G] or None."""
-    if on_gpu(x_EKN):
-        from ckptq.kernels.int4.quantize_int4_experts import quantize_int4_experts as fast
-
-        return fast(x_EKN, group, symmetric)
-    return reference.quantize_int4_experts(x_EKN, group, symmetric)

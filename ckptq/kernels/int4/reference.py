@@ -5,8 +5,7 @@ codes are divided in fp32. Packing is that of compressed-tensors: element i of a
 at bits 4i to 4i + 3, offset by 8; weights are packed along a row, zero points along a column.
 
 Shape letters: R rows (output channels), C columns, G groups, L columns in a group,
-P packed columns (C / 8, rounded up), Z packed rows (R / 8, rounded up), E experts,
-K x N an expert as stored, turned to N x K.
+P packed columns (C / 8, rounded up), Z packed rows (R / 8, rounded up).
 """
 
 import torch
@@ -70,17 +69,6 @@ def quantize_int4(
     packed_RP = pack_columns(nearest_int(ratio_RGL, -8, 7).flatten(1))
     zero_ZG = None if zero_RG is None else pack_columns(zero_RG.t()).t().contiguous()
     return packed_RP, scale_RG, zero_ZG
-
-
-def quantize_int4_experts(
-    x_EKN: Tensor, group: int = 128, symmetric: bool = True
-) -> tuple[Tensor, Tensor, Tensor | None]:
-    """`quantize_int4` of every x[e].T: [E, N, K / 8], [E, N, K / group], [E, N / 8, K / group]."""
-    triples = [quantize_int4(x_KN.t(), group, symmetric) for x_KN in x_EKN]
-    packed_ENP = torch.stack([packed for packed, _, _ in triples])
-    scale_ENG = torch.stack([scale for _, scale, _ in triples])
-    zeros = [zero for _, _, zero in triples if zero is not None]
-    return packed_ENP, scale_ENG, torch.stack(zeros) if zeros else None
 
 
 def dequantize_int4(

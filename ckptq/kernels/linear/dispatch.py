@@ -1,6 +1,7 @@
-"""The doors to quantized products: Triton for CUDA tensors (`gpu.on_gpu`), plain torch for others.
+"""The doors to quantized products: Triton for CUDA tensors (`gpu.on_gpu`), a library for many
+tokens of some formats, plain torch for other devices.
 
-Both give the same but for the order in which they sum. Arguments are those of the functions of the
+All give the same but for the order in which they sum. Arguments are those of the functions of the
 same name in this folder, which have the documentation. Triton is imported by the first call that
 needs it.
 """
@@ -41,7 +42,11 @@ def linear_fp8_block(
 ) -> Tensor:
     """a @ w.T of E4M3 codes, activations scaled per 128 of a token, weights per 128 x 128."""
     if on_gpu(a_MK):
+        from ckptq.kernels.linear import library
         from ckptq.kernels.linear.linear_fp8_block import linear_fp8_block as fast
+
+        if library.multiplies_blocks(a_MK, w_NK, dtype):
+            return library.linear_fp8_block(a_MK, a_scale_MG, w_NK, w_scale_HG)
 
         return fast(a_MK, a_scale_MG, w_NK, w_scale_HG, dtype)
     args = a_MK, a_scale_MG, w_NK, w_scale_HG
@@ -53,7 +58,10 @@ def linear_w4a16(
 ) -> Tensor:
     """a @ w.T of activations and packed INT4 weights; the kernel takes activations of 16 bits."""
     if on_gpu(a_MK) and a_MK.element_size() == 2:
+        from ckptq.kernels.linear import library
         from ckptq.kernels.linear.linear_w4a16 import linear_w4a16 as fast
 
+        if len(a_MK) >= library.MANY:
+            return library.linear_w4a16(a_MK, packed_NP, scale_NG, zero_ZG)
         return fast(a_MK, packed_NP, scale_NG, zero_ZG)
     return reference.linear_w4a16(a_MK, packed_NP, scale_NG, zero_ZG)

@@ -41,17 +41,17 @@ def _linear_fp8_block_kernel(
     a_ptrs = a_ptr + m_B[:, None] * a_stride + k_K[None, :]
     w_ptrs = w_ptr + n_L[None, :] * w_stride + k_K[:, None]
     a_scale_ptrs = a_scale_ptr + m_B * G
-    w_scale_ptrs = w_scale_ptr + n_L // SIDE * G  # one block, the same for all of the tile
+    w_scale_ptr += tl.min(n_L, 0) // SIDE * G  # one block for all of the tile
     acc_BL = tl.zeros([BLOCK_M, SIDE], tl.float32)
     for g in range(G):
         k = g * SIDE
         a_BK = tl.load(a_ptrs + k, mask=(m_B < M)[:, None] & (k_K < K - k)[None, :], other=0.0)
         w_KL = tl.load(w_ptrs + k, mask=(n_L < N)[None, :] & (k_K < K - k)[:, None], other=0.0)
-        a_scale_B = tl.load(a_scale_ptrs + g, mask=m_B < M, other=0.0)
-        w_scale_L = tl.load(w_scale_ptrs + g, mask=n_L < N, other=0.0)
+        scale_B = widen(tl.load(a_scale_ptrs + g, mask=m_B < M, other=0.0))
+        scale_B *= widen(tl.load(w_scale_ptr + g))
         zero_BL = tl.zeros([BLOCK_M, SIDE], tl.float32)
         sum_BL = fp8_dot(a_BK, w_KL, zero_BL, NATIVE, SIDE)
-        acc_BL += sum_BL * widen(a_scale_B)[:, None] * widen(w_scale_L)[None, :]
+        acc_BL += sum_BL * scale_B[:, None]  # one operation an element: it is not hidden
 
     out_ptrs = out_ptr + m_B[:, None] * N + n_L[None, :]
     m_BL = (m_B < M)[:, None] & (n_L < N)[None, :]
@@ -76,14 +76,14 @@ def linear_fp8_block(
     if tuple(a_scale_MG.shape) != (M, G) or tuple(w_scale_HG.shape) != (H, G):
         raise ValueError(f"scales {tuple(a_scale_MG.shape)} {tuple(w_scale_HG.shape)}")
     out_MN = torch.empty(M, N, dtype=dtype, device=a_MK.device)
-    rows = block_m(M)
+    rows = min(64, block_m(M))  # of 128, sum and acc would leave too few programs for a processor
     _linear_fp8_block_kernel[(triton.cdiv(M, rows) * H,)](
         *(operand(a_MK), a_scale_MG.contiguous(), operand(w_NK), w_scale_HG.contiguous(), out_MN),
         *(M, N, K, a_MK.stride(0), w_NK.stride(0)),
         NATIVE=has_native_e4m3(a_MK.device),
         BLOCK_M=rows,
         SIDE=SIDE,
-        num_warps=8 if rows == 128 else 4,
+        num_warps=4,
         num_stages=3,
     )
     return out_MN

@@ -1,1 +1,1 @@
-"""Weights to FP8 and INT8 codes and back: rows, tensors, heads, blocks, fused experts."""
+"""Weights to FP8 and INT8 codes and back: rows, blocks, scales that are known."""

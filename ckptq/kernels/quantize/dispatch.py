@@ -29,24 +29,6 @@ def quantize_rows(
     return reference.quantize_rows(x_RC, dtype, heads, to)
 
 
-def quantize_tensor(x_RC: Tensor, dtype: torch.dtype = FP8) -> Scaled:
-    """Per tensor: codes [R, C], scale [1]."""
-    if on_gpu(x_RC):
-        from ckptq.kernels.quantize.quantize_tensor import quantize_tensor as fast
-
-        return fast(x_RC, dtype)
-    return reference.quantize_tensor(x_RC, dtype)
-
-
-def quantize_heads(x_THD: Tensor, dtype: torch.dtype = FP8) -> Scaled:
-    """Per attention head: codes [T, H, D], scales [H]."""
-    if on_gpu(x_THD):
-        from ckptq.kernels.quantize.quantize_tensor import quantize_heads as fast
-
-        return fast(x_THD, dtype)
-    return reference.quantize_heads(x_THD, dtype)
-
-
 def quantize_blocks(
     x_RC: Tensor,
     dtype: torch.dtype = FP8,
@@ -89,21 +71,3 @@ def dequantize(code_RC: Tensor, scale_GK: Tensor, tile: tuple[int, int]) -> Tens
 
         return fast(code_RC, scale_GK, tile)
     return reference.dequantize(code_RC, scale_GK, tile)
-
-
-def quantize_experts(x_EKN: Tensor, dtype: torch.dtype = FP8) -> Scaled:
-    """Fused experts transposed, per output channel: codes [E, N, K], scales [E, N, 1]."""
-    if on_gpu(x_EKN):
-        from ckptq.kernels.quantize.quantize_experts import quantize_experts as fast
-
-        return fast(x_EKN, dtype)
-    return reference.quantize_experts(x_EKN, dtype)
-
-
-def quantize_expert_blocks(x_EKN: Tensor, dtype: torch.dtype = FP8, block: int = 128) -> Scaled:
-    """Fused experts, per block: codes [E, N, K], scales [E, ceil(N/128), ceil(K/128)]."""
-    if on_gpu(x_EKN):
-        from ckptq.kernels.quantize.quantize_expert_blocks import quantize_expert_blocks as fast
-
-        return fast(x_EKN, dtype, block)
-    return reference.quantize_expert_blocks(x_EKN, dtype, block)

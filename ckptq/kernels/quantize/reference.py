@@ -93,26 +93,6 @@ def quantize_rows(
     return quantize_blocks(x_RC, dtype, (1, x_RC.shape[1]), heads, to)
 
 
-def quantize_tensor(
-    x_RC: Tensor, dtype: torch.dtype = torch.float8_e4m3fn
-) -> tuple[Tensor, Tensor]:
-    """Codes [R, C] and one scale [1]."""
-    code_R1C, scale_1 = quantize_heads(x_RC[:, None], dtype)
-    return code_R1C[:, 0], scale_1
-
-
-def quantize_heads(
-    x_THD: Tensor, dtype: torch.dtype = torch.float8_e4m3fn
-) -> tuple[Tensor, Tensor]:
-    """Codes [T, H, D] and scales [H]."""
-    T, H, D = x_THD.shape
-    x_TC = x_THD.reshape(T, H * D)
-    begun_TC = torch.cat([x_TC.new_zeros(1, H * D), x_TC])  # the maximum of nothing is zero
-    _, scale_1H = quantize_blocks(begun_TC, dtype, (T + 1, D))
-    code_TC = quantize_static(x_TC, scale_1H[:T], (max(T, 1), D), dtype)
-    return code_TC.view(x_THD.shape), scale_1H[0]
-
-
 def quantize_blocks(
     x_RC: Tensor,
     dtype: torch.dtype = torch.float8_e4m3fn,
@@ -130,22 +110,6 @@ def quantize_blocks(
         amax_GK[g, k] = x_BL.abs().amax()
     scale_GK = scale_of(amax_GK, HALF_RANGE[dtype])
     return quantize_static(x_RC, scale_GK, block, dtype), scale_GK
-
-
-def quantize_experts(
-    x_EKN: Tensor, dtype: torch.dtype = torch.float8_e4m3fn
-) -> tuple[Tensor, Tensor]:
-    """Fused experts transposed: codes [E, N, K] and scales [E, N, 1] of the rows of x[e].T."""
-    pairs = [quantize_rows(x_KN.t(), dtype) for x_KN in x_EKN]
-    return torch.stack([code for code, _ in pairs]), torch.stack([scale for _, scale in pairs])
-
-
-def quantize_expert_blocks(
-    x_EKN: Tensor, dtype: torch.dtype = torch.float8_e4m3fn, block: int = 128
-) -> tuple[Tensor, Tensor]:
-    """Fused experts transposed: codes [E, N, K] and scales [E, ceil(N / 128), ceil(K / 128)]."""
-    pairs = [quantize_blocks(x_KN.t(), dtype, (block, block)) for x_KN in x_EKN]
-    return torch.stack([code for code, _ in pairs]), torch.stack([scale for _, scale in pairs])
 
 
 def dequantize(code_RC: Tensor, scale_GK: Tensor, tile: tuple[int, int]) -> Tensor:

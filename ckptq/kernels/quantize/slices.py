@@ -41,20 +41,6 @@ def empty_codes(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device
 
 
 @triton.jit
-def load_slices(ptrs, stride, mask, COUNT: tl.constexpr, EVICTION: tl.constexpr):
-    """COUNT tensors, each `stride` elements after the one before, as a tuple.
-
-    Not one tensor with an axis of COUNT: then the compiler would choose whether that axis lies in
-    one thread, as it must where its elements are put together into a word (3.6 chose otherwise).
-    """
-    slices = (tl.load(ptrs, mask=mask, other=0.0, eviction_policy=EVICTION),)
-    for i in tl.static_range(1, COUNT):
-        x = tl.load(ptrs + i * stride, mask=mask, other=0.0, eviction_policy=EVICTION)
-        slices = slices + (x,)  # type: ignore[assignment]  # noqa: RUF005
-    return slices
-
-
-@triton.jit
 def _absmax_bf16x2(a, b):
     """The larger absolute value of two bf16 tensors, the first without signs, as bits."""
     return tl.inline_asm_elementwise(
@@ -207,34 +193,3 @@ def code(x, scale, FP8: tl.constexpr, NARROW: tl.constexpr, NATIVE: tl.constexpr
         return e4m3_code(ratio(x, scale, NARROW), NATIVE)
     else:
         return integer_bits(x, scale, 0.0, -128, 127, 0, NARROW).to(tl.int8)
-
-
-@triton.jit
-def word_of_codes(slices, scale, FP8: tl.constexpr, NARROW: tl.constexpr, NATIVE: tl.constexpr):
-    """The codes of four tensors as one of int32, the first in the lowest byte."""
-    if FP8 and NATIVE:
-        # two conversions and a move; compilers make a dozen shifts of it
-        return tl.inline_asm_elementwise(
-            """{
-            .reg .b16 low, high;
-            cvt.rn.satfinite.e4m3x2.f32 low, $2, $1;
-            cvt.rn.satfinite.e4m3x2.f32 high, $4, $3;
-            mov.b32 $0, {low, high};
-            }""",
-            "=r,f,f,f,f",
-            [
-                ratio(widen(slices[0]), scale, NARROW),
-                ratio(widen(slices[1]), scale, NARROW),
-                ratio(widen(slices[2]), scale, NARROW),
-                ratio(widen(slices[3]), scale, NARROW),
-            ],
-            dtype=tl.int32,
-            is_pure=True,
-            pack=1,
-        )
-    else:
-        word = code(widen(slices[0]), scale, FP8, NARROW, NATIVE).to(tl.int32) & 0xFF
-        for i in tl.static_range(1, 4):
-            byte = code(widen(slices[i]), scale, FP8, NARROW, NATIVE).to(tl.int32) & 0xFF
-            word = word | (byte << (8 * i))
-        return word

@@ -258,7 +258,7 @@ def token_head_attention(
     block, K = key.layout.sizes(key.code)
     sequences.check(key.code, K)
     group, streams = H // K, key.fmt.per_byte
-    tile = paged_tile(group)
+    tile = paged_tile(group, sequences.longest, key.fmt.bits, D, query_THD.device)
     query = rotate(query_THD, key.rotation).contiguous()
     out = torch.empty(T, H, D, dtype=torch.float32, device=query.device)
     tiles = triton.cdiv(sequences.longest, tile["ROWS"] // group)

@@ -64,18 +64,19 @@ class HeadSums:
         self.underflowed_H = zeros.clone()
 
     def add(self, x_BHSD: Tensor) -> None:
-        """One batch of q, k or v."""
-        x_HN = x_BHSD.detach().cpu().float().transpose(0, 1).flatten(1)
-        self.amax_H = self.amax_H.maximum(x_HN.abs().amax(1))
-        self.square_H += x_HN.double().square().sum(1)
+        """One batch of q, k or v, summed where it is."""
+        x_HN = x_BHSD.detach().float().transpose(0, 1).flatten(1)
+        self.amax_H = self.amax_H.maximum(x_HN.abs().amax(1).cpu())
+        self.square_H += x_HN.double().square().sum(1).cpu()
         for index, scale_H in enumerate(self.choices.all()):
-            y_HN = in_fp8(x_HN, scale_H[:, None])
-            self.noise_3H[index] += (y_HN - x_HN).double().square().sum(1)
+            y_HN = in_fp8(x_HN, scale_H[:, None].to(x_HN.device))
+            self.noise_3H[index] += (y_HN - x_HN).double().square().sum(1).cpu()
             if index == 0:
-                self.underflowed_H += ((y_HN == 0) & (x_HN != 0)).sum(1)
+                self.underflowed_H += ((y_HN == 0) & (x_HN != 0)).sum(1).cpu()
         self.counted += x_HN.shape[1]
-        self.nonzero_H += (x_HN != 0).sum(1)
-        self.saturated_H += (x_HN.abs() > E4M3_MAX * self.choices.stored[:, None]).sum(1)
+        self.nonzero_H += (x_HN != 0).sum(1).cpu()
+        limit_H1 = E4M3_MAX * self.choices.stored[:, None].to(x_HN.device)
+        self.saturated_H += (x_HN.abs() > limit_H1).sum(1).cpu()
 
     @property
     def errors_3H(self) -> Tensor:

@@ -1,8 +1,10 @@
 """A short forward pass of the source, which measures q, k and v under the checkpoint's scales.
 
 The model runs layer by layer (ckptq.forward.layerwise), with a tap that repeats each attention with
-q, k and v rounded to FP8: with the stored scales, with 1.0, and with one scale for all heads. Only
-the exact result is passed on.
+q, k and v in FP8: with the stored scales, with 1.0, and with one scale for all heads. On a GPU that
+is attention over a paged FP8 cache, as in `evaluate`; on a CPU, and where kernels do not know a
+family's attention (sinks), its own attention of rounded q, k and v. Only the exact result is
+passed on.
 
 Shape letters: B batch, H query heads, K key/value heads, S positions, D head size.
 """
@@ -19,7 +21,8 @@ import torch
 from torch import Tensor
 
 from ckptq.checkpoint.read import Files, read_tensor
-from ckptq.forward.tap import Attend, Qkv, Tap, tapped
+from ckptq.forward.over_pages import over_static_fp8, pages_serve
+from ckptq.forward.tap import Asked, Attend, Qkv, Tap, tapped
 from ckptq.models.heads import by_side
 from ckptq.spec import FLOATS
 from ckptq.verify.attention.fp8_heads import Choices, HeadSums, OutputSums, in_fp8
@@ -43,6 +46,8 @@ class Watch:
     """Attention module on disk -> "q", "k", "v" -> scales."""
     on_disk: Callable[[str], str]
     """Name of a module of the running model -> its name on disk."""
+    in_pages: bool = False
+    """Whether FP8 attention is that of the kernels."""
     heads: dict[tuple[str, str], HeadSums] = field(default_factory=dict)
     outputs: dict[str, OutputSums] = field(default_factory=dict)
 
@@ -50,7 +55,7 @@ class Watch:
         """The context in which a decoder layer runs on a batch."""
         return tapped(layer, name, Tap(batch.lengths, compare=self._compare))
 
-    def _compare(self, module: str, qkv: Qkv, exact: Tensor, attend: Attend) -> None:
+    def _compare(self, module: str, qkv: Qkv, exact: Tensor, attend: Attend, asked: Asked) -> None:
         name = self.on_disk(module)
         choices = self.choices.get(name, {})
         if len(choices) < len(qkv):
@@ -58,15 +63,19 @@ class Watch:
         named = dict(zip("qkv", qkv, strict=True))
         for which, x_BHSD in named.items():
             self.heads.setdefault((name, which), HeadSums(choices[which])).add(x_BHSD)
-        others = [attend(*_rounded(named, choices, index))[0] for index in range(3)]
+        words = asked() if self.in_pages and qkv[1].shape == qkv[2].shape else None
+        others = []
+        for index in range(3):
+            scales = {w: c.all()[index].to(exact.device) for w, c in choices.items()}
+            if words is not None:
+                others.append(over_static_fp8(qkv, scales, words))
+            else:
+                others.append(attend(*_rounded(named, scales))[0])
         self.outputs.setdefault(name, OutputSums()).add(exact, others)
 
 
-def _rounded(qkv: Mapping[str, Tensor], choices: Mapping[str, Choices], index: int) -> list[Tensor]:
-    return [
-        in_fp8(x, choices[which].all()[index].to(x.device)[:, None, None]).to(x.dtype)
-        for which, x in qkv.items()
-    ]
+def _rounded(qkv: Mapping[str, Tensor], scales: Mapping[str, Tensor]) -> list[Tensor]:
+    return [in_fp8(x, scales[which][:, None, None]).to(x.dtype) for which, x in qkv.items()]
 
 
 def check_attention(subject: Subject, text: str | None = None, device: str = "cpu") -> Watch:
@@ -78,7 +87,7 @@ def check_attention(subject: Subject, text: str | None = None, device: str = "cp
     samples = read_samples(text, subject.source.path, samples=SAMPLES, seq_len=SEQ_LEN)
     model = open_model(subject.source, device)
     stream = model.embed(samples.batches(1))
-    watch = Watch(_choices(subject), model.loader.stored_module)
+    watch = Watch(_choices(subject), model.loader.stored_module, pages_serve(model.device))
     for index, name in enumerate(model.layer_names):
         model.run_layer(index, stream, partial(watch.layer, name))
     return watch

@@ -21,7 +21,7 @@ from ckptq.quantize.weight_scheme import WeightScheme
 TIE = 2.0**-20
 """Of the quotient: some eight units in the last place of float32."""
 
-E4M3_MAX = 448.0
+E4M3_MAX, E2M1_MAX = 448.0, 6.0
 E2M1_GRID = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
 E2M1_MIDDLES = ((0.25, False), (0.75, True), (1.25, False), (1.75, True), (2.5, False),
                 (3.5, True), (5.0, False))  # fmt: skip
@@ -148,7 +148,8 @@ def as_near(
     best_RC = out_of_tiles(_rounded(quotient_RC, scheme), tuple(w_RC.shape)).float()
     near_RC = value_RC == best_RC
     if not near_RC.all():
-        exact_RC = out_of_tiles(quotient_RC, tuple(w_RC.shape))
+        # a quotient far out of range would make the slack wider than the range
+        exact_RC = out_of_tiles(quotient_RC, tuple(w_RC.shape)).clamp(*_range(scheme))
         slack_RC = exact_RC.abs() * TIE
         tie_RC = (value_RC - exact_RC).abs() <= (best_RC - exact_RC).abs() + slack_RC
         near_RC |= tie_RC & exact_RC.isfinite()
@@ -166,12 +167,20 @@ def weights(held: Mapping[str, Tensor], scheme: WeightScheme, columns: int) -> T
     return out_of_tiles(x, tuple(value_RC.shape))
 
 
-def _rounded(quotient: Tensor, scheme: WeightScheme) -> Tensor:
+def _range(scheme: WeightScheme) -> tuple[float, float]:
+    """The least and the greatest value of a code."""
     if scheme.type == "int":
         least = -(2 ** (scheme.num_bits - 1))
-        return quotient.round().clamp(least, -least - 1)
+        return least, -least - 1
+    most = E4M3_MAX if scheme.num_bits == 8 else E2M1_MAX
+    return -most, most
+
+
+def _rounded(quotient: Tensor, scheme: WeightScheme) -> Tensor:
+    if scheme.type == "int":
+        return quotient.round().clamp(*_range(scheme))
     if scheme.num_bits == 8:
-        return _looked_up(E4M3, quotient.clamp(-E4M3_MAX, E4M3_MAX).to(torch.float8_e4m3fn))
+        return _looked_up(E4M3, quotient.clamp(*_range(scheme)).to(torch.float8_e4m3fn))
     return _to_e2m1(quotient)
 
 

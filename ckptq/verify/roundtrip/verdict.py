@@ -23,6 +23,10 @@ CLIPPED_DB = 3.0
 CHOSEN_DB = 6.0
 """GPTQ's codes cost less than this against the floor."""
 
+LEAST_CHOSEN_DB = 3.0
+"""Where config.json or the recipe says GPTQ or iMatrix, codes reach this. Columns of small
+inputs lose accuracy for the sake of the others; codes of another weight reach 0."""
+
 ARRIVED_DB = 1.0
 """A weight that arrives as it is stored is no further than this from its tally, which `fast` takes
 of a few rows."""
@@ -46,7 +50,7 @@ def arrival_floor_db(linear: StoredLinear, tally: Tally | None) -> float:
     """What a weight in an engine must reach: the format's own, or what a right weight reaches as it
     is stored, where the format suits it badly."""
     floor = floor_db(linear.scheme, linear.shape) - CHOSEN_DB
-    if tally is None or tally.wrong > tally.twice:
+    if tally is None or (tally.wrong > tally.twice and not linear.module.chosen):
         return floor
     return min(floor, tally.snr_db - ARRIVED_DB)
 
@@ -68,7 +72,8 @@ def verdict(linear: StoredLinear, tally: Tally) -> list[Finding] | None:
 
 
 def _other_scales(linear: StoredLinear, tally: Tally, floor: float) -> Finding:
-    code = "scale-differs" if tally.snr_db >= floor - CLIPPED_DB else "scale-clips"
+    least = LEAST_CHOSEN_DB if linear.module.weighed else floor - CLIPPED_DB
+    code = "scale-differs" if tally.snr_db >= least else "scale-clips"
     found = f"{tally.scales_wrong} of {tally.scales} scales, {tally.snr_db:.1f} dB"
     return _about(linear, code, found, f"scales from minimum and maximum, {floor:.1f} dB or more")
 
@@ -87,9 +92,16 @@ def undiagnosed(linear: StoredLinear, tally: Tally) -> Finding:
         if tally.zeros_wrong == tally.scales_wrong:
             found = f"{tally.zeros_wrong} of {tally.scales} zero points do not match the codes"
             return _about(linear, "zero-points-wrong", found, "the codes' zero points")
-        few = tally.scales_wrong / tally.scales < 0.25
         found = f"{tally.scales_wrong} of {tally.scales} scales do not match the codes"
-        return _about(linear, "scale-corrupt" if few else "scale-wrong", found, "the codes' scales")
+        code = "scale-corrupt" if _few_scales(tally) else "scale-wrong"
+        return _about(linear, code, found, "the codes' scales")
+    if linear.module.chosen and _few_scales(tally) and linear.scheme.search is None:
+        found = f"{tally.scales_wrong} of {tally.scales} scales are of another range"
+        return _about(linear, "scale-corrupt", found, "scales from minimum and maximum")
+    known = not tally.scales_wrong or linear.module.weighed
+    if linear.module.chosen and known and snr >= LEAST_CHOSEN_DB:
+        found = f"{snr:.1f} dB, {share:.0%} of the codes are not the nearest"
+        return _about(linear, "codes-not-nearest", found, "codes chosen by GPTQ")
     if share < DAMAGED:
         found = f"{unexplained} of {tally.elements} codes are not the nearest"
         return _about(linear, "codes-corrupt", found, "the nearest codes")
@@ -97,6 +109,11 @@ def undiagnosed(linear: StoredLinear, tally: Tally) -> Finding:
     if snr >= floor - CHOSEN_DB:
         return _about(linear, "codes-not-nearest", found, f"near {floor:.1f} dB")
     return _about(linear, "weight-wrong", found, f"{floor:.1f} dB or more")
+
+
+def _few_scales(tally: Tally) -> bool:
+    """Damage, not another way to choose them."""
+    return 0 < tally.scales_wrong < 0.25 * tally.scales
 
 
 def _about(linear: StoredLinear, code: str, found: str, wanted: str) -> Finding:

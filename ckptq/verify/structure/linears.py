@@ -29,14 +29,25 @@ def check_linears(subject: Subject) -> Iterator[Finding]:
 
 
 def _undeclared(subject: Subject) -> Iterator[Finding]:
-    quantized = [m for m in subject.modules.values() if m.quantized]
-    if quantized:
-        names = f"{len(quantized)} quantized Linears, first {quantized[0].name}"
+    found = next(_left_of_a_scheme(subject), None)
+    if found is not None:
         wanted = "a quantization_config"
-        yield finding("no-quantization-config", file=CONFIG, found=names, wanted=wanted)
+        yield finding("no-quantization-config", file=CONFIG, found=found, wanted=wanted)
     else:
         found = "no quantization_config"
         yield finding("not-quantized", file=CONFIG, found=found, wanted="a quantized model")
+
+
+def _left_of_a_scheme(subject: Subject) -> Iterator[str]:
+    """What is stored that only a quantization_config gives a meaning."""
+    quantized = [m.name for m in subject.modules.values() if m.quantized]
+    if quantized:
+        yield f"{len(quantized)} quantized Linears, first {quantized[0]}"
+    modules = subject.modules.values()
+    linear = [m.tensors[name].name for m in modules for name in SCALES if name in m.tensors]
+    scales = [*linear, *(tensor.name for tensor in subject.cache_scales.values())]
+    if scales:
+        yield f"{len(scales)} scales, first {scales[0]}"
 
 
 def _state(subject: Subject, module: Module) -> Iterator[Finding]:

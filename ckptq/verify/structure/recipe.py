@@ -12,17 +12,13 @@ from collections.abc import Iterator
 from typing import Any
 
 from ckptq.checkpoint.open import CONFIG
-from ckptq.errors import CkptqError
 from ckptq.plan.permutable import permutable
 from ckptq.printable import listed
 from ckptq.recipes.args import Args
-from ckptq.recipes.load import load_written
 from ckptq.recipes.scheme import PARTS, Group, Recipe
 from ckptq.verify.kinds import finding
 from ckptq.verify.report import Finding
-from ckptq.verify.subject import Subject
-
-RECIPE, RECORD = "recipe.yaml", "ckptq.json"
+from ckptq.verify.subject import RECIPE, Subject
 
 READ = ("num_bits", "type", "symmetric", "strategy", "columns", "block_structure", "dynamic")
 """What engines read of `Args`; a group of -1 columns is none."""
@@ -36,23 +32,12 @@ Difference = tuple[str, object, object]
 def check_recipe(subject: Subject) -> Iterator[Finding]:
     """A finding for each field that differs. Nothing where the recipe is not ckptq's, cannot be
     read, or was carried out by llm-compressor, which writes a config of its own."""
-    recipe = _recipe(subject)
+    recipe = subject.recipe
     if recipe is None or recipe.handed_over:
         return
     yield from _linears(subject, recipe)
     for field, found, wanted in _cache(subject.declared.kv_cache_scheme, recipe.attention):
         yield _differs(field, _shown(found), wanted)
-
-
-def _recipe(subject: Subject) -> Recipe | None:
-    folder = subject.ckpt.path
-    ours = all((folder / name).is_file() for name in (RECIPE, RECORD))
-    if not subject.declared.present or not ours:
-        return None
-    try:
-        return load_written(folder / RECIPE)
-    except CkptqError:
-        return None
 
 
 def _linears(subject: Subject, recipe: Recipe) -> Iterator[Finding]:

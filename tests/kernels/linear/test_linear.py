@@ -6,6 +6,7 @@ from kernel_cases import weights
 from torch import Tensor
 
 from ckptq.kernels.int4.reference import quantize_int4
+from ckptq.kernels.linear import dispatch, library
 from ckptq.kernels.linear import linear_w4a16 as w4a16
 from ckptq.kernels.linear import reference as meaning
 from ckptq.kernels.linear.linear_fp8_block import linear_fp8_block
@@ -184,3 +185,29 @@ def test_columns_that_lie_apart_are_refused(device: torch.device) -> None:
         linear_w8a8(one, a_scale, apart, w_scale)
     with pytest.raises(ValueError, match="dense"):
         linear_fp8_block(one, a_scale, apart, w_scale[:1])
+
+
+@pytest.mark.parametrize("zero_points", [False, True])
+def test_int4_weights_of_many_tokens_are_decoded_first(
+    device: torch.device, zero_points: bool
+) -> None:
+    a, w = weights((library.MANY, 96), seed=1), weights((24, 96), seed=2)
+    packed, scale, zero = quantize_int4(w, 32, not zero_points)
+    want = meaning.linear_w4a16(a, packed, scale, zero)
+    held = on(device, a, packed, scale)
+    got = dispatch.linear_w4a16(*held, None if zero is None else zero.to(device))
+    assert close(got, want)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("shape", [(1024, 256, 512), (1028, 128, 1024), (1028, 256, 384)], ids=str)
+def test_blocks_of_many_tokens_by_cublas(device: torch.device, shape: tuple[int, int, int]) -> None:
+    """The kernel and the library give the same; the last shape is not the library's."""
+    a, w = operands(shape)
+    args = on(device, *quantize_blocks(a, FP8, (1, 128)), *quantize_blocks(w, FP8))
+    want = meaning.linear_w8a8(*(x.cpu() for x in args), (1, 128), (128, 128), torch.float64)
+    hopper = torch.cuda.is_available() and torch.cuda.get_device_capability() == (9, 0)
+    takes = library.multiplies_blocks(args[0], args[2], torch.bfloat16)
+    assert takes == (hopper and shape[2] % 512 == 0)
+    assert close(dispatch.linear_fp8_block(*args), want)
+    assert close(linear_fp8_block(*args), want)

@@ -9,7 +9,6 @@ from ckptq.kernels.quantize.dequantize_codes import dequantize
 from ckptq.kernels.quantize.quantize_blocks import quantize_blocks
 from ckptq.kernels.quantize.quantize_rows import quantize_rows
 from ckptq.kernels.quantize.quantize_static import quantize_static
-from ckptq.kernels.quantize.quantize_tensor import quantize_heads, quantize_tensor
 from ckptq.rope_order import Heads, RopeOrder
 
 FP8, INT8 = torch.float8_e4m3fn, torch.int8
@@ -60,24 +59,6 @@ def test_blocks(
 ) -> None:
     x = weights(shape, source)
     assert both_same(quantize_blocks(x.to(device), codes), meaning.quantize_blocks(x, codes))
-
-
-@CODES
-@SOURCES
-@pytest.mark.parametrize("shape", [(1, 1), (37, 2500)], ids=str)
-def test_tensor(
-    device: torch.device, shape: tuple[int, int], source: torch.dtype, codes: torch.dtype
-) -> None:
-    x = weights(shape, source)
-    assert both_same(quantize_tensor(x.to(device), codes), meaning.quantize_tensor(x, codes))
-
-
-@CODES
-@pytest.mark.parametrize("shape", [(1, 1, 2), (70, 3, 80), (5, 2, 128)], ids=str)
-def test_heads(device: torch.device, shape: tuple[int, int, int], codes: torch.dtype) -> None:
-    x = weights(shape)
-    x[:, 0] *= 9  # heads of different sizes
-    assert both_same(quantize_heads(x.to(device), codes), meaning.quantize_heads(x, codes))
 
 
 @CODES
@@ -139,7 +120,6 @@ def test_a_strided_input_is_read_by_its_strides(device: torch.device) -> None:
     for got, want in (
         (quantize_rows, meaning.quantize_rows),
         (quantize_blocks, meaning.quantize_blocks),
-        (quantize_tensor, meaning.quantize_tensor),
     ):
         assert both_same(got(whole.to(device)[:, 100:200]), want(x))
 

@@ -18,16 +18,12 @@ from ckptq.rope_order import Heads, RopeOrder, gather_indices
 
 FP8 = torch.float8_e4m3fn
 KERNELS = {
-    "quantize": (
-        *("quantize_rows", "quantize_tensor", "quantize_blocks", "quantize_static"),
-        *("dequantize_codes", "quantize_experts", "quantize_expert_blocks"),
-    ),
-    "int4": ("quantize_int4", "quantize_int4_experts"),
+    "quantize": ("quantize_rows", "quantize_blocks", "quantize_static", "dequantize_codes"),
+    "int4": ("quantize_int4",),
     "linear": ("linear_w8a8", "linear_fp8_block", "linear_w4a16"),
 }
 DOORS = doors(WEIGHTS)
 A, W = weights((5, 256), seed=1), weights((9, 256), seed=2)
-EXPERTS = weights((2, 128, 24))
 (A8, A_SCALE), (W8, W_SCALE) = meaning.quantize_rows(A), meaning.quantize_rows(W)
 (AB, AB_SCALE), (WB, WB_SCALE) = (
     meaning.quantize_blocks(A, block=(1, 128)),
@@ -36,16 +32,11 @@ EXPERTS = weights((2, 128, 24))
 W4, W4_SCALE, W4_ZERO = int4.quantize_int4(W, 32, False)
 CALLS: dict[str, tuple] = {
     "quantize_rows": (W,),
-    "quantize_tensor": (W,),
-    "quantize_heads": (weights((7, 2, 24)),),
     "quantize_blocks": (W,),
     "quantize_static": (W, W_SCALE, (1, 256)),
     "dequantize": (W8, W_SCALE, (1, 256)),
-    "quantize_experts": (EXPERTS,),
-    "quantize_expert_blocks": (EXPERTS,),
     "quantize_int4": (W, 32, False),
     "dequantize_int4": (W4, W4_SCALE, 256, W4_ZERO),
-    "quantize_int4_experts": (EXPERTS, 32),
     "linear_w8a8": (A8, A_SCALE, W8, W_SCALE),
     "linear_fp8_block": (AB, AB_SCALE, WB, WB_SCALE),
     "linear_w4a16": (A, W4, W4_SCALE, W4_ZERO),

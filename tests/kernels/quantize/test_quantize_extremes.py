@@ -1,17 +1,13 @@
-"""The ends of each dtype, values that are no numbers, and the way back from fused experts."""
+"""The ends of each dtype, and values that are no numbers."""
 
 import pytest
 import torch
 from kernel_cases import both_same, same, weights
 
 from ckptq.kernels.int4 import reference as int4_meaning
-from ckptq.kernels.int4.quantize_int4 import dequantize_int4, quantize_int4
-from ckptq.kernels.int4.quantize_int4_experts import quantize_int4_experts
+from ckptq.kernels.int4.quantize_int4 import quantize_int4
 from ckptq.kernels.quantize import dispatch
 from ckptq.kernels.quantize import reference as meaning
-from ckptq.kernels.quantize.dequantize_codes import dequantize
-from ckptq.kernels.quantize.quantize_expert_blocks import quantize_expert_blocks
-from ckptq.kernels.quantize.quantize_experts import quantize_experts
 from ckptq.kernels.quantize.quantize_rows import quantize_rows
 from ckptq.kernels.quantize.quantize_static import quantize_static
 
@@ -72,36 +68,3 @@ def test_blocks_that_no_program_holds_are_taken_by_the_reference(
     monkeypatch.setattr(dispatch, "on_gpu", lambda _x: True)
     got = dispatch.quantize_blocks(x.to(device), FP8, block)
     assert both_same(got, meaning.quantize_blocks(x, FP8, block))
-
-
-@CODES
-def test_experts_and_back(device: torch.device, codes: torch.dtype) -> None:
-    """Rows of all experts are rows of one matrix: error at most half a step, E4M3's being 1/16."""
-    x = weights((3, 128, 256), torch.float32)
-    code, scale = quantize_experts(x.to(device), codes)
-    back = dequantize(code.flatten(0, 1), scale.flatten(0, 1), (1, 128)).view(3, 256, 128)
-    turned = x.transpose(1, 2)
-    step = turned.abs() / 16 if codes == FP8 else 0.0
-    bound = torch.maximum(torch.as_tensor(step), scale.cpu() / 2) * 1.001
-    assert ((back.cpu() - turned).abs() <= bound).all()
-    assert not ((back.cpu() - turned.roll(1, 0)).abs() <= bound).all()
-    code, scale = quantize_expert_blocks(x.to(device), codes)
-    back = dequantize(code.flatten(0, 1), scale.flatten(0, 1), (128, 128)).view(3, 256, 128)
-    spread = scale.cpu().repeat_interleave(128, 1).repeat_interleave(128, 2)
-    bound = torch.maximum(torch.as_tensor(step), spread / 2) * 1.001
-    assert ((back.cpu() - turned).abs() <= bound).all()
-
-
-@pytest.mark.parametrize("symmetric", [True, False], ids=["sym", "asym"])
-def test_int4_experts_and_back(device: torch.device, symmetric: bool) -> None:
-    x = weights((3, 128, 64), torch.float32)
-    packed, scale, zero = (
-        None if part is None else part.flatten(0, 1)
-        for part in quantize_int4_experts(x.to(device), 32, symmetric)
-    )
-    back = dequantize_int4(packed, scale, 128, zero).view(3, 64, 128).cpu()
-    step = scale.view(3, 64, 4).cpu().repeat_interleave(32, 2)
-    turned = x.transpose(1, 2)
-    # 7.5 is rounded to 7 or 8, and 8 is clamped to 7; a zero point may be half a step off
-    assert ((back - turned).abs() <= step * 1.01).all()
-    assert not ((back - turned.roll(1, 1)).abs() <= step * 1.01).all()

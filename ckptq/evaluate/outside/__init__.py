@@ -1,0 +1,1 @@
+"""Other programs, in processes of their own: vLLM and lm-eval."""

@@ -1,0 +1,1 @@
+"""Weights of a row: a scheme applied in memory, the control."""

@@ -1,0 +1,1 @@
+"""GPTQ while the layers run: Hessians of a layer's Linears, then their codes, layer by layer."""

@@ -1,0 +1,127 @@
+"""One decoder layer after the other quantized by its inputs, while calibration runs them.
+
+Shape letters: R rows, C columns.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ckptq.errors import UsageError
+from ckptq.forward.layerwise import LayerwiseModel
+from ckptq.forward.linear_inputs import Experts, Inputs
+from ckptq.forward.source import WeightSource
+from ckptq.gptq.kept import kept_in
+from ckptq.gptq.moments import Seen
+from ckptq.gptq.rewritten import Rewritten
+from ckptq.gptq.routed import Routed
+from ckptq.gptq.told import Told
+from ckptq.gptq.units import Made, Units
+from ckptq.plan.unit import Part, Plan, Unit
+from ckptq.text.samples import Batch
+
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
+
+
+class LayerQuantizer:
+    """Quantizes what a plan quantizes of each decoder layer that is run."""
+
+    def __init__(self, plan: Plan, folder: Path, device: torch.device) -> None:
+        """`folder` keeps the finished layers. UsageError for q and k in another order than the
+        source's, which the layers cannot run with."""
+        if any(part.weight is not part.linear.weight for unit in plan.units for part in unit.parts):
+            raise UsageError(
+                f"recipe {plan.recipe.name!r} runs the layers in the source's RoPE order; "
+                "run `ckptq permute` on its result instead of --rope-order"
+            )
+        self._plan = plan
+        self._units = Units(plan, device)
+        self.kept = kept_in(folder)
+        self._weights: Rewritten | None = None
+        self._seen = self._unseen()
+        self._routed: dict[str, Routed] = {}
+
+    def _unseen(self) -> Seen:
+        return Seen(pairs=self.propagates)
+
+    def weights(self, source: WeightSource) -> WeightSource:
+        """What the model is to read: the source, with the layer at hand as it was quantized."""
+        self._weights = Rewritten(source)
+        return self._weights
+
+    @property
+    def propagates(self) -> bool:
+        """Whether a layer is given what the quantized ones before it make of the samples.
+
+        As in llm-compressor, which rounds weights only when all is over, but has GPTQ's at once.
+        """
+        return self._plan.recipe.gptq is not None
+
+    def holds(self, layers: range) -> bool:
+        """Whether these are finished, and as they were written."""
+        return self.kept.holds(layers)
+
+    def holds_all(self) -> bool:
+        return self.holds(range(self._plan.layout.num_layers))
+
+    def watched(
+        self, model: LayerwiseModel, name: str, layer: nn.Module, batch: Batch
+    ) -> AbstractContextManager[None]:
+        """Gathers, while the layer runs on a batch, what its Linears are given."""
+        inputs = Inputs(model.loader, {part.linear.name for part in self._parts(model, name)})
+
+        def route(experts: Experts, module: nn.Module, args: tuple[Any, ...]) -> None:
+            routed = self._routed.setdefault(_first(experts), Routed(module, experts))
+            routed.see(args, batch.lengths)
+
+        return inputs.watched(layer, name, batch.lengths, self._seen.add, route)
+
+    def finish(self, model: LayerwiseModel, index: int) -> None:
+        """Quantize a layer that has run on all batches, and keep the result."""
+        assert self._weights is not None
+        made, told = Made(), Told()
+        units = list(self._units_of(model, model.layer_names[index]))
+        for ready in self._in_turn(units, told):
+            for unit in ready:
+                made |= self._units.quantized(unit, self._seen, told)
+        self.kept.keep(index, made, told.to_json())
+        if self.propagates:
+            self._weights.rewrite([part for unit in units for part in unit.parts], made)
+        self._seen, self._routed = self._unseen(), {}
+
+    def _in_turn(self, units: Sequence[Unit], told: Told) -> Iterator[list[Unit]]:
+        """The units, with the moments of their Linears at hand: those of experts in portions."""
+        routed = {name for each in self._routed.values() for name in each.linears}
+        yield [unit for unit in units if not _names(unit) & routed]
+        for first, each in self._routed.items():
+            told.experts[first] = each.tokens()
+            for portion in each.portions():
+                for number in portion:
+                    for linear, moments in each.moments(number, self._seen.pairs):
+                        self._seen.put(linear, moments)
+                names = {name for number in portion for name in each.experts[number]}
+                yield [unit for unit in units if _names(unit) & names]
+
+    def _parts(self, model: LayerwiseModel, name: str) -> Iterator[Part]:
+        for unit in self._units_of(model, name):
+            yield from unit.parts
+
+    def _units_of(self, model: LayerwiseModel, name: str) -> Iterator[Unit]:
+        """What of a layer is quantized."""
+        prefix = model.loader.stored_module(name) + "."
+        quantized = (unit for unit in self._plan.units if unit.parts)
+        return (unit for unit in quantized if unit.parts[0].linear.name.startswith(prefix))
+
+
+def _names(unit: Unit) -> set[str]:
+    return {part.linear.name for part in unit.parts}
+
+
+def _first(experts: Experts) -> str:
+    """What tells modules of experts apart: the first of their Linears."""
+    return next(name for names in experts.values() for name in names)

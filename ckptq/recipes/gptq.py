@@ -1,0 +1,79 @@
+"""GPTQ in a recipe: llm-compressor's `GPTQModifier`, and schemes that end in "-gptq"."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+from ckptq.errors import UsageError
+from ckptq.recipes.args import Args
+from ckptq.recipes.scheme import Gptq, Group, Recipe
+from ckptq.recipes.spelled import spelled
+
+SUFFIX = "-gptq"
+
+FORMATS = ("pack-quantized", "int-quantized", "float-quantized", "nvfp4-pack-quantized")
+"""What llm-compressor 0.14 chooses codes for; E8M0 scales it has none for."""
+
+ORDERS = (None, False, "static", "weight")
+"""Those with which columns are stored in their own order; "weight" is another name of "static"."""
+
+
+def with_gptq(recipe: Recipe) -> Recipe:
+    """The recipe with its codes chosen by GPTQ, with llm-compressor's defaults: blocks of 128
+    columns, a damping of 0.01, and the columns in the order of their activations.
+
+    UsageError for a recipe without weights, or with a format that GPTQ has no codes for. The name
+    says it: "w4a16-gptq".
+    """
+    if recipe.handed_over or recipe.gptq is not None:
+        runs = recipe.handed_over[0] if recipe.handed_over else "GPTQModifier"
+        raise UsageError(f"recipe {recipe.name!r} has {runs} already; GPTQ cannot be added to it")
+    if not recipe.linears:
+        raise UsageError(f"recipe {recipe.name!r} quantizes no weights, so GPTQ has none to choose")
+    groups = tuple(_ordered(group) for group in recipe.groups)
+    made = replace(recipe, name=recipe.name + SUFFIX, groups=groups, gptq=Gptq())
+    check_gptq(made)
+    return replace(made, text=spelled(made))
+
+
+def check_gptq(recipe: Recipe) -> None:
+    """UsageError for a group whose codes GPTQ cannot choose, or not in the order that it names."""
+    for group in recipe.linears:
+        order = group.weights.actorder if group.weights is not None else None
+        if order not in ORDERS:
+            raise UsageError(
+                f"recipe {recipe.name!r}: group {group.name!r} has actorder {order!r}, which no "
+                "engine reads any more; expected static, or null"
+            )
+        if group.format not in (*FORMATS, "naive-quantized"):
+            raise UsageError(
+                f"recipe {recipe.name!r}: group {group.name!r} is {group.format}; GPTQ chooses "
+                f"codes of {', '.join(FORMATS)}"
+            )
+
+
+def read_gptq(fields: Mapping[str, Any]) -> Gptq:
+    """From the modifier's own fields; UsageError for one that has no meaning."""
+    block_size = fields.get("block_size", Gptq.block_size)
+    dampening_frac = fields.get("dampening_frac", Gptq.dampening_frac)
+    if type(block_size) is not int or block_size < 1:
+        raise UsageError(f"GPTQModifier.block_size is {block_size!r}; expected a positive number")
+    if isinstance(dampening_frac, bool) or not isinstance(dampening_frac, int | float):
+        raise UsageError(f"GPTQModifier.dampening_frac is {dampening_frac!r}; expected a number")
+    if not 0 <= dampening_frac < float("inf"):
+        raise UsageError(
+            f"GPTQModifier.dampening_frac is {dampening_frac!r}; expected 0 or more: it is added "
+            "to the diagonal of the Hessian, as a share of its mean"
+        )
+    return Gptq(block_size=block_size, dampening_frac=float(dampening_frac))
+
+
+def _ordered(group: Group) -> Group:
+    if group.weights is None:
+        return group
+    args = group.weights
+    written = tuple(name for name in args.written if name != "actorder")
+    ordered: Args = replace(args, actorder="static", written=(*written, "actorder"))
+    return replace(group, weights=ordered if args.written else replace(args, actorder="static"))
