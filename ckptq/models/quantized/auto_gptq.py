@@ -28,6 +28,7 @@ from ckptq.models.quantized.groups import (
     group_scheme,
     modules_with_qweight,
     rows_of_scales,
+    turned,
     want_shapes,
     words_span,
 )
@@ -61,7 +62,7 @@ class Gptq(HeldWhole):
     def cut(self, held: Held, start: int, stop: int) -> dict[str, Tensor]:
         bits, count = self.scheme.num_bits, stop - start
         parts = {
-            "weight_packed": held["qweight"][:, start:stop].t().contiguous(),
+            "weight_packed": turned(held["qweight"][:, start:stop]),
             "weight_scale": rows_of_scales(held["scales"], start, stop),
         }
         low, high = words_span(start, stop, bits)
