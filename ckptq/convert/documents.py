@@ -83,7 +83,7 @@ def render(
     provenance = {key: value for key, value in record.items() if key != "recipe"}
     return {
         CONFIG: render_json(ckpt.path / CONFIG, config),
-        **({RECIPE: text_bytes(plan.recipe.text)} if plan.recipe.text else {}),
+        **({} if plan.recipe.conversion == DEQUANTIZE else {RECIPE: text_bytes(plan.recipe.text)}),
         CARD: text_bytes(model_card(ckpt, plan)),
         PROVENANCE: json_bytes(provenance, sort_keys=True),
     }
@@ -95,7 +95,7 @@ def run_record(
     """What an output depends on, as JSON data: the fingerprint of its run, and its provenance."""
     return {
         "arguments": arguments,
-        **({"recipe": recipe.text or recipe.name} if recipe is not None else {}),
+        **({"recipe": recipe.text} if recipe is not None else {}),
         "source": _source_record(ckpt),
         "versions": {"ckptq": __version__, **{name: version(name) for name in PACKAGES}},
     }

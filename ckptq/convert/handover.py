@@ -25,7 +25,7 @@ from ckptq.convert.run import Result, result_of
 from ckptq.errors import FoundWrong, UsageError
 from ckptq.models.encoded import read_encoded, unquantized_config
 from ckptq.models.modules import read_layout
-from ckptq.plan.make import SHARD_BYTES, fill_shards
+from ckptq.plan.shards import SHARD_BYTES, fill_shards
 from ckptq.plan.unit import Plan, Unit
 from ckptq.progress import Begin, Note, silent, untold
 from ckptq.recipes.scheme import Recipe

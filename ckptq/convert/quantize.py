@@ -19,8 +19,9 @@ from ckptq.errors import UsageError
 from ckptq.models.modules import read_layout
 from ckptq.plan.doubts import transformers_doubts, vllm_doubts
 from ckptq.plan.left import left_alone
-from ckptq.plan.make import SHARD_BYTES, RopeChoice, make_plan
+from ckptq.plan.make import RopeChoice, make_plan
 from ckptq.plan.match import refuse_holes
+from ckptq.plan.shards import SHARD_BYTES
 from ckptq.plan.unit import Plan
 from ckptq.progress import Begin, Note, silent, untold
 from ckptq.recipes.scheme import Recipe

@@ -28,8 +28,9 @@ from ckptq.plan.match import (
     refuse_unserved_experts,
 )
 from ckptq.plan.permutable import keep_permutable
-from ckptq.plan.repack import repack_recipe
+from ckptq.plan.repack import carried_scales, repack_recipe
 from ckptq.plan.rope import read_marks, reordering
+from ckptq.plan.shards import SHARD_BYTES, fill_shards
 from ckptq.plan.stored_as_is import copied_units, kept_config
 from ckptq.plan.unit import Part, Plan, Unit
 from ckptq.quantize.formats import needs_statistic
@@ -39,9 +40,6 @@ from ckptq.recipes.args import Args
 from ckptq.recipes.scheme import DEQUANTIZE, REPACK, Group, Recipe
 from ckptq.rope_order import RopeOrder
 from ckptq.spec import TensorSpec
-
-SHARD_BYTES = 5_000_000_000
-"""Default size of an output shard, as in huggingface_hub."""
 
 RopeChoice = Literal["keep", "half-split"]
 
@@ -83,7 +81,7 @@ def make_plan(
     refuse_unserved(recipe.groups)
     refuse_idle_ignores(layout, ignore)
     attention = None
-    if recipe.attention is not None:
+    if recipe.attention is not None and recipe.conversion is None:
         attention = plan_attention(ckpt, layout, recipe.attention, served=permutable)
         recipe = as_planned(recipe, attention)
     chosen = choose(layout, recipe, (*recipe.ignore, *ignore))
@@ -154,6 +152,7 @@ def _units(
     schemes = {g.name: g.weight_scheme() for g in recipe.groups if g.weights is not None}
     ends = last_tensors(ckpt, attention) if attention else {}
     kept = recipe.conversion == REPACK
+    carried = carried_scales(ckpt) if kept else {}
     split = any(layout.linears[name].weight.index is not None for name in chosen)
     done: set[str] = set()
     errors: list[str] = []
@@ -163,6 +162,8 @@ def _units(
             yield Unit(key=name, rule=layout.others[name], copies={name: tensor})
         elif name in layout.decoded:
             yield _decoded(layout, layout.decoded[name])
+        elif name in carried:
+            yield Unit(key=name, rule="cache scale, as stored", copies=carried[name])
         elif name in layout.dropped:
             yield Unit(key=name, rule=layout.dropped[name])
         elif linears and linears[0].weight.index is not None and not split:
@@ -297,25 +298,3 @@ def _refuse_twins(units: Iterable[Unit]) -> None:
             if name in seen:
                 raise PlanError(f"{name}: two source tensors would get this name")
             seen.add(name)
-
-
-def fill_shards(units: Sequence[Unit], shard_bytes: int) -> dict[str, tuple[Unit, ...]]:
-    """Next fit, in order. A unit is never split, so a large one gets a shard to itself.
-
-    Example: units of 6, 6, 2, 6 GB with 10 GB shards land in shards 1, 2, 2, 3.
-    """
-    runs: list[list[Unit]] = [[]]
-    room = shard_bytes
-    for unit in units:
-        nbytes = sum(spec.nbytes for spec in unit.writes.values())
-        if runs[-1] and nbytes > room:
-            runs.append([])
-            room = shard_bytes
-        runs[-1].append(unit)
-        room -= nbytes
-    if len(runs) == 1:
-        return {"model.safetensors": tuple(runs[0])}
-    return {
-        f"model-{number:05d}-of-{len(runs):05d}.safetensors": tuple(run)
-        for number, run in enumerate(runs, 1)
-    }

@@ -10,14 +10,18 @@ from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 
+from ckptq.checkpoint.header import StoredTensor
 from ckptq.checkpoint.open import Checkpoint
 from ckptq.errors import PlanError, UsageError
+from ckptq.models.attention import cache_scales
 from ckptq.models.modules import Layout
 from ckptq.models.quantized.encoded_weight import Encoded
+from ckptq.models.quantized.modelopt import has_fp8_cache
 from ckptq.quantize.weight_scheme import WeightScheme
 from ckptq.recipes.args import LOCAL, Args
 from ckptq.recipes.scheme import Group, Recipe
 from ckptq.recipes.spelled import spelled
+from ckptq.spec import TensorSpec
 
 Kind = tuple[WeightScheme, bool]
 """(how weights are stored, whether inputs have a static scale)."""
@@ -45,8 +49,41 @@ def repack_recipe(ckpt: Checkpoint, layout: Layout, recipe: Recipe) -> Recipe:
     plain = tuple(
         name for name, linear in layout.linears.items() if linear.kept is None and name not in kinds
     )
-    made = replace(recipe, groups=tuple(_groups(kinds)), ignore=("lm_head", *plain))
+    made = replace(
+        recipe,
+        groups=tuple(_groups(kinds)),
+        ignore=("lm_head", *plain),
+        kv_cache_scheme=FP8_CACHE if carried_scales(ckpt) else None,
+    )
     return replace(made, text=spelled(made))
+
+
+FP8_CACHE = Args(type="float", strategy="tensor")
+
+
+def carried_scales(ckpt: Checkpoint) -> dict[str, dict[str, StoredTensor]]:
+    """Source tensor -> the tensors that it becomes: the scales of an FP8 cache, by the names that
+    engines load. Queries get the keys' scale, as vLLM does where a checkpoint has none.
+
+    Empty for a source without such a cache, or with scales for a part of it.
+    """
+    if not has_fp8_cache(ckpt.quantization_config or {}):
+        return {}
+    scales = cache_scales(ckpt.tensors)
+    modules = {module for module, which in scales if which in "kv"}
+    if any(scales.get((m, which)) is None for m in modules for which in "kv"):
+        return {}
+    made: dict[str, dict[str, StoredTensor]] = {}
+    for module in modules:
+        for which, origin in (
+            ("k", "k"),
+            ("v", "v"),
+            ("q", "q" if (module, "q") in scales else "k"),
+        ):
+            tensor = scales[module, origin]
+            one = replace(tensor, spec=TensorSpec(tensor.spec.dtype, (1,)))
+            made.setdefault(tensor.name, {})[f"{module}.{which}_scale"] = one
+    return made if all(t.spec.numel == 1 for t in scales.values()) else {}
 
 
 def _check_method(ckpt: Checkpoint) -> None:

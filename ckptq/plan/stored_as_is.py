@@ -27,7 +27,7 @@ def kept_config(ckpt: Checkpoint) -> Declared:
     if said.method != "compressed-tensors":
         raise PlanError(
             f"{ckpt.path}: quantized with {said.method!r}, whose config cannot hold calibrated "
-            "cache scales; choose a scheme for weights and cache, which writes compressed-tensors"
+            "cache scales; scheme 'repack' first writes the same weights as compressed-tensors"
         )
     return said
 

@@ -15,4 +15,4 @@ REWRITTEN: Mapping[str, str] = {
 
 def rewriting(name: str) -> Recipe:
     """The recipe of one of them; the groups of `repack` follow from the source."""
-    return Recipe(name=name, conversion=name, text="")
+    return Recipe(name=name, conversion=name, text=f"# {REWRITTEN[name]}\n")

@@ -16,7 +16,16 @@ from convert_cases import convert
 from convert_killed import Run, digests, perform
 from safetensors.torch import load_file, save_file
 from test_convert_foreign import source
-from tiny.foreign import LINEARS, Foreign, gptq, gptq_method, unquantized, write
+from tiny.foreign import (
+    LINEARS,
+    Foreign,
+    fp8,
+    fp8_method,
+    gptq,
+    gptq_method,
+    unquantized,
+    write,
+)
 from tiny.tensors import differences, tensors_in
 from torch import Tensor
 
@@ -178,6 +187,39 @@ def test_static_inputs_keep_their_scales(tmp_path: Path) -> None:
         for name in LINEARS:
             assert made[f"{name}.{local}"].dtype == torch.float32
             assert torch.allclose(made[f"{name}.{local}"], torch.tensor([value]))
+
+
+def test_scales_of_an_fp8_cache_are_carried(tmp_path: Path) -> None:
+    """Under the names that engines load for this layout; queries get the keys' scale."""
+    attention = [f"model.layers.{i}.self_attn" for i in range(2)]
+    more = {
+        f"{a}.{w}_proj.{w}_scale": torch.tensor(0.5 if w == "k" else 0.25)
+        for a in attention
+        for w in "kv"
+    }
+    scheme = {"dynamic": False, "num_bits": 8, "type": "float"}
+    method = fp8_method(kv_cache_scheme=scheme)
+    foreign = write(tmp_path / "source", fp8, method, torch.bfloat16, more)
+    out = convert(foreign.folder, tmp_path / "out", REPACK).out
+    made = tensors_in(out)
+    for a in attention:
+        found = {which: made[f"{a}.{which}_scale"].tolist() for which in "qkv"}
+        assert found == {"q": [0.5], "k": [0.5], "v": [0.25]}
+    config = json.loads((out / "config.json").read_text())["quantization_config"]
+    assert config["kv_cache_scheme"]["strategy"] == "tensor"
+    report = verify(out, foreign.folder)
+    assert report.ok, report.findings
+    anew = convert(foreign.folder, tmp_path / "anew", load_scheme("fp8-dynamic")).out
+    assert not [name for name in tensors_in(anew) if name.endswith(("k_scale", "v_scale"))]
+    half = {name: tensor for name, tensor in more.items() if "layers.0" in name}
+    lacking = half | {f"{attention[1]}.k_proj.k_scale": torch.tensor(1.0)}
+    foreign = write(tmp_path / "half", fp8, method, torch.bfloat16, lacking)
+    out = convert(foreign.folder, tmp_path / "half out", REPACK).out
+    assert (
+        json.loads((out / "config.json").read_text())["quantization_config"]["kv_cache_scheme"]
+        is None
+    )
+    assert not [name for name in tensors_in(out) if name.endswith(("k_scale", "v_scale"))]
 
 
 def test_groups_in_activation_order_are_refused_with_what_to_do(tmp_path: Path) -> None:

@@ -14,7 +14,8 @@ from ckptq.errors import PlanError, SourceError, UsageError
 from ckptq.models.heads import heads_in
 from ckptq.models.witnesses import read_witnesses
 from ckptq.plan.doubts import vllm_doubts
-from ckptq.plan.make import fill_shards, make_plan
+from ckptq.plan.make import make_plan
+from ckptq.plan.shards import fill_shards
 from ckptq.plan.unit import Plan, Unit
 from ckptq.recipes.load import load_text
 from ckptq.recipes.names import read_names
