@@ -1,6 +1,5 @@
 """`--attention` of families with windows and sinks, and over pages as on a GPU."""
 
-import os
 from dataclasses import astuple
 
 import pytest
@@ -15,9 +14,6 @@ from ckptq.errors import UsageError
 from ckptq.plan.make import make_plan
 from ckptq.text.samples import read_samples
 from ckptq.verify.run import verify
-
-if not torch.cuda.is_available():
-    os.environ["TRITON_INTERPRET"] = "1"
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 WINDOW = 8
