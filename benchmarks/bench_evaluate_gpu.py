@@ -1,14 +1,15 @@
 """`ckptq evaluate` on a GPU beside a plain transformers forward, in the shape of a real model.
 
-    python benchmarks/bench_evaluate_gpu.py [--layers 32] [--samples 32] [--work DIR] [--record DIR]
+    python benchmarks/bench_evaluate_gpu.py [--shape llama-70b] [--layers 4] [--samples 32]
+        [--work DIR] [--record DIR]
 
 A random checkpoint is written first and read once, so that it lies in the page cache. Then, each in
 a process of its own and on the same random tokens: the plain forward with the model resident (in
 the same batches, without the output head, after a pass that warms up), and `evaluate` with two
 schemes and three caches, twice: the first compiles kernels. A row's seconds are those in which the
 device ran its batches through the layers, rounding included; reading, quantizing and the output
-head are in the whole. With fewer `--layers` the whole says nothing of the full model: the table
-names them. Needs a CUDA device.
+head are in the whole. With fewer `--layers` than the shape has the whole says nothing of the full
+model, but memory does, as one layer is there at a time: the table names them. Needs a CUDA device.
 """
 
 from __future__ import annotations
@@ -33,6 +34,7 @@ from record import Row, add_option, gpu, publish
 CODE = ("ckptq/evaluate", "ckptq/forward", "ckptq/quantize", "ckptq/kernels")
 SCHEMES = ("fp8-dynamic", "w4a16")
 CACHES = ("fp8-per-head", "int8-per-token-head", "int4-per-token-head")
+TITLES = {"llama-8b": "Llama-8B", "llama-70b": "Llama-70B"}
 VOCABULARY = 128256
 LINE = 511
 
@@ -185,7 +187,8 @@ def _memory(run: dict[str, Any]) -> dict[str, float]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--layers", type=int, default=32)
+    parser.add_argument("--shape", choices=TITLES, default="llama-8b")
+    parser.add_argument("--layers", type=int, help="instead of the shape's own number")
     parser.add_argument("--samples", type=int, default=32, help=f"lines of {LINE} tokens")
     parser.add_argument("--work", type=Path, help="where the checkpoint is written, and stays")
     add_option(parser)
@@ -196,15 +199,18 @@ def main() -> None:
         print(json.dumps(run(given.work, given.samples)))
         return
     with tempfile.TemporaryDirectory() as folder:
-        model = (given.work or Path(folder)) / f"llama-8b-{given.layers}"
+        shape = replace(SHAPES[given.shape], vocab=VOCABULARY)
+        shape = replace(shape, layers=given.layers or shape.layers)
+        model = (given.work or Path(folder)) / f"{given.shape}-{shape.layers}"
         if not model.exists():
-            make(model, replace(SHAPES["llama-8b"], layers=given.layers, vocab=VOCABULARY))
+            make(model, shape)
         warm(model)
         runs = {"plain": "plain", "first": "evaluate", "second": "evaluate"}
         found = {name: in_a_process(what, model, given.samples) for name, what in runs.items()}
     publish(
-        "evaluate-gpu",
-        f"`ckptq evaluate`, Llama-8B shape, {given.layers} layers, {given.samples * LINE} tokens",
+        "evaluate-gpu" if given.shape == "llama-8b" else f"evaluate-gpu-{given.shape}",
+        f"`ckptq evaluate`, {TITLES[given.shape]} shape, {shape.layers} layers, "
+        f"{given.samples * LINE} tokens",
         list(rows(given.samples, found)),
         code=CODE,
         machine=found["plain"]["machine"],

@@ -1,8 +1,18 @@
-"""What all tests share: how they are divided among processes (`pytest -n 2 --dist loadgroup`)."""
+"""What all tests share: how they are divided among processes (`pytest -n 2 --dist loadgroup`), and
+where kernels run: on a GPU where there is one, else in Triton's interpreter.
+
+That is chosen before anything imports triton, which looks at the environment then.
+"""
 
 from __future__ import annotations
 
+import os
+
 import pytest
+import torch
+
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"
 
 
 @pytest.hookimpl(tryfirst=True)

@@ -2,9 +2,10 @@
 
 transformers looks attention up by name in `AttentionInterface`; a model built with the name "ckptq"
 comes here. The function shows q, k and v to the tap of its module, then computes what transformers'
-own SDPA would, to the last bit; on a GPU our kernel does both at once where it can. Models that
-SDPA cannot compute (attention sinks, soft caps) are built with "ckptq_eager", which goes on to the
-family's own eager attention. What a command wants to know of attention it asks by a tap.
+own SDPA would, to the last bit; on a GPU our kernel does both at once where it can. Scores with a
+soft cap, which SDPA leaves out, go on to the family's own eager attention, and so do all of models
+that have no SDPA (attention sinks), which are built with "ckptq_eager". What a command wants to
+know of attention it asks by a tap.
 
 Shape letters: B batch, H query heads, K key/value heads, S positions, D head size.
 """
@@ -12,7 +13,7 @@ Shape letters: B batch, H query heads, K key/value heads, S positions, D head si
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -90,6 +91,8 @@ def attention(
             return out, None
 
     def attend(q: Tensor, k: Tensor, v: Tensor) -> Result:
+        if kwargs.get("softcap") is not None:  # which SDPA would leave out without a word
+            return _by_family(module, (q, k, v), added(attention_mask, q), kwargs)
         return sdpa_attention_forward(module, q, k, v, attention_mask, **kwargs)
 
     def asked() -> Words | None:
@@ -108,14 +111,33 @@ def eager_attention(
     **kwargs: Any,
 ) -> Result:
     """The `eager_attention_forward` of the module's own family, with its tap called first."""
-    family = sys.modules[type(module).__module__]
     name, tap = getattr(module, _TAP, ("", None))
 
     def attend(q: Tensor, k: Tensor, v: Tensor) -> Result:
-        result: Result = family.eager_attention_forward(module, q, k, v, attention_mask, **kwargs)
-        return result
+        return _by_family(module, (q, k, v), attention_mask, kwargs)
 
     return _shown(name, tap, attend, (query, key, value), lambda: None)
+
+
+def _by_family(
+    module: nn.Module, qkv: Qkv, attention_mask: Tensor | None, kwargs: Mapping[str, Any]
+) -> Result:
+    family = sys.modules[type(module).__module__]
+    result: Result = family.eager_attention_forward(module, *qkv, attention_mask, **kwargs)
+    return result
+
+
+def added(attention_mask: Tensor | None, query: Tensor) -> Tensor:
+    """An SDPA mask, of which None is plain causal attention, as eager attention adds it."""
+    import torch
+
+    S = query.shape[2]
+    if attention_mask is None:
+        attention_mask = torch.ones(S, S, dtype=torch.bool, device=query.device).tril()
+    if attention_mask.dtype != torch.bool:
+        return attention_mask
+    least = torch.finfo(query.dtype).min
+    return torch.zeros_like(attention_mask, dtype=query.dtype).masked_fill(~attention_mask, least)
 
 
 def _shown(name: str, tap: Tap | None, attend: Attend, qkv: Qkv, asked: Asked) -> Result:

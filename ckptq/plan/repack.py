@@ -16,9 +16,9 @@ from ckptq.errors import PlanError, UsageError
 from ckptq.models.attention import cache_scales
 from ckptq.models.modules import Layout
 from ckptq.models.quantized.encoded_weight import Encoded
-from ckptq.models.quantized.modelopt import has_fp8_cache
 from ckptq.quantize.weight_scheme import WeightScheme
 from ckptq.recipes.args import LOCAL, Args
+from ckptq.recipes.declared import read_declared
 from ckptq.recipes.scheme import Group, Recipe
 from ckptq.recipes.spelled import spelled
 from ckptq.spec import TensorSpec
@@ -67,7 +67,8 @@ def carried_scales(ckpt: Checkpoint) -> dict[str, dict[str, StoredTensor]]:
 
     Empty for a source without such a cache, or with scales for a part of it.
     """
-    if not has_fp8_cache(ckpt.quantization_config or {}):
+    said = read_declared(ckpt, lambda *_: None)
+    if said.method != "modelopt" or not said.keeps_fp8_cache:
         return {}
     scales = cache_scales(ckpt.tensors)
     modules = {module for module, which in scales if which in "kv"}

@@ -88,18 +88,19 @@ class ErrorTable:
         at_once = max(LOOKED_UP_AT_ONCE // column_TL.shape[1], 1)
         parts = (column_TL.split(at_once), row_KT.split(at_once, 1), sum_KT.split(at_once, 1))
         for column_SL, row_KS, sum_KS in zip(*parts, strict=True):
-            self._sums(column_SL, row_KS, scratch, sum_KS)
+            self._sums(column_SL, row_KS, sum_KS, scratch)
         place_T = torch.empty_like(order_T)
         place_T[order_T] = torch.arange(len(order_T))
         return sum_KT.index_select(1, place_T)
 
-    def _sums(self, column_TL: Tensor, row_KT: Tensor, scratch: Scratch, out_KT: Tensor) -> None:
-        error_1 = self.error_SN.view(-1)
-        at_TL = scratch.tensor("at", column_TL.shape, torch.int32)
-        error_TL = scratch.tensor("errors", column_TL.shape, torch.bfloat16)
-        at, error = at_TL.view(-1), error_TL.view(-1)
-        for row_T1, sum_T in zip(row_KT[..., None], out_KT, strict=True):
-            torch.add(column_TL, row_T1, out=at_TL)
+    def _sums(self, at_TL: Tensor, row_KT: Tensor, out_KT: Tensor, scratch: Scratch) -> None:
+        """Uses `at_TL` up: from the columns it moves on from row to row."""
+        error_1, at = self.error_SN.view(-1), at_TL.view(-1)
+        error_TL = scratch.tensor("errors", at_TL.shape, torch.bfloat16)
+        error = error_TL.view(-1)
+        step_KT = row_KT.diff(dim=0, prepend=torch.zeros_like(row_KT[:1]))
+        for step_T1, sum_T in zip(step_KT[..., None], out_KT, strict=True):
+            at_TL.add_(step_T1)
             torch.index_select(error_1, 0, at, out=error)
             torch.sum(error_TL, -1, out=sum_T)
 

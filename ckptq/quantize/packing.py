@@ -13,6 +13,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from ckptq.quantize.stored import words
+
 
 def pack_nibbles(code_RC: Tensor) -> Tensor:
     """[R, C] codes 0..15, one a byte -> [R, C / 2] uint8. Example: 1, 2, 3, 4 -> 0x21, 0x43."""
@@ -60,8 +62,3 @@ def unpack_words(word_RW: Tensor, num_bits: int, columns: int) -> Tensor:
         long_RK = (byte_RKb << (place_8[:num_bits] * 8)).sum(-1, keepdim=True)
         code_RC = (long_RK >> (place_8 * num_bits) & (2**num_bits - 1)).to(torch.uint8).flatten(1)
     return (code_RC[:, :columns] - 2 ** (num_bits - 1)).view(torch.int8)
-
-
-def words(count: int, num_bits: int) -> int:
-    """int32 words that hold `count` codes."""
-    return -(-count * num_bits // 32)

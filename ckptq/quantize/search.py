@@ -21,14 +21,15 @@ from ckptq.quantize import scales
 from ckptq.quantize.error_table import error_table, has_table
 from ckptq.quantize.scratch import Scratch, blocks
 from ckptq.quantize.tile_error import powered_errors
-from ckptq.quantize.tiles import NonFinite
+from ckptq.quantize.tiles import NonFinite, extremes
 from ckptq.quantize.weight_scheme import Search, WeightScheme
 
 
 def best_ranges(
     x: Tensor, scheme: WeightScheme, search: Search, scratch: Scratch
 ) -> tuple[Tensor, Tensor]:
-    """The lowest and highest number that each tile's codes are to reach, in its dtype.
+    """The lowest and highest number that each tile's codes are to reach, in its dtype: 0 or less,
+    and 0 or more.
 
     `x` is a weight as `tiles.tiled` shows it; the results are [R, G], or [M, N] for blocks.
     `NonFinite` on NaN or Inf.
@@ -50,7 +51,7 @@ def extreme_of_best(x: Tensor, scheme: WeightScheme, search: Search, scratch: Sc
         raise NonFinite("NaN or Inf")
     chosen = tiles[largest >= largest.max() * search.shares[-1]]
     low, high = _of_block(chosen, scheme, search, scratch)
-    return torch.stack((low.amin().clamp(max=0), high.amax().clamp(min=0)))
+    return torch.stack((low.amin(), high.amax()))
 
 
 def _rows_of_tiles(x: Tensor) -> Tensor:
@@ -62,46 +63,49 @@ def _of_block(
     x: Tensor, scheme: WeightScheme, search: Search, scratch: Scratch
 ) -> tuple[Tensor, Tensor]:
     x_TL = x.flatten(0, -2)
-    low, high = x_TL.amin(-1), x_TL.amax(-1)
-    if not (low.isfinite() & high.isfinite()).all():
-        raise NonFinite("NaN or Inf")
+    low, high = extremes(x_TL, scratch)
     largest = torch.finfo(low.dtype).max
     low, high = (x.mul_(search.expand).clamp_(-largest, largest) for x in (low, high))
-    low_KT, high_KT = (_shares(x, search) for x in (low, high))
-    error_KT = _errors(x_TL, *_candidates(low_KT, high_KT, scheme), scheme, search.norm, scratch)
-    best_1T = _first_of_least(error_KT)
-    best_low, best_high = (x_KT.gather(0, best_1T)[0] for x_KT in (low_KT, high_KT))
-    return best_low.view(x.shape[:-1]), best_high.view(x.shape[:-1])
+    share_K = torch.tensor(search.shares, dtype=_wide(low), device=low.device)
+    candidates = _candidates(low, high, share_K[:, None], scheme)
+    best_T = _first_of_least(_errors(x_TL, *candidates, scheme, search.norm, scratch))
+    low, high = (_times(x, share_K[best_T]) for x in (low, high))
+    return low.view(x.shape[:-1]), high.view(x.shape[:-1])
 
 
-def _shares(x_T: Tensor, search: Search) -> Tensor:
-    """[K, T]: all shares of x, multiplied as torch multiplies by a Python number."""
-    wide = torch.promote_types(x_T.dtype, torch.float32)
-    share_K1 = torch.tensor(search.shares, dtype=wide, device=x_T.device)[:, None]
-    return (x_T.to(wide) * share_K1).to(x_T.dtype)
+def _wide(x: Tensor) -> torch.dtype:
+    return torch.promote_types(x.dtype, torch.float32)
+
+
+def _times(x: Tensor, share: Tensor) -> Tensor:
+    """x * share, as torch multiplies by a Python number."""
+    return (x.to(share.dtype) * share).to(x.dtype)
 
 
 def _first_of_least(error_KT: Tensor) -> Tensor:
-    """[1, T]: the first candidate with the least error; 0 where no error is less than the dtype's
+    """[T]: the first candidate with the least error; 0 where no error is less than the dtype's
     largest number."""
     error_KT.nan_to_num_(nan=torch.inf, posinf=torch.inf)
-    least_1T = error_KT.amin(0, keepdim=True)
+    least_T = error_KT.amin(0)
     turn_K1 = torch.arange(len(error_KT), 0, -1, dtype=torch.int16, device=error_KT.device)[:, None]
-    turn_1T = ((error_KT == least_1T) * turn_K1).amax(0, keepdim=True)
-    found = least_1T < torch.finfo(error_KT.dtype).max
-    return (len(error_KT) - turn_1T).long() * found
+    turn_T = ((error_KT == least_T) * turn_K1).amax(0)
+    found = least_T < torch.finfo(error_KT.dtype).max
+    return (len(error_KT) - turn_T).long() * found
 
 
-def _candidates(low: Tensor, high: Tensor, scheme: WeightScheme) -> tuple[Tensor, Tensor | None]:
-    """Scales and zero points of ranges, as `calculate_qparams` has them without a global scale."""
-    low, high = low.clamp(max=0), high.clamp(min=0)
+def _candidates(
+    low_T: Tensor, high_T: Tensor, share_K1: Tensor, scheme: WeightScheme
+) -> tuple[Tensor, Tensor | None]:
+    """Scales and zero points [K, T] of all shares of a range, as `calculate_qparams` has them
+    without a global scale."""
     if not scheme.symmetric:
-        return scales.asymmetric(low, high, scheme.num_bits)
-    amax = torch.maximum(-low, high)
+        low_KT, high_KT = _times(low_T, share_K1), _times(high_T, share_K1)
+        return scales.asymmetric(low_KT, high_KT, scheme.num_bits)
+    amax_KT = _times(torch.maximum(-low_T, high_T), share_K1)
     if scheme.scale_dtype == "uint8":
-        return scales.mx_scale(scales.mx_exponent(amax, scheme.num_bits)).to(low.dtype), None
+        return scales.mx_scale(scales.mx_exponent(amax_KT, scheme.num_bits)).to(low_T.dtype), None
     most = scales.E2M1_MAX if scheme.strategy == "tensor_group" else scheme.half_range
-    return scales.symmetric(amax, most), None
+    return scales.symmetric(amax_KT, most), None
 
 
 def _errors(

@@ -73,7 +73,7 @@ def _codes(weight: TensorSpec, scheme: WeightScheme) -> dict[str, TensorSpec]:
     R, C = weight.shape
     match scheme.format:
         case "pack-quantized":
-            return {"weight_packed": TensorSpec("I32", (R, _words(C, scheme)))}
+            return {"weight_packed": TensorSpec("I32", (R, words(C, scheme.num_bits)))}
         case "mxfp4-pack-quantized" | "nvfp4-pack-quantized":
             return {"weight_packed": TensorSpec("U8", (R, C // 2))}
         case "int-quantized":
@@ -102,8 +102,9 @@ def _zero_point(scale: tuple[int, ...], scheme: WeightScheme) -> TensorSpec:
     """Packed formats pack zero points along the rows, the others keep one int8 for each scale."""
     if scheme.format != "pack-quantized":
         return TensorSpec("I8", scale)
-    return TensorSpec("I32", (_words(scale[0], scheme), scale[1]))
+    return TensorSpec("I32", (words(scale[0], scheme.num_bits), scale[1]))
 
 
-def _words(count: int, scheme: WeightScheme) -> int:
-    return ceil(count * scheme.num_bits / 32)
+def words(count: int, num_bits: int) -> int:
+    """int32 words that hold `count` codes."""
+    return -(-count * num_bits // 32)

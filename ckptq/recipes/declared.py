@@ -48,6 +48,15 @@ class Declared(Scheme):
         return said if said in ("tensor", "attn_head") and isinstance(said, str) else None
 
     @property
+    def keeps_fp8_cache(self) -> bool:
+        """Whether engines keep the KV cache of a ModelOpt checkpoint in FP8."""
+        own = self.config.get("quantization")
+        if isinstance(own, Mapping):
+            return str(own.get("kv_cache_quant_algo")).upper() == "FP8"
+        cache = self.kv_cache_scheme
+        return cache is not None and (cache.type, cache.num_bits) == ("float", 8)
+
+    @property
     def has_attention_group(self) -> bool:
         return any(group.is_attention for group in self.groups)
 

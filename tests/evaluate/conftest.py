@@ -1,18 +1,10 @@
-"""Kernels run on a GPU where there is one, else in Triton's interpreter: chosen here, before any of
-them is imported."""
-
-import os
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-import torch
 from evaluate_models import quantized, save_family
 
 from ckptq.checkpoint.open import Checkpoint, open_checkpoint
-
-if not torch.cuda.is_available():
-    os.environ["TRITON_INTERPRET"] = "1"
 
 Saved = Callable[..., Checkpoint]
 

@@ -100,9 +100,16 @@ def test_scores_of_schemes_and_caches_are_the_cpu_s(saved, batch_size):
         assert max(shares(there.control, row)) > 4 * LAYERS, row
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-def test_scores_of_a_checkpoint_are_the_cpu_s(saved, family):
-    source, ckpt = saved(family), saved(family, "fp8-dynamic")
+@pytest.mark.parametrize(
+    ("family", "scheme"),
+    [
+        *((family, "fp8-dynamic") for family in FAMILIES),
+        *(("llama", scheme) for scheme in built_in() if scheme != "fp8-dynamic"),
+    ],
+)
+def test_scores_of_a_checkpoint_are_the_cpu_s(saved, family, scheme):
+    """And a layer that is spoiled is seen in every row: the control is that row's."""
+    source, ckpt = saved(family), saved(family, scheme)
     here, there = (evaluate(ckpt, TEXT, source=source, device=d) for d in ("cpu", "cuda"))
     bound = ROUTED if family == "mixtral" else LAYERS
     assert far_rows(there, here, bound) == {}

@@ -38,9 +38,9 @@ def ran(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     found: list[int] = []
     run = LayerwiseModel.run_layer
 
-    def counted(self: LayerwiseModel, index: int, *rest: object) -> None:
+    def counted(self: LayerwiseModel, index: int, *rest: object, **more: object) -> None:
         found.append(index)
-        run(self, index, *rest)
+        run(self, index, *rest, **more)
 
     monkeypatch.setattr(LayerwiseModel, "run_layer", counted)
     return found

@@ -1,16 +1,9 @@
-"""Kernel tests run on a GPU where there is one, else in Triton's interpreter; assertions are equal.
+"""Where kernel tests run, and memory in which nothing is zero by luck."""
 
-The choice is made before any kernel is imported, as `triton.jit` looks at the environment then.
-"""
-
-import os
 from collections.abc import Callable
 
 import pytest
 import torch
-
-if not torch.cuda.is_available():
-    os.environ["TRITON_INTERPRET"] = "1"
 
 
 @pytest.fixture

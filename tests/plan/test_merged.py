@@ -65,7 +65,7 @@ def group_of(version: str, name: str, groups: Mapping[str, Any]) -> str:
 @pytest.mark.parametrize("version", ORDER)
 def test_merged_linears_find_the_group_of_their_parts(llama: Path, version: str) -> None:
     plan = make_plan(open_checkpoint(llama), load_text("mixed", RECIPE))
-    groups = quantization_config(plan, None)["config_groups"]
+    groups = quantization_config(plan, None)["quantization_config"]["config_groups"]
     layer = "model.layers.1"
     assert group_of(version, f"{layer}.self_attn.qkv_proj", groups) == "attention"
     assert group_of(version, f"{layer}.self_attn.o_proj", groups) == "attention"
@@ -84,7 +84,7 @@ def test_with_the_recipe_s_targets_alone_the_older_one_goes_wrong(llama: Path) -
 def test_one_group_keeps_its_targets_as_the_recipe_has_them(llama: Path) -> None:
     text = RECIPE.replace(f"        rest: {{targets: [Linear], weights: {FP8}}}\n", "")
     plan = make_plan(open_checkpoint(llama), load_text("named", text))
-    groups = quantization_config(plan, None)["config_groups"]
+    groups = quantization_config(plan, None)["quantization_config"]["config_groups"]
     assert {name: g["targets"] for name, g in groups.items()} == {
         g.name: list(g.targets) for g in plan.recipe.groups
     }

@@ -55,7 +55,6 @@ def test_every_preset_of_compressed_tensors_is_a_scheme() -> None:
         ("pack-quantized", {**W4A16, "strategy": "channel"}, "group_size 128"),
         ("pack-quantized", {**W4A16, "strategy": "tensor"}, "strategy 'tensor'"),
         ("pack-quantized", {**W4A16, "dynamic": True}, "dynamic True"),
-        ("pack-quantized", {**W4A16, "observer": "imatrix_mse"}, "observer 'imatrix_mse'"),
         *[
             ("pack-quantized", {**W4A16, "observer": "mse", "observer_kwargs": wrong}, words)
             for wrong, words in (
@@ -70,7 +69,6 @@ def test_every_preset_of_compressed_tensors_is_a_scheme() -> None:
             {"num_bits": 8, "type": "float", "strategy": "tensor", "observer": "mse"},
             "one scale per tensor is not searched for",
         ),
-        ("pack-quantized", {**W4A16, "actorder": "static"}, "actorder 'static'"),
         ("pack-quantized", {**W4A16, "scale_dtype": "torch.float16"}, "scale_dtype 'float16'"),
         (
             "pack-quantized",

@@ -1,6 +1,6 @@
 """`--attention` of families with windows and sinks, and over pages as on a GPU."""
 
-import os
+from dataclasses import astuple
 
 import pytest
 import torch
@@ -14,9 +14,6 @@ from ckptq.errors import UsageError
 from ckptq.plan.make import make_plan
 from ckptq.text.samples import read_samples
 from ckptq.verify.run import verify
-
-if not torch.cuda.is_available():
-    os.environ["TRITON_INTERPRET"] = "1"
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 WINDOW = 8
@@ -84,11 +81,17 @@ def test_pages_measure_what_rounded_q_k_and_v_do(made, request, family):
     request.getfixturevalue("kernels")
     found = verify(out, source, **asked)
     assert found.findings == ()
-    assert found.heads == wanted.heads
+    for head, other in zip(found.heads, wanted.heads, strict=True):
+        assert astuple(head)[:3] == astuple(other)[:3]
+        assert astuple(head)[3:] == pytest.approx(astuple(other)[3:], rel=1e-4)
     for layer, other in zip(found.layers, wanted.layers, strict=True):
         assert layer.error == pytest.approx(other.error, rel=0.2)
         assert layer.error_shared == pytest.approx(other.error_shared, rel=0.2)
-        assert (layer.error == other.error) == (family == "gpt-oss")
+        if family == "gpt-oss":
+            # a GPU's sums are in another order
+            assert layer.error == pytest.approx(other.error, rel=1e-12 if DEVICE == "cpu" else 0.01)
+        else:
+            assert layer.error != other.error
 
 
 def test_exchanged_heads_are_seen_over_pages(made, kernels, tmp_path):

@@ -22,9 +22,9 @@ from ckptq.models.quantized.groups import (
     group_scheme,
     modules_with_qweight,
     rows_of_scales,
+    turned,
     want_shapes,
 )
-from ckptq.quantize.packing import pack_nibbles
 from ckptq.spec import TensorSpec
 
 if TYPE_CHECKING:
@@ -32,8 +32,10 @@ if TYPE_CHECKING:
 
 BITS = 4
 
-ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
-"""Which of its eight channels a word has at nibble 0, 1, ..."""
+CHANNELS = ((0, 2), (4, 6), (1, 3), (5, 7))
+"""Which two of its eight channels each byte of a word holds, the low nibble's first."""
+
+PER_WORD = 8
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -42,37 +44,52 @@ class Awq(HeldWhole):
 
     @property
     def quantum(self) -> int:
-        return len(ORDER)
+        return PER_WORD
 
     def cut(self, held: Held, start: int, stop: int) -> dict[str, Tensor]:
         import torch
 
-        low, high = start // len(ORDER), stop // len(ORDER)
-        code_RC = _channels(held["qweight"][:, low:high])
+        low, high = start // PER_WORD, stop // PER_WORD
         parts = {
-            "weight_packed": pack_nibbles(code_RC).view(torch.int32),
+            "weight_packed": _pairs(held["qweight"][:, low:high]).view(torch.int32),
             "weight_scale": rows_of_scales(held["scales"], start, stop),
         }
         if "qzeros" not in held:
             return parts
-        zero_GR = _channels(held["qzeros"][:, low:high]).t().contiguous()
-        zero_WG = pack_nibbles(zero_GR).view(torch.int32).t().contiguous()
+        zero_WG = _in_order(held["qzeros"][:, low:high]).t().contiguous()
         if self.scheme.symmetric:
             check_symmetric(self.tensors["qzeros"], zero_WG, BITS, stop - start)
             return parts
         return {**parts, "weight_zero_point": zero_WG}
 
 
-def _channels(word_CW: Tensor) -> Tensor:
-    """[C, W] words of eight channels -> their nibbles [8 * W, C], uint8."""
+def _pairs(word_CW: Tensor) -> Tensor:
+    """[C, W] words of eight channels -> [8 * W, C / 2] bytes of two columns, the first one low.
+
+    Two columns' bytes are one little-endian int16, whose halves have a nibble each for a channel.
+    """
     import torch
 
-    word_WC = word_CW.t().contiguous()
-    W, C = word_WC.shape
-    code_W8C = torch.empty((W, len(ORDER), C), dtype=torch.uint8, device=word_WC.device)
-    for nibble, channel in enumerate(ORDER):
-        code_W8C[:, channel] = word_WC >> (BITS * nibble) & 15
-    return code_W8C.flatten(0, 1)
+    byte_WC4 = turned(word_CW).view(torch.uint8).unflatten(1, (-1, 4))
+    W, C, _ = byte_WC4.shape
+    made_W8B = torch.empty((W, 8, C // 2), dtype=torch.uint8, device=byte_WC4.device)
+    for byte, (first, second) in enumerate(CHANNELS):
+        pair_WB = byte_WC4[:, :, byte].contiguous().view(torch.int16)
+        made_W8B[:, first] = pair_WB & 15 | pair_WB >> 4 & 0xF0
+        made_W8B[:, second] = pair_WB >> 4 & 15 | pair_WB >> 8 & 0xF0
+    return made_W8B.flatten(0, 1)
+
+
+def _in_order(word_GW: Tensor) -> Tensor:
+    """Words of eight channels with channel 0 in the lowest nibble, as compressed-tensors has it."""
+    import torch
+
+    made_GW = torch.zeros_like(word_GW)
+    for byte, channels in enumerate(CHANNELS):
+        for half, channel in enumerate(channels):
+            nibble_GW = word_GW >> 4 * (2 * byte + half) & 15
+            made_GW |= nibble_GW << 4 * channel
+    return made_GW
 
 
 def read_awq(ckpt: Checkpoint, dtype: str) -> Mapping[str, Awq]:
@@ -98,8 +115,8 @@ def _sizes(tensors: Mapping[str, StoredTensor]) -> tuple[int, int, int]:
     """(R, C, G), from the shapes. SourceError for shapes that do not fit together."""
     code, scales = tensors["qweight"], tensors["scales"]
     C, W = code.spec.shape if len(code.spec.shape) == 2 else (0, 0)
-    R, G = W * len(ORDER), scales.spec.shape[0] if len(scales.spec.shape) == 2 else 0
-    if not (R and C and G) or C % G:
+    R, G = W * PER_WORD, scales.spec.shape[0] if len(scales.spec.shape) == 2 else 0
+    if not (R and C and G) or C % G or C % PER_WORD:
         raise SourceError(
             f"{code.file}: {code.name} {code.spec} and {scales.name} {scales.spec} are not a "
             "matrix of 4-bit codes in groups of columns"

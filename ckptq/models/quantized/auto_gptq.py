@@ -28,10 +28,11 @@ from ckptq.models.quantized.groups import (
     group_scheme,
     modules_with_qweight,
     rows_of_scales,
+    turned,
     want_shapes,
     words_span,
 )
-from ckptq.quantize.packing import pack_words, unpack_words, words
+from ckptq.quantize.stored import words
 from ckptq.spec import TensorSpec
 
 if TYPE_CHECKING:
@@ -61,7 +62,7 @@ class Gptq(HeldWhole):
     def cut(self, held: Held, start: int, stop: int) -> dict[str, Tensor]:
         bits, count = self.scheme.num_bits, stop - start
         parts = {
-            "weight_packed": held["qweight"][:, start:stop].t().contiguous(),
+            "weight_packed": turned(held["qweight"][:, start:stop]),
             "weight_scale": rows_of_scales(held["scales"], start, stop),
         }
         low, high = words_span(start, stop, bits)
@@ -112,6 +113,8 @@ class Gptq(HeldWhole):
         if not self.less_one:
             return word_GW.t().contiguous()
         import torch
+
+        from ckptq.quantize.packing import pack_words, unpack_words
 
         bits = self.scheme.num_bits
         half = 2 ** (bits - 1)

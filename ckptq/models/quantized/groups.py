@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, TypeVar, cast
 from ckptq.checkpoint.header import StoredTensor
 from ckptq.checkpoint.open import CONFIG, Checkpoint
 from ckptq.errors import PlanError, SourceError
-from ckptq.quantize.packing import unpack_words, words
+from ckptq.quantize.stored import words
 from ckptq.quantize.weight_scheme import WeightScheme
 from ckptq.spec import TensorSpec
 
@@ -86,7 +86,13 @@ def want_shapes(tensors: Mapping[str, StoredTensor], shapes: Mapping[str, tuple[
 
 def rows_of_scales(scales_GR: Tensor, start: int, stop: int) -> Tensor:
     """ "weight_scale" [stop - start, G]."""
-    return scales_GR[:, start:stop].t().contiguous()
+    return turned(scales_GR[:, start:stop])
+
+
+def turned(x: Tensor) -> Tensor:
+    """[A, B] -> [B, A], dense. In two steps: torch turns what is dense in blocks, five times as
+    fast as a part of wider rows."""
+    return x.contiguous().t().contiguous()
 
 
 def check_symmetric(stored: StoredTensor, zero_WG: Tensor, bits: int, rows: int) -> None:
@@ -94,6 +100,8 @@ def check_symmetric(stored: StoredTensor, zero_WG: Tensor, bits: int, rows: int)
 
     vLLM does not read them then, other engines do. `zero_WG` is packed as compressed-tensors packs.
     """
+    from ckptq.quantize.packing import unpack_words
+
     zero_GR = unpack_words(zero_WG.t().contiguous(), bits, rows)
     if zero_GR.any():
         raise SourceError(

@@ -20,7 +20,6 @@ from ckptq.errors import PlanError, SourceError
 from ckptq.models.quantized.encoded_weight import Encoded
 from ckptq.quantize.stored import stored
 from ckptq.quantize.weight_scheme import WeightScheme
-from ckptq.recipes.args import Args
 from ckptq.spec import FLOATS, TensorSpec
 
 ALGORITHMS = (
@@ -74,18 +73,6 @@ def quantization_of(config: Mapping[str, Any]) -> Mapping[str, Any]:
     """The part that names algorithms: of hf_quant_config.json, or the config itself."""
     inner = config.get("quantization")
     return inner if isinstance(inner, Mapping) else config
-
-
-def has_fp8_cache(config: Mapping[str, Any]) -> bool:
-    """Whether engines keep the KV cache in FP8 for a checkpoint with this quantization config."""
-    if config.get("quant_method") != "modelopt":
-        return False
-    scheme = config.get("kv_cache_scheme")
-    if isinstance(scheme, Mapping):
-        args = Args.read(scheme, "kv_cache_scheme", lambda *_: None)
-        return (args.type, args.num_bits) == ("float", 8)
-    said = quantization_of(config).get("kv_cache_quant_algo", scheme)
-    return str(said).upper() == "FP8"
 
 
 def _check_algorithms(ckpt: Checkpoint) -> None:
