@@ -14,7 +14,6 @@ from ckptq.checkpoint.open import Checkpoint
 from ckptq.device import find_device
 from ckptq.errors import SourceError, UsageError
 from ckptq.gptq.kept import Kept, kept_in
-from ckptq.gptq.layers import LayerQuantizer
 from ckptq.gptq.told import lines_of, together
 from ckptq.plan.unit import Plan
 from ckptq.progress import Begin, Note, untold
@@ -112,6 +111,7 @@ def calibrate_plan(
     `note` receives a message when no text was chosen, or when it was short.
     """
     from ckptq.calibrate.run import calibrate
+    from ckptq.gptq.layers import LayerQuantizer
     from ckptq.text.samples import read_samples
 
     _check_calibrated(plan)
