@@ -18,7 +18,7 @@ from ckptq.checkpoint.side_files import render_json
 from ckptq.files import json_bytes, text_bytes
 from ckptq.plan.merged import merged_names
 from ckptq.plan.unit import Plan
-from ckptq.recipes.scheme import DEQUANTIZE, REPACK, Group, Recipe
+from ckptq.recipes.scheme import DEQUANTIZE, Group, Recipe
 
 PROVENANCE = "ckptq.json"
 RECIPE = "recipe.yaml"
@@ -118,7 +118,7 @@ def _source_record(ckpt: Checkpoint) -> dict[str, Any]:
 def model_card(ckpt: Checkpoint, plan: Plan) -> str:
     """A README.md with the front matter that the hub reads, and a description of the run."""
     plain = plan.recipe.conversion == DEQUANTIZE
-    what = {DEQUANTIZE: "dequantized", REPACK: "repacked"}.get(plan.recipe.conversion or "")
+    what = "dequantized" if plain else "repacked" if plan.recipe.repacks else None
     lines = [
         "---",
         f"base_model: {ckpt.name}",

@@ -24,7 +24,7 @@ from ckptq.plan.match import refuse_holes
 from ckptq.plan.shards import SHARD_BYTES
 from ckptq.plan.unit import Plan
 from ckptq.progress import Begin, Note, silent, untold
-from ckptq.recipes.scheme import Recipe
+from ckptq.recipes.scheme import DEQUANTIZE, Recipe
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -94,7 +94,8 @@ def _told_before(ckpt: Checkpoint, plan: Plan) -> Iterator[str]:
     """Warnings before the work: files that are not copied, Linears that stay unquantized, and what
     engines will not load."""
     yield from told_of(ckpt.path, ckpt.beside())
-    yield from left_alone(plan.layout, plan.quantized)
+    if plan.recipe.conversion != DEQUANTIZE:
+        yield from left_alone(plan.layout, plan.quantized)
     for line in (*vllm_doubts(plan), *transformers_doubts(plan)):
         yield f"{plan.recipe.name}: {line}"
 

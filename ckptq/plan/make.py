@@ -28,7 +28,7 @@ from ckptq.plan.match import (
     refuse_unserved_experts,
 )
 from ckptq.plan.permutable import keep_permutable
-from ckptq.plan.repack import carried_scales, repack_recipe
+from ckptq.plan.repack import carried_scales, repacked
 from ckptq.plan.rope import read_marks, reordering
 from ckptq.plan.shards import SHARD_BYTES, fill_shards
 from ckptq.plan.stored_as_is import copied_units, kept_config
@@ -37,7 +37,7 @@ from ckptq.quantize.formats import needs_statistic
 from ckptq.quantize.stored import stored
 from ckptq.quantize.weight_scheme import WeightScheme
 from ckptq.recipes.args import Args
-from ckptq.recipes.scheme import DEQUANTIZE, REPACK, Group, Recipe
+from ckptq.recipes.scheme import DEQUANTIZE, Group, Recipe
 from ckptq.rope_order import RopeOrder
 from ckptq.spec import TensorSpec
 
@@ -75,8 +75,8 @@ def make_plan(
         return _cache_alone(ckpt, recipe, shard_bytes, served=permutable)
     layout = read_layout(ckpt)
     refuse_unread_weights(ckpt, layout)
-    if recipe.conversion == REPACK:
-        recipe = repack_recipe(ckpt, layout, recipe)
+    if recipe.repacks:
+        layout, recipe = repacked(ckpt, layout, recipe, ignore)
     order = reordering(ckpt, RopeOrder.HALF_SPLIT) if rope_order == "half-split" else None
     refuse_unserved(recipe.groups)
     refuse_idle_ignores(layout, ignore)
@@ -151,7 +151,7 @@ def _units(
     """Walk the source in the order of its bytes; each tensor is in exactly one unit."""
     schemes = {g.name: g.weight_scheme() for g in recipe.groups if g.weights is not None}
     ends = last_tensors(ckpt, attention) if attention else {}
-    kept = recipe.conversion == REPACK
+    kept = recipe.repacks
     carried = carried_scales(ckpt) if kept else {}
     split = any(layout.linears[name].weight.index is not None for name in chosen)
     done: set[str] = set()
@@ -185,7 +185,7 @@ def _units(
 
 def _static_inputs(recipe: Recipe, chosen: Mapping[str, Group]) -> dict[str, float]:
     """What has to be calibrated; a source that is repacked has its scales."""
-    if recipe.conversion == REPACK:
+    if recipe.repacks:
         return {}
     return {n: g.largest_input for n, g in chosen.items() if g.input_scale}
 

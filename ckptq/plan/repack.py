@@ -7,19 +7,24 @@ inputs are quantized as the source's engine quantizes them.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 
 from ckptq.checkpoint.header import StoredTensor
 from ckptq.checkpoint.open import Checkpoint
 from ckptq.errors import PlanError, UsageError
 from ckptq.models.attention import cache_scales
-from ckptq.models.modules import Layout
+from ckptq.models.modules import Layout, Linear
+from ckptq.models.quantized.as_nvfp4 import as_nvfp4
 from ckptq.models.quantized.encoded_weight import Encoded
+from ckptq.models.quantized.modelopt import NVFP4
+from ckptq.models.quantized.mxfp4_blocks import MXFP4
+from ckptq.printable import listed
 from ckptq.quantize.weight_scheme import WeightScheme
 from ckptq.recipes.args import LOCAL, Args
 from ckptq.recipes.declared import read_declared
-from ckptq.recipes.scheme import Group, Recipe
+from ckptq.recipes.names import read_names
+from ckptq.recipes.scheme import REPACK, REPACK_NVFP4, Group, Recipe
 from ckptq.recipes.spelled import spelled
 from ckptq.spec import TensorSpec
 
@@ -27,25 +32,43 @@ Kind = tuple[WeightScheme, bool]
 """(how weights are stored, whether inputs have a static scale)."""
 
 
-def repack_recipe(ckpt: Checkpoint, layout: Layout, recipe: Recipe) -> Recipe:
-    """`recipe` with the groups that the source's weights fall into.
+def repacked(
+    ckpt: Checkpoint, layout: Layout, recipe: Recipe, ignore: Sequence[str]
+) -> tuple[Layout, Recipe]:
+    """The layout with its weights as they are to be stored, and the recipe that describes them.
 
-    UsageError for a source that is not quantized, or already in compressed-tensors' layout;
-    PlanError for weights that the layout cannot hold.
+    What is to `ignore` is dequantized. UsageError for a source that is not quantized, or already in
+    compressed-tensors' layout; PlanError for weights that the layout cannot hold.
     """
-    _check_method(ckpt)
-    kinds = {
-        linear.name: (linear.weight.scheme, linear.weight.input_scale is not None)
-        for linear in layout.linears.values()
-        if isinstance(linear.weight, Encoded) and linear.kept is None
-    }
-    if not kinds:
-        raise PlanError(f"{ckpt.path}: has no quantized Linear that can be repacked")
-    for name in kinds:
-        weight = layout.linears[name].weight
-        assert isinstance(weight, Encoded)
-        if (why := weight.why_not_repacked()) is not None:
-            raise PlanError(f"{weight.stored.file}: {name}: {why}")
+    _check_method(ckpt, recipe)
+    layout = _as_stored(layout, recipe, ignore)
+    return layout, _recipe(ckpt, layout, recipe, ignore)
+
+
+def _as_stored(layout: Layout, recipe: Recipe, ignore: Sequence[str]) -> Layout:
+    if recipe.conversion != REPACK_NVFP4:
+        return layout
+    linears, left = dict(layout.linears), read_names(ignore)
+    for name, linear in layout.linears.items():
+        if linear.kept is not None or left.match(name) or not _is_mxfp4(linear):
+            continue
+        members = [layout.linears[member] for member in layout.fused_set(name)]
+        weights = tuple(m.weight for m in members if isinstance(m.weight, Encoded) and _is_mxfp4(m))
+        assert isinstance(linear.weight, Encoded)
+        linears[name] = replace(linear, weight=as_nvfp4(linear.weight, weights))
+    if linears == layout.linears:
+        raise UsageError(f"scheme {recipe.name!r}: the source has no Linears in MXFP4")
+    return replace(layout, linears=linears)
+
+
+def _is_mxfp4(linear: Linear) -> bool:
+    return isinstance(linear.weight, Encoded) and linear.weight.scheme == MXFP4
+
+
+def _recipe(ckpt: Checkpoint, layout: Layout, recipe: Recipe, ignore: Sequence[str]) -> Recipe:
+    """With the groups that the weights fall into."""
+    kinds = _kinds(layout, ignore)
+    _check_kinds(ckpt, layout, recipe, kinds)
     plain = tuple(
         name for name, linear in layout.linears.items() if linear.kept is None and name not in kinds
     )
@@ -56,6 +79,35 @@ def repack_recipe(ckpt: Checkpoint, layout: Layout, recipe: Recipe) -> Recipe:
         kv_cache_scheme=FP8_CACHE if carried_scales(ckpt) else None,
     )
     return replace(made, text=spelled(made))
+
+
+def _kinds(layout: Layout, ignore: Sequence[str]) -> dict[str, Kind]:
+    """Of the quantized Linears that may stay so."""
+    left = read_names(ignore)
+    found: dict[str, Kind] = {}
+    for name, linear in layout.linears.items():
+        weight = linear.weight
+        if isinstance(weight, Encoded) and linear.kept is None and not left.match(name):
+            found[name] = weight.scheme, weight.input_scale is not None
+    return found
+
+
+def _check_kinds(
+    ckpt: Checkpoint, layout: Layout, recipe: Recipe, kinds: Mapping[str, Kind]
+) -> None:
+    if not kinds:
+        raise PlanError(f"{ckpt.path}: has no quantized Linear that can be repacked")
+    others = sorted({str(scheme) for scheme, _ in kinds.values() if scheme != NVFP4})
+    if read_declared(ckpt, lambda *_: None).method == "compressed-tensors" and others:
+        raise PlanError(
+            f"{ckpt.path}: has Linears in {listed(others)} beside MXFP4; scheme {recipe.name!r} "
+            "casts compressed-tensors checkpoints that are MXFP4 throughout"
+        )
+    for name in kinds:
+        weight = layout.linears[name].weight
+        assert isinstance(weight, Encoded)
+        if (why := weight.why_not_repacked()) is not None:
+            raise PlanError(f"{weight.stored.file}: {name}: {why}")
 
 
 FP8_CACHE = Args(type="float", strategy="tensor")
@@ -87,11 +139,11 @@ def carried_scales(ckpt: Checkpoint) -> dict[str, dict[str, StoredTensor]]:
     return made if all(t.spec.numel == 1 for t in scales.values()) else {}
 
 
-def _check_method(ckpt: Checkpoint) -> None:
+def _check_method(ckpt: Checkpoint, recipe: Recipe) -> None:
     method = (ckpt.quantization_config or {}).get("quant_method")
     if method is None:
         raise UsageError(f"scheme 'repack' needs a quantized source; {ckpt.path} is not quantized")
-    if method == "compressed-tensors":
+    if method == "compressed-tensors" and recipe.conversion == REPACK:
         raise UsageError(f"{ckpt.path}: is in compressed-tensors' layout already")
     if method == "mxfp4":
         raise PlanError(

@@ -137,6 +137,8 @@ class Scheme:
 
 
 DEQUANTIZE, REPACK = "dequantize", "repack"
+REPACK_NVFP4 = "repack-nvfp4"
+"""As REPACK, with MXFP4 as NVFP4."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -163,11 +165,17 @@ class Recipe(Scheme):
     gptq: Gptq | None = None
     """None rounds to the nearest code."""
     conversion: str | None = None
-    """DEQUANTIZE or REPACK: it quantizes nothing, and a quantized source is written otherwise."""
+    """DEQUANTIZE, REPACK or REPACK_NVFP4: it quantizes nothing, and a quantized source is written
+    otherwise."""
+
     handed_over: tuple[str, ...] = ()
     """Modifiers that llm-compressor has to run itself, by class name."""
     text: str
     """The recipe as YAML in llm-compressor's dialect; kept with the output."""
+
+    @property
+    def repacks(self) -> bool:
+        return self.conversion in (REPACK, REPACK_NVFP4)
 
     @property
     def runs_layers(self) -> bool:

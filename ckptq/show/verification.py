@@ -118,6 +118,9 @@ def _checked(found: Report) -> Iterator[str]:
             f"Linears{samples}, {checks['tensors copied']} tensors that are copies",
             indent=0,
         )
+        if checks["codes exact"]:
+            share = checks["codes exact"] / checks["codes compared"]
+            yield f"exact: {share:.4%} of these codes are the source's own numbers"
 
 
 def _engine(run: EngineRun) -> str:

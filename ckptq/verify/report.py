@@ -55,6 +55,8 @@ class TensorResult:
     """Of those, codes that a division in the weight's dtype explains."""
     scales_wrong: int
     """Scales that the plain minimum and maximum do not give."""
+    exact: int = 0
+    """Elements that are the numbers of a quantized source."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

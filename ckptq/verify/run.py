@@ -151,4 +151,5 @@ def _counted(subject: Subject, checked: Checked) -> dict[str, int]:
         "linears compared": len(checked.tensors),
         "tensors copied": checked.copied,
         "codes compared": sum(t.elements for t in checked.tensors),
+        "codes exact": sum(t.exact for t in checked.tensors),
     }

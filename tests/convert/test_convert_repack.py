@@ -17,6 +17,8 @@ from convert_killed import Run, digests, perform
 from safetensors.torch import load_file, save_file
 from test_convert_foreign import source
 from tiny.foreign import (
+    E2M1,
+    FP8_METHOD,
     LINEARS,
     Foreign,
     fp8,
@@ -260,3 +262,72 @@ def test_killed_at_any_step_it_resumes(tmp_path: Path) -> None:
         assert perform(replace(killed, die_at=at))[0] != 0
         assert perform(killed)[0] == 0
         assert digests(killed.out) == digests(run.out)
+
+
+def mxfp4_maker(spread: int) -> Callable[[Tensor], Any]:
+    """DeepSeek-V4's FP4 with exponents over so many binades."""
+
+    def make(w_RC: Tensor) -> Any:
+        R, C = w_RC.shape
+        code = torch.randint(0, 16, (R, C), dtype=torch.uint8)
+        exponent = torch.randint(-2 - spread, -1, (R, C // 32))
+        exponent[0, 0] = -2
+        pairs = (code[:, ::2] | code[:, 1::2] << 4).view(torch.int8)
+        step = torch.exp2(exponent.float())
+        w = (E2M1[code.long()].unflatten(1, (-1, 32)) * step[..., None]).flatten(1)
+        return {"weight": pairs, "scale": step.to(torch.float8_e8m0fnu)}, w.bfloat16()
+
+    return make
+
+
+def test_mxfp4_is_cast_to_nvfp4_exactly_where_its_scales_reach(tmp_path: Path) -> None:
+    cast = load_scheme("repack-nvfp4")
+    foreign = write(tmp_path / "near", mxfp4_maker(17), FP8_METHOD, torch.bfloat16)
+    out = convert(foreign.folder, tmp_path / "near out", cast).out
+    for name in LINEARS:
+        made = by_compressed_tensors(out, name)
+        assert torch.equal(made.bfloat16(), foreign.weights[name]), name
+    report = verify(out, foreign.folder)
+    assert report.ok, report.findings
+    assert {one.scheme for one in report.tensors} == {"nvfp4"}
+    assert report.checks["codes exact"] == report.checks["codes compared"]
+    change(out, "model.layers.0.mlp.up_proj.weight_scale", flip)
+    assert {t.rpartition(".")[0] for _, t in faults(verify(out, foreign.folder)) if t} == {
+        "model.layers.0.mlp.up_proj"
+    }
+
+
+def test_groups_that_nvfp4_cannot_hold_are_rounded_and_counted(tmp_path: Path) -> None:
+    foreign = write(tmp_path / "far", mxfp4_maker(24), FP8_METHOD, torch.bfloat16)
+    out = convert(foreign.folder, tmp_path / "far out", load_scheme("repack-nvfp4")).out
+    exact = 0
+    for name in LINEARS:
+        made, wanted = by_compressed_tensors(out, name).float(), foreign.weights[name].float()
+        scale = foreign.stored[f"{name}.scale"].float()
+        reached = (scale >= scale.max() * 2.0**-17).repeat_interleave(32, 1)
+        assert torch.equal(made[reached], wanted[reached])
+        assert (made - wanted).abs().max() <= scale.max() * 2.0**-17 / 4
+        exact += int((made == wanted).sum())
+    report = verify(out, foreign.folder)
+    assert report.ok, report.findings
+    assert report.checks["codes exact"] == exact < report.checks["codes compared"]
+
+
+def test_what_compressed_tensors_has_as_mxfp4_is_cast_too(tmp_path: Path) -> None:
+    foreign = write(tmp_path / "near", mxfp4_maker(12), FP8_METHOD, torch.bfloat16)
+    made = convert(foreign.folder, tmp_path / "made", REPACK).out
+    name = "model.layers.1.mlp.down_proj"
+    out = convert(made, tmp_path / "out", load_scheme("repack-nvfp4"), (name,)).out
+    direct = convert(foreign.folder, tmp_path / "x", load_scheme("repack-nvfp4"), (name,)).out
+    assert differences(tensors_in(out), tensors_in(direct)) == []
+    assert torch.equal(tensors_in(out)[f"{name}.weight"], foreign.weights[name])
+    assert verify(out, made).ok
+    mixed = convert(source(tmp_path / "v4", "deepseek").folder, tmp_path / "mixed", REPACK).out
+    with pytest.raises(PlanError, match="has Linears in fp8 block 128x128 beside MXFP4"):
+        convert(mixed, tmp_path / "no", load_scheme("repack-nvfp4"))
+
+
+def test_a_source_without_mxfp4_is_not_cast(tmp_path: Path) -> None:
+    foreign = source(tmp_path / "source", "awq")
+    with pytest.raises(UsageError, match="the source has no Linears in MXFP4"):
+        convert(foreign.folder, tmp_path / "out", load_scheme("repack-nvfp4"))

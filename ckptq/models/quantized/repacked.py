@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from ckptq.checkpoint.header import StoredTensor
 from ckptq.checkpoint.read import Files, read_tensor
+from ckptq.models.quantized.as_nvfp4 import AsNvfp4
 from ckptq.models.quantized.encoded_weight import Encoded
 from ckptq.quantize.stored import quantum_specs, stored
 from ckptq.spec import FLOATS, TensorSpec
@@ -59,6 +60,8 @@ def repacked_constants(weight: Encoded, files: Files) -> dict[str, Tensor]:
     for local in repacked_lone(weight):
         if local == "weight_shape":
             made[local] = torch.tensor(weight.shape)
+        elif isinstance(weight, AsNvfp4):
+            made |= weight.lone()
         elif local == "weight_global_scale":
             made[local] = inverse(read_tensor(weight.tensors["weight_scale_2"], files))
         elif local == "weight_scale":

@@ -106,7 +106,7 @@ def _compare(linear: StoredLinear, held: Held, rows: Rows | None, start: int, st
             w_RC = source[first - start : last - start]
             assert linear.module.origin is not None
             origin = linear.module.origin.weight
-            alike = isinstance(origin, Encoded) and str(origin.scheme) == str(linear.scheme)
+            alike = isinstance(origin, Encoded)
             with naming(linear.name, origin.stored):
                 one = compare(w_RC, cut, linear.scheme, alike=alike)
             tally += one
@@ -131,4 +131,5 @@ def result_of(linear: StoredLinear, tally: Tally) -> TensorResult:
         codes_wrong=tally.wrong,
         codes_rounded_twice=tally.twice,
         scales_wrong=tally.scales_wrong,
+        exact=tally.exact,
     )

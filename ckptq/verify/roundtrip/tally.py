@@ -48,7 +48,7 @@ class Tally:
     zeros_wrong: int = 0
     """Of those, the ones of which only the zero point is another."""
     exact: int = 0
-    """Elements that are the source's own number; counted for a source in the same scheme."""
+    """Elements that are the source's own number; counted for a quantized source."""
     signal: float = 0.0
     noise: float = 0.0
     low: float = 0.0
@@ -102,7 +102,7 @@ def compare(
 ) -> Tally:
     """Everything countable about these rows. Raises `NonFinite` where the source is NaN or Inf.
 
-    `alike` says that the source is quantized in the same scheme.
+    `alike` says that the source is quantized too, so that its numbers may be the same.
     """
     made = observe(w_RC, held, scheme)
     dequantized = nearest.weights(held, scheme, w_RC.shape[1])
