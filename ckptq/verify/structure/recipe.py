@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 from ckptq.checkpoint.open import CONFIG
@@ -36,7 +37,7 @@ Difference = tuple[str, object, object]
 def check_recipe(subject: Subject) -> Iterator[Finding]:
     """A finding for each field that differs. Nothing where the recipe is not ckptq's, cannot be
     read, or was carried out by llm-compressor, which writes a config of its own."""
-    recipe = _recipe(subject)
+    recipe = written_recipe(subject.ckpt.path) if subject.declared.present else None
     if recipe is None or recipe.handed_over:
         return
     yield from _linears(subject, recipe)
@@ -44,10 +45,10 @@ def check_recipe(subject: Subject) -> Iterator[Finding]:
         yield _differs(field, _shown(found), wanted)
 
 
-def _recipe(subject: Subject) -> Recipe | None:
-    folder = subject.ckpt.path
-    ours = all((folder / name).is_file() for name in (RECIPE, RECORD))
-    if not subject.declared.present or not ours:
+def written_recipe(folder: Path) -> Recipe | None:
+    """The recipe.yaml that ckptq wrote into a checkpoint; None where that is another tool's, or
+    cannot be read."""
+    if not all((folder / name).is_file() for name in (RECIPE, RECORD)):
         return None
     try:
         return load_written(folder / RECIPE)

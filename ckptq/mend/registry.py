@@ -1,0 +1,139 @@
+"""Which finding is repaired how: the one table of `mend`, by the codes of `verify`.
+
+What is wrong is said in `ckptq.verify.kinds` alone. HEADERS are candidates that headers judge,
+tried first and in this order, because what they repair hides other faults. VALUES are made once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
+
+from ckptq.mend import of_config, of_ignore, of_names, of_places, of_tensors
+from ckptq.mend.case import Case
+from ckptq.mend.from_recipe import restore_fields, restore_targets, write_anew
+from ckptq.mend.from_source import copy_file, make_again, make_shard_again
+from ckptq.mend.repair import Outcome, Repair
+from ckptq.mend.trial import Maker, Makers
+from ckptq.verify.report import Finding
+
+METHOD = partial(of_config.set_fields, {"quant_method": "compressed-tensors"})
+STATUS = partial(of_config.set_fields, {"quantization_status": "compressed"})
+RECIPE: tuple[Maker, ...] = (restore_fields, restore_targets)
+FITTED: tuple[Maker, ...] = (*RECIPE, of_config.fit_weights)
+
+
+def write_index(case: Case, found: Sequence[Finding]) -> Iterator[Repair]:
+    """The index again, by the headers of the shards."""
+    where = found[0].file
+    if all(one.repair == "rewrite the index" or _is_ghost(case, one) for one in found):
+        yield Repair(code=found[0].code, where=where, said="index rewritten", index=True)
+
+
+def _is_ghost(case: Case, one: Finding) -> bool:
+    """A name that no file holds, and that the model does not lack."""
+    known = case.units if case.source is not None else {}
+    return "no file holds it" in one.found and one.tensor not in known
+
+
+HEADERS: Makers = {
+    "index-mismatch": (write_index,),
+    "total-size": (write_index,),
+    "names-moved": (of_names.rename_layers,),
+    "no-quantization-config": (write_anew,),
+    "quant-method": (METHOD,),
+    "status": (STATUS,),
+    "config-groups-missing": (*RECIPE, of_config.add_groups),
+    "sparsity": (of_config.drop_sparsity,),
+    "group-invalid": (of_config.drop_unknown, *RECIPE),
+    "pattern-invalid": (of_config.drop_broken, *RECIPE),
+    "actorder": (*RECIPE, of_config.drop_actorder),
+    "format": (*RECIPE, of_config.declare_formats),
+    "codes-dtype": FITTED,
+    "group-size": FITTED,
+    "strategy": FITTED,
+    "block-rows": RECIPE,
+    "block-columns": RECIPE,
+    "attention-target": (of_config.name_attention,),
+    "kv-scheme": (*RECIPE, of_config.cache_of_group, of_config.whole_cache_scheme),
+    "kv-scheme-missing": (*RECIPE, of_config.cache_of_group, of_config.cache_of_scales),
+    "no-attention": (of_config.drop_cache,),
+    "recipe-differs": RECIPE,
+    "target-unmatched": (restore_targets, of_config.drop_idle_groups),
+    "untargeted": (restore_targets, of_config.target_linears),
+    "target-class": (of_config.write_linear,),
+    "head-untargeted": (of_config.target_head,),
+    "config-differs": (of_config.source_fields, of_config.source_config),
+    "config-shapes": (of_config.source_fields, of_config.source_config, of_config.fit_embedding),
+    "tied-head": (of_config.source_tie,),
+    "ignored-but-quantized": (of_ignore.remove_entries,),
+    "fused-set-split": (of_ignore.remove_entries,),
+    "targeted-but-unquantized": (of_ignore.add_unplanned,),
+    "ignore-not-honoured": (of_ignore.add_names,),
+    "not-ignored": (of_ignore.add_names,),
+    "expert-names": (of_names.rename_experts,),
+    "scale-shape": (of_names.reshape_scales,),
+    "kv-scale-shape": (of_names.reshape_cache_scales, *RECIPE),
+    "kv-scale-missing": (of_names.own_scale,),
+    "vision-scale": (of_names.remove,),
+    "kv-scale-orphan": (of_names.remove,),
+    "orphan-scale": (of_names.remove_orphans,),
+    "input-scale-extra": (of_names.remove_few,),
+    "zero-point-extra": (of_names.remove_proved,),
+    "tensor-extra": (of_names.remove_proved,),
+    "tensor-unknown": (of_names.remove_proved,),
+    "expert-layouts-mixed": (of_names.remove_proved,),
+}
+"""Code -> what may repair it."""
+
+NOTES = ("not-ignored", "target-class", "expert-names", "shape-missing", "fused-scales-differ")
+"""Notes that are repaired too: what an engine makes of them is no harm only in some."""
+
+Repairer = Callable[[Case, Finding], Outcome | None]
+
+_FROM_SOURCE = (
+    *("never-quantized", "targeted-but-unquantized", "experts-differ", "expert-missing"),
+    *("fused-set-split", "layer-missing", "weight-missing", "scale-missing", "zero-point-missing"),
+    *("global-scale-missing", "tensor-missing", "copy-spec", "codes-shape", "scale-dtype"),
+    *("zero-point-shape", "scale-not-finite", "scale-not-positive", "scales-all-one", "codes-nan"),
+    *("scale-uninitialised", "rows-empty", "codes-empty", "padding", "zero-point-range"),
+    *("not-finite", "copy-differs", "codes-corrupt", "scale-corrupt", "weight-wrong"),
+    *("scale-wrong", "scale-clips", "scale-inverted", "scale-shifted", "scale-transposed"),
+    *("scale-of-another", "codes-of-another", "misplaced", "experts-permuted", "tied-head"),
+    *("experts-transposed", "heads-swapped", "nibbles-swapped", "bytes-swapped", "codes-offset"),
+    *("zero-points-offset", "zero-points-wrong", "zero-points-of-another", "rows-moved"),
+    *("head-untargeted", "codes-range", "group-size", "strategy", "ignore-not-honoured"),
+)
+
+VALUES: Mapping[str, Repairer] = {
+    **dict.fromkeys(_FROM_SOURCE, make_again),
+    "stale-shard": make_shard_again,
+    "side-file-missing": copy_file,
+    "tokenizer-differs": copy_file,
+    "vocabulary": copy_file,
+    "codes-transposed": of_tensors.turn_codes,
+    "scale-shape": of_tensors.turn_scales,
+    "codes-dtype": of_tensors.convert_codes,
+    "zero-point-packing": of_tensors.repack_zero_points,
+    "scale-implausible": of_tensors.invert_scales,
+    "weight-shape-value": of_tensors.write_shape,
+    "shape-missing": of_tensors.write_shape,
+    "fused-scales-differ": of_tensors.share_scales,
+    "input-scale-split": of_tensors.share_scales,
+    "g-idx": of_tensors.drop_order,
+    "scale-permuted": of_places.move_rows,
+    "codes-permuted": of_places.move_rows,
+    "rows-permuted": of_places.move_rows,
+    "zero-points-permuted": of_places.move_rows,
+    "rope-order-mixed": of_places.unite_orders,
+    "exchanged": of_places.exchange,
+    "shared-cache-scale": lambda case, one: next(of_names.own_scale(case, [one]), None),
+}
+"""Code -> its repair; None where there is nothing left to do."""
+
+TEXT = (
+    *("kv-scale-missing", "q-scale-missing", "kv-scale-dtype", "kv-scale-shape", "head-saturates"),
+    *("input-scale-missing", "input-scale-implausible", "cache-scale-wrong", "heads-exchanged"),
+    *("kv-exchanged", "cache-scale-inverted", "cache-scale-of-another", "kv-heads-differ"),
+)
+"""What only calibration on text can give."""
