@@ -9,11 +9,13 @@ from collections.abc import Iterator
 from dataclasses import replace
 
 from ckptq.mend.case import Case
+from ckptq.mend.edit import with_quantization
 from ckptq.mend.repair import Again, Change, Outcome, Repair, Told
 from ckptq.plan.unit import Unit
 from ckptq.quantize.formats import needs_statistic
+from ckptq.recipes.names import read_names
 from ckptq.verify.report import Finding
-from ckptq.verify.subject import CODES, SCALES
+from ckptq.verify.subject import CODES, EXPERT, SCALES
 
 NOT_CHOSEN = "; rounded to nearest, where the recipe chose codes by calibration"
 
@@ -56,6 +58,24 @@ def make_shard_again(case: Case, finding: Finding) -> Outcome | None:
         return Told(code=finding.code, where=finding.file, needs="convert", said=_why_no_plan(case))
     said = f"{len(changes)} tensors made again from the source"
     return Repair(code=finding.code, where=finding.file, said=said, changes=changes)
+
+
+def level_experts(case: Case, finding: Finding) -> Outcome | None:
+    """An expert that is not quantized as the first is, and `ignore` where it names it alone."""
+    match = EXPERT.match(finding.tensor or "")
+    if match is None or case.source is None:
+        return make_again(case, finding)
+    first = f"{match['experts']}.0.{match['projection']}"
+    own = dict(case.draft.ckpt.quantization_config or {})
+    ignore = own.get("ignore") or []
+    own["ignore"] = [
+        e for e in ignore
+        if not read_names([str(e)]).match(finding.tensor or "") or read_names([str(e)]).match(first)
+    ]  # fmt: skip
+    config = with_quantization(case.draft.ckpt, own)
+    changed = Repair(code=finding.code, where=finding.tensor, said="", config=config)
+    outcome = make_again(Case(case.draft.repaired(changed), case.source), finding)
+    return replace(outcome, config=config) if isinstance(outcome, Repair) else outcome
 
 
 def copy_file(case: Case, finding: Finding) -> Outcome | None:

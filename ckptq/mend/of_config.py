@@ -73,8 +73,10 @@ def drop_broken(case: Case, found: Sequence[Finding]) -> Iterator[Repair]:
 
 
 def drop_idle_groups(case: Case, found: Sequence[Finding]) -> Iterator[Repair]:
-    """Groups that no Linear falls to."""
+    """Groups that no Linear falls to, beside others."""
     idle = [one.tensor.rpartition("config_groups.")[2] for one in found if one.tensor]
+    if len(idle) >= len(case.subject.declared.linears):
+        return
 
     def drop(own: dict[str, Any]) -> None:
         for name in idle:
@@ -199,12 +201,6 @@ def whole_cache_scheme(case: Case, found: Sequence[Finding]) -> Iterator[Repair]
     yield from edited(case, found[0].code, "kv_cache_scheme set to static FP8", change)
 
 
-def drop_cache(case: Case, found: Sequence[Finding]) -> Iterator[Repair]:
-    """Of a model without attention."""
-    said = "kv_cache_scheme removed"
-    yield from edited(case, found[0].code, said, lambda own: own.update(kv_cache_scheme=None))
-
-
 def write_linear(case: Case, found: Sequence[Finding]) -> Iterator[Repair]:
     """The class as transformers spells it."""
 
@@ -227,7 +223,8 @@ def target_linears(case: Case, found: Sequence[Finding]) -> Iterator[Repair]:
 
 def target_head(case: Case, found: Sequence[Finding]) -> Iterator[Repair]:
     """The output head by its name, because vLLM does not match it by class."""
-    if len(case.subject.declared.linears) == 1:
+    tied = any(one.tensor and case.subject.ties(one.tensor) for one in found)
+    if len(case.subject.declared.linears) == 1 and not tied:
         change = partial(_retarget, more=["re:.*lm_head"])
         yield from edited(case, found[0].code, "the group targets the output head by name", change)
 

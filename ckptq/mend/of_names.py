@@ -25,6 +25,12 @@ def remove(case: Case, found: Sequence[Finding]) -> Iterator[Repair]:
     yield from _removed(found[0].code, [name for name in names if name is not None])
 
 
+def remove_cache_scales(case: Case, found: Sequence[Finding]) -> Iterator[Repair]:
+    """Scales of modules that have no cache, where others have one: else attention is missing."""
+    if case.subject.attention:
+        yield from remove(case, found)
+
+
 def remove_proved(case: Case, found: Sequence[Finding]) -> Iterator[Repair]:
     """The same where the source shows that they do not belong."""
     if case.source is not None:

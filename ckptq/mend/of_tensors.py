@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import replace
 from functools import partial
 from math import ceil
 from typing import TYPE_CHECKING, Any
@@ -55,11 +56,21 @@ def turn_scales(case: Case, finding: Finding) -> Outcome | None:
     scale = module.tensors.get("weight_scale") if module is not None else None
     if case.source is not None or scale is None or module is None or module.scheme is None:
         return make_again(case, finding)
+    codes = module.codes
+    if codes is not None and module.scheme.strategy == "channel" and _stands_on_side(codes, scale):
+        return turn_codes(case, replace(finding, tensor=codes.name))
     R, G = scale_shape(module.shape or (1, 1), module.scheme)
     if scale.spec.shape != (G, R) or R == G:
         return make_again(case, finding)
     spec = TensorSpec(scale.spec.dtype, (R, G))
     return _one(finding, scale, made(scale, compute.transposed, spec), "transposed")
+
+
+def _stands_on_side(codes: StoredTensor, scale: StoredTensor) -> bool:
+    """Whether unpacked codes have as many columns as there are scales of rows."""
+    shape = codes.spec.shape
+    whole = codes.name.endswith(".weight") and len(shape) == 2 and shape[0] != shape[1]
+    return whole and scale.spec.shape == (shape[1], 1)
 
 
 def convert_codes(case: Case, finding: Finding) -> Outcome | None:

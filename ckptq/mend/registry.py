@@ -12,8 +12,8 @@ from functools import partial
 from ckptq.mend import of_config, of_ignore, of_names, of_places, of_tensors
 from ckptq.mend.case import Case
 from ckptq.mend.from_recipe import restore_fields, restore_targets, write_anew
-from ckptq.mend.from_source import copy_file, make_again, make_shard_again
-from ckptq.mend.repair import Outcome, Repair
+from ckptq.mend.from_source import copy_file, level_experts, make_again, make_shard_again
+from ckptq.mend.repair import Outcome, Repair, Told
 from ckptq.mend.trial import Maker, Makers
 from ckptq.verify.report import Finding
 
@@ -36,10 +36,12 @@ def _is_ghost(case: Case, one: Finding) -> bool:
     return "no file holds it" in one.found and one.tensor not in known
 
 
+NAMES: Makers = {"names-moved": (of_names.rename_layers,)}
+"""What comes before everything: other names say nothing while these are wrong."""
+
 HEADERS: Makers = {
     "index-mismatch": (write_index,),
     "total-size": (write_index,),
-    "names-moved": (of_names.rename_layers,),
     "no-quantization-config": (write_anew,),
     "quant-method": (METHOD,),
     "status": (STATUS,),
@@ -57,7 +59,6 @@ HEADERS: Makers = {
     "attention-target": (of_config.name_attention,),
     "kv-scheme": (*RECIPE, of_config.cache_of_group, of_config.whole_cache_scheme),
     "kv-scheme-missing": (*RECIPE, of_config.cache_of_group, of_config.cache_of_scales),
-    "no-attention": (of_config.drop_cache,),
     "recipe-differs": RECIPE,
     "target-unmatched": (restore_targets, of_config.drop_idle_groups),
     "untargeted": (restore_targets, of_config.target_linears),
@@ -75,8 +76,8 @@ HEADERS: Makers = {
     "scale-shape": (of_names.reshape_scales,),
     "kv-scale-shape": (of_names.reshape_cache_scales, *RECIPE),
     "kv-scale-missing": (of_names.own_scale,),
-    "vision-scale": (of_names.remove,),
-    "kv-scale-orphan": (of_names.remove,),
+    "vision-scale": (of_names.remove_cache_scales,),
+    "kv-scale-orphan": (of_names.remove_cache_scales,),
     "orphan-scale": (of_names.remove_orphans,),
     "input-scale-extra": (of_names.remove_few,),
     "zero-point-extra": (of_names.remove_proved,),
@@ -91,23 +92,43 @@ NOTES = ("not-ignored", "target-class", "expert-names", "shape-missing", "fused-
 
 Repairer = Callable[[Case, Finding], Outcome | None]
 
-_FROM_SOURCE = (
-    *("never-quantized", "targeted-but-unquantized", "experts-differ", "expert-missing"),
+
+def untie(case: Case, finding: Finding) -> Outcome | None:
+    """A head of its own under a config that ties it: as the source says."""
+    return next(of_config.source_tie(case, [finding]), None) or make_again(case, finding)
+
+
+def leave_out(case: Case, finding: Finding) -> Outcome | None:
+    """A file with other weights of the same names: the source shows that the shards hold its own.
+    The writer carries no such file."""
+    if case.source is None:
+        said = f"either this file or the shards hold the weights; {finding.repair}"
+        return Told(code=finding.code, where=finding.file, needs="choice", said=said)
+    said = "left out: the shards hold the source's tensors"
+    return Repair(code=finding.code, where=finding.file, said=said, anew=True)
+
+
+FROM_SOURCE = (
+    *("never-quantized", "targeted-but-unquantized", "expert-missing"),
     *("fused-set-split", "layer-missing", "weight-missing", "scale-missing", "zero-point-missing"),
     *("global-scale-missing", "tensor-missing", "copy-spec", "codes-shape", "scale-dtype"),
     *("zero-point-shape", "scale-not-finite", "scale-not-positive", "scales-all-one", "codes-nan"),
     *("scale-uninitialised", "rows-empty", "codes-empty", "padding", "zero-point-range"),
     *("not-finite", "copy-differs", "codes-corrupt", "scale-corrupt", "weight-wrong"),
     *("scale-wrong", "scale-clips", "scale-inverted", "scale-shifted", "scale-transposed"),
-    *("scale-of-another", "codes-of-another", "misplaced", "experts-permuted", "tied-head"),
+    *("scale-of-another", "codes-of-another", "misplaced", "experts-permuted"),
     *("experts-transposed", "heads-swapped", "nibbles-swapped", "bytes-swapped", "codes-offset"),
     *("zero-points-offset", "zero-points-wrong", "zero-points-of-another", "rows-moved"),
     *("head-untargeted", "codes-range", "group-size", "strategy", "ignore-not-honoured"),
 )
+"""What is made again from the source."""
 
 VALUES: Mapping[str, Repairer] = {
-    **dict.fromkeys(_FROM_SOURCE, make_again),
+    **dict.fromkeys(FROM_SOURCE, make_again),
     "stale-shard": make_shard_again,
+    "experts-differ": level_experts,
+    "tied-head": untie,
+    "stray-weights": leave_out,
     "side-file-missing": copy_file,
     "tokenizer-differs": copy_file,
     "vocabulary": copy_file,
@@ -130,6 +151,12 @@ VALUES: Mapping[str, Repairer] = {
     "shared-cache-scale": lambda case, one: next(of_names.own_scale(case, [one]), None),
 }
 """Code -> its repair; None where there is nothing left to do."""
+
+WITH_SOURCE = (
+    *("config-shapes", "config-differs", "names-moved", "tensor-extra", "tensor-unknown"),
+    *("zero-point-extra", "expert-layouts-mixed", "index-mismatch"),
+)
+"""What headers can judge with the source only."""
 
 TEXT = (
     *("kv-scale-missing", "q-scale-missing", "kv-scale-dtype", "kv-scale-shape", "head-saturates"),

@@ -64,10 +64,13 @@ class Repair:
     unmarked: bool = False
     """The marks of a RoPE order are removed."""
 
+    anew: bool = False
+    """Writing a new folder is the repair."""
+
     @property
     def of_documents(self) -> bool:
-        """Whether no shard changes."""
-        return not self.changes and not self.unmarked
+        """Whether config.json and the index are all that changes."""
+        return not (self.changes or self.unmarked or self.files or self.anew)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Literal
+from typing import Any
 
 from ckptq.checkpoint.open import Checkpoint, Problems, open_checkpoint
 from ckptq.convert.output import DEFAULTS, RunOptions
@@ -13,17 +13,15 @@ from ckptq.errors import CkptqError, UsageError
 from ckptq.mend.case import Case
 from ckptq.mend.draft import Draft, draft_of
 from ckptq.mend.of_tensors import fold_heads
-from ckptq.mend.registry import HEADERS, NOTES, TEXT, VALUES
-from ckptq.mend.repair import Outcome, Repair, Told
-from ckptq.mend.trial import settle_headers
+from ckptq.mend.registry import HEADERS, NAMES, NOTES, TEXT, VALUES, WITH_SOURCE
+from ckptq.mend.repair import Again, Made, Needs, Outcome, Repair, Told
+from ckptq.mend.trial import THOROUGH, settle_headers
 from ckptq.mend.write_mended import write_in_place, write_mended
 from ckptq.progress import Begin, Note, silent, untold
 from ckptq.verify.loaders import find_engine
 from ckptq.verify.options import Options
 from ckptq.verify.report import Finding, Report
 from ckptq.verify.run import Asking, judge, verify
-
-Where = Literal["out", "in-place", "nowhere"]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -74,6 +72,20 @@ class Mended:
     def ok(self) -> bool:
         """Whether what is there now is right."""
         return (self.after or self.before).ok
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON data: of the two reports, what they come to."""
+        reports = {"before": self.before, "after": self.after}
+        return {
+            "path": self.path,
+            "out": self.out,
+            "dry_run": self.dry_run,
+            "ok": self.ok,
+            "repairs": [asdict(one) for one in self.repairs],
+            "left": [asdict(one) for one in self.left],
+            "kept": list(self.kept),
+            **{name: r and {"ok": r.ok, "counts": r.counts} for name, r in reports.items()},
+        }
 
 
 def mend(request: MendRequest, begin: Begin = silent, note: Note = untold) -> Mended:
@@ -159,20 +171,38 @@ def _repaired(
     wanted = [one for one in (*before.findings, *before.notes) if _mendable(one)]
     if not wanted:
         return draft, outcomes
+    if any(one.code in NAMES for one in wanted):
+        renamed = settle_headers(draft, source, NAMES, NOTES, THOROUGH)
+        draft, outcomes = renamed.draft, [*outcomes, *renamed.repairs]
     settled = settle_headers(draft, source, HEADERS, NOTES)
     outcomes += settled.repairs
     told = {one.code: one for one in settled.told}
     found = before
-    if settled.repairs:
+    if outcomes:
         found = judge(settled.draft.ckpt, source, _asking(request, ckpt, begin), [])
     draft = settled.draft
     for one in (*found.findings, *found.notes):
-        if draft.settles(one) or not _mendable(one):
+        if draft.settles(one) or not _mendable(one) or _of_the_draft(one, before):
             continue
         made = _one(Case(draft, source), one, told)
-        outcomes += [made] if made is not None else []
+        if made is None or (isinstance(made, Repair) and _converted_already(draft, made)):
+            continue
+        outcomes.append(made)
         draft = draft.repaired(made) if isinstance(made, Repair) else draft
     return draft, outcomes
+
+
+def _converted_already(draft: Draft, repair: Repair) -> bool:
+    """Whether it would compute something of what is converted again anyway."""
+    again = {name for name, change in draft.computed.items() if isinstance(change, Again)}
+    return any(name in again for name, c in repair.changes.items() if isinstance(c, Made))
+
+
+def _of_the_draft(one: Finding, before: Report) -> bool:
+    """Whether a library was asked by new names for tensors that are still stored under the old
+    ones. What is written is verified again."""
+    told = any(other.code == one.code for other in before.findings)
+    return one.code == "decoder-disagrees" and not told
 
 
 def _mendable(one: Finding) -> bool:
@@ -187,7 +217,7 @@ def _one(case: Case, one: Finding, told: dict[str, Told]) -> Outcome | None:
         return _told(one, "text")
     repairer = VALUES.get(one.code)
     if repairer is None:
-        return _told(one, "convert")
+        return _told(one, "source" if _wants_source(case, one) else "convert")
     try:
         return repairer(case, one)
     except CkptqError as error:
@@ -204,19 +234,19 @@ def _of_cache(case: Case, one: Finding) -> bool:
     return one.tensor in (tensor.name for tensor in case.subject.cache_scales.values())
 
 
-def _told(one: Finding, needs: str) -> Told:
-    assert needs in ("text", "convert")
-    where = one.tensor or one.file
-    return Told(
-        code=one.code, where=where, needs="text" if needs == "text" else "convert", said=one.repair
-    )
+def _wants_source(case: Case, one: Finding) -> bool:
+    return case.source is None and one.code in WITH_SOURCE
+
+
+def _told(one: Finding, needs: Needs) -> Told:
+    return Told(code=one.code, where=one.tensor or one.file, needs=needs, said=one.repair)
 
 
 def _in_place_only(
     repairs: tuple[Repair, ...], left: tuple[Told, ...]
 ) -> tuple[tuple[Repair, ...], tuple[Told, ...]]:
     """Repairs of config.json and index; others are told."""
-    documents = tuple(one for one in repairs if one.of_documents and not one.files)
+    documents = tuple(one for one in repairs if one.of_documents)
     rest = [one for one in repairs if one not in documents]
     more = (
         Told(code=one.code, where=one.where, needs="choice", said="needs a new folder: give OUT")

@@ -13,7 +13,7 @@ from ckptq.checkpoint.open import Checkpoint
 from ckptq.errors import CkptqError
 from ckptq.mend.case import Case
 from ckptq.mend.draft import Draft
-from ckptq.mend.repair import Outcome, Repair, Told
+from ckptq.mend.repair import Repair, Told
 from ckptq.progress import silent
 from ckptq.verify.options import Options
 from ckptq.verify.report import Finding
@@ -31,9 +31,19 @@ REVEALING = ("names-moved",)
 ROUNDS = 24
 """Far more than there are kinds of faults in one checkpoint."""
 
-HEADERS = Asking(
-    headers_only=True, options=Options(fast=False, engine=None, progress=silent("", 0))
-)
+OPTIONS = Options(fast=False, engine=None, progress=silent("", 0))
+QUICK = Asking(headers_only=True, options=OPTIONS)
+THOROUGH = Asking(headers_only=True, quick=False, options=OPTIONS)
+"""The engine's table knows no names but its own, so that it cannot say how layers were renamed."""
+
+
+@dataclass(frozen=True)
+class Trial:
+    """What is tried, and how it is judged."""
+
+    makers: Makers
+    notes: Sequence[str]
+    asking: Asking
 
 
 @dataclass(frozen=True)
@@ -45,22 +55,28 @@ class Settled:
     told: tuple[Told, ...]
 
 
-def wrong_in(draft: Draft, source: Checkpoint | None, notes: Sequence[str]) -> list[Finding]:
+def wrong_in(
+    draft: Draft, source: Checkpoint | None, notes: Sequence[str], asking: Asking = QUICK
+) -> list[Finding]:
     """Faults, and notes of these kinds, that headers show."""
-    report = judge(draft.ckpt, source, HEADERS, [])
+    report = judge(draft.ckpt, source, asking, [])
     found = [*report.findings, *(note for note in report.notes if note.code in notes)]
     return [one for one in found if not draft.settles(one)]
 
 
 def settle_headers(
-    draft: Draft, source: Checkpoint | None, makers: Makers, notes: Sequence[str]
+    draft: Draft,
+    source: Checkpoint | None,
+    makers: Makers,
+    notes: Sequence[str],
+    asking: Asking = QUICK,
 ) -> Settled:
     """Repair by repair, until none helps."""
     repairs: list[Repair] = []
     told: dict[str, Told] = {}
-    found = wrong_in(draft, source, notes)
+    found = wrong_in(draft, source, notes, asking)
     for _ in range(ROUNDS):
-        step = _step(Case(draft, source), found, makers, notes, told)
+        step = _step(Case(draft, source), found, Trial(makers, notes, asking), told)
         if step is None:
             break
         repair, draft, found = step
@@ -72,20 +88,14 @@ def settle_headers(
 Step = tuple[Repair, Draft, list[Finding]]
 
 
-def _step(
-    case: Case,
-    found: list[Finding],
-    makers: Makers,
-    notes: Sequence[str],
-    told: dict[str, Told],
-) -> Step | None:
+def _step(case: Case, found: list[Finding], trial: Trial, told: dict[str, Told]) -> Step | None:
     """The first repair that helps; codes with several readings are entered in `told`."""
     by_code: dict[str, list[Finding]] = {}
     for one in found:
         by_code.setdefault(one.code, []).append(one)
-    for code in (c for c in makers if c in by_code):
-        for maker in makers[code]:
-            fits = list(_helpful(case, maker(case, by_code[code]), found, notes))
+    for code in (c for c in trial.makers if c in by_code):
+        for maker in trial.makers[code]:
+            fits = list(_helpful(case, maker(case, by_code[code]), found, trial))
             if not fits:
                 continue
             fewest = min(len(left) for _, _, left in fits)
@@ -103,13 +113,13 @@ def _several(code: str, first: Finding, repairs: Sequence[Repair]) -> Told:
 
 
 def _helpful(
-    case: Case, repairs: Iterator[Repair], found: list[Finding], notes: Sequence[str]
+    case: Case, repairs: Iterator[Repair], found: list[Finding], trial: Trial
 ) -> Iterator[Step]:
     before = {(one.code, one.tensor) for one in found}
     for repair in repairs:
         draft = case.draft.repaired(repair)
         try:
-            left = wrong_in(draft, case.source, notes)
+            left = wrong_in(draft, case.source, trial.notes, trial.asking)
         except CkptqError:
             continue
         new = {(f.code, f.tensor) for f in left if f.severity == "fault"} - before
@@ -122,7 +132,3 @@ def _less(repair: Repair, left: list[Finding], found: list[Finding]) -> bool:
     if repair.code in REVEALING:
         return all(one.code != repair.code for one in left)
     return len(left) < len(found)
-
-
-def outcomes(settled: Settled) -> tuple[Outcome, ...]:
-    return (*settled.repairs, *settled.told)

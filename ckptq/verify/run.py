@@ -78,6 +78,8 @@ class Asking:
 
     options: Options
     headers_only: bool = False
+    quick: bool = True
+    """Whether, with headers only, transformers is asked only where the engine's table is silent."""
     engine: str | None = None
     vllm_python: Path | None = None
     attention: bool = False
@@ -92,7 +94,7 @@ def judge(
     began = time.monotonic()
     headers_only, engine, options = asking.headers_only, asking.engine, asking.options
     declared, declared_wrong = judge_config(ckpt)
-    subject = Subject(ckpt, source, declared, headers_only)
+    subject = Subject(ckpt, source, declared, headers_only and asking.quick)
     by_linear = check_tensors(subject)
     structure = [*declared_wrong, *check_structure(subject, problems, by_linear)]
     asked = ask_engine(subject, engine, asking.vllm_python) if engine is not None else None

@@ -52,6 +52,10 @@ SURFACE = {
         "--max-kl", "--min-agreement", "--max-ppl-ratio", "--min-accuracy", "--vllm-python",
         "--report", "--json",
     },
+    "mend": {
+        *("--source", "--engine", "--per-tensor", "--headers-only", "--in-place", "--dry-run"),
+        *("--workers", "--device", "--restart", "--json"),
+    },
     "permute": {"--to", "--only", "--revision", "--workers", "--restart", "--json"},
     "inspect": {"--revision", "--json"},
     "recipes": {"--json"},
