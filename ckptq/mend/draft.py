@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -142,7 +142,7 @@ def _inserted(
     return made
 
 
-def untouched(draft: Draft, linked: Collection[str] = ()) -> dict[str, Header]:
+def untouched(draft: Draft) -> dict[str, Header]:
     """Shards of the original that the draft leaves as they are."""
     before = {header.file: _in_place(header) for header in draft.original.headers}
     same = {}
@@ -151,7 +151,7 @@ def untouched(draft: Draft, linked: Collection[str] = ()) -> dict[str, Header]:
         alike = old.metadata == header.metadata and list(old.tensors) == list(header.tensors)
         if alike and all(_same(t, old.tensors[n]) for n, t in header.tensors.items()):
             same[header.file.name] = header
-    return {name: header for name, header in same.items() if not linked or name in linked}
+    return same
 
 
 def _same(a: StoredTensor, b: StoredTensor) -> bool:

@@ -9,18 +9,19 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 
-from ckptq.mend import of_config, of_ignore, of_names, of_places, of_tensors
 from ckptq.mend.case import Case
-from ckptq.mend.from_recipe import restore_fields, restore_targets, write_anew
-from ckptq.mend.from_source import copy_file, level_experts, make_again, make_shard_again
+from ckptq.mend.config import of_fields, of_ignore
+from ckptq.mend.config.from_recipe import restore_fields, restore_targets, write_anew
 from ckptq.mend.repair import Outcome, Repair, Told
+from ckptq.mend.tensors import of_names, of_places, of_values
+from ckptq.mend.tensors.from_source import copy_file, level_experts, make_again, make_shard_again
 from ckptq.mend.trial import Maker, Makers
 from ckptq.verify.report import Finding
 
-METHOD = partial(of_config.set_fields, {"quant_method": "compressed-tensors"})
-STATUS = partial(of_config.set_fields, {"quantization_status": "compressed"})
+METHOD = partial(of_fields.set_fields, {"quant_method": "compressed-tensors"})
+STATUS = partial(of_fields.set_fields, {"quantization_status": "compressed"})
 RECIPE: tuple[Maker, ...] = (restore_fields, restore_targets)
-FITTED: tuple[Maker, ...] = (*RECIPE, of_config.fit_weights)
+FITTED: tuple[Maker, ...] = (*RECIPE, of_fields.fit_weights)
 
 
 def write_index(case: Case, found: Sequence[Finding]) -> Iterator[Repair]:
@@ -45,28 +46,28 @@ HEADERS: Makers = {
     "no-quantization-config": (write_anew,),
     "quant-method": (METHOD,),
     "status": (STATUS,),
-    "config-groups-missing": (*RECIPE, of_config.add_groups),
-    "sparsity": (of_config.drop_sparsity,),
-    "group-invalid": (of_config.drop_unknown, *RECIPE),
-    "pattern-invalid": (of_config.drop_broken, *RECIPE),
-    "actorder": (*RECIPE, of_config.drop_actorder),
-    "format": (*RECIPE, of_config.declare_formats),
+    "config-groups-missing": (*RECIPE, of_fields.add_groups),
+    "sparsity": (of_fields.drop_sparsity,),
+    "group-invalid": (of_fields.drop_unknown, *RECIPE),
+    "pattern-invalid": (of_fields.drop_broken, *RECIPE),
+    "actorder": (*RECIPE, of_fields.drop_actorder),
+    "format": (*RECIPE, of_fields.declare_formats),
     "codes-dtype": FITTED,
     "group-size": FITTED,
     "strategy": FITTED,
     "block-rows": RECIPE,
     "block-columns": RECIPE,
-    "attention-target": (of_config.name_attention,),
-    "kv-scheme": (*RECIPE, of_config.cache_of_group, of_config.whole_cache_scheme),
-    "kv-scheme-missing": (*RECIPE, of_config.cache_of_group, of_config.cache_of_scales),
+    "attention-target": (of_fields.name_attention,),
+    "kv-scheme": (*RECIPE, of_fields.cache_of_group, of_fields.whole_cache_scheme),
+    "kv-scheme-missing": (*RECIPE, of_fields.cache_of_group, of_fields.cache_of_scales),
     "recipe-differs": RECIPE,
-    "target-unmatched": (restore_targets, of_config.drop_idle_groups),
-    "untargeted": (restore_targets, of_config.target_linears),
-    "target-class": (of_config.write_linear,),
-    "head-untargeted": (of_config.target_head,),
-    "config-differs": (of_config.source_fields, of_config.source_config),
-    "config-shapes": (of_config.source_fields, of_config.source_config, of_config.fit_embedding),
-    "tied-head": (of_config.source_tie,),
+    "target-unmatched": (restore_targets, of_fields.drop_idle_groups),
+    "untargeted": (restore_targets, of_fields.target_linears),
+    "target-class": (of_fields.write_linear,),
+    "head-untargeted": (of_fields.target_head,),
+    "config-differs": (of_fields.source_fields, of_fields.source_config),
+    "config-shapes": (of_fields.source_fields, of_fields.source_config, of_fields.fit_embedding),
+    "tied-head": (of_fields.source_tie,),
     "ignored-but-quantized": (of_ignore.remove_entries,),
     "fused-set-split": (of_ignore.remove_entries,),
     "targeted-but-unquantized": (of_ignore.add_unplanned,),
@@ -95,7 +96,7 @@ Repairer = Callable[[Case, Finding], Outcome | None]
 
 def untie(case: Case, finding: Finding) -> Outcome | None:
     """A head of its own under a config that ties it: as the source says."""
-    return next(of_config.source_tie(case, [finding]), None) or make_again(case, finding)
+    return next(of_fields.source_tie(case, [finding]), None) or make_again(case, finding)
 
 
 def leave_out(case: Case, finding: Finding) -> Outcome | None:
@@ -132,16 +133,16 @@ VALUES: Mapping[str, Repairer] = {
     "side-file-missing": copy_file,
     "tokenizer-differs": copy_file,
     "vocabulary": copy_file,
-    "codes-transposed": of_tensors.turn_codes,
-    "scale-shape": of_tensors.turn_scales,
-    "codes-dtype": of_tensors.convert_codes,
-    "zero-point-packing": of_tensors.repack_zero_points,
-    "scale-implausible": of_tensors.invert_scales,
-    "weight-shape-value": of_tensors.write_shape,
-    "shape-missing": of_tensors.write_shape,
-    "fused-scales-differ": of_tensors.share_scales,
-    "input-scale-split": of_tensors.share_scales,
-    "g-idx": of_tensors.drop_order,
+    "codes-transposed": of_values.turn_codes,
+    "scale-shape": of_values.turn_scales,
+    "codes-dtype": of_values.convert_codes,
+    "zero-point-packing": of_values.repack_zero_points,
+    "scale-implausible": of_values.invert_scales,
+    "weight-shape-value": of_values.write_shape,
+    "shape-missing": of_values.write_shape,
+    "fused-scales-differ": of_values.share_scales,
+    "input-scale-split": of_values.share_scales,
+    "g-idx": of_values.drop_order,
     "scale-permuted": of_places.move_rows,
     "codes-permuted": of_places.move_rows,
     "rows-permuted": of_places.move_rows,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -12,9 +12,9 @@ from ckptq.convert.output import DEFAULTS, RunOptions
 from ckptq.errors import CkptqError, UsageError
 from ckptq.mend.case import Case
 from ckptq.mend.draft import Draft, draft_of
-from ckptq.mend.of_tensors import fold_heads
 from ckptq.mend.registry import HEADERS, NAMES, NOTES, TEXT, VALUES, WITH_SOURCE
 from ckptq.mend.repair import Again, Made, Needs, Outcome, Repair, Told
+from ckptq.mend.tensors.of_values import fold_heads
 from ckptq.mend.trial import THOROUGH, settle_headers
 from ckptq.mend.write_mended import write_in_place, write_mended
 from ckptq.progress import Begin, Note, silent, untold
@@ -180,15 +180,27 @@ def _repaired(
     found = before
     if outcomes:
         found = judge(settled.draft.ckpt, source, _asking(request, ckpt, begin), [])
-    draft = settled.draft
-    for one in (*found.findings, *found.notes):
-        if draft.settles(one) or not _mendable(one) or _of_the_draft(one, before):
+    left = [one for one in (*found.findings, *found.notes) if not _of_the_draft(one, before)]
+    draft, values = _values(settled.draft, source, left, told)
+    return draft, [*outcomes, *values]
+
+
+def _values(
+    draft: Draft, source: Checkpoint | None, found: Sequence[Finding], told: Mapping[str, Told]
+) -> tuple[Draft, list[Outcome]]:
+    """Each finding by itself. The case is worked out anew only where config.json changes."""
+    outcomes: list[Outcome] = []
+    case = Case(draft, source)
+    for one in found:
+        if draft.settles(one) or not _mendable(one):
             continue
-        made = _one(Case(draft, source), one, told)
+        made = _one(case, one, told)
         if made is None or (isinstance(made, Repair) and _converted_already(draft, made)):
             continue
         outcomes.append(made)
-        draft = draft.repaired(made) if isinstance(made, Repair) else draft
+        if isinstance(made, Repair):
+            draft = draft.repaired(made)
+            case = case if made.config is None else Case(draft, source)
     return draft, outcomes
 
 
@@ -209,7 +221,7 @@ def _mendable(one: Finding) -> bool:
     return one.severity == "fault" or one.code in NOTES
 
 
-def _one(case: Case, one: Finding, told: dict[str, Told]) -> Outcome | None:
+def _one(case: Case, one: Finding, told: Mapping[str, Told]) -> Outcome | None:
     """What becomes of one finding."""
     if one.code in told:
         return told[one.code]

@@ -19,8 +19,8 @@ from ckptq.convert.preflight import check_disk, slab_rooms
 from ckptq.errors import SourceError, UsageError
 from ckptq.files import write_whole
 from ckptq.mend.draft import Draft, untouched
-from ckptq.mend.from_source import restricted
 from ckptq.mend.repair import Again, Made, Repair
+from ckptq.mend.tensors.from_source import restricted
 from ckptq.permute.marks import METADATA_KEY, parse
 from ckptq.plan.unit import Unit
 from ckptq.progress import Begin, Note

@@ -1,22 +1,25 @@
 """What `mend` makes of each fault of the suite, and the table of what it has to make.
 
-`python tests/verify/mend_trials.py FOLDER` tries them all and writes the table anew: minutes.
+`PYTHONPATH=.:tests:tests/verify python tests/verify/mend_trials.py FOLDER` tries them all, and
+writes the table anew: minutes.
 """
 
 from __future__ import annotations
 
 import json
+import shutil
 import sys
 from collections.abc import Mapping
 from pathlib import Path
 
 import torch
 from safetensors import safe_open
-from verify_checkpoints import Editor
+from verify_checkpoints import Editor, convert, copy_of, kv_recipe, recipe, save_source
 from verify_faults import Fault
 
 from ckptq.convert.output import RunOptions
 from ckptq.mend.run import Mended, MendRequest, mend
+from ckptq.recipes.scheme import Recipe
 
 TABLE = Path(__file__).with_name("mended.json")
 
@@ -45,7 +48,7 @@ def tensors_of(folder: Path) -> dict[str, torch.Tensor]:
     found = {}
     for file in sorted(folder.glob("model*.safetensors")):
         with safe_open(file, framework="pt") as held:
-            found |= {name: held.get_tensor(name) for name in held.keys()}  # noqa: SIM118
+            found |= {n: held.get_tensor(n).clone() for n in held.keys()}  # noqa: SIM118
     return found
 
 
@@ -98,11 +101,15 @@ def write_table(found: Mapping[str, Mapping[str, str]]) -> None:
     TABLE.write_text("{\n" + ",\n".join(lines) + "\n}\n")
 
 
-def main(root: Path) -> None:
-    import shutil
+def _recipe(family: str, weights: str, kv: bool) -> Recipe:
+    """As conftest's good checkpoints are made."""
+    left = family == "llama4" and ("block" in weights or "asym" in weights)
+    ignore = ("re:.*self_attn",) if left else ()
+    return kv_recipe() if weights == "kv" else recipe(weights, kv=kv, ignore=ignore)
 
+
+def main(root: Path) -> None:
     from test_verify_faults import FAULTS
-    from verify_checkpoints import convert, copy_of, kv_recipe, recipe, save_source
 
     found: dict[str, dict[str, str]] = {}
     for fault in FAULTS:
@@ -111,10 +118,7 @@ def main(root: Path) -> None:
         if not source.exists():
             save_source(family, source)
         if not good.exists():
-            left = family == "llama4" and ("block" in weights or "asym" in weights)
-            ignore = ("re:.*self_attn",) if left else ()
-            what = recipe(weights, kv=fault.kv, ignore=ignore)
-            convert(source, good, kv_recipe() if weights == "kv" else what)
+            convert(source, good, _recipe(family, weights, fault.kv))
         for way in WAYS:
             shutil.rmtree(root / "trial", ignore_errors=True)
             (root / "trial").mkdir()
@@ -125,5 +129,4 @@ def main(root: Path) -> None:
 
 
 if __name__ == "__main__":
-    sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[1])]
     main(Path(sys.argv[1]))

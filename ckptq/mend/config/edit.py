@@ -63,10 +63,3 @@ def _at(config: Mapping[str, Any], path: tuple[str, ...]) -> object:
     for key in path:
         value = value.get(key) if isinstance(value, Mapping) else None
     return value
-
-
-def groups_of(quantization: dict[str, Any]) -> dict[str, dict[str, Any]]:
-    """Its config groups that are objects, to be changed in place."""
-    groups = quantization.get("config_groups")
-    entries = groups.items() if isinstance(groups, dict) else ()
-    return {name: entry for name, entry in entries if isinstance(entry, dict)}

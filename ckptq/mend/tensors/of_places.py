@@ -9,8 +9,8 @@ from collections.abc import Mapping
 from functools import partial
 
 from ckptq.mend.case import Case
-from ckptq.mend.from_source import make_again
 from ckptq.mend.repair import Change, Made, Outcome, Repair
+from ckptq.mend.tensors.from_source import make_again
 from ckptq.permute.apply import permute_tensor
 from ckptq.permute.effect import Effect, Move, Part
 from ckptq.permute.targets import plan_permutation

@@ -7,12 +7,13 @@ from functools import partial
 from typing import Any
 
 from ckptq.engines.vllm import KV_SCHEME, means_every_linear
-from ckptq.mend.attention_class import attention_class
 from ckptq.mend.case import Case
-from ckptq.mend.edit import edited, groups_of, with_field, without_field
+from ckptq.mend.config.attention_class import attention_class
+from ckptq.mend.config.edit import edited, with_field, without_field
 from ckptq.mend.repair import Repair
 from ckptq.quantize.weight_scheme import FORMATS
 from ckptq.recipes.args import FIELDS
+from ckptq.recipes.edited import attention_groups, groups_of, update_cache
 from ckptq.recipes.names import broken
 from ckptq.recipes.scheme import PARTS
 from ckptq.verify.report import Finding
@@ -165,9 +166,8 @@ def name_attention(case: Case, found: Sequence[Finding]) -> Iterator[Repair]:
         return
 
     def change(own: dict[str, Any]) -> None:
-        for entry in groups_of(own).values():
-            if entry.get("weights") is None and entry.get("input_activations") is not None:
-                entry["targets"] = [name]
+        for entry in attention_groups(own):
+            entry["targets"] = [name]
 
     yield from edited(case, found[0].code, f"the attention group targets {name}", change)
 
@@ -193,11 +193,7 @@ def cache_of_scales(case: Case, found: Sequence[Finding]) -> Iterator[Repair]:
 def whole_cache_scheme(case: Case, found: Sequence[Finding]) -> Iterator[Repair]:
     """Fields of the cache scheme for which engines have one value."""
     lone = {field: choice[0] for field, choice in KV_SCHEME.items() if len(choice) == 1}
-
-    def change(own: dict[str, Any]) -> None:
-        if isinstance(own.get("kv_cache_scheme"), dict):
-            own["kv_cache_scheme"].update(lone)
-
+    change = partial(update_cache, fields=lone)
     yield from edited(case, found[0].code, "kv_cache_scheme set to static FP8", change)
 
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from ckptq.engines.vllm import common_merged_name
 from ckptq.mend.case import Case
-from ckptq.mend.edit import edited
+from ckptq.mend.config.edit import edited
 from ckptq.mend.repair import Repair
 from ckptq.printable import listed
 from ckptq.recipes.names import read_names

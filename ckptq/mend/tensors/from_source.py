@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 
 from ckptq.mend.case import Case
-from ckptq.mend.edit import with_quantization
+from ckptq.mend.config.edit import with_quantization
 from ckptq.mend.repair import Again, Change, Outcome, Repair, Told
 from ckptq.plan.unit import Unit
 from ckptq.quantize.formats import needs_statistic

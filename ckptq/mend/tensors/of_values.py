@@ -6,16 +6,17 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from functools import partial
 from math import ceil
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from ckptq.checkpoint.header import StoredTensor
 from ckptq.checkpoint.read import Files, read_tensor
-from ckptq.mend import arithmetic_of_repairs as compute
 from ckptq.mend.case import Case
-from ckptq.mend.edit import edited, groups_of
-from ckptq.mend.from_source import make_again
+from ckptq.mend.config.edit import edited
 from ckptq.mend.repair import Change, Made, Outcome, Repair, Told
+from ckptq.mend.tensors import arithmetic_of_repairs as compute
+from ckptq.mend.tensors.from_source import make_again
 from ckptq.quantize.stored import scale_shape, stored
+from ckptq.recipes.edited import fold_heads as fold_scheme
 from ckptq.spec import TensorSpec, spec_of
 from ckptq.verify.report import Finding
 from ckptq.verify.subject import Module
@@ -225,15 +226,7 @@ def fold_heads(case: Case) -> Repair | None:
     if not changes:
         return None
 
-    def change(own: dict[str, Any]) -> None:
-        schemes = [own.get("kv_cache_scheme")]
-        for entry in groups_of(own).values():
-            schemes.append(entry.get("input_activations") if entry.get("weights") is None else None)
-        for scheme in schemes:
-            if isinstance(scheme, dict):
-                scheme["strategy"] = "tensor"
-
-    config = next((r.config for r in edited(case, "", "", change)), None)
+    config = next((r.config for r in edited(case, "", "", fold_scheme)), None)
     said = f"{len(changes)} cache scales per head folded to one per layer, the largest"
     return Repair(code="kv-heads-differ", where=None, said=said, config=config, changes=changes)
 

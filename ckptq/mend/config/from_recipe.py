@@ -7,12 +7,13 @@ from functools import partial
 from importlib.metadata import version
 from typing import Any
 
-from ckptq.mend.attention_class import attention_class
 from ckptq.mend.case import Case
-from ckptq.mend.edit import edited, groups_of, with_quantization
+from ckptq.mend.config.attention_class import attention_class
+from ckptq.mend.config.edit import edited, with_quantization
 from ckptq.mend.repair import Repair
 from ckptq.plan.left import PLAIN
 from ckptq.plan.permutable import permutable
+from ckptq.recipes.edited import groups_of, replace_cache
 from ckptq.recipes.scheme import PARTS, Group, Recipe
 from ckptq.verify.report import Finding
 from ckptq.verify.subject import Subject
@@ -46,7 +47,6 @@ def write_anew(case: Case, found: Sequence[Finding]) -> Iterator[Repair]:
         "format": _overall(recipe),
         "ignore": _left(case.subject),
         "config_groups": {},
-        "kv_cache_scheme": None,
     }
     _restored(case, recipe, made, targets=True)
     config = with_quantization(case.draft.ckpt, made)
@@ -90,7 +90,8 @@ def _restored(case: Case, recipe: Recipe, own: dict[str, Any], *, targets: bool)
         items = own["config_groups"].items()
         own["config_groups"] = dict(sorted(items, key=lambda item: _is_attention(item[1])))
     own["format"] = own.get("format") if _overall(recipe) == "dense" else _overall(recipe)
-    _cache(recipe, own)
+    kv = recipe.attention
+    replace_cache(own, kv.to_dict() if kv is not None else None)
 
 
 def _is_attention(entry: object) -> bool:
@@ -119,18 +120,3 @@ def _entry(case: Case, group: Group) -> dict[str, Any]:
     if group.is_attention:
         made["targets"] = [attention_class(case.draft.ckpt) or "Attention"]
     return made
-
-
-def _cache(recipe: Recipe, own: dict[str, Any]) -> None:
-    """The plan folds scales per head to one where layers differ in their heads; that stays."""
-    kv = recipe.attention
-    wanted = kv.to_dict() if kv is not None else None
-    found = own.get("kv_cache_scheme")
-    folded = None if wanted is None else {**wanted, "strategy": "tensor"}
-    if found is None or found != folded or _per_head(own):
-        own["kv_cache_scheme"] = wanted
-
-
-def _per_head(own: dict[str, Any]) -> bool:
-    inputs = [entry.get("input_activations") for entry in groups_of(own).values()]
-    return any(isinstance(i, dict) and i.get("strategy") == "attn_head" for i in inputs)
