@@ -149,6 +149,7 @@ VALUES: Mapping[str, Repairer] = {
     "zero-points-permuted": of_places.move_rows,
     "rope-order-mixed": of_places.unite_orders,
     "exchanged": of_places.exchange,
+    "marks-contradict": of_places.remove_marks,
     "shared-cache-scale": lambda case, one: next(of_names.own_scale(case, [one]), None),
 }
 """Code -> its repair; None where there is nothing left to do."""

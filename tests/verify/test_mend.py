@@ -10,7 +10,7 @@ import pytest
 import torch
 from mend_trials import equal, same, tensors_of
 from verify_checkpoints import convert, copy_of, recipe
-from verify_faults import codes, mlp
+from verify_faults import codes, mlp, turn
 
 from ckptq.checkpoint.open import open_checkpoint
 from ckptq.convert.output import RunOptions
@@ -20,6 +20,8 @@ from ckptq.mend.draft import draft_of
 from ckptq.mend.proposal import proposal
 from ckptq.mend.run import MendRequest, mend
 from ckptq.mend.trial import settle_headers
+from ckptq.permute.effect import Part
+from ckptq.rope_order import RopeOrder
 from ckptq.show.mending import show_mended
 from ckptq.show.verification import show_report
 from ckptq.verify.run import verify
@@ -183,6 +185,38 @@ def test_scales_per_head_are_folded_on_request(good, tmp_path: Path):
     for name in scales:
         assert torch.equal(after[name], before[name].amax().reshape(1))
     assert all(same(after[name], before[name]) for name in before if name not in scales)
+
+
+@pytest.mark.parametrize("fault", ["missing", "different"])
+def test_layers_that_read_another_cache_get_its_scales(good, tmp_path: Path, fault: str):
+    editor = copy_of(good("llama", "kv", True)[0], tmp_path / "shared")
+    own, owner = "model.layers.1.self_attn", "model.layers.0.self_attn"
+    editor.config["num_kv_shared_layers"] = 1
+    for which in "kv":
+        if fault == "missing":
+            del editor.tensors[f"{own}.{which}_scale"]
+    done = mend(MendRequest(path=editor.save(), out=tmp_path / "out", options=ONE))
+    assert done.ok
+    after = tensors_of(tmp_path / "out")
+    for which in "kv":
+        assert same(after[f"{own}.{which}_scale"], after[f"{owner}.{which}_scale"])
+
+
+def test_codes_that_were_chosen_stay_where_rows_only_moved(good, tmp_path: Path):
+    """As GPTQ's: converting again would round them. One code is moved on purpose to tell."""
+    folder, source = good("llama4", "int4")
+    editor = copy_of(folder, tmp_path / "moved")
+    name = next(n for n in editor.tensors if n.endswith("layers.0.self_attn.q_proj.weight_packed"))
+    editor.tensors[name][:, ::3] ^= 1
+    chosen = editor.tensors[name].clone()
+    turn(editor, (Part.SCALES,), RopeOrder.HALF_SPLIT)
+    request = MendRequest(path=editor.save(), out=tmp_path / "out", source=source, options=ONE)
+    done = mend(request)
+    assert {one.code for one in done.repairs} == {"scale-permuted"}
+    after = tensors_of(tmp_path / "out")
+    assert same(after[name], chosen)
+    scales = [n for n in after if n.endswith("q_proj.weight_scale")]
+    assert all(same(after[n], tensors_of(folder)[n]) for n in scales)
 
 
 def test_global_scales_of_a_set_become_one(good, tmp_path: Path):

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from functools import partial
 
 from ckptq.mend.case import Case
-from ckptq.mend.repair import Change, Made, Outcome, Repair
+from ckptq.mend.repair import Change, Made, Outcome, Repair, Told
 from ckptq.mend.tensors.from_source import make_again
 from ckptq.permute.apply import permute_tensor
 from ckptq.permute.effect import Effect, Move, Part
@@ -50,6 +50,16 @@ def unite_orders(case: Case, finding: Finding) -> Outcome | None:
         return make_again(case, finding)
     said = f"scales of q and k put into {order} order, in which their weights are; mark removed"
     return Repair(code=finding.code, where=None, said=said, changes=changes, unmarked=True)
+
+
+def remove_marks(case: Case, finding: Finding) -> Outcome | None:
+    """Marks that contradict each other say nothing, and the source says which order is right: what
+    stands in the other one is a finding of its own."""
+    if case.source is None:
+        said = "the marks say two things, and only the source shows which is true"
+        return Told(code=finding.code, where=None, needs="source", said=said)
+    said = "marks of a RoPE order removed: q and k are compared with the source as they stand"
+    return Repair(code=finding.code, where=None, said=said, unmarked=True)
 
 
 def _moved(
