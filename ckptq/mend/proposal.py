@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from ckptq.mend.registry import FROM_SOURCE, HEADERS, NAMES, TEXT, VALUES, WITH_SOURCE
+from ckptq.mend.codes import ALONE, FROM_SOURCE, TEXT, WITH_SOURCE
 from ckptq.printable import shell_word
 from ckptq.verify.report import Report
 
@@ -11,7 +11,7 @@ def proposal(report: Report) -> str | None:
     """`ckptq mend PATH OUT`, with the source where a repair needs it; None where nothing found can
     be repaired by it."""
     codes = {one.code for one in report.findings} - set(TEXT)
-    mendable = codes & {*HEADERS, *NAMES, *VALUES}
+    mendable = codes & {*ALONE, *FROM_SOURCE, *WITH_SOURCE}
     if not mendable:
         return None
     words = f"ckptq mend {shell_word(report.path)} OUT"

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 
 from ckptq.mend.case import Case
+from ckptq.mend.codes import FROM_SOURCE
 from ckptq.mend.config import of_fields, of_ignore
 from ckptq.mend.config.from_recipe import restore_fields, restore_targets, write_anew
 from ckptq.mend.repair import Outcome, Repair, Told
@@ -88,9 +89,6 @@ HEADERS: Makers = {
 }
 """Code -> what may repair it."""
 
-NOTES = ("not-ignored", "target-class", "expert-names", "shape-missing", "fused-scales-differ")
-"""Notes that are repaired too: what an engine makes of them is no harm only in some."""
-
 Repairer = Callable[[Case, Finding], Outcome | None]
 
 
@@ -108,21 +106,6 @@ def leave_out(case: Case, finding: Finding) -> Outcome | None:
     said = "left out: the shards hold the source's tensors"
     return Repair(code=finding.code, where=finding.file, said=said, anew=True)
 
-
-FROM_SOURCE = (
-    *("never-quantized", "targeted-but-unquantized", "expert-missing"),
-    *("fused-set-split", "layer-missing", "weight-missing", "scale-missing", "zero-point-missing"),
-    *("global-scale-missing", "tensor-missing", "copy-spec", "codes-shape", "scale-dtype"),
-    *("zero-point-shape", "scale-not-finite", "scale-not-positive", "scales-all-one", "codes-nan"),
-    *("scale-uninitialised", "rows-empty", "codes-empty", "padding", "zero-point-range"),
-    *("not-finite", "copy-differs", "codes-corrupt", "scale-corrupt", "weight-wrong"),
-    *("scale-wrong", "scale-clips", "scale-inverted", "scale-shifted", "scale-transposed"),
-    *("scale-of-another", "codes-of-another", "misplaced", "experts-permuted"),
-    *("experts-transposed", "heads-swapped", "nibbles-swapped", "bytes-swapped", "codes-offset"),
-    *("zero-points-offset", "zero-points-wrong", "zero-points-of-another", "rows-moved"),
-    *("head-untargeted", "codes-range", "group-size", "strategy", "ignore-not-honoured"),
-)
-"""What is made again from the source."""
 
 VALUES: Mapping[str, Repairer] = {
     **dict.fromkeys(FROM_SOURCE, make_again),
@@ -153,16 +136,3 @@ VALUES: Mapping[str, Repairer] = {
     "shared-cache-scale": lambda case, one: next(of_names.own_scale(case, [one]), None),
 }
 """Code -> its repair; None where there is nothing left to do."""
-
-WITH_SOURCE = (
-    *("config-shapes", "config-differs", "names-moved", "tensor-extra", "tensor-unknown"),
-    *("zero-point-extra", "expert-layouts-mixed", "index-mismatch"),
-)
-"""What headers can judge with the source only."""
-
-TEXT = (
-    *("kv-scale-missing", "q-scale-missing", "kv-scale-dtype", "kv-scale-shape", "head-saturates"),
-    *("input-scale-missing", "input-scale-implausible", "cache-scale-wrong", "heads-exchanged"),
-    *("kv-exchanged", "cache-scale-inverted", "cache-scale-of-another", "kv-heads-differ"),
-)
-"""What only calibration on text can give."""

@@ -15,6 +15,8 @@ from verify_faults import codes, mlp, turn
 from ckptq.checkpoint.open import open_checkpoint
 from ckptq.convert.output import RunOptions
 from ckptq.errors import UsageError
+from ckptq.mend import codes as codes_of
+from ckptq.mend import registry
 from ckptq.mend.config.edit import edited
 from ckptq.mend.draft import draft_of
 from ckptq.mend.proposal import proposal
@@ -24,6 +26,7 @@ from ckptq.permute.effect import Part
 from ckptq.rope_order import RopeOrder
 from ckptq.show.mending import show_mended
 from ckptq.show.verification import show_report
+from ckptq.verify.kinds import KINDS
 from ckptq.verify.run import verify
 
 ONE = RunOptions(workers=1)
@@ -152,8 +155,8 @@ def test_in_place_changes_no_tensor(broken):
 def test_a_dry_run_writes_nothing(broken, tmp_path: Path, capsys):
     editor, source = broken("llama", "fp8-channel")
     del editor.quantization["quantization_status"]
-    codes_of = codes(editor, mlp(editor))
-    editor.tensors[codes_of].view(torch.uint8)[5, 7] = 0x7F
+    name = codes(editor, mlp(editor))
+    editor.tensors[name].view(torch.uint8)[5, 7] = 0x7F
     request = MendRequest(path=editor.save(), out=tmp_path / "out", source=source, dry_run=True)
     done = mend(request)
     assert {one.code for one in done.repairs} == {"status", "codes-nan"}
@@ -162,7 +165,7 @@ def test_a_dry_run_writes_nothing(broken, tmp_path: Path, capsys):
     show_mended(done, json=False)
     said = capsys.readouterr().out
     assert 'mended status: quantization_status set to "compressed"' in said
-    assert f"mended codes-nan: {codes_of}: converted again from the source" in said
+    assert f"mended codes-nan: {name}: converted again from the source" in said
     assert said.endswith("2 repairs to make, 0 findings left; nothing was written\n")
 
 
@@ -291,3 +294,9 @@ def test_verify_proposes_nothing_that_mend_cannot_do(broken, capsys):
     del editor.tensors[editor.named("layers.1.self_attn.k_scale")]
     show_report(verify(editor.save(), source), json=False)
     assert "mend what can be mended" not in capsys.readouterr().out
+
+
+def test_the_codes_are_those_that_have_a_repair():
+    known = {*codes_of.ALONE, *codes_of.FROM_SOURCE, *codes_of.WITH_SOURCE}
+    assert known == {*registry.NAMES, *registry.HEADERS, *registry.VALUES}
+    assert {*known, *codes_of.TEXT, *codes_of.NOTES} <= KINDS.keys()
