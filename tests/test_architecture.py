@@ -18,7 +18,7 @@ ORDER = (
     *("device", "files", "rope_order"),
     *("kernels", "quantize", "checkpoint", "recipes", "engines", "models", "permute", "plan"),
     *("text", "forward", "gptq", "calibrate"),
-    *("verify", "convert", "evaluate", "inspect"),
+    *("verify", "convert", "mend", "evaluate", "inspect"),
     *("show", "options", "cli", "__main__"),
 )
 """The rooms of ckptq/, folders and modules at its top, from the bottom up."""

@@ -13,7 +13,14 @@ import pytest
 
 from ckptq import files
 from ckptq.errors import MachineError, SourceError, UsageError
-from ckptq.files import json_bytes, read_small, reading_errors, rename_new, write_whole
+from ckptq.files import (
+    json_bytes,
+    read_small,
+    reading_errors,
+    rename_new,
+    take_whole,
+    write_whole,
+)
 
 
 @pytest.fixture
@@ -165,3 +172,21 @@ def test_a_small_file_may_be_a_pipe_and_has_an_end(file):
     writer.wait()
     with pytest.raises(UsageError, match="more than 100 bytes"):
         read_small(Path("/dev/zero"), 100)
+
+
+@pytest.mark.parametrize("linked", [True, False])
+def test_a_file_is_taken_whole_even_where_nothing_can_be_linked(file, monkeypatch, linked):
+    """A copy is another file; a link is not, and a clone only shares its blocks."""
+    file.write_bytes(b"weights")
+    target = file.with_name("taken")
+    target.write_bytes(b"half of them, and more than there are")
+
+    def refuse(*_: object) -> None:
+        raise PermissionError(1, "Operation not permitted")
+
+    if not linked:
+        monkeypatch.setattr("ckptq.files.os.link", refuse)
+    take_whole(file, target)
+    assert target.read_bytes() == b"weights"
+    if not linked:
+        assert not target.samefile(file)

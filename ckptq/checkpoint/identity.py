@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -49,11 +49,17 @@ def check_same(file: Path, wanted: Identity, now: Identity) -> None:
     )
 
 
-def lasting(folder: Path, files: Mapping[Path, Identity]) -> dict[str, list[int]]:
+def lasting(
+    folder: Path, files: Mapping[Path, Identity], linked: Collection[Path] = ()
+) -> dict[str, list[int]]:
     """What stays the same from one run to the next, as JSON data (device numbers change with each
-    mount). Times may be in the journal, but not in the output."""
+    mount). Times may be in the journal, but not in the output. A run moves the change time of the
+    files that it links."""
     return {
-        str(file.relative_to(folder)): [found.size, found.modified, found.changed]
+        str(file.relative_to(folder)): [
+            *(found.size, found.modified),
+            *([] if file in linked else [found.changed]),
+        ]
         for file, found in files.items()
     }
 

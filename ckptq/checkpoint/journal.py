@@ -118,9 +118,9 @@ class Journal:
             proved = proven_keys(promises, self.done, shards, files, pool)
             wrong = [promise.key for promise in promises if promise.key not in proved]
         if wrong:
-            raise self._not_ours(wrong[0])
+            raise self.not_ours(wrong[0])
 
-    def _not_ours(self, what: str) -> UsageError:
+    def not_ours(self, what: str) -> UsageError:
         """The output's name is taken by something else."""
         return UsageError(
             f"{self.out}: not what the run in {self.partial} wrote: {what} differs; move it away "

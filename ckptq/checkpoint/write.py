@@ -270,11 +270,16 @@ def write_index(folder: Path, shards: Mapping[str, Specs], *, always: bool = Fal
     Returns the names written."""
     if len(shards) == 1 and not always:
         return []
+    write_whole(folder / INDEX, index_bytes(shards))
+    return [INDEX]
+
+
+def index_bytes(shards: Mapping[str, Specs]) -> bytes:
+    """The index of these shards."""
     total = sum(spec.nbytes for specs in shards.values() for spec in specs.values())
     weight_map = {name: shard for shard, specs in shards.items() for name in specs}
     index = {
         "metadata": {"total_size": total},
         "weight_map": dict(sorted(weight_map.items())),
     }
-    write_whole(folder / INDEX, text_bytes(json.dumps(index, indent=2) + "\n"))
-    return [INDEX]
+    return text_bytes(json.dumps(index, indent=2) + "\n")

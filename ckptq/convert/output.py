@@ -6,13 +6,13 @@ Journal entries are checked against the files: a unit that differs from what was
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ckptq.checkpoint.header import StoredTensor
+from ckptq.checkpoint.header import Header, StoredTensor
 from ckptq.checkpoint.identity import check_unchanged, lasting
 from ckptq.checkpoint.journal import Journal, check_apart
 from ckptq.checkpoint.open import Checkpoint
@@ -20,6 +20,7 @@ from ckptq.checkpoint.proof import Promise, proven_keys
 from ckptq.checkpoint.read import Files
 from ckptq.checkpoint.side_files import write_side_files
 from ckptq.checkpoint.write import Shards
+from ckptq.files import take_whole
 from ckptq.permute.marks import Marks, marked_metadata
 from ckptq.plan.unit import Unit
 from ckptq.progress import Begin, Note, Report, silent, untold
@@ -68,6 +69,9 @@ class Job:
     marks: Marks
     metadata: Mapping[str, str] = field(default_factory=lambda: METADATA)
     """Added to every shard, beside the marks."""
+    whole: Mapping[str, Header] = field(default_factory=dict)
+    """Shards of the source that go over as they are, by the names that they get: not written, but
+    cloned or linked at the end."""
     documents: Mapping[str, bytes]
     """What is made for the output beside shards and index."""
     scales: Mapping[str, Tensor] = field(default_factory=dict)
@@ -86,8 +90,17 @@ class Job:
 
     @property
     def specs(self) -> dict[str, dict[str, TensorSpec]]:
-        """Shard -> the tensors in it."""
+        """Shard that is written -> the tensors in it."""
         return {shard: _specs(units) for shard, units in self.shards.items()}
+
+    @property
+    def all_specs(self) -> dict[str, dict[str, TensorSpec]]:
+        """The same for all shards."""
+        whole = {
+            shard: {name: tensor.spec for name, tensor in header.tensors.items()}
+            for shard, header in self.whole.items()
+        }
+        return self.specs | whole
 
     def open_shards(self, journal: Journal) -> Shards:
         """The shard files; read-only for an output that is already renamed."""
@@ -116,6 +129,7 @@ def write_output(
     depends: Mapping[str, Any],
     prepare: Callable[[Journal], Job],
     *,
+    linked: Collection[Path] = (),
     restart: bool = False,
     begin: Begin = silent,
     note: Note = untold,
@@ -124,12 +138,12 @@ def write_output(
 
     An interrupted run resumes when called again with the same source and the same `depends` (what
     the output depends on, as JSON data), and gives identical bytes. `prepare` is called with the
-    journal open and may keep its own state in the journal's folder. Returns the number of units
-    that an earlier run had finished.
+    journal open and may keep its own state in the journal's folder. `linked` are the files of the
+    source that the job takes whole. Returns the number of units that an earlier run had finished.
     """
     check_apart(ckpt.path, out)
     pinned = ckpt.pinned()
-    depends = {**depends, "modified": lasting(ckpt.path, pinned)}
+    depends = {**depends, "modified": lasting(ckpt.path, pinned, linked)}
     journal = Journal.open(out, depends, restart=restart)
     try:
         job = prepare(journal)
@@ -139,9 +153,13 @@ def write_output(
         else:
             total = sum(unit.read_bytes for unit in job.units)
             resumed = _fill(job, journal, begin(job.name, total), note)
-            written = write_side_files(journal.scratch, ckpt, job.documents, job.specs, pinned)
+            specs = job.all_specs
+            written = write_side_files(journal.scratch, ckpt, job.documents, specs, pinned)
         check_unchanged(pinned)
-        journal.publish(job.specs, written)
+        if not journal.renamed:
+            for shard, header in job.whole.items():
+                take_whole(header.file, journal.scratch / shard)
+        journal.publish(job.all_specs, written)
     finally:
         journal.close()
     return resumed
@@ -149,6 +167,10 @@ def write_output(
 
 def _prove_renamed(job: Job, journal: Journal) -> int:
     """UsageError unless the output is what this run wrote; the number of its units."""
+    for shard, header in job.whole.items():
+        file = journal.out / shard
+        if not file.is_file() or file.stat().st_size != header.identity.size:
+            raise journal.not_ours(shard)
     shards = job.open_shards(journal)
     try:
         with Files() as files, ThreadPoolExecutor(job.workers, "ckptq-prove") as pool:

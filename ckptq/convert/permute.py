@@ -64,7 +64,7 @@ def permute(request: PermuteRequest, begin: Begin = silent, note: Note = untold)
         name="permute",
         shards=plan.shards,
         marks=plan.order.marks,
-        metadata=_alike(ckpt),
+        metadata=shared_metadata(ckpt),
         documents={CONFIG: render_json(ckpt.path / CONFIG, config)},
         workers=workers,
         rooms=slab_rooms(units, request.options.max_ram, workers),
@@ -83,7 +83,7 @@ def permute(request: PermuteRequest, begin: Begin = silent, note: Note = untold)
     )
 
 
-def _alike(ckpt: Checkpoint) -> dict[str, str]:
+def shared_metadata(ckpt: Checkpoint) -> dict[str, str]:
     """The metadata in which all shards of the source agree."""
     first, *rest = (header.metadata for header in ckpt.headers)
     return METADATA | {k: v for k, v in first.items() if all(m.get(k) == v for m in rest)}

@@ -30,7 +30,9 @@ def show_report(found: Report, json: bool) -> None:
     if json:
         console.show_json(found)
         return
-    console.show_lines(*_findings("FAULT", found.findings), *_findings("note ", found.notes))
+    console.show_lines(
+        *_findings("FAULT", found.findings), *_findings("note ", found.notes), *_proposed(found)
+    )
     _tables(found)
     console.show_lines(*_checked(found), _verdict(found))
 
@@ -54,6 +56,15 @@ def _findings(label: str, findings: Sequence[Finding]) -> Iterator[str]:
             yield from _wrapped(f"and {len(alike) - SHOWN} more; --json has all", indent=6)
         if len(shared) == 1 and "none" not in shared:
             yield from _wrapped(f"repair: {alike[0].repair}", indent=6)
+
+
+def _proposed(found: Report) -> Iterator[str]:
+    """The command that repairs what can be repaired, on a line of its own to be copied."""
+    if not found.ok:
+        from ckptq.mend.proposal import proposal
+
+        command = proposal(found)
+        yield from [f"mend what can be mended: {command}"] if command else []
 
 
 def _where(one: Finding) -> str:

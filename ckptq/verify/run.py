@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from ckptq.checkpoint.open import Checkpoint, Problems, open_checkpoint
@@ -63,21 +63,58 @@ def verify(
     began = time.monotonic()
     problems: Problems = []
     ckpt = open_checkpoint(path, problems=problems)
-    options = Options(fast=fast, engine=chosen, progress=begin("verify", ckpt.nbytes))
-    subject, declared_wrong = _subject(ckpt, source, headers_only)
+    asking = Asking(
+        headers_only=headers_only,
+        engine=engine,
+        vllm_python=vllm_python,
+        attention=attention,
+        text=text,
+        device=str(where),
+        options=Options(fast=fast, engine=chosen, progress=begin("verify", ckpt.nbytes)),
+    )
+    original = open_checkpoint(source) if source is not None else None
+    found = judge(ckpt, original, asking, problems)
+    told = None if source is None else str(source)
+    return replace(found, path=str(path), source=told, seconds=time.monotonic() - began)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Asking:
+    """What a caller wants to know."""
+
+    options: Options
+    headers_only: bool = False
+    quick: bool = True
+    """Whether, with headers only, transformers is asked only where the engine's table is silent."""
+    engine: str | None = None
+    vllm_python: Path | None = None
+    attention: bool = False
+    text: str | None = None
+    device: str = "cpu"
+
+
+def judge(
+    ckpt: Checkpoint, source: Checkpoint | None, asking: Asking, problems: Problems
+) -> Report:
+    """The same for checkpoints that are open already, or changed since; `problems` were found while
+    opening."""
+    began = time.monotonic()
+    headers_only, engine, options = asking.headers_only, asking.engine, asking.options
+    declared, declared_wrong = judge_config(ckpt)
+    subject = Subject(ckpt, source, declared, headers_only and asking.quick)
     by_linear = check_tensors(subject)
     structure = [*declared_wrong, *check_structure(subject, problems, by_linear)]
-    asked = ask_engine(subject, engine, vllm_python) if engine is not None else None
+    asked = ask_engine(subject, engine, asking.vllm_python) if engine is not None else None
     if source is None and not headers_only and engine != "transformers":
         structure += check_whole(subject, structure)
     checked = Checked() if headers_only else _data(subject, by_linear, structure, options)
-    seen = _attention(subject, text, str(where)) if attention else Attention()
+    seen = _attention(subject, asking.text, asking.device) if asking.attention else Attention()
     answers = asked.findings if asked is not None else ()
     everything = [*structure, *once([*answers, *checked.findings]), *seen.findings]
     return Report(
-        path=str(path),
-        source=str(source) if source is not None else None,
-        fast=fast,
+        path=str(ckpt.path),
+        source=str(source.path) if source is not None else None,
+        fast=options.fast,
         headers_only=headers_only,
         seconds=time.monotonic() - began,
         tensors_on_disk=len(ckpt.tensors),
@@ -115,14 +152,6 @@ def _attention(subject: Subject, text: str | None, device: str) -> Attention:
         heads=tuple(head_results(watch)),
         layers=tuple(layer_results(watch)),
     )
-
-
-def _subject(
-    ckpt: Checkpoint, source: str | Path | None, quick: bool
-) -> tuple[Subject, list[Finding]]:
-    original = open_checkpoint(source) if source is not None else None
-    declared, found = judge_config(ckpt)
-    return Subject(ckpt, original, declared, quick), found
 
 
 def _data(

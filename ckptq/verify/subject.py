@@ -9,6 +9,7 @@ import re
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from functools import cached_property
+from pathlib import Path
 
 from ckptq.checkpoint.header import StoredTensor
 from ckptq.checkpoint.open import Checkpoint
@@ -160,13 +161,7 @@ class Subject:
     @cached_property
     def recipe(self) -> Recipe | None:
         """What ckptq wrote beside the checkpoint, if it is there and can be read."""
-        ours = all((self.ckpt.path / name).is_file() for name in (RECIPE, RECORD))
-        if not self.declared.present or not ours:
-            return None
-        try:
-            return load_written(self.ckpt.path / RECIPE)
-        except CkptqError:
-            return None
+        return written_recipe(self.ckpt.path) if self.declared.present else None
 
     @cached_property
     def modules(self) -> dict[str, Module]:
@@ -254,3 +249,14 @@ def mixtral_name(name: str) -> str:
 def _is_linear(tensors: Mapping[str, StoredTensor]) -> bool:
     weight = tensors.get("weight")
     return len(tensors) > 1 or weight is None or len(weight.spec.shape) == 2
+
+
+def written_recipe(folder: Path) -> Recipe | None:
+    """The recipe.yaml that ckptq wrote into a checkpoint; None where that is another tool's, or
+    cannot be read."""
+    if not all((folder / name).is_file() for name in (RECIPE, RECORD)):
+        return None
+    try:
+        return load_written(folder / RECIPE)
+    except CkptqError:
+        return None

@@ -52,6 +52,10 @@ SURFACE = {
         "--max-kl", "--min-agreement", "--max-ppl-ratio", "--min-accuracy", "--vllm-python",
         "--report", "--json",
     },
+    "mend": {
+        *("--source", "--engine", "--per-tensor", "--headers-only", "--in-place", "--dry-run"),
+        *("--workers", "--device", "--restart", "--json"),
+    },
     "permute": {"--to", "--only", "--revision", "--workers", "--restart", "--json"},
     "inspect": {"--revision", "--json"},
     "recipes": {"--json"},
@@ -389,6 +393,25 @@ def test_parts_to_permute_are_listed_with_commas_or_one_by_one(llama: Path, tmp_
             "permute", source, tmp_path / str(number), "--to", "half-split", *parts, "--json"
         )
         assert json.loads(done.stdout)["moved"] == {"weights": 2, "scales": 2}
+
+
+def test_a_checkpoint_is_mended_by_the_command_that_verify_prints(
+    llama: Path, tmp_path: Path
+) -> None:
+    out, fixed = tmp_path / "fp8", tmp_path / "fixed"
+    assert run("quantize", llama, "-s", "fp8-dynamic", "-o", out).returncode == 0
+    right = (out / "config.json").read_bytes()
+    config = json.loads(right)
+    config["quantization_config"]["quantization_status"] = "frozen"
+    (out / "config.json").write_text(json.dumps(config))
+    assert f"ckptq mend {out} OUT\n" in run("verify", out, "--headers-only").stdout
+    assert run("mend", out).returncode == 2
+    done = run("mend", out, fixed, "--headers-only", "--json")
+    assert done.returncode == 0, done.stderr
+    assert [one["code"] for one in json.loads(done.stdout)["repairs"]] == ["status"]
+    assert (fixed / "config.json").read_bytes() == right
+    done = run("mend", fixed, tmp_path / "again", "--headers-only")
+    assert (done.returncode, done.stdout) == (0, f"{fixed}: nothing to mend\n")
 
 
 def test_memory_that_is_too_little_for_the_program_alone(llama: Path, tmp_path: Path) -> None:

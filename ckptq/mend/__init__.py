@@ -1,0 +1,1 @@
+"""`ckptq mend`: what `verify` names, repaired where the repair is certain."""

@@ -1,0 +1,1 @@
+"""Repairs of config.json: candidates, which headers judge."""

@@ -1,0 +1,1 @@
+"""Repairs of tensors: moved, computed, or made again from the source."""
