@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from ckptq.mend.codes import ALONE, FROM_SOURCE, TEXT, WITH_SOURCE
+from ckptq.mend.mendable import ALONE, FROM_SOURCE, TEXT, WITH_SOURCE
 from ckptq.printable import shell_word
 from ckptq.verify.report import Report
 

@@ -10,9 +10,9 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 
 from ckptq.mend.case import Case
-from ckptq.mend.codes import FROM_SOURCE
 from ckptq.mend.config import of_fields, of_ignore
 from ckptq.mend.config.from_recipe import restore_fields, restore_targets, write_anew
+from ckptq.mend.mendable import FROM_SOURCE
 from ckptq.mend.repair import Outcome, Repair, Told
 from ckptq.mend.tensors import of_names, of_places, of_values
 from ckptq.mend.tensors.from_source import copy_file, level_experts, make_again, make_shard_again

@@ -11,8 +11,8 @@ from ckptq.checkpoint.open import Checkpoint, Problems, open_checkpoint
 from ckptq.convert.output import DEFAULTS, RunOptions
 from ckptq.errors import CkptqError, UsageError
 from ckptq.mend.case import Case
-from ckptq.mend.codes import NOTES, TEXT, WITH_SOURCE
 from ckptq.mend.draft import Draft, draft_of
+from ckptq.mend.mendable import NOTES, TEXT, WITH_SOURCE
 from ckptq.mend.registry import HEADERS, NAMES, VALUES
 from ckptq.mend.repair import Again, Made, Needs, Outcome, Repair, Told
 from ckptq.mend.tensors.of_values import fold_heads

@@ -15,7 +15,7 @@ from verify_faults import codes, mlp, turn
 from ckptq.checkpoint.open import open_checkpoint
 from ckptq.convert.output import RunOptions
 from ckptq.errors import UsageError
-from ckptq.mend import codes as codes_of
+from ckptq.mend import mendable as codes_of
 from ckptq.mend import registry
 from ckptq.mend.config.edit import edited
 from ckptq.mend.draft import draft_of
