@@ -17,8 +17,8 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 TIMES_MEDIAN = 30.0
-"""A token is massive if its norm is larger than the median of its batch by this factor. Ordinary
-ones stay below 15; SmolLM2's are 54 times the median in its layer 28, 600 times in its layer 11."""
+"""A token is massive if its norm is larger than the median of its batch by this factor. SmolLM2's
+are 54 times the median in its layer 28, and 600 times in its layer 11."""
 
 FEWEST = 16
 """Of fewer tokens the median says too little."""
