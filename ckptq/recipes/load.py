@@ -18,8 +18,16 @@ from ckptq.recipes import gptq, imatrix, searched
 from ckptq.recipes.args import Args
 from ckptq.recipes.dialect import read_modifiers, read_stages
 from ckptq.recipes.preset import EMPTY, preset_text
-from ckptq.recipes.rewriting import REWRITTEN, rewriting
-from ckptq.recipes.scheme import PARTS, Gptq, Recipe, read_groups, read_strings
+from ckptq.recipes.scheme import (
+    DEQUANTIZE,
+    PARTS,
+    REPACK,
+    REPACK_NVFP4,
+    Gptq,
+    Recipe,
+    read_groups,
+    read_strings,
+)
 from ckptq.recipes.spelled import GPTQ, MODIFIERS, PLAIN, STAGE, spelled
 
 FOLDER = Path(__file__).parent
@@ -30,6 +38,13 @@ SUFFIXES = {
     gptq.SUFFIX: gptq.with_gptq,
 }
 """What may stand behind the name of a scheme, and what it makes of the scheme."""
+
+REWRITTEN: Mapping[str, str] = {
+    DEQUANTIZE: "A quantized source's weights, dequantized into the dtype of its config.json.",
+    REPACK: "A quantized source's codes and scales as they are, in compressed-tensors' layout.",
+    REPACK_NVFP4: "As repack, with MXFP4 cast to NVFP4: exact where NVFP4's scales reach.",
+}
+"""Schemes that quantize nothing, and what they make of a quantized source."""
 
 RECIPE_BYTES = 1 << 20
 """Of a recipe of the user's own; the largest that are known have 10 kB."""
@@ -50,7 +65,7 @@ def load_scheme(name: str) -> Recipe:
         if name.lower().endswith(suffix):
             return change(load_scheme(name[: -len(suffix)]))
     if name.lower() in REWRITTEN:
-        return rewriting(name.lower())
+        return _rewriting(name.lower())
     files = built_in()
     if name.lower() in files:
         text = files[name.lower()].read_text()
@@ -116,6 +131,11 @@ def _load_file(file: Path, load: Callable[[str, str], Recipe]) -> Recipe:
         raise UsageError(f"{file}: not a text file: {error}") from error
     except UsageError as error:
         raise UsageError(f"{file}: {error}") from error
+
+
+def _rewriting(name: str) -> Recipe:
+    """One of `REWRITTEN`; the groups of `repack` follow from the source."""
+    return Recipe(name=name, conversion=name, text=f"# {REWRITTEN[name]}\n")
 
 
 def load_text(name: str, text: str) -> Recipe:
