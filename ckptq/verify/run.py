@@ -59,7 +59,7 @@ def verify(
         raise UsageError(f"--data {text} applies only to --attention")
     if device is not None and not attention:
         raise UsageError(f"--device {device} applies only to --attention")
-    where = find_device(device)
+    where = find_device(device) if attention else "cpu"
     began = time.monotonic()
     problems: Problems = []
     ckpt = open_checkpoint(path, problems=problems)
