@@ -118,10 +118,13 @@ def _tokens(given: argparse.Namespace) -> list[str]:
 
 def scores(source: Path, outs: list[Path], text: Path, device: str) -> list[dict[str, Any]]:
     """A row of `ckptq evaluate` for each output."""
-    command = ["-m", "ckptq", "evaluate", *outs, "--source", source, "--data", text, "--json"]
-    command += ["--samples", "128", "--seq-len", "512", "--device", device]
-    done = subprocess.run([sys.executable, *map(str, command)], stdout=subprocess.PIPE, check=True)
-    rows: list[dict[str, Any]] = json.loads(done.stdout)["rows"]
+    rows: list[dict[str, Any]] = []
+    for out in outs:
+        command = ["-m", "ckptq", "evaluate", out, "--source", source, "--data", text, "--json"]
+        command += ["--samples", "128", "--seq-len", "512", "--device", device]
+        words = [sys.executable, *map(str, command)]
+        done = subprocess.run(words, stdout=subprocess.PIPE, check=True)
+        rows += json.loads(done.stdout)["rows"]
     return rows
 
 

@@ -83,7 +83,9 @@ def test_pages_measure_what_rounded_q_k_and_v_do(made, request, family):
     assert found.findings == ()
     for head, other in zip(found.heads, wanted.heads, strict=True):
         assert astuple(head)[:3] == astuple(other)[:3]
-        assert astuple(head)[3:] == pytest.approx(astuple(other)[3:], rel=1e-4)
+        # bf16 sums of a GPU are in another order: .3 % was seen on an H200
+        bound = 1e-4 if DEVICE == "cpu" else 0.01
+        assert astuple(head)[3:] == pytest.approx(astuple(other)[3:], rel=bound)
     for layer, other in zip(found.layers, wanted.layers, strict=True):
         assert layer.error == pytest.approx(other.error, rel=0.2)
         assert layer.error_shared == pytest.approx(other.error_shared, rel=0.2)
