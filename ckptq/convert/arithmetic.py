@@ -17,7 +17,7 @@ from ckptq.errors import MachineError
 from ckptq.quantize.dispatch import kernel_of
 from ckptq.quantize.formats import WeightScheme, quantize, statistic
 from ckptq.quantize.scratch import BLOCK_ELEMENTS, Scratch
-from ckptq.quantize.tiles import NonFinite
+from ckptq.quantize.tiles import check_finite
 from ckptq.spec import spec_of
 
 Made = dict[str, Tensor]
@@ -66,8 +66,7 @@ class OnGpu(OnCores):
         try:
             with torch.cuda.stream(self._lane.stream):
                 x_RC = w_RC.to(self._device, non_blocking=True)
-                if not x_RC.isfinite().all():
-                    raise NonFinite("NaN or Inf")
+                check_finite(x_RC)
                 made = kernel(x_RC, scheme, shared)
                 return self._lane.fetch(made)
         except torch.OutOfMemoryError as error:

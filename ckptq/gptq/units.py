@@ -19,7 +19,6 @@ from ckptq.models.weight import naming
 from ckptq.models.weight_rows import whole_weight
 from ckptq.plan.unit import Part, Plan, Unit
 from ckptq.quantize.formats import (
-    NonFinite,
     Ranges,
     codes_on,
     constants,
@@ -29,6 +28,7 @@ from ckptq.quantize.formats import (
     statistic,
     statistic_of,
 )
+from ckptq.quantize.tiles import check_finite
 from ckptq.recipes.args import Args
 
 if TYPE_CHECKING:
@@ -127,8 +127,7 @@ class _Weight:
     @classmethod
     def of(cls, part: Part, w_RC: Tensor, moments: Moments | None, args: Args) -> _Weight:
         with naming(part.linear.name, part.weight.stored):
-            if not w_RC.isfinite().all():
-                raise NonFinite("NaN or Inf")
+            check_finite(w_RC)
         ranges = None
         if moments is not None and args.weighed:
             ranges = weighed_ranges(w_RC, moments, args)

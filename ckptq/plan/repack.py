@@ -25,7 +25,7 @@ from ckptq.recipes.args import LOCAL, Args
 from ckptq.recipes.declared import read_declared
 from ckptq.recipes.names import read_names
 from ckptq.recipes.scheme import REPACK, REPACK_NVFP4, Group, Recipe
-from ckptq.recipes.spelled import spelled
+from ckptq.recipes.spelled import changed
 from ckptq.spec import TensorSpec
 
 Kind = tuple[WeightScheme, bool]
@@ -72,13 +72,12 @@ def _recipe(ckpt: Checkpoint, layout: Layout, recipe: Recipe, ignore: Sequence[s
     plain = tuple(
         name for name, linear in layout.linears.items() if linear.kept is None and name not in kinds
     )
-    made = replace(
+    return changed(
         recipe,
         groups=tuple(_groups(kinds)),
         ignore=("lm_head", *plain),
         kv_cache_scheme=FP8_CACHE if carried_scales(ckpt) else None,
     )
-    return replace(made, text=spelled(made))
 
 
 def _kinds(layout: Layout, ignore: Sequence[str]) -> dict[str, Kind]:

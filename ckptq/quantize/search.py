@@ -21,7 +21,7 @@ from ckptq.quantize import scales
 from ckptq.quantize.error_table import error_table, has_table
 from ckptq.quantize.scratch import Scratch, blocks
 from ckptq.quantize.tile_error import powered_errors
-from ckptq.quantize.tiles import NonFinite, extremes
+from ckptq.quantize.tiles import check_finite, extremes
 from ckptq.quantize.weight_scheme import Search, WeightScheme
 
 
@@ -47,8 +47,7 @@ def extreme_of_best(x: Tensor, scheme: WeightScheme, search: Search, scratch: Sc
     """
     tiles = _rows_of_tiles(x).flatten(0, -2)
     largest = tiles.abs().amax(-1)
-    if not largest.isfinite().all():
-        raise NonFinite("NaN or Inf")
+    check_finite(largest)
     chosen = tiles[largest >= largest.max() * search.shares[-1]]
     low, high = _of_block(chosen, scheme, search, scratch)
     return torch.stack((low.amin(), high.amax()))

@@ -21,6 +21,12 @@ class NonFinite(ValueError):
     """The weight holds NaN or Inf. Whoever knows the tensor's name says which tensor."""
 
 
+def check_finite(x: Tensor) -> None:
+    """`NonFinite` on NaN or Inf. On a GPU it makes the host wait."""
+    if not x.isfinite().all():
+        raise NonFinite("NaN or Inf")
+
+
 def tiled(w_RC: Tensor, scheme: WeightScheme) -> Tensor:
     """A view, or a copy that is filled up with zeros to whole blocks. Where there are no groups, a
     row is one (also for strategy "tensor")."""
@@ -81,6 +87,5 @@ def _largest(bits: Tensor) -> Tensor:
 
 def _finite(bits: Tensor, dtype: torch.dtype) -> Tensor:
     numbers = bits.view(dtype)
-    if not numbers.isfinite().all():
-        raise NonFinite("NaN or Inf")
+    check_finite(numbers)
     return numbers

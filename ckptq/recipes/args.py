@@ -7,7 +7,7 @@ lets reading continue.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -113,6 +113,11 @@ class Args:
     def said(self, name: str) -> object:
         """A field as it was written; None where it was left out."""
         return getattr(self, name) if name in self.written or not self.written else None
+
+    def replaced(self, fields: Mapping[str, Any], unsaid: Collection[str]) -> Args:
+        """The same with these fields, written last; those that they stand for are said no more."""
+        kept = tuple(name for name in self.written if name not in unsaid)
+        return replace(self, **fields, written=(*kept, *fields) if self.written else ())
 
     def to_dict(self) -> dict[str, Any]:
         """As YAML and JSON hold it: what was read in its order, then what was changed since."""

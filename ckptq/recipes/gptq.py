@@ -7,9 +7,8 @@ from dataclasses import replace
 from typing import Any
 
 from ckptq.errors import UsageError
-from ckptq.recipes.args import Args
 from ckptq.recipes.scheme import Gptq, Group, Recipe
-from ckptq.recipes.spelled import spelled
+from ckptq.recipes.spelled import changed
 
 SUFFIX = "-gptq"
 
@@ -33,9 +32,9 @@ def with_gptq(recipe: Recipe) -> Recipe:
     if not recipe.linears:
         raise UsageError(f"recipe {recipe.name!r} quantizes no weights, so GPTQ has none to choose")
     groups = tuple(_ordered(group) for group in recipe.groups)
-    made = replace(recipe, name=recipe.name + SUFFIX, groups=groups, gptq=Gptq())
+    made = changed(recipe, SUFFIX, groups=groups, gptq=Gptq())
     check_gptq(made)
-    return replace(made, text=spelled(made))
+    return made
 
 
 def check_gptq(recipe: Recipe) -> None:
@@ -73,7 +72,4 @@ def read_gptq(fields: Mapping[str, Any]) -> Gptq:
 def _ordered(group: Group) -> Group:
     if group.weights is None:
         return group
-    args = group.weights
-    written = tuple(name for name in args.written if name != "actorder")
-    ordered: Args = replace(args, actorder="static", written=(*written, "actorder"))
-    return replace(group, weights=ordered if args.written else replace(args, actorder="static"))
+    return replace(group, weights=group.weights.replaced({"actorder": "static"}, ("actorder",)))

@@ -7,7 +7,7 @@ from dataclasses import replace
 from ckptq.errors import UsageError
 from ckptq.recipes.args import Args
 from ckptq.recipes.scheme import Group, Recipe
-from ckptq.recipes.spelled import spelled
+from ckptq.recipes.spelled import changed
 
 ROW = -1
 """compressed-tensors' size of a group that is the whole row."""
@@ -52,9 +52,7 @@ def with_group_size(recipe: Recipe, size: int) -> Recipe:
     groups = tuple(_resized(g, size) if sizes_of(g) else g for g in recipe.groups)
     if groups == recipe.groups:
         return recipe
-    name = f"{recipe.name}-{'channel' if size == ROW else f'g{size}'}"
-    made = replace(recipe, name=name, groups=groups)
-    return replace(made, text=spelled(made))
+    return changed(recipe, "-channel" if size == ROW else f"-g{size}", groups=groups)
 
 
 def _resized(group: Group, size: int) -> Group:

@@ -9,7 +9,7 @@ from ckptq.recipes.args import MINMAX
 from ckptq.recipes.gptq import FORMATS
 from ckptq.recipes.scheme import Group, Recipe
 from ckptq.recipes.searched import with_observer
-from ckptq.recipes.spelled import spelled
+from ckptq.recipes.spelled import changed
 
 SUFFIX = "-imatrix"
 
@@ -34,8 +34,7 @@ def with_imatrix(recipe: Recipe) -> Recipe:
             f"recipe {recipe.name!r} has no weights for iMatrix: with integer, FP8 or NVFP4 codes, "
             "scales of rows or groups, and the minimum and maximum as ranges"
         )
-    made = replace(recipe, name=recipe.name + SUFFIX, groups=groups)
-    return replace(made, text=spelled(made))
+    return changed(recipe, SUFFIX, groups=groups)
 
 
 def _weighed(group: Group) -> Group:

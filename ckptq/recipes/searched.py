@@ -9,7 +9,7 @@ from typing import Any
 from ckptq.errors import UsageError
 from ckptq.recipes.args import MINMAX, Args
 from ckptq.recipes.scheme import Group, Recipe
-from ckptq.recipes.spelled import spelled
+from ckptq.recipes.spelled import changed
 
 SUFFIX = "-search"
 
@@ -45,8 +45,7 @@ def with_search(recipe: Recipe) -> Recipe:
             f"--search: recipe {recipe.name!r} has no weights with scales of rows, groups or "
             "blocks that take the minimum and maximum"
         )
-    made = replace(recipe, name=recipe.name + SUFFIX, groups=groups)
-    return replace(made, text=spelled(made))
+    return changed(recipe, SUFFIX, groups=groups)
 
 
 def _searched(group: Group) -> Group:
@@ -58,5 +57,4 @@ def _searched(group: Group) -> Group:
 
 def with_observer(args: Args, observer: Mapping[str, Any]) -> Args:
     """The same with another observer, and its arguments."""
-    written = tuple(n for n in args.written if n not in ("observer", "observer_kwargs"))
-    return replace(args, **observer, written=(*written, *observer) if args.written else ())
+    return args.replaced(observer, ("observer", "observer_kwargs"))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import yaml
@@ -26,6 +27,12 @@ def spelled(scheme: Recipe) -> str:
         modifier["kv_cache_scheme"] = scheme.kv_cache_scheme.to_dict()
     stages = {STAGE: {MODIFIERS: {PLAIN if scheme.gptq is None else GPTQ: modifier}}}
     return yaml.safe_dump(stages, sort_keys=False)
+
+
+def changed(recipe: Recipe, suffix: str = "", **fields: Any) -> Recipe:
+    """The recipe with other fields, the suffix behind its name, and the text that stands for it."""
+    made = replace(recipe, name=recipe.name + suffix, **fields)
+    return replace(made, text=spelled(made))
 
 
 def _chosen(scheme: Recipe) -> dict[str, Any]:
