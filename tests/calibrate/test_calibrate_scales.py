@@ -237,7 +237,7 @@ def test_all_zero_head_gets_the_dtypes_eps(tmp_path):
 def test_attention_past_the_interface_is_an_error(saved, monkeypatch):
     from ckptq.errors import PlanError
 
-    monkeypatch.setattr(tap, "_shown", lambda name, tap, attend, qkv: attend(*qkv))
+    monkeypatch.setattr(tap, "_shown", lambda name, tap, attend, qkv, asked: attend(*qkv))
     with pytest.raises(PlanError, match="cannot be observed"):
         calibrate(saved("llama"), samples_of(ROWS[:2]))
 
