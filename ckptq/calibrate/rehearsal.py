@@ -7,15 +7,16 @@ attention.
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from copy import deepcopy
 from typing import TYPE_CHECKING
 
 from ckptq.calibrate.seen import check_seen
 from ckptq.checkpoint.open import Checkpoint
 from ckptq.errors import SourceError
+from ckptq.forward.latent import Latents
 from ckptq.forward.layerwise import LayerwiseModel, open_model
-from ckptq.forward.record import LayerArguments, Moved
+from ckptq.forward.record import LayerArguments, Moved, pass_on
 from ckptq.forward.tap import Tap, tapped
 from ckptq.models.refusals import WEIGHTS_ALONE, family_code
 from ckptq.plan.attention import AttentionPlan
@@ -69,8 +70,8 @@ def rehearse(ckpt: Checkpoint, plan: Plan, trust_remote_code: bool = False) -> N
         return
     with torch.no_grad():
         for index, layer in enumerate(model.layer_names):
-            call = stream.arguments[0][index]
-            scales = _shown(model, layer, stream.hidden_BSE[0], call, plan.attention)
+            call, later = stream.arguments[0][index], stream.arguments[0][index + 1 :]
+            scales = _shown(model, layer, stream.hidden_BSE[0], call, later, plan.attention)
             check_seen(model, layer, scales, plan.attention)
 
 
@@ -99,28 +100,40 @@ def _shown(
     layer: str,
     hidden_BSE: Tensor,
     call: LayerArguments,
+    later: Sequence[LayerArguments],
     attention: AttentionPlan,
 ) -> dict[str, int]:
-    """Point of attention, "MODULE.k" -> how many scales it would get."""
+    """Point of attention, "MODULE.k" -> how many scales it would get.
+
+    What the layer passes on is put into the `later` calls.
+    """
     import torch
 
     scales: dict[str, int] = {}
 
-    def see(module: str, q_BHSD: Tensor, k_BHSD: Tensor, v_BHSD: Tensor) -> None:
-        stored = model.loader.stored_module(module)
-        for which, x_BHSD in (("q", q_BHSD), ("k", k_BHSD), ("v", v_BHSD)):
-            per_head = attention.strategy == "attn_head"
-            scales[f"{stored}.{which}"] = x_BHSD.shape[1] if per_head else 1
-
     def run(module: nn.Module, hidden_BSE: Tensor, call: LayerArguments) -> None:
-        with tapped(module, layer, Tap([len(TOKENS)], see)):
-            module(hidden_BSE, *call[0], **call[1])
+        latents = Latents(module, layer)
 
-    module, meta = model.skeleton.layers[layer], torch.device("meta")
+        def see(path: str, q_BHSD: Tensor, k_BHSD: Tensor, v_BHSD: Tensor) -> None:
+            seen = {"q": q_BHSD, "k": k_BHSD, "v": v_BHSD}
+            if path in latents:
+                seen = dict.fromkeys("kv", latents.row(path, k_BHSD))
+            for which, x_BHSD in seen.items():
+                point = f"{model.loader.stored_module(path)}.{which}"
+                scales[point] = x_BHSD.shape[1] if attention.strategy == "attn_head" else 1
+
+        with latents.watched(), tapped(module, layer, Tap([len(TOKENS)], see)):
+            result = module(hidden_BSE, *call[0], **call[1])
+        if model.pairs:
+            pass_on((None, torch.zeros_like(result[1], device="cpu")), later)
+
+    root, meta = model.skeleton.layers[layer], torch.device("meta")
     try:
-        run(deepcopy(module).to(meta), hidden_BSE.to(meta), Moved(meta)(call))
+        run(deepcopy(root).to(meta), hidden_BSE.to(meta), Moved(meta)(call))
     except Exception:  # a family's own code may ask for values, as routers do
-        if not scales:
+        inside = f"{model.loader.stored_module(layer)}."
+        wanted = (m for m in attention.scales if m.startswith(inside))
+        if model.pairs or any(f"{module}.k" not in scales for module in wanted):
             with model.loader.loaded(layer), family_code(model.loader.label, layer):
-                run(module, hidden_BSE, call)
+                run(root, hidden_BSE, call)
     return scales

@@ -26,6 +26,7 @@ from ckptq.checkpoint.identity import Identity, check_unchanged, lasting
 from ckptq.checkpoint.open import Checkpoint
 from ckptq.errors import PlanError, SourceError, UsageError
 from ckptq.forward.decoded import weights_of
+from ckptq.forward.latent import Latents
 from ckptq.forward.layerwise import LayerwiseModel, Watch, open_model
 from ckptq.forward.linear_inputs import Inputs
 from ckptq.forward.reader import Reader
@@ -66,6 +67,7 @@ def calibrate(
     quantizer: LayerQuantizer | None = None,
 ) -> Scales:
     """Scales for q, k and v of every attention layer: [H, 1, 1] for "attn_head", [1] for "tensor".
+    Of latent attention for k and v, both that of the row that it caches.
 
     `inputs` asks for scales of what goes into Linears too, [1] each: names on disk, with what the
     largest input becomes (448 for FP8, 127.5 for INT8; 448 * 6 for NVFP4, whose global scale is
@@ -181,36 +183,43 @@ def _watch(
     """Sets the taps on a layer for one batch."""
     stored, wanted = model.loader.stored_module, statistics.wanted
 
-    def tap_for(batch: Batch) -> Tap:
+    def tap_for(batch: Batch, latents: Latents) -> Tap:
         def see(module: str, q_BHSD: Tensor, k_BHSD: Tensor, v_BHSD: Tensor) -> None:
+            if module in latents:
+                row_B1SR = latents.row(module, k_BHSD)
+                statistics.add_latent(stored(module), row_B1SR, batch.lengths)
+                return
             qkv_BHSD = {"q": q_BHSD, "k": k_BHSD, "v": v_BHSD}
             statistics.add_attention(stored(module), qkv_BHSD, batch.lengths)
 
         def maxima(module: str, q_BHSD: Tensor, k_BHSD: Tensor) -> Maxima:
             return statistics.maxima(stored(module), q_BHSD, k_BHSD)
 
-        # this observer needs only maxima; the others need every value
-        enough = wanted.attention.name == "static_minmax"
+        # this observer needs only maxima, of q, k and v; the others need every value
+        enough = wanted.attention.name == "static_minmax" and not latents
         return Tap(batch.lengths, see, maxima if enough else None)
 
     @contextmanager
     def watch(layer: nn.Module, batch: Batch) -> Iterator[None]:
-        attention = tapped(layer, name, tap_for(batch)) if wanted.strategy else nullcontext()
+        latents = Latents(layer, name)
+        tap = tap_for(batch, latents)
+        attention = tapped(layer, name, tap) if wanted.strategy else nullcontext()
         linears = inputs.watched(layer, name, batch.lengths, statistics.add_input)
         weights = quantizer.watched(model, name, layer, batch) if quantizer else nullcontext()
-        with attention, linears, weights:
+        with latents.watched(), attention, linears, weights:
             yield
 
     return watch
 
 
 def _classes(model: LayerwiseModel, statistics: Statistics) -> dict[str, str]:
-    """Attention module, by its name on disk -> its class in transformers."""
+    """Attention module, by its name on disk -> its class in transformers; not where queries have no
+    scale, as in latent attention."""
     return {
         model.loader.stored_module(name): type(module).__name__
         for layer, root in model.skeleton.layers.items()
         for name, module in root.named_modules(prefix=layer)
-        if f"{model.loader.stored_module(name)}.k" in statistics.points
+        if f"{model.loader.stored_module(name)}.q" in statistics.points
     }
 
 

@@ -64,6 +64,13 @@ class Statistics:
             stats = self.points.get(point, {})
             self._put([point], self.wanted.attention.fold(stats, x_BHSD, lengths))
 
+    def add_latent(self, module: str, row_B1SD: Tensor, lengths: Sequence[int]) -> None:
+        """Add a batch of what latent attention caches, which is read as k and as v."""
+        assert self.wanted.strategy is not None
+        points, x_B1SD = [f"{module}.k", f"{module}.v"], heads(row_B1SD, self.wanted.strategy)
+        stats = self.points.get(points[0], {})
+        self._put(points, self.wanted.attention.fold(stats, x_B1SD, lengths))
+
     def add_input(self, linears: Sequence[str], x_TF: Tensor) -> None:
         """Add tokens that are the input of all these Linears."""
         if not linears or not len(x_TF):

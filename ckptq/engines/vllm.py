@@ -41,6 +41,11 @@ KV_SCHEME: Mapping[str, tuple[object, ...]] = {
 `CompressedTensorsKVCacheMethod.validate_kv_cache_scheme`). There are no defaults: a scheme that
 omits a field is refused, except `dynamic`, which is not read."""
 
+LATENT_SCALES = "drops them with a warning, and caches with 1.0"
+"""What it does with the cache scales of latent attention: compressed_tensors.py makes a place for
+them in `Attention`, which `MLAAttention` is not (`get_quant_method`), and
+`maybe_remap_kv_scale_name` leaves out what has no place (model_loader/weight_utils.py)."""
+
 PERMUTED = ("weight", "weight_packed", "weight_scale")
 """Local names of the tensors of q and k whose rows vLLM permutes if RoPE is interleaved on disk
 (models/llama4.py, `permute_qk_weight_for_rotary`); it does not permute zero points and block

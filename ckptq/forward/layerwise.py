@@ -13,6 +13,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import dataclass
+from inspect import signature
 from typing import TYPE_CHECKING, Any
 
 from ckptq.checkpoint.open import Checkpoint
@@ -20,6 +21,7 @@ from ckptq.forward.decoded import weights_of
 from ckptq.forward.loader import Loader
 from ckptq.forward.reader import Reader
 from ckptq.forward.record import (
+    PASSED_ON,
     AllLayersSeen,
     LayerArguments,
     Memo,
@@ -28,6 +30,7 @@ from ckptq.forward.record import (
     WantsTuples,
     is_plain,
     layers_replaced,
+    pass_on,
 )
 from ckptq.forward.skeleton import Skeleton, build_skeleton
 from ckptq.forward.source import WeightSource
@@ -58,11 +61,13 @@ class Stream:
     """[batch][layer]: arguments of the layer besides the hidden states."""
     place: torch.device | str = "cpu"
     """Where hidden states stay between layers."""
+    pairs: bool = False
+    """Whether a layer's result has a second part, which is an argument of the next."""
 
     @property
     def resumable(self) -> bool:
         """False if layers pass on more than the hidden states (shared keys, values)."""
-        return all(is_plain(call) for calls in self.arguments for call in calls)
+        return not self.pairs and all(is_plain(call) for calls in self.arguments for call in calls)
 
 
 class LayerwiseModel:
@@ -75,6 +80,8 @@ class LayerwiseModel:
         self._layers = list(skeleton.layers.values())
         self._tuples = False
         """Whether the model expects tuples from its layers, as older families do."""
+        self.pairs = any(PASSED_ON in signature(each.forward).parameters for each in self._layers)
+        """Whether a layer's result has a second part, which is an argument of the next."""
 
     @property
     def _family(self) -> str:
@@ -88,7 +95,7 @@ class LayerwiseModel:
     def embed(self, batches: Iterable[Batch]) -> Stream:
         """Run everything before the first decoder layer, and record the layers' arguments."""
         given, memo = list(batches), Memo()
-        stream = Stream(given, [], [], self._place(given))
+        stream = Stream(given, [], [], self._place(given), pairs=self.pairs)
         with self._outer_weights(), _no_grad():
             for batch in given:
                 hidden_BSE, calls = self._record(batch)
@@ -128,12 +135,17 @@ class LayerwiseModel:
         """Put what the layer makes of the batches in their place."""
         if index + 1 < len(self.layer_names):
             self.loader.announce(self.layer_names[index + 1])
-        for number, result_BSE in enumerate(self._results(index, stream, watch)):
-            stream.hidden_BSE[number] = result_BSE.to(stream.place)
-            stream.arguments[number][index] = ((), {})
+        for number, result in enumerate(self._results(index, stream, watch)):
+            hidden_BSE = result[0] if isinstance(result, tuple) else result
+            stream.hidden_BSE[number] = hidden_BSE.to(stream.place)
+            calls = stream.arguments[number]
+            calls[index] = ((), {})
+            if self.pairs and isinstance(result, tuple):
+                pass_on(result, calls[index + 1 :])
 
-    def _results(self, index: int, stream: Stream, watch: Watch | None) -> Iterator[Tensor]:
-        """What the layer makes of each batch [B, S, E]."""
+    def _results(self, index: int, stream: Stream, watch: Watch | None) -> Iterator[Any]:
+        """What the layer makes of each batch: hidden states [B, S, E], or a tuple of which they
+        are the first."""
         name = self.layer_names[index]
         layer, moved = self.skeleton.layers[name], Moved(self.device)
         for number, hidden_BSE in enumerate(stream.hidden_BSE):
@@ -143,7 +155,7 @@ class LayerwiseModel:
                 args, kwargs = moved(stream.arguments[number][index])
                 with context:
                     result = self._through(layer, name, hidden_BSE.to(self.device), args, kwargs)
-            yield result[0] if isinstance(result, tuple) else result
+            yield result
 
     def _through(
         self,
@@ -184,16 +196,22 @@ class LayerwiseModel:
         return recorder.hidden_states(), recorder.calls
 
     def _recorded(self, batch: Batch) -> Recorder:
-        recorder = Recorder(self._family, len(self.layer_names), self._tuples)
+        recorder = Recorder(self._family, len(self.layer_names), self._answer)
         with layers_replaced(self._layers, recorder), suppress(AllLayersSeen):
             self._call(batch)
         return recorder
+
+    def _answer(self, hidden_BSE: Tensor) -> Any:
+        """Hidden states as a layer returns them."""
+        if self.pairs:
+            return hidden_BSE, None
+        return (hidden_BSE,) if self._tuples else hidden_BSE
 
     def _finish(self, batch: Batch, hidden_BSE: Tensor) -> Tensor:
         """Run the model with layers that only return the last layer's hidden states."""
 
         def given(*_: Any, **__: Any) -> Any:
-            return (hidden_BSE,) if self._tuples else hidden_BSE
+            return self._answer(hidden_BSE)
 
         with layers_replaced(self._layers, given):
             logits_BSV: Tensor = self._call(batch).logits

@@ -20,6 +20,11 @@ LayerArguments = tuple[tuple[Any, ...], dict[str, Any]]
 """What a model passes to a decoder layer besides the hidden states."""
 
 
+PASSED_ON = "prev_topk_indices"
+"""What the layers of GLM-5 and its kin get from the one before them beside the hidden states, and
+return with these: the positions that sparse attention keeps."""
+
+
 class AllLayersSeen(Exception):
     """Ends a recording run: what follows the layers is not needed, and has no weights."""
 
@@ -31,14 +36,14 @@ class WantsTuples(Exception):
 class Recorder:
     """Stands in for the decoder layers of one run and records how each is called.
 
-    With `tuples` it returns what it hands on as the first of a tuple.
+    It answers as a layer does whose result are these hidden states.
     """
 
-    def __init__(self, model_name: str, stop_after: int, tuples: bool) -> None:
+    def __init__(self, model_name: str, stop_after: int, answer: Callable[[Tensor], Any]) -> None:
         self.calls: list[LayerArguments] = []
         self._model_name = model_name
         self._stop_after = stop_after
-        self._tuples = tuples
+        self._answer = answer
         self._hidden_BSE: Tensor | None = None
 
     def __call__(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
@@ -48,7 +53,7 @@ class Recorder:
         self.calls.append((args, kwargs))
         if len(self.calls) == self._stop_after:
             raise AllLayersSeen
-        return (hidden_states,) if self._tuples else hidden_states
+        return self._answer(hidden_states)
 
     def _refuse(self, given: Tensor) -> NoReturn:
         """A layer's input is not the output of the one before it."""
@@ -70,6 +75,12 @@ class Recorder:
                 f"layers; it cannot be run layer by layer; {WEIGHTS_ALONE}"
             )
         return self._hidden_BSE
+
+
+def pass_on(result: tuple[Any, ...], calls: Sequence[LayerArguments]) -> None:
+    """Give the second part of a layer's result to the first of these calls, if there is one."""
+    for _, kwargs in calls[:1]:
+        kwargs[PASSED_ON] = result[1].cpu()
 
 
 class Memo:

@@ -15,6 +15,9 @@ KEY_PROJECTIONS = ("k_proj", "kv_proj", *FUSED)
 LATENT = ("kv_a_proj_with_mqa", "kv_b_proj")
 """What multi-head latent attention has instead of k_proj."""
 
+LATENT_COUNTS = {"k": 1, "v": 1}
+"""Scales of its one row for all heads, whose latent is read as k and as v. Both are the same."""
+
 UNCACHED = ("linear_attention", "conv")
 """Layer types that keep a state instead of keys and values, although their projections may be named
 like those of attention."""

@@ -1,7 +1,9 @@
 """Which attention layers get q/k/v scales, and of what shape.
 
 Shapes as llm-compressor writes them: [1] per tensor; per head [Hq, 1, 1] for q, [Hkv, 1, 1] for k
-and v. The dtype is that of the attention module's weights.
+and v. The dtype is that of the attention module's weights. Latent attention gets the same scale
+[1] as k's and v's, for the one row that it caches for all heads, and none for q: engines quantize
+another query there, to which they have moved kv_b_proj.
 """
 
 from __future__ import annotations
@@ -13,7 +15,14 @@ from typing import Any, Literal
 from ckptq.checkpoint.open import CONFIG, Checkpoint
 from ckptq.engines.vllm import kv_scheme_faults
 from ckptq.errors import PlanError
-from ckptq.models.attention import KEY_PROJECTIONS, attention_kind, cache_owners, layer_index
+from ckptq.models.attention import (
+    KEY_PROJECTIONS,
+    LATENT_COUNTS,
+    AttentionKind,
+    attention_kind,
+    cache_owners,
+    layer_index,
+)
 from ckptq.models.heads import QUERY_HEADS, Heads, by_side, config_heads, heads_in, layer_heads
 from ckptq.models.modules import Layout
 from ckptq.recipes.args import Args
@@ -30,6 +39,8 @@ class AttentionPlan:
     observer_arguments: Mapping[str, Any] = field(default_factory=dict)
     scales: Mapping[str, Mapping[str, TensorSpec]] = field(default_factory=dict)
     """Attention module -> full tensor name -> spec."""
+    latent: frozenset[str] = frozenset()
+    """The modules of latent attention: k and v share a scale, q has none."""
     told: str | None = None
     """Why they are per tensor although per-head scales were requested."""
 
@@ -44,9 +55,10 @@ def plan_attention(
     """
     _check_args(args)
     modules = _attention_modules(ckpt, layout)
-    heads = _heads_of(ckpt, layout, modules)
-    odd = _unlike_the_config(ckpt, heads)
     wanted = args.strategy == "attn_head"
+    latent = _latent(layout, modules, wanted)
+    heads = _heads_of(ckpt, layout, (module for module in modules if module not in latent))
+    odd = _unlike_the_config(ckpt, heads)
     per_head = wanted and not (served and odd)
     return AttentionPlan(
         strategy="attn_head" if per_head else "tensor",
@@ -54,11 +66,15 @@ def plan_attention(
         observer_arguments=args.observer_kwargs,
         scales={
             module: {
-                f"{module}.{which}_scale": TensorSpec(dtype, (count, 1, 1) if per_head else (1,))
-                for which, count in by_side(heads[module]).items()
+                f"{module}.{which}_scale": TensorSpec(found.dtype, (count, 1, 1))
+                if per_head
+                else TensorSpec(found.dtype, (1,))
+                for which, count in counts.items()
             }
-            for module, dtype in modules.items()
+            for module, found in modules.items()
+            for counts in [LATENT_COUNTS if module in latent else by_side(heads[module])]
         },
+        latent=latent,
         told=odd if wanted and not per_head else None,
     )
 
@@ -89,38 +105,61 @@ def last_tensors(ckpt: Checkpoint, attention: AttentionPlan) -> dict[str, str]:
     return {name: module for module, name in last.items()}
 
 
-def _attention_modules(ckpt: Checkpoint, layout: Layout) -> dict[str, str]:
-    """Attention module -> dtype of its weights, in the order of the layers, those that read another
-    layer's cache included."""
-    own = _key_projections(ckpt, layout)
+@dataclass(frozen=True, slots=True)
+class _Module:
+    """An attention module: what it caches, and the dtype of its weights."""
+
+    kind: AttentionKind
+    dtype: str
+
+
+def _attention_modules(ckpt: Checkpoint, layout: Layout) -> dict[str, _Module]:
+    """By name, in the order of the layers, those that read another layer's cache included."""
+    own = _caching(ckpt, layout)
     parents = {
         linear.parent: linear.weight.spec.dtype
         for linear in layout.linears.values()
         if linear.kept is None
     }
     readers = cache_owners(own, parents, layout.num_layers, ckpt.text_config)
-    found = {**own, **{module: parents[module] for module in readers}}
+    found = {**own, **{module: _Module("heads", parents[module]) for module in readers}}
     return {module: found[module] for module in sorted(found, key=layer_index)}
 
 
-def _key_projections(ckpt: Checkpoint, layout: Layout) -> dict[str, str]:
+def _caching(ckpt: Checkpoint, layout: Layout) -> dict[str, _Module]:
+    """Those whose Linears compute keys, or the latent that keys are computed of."""
     found = {}
     for linear in layout.linears.values():
         if linear.kept is not None:
             continue
         kind = attention_kind(linear.name, layout.layers, layout.num_layers, ckpt.text_config)
-        if kind == "latent":
-            raise PlanError(
-                f"{linear.name}: multi-head latent attention does not cache k and v heads, so "
-                "KV-cache scales cannot be calibrated for this model"
-            )
-        if kind == "heads":
-            found[linear.parent] = linear.weight.spec.dtype
+        if kind is not None:
+            found[linear.parent] = _Module(kind, linear.weight.spec.dtype)
     if not found:
         raise PlanError(
             f"{ckpt.path}: KV-cache scales were requested, but {_why_none(ckpt, layout)}"
         )
     return found
+
+
+def _latent(layout: Layout, modules: Mapping[str, _Module], per_head: bool) -> frozenset[str]:
+    """The modules of latent attention; PlanError where their cache is not one latent to vLLM, or
+    scales per head are wanted of it."""
+    latent = frozenset(name for name, module in modules.items() if module.kind == "latent")
+    engine = layout.witnesses.engine
+    for name in sorted(latent, key=layer_index):
+        known = engine.attention(name) if engine is not None else None
+        if known is not None and known.kind == "heads":
+            raise PlanError(
+                f"{name}: vLLM caches k and v heads of this latent attention, transformers the "
+                "latent itself; no scale is right for both; use a weights-only scheme"
+            )
+        if per_head:
+            raise PlanError(
+                f"{name}: multi-head latent attention caches one latent for all heads, so "
+                "nothing there has a scale per head; use fp8-per-tensor, or kv-fp8-per-tensor"
+            )
+    return latent
 
 
 def _why_none(ckpt: Checkpoint, layout: Layout) -> str:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 
+from ckptq.engines.table import load_table
 from ckptq.engines.transformers import loads_fused_experts
-from ckptq.engines.vllm import fills_whole_blocks, loads_with_plain_inputs
+from ckptq.engines.vllm import LATENT_SCALES, fills_whole_blocks, loads_with_plain_inputs
 from ckptq.models.experts import experts_of
 from ckptq.models.heads import OUTPUTS
 from ckptq.models.unserved import model_doubts
@@ -55,6 +56,11 @@ def _chosen(plan: Plan) -> dict[str, Group]:
 def _cache_scales_refused(plan: Plan) -> Iterator[str]:
     engine = plan.layout.witnesses.engine
     if plan.attention is None or engine is None or engine.cache_scales == "k_scale":
+        if plan.attention is not None and plan.attention.latent:
+            yield (
+                f"vLLM {load_table().version} has no place for cache scales of latent attention "
+                f"in compressed-tensors' format: it {LATENT_SCALES}"
+            )
         return
     if engine.cache_scales is None:
         reason = engine.refusals.get("cache", "").partition(". ")[0]

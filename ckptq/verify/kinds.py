@@ -149,13 +149,18 @@ CACHE = _faults(
     ("kv-scale-shape", "expected one scale, or one per head", AGAIN),
     ("kv-heads-differ", "vLLM loads no per-head scales for this layer", "calibrate per tensor"),
     ("shared-cache-scale", "reads another layer's cache with a different scale", AGAIN),
+    ("latent-per-head", "latent attention caches one row for all heads", "calibrate per tensor"),
+    (
+        "latent-scales-differ",
+        "one row is cached with k's scale and read as k and v",
+        "`ckptq calibrate`, then convert again",
+    ),
     ("kv-scale-dtype", "engines do not read scales of this dtype", AGAIN),
     ("vision-scale", "crashes vLLM; text cannot calibrate it", "remove the tensor"),
     ("kv-scale-orphan", "no attention layer here", "remove the tensor"),
     ("no-attention", "a KV-cache scheme for a model without attention", "remove the scheme"),
 ) + _notes(
     ("q-scale-absent", "FP8 attention backends quantize queries with 1.0", "`ckptq calibrate`"),
-    ("latent-cache", "latent attention caches no heads; scales are not checked", "none"),
 )
 
 VALUES = _faults(

@@ -29,7 +29,7 @@ from ckptq.verify.subject import Subject
 from ckptq.verify.values.activations import check_inputs
 from ckptq.verify.values.fused_scales import check_fused_scales
 from ckptq.verify.values.plausible import cache_values, check_linear_values
-from ckptq.verify.values.shared_cache import check_shared_cache
+from ckptq.verify.values.shared_cache import check_latent, check_shared_cache
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -52,6 +52,7 @@ def check_data(
     with Files() as files:
         rows, found = cache_values(subject, files)
         found += check_shared_cache(subject, rows)
+        found += check_latent(subject, rows)
         for linear in linears.values():
             found += check_linear_values(linear, files)
         found += check_inputs(linears, files)

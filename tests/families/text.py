@@ -25,6 +25,7 @@ ROUTED: Config = {"moe_intermediate_size": 128, "num_experts_per_tok": 2}
 GROUPS: Config = {"n_group": 1, "topk_group": 1}
 LATENT: Config = {
     "num_key_value_heads": 4,
+    "head_dim": 32,
     "q_lora_rank": 128,
     "kv_lora_rank": 128,
     "qk_rope_head_dim": 32,
@@ -262,8 +263,8 @@ TEXT: dict[str, tuple[str, Config]] = {
         "longcat_flash",
         text(
             LATENT,
-            num_hidden_layers=2,
-            num_layers=2,
+            num_hidden_layers=6,
+            num_layers=3,
             ffn_hidden_size=512,
             moe_topk=2,
             n_routed_experts=4,

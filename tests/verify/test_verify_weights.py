@@ -261,7 +261,7 @@ def test_what_the_source_lacks_too_is_told(good, tmp_path):
     assert told == [("tensor-missing", f"{lacking}.weight")]
 
 
-def test_latent_attention_is_noted(good, tmp_path):
+def test_scales_per_head_of_latent_attention_are_a_fault(good, tmp_path):
     editor = copy_of(good("llama", "kv", True)[0], tmp_path / "latent")
     for name in list(editor.tensors):
         if ".k_proj." in name:
@@ -269,8 +269,7 @@ def test_latent_attention_is_noted(good, tmp_path):
             editor.tensors[latent] = editor.tensors.pop(name)
     editor.config |= {"model_type": "latent", "architectures": ["LatentForCausalLM"]}
     report = verify(editor.save())
-    assert {note.code for note in report.notes} == {"latent-cache"}
-    assert report.findings == ()
+    assert report.counts == {"latent-per-head": 2}
 
 
 def test_layers_that_share_a_cache_need_the_scales_of_its_owner(good, tmp_path):

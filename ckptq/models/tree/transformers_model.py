@@ -94,14 +94,18 @@ def decoder_name(model: PreTrainedModel) -> str:
 
 
 def decoder_layers_of(model: PreTrainedModel) -> tuple[str, nn.ModuleList] | None:
-    """Name and list of the language model's layers: in its decoder, as many as its config says."""
+    """Name and list of the language model's layers: in its decoder, as many as its config says.
+
+    LongCat's `num_hidden_layers` are its caches, two in each of `num_layers` layers.
+    """
     from torch import nn
 
-    wanted = getattr(model.config.get_text_config(decoder=True), "num_hidden_layers", None)
+    config = model.config.get_text_config(decoder=True)
     prefix = decoder_name(model)
-    for name, module in model.get_decoder().named_modules():
-        if isinstance(module, nn.ModuleList) and len(module) == wanted:
-            return ".".join(part for part in (prefix, name) if part), module
+    for wanted in (getattr(config, key, None) for key in ("num_hidden_layers", "num_layers")):
+        for name, module in model.get_decoder().named_modules():
+            if isinstance(module, nn.ModuleList) and len(module) == wanted:
+                return ".".join(part for part in (prefix, name) if part), module
     return None
 
 

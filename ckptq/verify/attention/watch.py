@@ -1,7 +1,8 @@
 """A short forward pass of the source, which measures q, k and v under the checkpoint's scales.
 
 The model runs layer by layer (ckptq.forward.layerwise), with a tap that repeats each attention with
-q, k and v in FP8: with the stored scales, with 1.0, and with one scale for all heads. On a GPU that
+q, k and v in FP8: with the stored scales, with 1.0, and with one scale for all heads. Of latent
+attention it measures the row that is cached, and does not repeat anything. On a GPU that
 is attention over a paged FP8 cache, as in `evaluate`; on a CPU, and where kernels do not know a
 family's attention (sinks), its own attention of rounded q, k and v. Only the exact result is
 passed on.
@@ -11,8 +12,8 @@ Shape letters: B batch, H query heads, K key/value heads, S positions, D head si
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING
@@ -21,8 +22,10 @@ import torch
 from torch import Tensor
 
 from ckptq.checkpoint.read import Files, read_tensor
+from ckptq.forward.latent import Latents
 from ckptq.forward.over_pages import over_static_fp8, pages_serve
 from ckptq.forward.tap import Asked, Attend, Qkv, Tap, tapped
+from ckptq.models.attention import LATENT_COUNTS
 from ckptq.models.heads import by_side
 from ckptq.spec import FLOATS
 from ckptq.verify.attention.fp8_heads import Choices, HeadSums, OutputSums, in_fp8
@@ -51,9 +54,20 @@ class Watch:
     heads: dict[tuple[str, str], HeadSums] = field(default_factory=dict)
     outputs: dict[str, OutputSums] = field(default_factory=dict)
 
-    def layer(self, name: str, layer: nn.Module, batch: Batch) -> AbstractContextManager[None]:
+    @contextmanager
+    def layer(self, name: str, layer: nn.Module, batch: Batch) -> Iterator[None]:
         """The context in which a decoder layer runs on a batch."""
-        return tapped(layer, name, Tap(batch.lengths, compare=self._compare))
+        latents = Latents(layer, name)
+        compare = self._compare if not latents else partial(self._see_row, latents)
+        with latents.watched(), tapped(layer, name, Tap(batch.lengths, compare=compare)):
+            yield
+
+    def _see_row(self, latents: Latents, module: str, qkv: Qkv, *_: object) -> None:
+        """The row of latent attention, which is read as k and as v."""
+        for which, choices in self.choices.get(self.on_disk(module), {}).items():
+            if module in latents:
+                sums = self.heads.setdefault((self.on_disk(module), which), HeadSums(choices))
+                sums.add(latents.row(module, qkv[1]))
 
     def _compare(self, module: str, qkv: Qkv, exact: Tensor, attend: Attend, asked: Asked) -> None:
         name = self.on_disk(module)
@@ -97,9 +111,10 @@ def _choices(subject: Subject) -> dict[str, dict[str, Choices]]:
     """Scales for each head, also where one is stored for all; 1.0 where there is none."""
     found: dict[str, dict[str, Choices]] = {}
     with Files() as files:
-        for module in subject.attention:
+        for module, kind in subject.attention.items():
             heads = subject.heads_in(module)
-            for which, count in by_side(heads).items() if heads else ():
+            counts = by_side(heads) if heads else {}
+            for which, count in (LATENT_COUNTS if kind == "latent" else counts).items():
                 tensor = subject.cache_scales.get((module, which))
                 scale = torch.ones(1)
                 if tensor is not None and tensor.spec.dtype in FLOATS:

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ckptq.checkpoint.header import StoredTensor
 from ckptq.checkpoint.read import Files, read_tensor
-from ckptq.engines.vllm import common_set
+from ckptq.engines.vllm import LATENT_SCALES, common_set
 from ckptq.models.weight_rows import weight_rows
 from ckptq.permute.apply import permute_rows
 from ckptq.permute.effect import Part
@@ -221,7 +221,7 @@ def _cache(subject: Subject, engine: Engine, files: Files) -> Iterator[Arrival]:
     if strategy is None:
         return
     for module, kind in subject.attention.items():
-        for which in "kvq" if kind == "heads" else "":
+        for which in "kvq" if kind == "heads" else "kv":
             yield _scale(subject, engine, files, module, which)
     if strategy == "attn_head" and engine.name.startswith("vllm"):
         done = "per-head scales need FlashAttention 3 (Hopper): --attention-backend FLASH_ATTN"
@@ -233,6 +233,8 @@ def _scale(subject: Subject, engine: Engine, files: Files, module: str, which: s
     tensor = subject.cache_scales.get((module, which))
     if tensor is None:
         return Arrival(tensor=name, done=f"{MISSING}: 1.0 is used", snr_db=None, ok=False)
+    if subject.attention[module] == "latent" and engine.name.startswith("vllm"):
+        return Arrival(tensor=name, done=LATENT_SCALES, snr_db=None, ok=True)
     if which == "q" and engine.needs_attention_group and not subject.declared.has_attention_group:
         done = "ignored: no config group quantizes attention"
         return Arrival(tensor=name, done=done, snr_db=None, ok=True)

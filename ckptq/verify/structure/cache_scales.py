@@ -47,8 +47,10 @@ def _orphans(subject: Subject) -> Iterator[Finding]:
 
 
 def _layer(subject: Subject, module: str) -> Iterator[Finding]:
-    if subject.attention[module] == "latent":
-        yield finding("latent-cache", module, found="latent attention", wanted="heads of k and v")
+    latent = subject.attention[module] == "latent"
+    if latent and subject.declared.kv_strategy == "attn_head":
+        found, wanted = "strategy attn_head", "strategy tensor"
+        yield finding("latent-per-head", module, file=CONFIG, found=found, wanted=wanted)
         return
     owner = subject.cache_owners.get(module)
     for which in "kv":
