@@ -14,12 +14,14 @@ from typing import TYPE_CHECKING
 from ckptq.errors import CkptqError, MachineError
 from ckptq.evaluate.caches.held import Held
 from ckptq.evaluate.caches.kv_cache import PLAIN, Maxima
+from ckptq.evaluate.caches.latent_rows import LatentRows
 from ckptq.evaluate.caches.simulated import See
 from ckptq.evaluate.linears.inputs import InputMaxima, InputScheme
 from ckptq.evaluate.linears.products import Treatment, products_treated
 from ckptq.evaluate.linears.treatments import Weights, observed, rules_of, treated
 from ckptq.evaluate.variant import Run, Track, Variant
 from ckptq.evaluate.weights.spoil import spoiled, spoiled_layer
+from ckptq.forward.latent import Latents
 from ckptq.forward.layerwise import Watch
 from ckptq.forward.over_pages import pages_serve
 from ckptq.forward.tap import Tap, tapped
@@ -71,9 +73,9 @@ class Watching:
                 if row.name not in rules:
                     rules[row.name] = self._rules(weights, row)
                     caches[row.name] = self._held(track, row)
-                around = [] if not (spoils and row.spoiled) else [spoiled(layer)]
-                tap = self._tap(track, run, caches[row.name])
-                around += [] if tap is None else [tapped(layer, name, tap)]
+                around = self._attention(track, run, caches[row.name], layer, name)
+                if spoils and row.spoiled:
+                    around.insert(0, spoiled(layer))
                 codes = not (spoils and row.spoiled)  # they are of weights that are not spoiled
                 treatments = partial(self._treatments, weights, rules[row.name], run, codes)
                 return self._running(row, around, treatments)
@@ -113,12 +115,22 @@ class Watching:
             stack.enter_context(products_treated(treatments()))
             yield
 
-    def _tap(self, track: Track, run: Run, held: Held) -> Tap | None:
+    def _attention(
+        self, track: Track, run: Run, held: Held, layer: nn.Module, name: str
+    ) -> list[AbstractContextManager[None]]:
+        """What happens to keys and values: they are seen, or read from the row's cache."""
+        row, latents = run.variant, Latents(layer, name)
         on_disk = track.model.loader.stored_module
-        if run.variant is self.source:
-            measures = any(row.cache.measures for row in self.rows)
-            return Tap(run.lengths, self._measuring(run, on_disk)) if measures else None
-        return held.tap(run.lengths) if run.variant.cache.mode != PLAIN else None
+        if row is self.source:
+            measures = any(other.cache.measures for other in self.rows)
+            tap = Tap(run.lengths, self._measuring(run, on_disk, latents))
+            return [latents.watched(), tapped(layer, name, tap)] if measures else []
+        if row.cache.mode == PLAIN:
+            return []
+        if latents:
+            rows = LatentRows(row.cache, self.maxima, on_disk)
+            return [rows.held(latents, layer, name, run.lengths)]
+        return [tapped(layer, name, held.tap(run.lengths))]
 
     def _treatments(
         self, weights: Weights, rules: Rules, run: Run, codes: bool
@@ -150,9 +162,11 @@ class Watching:
     def _note(self, row: Variant, said: str) -> None:
         self.notes.setdefault(row.name, {})[said] = None
 
-    def _measuring(self, run: Run, on_disk: Callable[[str], str]) -> See:
+    def _measuring(self, run: Run, on_disk: Callable[[str], str], latents: Latents) -> See:
         def see(module: str, q_BHSD: Tensor, k_BHSD: Tensor, v_BHSD: Tensor) -> None:
             qkv = {"q": q_BHSD, "k": k_BHSD, "v": v_BHSD}
+            if module in latents:
+                qkv = dict.fromkeys("kv", latents.row(module, k_BHSD))
             self.maxima.see(on_disk(module), qkv, run.lengths)
 
         return see

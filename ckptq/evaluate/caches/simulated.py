@@ -48,19 +48,22 @@ class Scales:
 
 def simulated(cache: KVCache, scales: Scales) -> See:
     """Replaces q, k and v by what attention would read from such a cache."""
-    held = cut_toward_zero if cache.toward_zero else _static
-
     def static(module: str, q_BHSD: Tensor, k_BKSD: Tensor, v_BKSD: Tensor) -> None:
         known = scales.of(module, q_BHSD, k_BKSD)
         for which, x_BHSD in {"q": q_BHSD, "k": k_BKSD, "v": v_BKSD}.items():
             if which != "q" or cache.query:
-                x_BHSD.copy_(held(x_BHSD, known[which]))
+                x_BHSD.copy_(fp8_of(x_BHSD, known[which], cache))
 
     def dynamic(module: str, q_BHSD: Tensor, k_BKSD: Tensor, v_BKSD: Tensor) -> None:
         for x_BKSD in (k_BKSD, v_BKSD):
             x_BKSD.copy_(_dynamic(x_BKSD, cache))
 
     return static if cache.mode in STATIC else dynamic
+
+
+def fp8_of(x_BHSD: Tensor, scale_H: Tensor, cache: KVCache) -> Tensor:
+    """What a static FP8 cache returns."""
+    return (cut_toward_zero if cache.toward_zero else _static)(x_BHSD, scale_H)
 
 
 def effective(mode: str, scales: AttentionScales, heads: int, kv_heads: int) -> dict[str, Tensor]:
