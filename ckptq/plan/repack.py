@@ -13,7 +13,7 @@ from dataclasses import replace
 from ckptq.checkpoint.header import StoredTensor
 from ckptq.checkpoint.open import Checkpoint
 from ckptq.errors import PlanError, UsageError
-from ckptq.models.attention import cache_scales
+from ckptq.models.attention import LATENT, cache_scales
 from ckptq.models.modules import Layout, Linear
 from ckptq.models.quantized.as_nvfp4 import as_nvfp4
 from ckptq.models.quantized.encoded_weight import Encoded
@@ -114,7 +114,8 @@ FP8_CACHE = Args(type="float", strategy="tensor")
 
 def carried_scales(ckpt: Checkpoint) -> dict[str, dict[str, StoredTensor]]:
     """Source tensor -> the tensors that it becomes: the scales of an FP8 cache, by the names that
-    engines load. Queries get the keys' scale, as vLLM does where a checkpoint has none.
+    engines load. Queries get the keys' scale, as vLLM does where a checkpoint has none; of latent
+    attention both k and v get it, with which the row is cached that they are read from.
 
     Empty for a source without such a cache, or with scales for a part of it.
     """
@@ -127,15 +128,20 @@ def carried_scales(ckpt: Checkpoint) -> dict[str, dict[str, StoredTensor]]:
         return {}
     made: dict[str, dict[str, StoredTensor]] = {}
     for module in modules:
-        for which, origin in (
-            ("k", "k"),
-            ("v", "v"),
-            ("q", "q" if (module, "q") in scales else "k"),
-        ):
+        for which, origin in _origins(module, ckpt, scales).items():
             tensor = scales[module, origin]
             one = replace(tensor, spec=TensorSpec(tensor.spec.dtype, (1,)))
             made.setdefault(tensor.name, {})[f"{module}.{which}_scale"] = one
     return made if all(t.spec.numel == 1 for t in scales.values()) else {}
+
+
+def _origins(
+    module: str, ckpt: Checkpoint, scales: Mapping[tuple[str, str], StoredTensor]
+) -> dict[str, str]:
+    """Which scale of an attention -> which of the maker's it is."""
+    if any(f"{module}.{name}.weight" in ckpt.tensors for name in LATENT):
+        return {"k": "k", "v": "k"}
+    return {"k": "k", "v": "v", "q": "q" if (module, "q") in scales else "k"}
 
 
 def _check_method(ckpt: Checkpoint, recipe: Recipe) -> None:
