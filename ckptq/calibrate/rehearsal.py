@@ -39,6 +39,8 @@ class Placeholders:
         for linear in plan.layout.linears.values():
             if linear.weight.index is None:  # else its tensor is there under its own name
                 self._specs[f"{linear.name}.weight"] = linear.weight.spec
+        for weight in plan.layout.decoded.values():
+            self._specs[weight.plain] = weight.written
 
     def names(self) -> Collection[str]:
         return self._specs.keys()

@@ -48,6 +48,7 @@ class Scales:
 
 def simulated(cache: KVCache, scales: Scales) -> See:
     """Replaces q, k and v by what attention would read from such a cache."""
+
     def static(module: str, q_BHSD: Tensor, k_BKSD: Tensor, v_BKSD: Tensor) -> None:
         known = scales.of(module, q_BHSD, k_BKSD)
         for which, x_BHSD in {"q": q_BHSD, "k": k_BKSD, "v": v_BKSD}.items():

@@ -17,7 +17,7 @@ from ckptq.evaluate.caches.kv_cache import BF16, PER_HEAD, PER_TENSOR, KVCache
 from ckptq.evaluate.linears.inputs import InputScheme, input_scheme
 from ckptq.evaluate.weights.noise import Noise
 from ckptq.forward.reader import Reader
-from ckptq.models.encoded import Encoded
+from ckptq.models.encoded import Encoded, decode
 from ckptq.models.weight_rows import place_of, stored_of, whole_weight
 from ckptq.plan.unit import Plan, Unit
 from ckptq.quantize.coded import Coded, Keep
@@ -45,6 +45,7 @@ class SchemeWeights:
         self._layout = plan.layout
         self._recipe = plan.recipe.name
         self._parts = {part.linear.name: (unit, part) for unit in plan.units for part in unit.parts}
+        self._decoded = {weight.plain: weight for weight in plan.layout.decoded.values()}
         self._shared: dict[str, Tensor] = {}
         self._noise = Noise()
         self._finite: dict[str, Tensor] = {}
@@ -61,13 +62,12 @@ class SchemeWeights:
 
     def names(self) -> Collection[str]:
         """Plain tensors under their own names; quantized ones are decoded."""
-        encoded = [
-            each for each in self._layout.linears.values() if isinstance(each.weight, Encoded)
-        ]
-        parts = {t.name for each in encoded for t in each.weight.tensors.values()}  # type: ignore[union-attr]
+        linears = (each.weight for each in self._layout.linears.values())
+        encoded = [w for w in (*linears, *self._decoded.values()) if isinstance(w, Encoded)]
+        parts = {tensor.name for weight in encoded for tensor in weight.tensors.values()}
         hidden = parts | set(self._layout.dropped)
         plain = [name for name in self._ckpt.tensors if name not in hidden]
-        return [*plain, *(f"{each.name}.weight" for each in encoded)]
+        return [*plain, *(weight.plain for weight in encoded)]
 
     def announce(self, names: Collection[str]) -> None:
         self._reader.begin_early(self._stored(names))
@@ -97,10 +97,17 @@ class SchemeWeights:
         found: list[StoredTensor] = []
         for name in names:
             linear = self._layout.linears.get(name.removesuffix(".weight"))
-            found += [self._ckpt.tensors[name]] if linear is None else stored_of(linear.weight)
+            if name in self._decoded:
+                found += self._decoded[name].tensors.values()
+            else:
+                found += [self._ckpt.tensors[name]] if linear is None else stored_of(linear.weight)
         return found
 
     def _tensor(self, name: str) -> Tensor:
+        if name in self._decoded:
+            weight = self._decoded[name]
+            w_RC = decode(weight, weight.whole(self._reader.take), weight.shape[0])
+            return w_RC.view(weight.written.shape)
         module = name.removesuffix(".weight")
         if module in self._layout.linears:
             return self._weight(module)
