@@ -72,7 +72,8 @@ def evaluate_request(
             )
     ckpt = open_checkpoint(path, revision)
     source = open_checkpoint(asked.source) if asked.source is not None else None
-    if source is None and ckpt.quantization_config is not None and not asked.caches:
+    compared = asked.caches or recipes
+    if source is None and ckpt.quantization_config is not None and not compared:
         raise UsageError(f"{path}: is quantized; --source names the checkpoint it was made from")
     if source is not None and ckpt.quantization_config is None:
         raise UsageError(f"{path}: is not quantized; evaluate the quantized checkpoint instead")

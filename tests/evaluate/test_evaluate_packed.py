@@ -1,10 +1,12 @@
 """Sources that other makers quantized: schemes are tried on the weights that they decode to."""
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
+from evaluate_models import rows_of
 from test_evaluate_compare import TEXT
 from tiny.foreign import (
     AWQ_METHOD,
@@ -22,8 +24,13 @@ from tiny.foreign import (
     unquantized,
     write,
 )
+from tiny.rows import write_rows
+from typer.testing import CliRunner
 
 from ckptq.checkpoint.open import open_checkpoint
+from ckptq.cli import app
+from ckptq.errors import UsageError
+from ckptq.evaluate.request import EvaluationRequest, evaluate_request
 from ckptq.evaluate.run import evaluate
 from ckptq.evaluate.weights.schemes import SchemeWeights
 from ckptq.plan.make import make_plan
@@ -61,6 +68,17 @@ def test_experts_in_one_tensor_are_those_that_their_codes_mean(tmp_path):
     assert not [name for name in found if name.endswith(("_blocks", "_scales"))]
     for name, weight in foreign.weights.items():
         assert torch.equal(found[name], weight)
+
+
+def test_a_packed_source_alone_is_compared_with_schemes_of_it(tmp_path):
+    source, text = gpt_oss(tmp_path / "source").folder, tmp_path / "text.jsonl"
+    write_rows(text, rows_of((20, 15)))
+    words = ["evaluate", str(source), "--schemes", "fp8-dynamic", "--data", str(text), "--json"]
+    done = CliRunner().invoke(app, words)
+    assert done.exit_code == 0, done.exception
+    assert json.loads(done.stdout)["rows"][0]["weights"] == "fp8-dynamic"
+    with pytest.raises(UsageError, match="--source names the checkpoint it was made from"):
+        evaluate_request(source, EvaluationRequest(data=str(text)))
 
 
 def test_rows_of_a_packed_source(tmp_path):
