@@ -17,6 +17,7 @@ from inspect import signature
 from typing import TYPE_CHECKING, Any
 
 from ckptq.checkpoint.open import Checkpoint
+from ckptq.errors import SourceError
 from ckptq.forward.decoded import weights_of
 from ckptq.forward.loader import Loader
 from ckptq.forward.reader import Reader
@@ -31,6 +32,7 @@ from ckptq.forward.record import (
     is_plain,
     layers_replaced,
     pass_on,
+    unpacks_two,
 )
 from ckptq.forward.skeleton import Skeleton, build_skeleton
 from ckptq.forward.source import WeightSource
@@ -78,8 +80,9 @@ class LayerwiseModel:
         self.loader = loader
         self.device = device
         self._layers = list(skeleton.layers.values())
-        self._tuples = False
-        """Whether the model expects tuples from its layers, as older families do."""
+        self._parts = 0
+        """What the model expects of its layers: 0 the hidden states, 1 a tuple of them alone, as
+        older families do, 2 with something behind them."""
         self.pairs = any(PASSED_ON in signature(each.forward).parameters for each in self._layers)
         """Whether a layer's result has a second part, which is an argument of the next."""
 
@@ -188,12 +191,16 @@ class LayerwiseModel:
 
     def _record(self, batch: Batch) -> tuple[Tensor, list[LayerArguments]]:
         """Run the model up to its last layer; the layers only record their arguments."""
-        try:
-            recorder = self._recorded(batch)
-        except WantsTuples:
-            self._tuples = True
-            recorder = self._recorded(batch)
-        return recorder.hidden_states(), recorder.calls
+        while True:
+            try:
+                recorder = self._recorded(batch)
+                return recorder.hidden_states(), recorder.calls
+            except WantsTuples:
+                self._parts = 1
+            except SourceError as error:
+                if self._parts == 2 or not unpacks_two(error.__cause__):
+                    raise
+                self._parts = 2
 
     def _recorded(self, batch: Batch) -> Recorder:
         recorder = Recorder(self._family, len(self.layer_names), self._answer)
@@ -203,9 +210,7 @@ class LayerwiseModel:
 
     def _answer(self, hidden_BSE: Tensor) -> Any:
         """Hidden states as a layer returns them."""
-        if self.pairs:
-            return hidden_BSE, None
-        return (hidden_BSE,) if self._tuples else hidden_BSE
+        return hidden_BSE if self._parts == 0 else (hidden_BSE, None)[: self._parts]
 
     def _finish(self, batch: Batch, hidden_BSE: Tensor) -> Tensor:
         """Run the model with layers that only return the last layer's hidden states."""

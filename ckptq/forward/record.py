@@ -33,6 +33,11 @@ class WantsTuples(Exception):
     """The model indexed its layer's result: older families return a tuple."""
 
 
+def unpacks_two(error: BaseException | None) -> bool:
+    """Whether the model failed to take two results of a layer out of what it was given."""
+    return isinstance(error, ValueError) and "to unpack (expected 2" in str(error)
+
+
 class Recorder:
     """Stands in for the decoder layers of one run and records how each is called.
 

@@ -312,7 +312,7 @@ TEXT: dict[str, tuple[str, Config]] = {
             use_mamba_kernels=False,
         ),
     ),
-    "bamba": ("bamba", text(MAMBA2, attn_layer_indices=[1, 3])),
+    "bamba": ("bamba", text(MAMBA2, attn_layer_indices=[1, 3], mamba_chunk_size=16)),
     "zamba2": (
         "zamba2",
         {
