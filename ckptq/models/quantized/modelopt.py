@@ -18,6 +18,7 @@ from ckptq.checkpoint.header import StoredTensor
 from ckptq.checkpoint.open import CONFIG, Checkpoint
 from ckptq.errors import PlanError, SourceError
 from ckptq.models.quantized.encoded_weight import Encoded
+from ckptq.models.quantized.modelopt_experts import read_fused
 from ckptq.quantize.stored import stored
 from ckptq.quantize.weight_scheme import WeightScheme
 from ckptq.spec import FLOATS, TensorSpec
@@ -46,10 +47,12 @@ NVFP4 = WeightScheme(
 
 
 def read_modelopt(ckpt: Checkpoint, dtype: str) -> Mapping[str, Encoded]:
-    """Module name -> its quantized weight. PlanError for an algorithm that is not read, SourceError
-    for tensors that do not fit together."""
+    """Module name -> its quantized weight; experts in one tensor have that tensor's name.
+
+    PlanError for an algorithm that is not read, SourceError for tensors that do not fit together.
+    """
     _check_algorithms(ckpt)
-    found = {}
+    found: dict[str, Encoded] = dict(read_fused(ckpt, dtype, FP8, NVFP4))
     for module, tensors in _modules(ckpt):
         weight = tensors["weight"]
         if weight.spec.dtype not in ("U8", "F8_E4M3") or len(weight.spec.shape) != 2:

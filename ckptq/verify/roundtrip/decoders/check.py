@@ -30,7 +30,7 @@ from ckptq.verify.roundtrip.decoders.libraries import (
     decode_source,
     source_library,
 )
-from ckptq.verify.roundtrip.decoders.makers import first_expert
+from ckptq.verify.roundtrip.decoders.makers import decodes_experts, first_expert
 from ckptq.verify.roundtrip.tally import same_numbers, snr_db
 from ckptq.verify.roundtrip.undo import Undo
 from ckptq.verify.stored_linear import StoredLinear
@@ -75,8 +75,11 @@ def check_fused(subject: Subject, files: Files) -> Iterator[Finding]:
     fused = list(subject.decoded.values())
     for weight in {id(one): one for one in (*fused[:1], *fused[-1:])}.values():
         ours = weight_rows(files, weight)(0, weight.quantum).float()
-        theirs = _or_error(partial(first_expert, weight.tensors))
-        yield from _differ(weight.stored.name, "the source", "transformers", ours, theirs)
+        theirs, who = (
+            _or_error(partial(first_expert, weight.tensors)),
+            decodes_experts(weight.tensors),
+        )
+        yield from _differ(weight.stored.name, "the source", who, ours, theirs)
 
 
 def _scheme(subject: Subject, group: str) -> tuple[QuantizationScheme | None, list[Finding]]:

@@ -100,13 +100,37 @@ def fp8(_: Mapping[str, Any], tensors: Tensors, start: int, stop: int) -> Tensor
     return made_Cr.t()
 
 
+def decodes_experts(tensors: Tensors) -> str:
+    """Who decodes experts in one tensor: gpt-oss's MXFP4 blocks have 4 dimensions."""
+    codes = tensors.get("weight_packed") or tensors["weight"]
+    return "transformers" if len(codes.spec.shape) == 4 else DECODERS["modelopt"][0]
+
+
 def first_expert(tensors: Tensors) -> Tensor:
-    """Of gpt-oss: the first expert [C, O] of a layer's MXFP4 blocks, by transformers."""
+    """The first [C, O] of experts in one tensor."""
+    if decodes_experts(tensors) != "transformers":
+        return _of_modelopt(tensors)
     from transformers.integrations.mxfp4 import _convert_moe_packed_tensors
 
     blocks, scales = (_rows(tensors[part], 0, 1) for part in ("weight_packed", "weight_scale"))
     expert: Tensor = _convert_moe_packed_tensors(blocks, scales)[0]
     return expert.float()
+
+
+def _of_modelopt(tensors: Tensors) -> Tensor:
+    """Scales spread by index over a matrix that is turned for the unpacking of FP4."""
+    second = tensors.get("weight_scale_2")
+    if second is None:
+        scale = _whole(tensors["weight_scale"]).float().reshape(-1)[0]
+        return (_rows(tensors["weight"], 0, 1)[0].float() * scale).bfloat16().float()
+    from compressed_tensors.compressors.nvfp4.helpers import unpack_fp4_from_uint8
+
+    code_Oc = _rows(tensors["weight_packed"], 0, 1)[0].t().contiguous()
+    code_OC = unpack_fp4_from_uint8(code_Oc, len(code_Oc), 2 * code_Oc.shape[1], torch.float32)
+    scale_OG = _rows(tensors["weight_scale"], 0, 1)[0].t().float()
+    scale_OG = scale_OG * _whole(second).float().reshape(-1)[0]
+    group_C = torch.arange(code_OC.shape[1]) // (code_OC.shape[1] // scale_OG.shape[1])
+    return (code_OC * scale_OG[:, group_C]).t().bfloat16().float()
 
 
 DECODERS: Mapping[str, tuple[str, Decoder]] = {
