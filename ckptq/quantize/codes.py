@@ -68,3 +68,13 @@ def decode_e2m1(code: Tensor) -> Tensor:
     """float32 of uint8 codes 0..15."""
     values = torch.tensor((*E2M1, *(-value for value in E2M1)), device=code.device)
     return values[code.int()]
+
+
+def as_numbers(code: Tensor, dtype: torch.dtype) -> Tensor:
+    """Codes in a dtype to compute with. On a CPU E4M3 is looked up: the bits of torch's cast, in
+    less than half of its time."""
+    if code.dtype != torch.float8_e4m3fn or code.device.type != "cpu":
+        return code.to(dtype)
+    every = torch.arange(256, dtype=torch.uint8).view(torch.float8_e4m3fn).to(dtype)
+    index = code.contiguous().view(torch.uint8).reshape(-1).int()
+    return every.index_select(0, index).view(code.shape)

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from ckptq.quantize.codes import decode_e2m1
+from ckptq.quantize.codes import as_numbers, decode_e2m1
 from ckptq.quantize.packing import unpack_nibbles, unpack_words
 from ckptq.quantize.scales import FLOATS, mx_scale
 from ckptq.quantize.tiles import over_tiles, tiled, untiled
@@ -35,7 +35,7 @@ def dequantize(
     scales of a dtype that is neither a float nor an exponent.
     """
     scale = _scale(tensors, scheme)
-    code_RC = _codes(tensors, scheme, shape).to(scale.dtype)
+    code_RC = as_numbers(_codes(tensors, scheme, shape), scale.dtype)
     if "weight_g_idx" in tensors:
         return _reordered(code_RC, scale, tensors, scheme).to(dtype or scale.dtype)
     x = tiled(code_RC, scheme)

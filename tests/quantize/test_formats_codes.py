@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from ckptq.quantize.codes import E2M1, decode_e2m1, rounded
+from ckptq.quantize.codes import E2M1, as_numbers, decode_e2m1, rounded
 from ckptq.quantize.scratch import Scratch
 from ckptq.quantize.weight_scheme import WeightScheme
 
@@ -87,3 +87,12 @@ def test_the_sign_of_zero() -> None:
     e4m3 = rounded(zeros.clone(), FP8, Scratch()).to(torch.float8_e4m3fn)
     assert e4m3.view(torch.uint8).tolist() == [0x00, 0x80, 0x80]
     assert rounded(zeros.clone(), FP4, Scratch()).tolist() == [0, 0, 8]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
+def test_every_e4m3_code_is_the_number_of_torch_s_cast(dtype: torch.dtype) -> None:
+    """NaN and both zeros too, also of a part that does not lie in one piece."""
+    code = torch.arange(256, dtype=torch.uint8).view(16, 16).t().view(torch.float8_e4m3fn)
+    made, cast = as_numbers(code, dtype), code.to(dtype)
+    assert made.dtype == dtype
+    assert torch.equal(made.contiguous().view(torch.uint8), cast.contiguous().view(torch.uint8))
