@@ -45,6 +45,7 @@ TEXT = (
     *("kv-scale-missing", "q-scale-missing", "kv-scale-dtype", "kv-scale-shape", "head-saturates"),
     *("input-scale-missing", "input-scale-implausible", "cache-scale-wrong", "heads-exchanged"),
     *("kv-exchanged", "cache-scale-inverted", "cache-scale-of-another", "kv-heads-differ"),
+    *("latent-per-head", "latent-scales-differ"),
 )
 """What only calibration on text can give."""
 
