@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,7 @@ from compressed_tensors.compressors import BaseCompressor
 from compressed_tensors.quantization import QuantizationScheme
 from convert_cases import convert
 from convert_killed import Run, digests, perform
+from families.sources import save, save_variant
 from safetensors.torch import load_file, save_file
 from test_convert_foreign import source
 from tiny.foreign import (
@@ -222,6 +223,33 @@ def test_scales_of_an_fp8_cache_are_carried(tmp_path: Path) -> None:
         is None
     )
     assert not [name for name in tensors_in(out) if name.endswith(("k_scale", "v_scale"))]
+
+
+def test_the_scale_of_a_latent_cache_is_carried_as_one(tmp_path: Path) -> None:
+    """Engines cache its row with k's scale, and read it with that as k and as v."""
+    attention = [f"model.layers.{i}.self_attn" for i in range(4)]
+
+    def change(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        made = {f"{a}.{w}_proj.{w}_scale": torch.tensor(0.5 if w == "k" else 0.25)
+                for a in attention for w in "kv"}  # fmt: skip
+        for name, tensor in tensors.items():
+            if not name.endswith(("_proj.weight", "_with_mqa.weight")):
+                made[name] = tensor
+                continue
+            held, _ = fp8(tensor.float())
+            made |= {f"{name.removesuffix('.weight')}.{n}": part for n, part in held.items()}
+        return made
+
+    scheme = {"dynamic": False, "num_bits": 8, "type": "float"}
+    method = {"quantization_config": fp8_method(kv_cache_scheme=scheme)}
+    source = save_variant(save("deepseek_v3", tmp_path), tmp_path / "source", change, method)
+    out = convert(source, tmp_path / "out", REPACK).out
+    made = tensors_in(out)
+    for a in attention:
+        assert {w: made[f"{a}.{w}_scale"].tolist() for w in "kv"} == {"k": [0.5], "v": [0.5]}
+        assert f"{a}.q_scale" not in made
+    report = verify(out, source)
+    assert report.ok, report.findings
 
 
 def test_groups_in_activation_order_are_refused_with_what_to_do(tmp_path: Path) -> None:
