@@ -17,7 +17,7 @@ from ckptq.files import read_small
 from ckptq.recipes import gptq, imatrix, searched
 from ckptq.recipes.args import Args
 from ckptq.recipes.dialect.read_recipe import read_modifiers, read_stages
-from ckptq.recipes.preset import EMPTY, preset_text
+from ckptq.recipes.preset import preset_names, preset_text
 from ckptq.recipes.scheme import (
     DEQUANTIZE,
     PARTS,
@@ -89,10 +89,8 @@ def load_either(scheme: str | None, file: Path | None) -> Recipe:
 
 def describe() -> dict[str, str]:
     """Every name for `--scheme`, with a one-line description."""
-    from compressed_tensors.quantization.quant_scheme import PRESET_SCHEMES
-
     ours = {name: _first_comment(path) for name, path in built_in().items()}
-    presets = {name: "compressed-tensors preset" for name in PRESET_SCHEMES if name != EMPTY}
+    presets = dict.fromkeys(preset_names(), "compressed-tensors preset")
     return ours | dict(REWRITTEN) | presets
 
 
