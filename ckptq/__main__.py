@@ -13,7 +13,7 @@ from ckptq.errors import CkptqError, MachineError
 from ckptq.interrupts import Interrupted, ignore_signals, listen
 from ckptq.show import console
 
-RESUMED = ("quantize", "permute", "calibrate")
+RESUMED = ("quantize", "permute", "calibrate", "mend")
 """The commands whose output has a journal."""
 
 

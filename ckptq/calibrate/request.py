@@ -15,6 +15,7 @@ from ckptq.device import find_device
 from ckptq.errors import SourceError, UsageError
 from ckptq.gptq.kept import Kept, kept_in
 from ckptq.gptq.told import lines_of, together
+from ckptq.optional import require_llmcompressor
 from ckptq.plan.unit import Plan
 from ckptq.progress import Begin, Note, untold
 
@@ -72,6 +73,8 @@ def scales_source(
 ) -> ScalesSource | None:
     """None where the plan needs no scales; UsageError for a scales file that nothing needs."""
     needed = plan.calibrated
+    if plan.recipe.runs_layers:
+        require_llmcompressor(f"the arithmetic of recipe {plan.recipe.name!r}")
     if file is not None and plan.recipe.runs_layers:
         raise UsageError(
             f"{file}: recipe {plan.recipe.name!r} quantizes weights by their inputs, and "

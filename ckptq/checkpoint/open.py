@@ -187,9 +187,13 @@ def _folder_name(path: Path) -> str:
 
 
 def _download(hub_id: str, revision: str | None) -> Path:
-    from httpx import HTTPError
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+    from huggingface_hub.errors import (  # HTTPError: of its client, httpx or httpx2
+        HfHubHTTPError,
+        HFValidationError,
+        HTTPError,
+        LocalEntryNotFoundError,
+    )
 
     try:
         return Path(

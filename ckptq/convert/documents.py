@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping, Sized
+from contextlib import suppress
 from dataclasses import replace
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 from ckptq import __version__
@@ -97,8 +98,17 @@ def run_record(
         "arguments": arguments,
         **({"recipe": recipe.text} if recipe is not None else {}),
         "source": _source_record(ckpt),
-        "versions": {"ckptq": __version__, **{name: version(name) for name in PACKAGES}},
+        "versions": {"ckptq": __version__, **_versions()},
     }
+
+
+def _versions() -> dict[str, str]:
+    """Of the packages that are installed; llm-compressor need not be."""
+    found = {}
+    for name in PACKAGES:
+        with suppress(PackageNotFoundError):
+            found[name] = version(name)
+    return found
 
 
 def _source_record(ckpt: Checkpoint) -> dict[str, Any]:

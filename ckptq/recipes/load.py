@@ -1,7 +1,7 @@
-"""Read recipes: ours by name, compressed-tensors presets by name, a user's YAML by llm-compressor.
+"""Read recipes: ours by name, compressed-tensors' presets by name, a user's YAML.
 
-The built-in files spell everything out and are checked against llm-compressor's own models by a
-test, so that using one does not import it (5 s). Everything else goes through those models.
+The built-in files spell everything out, so that using one does not import compressed-tensors; a
+test holds them to llm-compressor's own reading.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ from ckptq.errors import UsageError
 from ckptq.files import read_small
 from ckptq.recipes import gptq, imatrix, searched
 from ckptq.recipes.args import Args
-from ckptq.recipes.dialect import read_modifiers, read_stages
-from ckptq.recipes.preset import EMPTY, preset_text
+from ckptq.recipes.dialect.read_recipe import read_modifiers, read_stages
+from ckptq.recipes.preset import preset_names, preset_text
 from ckptq.recipes.scheme import (
     DEQUANTIZE,
     PARTS,
@@ -89,10 +89,8 @@ def load_either(scheme: str | None, file: Path | None) -> Recipe:
 
 def describe() -> dict[str, str]:
     """Every name for `--scheme`, with a one-line description."""
-    from compressed_tensors.quantization.quant_scheme import PRESET_SCHEMES
-
     ours = {name: _first_comment(path) for name, path in built_in().items()}
-    presets = {name: "compressed-tensors preset" for name in PRESET_SCHEMES if name != EMPTY}
+    presets = dict.fromkeys(preset_names(), "compressed-tensors preset")
     return ours | dict(REWRITTEN) | presets
 
 
@@ -139,10 +137,11 @@ def _rewriting(name: str) -> Recipe:
 
 
 def load_text(name: str, text: str) -> Recipe:
-    """Parse with llm-compressor's own models, so that a typo fails with its field named."""
-    modifiers, configs = read_modifiers(text)
-    kinds = [type(modifier).__name__ for modifier in modifiers]
-    chosen = gptq.read_gptq(modifiers[0].model_dump()) if kinds == [GPTQ] else None
+    """Parse a recipe in llm-compressor's dialect; a typo fails with its field named."""
+    modifiers = read_modifiers(text)
+    configs = [modifier.config for modifier in modifiers if modifier.config is not None]
+    kinds = [modifier.kind for modifier in modifiers]
+    chosen = gptq.read_gptq(modifiers[0].fields) if kinds == [GPTQ] else None
     others = () if chosen else tuple(kind for kind in kinds if kind != PLAIN)
     if not modifiers:
         raise UsageError(

@@ -27,10 +27,28 @@ def preset_text(preset: str) -> str:
     if preset == EMPTY:
         raise UsageError(f"scheme {EMPTY} is compressed-tensors' preset that quantizes nothing")
     scheme = preset_name_to_scheme(preset, ["Linear"])
+    if is_unread(scheme.weights):
+        raise UsageError(f"scheme {preset}: vLLM 0.32 has no class that reads weights in FP6")
     if not needs_packing(scheme):
         return _recipe({"targets": ["Linear"], "scheme": preset})
     group = scheme.model_dump(mode="json", exclude_none=True)
     return _recipe({"config_groups": {"group_0": {**_filled(group), "format": PACKED}}})
+
+
+def preset_names() -> list[str]:
+    """Those that are schemes."""
+    from compressed_tensors.quantization.quant_scheme import PRESET_SCHEMES
+
+    return [
+        name
+        for name, fields in PRESET_SCHEMES.items()
+        if name != EMPTY and not is_unread(fields["weights"])
+    ]
+
+
+def is_unread(weights: Any) -> bool:
+    """FP6, which came with compressed-tensors 0.20."""
+    return bool(weights.type == "float" and weights.num_bits == 6)
 
 
 def needs_packing(scheme: Any) -> bool:

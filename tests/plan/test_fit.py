@@ -273,6 +273,7 @@ def test_sizes_that_no_engine_serves_are_refused(scheme: str, size: int, why: st
 
 
 def test_what_is_handed_over_is_not_resized() -> None:
+    pytest.importorskip("llmcompressor")
     text = (
         "quant_stage: {quant_modifiers: {AWQModifier: {}, QuantizationModifier: "
         "{targets: [Linear], ignore: [lm_head], scheme: W4A16}}}"

@@ -5,14 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from compressed_tensors.quantization.quant_scheme import PRESET_SCHEMES
 from tiny.plans import plan_of
 
 from ckptq.errors import PlanError
-from ckptq.recipes.preset import EMPTY
+from ckptq.recipes.preset import preset_names
 from ckptq.spec import TensorSpec
 
-PRESETS = [name for name in PRESET_SCHEMES if name != EMPTY]
+PRESETS = preset_names()
 NO_EXPERTS = ["W2A4", "W2A8", "W3A4", "W3A8", "W4A4", "W5A8", "W6A8", "W7A8"]
 """vLLM 0.32: "Unsupported FusedMoe scheme"."""
 

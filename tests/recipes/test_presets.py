@@ -5,16 +5,17 @@ from __future__ import annotations
 
 import pytest
 import yaml
+from compressed_tensors.quantization import QuantizationArgs
 from compressed_tensors.quantization.quant_scheme import PRESET_SCHEMES
 
 from ckptq.errors import UsageError
 from ckptq.evaluate.linears.inputs import input_scheme
 from ckptq.recipes.args import Args
 from ckptq.recipes.load import describe, load_scheme, load_text
-from ckptq.recipes.preset import EMPTY, preset_text
+from ckptq.recipes.preset import EMPTY, is_unread, preset_names, preset_text
 from ckptq.recipes.scheme import Group
 
-PRESETS = [name for name in PRESET_SCHEMES if name != EMPTY]
+PRESETS = preset_names()
 
 NAMED_ALIKE = {"W8A8": "w8a8", "NVFP4": "nvfp4", "MXFP8": "mxfp8"}
 
@@ -103,3 +104,16 @@ def test_the_preset_that_quantizes_nothing_is_refused_by_name():
         load_scheme("unquantized")
     with pytest.raises(UsageError, match="UNQUANTIZED"):
         preset_text(EMPTY)
+
+
+def test_fp6_which_no_engine_reads_is_refused_by_name(monkeypatch):
+    """MXFP6A16 and MXFP6A8 came with compressed-tensors 0.20."""
+    assert is_unread(QuantizationArgs.model_construct(num_bits=6, type="float"))
+    try:
+        weights = QuantizationArgs(num_bits=6, type="float", strategy="group", group_size=32)
+    except NotImplementedError:
+        pytest.skip("this compressed-tensors has no FP6")
+    monkeypatch.setitem(PRESET_SCHEMES, "MXFP6A16", {"weights": weights})
+    with pytest.raises(UsageError, match=r"MXFP6A16: vLLM .* no class that reads weights in FP6"):
+        load_scheme("MXFP6A16")
+    assert "MXFP6A16" not in describe()

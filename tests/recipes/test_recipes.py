@@ -30,7 +30,11 @@ PRESETS = {
 
 
 @pytest.mark.parametrize("name", built_in())
-def test_llm_compressor_reads_each_built_in_recipe_as_we_do(name: str) -> None:
+def test_llm_compressor_reads_each_built_in_recipe_as_we_do(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("llmcompressor")
+    monkeypatch.setattr("ckptq.recipes.dialect.modifiers.RUN_HERE", {})  # its own classes read
     ours = load_scheme(name)
     theirs = load_text(name, ours.text)
     assert ours == theirs
@@ -44,6 +48,11 @@ quantization_stage:
     QuantizationModifier: {{targets: [Linear], scheme: {preset}, ignore: [lm_head]}}
 """
     (ours,), (theirs,) = load_scheme(name).groups, load_text(preset, text).groups
+    assert ours.weights is not None
+    assert theirs.weights is not None
+    if theirs.weights.zp_dtype is None:  # since 0.20 a preset leaves it to the format
+        said = replace(theirs.weights, zp_dtype=ours.weights.zp_dtype)
+        theirs = replace(theirs, weights=said)
     assert ours == replace(theirs, name=ours.name)
 
 

@@ -56,6 +56,7 @@ def test_the_recipe_names_the_observer_as_llm_compressor_reads_it(scheme: str) -
 
 
 def test_a_recipe_that_searches_already_is_left_alone() -> None:
+    pytest.importorskip("llmcompressor")
     with pytest.raises(UsageError, match="--search"):
         with_search(load_scheme("w4a16-search"))
     awq = {"AWQModifier": {}, "QuantizationModifier": {"targets": ["Linear"], "scheme": "W4A16"}}

@@ -1,7 +1,7 @@
-"""Parse a recipe with llm-compressor's own models, and report their errors in a line each.
+"""Parse a recipe in llm-compressor's dialect, and report errors in a line each.
 
-Their errors come from pydantic, from Python where a validator compares before it converts, or quote
-the whole text. A user needs the field, what was found and what was expected.
+The models' errors come from pydantic, from Python where a validator compares before it converts, or
+quote the whole text. A user needs the field, what was found and what was expected.
 """
 
 from __future__ import annotations
@@ -10,11 +10,13 @@ import json
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import redirect_stdout
+from dataclasses import dataclass
 from typing import Any
 
 import yaml
 
 from ckptq.errors import UsageError
+from ckptq.optional import require_llmcompressor
 
 WANTED = "a mapping of stages to modifiers, as `ckptq recipes NAME` prints"
 MOST_VALUES = 100_000
@@ -22,21 +24,36 @@ LONGEST = 100
 """Characters of a value that a message shows."""
 
 
-def read_modifiers(text: str) -> tuple[Sequence[Any], Sequence[Any]]:
-    """(modifiers, resolved configs of those that quantize), as llm-compressor's objects.
+@dataclass(frozen=True)
+class Modifier:
+    """One of a recipe."""
 
-    UsageError with the field's path if it is invalid.
+    kind: str
+    """The class of llm-compressor that runs it."""
+    fields: Mapping[str, Any]
+    config: Any
+    """What it quantizes to, as compressed-tensors' QuantizationConfig; None for nothing."""
+
+
+def read_modifiers(text: str) -> tuple[Modifier, ...]:
+    """The modifiers of a recipe, in order.
+
+    llm-compressor is asked where one is not ours to run. UsageError with the field's path if it is
+    invalid, and if it needs llm-compressor where that is not installed.
     """
     stages = read_stages(text)
-    # its log goes to what is stdout while it is imported, and that is for results
-    with redirect_stdout(sys.stderr):
-        from llmcompressor.modifiers.quantization.quantization.mixin import QuantizationMixin
-        from llmcompressor.recipe import Recipe
     from pydantic import ValidationError
 
+    from ckptq.recipes.dialect.modifiers import RUN_HERE
+
     try:
-        modifiers = Recipe.create_instance(text).modifiers
-        configs = [m.resolved_config for m in modifiers if isinstance(m, QuantizationMixin)]
+        named = list(_named(stages))
+        foreign = [kind for kind, _ in named if kind not in RUN_HERE]
+        if foreign:
+            require_llmcompressor(f"its {foreign[0]}")
+            return tuple(_read_theirs(text))
+        read = [(kind, RUN_HERE[kind].model_validate(fields)) for kind, fields in named]
+        return tuple(Modifier(kind, each.model_dump(), each.resolved()) for kind, each in read)
     except ValidationError as error:
         wrong = "\n".join(_complaint(**each) for each in error.errors())
         raise UsageError(f"not a valid llm-compressor recipe: {wrong}") from error
@@ -45,7 +62,33 @@ def read_modifiers(text: str) -> tuple[Sequence[Any], Sequence[Any]]:
     ) as error:  # fmt: skip
         places = "".join(f"{path}: " for path in _stumbled(stages))
         raise UsageError(f"not a valid llm-compressor recipe: {places}{error}") from error
-    return modifiers, configs
+
+
+def _named(stages: Mapping[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
+    """(class, fields) of each modifier; what is no stage is passed over, as llm-compressor does."""
+    for stage, groups in stages.items():
+        if not str(stage).endswith("_stage") or not isinstance(groups, dict):
+            continue
+        for group, modifiers in groups.items():
+            if not str(group).endswith("_modifiers") or not isinstance(modifiers, dict):
+                continue
+            for kind, fields in modifiers.items():
+                if not isinstance(fields, dict):
+                    raise UsageError(
+                        f"{stage}.{group}.{kind} is {fields!r}; expected a mapping of its fields"
+                    )
+                yield str(kind), fields
+
+
+def _read_theirs(text: str) -> Iterator[Modifier]:
+    """By llm-compressor's own classes."""
+    with redirect_stdout(sys.stderr):
+        from llmcompressor.modifiers.quantization.quantization.mixin import QuantizationMixin
+        from llmcompressor.recipe import Recipe
+
+        for modifier in Recipe.create_instance(text).modifiers:
+            config = modifier.resolved_config if isinstance(modifier, QuantizationMixin) else None
+            yield Modifier(type(modifier).__name__, modifier.model_dump(), config)
 
 
 def read_stages(text: str) -> Mapping[str, Any]:

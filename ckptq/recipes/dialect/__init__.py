@@ -1,0 +1,1 @@
+"""llm-compressor's dialect of recipes."""
