@@ -21,7 +21,16 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ckptq.checkpoint.partial import JOURNAL, claim, discard, made_by_runs, partial_of, remove
+from ckptq.checkpoint.partial import (
+    JOURNAL,
+    claim,
+    discard,
+    made_by_runs,
+    outlived,
+    partial_of,
+    recover,
+    remove,
+)
 from ckptq.checkpoint.proof import Pieces, Promise, digests, proven_keys
 from ckptq.errors import MachineError, UsageError
 from ckptq.files import machine_errors, rename_new, sync_folder
@@ -68,11 +77,14 @@ class Journal:
         run, or the journal belongs to a different run that has finished some work. A different
         run that had not is simply replaced.
         """
-        partial = partial_of(out) if out.name else out  # the current folder, or the root
-        if os.path.lexists(out) and not (partial / JOURNAL).exists():
+        if not out.name:  # the current folder, or the root
+            raise _taken(out)
+        partial = partial_of(out)
+        if os.path.lexists(out) and not outlived(partial):
             raise _taken(out)
         lock = claim(partial)
         try:
+            recover(partial, finished=os.path.lexists(out))
             said, renamed = _begin(out, partial, json.loads(json.dumps(fingerprint)), restart)
         except BaseException:
             if not (partial / JOURNAL).exists() and not made_by_runs(partial):
@@ -183,7 +195,7 @@ def _begin(out: Path, partial: Path, fingerprint: Fingerprint, restart: bool) ->
         if said.published is None or (partial / "checkpoint").exists():
             raise _taken(out, partial)
         renamed = True
-    works = bool(said.done) or _holds_work(partial)
+    works = bool(said.done) or renamed or _holds_work(partial)
     if said.run is None and works:
         raise UsageError(
             f"{partial}: holds the work of another command, or has lost its journal; --restart "

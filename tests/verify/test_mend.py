@@ -16,7 +16,7 @@ from ckptq.checkpoint.open import open_checkpoint
 from ckptq.convert.output import RunOptions
 from ckptq.errors import UsageError
 from ckptq.mend import mendable as codes_of
-from ckptq.mend import registry
+from ckptq.mend import registry, write_mended
 from ckptq.mend.config.edit import edited
 from ckptq.mend.draft import draft_of
 from ckptq.mend.proposal import proposal
@@ -134,9 +134,31 @@ def test_in_place_changes_the_documents_and_keeps_copies(broken, good):
     assert done.ok
     assert (folder / "config.json.before-mend").read_bytes() == before
     assert equal(folder, good("llama", "fp8-channel")[0])
-    (folder / "config.json").write_bytes(before)
+    (folder / "config.json").write_bytes(before + b" ")
     with pytest.raises(UsageError, match="an earlier repair kept this copy"):
         mend(MendRequest(path=folder, in_place=True))
+
+
+def test_in_place_goes_on_after_a_kill(broken, monkeypatch):
+    """Killed after the copy was kept, and before the file was replaced."""
+    editor, _ = broken("llama", "fp8-channel")
+    del editor.quantization["quantization_status"]
+    folder = editor.save()
+    before = (folder / "config.json").read_bytes()
+    write = write_mended.write_whole
+
+    def killed(file: Path, *args, **options) -> None:
+        if not file.name.endswith(".before-mend"):
+            raise KeyboardInterrupt
+        write(file, *args, **options)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(write_mended, "write_whole", killed)
+        with pytest.raises(KeyboardInterrupt):
+            mend(MendRequest(path=folder, in_place=True))
+    assert (folder / "config.json").read_bytes() == before
+    assert mend(MendRequest(path=folder, in_place=True)).ok
+    assert (folder / "config.json.before-mend").read_bytes() == before
 
 
 def test_in_place_changes_no_tensor(broken):
