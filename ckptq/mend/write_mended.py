@@ -170,12 +170,12 @@ def write_in_place(draft: Draft) -> tuple[Path, ...]:
         shards = {header.file.name: _specs(header) for header in draft.ckpt.headers}
         made[INDEX] = index_bytes(shards)
     files = {draft.original.path / name: data for name, data in made.items()}
-    missing = [file for file in files if not _is_kept(file)]
-    for file in missing:
+    there = [file for file in files if file.exists()]
+    for file in [file for file in there if not _is_kept(file)]:
         write_whole(_kept(file), file.read_bytes(), replace=False)
     for file, data in files.items():
         write_whole(file, data)
-    return tuple(map(_kept, files))
+    return tuple(map(_kept, there))
 
 
 def _kept(file: Path) -> Path:

@@ -266,6 +266,44 @@ def test_global_scales_of_a_set_become_one(good, tmp_path: Path):
     assert set(unlike) <= {name, gate, scale, gate.replace("global_scale", "scale")}
 
 
+def test_what_goes_with_a_repair_is_not_left(broken, tmp_path: Path):
+    """The head does not fit a wrong size of the vocabulary either, nor does a dry run say so."""
+    editor, _ = broken("llama", "fp8-channel")
+    editor.config["vocab_size"] += 1
+    folder = editor.save()
+    for request in (
+        MendRequest(path=folder, dry_run=True, options=ONE),
+        MendRequest(path=folder, out=tmp_path / "out", options=ONE),
+    ):
+        done = mend(request)
+        assert [one.code for one in done.repairs] == ["config-shapes"]
+        assert done.left == ()
+
+
+def test_what_is_left_is_what_verify_still_finds(broken, tmp_path: Path):
+    """The twin: another fault beside it, for which the source is needed."""
+    editor, _ = broken("llama", "fp8-channel")
+    editor.config["vocab_size"] += 1
+    name = f"{mlp(editor)}.weight_scale"
+    editor.tensors[name][3, 0] = float("nan")
+    for request in (
+        MendRequest(path=editor.save(), dry_run=True, options=ONE),
+        MendRequest(path=editor.folder, out=tmp_path / "out", options=ONE),
+    ):
+        left = [(one.code, one.where, one.needs) for one in mend(request).left]
+        assert left == [("scale-not-finite", name, "source")]
+
+
+def test_a_missing_index_is_written(sources, tmp_path: Path):
+    folder = two_shards(sources, tmp_path)
+    (folder / "model.safetensors.index.json").unlink()
+    assert [one.code for one in verify(folder).findings] == ["index-mismatch"]
+    done = mend(MendRequest(path=folder, in_place=True))
+    assert done.ok
+    assert done.kept == ()
+    assert (folder / "model.safetensors.index.json").exists()
+
+
 def test_a_repair_with_two_readings_is_told_not_made(broken):
     """Of two candidates that would do, none is taken; one alone is."""
     editor, _ = broken("llama", "fp8-channel")
