@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from pathlib import Path
 
 import pytest
 import torch
+from families.sources import save
 from mend_trials import equal, same, tensors_of
 from verify_checkpoints import convert, copy_of, recipe
 from verify_faults import codes, mlp, turn
@@ -23,6 +25,7 @@ from ckptq.mend.proposal import proposal
 from ckptq.mend.run import MendRequest, mend
 from ckptq.mend.trial import settle_headers
 from ckptq.permute.effect import Part
+from ckptq.recipes.load import load_scheme
 from ckptq.rope_order import RopeOrder
 from ckptq.show.mending import show_mended
 from ckptq.show.verification import show_report
@@ -292,6 +295,25 @@ def test_what_is_left_is_what_verify_still_finds(broken, tmp_path: Path):
     ):
         left = [(one.code, one.where, one.needs) for one in mend(request).left]
         assert left == [("scale-not-finite", name, "source")]
+
+
+@pytest.mark.parametrize("family", ["qwen3_next_mtp", "glm4_moe_mtp"])
+def test_multi_token_prediction_that_is_not_ignored(tmp_path: Path, family: str):
+    """As `mtp.*`, and as one more layer, neither of which transformers builds."""
+    source = save(family, tmp_path)
+    folder = convert(source, tmp_path / "broken", load_scheme("fp8-dynamic"))
+    config = json.loads((folder / "config.json").read_text())
+    ignore = config["quantization_config"]["ignore"]
+    config["quantization_config"]["ignore"] = [
+        entry for entry in ignore if not re.search(r"mtp|layers\.4\.", entry)
+    ]
+    assert len(config["quantization_config"]["ignore"]) < len(ignore) - 8
+    (folder / "config.json").write_text(json.dumps(config))
+    assert {one.code for one in verify(folder).notes} >= {"not-ignored"}
+    done = mend(MendRequest(path=folder, out=tmp_path / "out", options=ONE))
+    assert done.ok
+    assert [one.code for one in done.repairs] == ["not-ignored"]
+    assert not [one for one in verify(tmp_path / "out").notes if one.code == "not-ignored"]
 
 
 def test_a_missing_index_is_written(sources, tmp_path: Path):
