@@ -31,6 +31,13 @@ LAYERS = 24
 """Of Maverick's shapes: 388 GB of FP8."""
 
 
+WRONG = {
+    "flat": "shapes, {}, headers only",
+    "reciprocals": "values, {}, verified before and after",
+}
+"""What is wrong with all scales -> the row's name."""
+
+
 def forget_the_status(folder: Path) -> None:
     config = json.loads((folder / "config.json").read_text())
     config["quantization_config"].pop("quantization_status", None)
@@ -55,11 +62,10 @@ def config(work: Path, turns: int) -> Iterator[Row]:
     make(source, replace(SHAPES["llama4-maverick"], layers=LAYERS), sparse=True)
     apart(sparse_output, source, ckpt)
     nbytes = sum(file.stat().st_size for file in ckpt.glob("*.safetensors"))
-    files = len(list(ckpt.glob("*.safetensors")))
     out, kept = work / "mended", ckpt / "config.json.before-mend"
     mend = [sys.executable, "-m", "ckptq", "mend", ckpt]
-    commands = {"into a new folder": [*mend, out, "--headers-only"],
-                "--in-place": [*mend, "--in-place"]}  # fmt: skip
+    commands = {"new folder": [*mend, out, "--headers-only"],
+                "in place": [*mend, "--in-place"]}  # fmt: skip
     for name, command in commands.items():
         found = []
         for _ in range(turns):
@@ -68,7 +74,7 @@ def config(work: Path, turns: int) -> Iterator[Row]:
             shutil.rmtree(out, ignore_errors=True)
             kept.unlink(missing_ok=True)
         yield {
-            "repair": f"a field of config.json, {nbytes / 1e9:.0f} GB in {files} files, {name}",
+            "repair": f"config, {nbytes / 1e9:.0f} GB, {name}",
             **_figures(found),
         }
     shutil.rmtree(source)
@@ -82,7 +88,8 @@ def values(work: Path, turns: int, layers: int) -> Iterator[Row]:
     quantize = ["quantize", source, "-o", good, "-s", "fp8-dynamic", "--shard-size", "500MB"]
     run([sys.executable, "-m", "ckptq", *quantize], sync=work)
     shutil.rmtree(source)
-    for scales, more in (("flat", ["--headers-only"]), ("reciprocals", [])):
+    for scales, what in WRONG.items():
+        more = ["--headers-only"] if scales == "flat" else []
         broken, out = work / scales, work / "mended"
         shutil.copytree(good, broken)
         apart(partial(in_every_shard, scales=scales), broken)
@@ -102,17 +109,13 @@ def values(work: Path, turns: int, layers: int) -> Iterator[Row]:
         cp = min(took.seconds for took in found["cp"])
         row = _figures(found["mend"])
         yield {
-            "repair": f"scales of all Linears, {scales}, {nbytes / 1e9:.1f} GB{_looks(more)}",
+            "repair": what.format(f"{nbytes / 1e9:.1f} GB"),
             **row,
             "cp's seconds": cp,
             "x cp": row["seconds"] / cp,
         }
         shutil.rmtree(broken)
     shutil.rmtree(good)
-
-
-def _looks(more: list[str]) -> str:
-    return f", {more[0]}" if more else ", with both verifications of all values"
 
 
 def _figures(found: list[Took]) -> dict[str, float]:

@@ -77,11 +77,8 @@ class Journal:
         run, or the journal belongs to a different run that has finished some work. A different
         run that had not is simply replaced.
         """
-        if not out.name:  # the current folder, or the root
-            raise _taken(out)
+        check_free(out)
         partial = partial_of(out)
-        if os.path.lexists(out) and not outlived(partial):
-            raise _taken(out)
         lock = claim(partial)
         try:
             recover(partial, finished=os.path.lexists(out))
@@ -165,6 +162,13 @@ class Journal:
 
     def close(self) -> None:
         os.close(self._lock)
+
+
+def check_free(out: Path) -> None:
+    """UsageError for an output that exists and is not that of a run which can be finished."""
+    taken = not out.name or (os.path.lexists(out) and not outlived(partial_of(out)))
+    if taken:  # no name: the current folder, or the root
+        raise _taken(out)
 
 
 def check_apart(source: Path, out: Path) -> None:

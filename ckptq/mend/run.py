@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from ckptq.checkpoint.journal import check_apart, check_free
 from ckptq.checkpoint.open import Checkpoint, Problems, open_checkpoint
 from ckptq.convert.output import DEFAULTS, RunOptions
 from ckptq.errors import CkptqError, UsageError
@@ -16,8 +17,8 @@ from ckptq.mend.mendable import NOTES
 from ckptq.mend.registry import HEADERS, NAMES, VALUES
 from ckptq.mend.repair import Again, Made, Outcome, Repair, Told
 from ckptq.mend.tensors.of_values import fold_heads
-from ckptq.mend.told import left_in, mendable_in, needs_of, needs_text, still_told, told
 from ckptq.mend.trial import THOROUGH, settle_headers, wrong_in
+from ckptq.mend.unrepaired import left_in, mendable_in, needs_of, needs_text, still_told, told
 from ckptq.mend.write_mended import write_in_place, write_mended
 from ckptq.progress import Begin, Note, silent, untold
 from ckptq.verify.loaders import find_engine
@@ -99,6 +100,9 @@ def mend(request: MendRequest, begin: Begin = silent, note: Note = untold) -> Me
     _check(request)
     problems: Problems = []
     ckpt = open_checkpoint(request.path, problems=problems)
+    if request.out is not None and not request.dry_run:  # before hours of reading
+        check_apart(ckpt.path, request.out)
+        check_free(request.out)
     source = open_checkpoint(request.source) if request.source is not None else None
     before = judge(ckpt, source, _asking(request, ckpt, begin), problems)
     draft, outcomes = _repaired(request, ckpt, source, before, begin)

@@ -202,6 +202,20 @@ def test_requests_that_contradict_themselves_are_refused(good, tmp_path: Path):
         mend(MendRequest(path=folder))
 
 
+def test_an_output_that_cannot_be_is_refused_before_anything_is_read(
+    good, tmp_path: Path, monkeypatch
+):
+    folder, _ = good("llama", "fp8-channel")
+    monkeypatch.setattr("ckptq.mend.run.judge", lambda *_: pytest.fail("read"))
+    for out, said in (
+        (folder, "lies inside"),
+        (folder / "in", "lies inside"),
+        (tmp_path, "exists"),
+    ):
+        with pytest.raises(UsageError, match=said):
+            mend(MendRequest(path=folder, out=out))
+
+
 def test_scales_per_head_are_folded_on_request(good, tmp_path: Path):
     folder, source = good("llama", "fp8-channel", True)
     request = MendRequest(

@@ -29,6 +29,12 @@ def check(case: Case, held: Folders, ask: Engine, *, seen: bool) -> None:
         assert harm is None or not harm < 2 * moved + 1e-3
 
 
+HARMLESS_IN_VLLM = ("ignore-nothing", "drop-a-norm")
+"""It does not quantize a head, and fills a norm with ones, which a random model has."""
+
+IN_VLLM = [case for case in CASES if case.weights in ("fp8-channel", "int4")]
+"""Those with a kernel on a CPU; its cache is not in FP8."""
+
 ROUNDED = ("invert-scales", "part-global-scales")
 """Repairs that round: the information is not there any more."""
 
@@ -40,9 +46,10 @@ def test_transformers_computes_again_what_it_did(good, tmp_path: Path, case: Cas
 
 @pytest.mark.engine
 @pytest.mark.skipif(PYTHON is None, reason="VLLM_PYTHON names no Python with vLLM")
-@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+@pytest.mark.parametrize("case", IN_VLLM, ids=lambda case: case.name)
 def test_vllm_computes_again_what_it_did(good, tmp_path: Path, case: Case):
-    check(case, made(case, good, tmp_path), vllm_with(Path(str(PYTHON))), seen=True)
+    seen = case.name not in HARMLESS_IN_VLLM
+    check(case, made(case, good, tmp_path), vllm_with(Path(str(PYTHON))), seen=seen)
 
 
 def test_a_mended_checkpoint_that_is_not_right_is_noticed(good, tmp_path: Path):
