@@ -63,7 +63,7 @@ def sparse_output(source: Path, out: Path) -> None:
             handle.write(head)
             handle.truncate(len(head) + sum(spec.nbytes for spec in specs.values()))
     write_index(out, shards)
-    config = {**ckpt.config, "quantization_config": quantization_config(plan, None)}
+    config = {**ckpt.config, **quantization_config(plan, None)}
     (out / "config.json").write_text(json.dumps(config))
 
 

@@ -21,7 +21,16 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ckptq.checkpoint.partial import JOURNAL, claim, discard, made_by_runs, partial_of, remove
+from ckptq.checkpoint.partial import (
+    JOURNAL,
+    claim,
+    discard,
+    made_by_runs,
+    outlived,
+    partial_of,
+    recover,
+    remove,
+)
 from ckptq.checkpoint.proof import Pieces, Promise, digests, proven_keys
 from ckptq.errors import MachineError, UsageError
 from ckptq.files import machine_errors, rename_new, sync_folder
@@ -68,11 +77,11 @@ class Journal:
         run, or the journal belongs to a different run that has finished some work. A different
         run that had not is simply replaced.
         """
-        partial = partial_of(out) if out.name else out  # the current folder, or the root
-        if os.path.lexists(out) and not (partial / JOURNAL).exists():
-            raise _taken(out)
+        check_free(out)
+        partial = partial_of(out)
         lock = claim(partial)
         try:
+            recover(partial, finished=os.path.lexists(out))
             said, renamed = _begin(out, partial, json.loads(json.dumps(fingerprint)), restart)
         except BaseException:
             if not (partial / JOURNAL).exists() and not made_by_runs(partial):
@@ -155,6 +164,13 @@ class Journal:
         os.close(self._lock)
 
 
+def check_free(out: Path) -> None:
+    """UsageError for an output that exists and is not that of a run which can be finished."""
+    taken = not out.name or (os.path.lexists(out) and not outlived(partial_of(out)))
+    if taken:  # no name: the current folder, or the root
+        raise _taken(out)
+
+
 def check_apart(source: Path, out: Path) -> None:
     """UsageError for an output inside its source: it would be copied into itself."""
     if out.resolve().is_relative_to(source.resolve()):
@@ -183,7 +199,7 @@ def _begin(out: Path, partial: Path, fingerprint: Fingerprint, restart: bool) ->
         if said.published is None or (partial / "checkpoint").exists():
             raise _taken(out, partial)
         renamed = True
-    works = bool(said.done) or _holds_work(partial)
+    works = bool(said.done) or renamed or _holds_work(partial)
     if said.run is None and works:
         raise UsageError(
             f"{partial}: holds the work of another command, or has lost its journal; --restart "

@@ -103,7 +103,8 @@ def open_checkpoint(
     """Open a folder, or a hub id that huggingface_hub finds in its cache or downloads.
 
     With a `problems` list, disagreements between index and files are appended to it instead of
-    raised, so that `verify` can report them all; an unreadable checkpoint is still an error.
+    raised, so that `verify` can report them all, a missing index and missing files too; an
+    unreadable checkpoint is still an error.
     """
     path, name = _locate(source, revision)
     refuse_adapter(path)
@@ -111,7 +112,7 @@ def open_checkpoint(
     identities = {path / CONFIG: identity}
     config |= _quantization_beside(path, config, identities)
     index = _index(path, identities)
-    headers = _headers(path, _shards(path, index))
+    headers = _headers(path, _shards(path, index, lenient=problems is not None))
     identities |= {header.file: header.identity for header in headers}
     tensors: dict[str, StoredTensor] = {}
     found: Problems = []
@@ -258,20 +259,13 @@ def read_index(file: Path) -> tuple[dict[str, Any], Identity]:
     return json_object(file, INDEX_BYTES, INDEX_VALUES)
 
 
-def _shards(path: Path, index: Mapping[str, str] | None) -> list[Path]:
+def _shards(path: Path, index: Mapping[str, str] | None, *, lenient: bool) -> list[Path]:
     if index is not None:
-        files = [path / name for name in sorted(set(index.values()))]
-        for file in files:
-            if not file.is_file():
-                name = next(name for name, target in index.items() if target == file.name)
-                raise SourceError(
-                    f"{path / INDEX}: names {file.name} (for tensor {name!r}), which does not exist"
-                )
-        return files
+        return _listed(path, index, lenient)
     if (path / SINGLE).is_file():
         return [path / SINGLE]
     found = shards_among(sorted(path.glob("*.safetensors")))
-    if len(found) == 1:
+    if len(found) == 1 or (found and lenient):
         return found
     if found:
         raise SourceError(f"{path}: {len(found)} safetensors files but no {INDEX} that lists them")
@@ -282,6 +276,17 @@ def _shards(path: Path, index: Mapping[str, str] | None) -> list[Path]:
             "a pickle can run any code. Save it again with transformers' save_pretrained"
         )
     raise SourceError(f"{path}: no safetensors file")
+
+
+def _listed(path: Path, index: Mapping[str, str], lenient: bool) -> list[Path]:
+    """The index's files; if one is missing, `lenient` takes what is there: it may be renamed."""
+    files = {index[name]: name for name in reversed(list(index))}
+    missing = [file for file in sorted(files) if not (path / file).is_file()]
+    there = shards_among(sorted(path.glob("*.safetensors"))) if missing and lenient else []
+    if missing and not there:
+        what = f"{missing[0]} (for tensor {files[missing[0]]!r}), which does not exist"
+        raise SourceError(f"{path / INDEX}: names {what}")
+    return there or [path / file for file in sorted(files)]
 
 
 def _disagreements(path: Path, index: Mapping[str, str], headers: tuple[Header, ...]) -> Problems:

@@ -9,6 +9,9 @@
 
 Only a folder with the mark is written to and removed, and in it only what a run makes: a folder of
 that name without the mark is refused, and so is a link.
+
+The journal outlives the folder, so that a run that is killed while it cleans up can still prove
+that OUT is its own: it is moved beside the folder, and removing it there is the last step of all.
 """
 
 from __future__ import annotations
@@ -39,6 +42,11 @@ ATTEMPTS = 100
 def partial_of(out: Path) -> Path:
     """Where the run that makes `out` works."""
     return out.with_name(out.name + ".partial")
+
+
+def last_of(partial: Path) -> Path:
+    """Where the journal of a finished run is while its folder is removed."""
+    return partial.with_name(f".{partial.name}{UNFINISHED}")
 
 
 def claim(partial: Path, *, shared: bool = False) -> int:
@@ -91,12 +99,38 @@ def discard(partial: Path) -> None:
 def remove(partial: Path) -> None:
     """Remove the folder of a finished run. The journal goes last: until then the same command can
     finish the removal. Files that no run has made stay, and so does the folder then."""
+    last = last_of(partial)
     with machine_errors(partial):
         _empty(partial)
-        for name in (JOURNAL, LOCK):
-            (partial / name).unlink(missing_ok=True)
+        if (partial / JOURNAL).exists():
+            (partial / JOURNAL).rename(last)
+        (partial / LOCK).unlink(missing_ok=True)
         with suppress(OSError):
             partial.rmdir()
+        if _is_own(last):
+            last.unlink(missing_ok=True)
+
+
+def outlived(partial: Path) -> bool:
+    """Whether the journal of a run is in its folder, or beside it because it was finished."""
+    return (partial / JOURNAL).exists() or _is_own(last_of(partial))
+
+
+def recover(partial: Path, *, finished: bool) -> None:
+    """Put the journal of a run that was killed in `remove` back into its folder, which is claimed;
+    if its output is gone, it is of no use and is removed."""
+    last = last_of(partial)
+    if not _is_own(last) or (partial / JOURNAL).exists():
+        return
+    with machine_errors(last):
+        if finished:
+            last.rename(partial / JOURNAL)
+        else:
+            last.unlink()
+
+
+def _is_own(last: Path) -> bool:
+    return last.is_file() and not last.is_symlink()
 
 
 def _empty(partial: Path) -> None:

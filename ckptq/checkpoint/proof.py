@@ -106,6 +106,18 @@ def digests(folder: Path, names: Iterable[str]) -> dict[str, str]:
     return found
 
 
+def same_bytes(file: Path, source: Path) -> bool:
+    """Whether a shard that was taken whole is its source: the same file, or one equal to it."""
+    with machine_errors(file):
+        if file.samefile(source):
+            return True
+        if file.stat().st_size != source.stat().st_size:
+            return False
+    with machine_errors(file), file.open("rb") as ours, source.open("rb") as theirs:
+        chunks = zip(chunks_of(ours.fileno()), chunks_of(theirs.fileno()), strict=True)
+        return all(mine == yours for mine, yours in chunks)
+
+
 def _is_piece(value: object) -> bool:
     """A journal is a file, and can contain anything."""
     return (

@@ -16,7 +16,7 @@ from ckptq.checkpoint.header import Header, StoredTensor
 from ckptq.checkpoint.identity import check_unchanged, lasting
 from ckptq.checkpoint.journal import Journal, check_apart
 from ckptq.checkpoint.open import Checkpoint
-from ckptq.checkpoint.proof import Promise, proven_keys
+from ckptq.checkpoint.proof import Promise, proven_keys, same_bytes
 from ckptq.checkpoint.read import Files
 from ckptq.checkpoint.side_files import write_side_files
 from ckptq.checkpoint.write import Shards
@@ -169,7 +169,7 @@ def _prove_renamed(job: Job, journal: Journal) -> int:
     """UsageError unless the output is what this run wrote; the number of its units."""
     for shard, header in job.whole.items():
         file = journal.out / shard
-        if not file.is_file() or file.stat().st_size != header.identity.size:
+        if file.is_symlink() or not file.is_file() or not same_bytes(file, header.file):
             raise journal.not_ours(shard)
     shards = job.open_shards(journal)
     try:

@@ -48,8 +48,12 @@ class Draft:
     def settles(self, finding: Finding) -> bool:
         """Whether a repair of a file, which headers do not show, has settled it."""
         if finding.code in OF_INDEX:
-            return self.index
+            return self.index or self._adds(finding.tensor)
         return finding.code in OF_FILES and finding.file in self.files
+
+    def _adds(self, name: str | None) -> bool:
+        """Whether the tensor was missing. The index of what is written has it."""
+        return name in self.ckpt.tensors and name not in self.original.tensors
 
 
 def draft_of(ckpt: Checkpoint) -> Draft:

@@ -33,9 +33,12 @@ def write_index(case: Case, found: Sequence[Finding]) -> Iterator[Repair]:
 
 
 def _is_ghost(case: Case, one: Finding) -> bool:
-    """A name that no file holds, and that the model does not lack."""
+    """A name that no file holds, and that the model does not lack. A file that is missing may hold
+    what only the source can give."""
+    file, _, held = one.found.removeprefix("index: ").partition("; ")
     known = case.units if case.source is not None else {}
-    return "no file holds it" in one.found and one.tensor not in known
+    there = (case.draft.original.path / file).is_file()
+    return "no file holds it" in held and there and one.tensor not in known
 
 
 NAMES: Makers = {"names-moved": (of_names.rename_layers,)}

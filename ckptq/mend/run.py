@@ -2,21 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from ckptq.checkpoint.journal import check_apart, check_free
 from ckptq.checkpoint.open import Checkpoint, Problems, open_checkpoint
 from ckptq.convert.output import DEFAULTS, RunOptions
 from ckptq.errors import CkptqError, UsageError
 from ckptq.mend.case import Case
 from ckptq.mend.draft import Draft, draft_of
-from ckptq.mend.mendable import NOTES, TEXT, WITH_SOURCE
+from ckptq.mend.mendable import NOTES
 from ckptq.mend.registry import HEADERS, NAMES, VALUES
-from ckptq.mend.repair import Again, Made, Needs, Outcome, Repair, Told
+from ckptq.mend.repair import Again, Made, Outcome, Repair, Told
 from ckptq.mend.tensors.of_values import fold_heads
-from ckptq.mend.trial import THOROUGH, settle_headers
+from ckptq.mend.trial import THOROUGH, settle_headers, wrong_in
+from ckptq.mend.unrepaired import left_in, mendable_in, needs_of, needs_text, still_told, told
 from ckptq.mend.write_mended import write_in_place, write_mended
 from ckptq.progress import Begin, Note, silent, untold
 from ckptq.verify.loaders import find_engine
@@ -98,6 +100,9 @@ def mend(request: MendRequest, begin: Begin = silent, note: Note = untold) -> Me
     _check(request)
     problems: Problems = []
     ckpt = open_checkpoint(request.path, problems=problems)
+    if request.out is not None and not request.dry_run:  # before hours of reading
+        check_apart(ckpt.path, request.out)
+        check_free(request.out)
     source = open_checkpoint(request.source) if request.source is not None else None
     before = judge(ckpt, source, _asking(request, ckpt, begin), problems)
     draft, outcomes = _repaired(request, ckpt, source, before, begin)
@@ -116,6 +121,9 @@ def mend(request: MendRequest, begin: Begin = silent, note: Note = untold) -> Me
             write_mended(
                 draft, repairs, out, source=source, options=request.options, begin=begin, note=note
             )
+    after = _verified(request, out, begin) if out is not None else None
+    if after is not None and out is not None:
+        left = left_in(Case(draft_of(open_checkpoint(out)), source), after, left)
     return Mended(
         path=str(request.path),
         out=str(out) if out is not None else None,
@@ -124,7 +132,7 @@ def mend(request: MendRequest, begin: Begin = silent, note: Note = untold) -> Me
         left=tuple(Done(code=t.code, where=t.where, said=t.said, needs=t.needs) for t in left),
         kept=tuple(map(str, kept)),
         before=before,
-        after=_verified(request, out, begin) if out is not None else None,
+        after=after,
     )
 
 
@@ -169,7 +177,7 @@ def _repaired(
     if request.per_tensor and (fold := fold_heads(Case(draft, source))) is not None:
         draft = draft.repaired(fold)
         outcomes.append(fold)
-    wanted = [one for one in (*before.findings, *before.notes) if _mendable(one)]
+    wanted = mendable_in(before)
     if not wanted:
         return draft, outcomes
     if any(one.code in NAMES for one in wanted):
@@ -177,25 +185,31 @@ def _repaired(
         draft, outcomes = renamed.draft, [*outcomes, *renamed.repairs]
     settled = settle_headers(draft, source, HEADERS, NOTES)
     outcomes += settled.repairs
-    told = {one.code: one for one in settled.told}
     found = before
     if outcomes:
         found = judge(settled.draft.ckpt, source, _asking(request, ckpt, begin), [])
-    left = [one for one in (*found.findings, *found.notes) if not _of_the_draft(one, before)]
-    draft, values = _values(settled.draft, source, left, told)
-    return draft, [*outcomes, *values]
+    settled_codes = {one.code for one in outcomes}
+    left = [one for one in mendable_in(found) if not _of_the_file(one, before, settled_codes)]
+    draft, values = _values(settled.draft, source, left, {one.code: one for one in settled.told})
+    repaired = [one for one in values if isinstance(one, Repair)]
+    unmended = [one for one in values if isinstance(one, Told)]
+    if repaired and unmended:
+        now = {(one.code, one.tensor) for one in wrong_in(draft, source, NOTES)}
+        was = wrong_in(settled.draft, source, NOTES)
+        unmended = still_told(unmended, (one for one in was if (one.code, one.tensor) not in now))
+    return draft, [*outcomes, *repaired, *unmended]
 
 
 def _values(
-    draft: Draft, source: Checkpoint | None, found: Sequence[Finding], told: Mapping[str, Told]
+    draft: Draft, source: Checkpoint | None, found: Sequence[Finding], several: Mapping[str, Told]
 ) -> tuple[Draft, list[Outcome]]:
     """Each finding by itself. The case is worked out anew only where config.json changes."""
     outcomes: list[Outcome] = []
     case = Case(draft, source)
     for one in found:
-        if draft.settles(one) or not _mendable(one):
+        if draft.settles(one):
             continue
-        made = _one(case, one, told)
+        made = _one(case, one, several)
         if made is None or (isinstance(made, Repair) and _converted_already(draft, made)):
             continue
         outcomes.append(made)
@@ -211,48 +225,25 @@ def _converted_already(draft: Draft, repair: Repair) -> bool:
     return any(name in again for name, c in repair.changes.items() if isinstance(c, Made))
 
 
-def _of_the_draft(one: Finding, before: Report) -> bool:
-    """Whether a library was asked by new names for tensors that are still stored under the old
-    ones. What is written is verified again."""
-    told = any(other.code == one.code for other in before.findings)
-    return one.code == "decoder-disagrees" and not told
+def _of_the_file(one: Finding, before: Report, settled: Collection[str]) -> bool:
+    """Whether a library was asked that read the files as they still are: by new names for tensors
+    under the old ones, or by config.json for sizes. What is written is verified again."""
+    if one.code == "decoder-disagrees":
+        return all(other.code != one.code for other in before.findings)
+    return one.code == "config-shapes" and one.code in settled
 
 
-def _mendable(one: Finding) -> bool:
-    return one.severity == "fault" or one.code in NOTES
-
-
-def _one(case: Case, one: Finding, told: Mapping[str, Told]) -> Outcome | None:
-    """What becomes of one finding."""
-    if one.code in told:
-        return told[one.code]
-    if one.code in TEXT or _of_cache(case, one):
-        return _told(one, "text")
+def _one(case: Case, one: Finding, several: Mapping[str, Told]) -> Outcome | None:
+    """What becomes of one finding; `several` are codes whose repair has several readings."""
+    if one.code in several:
+        return several[one.code]
     repairer = VALUES.get(one.code)
-    if repairer is None:
-        return _told(one, "source" if _wants_source(case, one) else "convert")
+    if needs_text(case, one) or repairer is None:
+        return told(one, needs_of(case, one))
     try:
         return repairer(case, one)
     except CkptqError as error:
-        return replace(_told(one, "convert"), said=str(error))
-
-
-def _of_cache(case: Case, one: Finding) -> bool:
-    """Whether it is about a value that only calibration gives."""
-    if one.code == "shared-cache-scale" or one.tensor is None:
-        return False
-    inputs = ("input_scale", "input_global_scale")
-    if one.tensor.endswith(inputs):
-        return one.code.startswith("scale")
-    return one.tensor in (tensor.name for tensor in case.subject.cache_scales.values())
-
-
-def _wants_source(case: Case, one: Finding) -> bool:
-    return case.source is None and one.code in WITH_SOURCE
-
-
-def _told(one: Finding, needs: Needs) -> Told:
-    return Told(code=one.code, where=one.tensor or one.file, needs=needs, said=one.repair)
+        return replace(told(one, "convert"), said=str(error))
 
 
 def _in_place_only(

@@ -162,23 +162,34 @@ def _documents(draft: Draft) -> dict[str, bytes]:
 def write_in_place(draft: Draft) -> tuple[Path, ...]:
     """Replace config.json and the index where they change; returns the copies that are kept.
 
-    UsageError for an earlier copy that is still there.
+    UsageError for an earlier copy that is still there, unless it is of the file as it is now: then
+    a run was killed between the two.
     """
     made = {CONFIG: _documents(draft)[CONFIG]} if draft.ckpt.config != draft.original.config else {}
     if draft.index:
         shards = {header.file.name: _specs(header) for header in draft.ckpt.headers}
         made[INDEX] = index_bytes(shards)
-    kept = []
-    for name in made:
-        copy = draft.original.path / (name + KEPT)
-        if os.path.lexists(copy):
-            raise UsageError(f"{copy}: an earlier repair kept this copy; move it away")
-        kept.append(copy)
-    for name, data in made.items():
-        file = draft.original.path / name
-        write_whole(draft.original.path / (name + KEPT), file.read_bytes(), replace=False)
+    files = {draft.original.path / name: data for name, data in made.items()}
+    there = [file for file in files if file.exists()]
+    for file in [file for file in there if not _is_kept(file)]:
+        write_whole(_kept(file), file.read_bytes(), replace=False)
+    for file, data in files.items():
         write_whole(file, data)
-    return tuple(kept)
+    return tuple(map(_kept, there))
+
+
+def _kept(file: Path) -> Path:
+    return file.with_name(file.name + KEPT)
+
+
+def _is_kept(file: Path) -> bool:
+    """Whether there is a copy of the file; UsageError for one of another file."""
+    copy = _kept(file)
+    if not os.path.lexists(copy):
+        return False
+    if copy.is_symlink() or not copy.is_file() or copy.read_bytes() != file.read_bytes():
+        raise UsageError(f"{copy}: an earlier repair kept this copy; move it away")
+    return True
 
 
 def _specs(header: Header) -> dict[str, TensorSpec]:

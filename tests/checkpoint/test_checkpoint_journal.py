@@ -13,7 +13,7 @@ import pytest
 
 from ckptq.checkpoint import journal as module
 from ckptq.checkpoint.journal import Journal
-from ckptq.checkpoint.partial import MARK, partial_of
+from ckptq.checkpoint.partial import MARK, last_of, partial_of
 from ckptq.errors import MachineError, UsageError
 
 RUN = {"recipe": "fp8", "arguments": {"seed": 0, "ignore": []}}
@@ -304,24 +304,77 @@ def test_a_second_run_is_refused_until_the_first_is_gone_however_it_went(out):
     assert set(begin(out).done) == {"theirs"}
 
 
-@pytest.mark.parametrize("at", [(shutil, "rmtree"), (Path, "unlink")], ids=["at once", "half way"])
-def test_killed_between_the_rename_and_the_end_of_the_cleanup(out, monkeypatch, at):
-    journal = begin(out, "a")
+CLEANUP = {
+    "folders": (shutil, "rmtree", 1),
+    "journal": (Path, "rename", 1),
+    "lock": (Path, "unlink", 1),
+    "folder": (Path, "rmdir", 1),
+    "last": (Path, "unlink", 2),
+}
+"""What goes, in this order -> the call that removes it, and which one of its kind."""
+
+
+def published(out: Path, monkeypatch, at: str, *done: str) -> None:
+    """A run that was killed in the cleanup."""
+    journal = begin(out, *done)
     journal.calibration.mkdir()
     (journal.scratch / "config.json").write_text("{}")
+    place, name, number = CLEANUP[at]
+    call, calls = getattr(place, name), []
+
+    def die_at(*args: object, **kwargs: object) -> object:
+        calls.append(args)
+        return die() if len(calls) == number else call(*args, **kwargs)
+
     with monkeypatch.context() as patched:
-        patched.setattr(*at, die)
+        patched.setattr(place, name, die_at)
         with pytest.raises(Killed):
             journal.publish([], ["config.json"])
     journal.close()
-    assert out.exists()
-    assert partial_of(out).exists()
+
+
+@pytest.mark.parametrize("at", CLEANUP)
+def test_killed_between_the_rename_and_the_end_of_the_cleanup(out, monkeypatch, at):
+    published(out, monkeypatch, at, "a")
+    assert partial_of(out).exists() == (at != "last")
+    assert len(os.listdir(out.parent)) > 1
     again = begin(out)
     assert again.renamed
     again.publish([], [])
     again.close()
     assert os.listdir(out.parent) == ["out"]
     assert (out / "config.json").exists()
+
+
+@pytest.mark.parametrize("done", [["a"], []], ids=["work", "no work"])
+@pytest.mark.parametrize("at", CLEANUP)
+def test_what_another_run_has_published_is_not_this_one_s(out, monkeypatch, at, done):
+    """Also where it had no unit to do, because all of its shards were linked."""
+    published(out, monkeypatch, at, *done)
+    assert 'recipe was "fp8", is "int4"' in refusal(out, run=RUN | {"recipe": "int4"})
+    assert (out / "config.json").exists()
+
+
+@pytest.mark.parametrize("at", CLEANUP)
+def test_an_output_that_was_removed_is_made_again(out, monkeypatch, at):
+    published(out, monkeypatch, at)
+    shutil.rmtree(out)
+    journal = begin(out, "b")
+    assert not journal.renamed
+    (journal.scratch / "config.json").write_text("{}")
+    journal.publish([], ["config.json"])
+    assert os.listdir(out.parent) == ["out"]
+
+
+def test_a_link_in_the_place_of_the_last_journal_is_not_followed(out, tmp_path):
+    interrupted(out, "a")
+    (partial_of(out) / "journal.jsonl").rename(tmp_path / "mine")
+    shutil.rmtree(partial_of(out))
+    last_of(partial_of(out)).symlink_to(tmp_path / "mine")
+    out.mkdir()
+    assert "already exists" in refusal(out)
+    assert (tmp_path / "mine").exists()
+    assert last_of(partial_of(out)).is_symlink()
 
 
 def test_killed_between_the_last_record_and_the_rename(out, monkeypatch):

@@ -35,6 +35,8 @@ class Accident:
 
     what: str
     at: int
+    call: str | None = None
+    """The only call that counts; None: all do."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,7 +111,7 @@ class _Before:
     def each(self, kind: str, count: Any, name: str, call: Call) -> Call:
         def counted(*args: Any, **kwargs: Any) -> Any:
             with self._lock:
-                if not self._quiet and any(self._within(arg) for arg in args[:2]):
+                if self._counts(name) and any(self._within(arg) for arg in args[:2]):
                     count.value += 1
                     self._happen(kind, count.value)
                     if self._full and name in ("pwrite", "write", "copy_file_range", "ftruncate"):
@@ -117,6 +119,10 @@ class _Before:
             return call(*args, **kwargs)
 
         return counted
+
+    def _counts(self, name: str) -> bool:
+        only = self._accident.call if self._accident is not None else None
+        return not self._quiet and only in (None, name)
 
     def _happen(self, kind: str, number: int) -> None:
         if self._accident is None or number != self._accident.at:

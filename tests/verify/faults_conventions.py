@@ -218,6 +218,28 @@ def put_another_models_config_beside(e):
     e.config = {**e.config, **other, "quantization_config": e.quantization}
 
 
+def two_shards(e, named, there=None):
+    """The norm in a shard of its own, which the index calls `named`."""
+    norm = module(e, "norm") + ".weight"
+    tensor = e.tensors.pop(norm)
+    if there is not None:
+        save_file({norm: tensor}, e.folder / there)
+    weight_map = {**dict.fromkeys(e.tensors, "model.safetensors"), norm: named}
+    text = json.dumps({"weight_map": weight_map})
+    (e.folder / "model.safetensors.index.json").write_text(text)
+    return norm
+
+
+@fault("index-mismatch")
+def rename_a_shard(e):
+    return two_shards(e, "model-00002-of-00002.safetensors", there="model-2.safetensors")
+
+
+@fault("index-mismatch", also=("tensor-missing",))
+def lose_a_shard(e):
+    return two_shards(e, "model-00002-of-00002.safetensors")
+
+
 @fault("index-mismatch", families=ALL)
 def seek_a_tensor_in_another_shard(e):
     """The file that holds it is there, and the index sends a loader to the other one."""

@@ -90,6 +90,9 @@ def tried(fault: Fault, editor: Editor, source: Path, wanted: Path, way: str) ->
     done = mend(request)
     assert (done.out is None) == (not done.repairs) == (not out.exists())
     assert not out.with_name("mended.partial").exists()
+    if done.after is not None:
+        found = {(one.code, one.tensor) for one in (*done.after.findings, *done.after.notes)}
+        assert {(one.code, one.where) for one in done.left} <= found
     kept = Editor(editor.folder).tensors
     assert kept.keys() == before.keys()
     assert all(same(tensor, before[name]) for name, tensor in kept.items())

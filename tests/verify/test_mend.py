@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from pathlib import Path
 
 import pytest
 import torch
+from families.sources import save
 from mend_trials import equal, same, tensors_of
 from verify_checkpoints import convert, copy_of, recipe
 from verify_faults import codes, mlp, turn
@@ -16,13 +18,14 @@ from ckptq.checkpoint.open import open_checkpoint
 from ckptq.convert.output import RunOptions
 from ckptq.errors import UsageError
 from ckptq.mend import mendable as codes_of
-from ckptq.mend import registry
+from ckptq.mend import registry, write_mended
 from ckptq.mend.config.edit import edited
 from ckptq.mend.draft import draft_of
 from ckptq.mend.proposal import proposal
 from ckptq.mend.run import MendRequest, mend
 from ckptq.mend.trial import settle_headers
 from ckptq.permute.effect import Part
+from ckptq.recipes.load import load_scheme
 from ckptq.rope_order import RopeOrder
 from ckptq.show.mending import show_mended
 from ckptq.show.verification import show_report
@@ -134,9 +137,31 @@ def test_in_place_changes_the_documents_and_keeps_copies(broken, good):
     assert done.ok
     assert (folder / "config.json.before-mend").read_bytes() == before
     assert equal(folder, good("llama", "fp8-channel")[0])
-    (folder / "config.json").write_bytes(before)
+    (folder / "config.json").write_bytes(before + b" ")
     with pytest.raises(UsageError, match="an earlier repair kept this copy"):
         mend(MendRequest(path=folder, in_place=True))
+
+
+def test_in_place_goes_on_after_a_kill(broken, monkeypatch):
+    """Killed after the copy was kept, and before the file was replaced."""
+    editor, _ = broken("llama", "fp8-channel")
+    del editor.quantization["quantization_status"]
+    folder = editor.save()
+    before = (folder / "config.json").read_bytes()
+    write = write_mended.write_whole
+
+    def killed(file: Path, *args, **options) -> None:
+        if not file.name.endswith(".before-mend"):
+            raise KeyboardInterrupt
+        write(file, *args, **options)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(write_mended, "write_whole", killed)
+        with pytest.raises(KeyboardInterrupt):
+            mend(MendRequest(path=folder, in_place=True))
+    assert (folder / "config.json").read_bytes() == before
+    assert mend(MendRequest(path=folder, in_place=True)).ok
+    assert (folder / "config.json.before-mend").read_bytes() == before
 
 
 def test_in_place_changes_no_tensor(broken):
@@ -175,6 +200,20 @@ def test_requests_that_contradict_themselves_are_refused(good, tmp_path: Path):
         mend(MendRequest(path=folder, out=tmp_path / "out", in_place=True))
     with pytest.raises(UsageError, match="give a folder for the result"):
         mend(MendRequest(path=folder))
+
+
+def test_an_output_that_cannot_be_is_refused_before_anything_is_read(
+    good, tmp_path: Path, monkeypatch
+):
+    folder, _ = good("llama", "fp8-channel")
+    monkeypatch.setattr("ckptq.mend.run.judge", lambda *_: pytest.fail("read"))
+    for out, said in (
+        (folder, "lies inside"),
+        (folder / "in", "lies inside"),
+        (tmp_path, "exists"),
+    ):
+        with pytest.raises(UsageError, match=said):
+            mend(MendRequest(path=folder, out=out))
 
 
 def test_scales_per_head_are_folded_on_request(good, tmp_path: Path):
@@ -242,6 +281,63 @@ def test_global_scales_of_a_set_become_one(good, tmp_path: Path):
     assert ((mended - stored).abs() <= stored / 16 + 2.0**-10 / after[name]).all()
     unlike = [n for n, tensor in after.items() if not same(tensor, editor.tensors[n])]
     assert set(unlike) <= {name, gate, scale, gate.replace("global_scale", "scale")}
+
+
+def test_what_goes_with_a_repair_is_not_left(broken, tmp_path: Path):
+    """The head does not fit a wrong size of the vocabulary either, nor does a dry run say so."""
+    editor, _ = broken("llama", "fp8-channel")
+    editor.config["vocab_size"] += 1
+    folder = editor.save()
+    for request in (
+        MendRequest(path=folder, dry_run=True, options=ONE),
+        MendRequest(path=folder, out=tmp_path / "out", options=ONE),
+    ):
+        done = mend(request)
+        assert [one.code for one in done.repairs] == ["config-shapes"]
+        assert done.left == ()
+
+
+def test_what_is_left_is_what_verify_still_finds(broken, tmp_path: Path):
+    """The twin: another fault beside it, for which the source is needed."""
+    editor, _ = broken("llama", "fp8-channel")
+    editor.config["vocab_size"] += 1
+    name = f"{mlp(editor)}.weight_scale"
+    editor.tensors[name][3, 0] = float("nan")
+    for request in (
+        MendRequest(path=editor.save(), dry_run=True, options=ONE),
+        MendRequest(path=editor.folder, out=tmp_path / "out", options=ONE),
+    ):
+        left = [(one.code, one.where, one.needs) for one in mend(request).left]
+        assert left == [("scale-not-finite", name, "source")]
+
+
+@pytest.mark.parametrize("family", ["qwen3_next_mtp", "glm4_moe_mtp"])
+def test_multi_token_prediction_that_is_not_ignored(tmp_path: Path, family: str):
+    """As `mtp.*`, and as one more layer, neither of which transformers builds."""
+    source = save(family, tmp_path)
+    folder = convert(source, tmp_path / "broken", load_scheme("fp8-dynamic"))
+    config = json.loads((folder / "config.json").read_text())
+    ignore = config["quantization_config"]["ignore"]
+    config["quantization_config"]["ignore"] = [
+        entry for entry in ignore if not re.search(r"mtp|layers\.4\.", entry)
+    ]
+    assert len(config["quantization_config"]["ignore"]) < len(ignore) - 8
+    (folder / "config.json").write_text(json.dumps(config))
+    assert {one.code for one in verify(folder).notes} >= {"not-ignored"}
+    done = mend(MendRequest(path=folder, out=tmp_path / "out", options=ONE))
+    assert done.ok
+    assert [one.code for one in done.repairs] == ["not-ignored"]
+    assert not [one for one in verify(tmp_path / "out").notes if one.code == "not-ignored"]
+
+
+def test_a_missing_index_is_written(sources, tmp_path: Path):
+    folder = two_shards(sources, tmp_path)
+    (folder / "model.safetensors.index.json").unlink()
+    assert [one.code for one in verify(folder).findings] == ["index-mismatch"]
+    done = mend(MendRequest(path=folder, in_place=True))
+    assert done.ok
+    assert done.kept == ()
+    assert (folder / "model.safetensors.index.json").exists()
 
 
 def test_a_repair_with_two_readings_is_told_not_made(broken):

@@ -92,6 +92,11 @@ def _twice(problems: Problems) -> Iterator[Finding]:
 
 def _index(ckpt: Checkpoint) -> Iterator[Finding]:
     file = ckpt.path / INDEX
+    if not file.exists() and len(ckpt.headers) > 1:
+        found, wanted = f"no index, and {len(ckpt.headers)} shards", "an index that lists them"
+        yield finding(
+            "index-mismatch", file=INDEX, found=found, wanted=wanted, repair="rewrite the index"
+        )
     if file.exists():
         index = json.loads(file.read_bytes())
         yield from _misplaced(ckpt, index["weight_map"])
