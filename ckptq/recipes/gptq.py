@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from typing import Any
 
+import yaml
+
 from ckptq.errors import UsageError
-from ckptq.recipes.scheme import Gptq, Group, Recipe
+from ckptq.recipes.dialect import read_stages
+from ckptq.recipes.scheme import DESCENTS, Gptq, Group, Recipe
+from ckptq.recipes.spelled import GPTQ as MODIFIER
 from ckptq.recipes.spelled import changed
 
 SUFFIX = "-gptq"
@@ -17,6 +21,12 @@ FORMATS = ("pack-quantized", "int-quantized", "float-quantized", "nvfp4-pack-qua
 
 ORDERS = (None, False, "static", "weight")
 """Those with which columns are stored in their own order; "weight" is another name of "static"."""
+
+
+REFITTED = ("channel", "group", "tensor_group")
+"""Strategies whose scales belong to one row, which coordinate descent can fit."""
+
+MOST_DESCENTS = 100
 
 
 def with_gptq(recipe: Recipe) -> Recipe:
@@ -51,6 +61,29 @@ def check_gptq(recipe: Recipe) -> None:
                 f"recipe {recipe.name!r}: group {group.name!r} is {group.format}; GPTQ chooses "
                 f"codes of {', '.join(FORMATS)}"
             )
+        if recipe.refits and group.weights is not None and group.weights.strategy not in REFITTED:
+            raise UsageError(
+                f"recipe {recipe.name!r}: group {group.name!r} has strategy "
+                f"{group.weights.strategy!r}; {DESCENTS} fit scales of {', '.join(REFITTED)}"
+            )
+
+
+def without_descents(text: str) -> tuple[str, Mapping[str, Any]]:
+    """A recipe as llm-compressor reads it, and what else its `GPTQModifier` says."""
+    stages = read_stages(text)
+    for modifiers in _mappings(stages, depth=3):
+        modifier = modifiers.get(MODIFIER)
+        if isinstance(modifier, dict) and DESCENTS in modifier:
+            said = {DESCENTS: modifier.pop(DESCENTS)}
+            return yaml.safe_dump(stages, sort_keys=False), said
+    return text, {}
+
+
+def _mappings(data: object, depth: int) -> Iterator[Mapping[str, Any]]:
+    if isinstance(data, dict) and depth:
+        yield data
+        for value in data.values():
+            yield from _mappings(value, depth - 1)
 
 
 def read_gptq(fields: Mapping[str, Any]) -> Gptq:
@@ -66,7 +99,12 @@ def read_gptq(fields: Mapping[str, Any]) -> Gptq:
             f"GPTQModifier.dampening_frac is {dampening_frac!r}; expected 0 or more: it is added "
             "to the diagonal of the Hessian, as a share of its mean"
         )
-    return Gptq(block_size=block_size, dampening_frac=float(dampening_frac))
+    descents = fields.get(DESCENTS, Gptq.descents)
+    if type(descents) is not int or not 0 <= descents <= MOST_DESCENTS:
+        raise UsageError(
+            f"GPTQModifier.descents is {descents!r}; expected a number up to {MOST_DESCENTS}"
+        )
+    return Gptq(block_size=block_size, dampening_frac=float(dampening_frac), descents=descents)
 
 
 def _ordered(group: Group) -> Group:

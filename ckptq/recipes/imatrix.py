@@ -28,13 +28,18 @@ def with_imatrix(recipe: Recipe) -> Recipe:
             f"recipe {recipe.name!r} runs in llm-compressor as it is written; name an observer "
             "there"
         )
-    groups = tuple(_weighed(group) for group in recipe.groups)
+    groups = weighed_groups(recipe)
     if groups == recipe.groups:
         raise UsageError(
             f"recipe {recipe.name!r} has no weights for iMatrix: with integer, FP8 or NVFP4 codes, "
             "scales of rows or groups, and the minimum and maximum as ranges"
         )
     return changed(recipe, SUFFIX, groups=groups)
+
+
+def weighed_groups(recipe: Recipe) -> tuple[Group, ...]:
+    """Its groups, those with such weights changed."""
+    return tuple(_weighed(group) for group in recipe.groups)
 
 
 def _weighed(group: Group) -> Group:

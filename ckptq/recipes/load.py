@@ -14,7 +14,7 @@ import yaml
 
 from ckptq.errors import UsageError
 from ckptq.files import read_small
-from ckptq.recipes import gptq, imatrix, searched
+from ckptq.recipes import gptq, imatrix, refined, searched
 from ckptq.recipes.args import Args
 from ckptq.recipes.dialect import read_modifiers, read_stages
 from ckptq.recipes.preset import EMPTY, preset_text
@@ -36,6 +36,7 @@ SUFFIXES = {
     searched.SUFFIX: searched.with_search,
     imatrix.SUFFIX: imatrix.with_imatrix,
     gptq.SUFFIX: gptq.with_gptq,
+    refined.SUFFIX: refined.with_descents,
 }
 """What may stand behind the name of a scheme, and what it makes of the scheme."""
 
@@ -59,7 +60,7 @@ def load_scheme(name: str) -> Recipe:
     """`--scheme NAME`: a built-in recipe, or a compressed-tensors preset (FP8_DYNAMIC).
 
     With "-search" behind it, as `--search` makes it; with "-imatrix", ranges that its inputs weigh;
-    with "-gptq", codes chosen by GPTQ.
+    with "-gptq", codes chosen by GPTQ; with "-refined", both, and made better.
     """
     for suffix, change in SUFFIXES.items():
         if name.lower().endswith(suffix):
@@ -140,9 +141,12 @@ def _rewriting(name: str) -> Recipe:
 
 def load_text(name: str, text: str) -> Recipe:
     """Parse with llm-compressor's own models, so that a typo fails with its field named."""
-    modifiers, configs = read_modifiers(text)
+    theirs, ours = gptq.without_descents(text)
+    modifiers, configs = read_modifiers(theirs)
     kinds = [type(modifier).__name__ for modifier in modifiers]
-    chosen = gptq.read_gptq(modifiers[0].model_dump()) if kinds == [GPTQ] else None
+    if ours and kinds != [GPTQ]:
+        raise UsageError(f"{GPTQ}.{', '.join(ours)} needs a recipe with {GPTQ} and no other")
+    chosen = gptq.read_gptq({**modifiers[0].model_dump(), **ours}) if kinds == [GPTQ] else None
     others = () if chosen else tuple(kind for kind in kinds if kind != PLAIN)
     if not modifiers:
         raise UsageError(

@@ -14,7 +14,7 @@ from ckptq.forward.layerwise import LayerwiseModel
 from ckptq.gptq.kept import Kept
 from ckptq.gptq.units import Units
 
-SCHEME = "w4a16-g32-gptq"
+SCHEME = "w4a16-g32-refined"
 
 
 class Killed(BaseException):
