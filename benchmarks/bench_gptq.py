@@ -122,7 +122,7 @@ def quality(given: argparse.Namespace, work: Path) -> Iterator[Row]:
         out = work / scheme
         warm(given.model)
         took = run([sys.executable, *map(str, _command(scheme, given, tokens, out))])
-        (row,) = scores(given.model, [out], given.held_out, given.device)
+        (row,) = scores(given.model, [out], given.held_out, given.texts, given.device)
         yield {
             "scheme": scheme,
             "KL": row["kl"],
@@ -149,12 +149,14 @@ def _tokens(given: argparse.Namespace) -> list[str]:
     return ["--samples", given.samples, "--seq-len", given.seq_len]
 
 
-def scores(source: Path, outs: list[Path], text: Path, device: str) -> list[dict[str, Any]]:
+def scores(
+    source: Path, outs: list[Path], text: Path, texts: str, device: str
+) -> list[dict[str, Any]]:
     """A row of `ckptq evaluate` for each output."""
     rows: list[dict[str, Any]] = []
     for out in outs:
         command = ["-m", "ckptq", "evaluate", out, "--source", source, "--data", text, "--json"]
-        command += ["--samples", "128", "--seq-len", "512", "--device", device]
+        command += ["--samples", texts, "--seq-len", "512", "--device", device]
         words = [sys.executable, *map(str, command)]
         done = subprocess.run(words, stdout=subprocess.PIPE, check=True)
         rows += json.loads(done.stdout)["rows"]
@@ -175,7 +177,7 @@ def layer(given: argparse.Namespace, work: Path) -> Iterator[Row]:
         "ckptq": run([sys.executable, "-c", OURS, *map(str, ours)]),
         "oneshot": run([sys.executable, "-c", PEER, source, outs[1], given.scheme, text]),
     }
-    rows = scores(source, outs, text, given.device)
+    rows = scores(source, outs, text, given.samples, given.device)
     for (name, one), row in zip(took.items(), rows, strict=True):
         yield {
             "tool": name,
@@ -193,6 +195,7 @@ def main() -> None:
     one.add_argument("model", type=Path)
     one.add_argument("--data", type=Path, required=True)
     one.add_argument("--held-out", type=Path, required=True)
+    one.add_argument("--texts", default="128", help="of the held-out ones")
     one.add_argument("--schemes", default=",".join(SCHEMES))
     other = modes.add_parser("layer")
     other.add_argument("kind", choices=LAYERS)
