@@ -216,11 +216,8 @@ def main() -> None:
         done: list[Row] = []
         for row in rows:
             done.append(row)
-            publish(name, what, done, code=CODE, machine=where(given), folder=given.record)
-
-
-def where(given: argparse.Namespace) -> str:
-    return gpu() if given.device.startswith("cuda") else machine()
+            where = gpu() if given.device.startswith("cuda") else machine()
+            publish(name, what, done, code=CODE, machine=where, folder=given.record, add=True)
 
 
 if __name__ == "__main__":
