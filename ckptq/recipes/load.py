@@ -14,7 +14,7 @@ import yaml
 
 from ckptq.errors import UsageError
 from ckptq.files import read_small
-from ckptq.recipes import gptq, imatrix, refined, searched
+from ckptq.recipes import gptq, imatrix, searched
 from ckptq.recipes.args import Args
 from ckptq.recipes.dialect import read_modifiers, read_stages
 from ckptq.recipes.preset import EMPTY, preset_text
@@ -36,7 +36,7 @@ SUFFIXES = {
     searched.SUFFIX: searched.with_search,
     imatrix.SUFFIX: imatrix.with_imatrix,
     gptq.SUFFIX: gptq.with_gptq,
-    refined.SUFFIX: refined.with_descents,
+    imatrix.REFINED: imatrix.with_descents,
 }
 """What may stand behind the name of a scheme, and what it makes of the scheme."""
 
