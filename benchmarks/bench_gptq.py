@@ -30,7 +30,7 @@ ONESHOT = "oneshot:"
 SCHEMES = (
     *("w4a16-g32", "w4a16-g32-search", "w4a16-g32-refined"),
     *("oneshot:w4a16-g32-gptq", "oneshot:w4a16-g32-imatrix-gptq"),
-    *("nvfp4a16", "nvfp4a16-search", "nvfp4a16-refined"),
+    *("nvfp4a16", "nvfp4a16-search", "nvfp4a16-search-refined", "nvfp4a16-refined"),
     *("oneshot:nvfp4a16-gptq", "oneshot:nvfp4a16-imatrix-gptq"),
     *("w4a16-channel", "w4a16-channel-search", "w4a16-channel-refined"),
     "oneshot:w4a16-channel-imatrix-gptq",
