@@ -3,16 +3,19 @@
     python benchmarks/bench_gptq.py quality MODEL --data TEXT --held-out TEXT [--schemes A,B]
     python benchmarks/bench_gptq.py layer dense|experts [--device cuda] [--samples N]
 
-`quality`: each scheme is written by `ckptq quantize` and measured by `ckptq evaluate` on held-out
-text: KL, perplexity, dB, size, seconds and peak RSS. `layer`: one layer of Llama 3.1 8B's shapes,
-or one with 128 experts of Qwen3-30B-A3B's, quantized by ckptq and by llm-compressor's oneshot from
-the same tokens: seconds and peak memory of the whole process, and what is lost.
+`quality`: each scheme is written by `ckptq quantize`, or by llm-compressor's oneshot from the same
+tokens ("oneshot:w4a16-gptq"), and measured by `ckptq evaluate` on held-out text: KL, perplexity,
+dB, size, seconds and peak RSS. A run that is stopped has recorded what it finished. `layer`: one
+layer of Llama 3.1 8B's shapes, or one with 128 experts of Qwen3-30B-A3B's, quantized by ckptq and
+by llm-compressor's oneshot from the same tokens: seconds and peak memory of the whole process, and
+what is lost.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -23,11 +26,19 @@ from typing import Any
 from measure import machine, run, warm
 from record import Row, add_option, gpu, publish
 
+ONESHOT = "oneshot:"
 SCHEMES = (
-    *("w4a16-g32", "w4a16-g32-search", "w4a16-g32-gptq", "w4a16-g32-imatrix-gptq"),
-    *("nvfp4a16", "nvfp4a16-search", "nvfp4a16-gptq", "nvfp4a16-imatrix-gptq"),
-    *("w8a8", "w8a8-imatrix-gptq"),
+    *("w4a16-g32", "w4a16-g32-search", "w4a16-g32-refined"),
+    *("oneshot:w4a16-g32-gptq", "oneshot:w4a16-g32-imatrix-gptq"),
+    *("nvfp4a16", "nvfp4a16-search", "nvfp4a16-search-refined", "nvfp4a16-refined"),
+    *("oneshot:nvfp4a16-gptq", "oneshot:nvfp4a16-imatrix-gptq"),
+    *("w4a16-channel", "w4a16-channel-search", "w4a16-channel-refined"),
+    "oneshot:w4a16-channel-imatrix-gptq",
+    *("fp8-dynamic", "fp8-dynamic-search", "fp8-dynamic-refined", "oneshot:fp8-dynamic-gptq"),
+    *("w8a8", "w8a8-search", "w8a8-refined", "oneshot:w8a8-gptq"),
+    *("mxfp4a16", "mxfp4a16-search"),
 )
+BY_TEXT = ("-gptq", "-imatrix", "-refined")
 
 LAYERS: dict[str, tuple[str, dict[str, Any]]] = {
     "dense": (
@@ -52,6 +63,17 @@ model_class = getattr(transformers, f"{family}ForCausalLM")
 model_class(model_class.config_class(**sizes)).save_pretrained(out)
 """
 
+TOKENS = """
+import json, sys
+from pathlib import Path
+from ckptq.text.samples import read_samples
+model, data, count, length, out = sys.argv[1:]
+rows = read_samples(data, Path(model), samples=int(count), seq_len=int(length), seed=0).token_ids
+with open(out, "w") as file:
+    for row in rows:
+        print(json.dumps({"input_ids": list(row)}), file=file)
+"""
+
 PEER = """
 import json, sys, torch, transformers
 from datasets import Dataset
@@ -67,7 +89,7 @@ linearize_moe(model)
 core = Tokenizer(models.WordLevel({"<pad>": 0}, unk_token="<pad>"))
 text = load_scheme(scheme).text.replace("- lm_head", "- lm_head\\n      - re:.*mlp.gate$")
 oneshot(
-    model=model, recipe=text, moe_calibrate_all_experts=False, max_seq_length=len(ids[0]),
+    model=model, recipe=text, moe_calibrate_all_experts=False, max_seq_length=max(map(len, ids)),
     dataset=Dataset.from_dict({"input_ids": ids, "attention_mask": [[1] * len(i) for i in ids]}),
     processor=transformers.PreTrainedTokenizerFast(tokenizer_object=core, pad_token="<pad>"),
     num_calibration_samples=len(ids), shuffle_calibration_samples=False,
@@ -93,14 +115,14 @@ CODE = ["ckptq/gptq", "ckptq/forward", "ckptq/calibrate", "ckptq/quantize"]
 
 
 def quality(given: argparse.Namespace, work: Path) -> Iterator[Row]:
+    tokens = work / "rows.jsonl"
+    read = [given.model, given.data, given.samples, given.seq_len, tokens]
+    subprocess.run([sys.executable, "-c", TOKENS, *read], check=True)
     for scheme in given.schemes.split(","):
         out = work / scheme
-        command = ["quantize", given.model, "-o", out, "-s", scheme, "--device", given.device]
-        if any(scheme.endswith(way) for way in ("gptq", "imatrix")):
-            command += ["--data", given.data, *_tokens(given)]
         warm(given.model)
-        took = run([sys.executable, "-m", "ckptq", *map(str, command)])
-        (row,) = scores(given.model, [out], given.held_out, given.device)
+        took = run([sys.executable, *map(str, _command(scheme, given, tokens, out))])
+        (row,) = scores(given.model, [out], given.held_out, given.texts, given.device)
         yield {
             "scheme": scheme,
             "KL": row["kl"],
@@ -108,20 +130,33 @@ def quality(given: argparse.Namespace, work: Path) -> Iterator[Row]:
             "dB": row["snr_db"],
             "MB": sum(file.stat().st_size for file in out.glob("*.safetensors")) / 1e6,
             "seconds": took.seconds,
+            "CPU": took.cpu_seconds,
             "peak MB": took.peak_bytes / 1e6,
         }
+        shutil.rmtree(out)
+
+
+def _command(scheme: str, given: argparse.Namespace, tokens: Path, out: Path) -> list[Any]:
+    if scheme.startswith(ONESHOT):
+        return ["-c", PEER, given.model, out, scheme.removeprefix(ONESHOT), tokens]
+    command = ["-m", "ckptq", "quantize", given.model, "-o", out, "-s", scheme]
+    command += ["--device", given.device]
+    by_text = any(way in scheme for way in BY_TEXT)
+    return [*command, *(["--data", given.data, *_tokens(given)] if by_text else [])]
 
 
 def _tokens(given: argparse.Namespace) -> list[str]:
     return ["--samples", given.samples, "--seq-len", given.seq_len]
 
 
-def scores(source: Path, outs: list[Path], text: Path, device: str) -> list[dict[str, Any]]:
+def scores(
+    source: Path, outs: list[Path], text: Path, texts: str, device: str
+) -> list[dict[str, Any]]:
     """A row of `ckptq evaluate` for each output."""
     rows: list[dict[str, Any]] = []
     for out in outs:
         command = ["-m", "ckptq", "evaluate", out, "--source", source, "--data", text, "--json"]
-        command += ["--samples", "128", "--seq-len", "512", "--device", device]
+        command += ["--samples", texts, "--seq-len", "512", "--device", device]
         words = [sys.executable, *map(str, command)]
         done = subprocess.run(words, stdout=subprocess.PIPE, check=True)
         rows += json.loads(done.stdout)["rows"]
@@ -142,7 +177,7 @@ def layer(given: argparse.Namespace, work: Path) -> Iterator[Row]:
         "ckptq": run([sys.executable, "-c", OURS, *map(str, ours)]),
         "oneshot": run([sys.executable, "-c", PEER, source, outs[1], given.scheme, text]),
     }
-    rows = scores(source, outs, text, given.device)
+    rows = scores(source, outs, text, given.samples, given.device)
     for (name, one), row in zip(took.items(), rows, strict=True):
         yield {
             "tool": name,
@@ -160,6 +195,7 @@ def main() -> None:
     one.add_argument("model", type=Path)
     one.add_argument("--data", type=Path, required=True)
     one.add_argument("--held-out", type=Path, required=True)
+    one.add_argument("--texts", default="128", help="of the held-out ones")
     one.add_argument("--schemes", default=",".join(SCHEMES))
     other = modes.add_parser("layer")
     other.add_argument("kind", choices=LAYERS)
@@ -172,23 +208,16 @@ def main() -> None:
     given = parser.parse_args()
     with tempfile.TemporaryDirectory() as work:
         if given.mode == "quality":
-            name, what = "gptq-quality", f"GPTQ and iMatrix, {given.model.name}"
-            rows = list(told(quality(given, Path(work))))
+            name, what = "gptq-quality", f"Better bytes, {given.model.name}"
+            rows = quality(given, Path(work))
         else:
             name, what = f"gptq-layer-{given.kind}", f"One layer, {given.kind}, {given.scheme}"
-            rows = list(told(layer(given, Path(work))))
-    publish(name, what, rows, code=CODE, machine=where(given), folder=given.record)
-
-
-def told(rows: Iterator[Row]) -> Iterator[Row]:
-    """Each as it comes."""
-    for row in rows:
-        print(row, file=sys.stderr, flush=True)
-        yield row
-
-
-def where(given: argparse.Namespace) -> str:
-    return gpu() if given.device.startswith("cuda") else machine()
+            rows = layer(given, Path(work))
+        done: list[Row] = []
+        for row in rows:
+            done.append(row)
+            where = gpu() if given.device.startswith("cuda") else machine()
+            publish(name, what, done, code=CODE, machine=where, folder=given.record, add=True)
 
 
 if __name__ == "__main__":

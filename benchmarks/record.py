@@ -14,13 +14,16 @@ import shlex
 import subprocess
 import sys
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from datetime import date
 from pathlib import Path
 
 from code_digest import REPOSITORY, digest
 
 RESULTS = REPOSITORY / "benchmarks" / "results"
+
+THEN = " && "
+"""Between commands that measured rows of one table."""
 
 Value = float | int | str | bool | None
 Row = Mapping[str, Value]
@@ -54,6 +57,14 @@ class Result:
         except FileNotFoundError:
             return True
 
+    def added_to(self, old: Result) -> Result:
+        """With the rows of an earlier run of the same code on the same machine, if it is one."""
+        if (old.what, old.machine, old.digest) != (self.what, self.machine, self.digest):
+            return self
+        commands = dict.fromkeys([*old.command.split(THEN), *self.command.split(THEN)])
+        figures = {**old.figures, **self.figures}
+        return replace(self, command=THEN.join(commands), figures=figures)
+
     def write(self, path: Path) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps(asdict(self), indent=1, ensure_ascii=False) + "\n")
@@ -74,12 +85,18 @@ def publish(
     code: Sequence[str],
     machine: str,
     folder: Path | None,
+    add: bool = False,
 ) -> None:
-    """Print the table; write it to FOLDER/NAME.json where a folder is given."""
+    """Print the table; write it to FOLDER/NAME.json where a folder is given.
+
+    `add` keeps the rows that the file holds of the same code and machine: of a long table that is
+    measured bit by bit.
+    """
     print(f"\n{what} ({machine})\n\n{table(rows)}", flush=True)
     if folder is None:
         return
-    Result(
+    path = folder / f"{name}.json"
+    made = Result(
         what=what,
         command=command(),
         machine=machine,
@@ -88,7 +105,8 @@ def publish(
         code=list(code),
         digest=digest(code),
         figures=dict(map(_named, rows)),
-    ).write(folder / f"{name}.json")
+    )
+    (made.added_to(Result.read(path)) if add and path.exists() else made).write(path)
 
 
 def extremes(rows: Sequence[Row], columns: Sequence[str], of: str = "") -> Iterator[Row]:

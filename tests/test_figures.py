@@ -234,3 +234,10 @@ def test_a_benchmark_prints_its_table_and_writes_its_file(
     assert written.figures["a"] == {"GB/s": 0.333333}
     assert written.figures["most"] == {"GB/s": 12345.7, "x CT": 2}
     assert not written.is_old()
+    more = {"code": code, "folder": tmp_path, "add": True}
+    publish("kernel", "A kernel", [{"how": "c", "GB/s": 3}], machine="A GPU", **more)
+    added = Result.read(tmp_path / "kernel.json")
+    assert added.figures == {**written.figures, "c": {"GB/s": 3}}
+    assert added.command == written.command
+    publish("kernel", "A kernel", [{"how": "d", "GB/s": 4}], machine="Another", **more)
+    assert Result.read(tmp_path / "kernel.json").figures == {"d": {"GB/s": 4}}

@@ -26,6 +26,8 @@ class Chosen:
     """On the grid, in float32."""
     solved: bool
     """False where the Hessian could not be inverted: then every weight is rounded by itself."""
+    on: Grid
+    """The grid."""
 
 
 @dataclass(frozen=True)
@@ -58,7 +60,10 @@ def choose(choices: Sequence[Choice], args: Args, how: Gptq) -> list[Chosen]:
             percdamp=how.dampening_frac,
         )
     weights, _, nearest = made
-    return [Chosen(w_RC, not n) for w_RC, n in zip(weights, nearest.tolist(), strict=True)]
+    return [
+        Chosen(w_RC, not by_itself, each.on)
+        for w_RC, by_itself, each in zip(weights, nearest.tolist(), choices, strict=True)
+    ]
 
 
 def weighed_ranges(w_RC: Tensor, moments: Moments, args: Args) -> Ranges:

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 
 from ckptq.forward.reader import Reader
 from ckptq.gptq.choose import Choice, Chosen, choose, weighed_ranges
+from ckptq.gptq.descent import descend
 from ckptq.gptq.moments import Moments, Seen
 from ckptq.gptq.told import Told
 from ckptq.models.weight import naming
@@ -99,7 +100,9 @@ class Units:
         if self._how is not None and ready:
             choices = [each.choice() for each in ready.values()]
             args = self._args[next(iter(ready))]
-            chosen = dict(zip(ready, choose(choices, args, self._how), strict=True))
+            made = choose(choices, args, self._how)
+            made = descend(choices, made, alike[0].part.scheme, self._how)
+            chosen = dict(zip(ready, made, strict=True))
         for each in alike:
             if each.moments is None:
                 told.nearest.append(each.name)
@@ -107,8 +110,11 @@ class Units:
                 told.massive[each.name] = each.moments.left_out
             if each.name in chosen and not chosen[each.name].solved:
                 told.unsolved.append(each.name)
-            made = chosen.get(each.name)
-            yield each.w_RC if made is None else made.weight_RC.to(each.w_RC.dtype)
+            if each.name in chosen:
+                each.on = chosen[each.name].on
+                yield chosen[each.name].weight_RC.to(each.w_RC.dtype)
+            else:
+                yield each.w_RC
 
 
 @dataclass

@@ -47,6 +47,24 @@ def e2m1_codes(x: Tensor, scratch: Scratch) -> Tensor:
     return code.bitwise_or_(scratch.tensor("second", x.shape, torch.int8).copy_(first))
 
 
+def round_to_numbers(
+    x: Tensor, zero_point: Tensor | None, scheme: WeightScheme, scratch: Scratch
+) -> Tensor:
+    """x in place to the nearest number that a code stands for, in units of its scale; ties to even.
+
+    In the dtype of x. Numbers are codes, less the zero point where there is one.
+    """
+    if zero_point is not None:
+        x.add_(zero_point.to(x.dtype))
+    if scheme.type == "int":
+        x.clamp_(-(2 ** (scheme.num_bits - 1)), 2 ** (scheme.num_bits - 1) - 1).round_()
+    elif scheme.num_bits == 8:
+        x.clamp_(-E4M3_MAX, E4M3_MAX).copy_(x.to(torch.float8_e4m3fn))
+    else:
+        round_to_e2m1(x, scratch.tensor("step", x.shape, x.dtype))
+    return x if zero_point is None else x.sub_(zero_point.to(x.dtype))
+
+
 def round_to_e2m1(x: Tensor, step: Tensor) -> Tensor:
     """x in place to the nearest E2M1 number, ties to even, saturating at 6; `step` is overwritten.
 

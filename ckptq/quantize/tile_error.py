@@ -13,8 +13,7 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from ckptq.quantize import scales
-from ckptq.quantize.codes import round_to_e2m1
+from ckptq.quantize.codes import round_to_numbers
 from ckptq.quantize.scratch import Scratch
 from ckptq.quantize.weight_scheme import WeightScheme
 
@@ -30,23 +29,9 @@ def powered_errors(
     """[T, L]: |dequantized - x|^norm of each weight; overwritten by the next call."""
     held = scratch.tensor("searched", x_TL.shape, x_TL.dtype)
     q = torch.div(x_TL, scale_T1, out=held)
-    if zero_point_T1 is not None:
-        q.add_(zero_point_T1.to(q.dtype))
-    _round(q, scheme, scratch)
-    if zero_point_T1 is not None:
-        q.sub_(zero_point_T1.to(q.dtype))
+    round_to_numbers(q, zero_point_T1, scheme, scratch)
     q.mul_(scale_T1).sub_(x_TL).abs_()
     return _power(q, norm, scratch)
-
-
-def _round(q: Tensor, scheme: WeightScheme, scratch: Scratch) -> None:
-    """To the nearest number that a code stands for, in place; ties to even."""
-    if scheme.type == "int":
-        q.clamp_(-(2 ** (scheme.num_bits - 1)), 2 ** (scheme.num_bits - 1) - 1).round_()
-    elif scheme.num_bits == 8:
-        q.clamp_(-scales.E4M3_MAX, scales.E4M3_MAX).copy_(q.to(torch.float8_e4m3fn))
-    else:
-        round_to_e2m1(q, scratch.tensor("step", q.shape, q.dtype))
 
 
 def _power(q: Tensor, norm: float, scratch: Scratch) -> Tensor:

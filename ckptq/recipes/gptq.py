@@ -7,7 +7,7 @@ from dataclasses import replace
 from typing import Any
 
 from ckptq.errors import UsageError
-from ckptq.recipes.scheme import Gptq, Group, Recipe
+from ckptq.recipes.scheme import DESCENTS, Gptq, Group, Recipe
 from ckptq.recipes.spelled import changed
 
 SUFFIX = "-gptq"
@@ -17,6 +17,12 @@ FORMATS = ("pack-quantized", "int-quantized", "float-quantized", "nvfp4-pack-qua
 
 ORDERS = (None, False, "static", "weight")
 """Those with which columns are stored in their own order; "weight" is another name of "static"."""
+
+
+REFITTED = ("channel", "group", "tensor_group")
+"""Strategies whose scales belong to one row, which coordinate descent can fit."""
+
+MOST_DESCENTS = 100
 
 
 def with_gptq(recipe: Recipe) -> Recipe:
@@ -51,6 +57,11 @@ def check_gptq(recipe: Recipe) -> None:
                 f"recipe {recipe.name!r}: group {group.name!r} is {group.format}; GPTQ chooses "
                 f"codes of {', '.join(FORMATS)}"
             )
+        if recipe.refits and group.weights is not None and group.weights.strategy not in REFITTED:
+            raise UsageError(
+                f"recipe {recipe.name!r}: group {group.name!r} has strategy "
+                f"{group.weights.strategy!r}; {DESCENTS} fit scales of {', '.join(REFITTED)}"
+            )
 
 
 def read_gptq(fields: Mapping[str, Any]) -> Gptq:
@@ -66,7 +77,12 @@ def read_gptq(fields: Mapping[str, Any]) -> Gptq:
             f"GPTQModifier.dampening_frac is {dampening_frac!r}; expected 0 or more: it is added "
             "to the diagonal of the Hessian, as a share of its mean"
         )
-    return Gptq(block_size=block_size, dampening_frac=float(dampening_frac))
+    descents = fields.get(DESCENTS, Gptq.descents)
+    if type(descents) is not int or not 0 <= descents <= MOST_DESCENTS:
+        raise UsageError(
+            f"GPTQModifier.descents is {descents!r}; expected a number up to {MOST_DESCENTS}"
+        )
+    return Gptq(block_size=block_size, dampening_frac=float(dampening_frac), descents=descents)
 
 
 def _ordered(group: Group) -> Group:

@@ -36,6 +36,7 @@ SUFFIXES = {
     searched.SUFFIX: searched.with_search,
     imatrix.SUFFIX: imatrix.with_imatrix,
     gptq.SUFFIX: gptq.with_gptq,
+    imatrix.REFINED: imatrix.with_descents,
 }
 """What may stand behind the name of a scheme, and what it makes of the scheme."""
 
@@ -59,7 +60,7 @@ def load_scheme(name: str) -> Recipe:
     """`--scheme NAME`: a built-in recipe, or a compressed-tensors preset (FP8_DYNAMIC).
 
     With "-search" behind it, as `--search` makes it; with "-imatrix", ranges that its inputs weigh;
-    with "-gptq", codes chosen by GPTQ.
+    with "-gptq", codes chosen by GPTQ; with "-refined", both, and made better.
     """
     for suffix, change in SUFFIXES.items():
         if name.lower().endswith(suffix):

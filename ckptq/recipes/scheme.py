@@ -141,6 +141,10 @@ REPACK_NVFP4 = "repack-nvfp4"
 """As REPACK, with MXFP4 as NVFP4."""
 
 
+DESCENTS = "descents"
+"""The field of a `GPTQModifier` that llm-compressor does not have."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Gptq:
     """How codes are chosen: llm-compressor's `GPTQModifier`, with its names and defaults.
@@ -152,9 +156,13 @@ class Gptq:
     """Columns after which the error is passed on to all others."""
     dampening_frac: float = 0.01
     """Added to the diagonal of the Hessian, as a share of its mean."""
+    descents: int = 0
+    """Passes of coordinate descent over codes and scales afterwards; llm-compressor has none."""
 
     def to_dict(self) -> dict[str, Any]:
-        return asdict(self)
+        """As llm-compressor reads it, where nothing is said that it does not have."""
+        said = asdict(self)
+        return said if self.descents else {k: v for k, v in said.items() if k != DESCENTS}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -181,6 +189,11 @@ class Recipe(Scheme):
     def runs_layers(self) -> bool:
         """Whether weights are quantized by their inputs, which the layers show when they run."""
         return self.gptq is not None or any(g.weights and g.weights.weighed for g in self.groups)
+
+    @property
+    def refits(self) -> bool:
+        """Whether inputs decide on all scales, in the end."""
+        return self.gptq is not None and self.gptq.descents > 0
 
     @property
     def chooses(self) -> bool:

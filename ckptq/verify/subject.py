@@ -66,11 +66,8 @@ class Module:
     """The same Linear in the source, where a source is given and has it."""
     chosen: bool = False
     """Whether its codes are said to be chosen by GPTQ, so that they need not be the nearest."""
-
-    @property
-    def weighed(self) -> bool:
-        """Whether its ranges are said to be chosen by its inputs, which nothing here can repeat."""
-        return bool(self.group and self.group.weights and self.group.weights.weighed)
+    weighed: bool = False
+    """Whether its scales are said to be chosen by its inputs, which nothing here can repeat."""
 
     @property
     def scheme(self) -> WeightScheme | None:
@@ -179,6 +176,8 @@ class Subject:
             origin=self._origin(name),
             chosen=(weights is not None and weights.actorder in ORDERED)
             or (self.recipe is not None and self.recipe.chooses),
+            weighed=(weights is not None and weights.weighed)
+            or (self.recipe is not None and self.recipe.refits),
         )
 
     def _by_module(self) -> dict[str, dict[str, StoredTensor]]:

@@ -52,6 +52,29 @@ def test_other_choices_keep_it() -> None:
     assert load_text("own", resized.text).gptq == resized.gptq
 
 
+@pytest.mark.parametrize("name", ["w4a16-refined", "nvfp4-refined", "w8a8-gptq-refined"])
+def test_a_refined_scheme_says_what_llm_compressor_does_not_have(tmp_path: Path, name: str) -> None:
+    recipe = load_scheme(name)
+    assert recipe.name == name
+    assert recipe.gptq == Gptq(descents=4)
+    weighed = [g.weights.weighed for g in recipe.linears if g.weights]
+    assert weighed == [name != "w8a8-gptq-refined"]
+    assert load_text(name, recipe.text) == recipe
+    (tmp_path / "recipe.yaml").write_text(recipe.text)
+    assert load_written(tmp_path / "recipe.yaml").gptq == recipe.gptq
+    assert with_group_size(load_scheme("w4a16-refined"), 64).gptq == Gptq(descents=4)
+    assert "descents" not in load_scheme("w4a16-gptq").text
+
+
+def test_a_refined_scheme_keeps_the_ranges_that_it_is_made_of() -> None:
+    searched, refined = load_scheme("w4a16-search-gptq"), load_scheme("w4a16-search-refined")
+    assert refined.groups == searched.groups
+    with pytest.raises(UsageError, match=r"'fp8-block-refined'.*strategy 'block'"):
+        load_scheme("fp8-block-refined")
+    with pytest.raises(UsageError, match="has descents already"):
+        load_scheme("w4a16-refined-refined")
+
+
 def test_an_order_is_said_where_there_is_none() -> None:
     recipe = load_text("own", RECIPE % ("GPTQModifier", "scheme: W4A16, actorder: null"))
     resized = with_group_size(recipe, 64)
@@ -64,6 +87,10 @@ def test_an_order_is_said_where_there_is_none() -> None:
         ("GPTQModifier", "scheme: W4A16, dampening_frac: null", "dampening_frac is None"),
         ("GPTQModifier", "scheme: W4A16, dampening_frac: -1", "dampening_frac is -1.0"),
         ("GPTQModifier", "scheme: W4A16, block_size: 0", "block_size is 0"),
+        ("GPTQModifier", "scheme: W4A16, descents: -1", "descents is -1; expected a number up to"),
+        ("GPTQModifier", "scheme: W4A16, descents: true", "descents is True"),
+        ("GPTQModifier", "scheme: FP8, descents: 2", "has strategy 'tensor'; descents fit scales"),
+        ("AWQModifier", "scheme: W4A16, descents: 2", "descents"),
         ("GPTQModifier", "scheme: W4A16, actorder: group", "actorder"),
         ("GPTQModifier", "scheme: MXFP4A16", "is mxfp4-pack-quantized; GPTQ chooses codes of"),
         (

@@ -14,7 +14,7 @@ from ckptq.forward.layerwise import LayerwiseModel
 from ckptq.gptq.kept import Kept
 from ckptq.gptq.units import Units
 
-SCHEME = "w4a16-g32-gptq"
+SCHEME = "w4a16-g32-refined"
 
 
 class Killed(BaseException):
@@ -30,6 +30,12 @@ def every_layer(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture(scope="session")
 def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return save(tmp_path_factory.mktemp("resumed"))
+
+
+@pytest.fixture(scope="session")
+def whole(llama: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """What a run that nobody stops writes."""
+    return digests(converted(llama, tmp_path_factory.mktemp("whole") / "out", SCHEME))
 
 
 @pytest.fixture
@@ -86,6 +92,7 @@ def dies_at(where: str, count: int) -> Callable[[pytest.MonkeyPatch], None]:
 )
 def test_killed_it_goes_on_and_ends_with_equal_bytes(
     llama: Path,
+    whole: dict[str, str],
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     ran: list[int],
@@ -93,7 +100,6 @@ def test_killed_it_goes_on_and_ends_with_equal_bytes(
     count: int,
     again: list[int],
 ) -> None:
-    whole = digests(converted(llama, tmp_path / "whole", SCHEME))
     with monkeypatch.context() as patched:
         dies_at(where, count)(patched)
         with pytest.raises(Killed):
@@ -107,9 +113,13 @@ def test_killed_it_goes_on_and_ends_with_equal_bytes(
 
 @pytest.mark.parametrize("damage", ["cut", "changed", "gone"])
 def test_a_layer_that_is_not_as_it_was_written_is_made_again(
-    llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ran: list[int], damage: str
+    llama: Path,
+    whole: dict[str, str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    ran: list[int],
+    damage: str,
 ) -> None:
-    whole = digests(converted(llama, tmp_path / "whole", SCHEME))
     with monkeypatch.context() as patched:
         patched.setattr("ckptq.convert.pipeline.convert", lambda *_: 1 / 0)
         with pytest.raises(ZeroDivisionError):
@@ -126,9 +136,12 @@ def test_a_layer_that_is_not_as_it_was_written_is_made_again(
 
 
 def test_finished_layers_are_not_run_again(
-    llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ran: list[int]
+    llama: Path,
+    whole: dict[str, str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    ran: list[int],
 ) -> None:
-    whole = digests(converted(llama, tmp_path / "whole", SCHEME))
     with monkeypatch.context() as patched:
         patched.setattr("ckptq.convert.pipeline.convert", lambda *_: 1 / 0)
         with pytest.raises(ZeroDivisionError):

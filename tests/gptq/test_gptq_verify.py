@@ -14,7 +14,10 @@ from ckptq.recipes.load import load_text
 from ckptq.verify.run import verify
 
 SCHEMES = ["w4a16-g32-gptq", "w4a16-asym-gptq", "w8a8-gptq", "nvfp4a16-gptq", "fp8-dynamic-gptq"]
-WEIGHED = ["w4a16-g32-imatrix", "nvfp4a16-imatrix", "w4a16-g32-imatrix-gptq", "w8a8-imatrix-gptq"]
+WEIGHED = [
+    *("w4a16-g32-imatrix", "nvfp4a16-imatrix", "w4a16-g32-imatrix-gptq", "w8a8-imatrix-gptq"),
+    *("w4a16-g32-refined", "w4a16-asym-refined", "nvfp4a16-refined", "fp8-dynamic-refined"),
+]
 UNORDERED = """
 quant_stage:
   quant_modifiers:
@@ -58,6 +61,15 @@ def test_the_recipe_says_so_where_config_json_does_not(llama: Path, tmp_path: Pa
     assert _wanted(out, llama) == {"codes chosen by GPTQ"}
     (out / "recipe.yaml").unlink()
     assert "codes chosen by GPTQ" not in _wanted(out, llama)
+
+
+def test_the_recipe_says_that_scales_were_fitted(llama: Path, tmp_path: Path) -> None:
+    """config.json cannot, where ranges were not weighed before."""
+    text = UNORDERED.replace("actorder: null", "actorder: null, descents: 2")
+    out = converted(llama, tmp_path / "out", load_text("own", text))
+    assert verify(out, llama).findings == ()
+    (out / "recipe.yaml").unlink()
+    assert not verify(out, llama).ok
 
 
 def _wanted(out: Path, source: Path) -> set[str]:

@@ -6,7 +6,7 @@ With them a recipe is read without llm-compressor. A test holds them to its own 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Literal
+from typing import Any, Literal
 
 from compressed_tensors.quantization import (
     ActivationOrdering,
@@ -127,6 +127,8 @@ class GPTQModifier(QuantizationModifier):
     dampening_frac: float | None = 0.01
     actorder: ActivationOrdering | None = ActivationOrdering.STATIC
     batched_quantization: Literal["auto"] | StrictInt | None = "auto"
+    descents: Any = 0
+    """Passes of coordinate descent behind it, which llm-compressor does not have."""
 
     @field_validator("batched_quantization")
     @classmethod
