@@ -137,9 +137,9 @@ def _fp8(ckpt: Checkpoint, weight: Encoded, start: int, stop: int) -> Tensor:
     rows, columns = codes.shape
     high, wide = block or (1, 1)
     filled = pad(codes.view(torch.uint8), (0, -columns % wide, 0, -rows % high))
-    held: dict[str, Any] = {"w.weight$": [filled.view(codes.dtype)], "w.weight_scale_inv$": [scale]}
-    made: Any = Fp8Dequantize(None).convert(held)["w.weight$"]
-    whole: Tensor = made[0]
+    # `convert` around it names its keys otherwise in 5.24
+    dequantize: Any = Fp8Dequantize(None)._dequantize_one
+    whole: Tensor = dequantize(filled.view(codes.dtype), scale)
     return whole.float()[:rows, :columns]
 
 
