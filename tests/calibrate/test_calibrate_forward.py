@@ -15,6 +15,7 @@ from tiny.rows import token_rows
 from ckptq.checkpoint.open import open_checkpoint
 from ckptq.errors import PlanError, SourceError
 from ckptq.forward.layerwise import open_model
+from ckptq.forward.record import Recorder
 from ckptq.forward.skeleton import build_skeleton
 from ckptq.forward.source import CheckpointWeights
 from ckptq.text.samples import Batch
@@ -215,3 +216,22 @@ def test_a_source_that_cannot_be_read_back_is_refused(saved):
     config = {**ckpt.config, "quantization_config": {"quant_method": "hqq"}}
     with pytest.raises(PlanError, match="quantized with 'hqq', which ckptq cannot read"):
         open_model(replace(ckpt, config=config))
+
+
+@pytest.mark.parametrize(
+    ("given", "taken"),
+    [
+        (lambda hidden: hidden, True),
+        (lambda hidden: hidden[:, slice(-0, None)], True),  # all positions, as Gemma-4 takes them
+        (lambda hidden: hidden[:, -1:], False),
+        (lambda hidden: hidden + 0, False),
+    ],
+)
+def test_a_layer_is_given_all_that_the_one_before_it_returns(given, taken):
+    recorder = Recorder("Model", 3, lambda hidden: hidden)
+    hidden = given(recorder(torch.ones(1, 4, 8)))
+    if taken:
+        recorder(hidden)
+        return
+    with pytest.raises(PlanError, match="changes the hidden states between decoder layers 0 and 1"):
+        recorder(hidden)
