@@ -3,6 +3,8 @@
 #   make demo-real   a real model from PyPI in five schemes, each loaded in transformers (and, with
 #                    VLLM_PYTHON, in vLLM) and held against what `ckptq evaluate` says
 #   make test        all tests (no network, no GPU)
+# make test-newest runs what reads models, recipes and sources with the newest transformers and
+# compressed-tensors, which llm-compressor does not take yet, in an environment of its own.
 # make figures puts the figures of benchmarks/results into README and docs (benchmarks/figures.py).
 # make engine-table VLLM_PYTHON=... asks a vLLM what it does with each architecture (docs/engines.md).
 # make ci-example runs examples/ci/run.sh, the steps of a CI job, on a trained model: one line of its
@@ -11,6 +13,7 @@
 
 PYTHON ?= python3
 VENV ?= .venv
+NEWEST ?= .venv-newest
 BIN = $(VENV)/bin
 DEMO ?= demo
 REAL ?= real
@@ -22,7 +25,7 @@ RECORD ?= --record benchmarks/results
 export TOKENIZERS_PARALLELISM = false
 export HF_HUB_DISABLE_TELEMETRY = 1
 
-.PHONY: demo demo-real ci-example engine-table test lint test-gpu test-engines bench \
+.PHONY: demo demo-real ci-example engine-table test test-newest lint test-gpu test-engines bench \
     bench-kernels figures clean
 
 $(VENV)/installed: pyproject.toml
@@ -61,6 +64,18 @@ ci-example: $(VENV)/installed
 test: $(VENV)/installed
 	TRITON_INTERPRET=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadgroup
 
+test-newest: $(NEWEST)/installed
+	TRITON_INTERPRET=1 OMP_NUM_THREADS=1 $(NEWEST)/bin/python -m pytest -n 2 --dist loadgroup \
+	    tests/recipes tests/models tests/plan tests/checkpoint \
+	    tests/calibrate/test_calibrate_shared_cache.py tests/convert/test_convert_fp8_sources.py
+
+$(NEWEST)/installed: pyproject.toml
+	$(PYTHON) -m venv $(NEWEST)
+	$(NEWEST)/bin/python -m pip install --quiet --constraint constraints.txt --editable '.[real]' \
+	    'pytest>=8' 'pytest-xdist>=3' 'hypothesis>=6' \
+	    'transformers>=5.24' 'compressed-tensors>=0.20' 'huggingface_hub>=2'
+	touch $@
+
 engine-table: $(VENV)/installed
 	test -n "$(VLLM_PYTHON)" || { echo "VLLM_PYTHON: name a Python that has vLLM"; exit 2; }
 	PYTHONPATH=tests $(BIN)/python -m families.sources $(DEMO)/families
@@ -93,4 +108,4 @@ bench-kernels:
 	$(PYTHON) benchmarks/bench_calibrate.py --shape llama4 --samples 32 $(RECORD)
 
 clean:
-	rm -rf $(VENV) $(DEMO) $(REAL)
+	rm -rf $(VENV) $(NEWEST) $(DEMO) $(REAL)
