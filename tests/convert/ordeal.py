@@ -264,7 +264,7 @@ def _meddled(meddle: str, at: float) -> Callable[[Trials, Story], Story]:
 
 def _renamed(trials: Trials, story: Story) -> Story:
     """Killed after the rename, and damaged."""
-    lives = (Life(Accident("kill", trials.whole["plain"].steps - 2), True),)
+    lives = (Life(Accident("kill", trials.whole["plain"].steps - 3), True),)
     return replace(story, command="plain", lives=lives, meddle=None)
 
 

@@ -14,6 +14,8 @@ import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
+from ckptq.checkpoint.partial import outlived
+
 TICK = 0.02
 """Seconds in which the clock that stamps files moves on."""
 
@@ -120,7 +122,7 @@ def damage(rng: random.Random, garden: Garden) -> str:
 
 def _a_file(rng: random.Random, garden: Garden) -> Path | None:
     """Of the run's; of a renamed output too, while the run has not ended."""
-    if not (garden.partial / "journal.jsonl").exists() and garden.out.exists():
+    if not outlived(garden.partial) and garden.out.exists():
         return None
     files = [p for p in garden.partial.rglob("*") if p.is_file() and p.name != "lock"]
     if garden.out.is_dir():
