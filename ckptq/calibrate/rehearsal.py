@@ -117,17 +117,14 @@ def _shown(
         latents = Latents(module, layer)
 
         def see(path: str, q_BHSD: Tensor, k_BHSD: Tensor, v_BHSD: Tensor) -> None:
-            seen = {"q": q_BHSD, "k": k_BHSD, "v": v_BHSD}
-            if path in latents:
-                seen = dict.fromkeys("kv", latents.row(path, k_BHSD))
-            for which, x_BHSD in seen.items():
+            for which, x_BHSD in latents.cached(path, q_BHSD, k_BHSD, v_BHSD).items():
                 point = f"{model.loader.stored_module(path)}.{which}"
                 scales[point] = x_BHSD.shape[1] if attention.strategy == "attn_head" else 1
 
         with latents.watched(), tapped(module, layer, Tap([len(TOKENS)], see)):
             result = module(hidden_BSE, *call[0], **call[1])
         if model.pairs:
-            pass_on((None, torch.zeros_like(result[1], device="cpu")), later)
+            pass_on(torch.zeros_like(result[1], device="cpu"), later)
 
     root, meta = model.skeleton.layers[layer], torch.device("meta")
     try:

@@ -164,9 +164,7 @@ class Watching:
 
     def _measuring(self, run: Run, on_disk: Callable[[str], str], latents: Latents) -> See:
         def see(module: str, q_BHSD: Tensor, k_BHSD: Tensor, v_BHSD: Tensor) -> None:
-            qkv = {"q": q_BHSD, "k": k_BHSD, "v": v_BHSD}
-            if module in latents:
-                qkv = dict.fromkeys("kv", latents.row(module, k_BHSD))
-            self.maxima.see(on_disk(module), qkv, run.lengths)
+            cached = latents.cached(module, q_BHSD, k_BHSD, v_BHSD)
+            self.maxima.see(on_disk(module), cached, run.lengths)
 
         return see

@@ -70,6 +70,12 @@ class Latents:
         P = key.weight.shape[0] - latent.weight.shape[1]
         return k_BHSD[..., k_BHSD.shape[-1] - P :]
 
+    def cached(self, module: str, q: Tensor, k: Tensor, v: Tensor) -> dict[str, Tensor]:
+        """What has a cache scale, by letter: q, k and v; of latent attention its row as k and v."""
+        if module in self:
+            return dict.fromkeys("kv", self.row(module, k))
+        return {"q": q, "k": k, "v": v}
+
     def row(self, module: str, k_BHSD: Tensor) -> Tensor:
         """The row that is cached for each position, [B, 1, S, R]."""
         import torch

@@ -144,7 +144,7 @@ class LayerwiseModel:
             calls = stream.arguments[number]
             calls[index] = ((), {})
             if self.pairs and isinstance(result, tuple):
-                pass_on(result, calls[index + 1 :])
+                pass_on(result[1], calls[index + 1 :])
 
     def _results(self, index: int, stream: Stream, watch: Watch | None) -> Iterator[Any]:
         """What the layer makes of each batch: hidden states [B, S, E], or a tuple of which they

@@ -90,10 +90,10 @@ def _is_all_of(given: Tensor, whole: Tensor) -> bool:
     return given is whole or (same and place != 0 and given.data_ptr() == place)
 
 
-def pass_on(result: tuple[Any, ...], calls: Sequence[LayerArguments]) -> None:
+def pass_on(second: Tensor, calls: Sequence[LayerArguments]) -> None:
     """Give the second part of a layer's result to the first of these calls, if there is one."""
     for _, kwargs in calls[:1]:
-        kwargs[PASSED_ON] = result[1].cpu()
+        kwargs[PASSED_ON] = second.cpu()
 
 
 class Memo:

@@ -17,8 +17,8 @@ SUFFIX, REFINED = "-imatrix", "-refined"
 STRATEGIES = ("channel", "group", "tensor_group")
 """What llm-compressor's observers weigh."""
 
-DESCENTS = 4
-"""Passes; the last two together gain 0.05 dB of a layer's outputs."""
+PASSES = 4
+"""Of coordinate descent; the last two together gain 0.05 dB of a layer's outputs."""
 
 
 def with_imatrix(recipe: Recipe) -> Recipe:
@@ -32,7 +32,7 @@ def with_imatrix(recipe: Recipe) -> Recipe:
             f"recipe {recipe.name!r} runs in llm-compressor as it is written; name an observer "
             "there"
         )
-    groups = weighed_groups(recipe)
+    groups = _weighed_groups(recipe)
     if groups == recipe.groups:
         raise UsageError(
             f"recipe {recipe.name!r} has no weights for iMatrix: with integer, FP8 or NVFP4 codes, "
@@ -41,7 +41,7 @@ def with_imatrix(recipe: Recipe) -> Recipe:
     return changed(recipe, SUFFIX, groups=groups)
 
 
-def weighed_groups(recipe: Recipe) -> tuple[Group, ...]:
+def _weighed_groups(recipe: Recipe) -> tuple[Group, ...]:
     """Its groups, those with such weights changed."""
     return tuple(_weighed(group) for group in recipe.groups)
 
@@ -66,9 +66,9 @@ def with_descents(recipe: Recipe) -> Recipe:
     if gptq is not None and gptq.descents:
         raise UsageError(f"recipe {recipe.name!r} has descents already")
     if gptq is None:
-        chosen = with_gptq(replace(recipe, groups=weighed_groups(recipe)))
+        chosen = with_gptq(replace(recipe, groups=_weighed_groups(recipe)))
         recipe, gptq = replace(chosen, name=recipe.name), chosen.gptq
     assert gptq is not None
-    made = changed(recipe, REFINED, gptq=replace(gptq, descents=DESCENTS))
+    made = changed(recipe, REFINED, gptq=replace(gptq, descents=PASSES))
     check_gptq(made)
     return made

@@ -75,10 +75,8 @@ def check_fused(subject: Subject, files: Files) -> Iterator[Finding]:
     fused = list(subject.decoded.values())
     for weight in {id(one): one for one in (*fused[:1], *fused[-1:])}.values():
         ours = weight_rows(files, weight)(0, weight.quantum).float()
-        theirs, who = (
-            _or_error(partial(first_expert, weight.tensors)),
-            decodes_experts(weight.tensors),
-        )
+        theirs = _or_error(partial(first_expert, weight.tensors))
+        who = decodes_experts(weight.tensors)
         yield from _differ(weight.stored.name, "the source", who, ours, theirs)
 
 
