@@ -30,7 +30,7 @@ from ckptq.kernels.attention.online_softmax import (
 )
 from ckptq.kernels.cache.paged_addresses import key_offset, query_rows
 from ckptq.kernels.cache.paging import Layout, Sequences
-from ckptq.kernels.rounding import e4m3_round, e4m3_value, has_native_e4m3, narrow
+from ckptq.kernels.rounding import e4m3_in, e4m3_round, has_native_e4m3, narrow
 from ckptq.kernels.shared_memory import shared_memory
 
 FP8 = torch.float8_e4m3fn
@@ -39,7 +39,7 @@ FP8 = torch.float8_e4m3fn
 @triton.jit
 def _decoded(x, dtype: tl.constexpr):
     if x.dtype == tl.uint8:
-        return narrow(e4m3_value(x), dtype)
+        return e4m3_in(x, dtype)
     else:
         return x
 
