@@ -129,9 +129,9 @@ def _paged_attention_kernel(
     tl.store(out_ptrs, narrow(out_MD, out_ptr.dtype.element_ty), mask=m_MD)
 
 
-DECODE: dict[int, tuple[int, int]] = {16: (64, 3), 8: (128, 2), 4: (128, 2), 2: (64, 2)}
-"""Bits of a cached value -> keys of a tile, and stages, for one query of each sequence: the fastest
-for 32 sequences of 8,192 keys on an H200."""
+DECODE = (128, 3)
+"""Keys of a tile, and stages, for one query of each sequence: the fastest for 32 sequences of 8,192
+keys on an H200, whatever the cache holds."""
 
 
 def paged_tile(group: int, longest: int, bits: int, D: int, device: torch.device) -> dict[str, int]:
@@ -143,7 +143,7 @@ def paged_tile(group: int, longest: int, bits: int, D: int, device: torch.device
     """
     whole = triton.next_power_of_2(group)
     if longest == 1:
-        columns, stages = DECODE[bits]
+        columns, stages = DECODE
         rows = max(16, whole)
     else:
         columns, stages = 64, 2

@@ -35,7 +35,7 @@ from ckptq.kernels.cache.paged_attention import paged_tile
 from ckptq.kernels.cache.paging import Sequences
 from ckptq.kernels.rounding import narrow, widen
 from ckptq.kernels.token_head.hadamard import rotate
-from ckptq.kernels.token_head.kv_values import DECODERS, values_at
+from ckptq.kernels.token_head.kv_codes import DECODERS, values_at
 from ckptq.kernels.token_head.token_head_cache import TokenHeadCache
 
 
