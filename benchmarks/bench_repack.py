@@ -23,10 +23,7 @@ from make_synthetic import SHAPES, Specs, config, tensors
 from measure import Took, load, machine, run, warm
 from record import Row, add_option, publish
 
-from ckptq.checkpoint.open import open_checkpoint
 from ckptq.checkpoint.write import lay_out, write_index
-from ckptq.plan.make import make_plan
-from ckptq.recipes.load import load_scheme
 from ckptq.spec import TensorSpec
 
 CODE = ("ckptq/checkpoint", "ckptq/convert", "ckptq/models", "ckptq/quantize")
@@ -81,6 +78,11 @@ def write(file: Path, specs: Specs, seed: int) -> None:
 
 def sizes_of(folder: Path) -> Sizes:
     """Bytes of the source's tensors, and of what each scheme makes of it."""
+    # at the end: these import torch, and children start with this process's peak
+    from ckptq.checkpoint.open import open_checkpoint
+    from ckptq.plan.make import make_plan
+    from ckptq.recipes.load import load_scheme
+
     ckpt = open_checkpoint(folder)
     made = {scheme: make_plan(ckpt, load_scheme(scheme)).write_bytes for scheme in SCHEMES}
     return {"source": ckpt.nbytes, **made}
