@@ -29,11 +29,12 @@ def check(case: Case, held: Folders, ask: Engine, *, seen: bool) -> None:
         assert harm is None or not harm < 2 * moved + 1e-3
 
 
-HARMLESS_IN_VLLM = ("ignore-nothing", "drop-a-norm")
-"""It does not quantize a head, and fills a norm with ones, which a random model has."""
+HARMLESS_IN_VLLM = ("ignore-nothing", "drop-a-norm", "flatten-scales-of-heads", "per-tensor")
+"""It does not quantize a head, fills a norm with ones, which a random model has, and its cache on a
+CPU is not in FP8."""
 
-IN_VLLM = [case for case in CASES if case.weights in ("fp8-channel", "int4")]
-"""Those with a kernel on a CPU; its cache is not in FP8."""
+IN_VLLM = [case for case in CASES if case.weights != "nvfp4"]
+"""Those with a kernel on a CPU."""
 
 ROUNDED = ("invert-scales", "part-global-scales")
 """Repairs that round: the information is not there any more."""
