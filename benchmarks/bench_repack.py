@@ -1,10 +1,12 @@
-"""`repack` and `dequantize` of a quantized source against `cp -r`, as one table.
+"""`repack` and `dequantize` of a quantized source against `cp -r` of what they write, as one table.
 
     python benchmarks/bench_repack.py
 
-The source has the shapes of Llama-3.1-8B with FP8 weights in blocks of 128x128, as DeepSeek and
-Qwen publish them. Each command runs whole and until its output is on the disk, with the source in
-the page cache; they take turns, and the best turn counts.
+The sources have the shapes of Llama-3.1-8B with FP8 weights in blocks of 128x128, as DeepSeek and
+Qwen publish them. Each command runs whole and until its output is on the disk, with what it reads
+in the page cache; they take turns, and the best turn counts. `dequantize` writes twice what it
+reads, so it stands beside `cp` of its output. Two sizes give seconds per GB written, without the
+start-up.
 """
 
 from __future__ import annotations
@@ -13,6 +15,7 @@ import argparse
 import json
 import shutil
 import sys
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 
@@ -30,6 +33,9 @@ METHOD = {
     "weight_block_size": [BLOCK, BLOCK],
 }  # fmt: skip
 SCHEMES = ("repack", "dequantize")
+
+Sizes = dict[str, int]
+"""Bytes of the "source", and of the output of each scheme."""
 
 
 def source(out: Path, layers: int) -> None:
@@ -70,58 +76,92 @@ def write(file: Path, specs: Specs, seed: int) -> None:
             handle.write(made.view(torch.uint8).numpy().data)
 
 
-def measure(work: Path, turns: int) -> dict[str, list[Took]]:
+def sizes_of(folder: Path) -> Sizes:
+    """Bytes of the source's tensors, and of what each scheme makes of it."""
+    # at the end: these import torch, and children start with this process's peak
+    from ckptq.checkpoint.open import open_checkpoint
+    from ckptq.plan.make import make_plan
+    from ckptq.recipes.load import load_scheme
+
+    ckpt = open_checkpoint(folder)
+    made = {scheme: make_plan(ckpt, load_scheme(scheme)).write_bytes for scheme in SCHEMES}
+    return {"source": ckpt.nbytes, **made}
+
+
+def measure(work: Path, layers: int, turns: int) -> dict[str, list[Took]]:
+    """Every command on one source, in turns; `cp` of each output under "cp of" its scheme."""
     found: dict[str, list[Took]] = {}
-    folder, out = work / "source", work / "out"
-    ours = [sys.executable, "-m", "ckptq", "quantize", folder, "-o", out, "--device", "cpu", "-s"]
-    commands = {"cp": ["cp", "-r", folder, out]} | {s: [*ours, s] for s in SCHEMES}
+    folder, out, copy = work / f"source-{layers}", work / "out", work / "copy"
     for _ in range(turns):
-        for tool, command in commands.items():
+        for scheme in SCHEMES:
+            ours = [sys.executable, "-m", "ckptq", "quantize", folder, "-o", out, "-s", scheme]
             warm(folder)
-            found.setdefault(tool, []).append(run(command, sync=work))
+            found.setdefault(scheme, []).append(run([*ours, "--device", "cpu"], sync=work))
+            warm(out)
+            cp = ["cp", "-r", "--reflink=never", out, copy]
+            found.setdefault(f"cp of {scheme}", []).append(run(cp, sync=work))
+            took = found[scheme][-1].seconds, found[f"cp of {scheme}"][-1].seconds
+            note = f"{scheme}: {took[0]:.2f} s, cp {took[1]:.2f} s, load {load():.1f}"
+            print(note, file=sys.stderr)
             shutil.rmtree(out)
-            print(f"{tool}: {found[tool][-1].seconds:.2f} s, load {load():.1f}", file=sys.stderr)
+            shutil.rmtree(copy)
     return found
 
 
-def rows(found: dict[str, list[Took]]) -> list[Row]:
-    best = {tool: min(took, key=lambda t: t.seconds) for tool, took in found.items()}
-    return [
-        {
-            "command": tool,
-            "seconds": took.seconds,
-            "of all turns": ", ".join(f"{t.seconds:.2f}" for t in found[tool]),
-            "CPU seconds": took.cpu_seconds,
-            "peak MB": took.peak_bytes / 1e6,
-            "of cp's speed": best["cp"].seconds / took.seconds,
-        }
-        for tool, took in best.items()
-    ]
+def rows(found: Mapping[int, dict[str, list[Took]]], sizes: Mapping[int, Sizes]) -> Iterator[Row]:
+    """The best turn of each size and scheme, then what two sizes together say."""
+    best = {
+        layers: {tool: min(took, key=lambda t: t.seconds) for tool, took in each.items()}
+        for layers, each in found.items()
+    }
+    for layers, took in best.items():
+        for scheme in SCHEMES:
+            cp = took[f"cp of {scheme}"].seconds
+            yield {
+                "command": f"{sizes[layers]['source'] / 1e9:.1f} GB, {scheme}",
+                "GB written": sizes[layers][scheme] / 1e9,
+                "seconds": took[scheme].seconds,
+                "of all turns": ", ".join(f"{t.seconds:.2f}" for t in found[layers][scheme]),
+                "CPU seconds": took[scheme].cpu_seconds,
+                "peak MB": took[scheme].peak_bytes / 1e6,
+                "cp's seconds": cp,
+                "of cp's speed": cp / took[scheme].seconds,
+            }
+    small, large = min(sizes), max(sizes)
+    for scheme in SCHEMES if small != large else ():
+        more = (sizes[large][scheme] - sizes[small][scheme]) / 1e9
+        tools = (scheme, f"cp of {scheme}")
+        ours, cp = ((best[large][t].seconds - best[small][t].seconds) / more for t in tools)
+        yield {"command": scheme, "s/GB": ours, "cp's s/GB": cp, "of cp's speed": cp / ours}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--work", type=Path, default="work", help="a folder with room for 8 GB")
-    parser.add_argument("--layers", type=int, default=8)
+    parser.add_argument("--work", type=Path, default="work", help="a folder with room for 22 GB")
+    parser.add_argument("--layers", type=int, nargs="+", default=[8, 16], help="one size or two")
     parser.add_argument("--turns", type=int, default=3)
     parser.add_argument("--source", type=Path, help="make the source in this folder, and end")
     add_option(parser)
     given = parser.parse_args()
     if given.source is not None:
-        source(given.source, given.layers)
+        source(given.source, given.layers[0])
         return
     work = given.work / "bench-repack"
     work.mkdir(parents=True)
+    found: dict[int, dict[str, list[Took]]] = {}
     try:
         began = load()
-        # in a process of its own: children start with this one's peak
-        run([sys.executable, __file__, "--source", work / "source", "--layers", str(given.layers)])
-        nbytes = sum(f.stat().st_size for f in (work / "source").glob("*.safetensors"))
-        found = measure(work, given.turns)
+        for layers in given.layers:
+            folder = work / f"source-{layers}"
+            # in a process of its own: children start with this one's peak
+            run([sys.executable, __file__, "--source", folder, "--layers", str(layers)])
+            found[layers] = measure(work, layers, given.turns)
+        sizes = {layers: sizes_of(work / f"source-{layers}") for layers in given.layers}
     finally:
         shutil.rmtree(work)
-    what = f"FP8 blocks of {nbytes / 1e9:.1f} GB, written otherwise, load {began:.1f}"
-    publish("repack", what, rows(found), code=CODE, machine=machine(), folder=given.record)
+    what = f"FP8 blocks written otherwise, beside cp of what is written, load {began:.1f}"
+    table = list(rows(found, sizes))
+    publish("repack", what, table, code=CODE, machine=machine(), folder=given.record)
 
 
 if __name__ == "__main__":

@@ -24,7 +24,7 @@ from ckptq.convert.blocks import Span, blocks, runs
 from ckptq.convert.schedule import Schedule, Task, Work
 from ckptq.convert.slabs import Slab, Slabs, Whole, held_bytes, views_of
 from ckptq.models.encoded import Encoded, Held, HeldWhole
-from ckptq.models.quantized.repacked import repacked_constants, repacked_rows
+from ckptq.models.quantized.repacked import remade, repacked_constants, repacked_rows
 from ckptq.models.weight import naming
 from ckptq.models.weight_rows import Rows, decoded_rows, parts_of, weight_rows
 from ckptq.permute.reordered import Reordered, Source
@@ -93,7 +93,7 @@ def _maker(
     weight = part.weight
     if part.kept:
         assert isinstance(weight, Encoded)
-        parts = parts_of(ends.files, weight, _held(weight, slabs))
+        parts = parts_of(ends.files, remade(weight), _held(weight, slabs))
         return lambda start, stop: repacked_rows(weight, parts(start, stop))
 
     def quantized(start: int, stop: int) -> Mapping[str, Tensor]:
@@ -199,7 +199,7 @@ def _part_tasks(
         for local, tensor in _constants(part, shared, ends).items():
             data = bytes_of(tensor.contiguous())
             yield partial(ends.shards.write, f"{part.linear.name}.{local}", 0, data)
-        for run in runs(spec, part.quantum):
+        for run in runs(spec, part.quantum) if part.has_rows else ():
             yield partial(_make_run, part, makers[part.linear.name], run, ends)
 
 

@@ -11,6 +11,7 @@ from ckptq.checkpoint.journal import check_apart, check_free
 from ckptq.checkpoint.open import Checkpoint, Problems, open_checkpoint
 from ckptq.convert.output import DEFAULTS, RunOptions
 from ckptq.errors import CkptqError, UsageError
+from ckptq.mend.another_model import check_source
 from ckptq.mend.case import Case
 from ckptq.mend.draft import Draft, draft_of
 from ckptq.mend.mendable import NOTES
@@ -105,6 +106,8 @@ def mend(request: MendRequest, begin: Begin = silent, note: Note = untold) -> Me
         check_free(request.out)
     source = open_checkpoint(request.source) if request.source is not None else None
     before = judge(ckpt, source, _asking(request, ckpt, begin), problems)
+    if source is not None:
+        check_source(ckpt, source, before)
     draft, outcomes = _repaired(request, ckpt, source, before, begin)
     repairs = tuple(one for one in outcomes if isinstance(one, Repair))
     left = tuple(one for one in outcomes if isinstance(one, Told))

@@ -13,7 +13,7 @@ from ckptq.checkpoint.header import StoredTensor
 from ckptq.checkpoint.open import Checkpoint
 from ckptq.errors import PlanError, UsageError
 from ckptq.models.modules import Layout, Linear, read_layout
-from ckptq.models.quantized.repacked import repacked_specs
+from ckptq.models.quantized.repacked import repacked_specs, verbatim
 from ckptq.models.weight import Encoded, View
 from ckptq.permute.reordered import Source
 from ckptq.plan.attention import AttentionPlan, as_planned, last_tensors, plan_attention
@@ -66,12 +66,13 @@ def make_plan(
     quantized = ckpt.quantization_config is not None
     if recipe.conversion == DEQUANTIZE and not quantized:
         raise UsageError(f"scheme {recipe.name!r}: {ckpt.path} is not quantized")
-    if quantized and recipe.conversion is None and all(g.is_attention for g in recipe.groups):
-        if rope_order != "keep":
-            raise UsageError(
-                f"recipe {recipe.name!r} keeps quantized weights as stored; run `ckptq permute` on "
-                "its result to reorder them"
-            )
+    cache_alone = recipe.conversion is None and all(g.is_attention for g in recipe.groups)
+    if quantized and (cache_alone or recipe.repacks) and rope_order != "keep":
+        raise UsageError(
+            f"recipe {recipe.name!r} keeps quantized weights as stored; run `ckptq permute` on "
+            "its result to reorder them"
+        )
+    if quantized and cache_alone:
         return _cache_alone(ckpt, recipe, shard_bytes, served=permutable)
     layout = read_layout(ckpt)
     refuse_unread_weights(ckpt, layout)
@@ -264,14 +265,20 @@ def _kept(linear: Linear, group: Group) -> Unit:
     """The source's codes and scales, in compressed-tensors' layout."""
     weight = linear.weight
     assert isinstance(weight, Encoded)
+    copied = verbatim(weight)
     part = Part(
         linear=linear,
         weight=weight,
         scheme=weight.scheme,
-        writes=repacked_specs(weight),
+        writes={n: spec for n, spec in repacked_specs(weight).items() if n not in copied},
         kept=True,
     )
-    return Unit(key=linear.name, rule=f"{group.name}: {weight.scheme}, as stored", parts=(part,))
+    return Unit(
+        key=linear.name,
+        rule=f"{group.name}: {weight.scheme}, as stored",
+        copies={f"{linear.name}.{local}": tensor for local, tensor in copied.items()},
+        parts=(part,),
+    )
 
 
 def _left_alone(linear: Linear, tensor: StoredTensor) -> Unit:

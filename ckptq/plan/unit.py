@@ -7,9 +7,11 @@ from dataclasses import dataclass, field
 from math import lcm
 
 from ckptq.checkpoint.header import StoredTensor
+from ckptq.models.encoded import Encoded
 from ckptq.models.modules import Layout, Linear
+from ckptq.models.quantized.repacked import remade
 from ckptq.permute.marks import Marks
-from ckptq.permute.reordered import Source
+from ckptq.permute.reordered import Reordered, Source
 from ckptq.plan.attention import AttentionPlan
 from ckptq.quantize.stored import row_quantum
 from ckptq.quantize.weight_scheme import WeightScheme
@@ -35,6 +37,19 @@ class Part:
     def quantum(self) -> int:
         """Where a block of rows may start: for what is read, and what is written."""
         return lcm(self.weight.quantum, row_quantum(self.scheme))
+
+    @property
+    def has_rows(self) -> bool:
+        """Whether rows are made of it; those of a kept weight may all be copies."""
+        return not self.kept or self.read_bytes > 0
+
+    @property
+    def read_bytes(self) -> int:
+        """What is read of it beside the unit's copies."""
+        weight = self.weight
+        return _stored_bytes(
+            remade(weight) if self.kept and isinstance(weight, Encoded) else weight
+        )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -69,12 +84,17 @@ class Unit:
     @property
     def read_bytes(self) -> int:
         copies = sum(t.nbytes for t in self.copies.values())
-        views = sum(v.spec.nbytes for v in self.views.values())
-        return copies + views + sum(p.weight.spec.nbytes for p in self.parts)
+        views = sum(map(_stored_bytes, self.views.values()))
+        return copies + views + sum(part.read_bytes for part in self.parts)
 
     @property
     def write_bytes(self) -> int:
         return sum(spec.nbytes for spec in self.writes.values())
+
+
+def _stored_bytes(source: Source) -> int:
+    weight = source.inner if isinstance(source, Reordered) else source
+    return weight.nbytes if isinstance(weight, Encoded) else weight.spec.nbytes
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

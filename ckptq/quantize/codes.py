@@ -6,6 +6,8 @@ up: the rounding happens in their place.
 
 from __future__ import annotations
 
+from functools import cache
+
 import torch
 from torch import Tensor
 
@@ -89,10 +91,23 @@ def decode_e2m1(code: Tensor) -> Tensor:
 
 
 def as_numbers(code: Tensor, dtype: torch.dtype) -> Tensor:
-    """Codes in a dtype to compute with. On a CPU E4M3 is looked up: the bits of torch's cast, in
-    less than half of its time."""
-    if code.dtype != torch.float8_e4m3fn or code.device.type != "cpu":
-        return code.to(dtype)
+    """Codes in a dtype to compute with, in new memory. On a CPU E4M3 is looked up, two codes at a
+    time: the bits of torch's cast, in a tenth of its time."""
+    flat = code.contiguous().view(-1)
+    in_pairs = not (flat.numel() % 2 or flat.storage_offset() % 2) and dtype in PAIRS
+    if code.dtype != torch.float8_e4m3fn or code.device.type != "cpu" or not in_pairs:
+        return code.to(dtype, copy=True)
+    index = flat.view(torch.uint16).int()
+    return _e4m3_pairs(dtype).index_select(0, index).view(dtype).view(code.shape)
+
+
+PAIRS = {torch.bfloat16: torch.int32, torch.float16: torch.int32, torch.float32: torch.int64}
+"""Dtype -> one that holds two of it."""
+
+
+@cache
+def _e4m3_pairs(dtype: torch.dtype) -> Tensor:
+    """The numbers of all pairs of E4M3 codes; the first is the low byte."""
     every = torch.arange(256, dtype=torch.uint8).view(torch.float8_e4m3fn).to(dtype)
-    index = code.contiguous().view(torch.uint8).reshape(-1).int()
-    return every.index_select(0, index).view(code.shape)
+    pairs = torch.stack((every.repeat(256), every.repeat_interleave(256)), dim=1)
+    return pairs.view(PAIRS[dtype]).view(-1)

@@ -43,11 +43,15 @@ def _around(ckpt: Checkpoint, declared: Declared) -> Iterator[Finding]:
     """Fields beside the groups. vLLM 0.32 no longer supports sparsity; llm-compressor writes
     rotations; without config_groups vLLM refuses per-head scales."""
     config, method = declared.config, declared.method
-    if method != "compressed-tensors" and "config_groups" not in config:
+    # ModelOpt writes groups too
+    other = method == "modelopt" or (
+        method != "compressed-tensors" and "config_groups" not in config
+    )
+    if other:
         said = "missing" if method is None else repr(str(method)[:80])
         raise SourceError(
-            f"{ckpt.path / CONFIG}: quant_method is {said}; verify reads compressed-tensors "
-            "checkpoints"
+            f"{ckpt.path / CONFIG}: quant_method is {said}; only compressed-tensors is read, "
+            "which `ckptq quantize --scheme repack` makes of other makers' checkpoints"
         )
     if method != "compressed-tensors":
         yield _wrong("quant-method", "quant_method", method, '"compressed-tensors"')

@@ -32,8 +32,11 @@ from tiny.foreign import (
 from tiny.tensors import differences, tensors_in
 from torch import Tensor
 
+from ckptq.checkpoint.open import open_checkpoint
 from ckptq.errors import PlanError, UsageError
+from ckptq.plan.make import make_plan
 from ckptq.recipes.load import load_scheme
+from ckptq.recipes.scheme import Recipe
 from ckptq.verify.report import Report
 from ckptq.verify.run import verify
 
@@ -258,6 +261,22 @@ def test_groups_in_activation_order_are_refused_with_what_to_do(tmp_path: Path) 
         convert(foreign.folder, tmp_path / "out", REPACK)
     in_order = write(tmp_path / "in order", gptq(), gptq_method() | {"desc_act": True})
     assert verify(convert(in_order.folder, tmp_path / "made", REPACK).out, in_order.folder).ok
+
+
+def test_another_rope_order_is_refused_with_what_to_do(tmp_path: Path) -> None:
+    foreign = source(tmp_path / "source", "fp8 rows")
+    with pytest.raises(UsageError, match="run `ckptq permute` on its result"):
+        make_plan(open_checkpoint(foreign.folder), REPACK, rope_order="half-split")
+
+
+@pytest.mark.parametrize("format", ["fp8 rows", "modelopt fp8", "modelopt nvfp4", "awq"])
+@pytest.mark.parametrize("recipe", [REPACK, DEQUANTIZE], ids=lambda recipe: str(recipe.name))
+def test_every_byte_of_the_source_is_counted_once(
+    tmp_path: Path, format: str, recipe: Recipe
+) -> None:
+    ckpt = open_checkpoint(source(tmp_path / "source", format).folder)
+    scales = sum(t.nbytes for n, t in ckpt.tensors.items() if n.endswith("input_scale"))
+    assert 0 <= ckpt.nbytes - make_plan(ckpt, recipe).read_bytes <= scales
 
 
 def test_an_unquantized_source_is_refused(tmp_path: Path) -> None:

@@ -7,6 +7,7 @@ import torch
 from format_cases import ARGS, DTYPES, SCHEMES, awkward, case_name, convert
 
 from ckptq.quantize.formats import WeightScheme, dequantize, row_quantum
+from ckptq.quantize.scratch import BLOCK_ELEMENTS
 from ckptq.recipes.args import Args
 
 
@@ -38,7 +39,8 @@ def test_comes_back_within_half_a_step(scheme: WeightScheme) -> None:
 
 @pytest.mark.parametrize("scheme", SCHEMES, ids=case_name)
 def test_rows_alone_come_back_as_in_the_whole(scheme: WeightScheme) -> None:
-    w_RC = awkward(torch.bfloat16, rows=384)
+    w_RC = awkward(torch.bfloat16, rows=1200)
+    assert w_RC.numel() > BLOCK_ELEMENTS  # what is made at a time; the parts' borders are others
     whole = convert(w_RC, scheme)
     start = row_quantum(scheme) * 2
     rows = dict(whole)

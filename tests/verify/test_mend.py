@@ -11,12 +11,24 @@ import pytest
 import torch
 from families.sources import save
 from mend_trials import equal, same, tensors_of
-from verify_checkpoints import convert, copy_of, recipe
+from tiny.foreign import (
+    AWQ_METHOD,
+    awq,
+    fp8,
+    fp8_method,
+    gptq,
+    gptq_method,
+    nvfp4,
+    nvfp4_method,
+    write,
+)
+from tiny.models import causal
+from verify_checkpoints import TEXT, convert, copy_of, recipe
 from verify_faults import codes, mlp, turn
 
 from ckptq.checkpoint.open import open_checkpoint
 from ckptq.convert.output import RunOptions
-from ckptq.errors import UsageError
+from ckptq.errors import SourceError, UsageError
 from ckptq.mend import mendable as codes_of
 from ckptq.mend import registry, write_mended
 from ckptq.mend.config.edit import edited
@@ -396,3 +408,46 @@ def test_the_codes_are_those_that_have_a_repair():
     known = {*codes_of.ALONE, *codes_of.FROM_SOURCE, *codes_of.WITH_SOURCE}
     assert known == {*registry.NAMES, *registry.HEADERS, *registry.VALUES}
     assert {*known, *codes_of.TEXT, *codes_of.NOTES} <= KINDS.keys()
+
+
+def test_another_model_is_no_source(sources, broken, tmp_path: Path):
+    """Of another type, of other sizes, of the same sizes with other weights: not one is copied."""
+    editor, _ = broken("llama", "fp8-channel", False)
+    editor.tensors[f"{mlp(editor)}.weight_scale"][:] = torch.nan
+    folder = editor.save()
+    torch.manual_seed(5)
+    for name, more in (("other weights", {}), ("wider", {"hidden_size": 128})):
+        causal("Llama", TEXT | more).bfloat16().save_pretrained(tmp_path / name)
+    for source in (sources("llama4"), tmp_path / "other weights", tmp_path / "wider"):
+        with pytest.raises(UsageError, match="was not made from it"):
+            mend(MendRequest(path=folder, out=tmp_path / "out", source=source, options=ONE))
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("format", ["awq", "gptq", "modelopt fp8", "modelopt nvfp4"])
+def test_other_makers_checkpoints_are_not_relabelled(tmp_path: Path, format: str):
+    maker, method = {
+        "awq": (awq, AWQ_METHOD), "gptq": (gptq(), gptq_method()),
+        "modelopt fp8": (fp8, fp8_method()), "modelopt nvfp4": (nvfp4, nvfp4_method()),
+    }[format]  # fmt: skip
+    foreign = write(tmp_path / "theirs", maker, method)
+    with pytest.raises(SourceError, match="--scheme repack"):
+        mend(MendRequest(path=foreign.folder, out=tmp_path / "out", options=ONE))
+
+
+def test_a_snapshot_of_the_hub_s_cache_is_mended(broken, good, tmp_path: Path):
+    """Links to blobs, a space and other letters in the path; the blobs stay as they are."""
+    editor, _ = broken("llama", "fp8-channel", False)
+    del editor.quantization["quantization_status"]
+    blobs, snapshot = tmp_path / "hüb 缓存" / "blobs", tmp_path / "hüb 缓存" / "snapshots" / "1"
+    blobs.parent.mkdir()
+    editor.save().rename(blobs)
+    snapshot.mkdir(parents=True)
+    for file in blobs.iterdir():
+        (snapshot / file.name).symlink_to(f"../../blobs/{file.name}")
+    before = {file.name: file.read_bytes() for file in blobs.iterdir()}
+    out = tmp_path / "öut"
+    assert mend(MendRequest(path=snapshot, out=out, headers_only=True, options=ONE)).ok
+    assert equal(out, good("llama", "fp8-channel", False)[0])
+    assert not any(file.is_symlink() for file in out.iterdir())
+    assert {file.name: file.read_bytes() for file in blobs.iterdir()} == before

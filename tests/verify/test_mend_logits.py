@@ -29,11 +29,12 @@ def check(case: Case, held: Folders, ask: Engine, *, seen: bool) -> None:
         assert harm is None or not harm < 2 * moved + 1e-3
 
 
-HARMLESS_IN_VLLM = ("ignore-nothing", "drop-a-norm")
-"""It does not quantize a head, and fills a norm with ones, which a random model has."""
+HARMLESS_IN_VLLM = ("ignore-nothing", "drop-a-norm", "flatten-scales-of-heads")
+"""It does not quantize a head, fills a norm with ones, which a random model has, and reads the
+scales of heads in either shape."""
 
-IN_VLLM = [case for case in CASES if case.weights in ("fp8-channel", "int4")]
-"""Those with a kernel on a CPU; its cache is not in FP8."""
+IN_VLLM = [case for case in CASES if case.weights != "nvfp4" and case.name != "per-tensor"]
+"""Those with a kernel on a CPU, and without a repair that is to change what is computed."""
 
 ROUNDED = ("invert-scales", "part-global-scales")
 """Repairs that round: the information is not there any more."""

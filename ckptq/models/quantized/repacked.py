@@ -6,6 +6,7 @@ Shape letters: R rows, C columns.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from ckptq.checkpoint.header import StoredTensor
@@ -37,6 +38,21 @@ def repacked_specs(weight: Encoded) -> dict[str, TensorSpec]:
     return specs
 
 
+def verbatim(weight: Encoded) -> dict[str, StoredTensor]:
+    """The tensors that are written byte for byte as they are stored, by local name."""
+    if type(weight) is not Encoded:
+        return {}  # its parts are not what is stored
+    specs = repacked_specs(weight)
+    return {local: t for local, t in weight.tensors.items() if specs.get(local) == t.spec}
+
+
+def remade(weight: Encoded) -> Encoded:
+    """The same without those."""
+    copied = verbatim(weight)
+    rest = {local: tensor for local, tensor in weight.tensors.items() if local not in copied}
+    return replace(weight, tensors=rest) if copied else weight
+
+
 def repacked_rows(weight: Encoded, parts: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """What is stored for some rows, from their parts."""
     lone = repacked_lone(weight)
@@ -47,9 +63,10 @@ def repacked_rows(weight: Encoded, parts: Mapping[str, Tensor]) -> dict[str, Ten
 
 
 def repacked_lone(weight: Encoded) -> tuple[str, ...]:
-    """Local names of the tensors that belong to no row."""
-    shapes = quantum_specs(weight.scheme, weight.shape[1])
-    return tuple(n for n in repacked_specs(weight) if n not in shapes or len(shapes[n].shape) == 1)
+    """Local names of the tensors that are made, and belong to no row."""
+    shapes, made = quantum_specs(weight.scheme, weight.shape[1]), repacked_specs(weight)
+    lone = (n for n in made if n not in shapes or len(shapes[n].shape) == 1)
+    return tuple(name for name in lone if name not in verbatim(weight))
 
 
 def repacked_constants(weight: Encoded, files: Files) -> dict[str, Tensor]:

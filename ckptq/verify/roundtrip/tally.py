@@ -106,7 +106,7 @@ def compare(
     """
     made = observe(w_RC, held, scheme)
     dequantized = nearest.weights(held, scheme, w_RC.shape[1])
-    exact = int(same_numbers(dequantized, w_RC, scheme).sum()) if alike else 0
+    exact = int(same_numbers(dequantized, w_RC, scheme).count_nonzero()) if alike else 0
     wide_RC = w_RC.float()
     noise, signal = _energy(dequantized.sub_(wide_RC)), _energy(wide_RC)
     if exact == w_RC.numel():
@@ -127,8 +127,8 @@ def compare(
         twice=twice,
         foreign=foreign,
         scales=differ.numel(),
-        scales_wrong=int(differ.sum()),
-        zeros_wrong=int((differ & ~other_scale).sum()),
+        scales_wrong=int(differ.count_nonzero()),
+        zeros_wrong=int((differ & ~other_scale).count_nonzero()),
         exact=exact,
         signal=signal,
         noise=noise,
@@ -226,12 +226,12 @@ def _codes(
     twice = 0
     if wrong_RC.any() and w_RC.dtype != wide:
         again_RC = nearest.recode(w_RC, held, scheme, w_RC.dtype)
-        twice = int((wrong_RC & (code_RC == again_RC)).sum())
-    foreign = int(wrong_RC.sum()) - twice
+        twice = int((wrong_RC & (code_RC == again_RC)).count_nonzero())
+    foreign = int(wrong_RC.count_nonzero()) - twice
     if made:
         theirs = {**held, **made}
         foreign_RC = ~nearest.as_near(code_RC, w_RC, theirs, scheme)
         if foreign_RC.any() and w_RC.dtype != wide:
             foreign_RC &= code_RC != nearest.recode(w_RC, theirs, scheme, w_RC.dtype)
-        foreign = int(foreign_RC.sum())
-    return int(wrong_RC.sum()), twice, foreign
+        foreign = int(foreign_RC.count_nonzero())
+    return int(wrong_RC.count_nonzero()), twice, foreign
