@@ -164,6 +164,16 @@ class Journal:
         os.close(self._lock)
 
 
+def begun_source(partial: Path) -> Mapping[str, Any]:
+    """The source of the run in this folder, as its fingerprint has it; empty where there is none.
+    Nothing is locked or changed: what does not fit is found when the run resumes."""
+    with suppress(OSError, ValueError, KeyError, TypeError):
+        with (partial / JOURNAL).open() as file:
+            found = json.loads(file.readline())["run"]["source"]
+        return found if isinstance(found, dict) else {}
+    return {}
+
+
 def check_free(out: Path) -> None:
     """UsageError for an output that exists and is not that of a run which can be finished."""
     taken = not out.name or (os.path.lexists(out) and not outlived(partial_of(out)))

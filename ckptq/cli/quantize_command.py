@@ -54,6 +54,12 @@ def quantize(
     shard_size: ShardSize = "5GB",
     max_ram: MaxRam = None,
     workers: Workers = None,
+    stream: Annotated[
+        bool,
+        typer.Option(
+            "--stream", help="Read a hub id's weights in one pass, without storing them here."
+        ),
+    ] = False,
     rope_order: Annotated[
         str,
         typer.Option(help="keep, or half-split for engines that do not permute Llama-4's q/k."),
@@ -101,6 +107,7 @@ def quantize(
         ),
         shard_bytes=nbytes(shard_size),
         rope_order=one_of("--rope-order", rope_order, ("keep", "half-split")),
+        stream=stream,
         as_written=as_written,
         options=RunOptions(
             workers=workers,

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ckptq.checkpoint.hub.chunks import HELD_BYTES
+from ckptq.checkpoint.hub.snapshot import with_network
 from ckptq.checkpoint.journal import Journal
 from ckptq.checkpoint.open import Checkpoint
 from ckptq.convert import documents
@@ -68,7 +70,8 @@ def write_quantized(
     """
     check_disk(plan.write_bytes, out, ckpt.side_bytes())
     find_device(options.device)
-    rooms = slab_rooms(plan.units, options.max_ram, options.threads)
+    held = HELD_BYTES if ckpt.streamed is not None else 0
+    rooms = slab_rooms(plan.units, options.max_ram, options.threads, held)
     if scales is not None and scales.runs_model:
         check_layers(ckpt, plan, options.device)
     arguments = {**arguments, **(scales.arguments if scales is not None else {})}
@@ -90,8 +93,10 @@ def write_quantized(
             workers=options.threads,
             device=options.device,
             rooms=rooms,
+            source_lasts=ckpt.streamed is None,
         )
 
+    begin = begin if ckpt.streamed is None else with_network(begin, ckpt.streamed)
     resumed = write_output(
         ckpt, out, record, prepare, restart=options.restart, begin=begin, note=note
     )
@@ -132,9 +137,9 @@ def _documents(
     return documents.render(ckpt, config, plan, {**record, **made})
 
 
-def default_output(ckpt: Checkpoint, recipe: Recipe) -> Path:
+def default_output(name: str, recipe: Recipe) -> Path:
     """The model's name with the scheme's, in the current folder."""
-    return Path(f"{ckpt.name.rpartition('/')[2]}-{recipe.name}")
+    return Path(f"{name.rpartition('/')[2]}-{recipe.name}")
 
 
 def serve_line(out: Path, plan: Plan) -> str | None:

@@ -17,6 +17,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import hub_server
+
 from ckptq.checkpoint import journal
 from ckptq.checkpoint.open import Checkpoint, open_checkpoint
 from ckptq.convert import blocks, output
@@ -42,7 +44,7 @@ class Run:
     """What to convert, and when to die: `by` is sent before step `die_at` of the kind `die_in` (of
     any kind) is done."""
 
-    source: Path
+    source: Path | str
     out: Path
     recipe: Recipe
     scales: Scales | None = None
@@ -51,6 +53,8 @@ class Run:
     by: int = signal.SIGKILL
     workers: int = 3
     shard_bytes: int = 100_000
+    hub: tuple[str, Path] | None = None
+    """The address of a hub and a cache; the source is streamed from there."""
 
 
 server = multiprocessing.get_context("forkserver")
@@ -73,6 +77,8 @@ def _main(run: Run, count: Any) -> None:
     _count_steps(run, count)
     blocks.RUN_ELEMENTS, blocks.CALL_ELEMENTS = 1 << 13, 1 << 12
     output.COMMIT_BYTES = 20_000
+    if run.hub is not None:
+        hub_server.use(*run.hub)
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, signal.default_int_handler)
     try:
@@ -83,7 +89,7 @@ def _main(run: Run, count: Any) -> None:
 
 def convert(run: Run, note: Note = untold) -> Result:
     """The same in this process, to its end."""
-    ckpt = open_checkpoint(run.source)
+    ckpt = open_checkpoint(run.source, stream=run.hub is not None)
     return write_quantized(
         ckpt,
         make_plan(ckpt, run.recipe, shard_bytes=run.shard_bytes),
