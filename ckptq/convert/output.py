@@ -32,8 +32,8 @@ if TYPE_CHECKING:
 METADATA = {"format": "pt"}
 
 COMMIT_BYTES = 1 << 28
-"""Bytes written between two journal entries, which a killed run may lose: at most a second of
-work."""
+"""Bytes read or written between two journal entries, which a killed run may lose: at most a second
+of work on a disk."""
 
 MOST_WORKERS = 8
 """More threads are no faster because of the GIL; see ckptq.convert.arithmetic."""

@@ -57,7 +57,9 @@ def slab_rooms(
 ) -> tuple[int, int]:
     """Bytes of a room for slabs, and how many rooms there are: two, or more where they are small.
 
-    `beside` are bytes that the program holds for more than its threads. UsageError if `--max-ram` is too small for one; MachineError if the machine's memory is.
+    `beside` are bytes that the program holds for more than its threads.
+
+    UsageError if `--max-ram` is too small for one; MachineError if the machine's memory is.
     """
     largest = max(units, key=held_bytes)
     room = held_bytes(largest)

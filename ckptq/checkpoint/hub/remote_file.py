@@ -112,13 +112,13 @@ class RemoteFile:
                     self.chunks.count(len(piece))
             except (HTTPError, OSError) as error:
                 seen = _said(error)
-            tries = 1 if len(data) > had else tries + 1
+            tries = 0 if len(data) > had else tries + 1
             if tries > TRIES:
                 raise MachineError(
                     f"{self.file}: bytes {start + had:,} to {stop:,} did not arrive from the hub "
                     f"in {TRIES} tries: {seen}; rerun the same command to resume"
                 )
-            if start + len(data) < stop:
+            if tries:
                 time.sleep(WAIT * 2 ** (tries - 1))
         return bytes(data)
 
