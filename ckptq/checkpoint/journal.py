@@ -222,7 +222,7 @@ def _begin(out: Path, partial: Path, fingerprint: Fingerprint, restart: bool) ->
         said = Said(run=fingerprint)
     elif said.run != fingerprint:
         raise UsageError(
-            f"{partial}: started by a different run: {_difference(said.run, fingerprint)}; rerun "
+            f"{partial}: started by a different run: {difference(said.run, fingerprint)}; rerun "
             "the same command to resume, or use --restart to start over"
         )
     if not renamed:
@@ -283,14 +283,14 @@ def _hear(said: Said, line: Mapping[str, Any]) -> None:
         said.published = dict(line["publishing"])
 
 
-def _difference(before: Fingerprint, now: Fingerprint, path: str = "") -> str:
+def difference(before: Fingerprint, now: Fingerprint, path: str = "") -> str:
     """The first field in which two fingerprints differ, with both values."""
     for key in sorted({*before, *now}):
         old, new = before.get(key), now.get(key)
         if old != new:
             name = f"{path}{key}"
             if isinstance(old, dict) and isinstance(new, dict):
-                return _difference(old, new, name + ".")
+                return difference(old, new, name + ".")
             return f"{name} was {_short(old)}, is {_short(new)}"
     return "no single field"
 

@@ -88,16 +88,26 @@ def _opened(request: QuantizeRequest) -> tuple[Checkpoint, Plan]:
         rope_order=request.rope_order,
     )
     refuse_holes(ckpt, plan.layout)
-    if request.stream and request.scales is None and plan.calibrated:
+    option = _needs_scales(request)
+    if option is not None and request.scales is None and plan.calibrated:
         raise UsageError(
-            f"scheme {request.recipe.name!r} runs the model, which reads its weights more than "
-            "once; with --stream, pass the file of `ckptq calibrate` with --scales, or drop "
-            "--stream"
+            f"scheme {request.recipe.name!r} runs the model, and {option} reads each weight once: "
+            f"pass the file of `ckptq calibrate` with --scales, or drop {option}"
         )
     if request.scales is None and plan.calibrated:
         find_device(request.options.device)
         rehearse(ckpt, plan, request.calibration.trust_remote_code)
     return ckpt, plan
+
+
+def _needs_scales(request: QuantizeRequest) -> str | None:
+    """The option with which nothing is calibrated here."""
+    given = {
+        "--stream": request.stream,
+        "--part": request.options.part is not None,
+        "--join": request.options.join,
+    }
+    return next((option for option in given if given[option]), None)
 
 
 def _revision(request: QuantizeRequest) -> str | None:
@@ -167,6 +177,8 @@ def _handed_over(request: QuantizeRequest, begin: Begin, note: Note) -> Result:
         )
     unsupported = {
         "--stream": request.stream,
+        "--part": request.options.part is not None,
+        "--join": request.options.join,
         "--ignore": request.ignore,
         "--scales": request.scales,
         "--as-written": request.as_written,

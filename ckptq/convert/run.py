@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -68,7 +68,11 @@ def write_quantized(
     `arguments` is what the output depends on beyond source and recipe, as JSON data; it becomes
     part of the journal's fingerprint and of the provenance record.
     """
-    check_disk(plan.write_bytes, out, ckpt.side_bytes())
+    part = options.part
+    shards = plan.shards if part is None else part.share(plan.shards)
+    nbytes = sum(unit.write_bytes for units in shards.values() for unit in units)
+    if not options.join:  # which moves what is there
+        check_disk(nbytes, out if part is None else part.folder(out), ckpt.side_bytes())
     find_device(options.device)
     held = HELD_BYTES if ckpt.streamed is not None else 0
     rooms = slab_rooms(plan.units, options.max_ram, options.threads, held)
@@ -85,7 +89,7 @@ def write_quantized(
             kept = scales.made(journal.calibration)
         return Job(
             name="quantize",
-            shards=plan.shards,
+            shards=shards,
             marks=plan.marks,
             documents=_documents(ckpt, plan, made, record, kept),
             scales=scale_tensors(plan, made) if not journal.renamed else {},
@@ -98,9 +102,13 @@ def write_quantized(
 
     begin = begin if ckpt.streamed is None else with_network(begin, ckpt.streamed)
     resumed = write_output(
-        ckpt, out, record, prepare, restart=options.restart, begin=begin, note=note
-    )
-    return result_of(ckpt, plan, out, resumed)
+        ckpt, out, record, prepare, part=part, join=options.join,
+        restart=options.restart, begin=begin, note=note,
+    )  # fmt: skip
+    made = result_of(ckpt, plan, out, resumed)
+    if part is None:
+        return made
+    return replace(made, out=part.folder(out), output_bytes=nbytes, serve=None, load=None)
 
 
 def result_of(ckpt: Checkpoint, plan: Plan, out: Path, resumed: int) -> Result:

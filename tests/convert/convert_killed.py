@@ -22,6 +22,7 @@ import hub_server
 from ckptq.checkpoint import journal
 from ckptq.checkpoint.open import Checkpoint, open_checkpoint
 from ckptq.convert import blocks, output
+from ckptq.convert.division.parts import Part
 from ckptq.convert.output import RunOptions
 from ckptq.convert.run import Result, write_quantized
 from ckptq.plan.make import make_plan
@@ -53,6 +54,8 @@ class Run:
     by: int = signal.SIGKILL
     workers: int = 3
     shard_bytes: int = 100_000
+    part: Part | None = None
+    join: bool = False
     hub: tuple[str, Path] | None = None
     """The address of a hub and a cache; the source is streamed from there."""
 
@@ -96,7 +99,7 @@ def convert(run: Run, note: Note = untold) -> Result:
         run.out,
         arguments={},
         scales=run.scales(ckpt) if run.scales is not None else None,
-        options=RunOptions(workers=run.workers),
+        options=RunOptions(workers=run.workers, part=run.part, join=run.join),
         note=note,
     )
 
