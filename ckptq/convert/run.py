@@ -115,7 +115,7 @@ def result_of(ckpt: Checkpoint, plan: Plan, out: Path, resumed: int) -> Result:
     """What to report of a finished output; `resumed` units came from an earlier run."""
     return Result(
         out=out,
-        source=str(ckpt.path),
+        source=str(ckpt.path) if ckpt.streamed is None else ckpt.name,
         scheme=plan.recipe.name,
         source_bytes=ckpt.nbytes,
         output_bytes=plan.write_bytes,

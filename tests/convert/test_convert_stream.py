@@ -85,7 +85,7 @@ FAULTS = {
 def test_bytes_are_those_of_a_local_conversion(local, hub, tmp_path, name):
     hub.faults = replace(FAULTS[name])
     run = streamed(local, hub, tmp_path)
-    convert(run)
+    assert convert(run).source == MODEL
     check_equal(local, run.out)
     assert shards_in(tmp_path / "cache") == []
     assert name not in ("expiring links", "all") or hub.links > 10
