@@ -22,7 +22,7 @@ from ckptq.calibrate.result import scales_of
 from ckptq.calibrate.scales import Scales, source_fingerprint
 from ckptq.calibrate.seen import check_seen
 from ckptq.calibrate.statistics import Statistics, Wanted
-from ckptq.checkpoint.identity import Identity, check_unchanged, lasting
+from ckptq.checkpoint.identity import State, check_unchanged, lasting
 from ckptq.checkpoint.open import Checkpoint
 from ckptq.errors import PlanError, SourceError, UsageError
 from ckptq.forward.decoded import weights_of
@@ -249,7 +249,7 @@ def _check_complete(ckpt: Checkpoint, model: LayerwiseModel, statistics: Statist
 
 def _identity(
     ckpt: Checkpoint,
-    pinned: Mapping[Path, Identity],
+    pinned: Mapping[Path, State],
     samples: Samples,
     wanted: Wanted,
     batch_size: int,

@@ -107,15 +107,15 @@ def is_adapter(name: str) -> bool:
     return fnmatchcase(name, ADAPTERS)
 
 
-def refuse_adapter(folder: Path) -> None:
+def refuse_adapter(folder: Path, names: Collection[str]) -> None:
     """SourceError for a folder that holds an adapter and no model."""
     config = folder / ADAPTER_CONFIG
     if not config.is_file():
         return
     weights = [
-        p.name
-        for p in folder.iterdir()
-        if p.suffix in (".safetensors", *PICKLES) and _matched(Path(p.name)) != TRAINING
+        name
+        for name in names
+        if name.endswith((".safetensors", *PICKLES)) and _matched(Path(name)) != TRAINING
     ]
     if all(name.startswith("adapter_model") for name in weights):
         raise SourceError(f"{folder}: is a PEFT adapter ({ADAPTER_CONFIG}){_MERGE}")

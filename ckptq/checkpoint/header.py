@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from ckptq.checkpoint.bounded import SMALL, Opened, Pairs, count_values, opened, parse
-from ckptq.checkpoint.identity import Identity
+from ckptq.checkpoint.hub.remote_file import RemoteFile
+from ckptq.checkpoint.identity import State
 from ckptq.errors import SourceError
 from ckptq.spec import DTYPES, TensorSpec
 
@@ -41,7 +42,7 @@ class StoredTensor:
     spec: TensorSpec
     file: Path
     offset: int
-    identity: Identity | None = field(default=None, compare=False, repr=False)
+    identity: State | None = field(default=None, compare=False, repr=False)
     """Of the file when its header was read; None for a tensor that is in no file."""
 
     @property
@@ -59,7 +60,7 @@ class Header:
     nbytes: int
     digest: str
     """sha256 of the header's bytes: changes when any name, shape, dtype or place changes."""
-    identity: Identity
+    identity: State
 
 
 def by_place(header: Header) -> list[StoredTensor]:
@@ -83,8 +84,13 @@ def read_header(file: Path) -> Header:
     for more tensors, axes or characters than any checkpoint has.
     """
     with opened(file) as found:
-        raw = _header_bytes(found)
-    size = found.identity.size
+        return header_of(found)
+
+
+def header_of(found: Opened | RemoteFile) -> Header:
+    """The same for a file that is open, here or on the hub."""
+    file, size = found.file, found.identity.size
+    raw = _header_bytes(found)
     entries = _parse(file, raw)
     metadata = _metadata(file, entries.pop("__metadata__", {}))
     start = 8 + len(raw)
@@ -99,7 +105,7 @@ def _drained(entries: dict[str, Any]) -> Any:
         yield name, entries.pop(name)
 
 
-def _header_bytes(found: Opened) -> bytes:
+def _header_bytes(found: Opened | RemoteFile) -> bytes:
     file, size = found.file, found.identity.size
     first = found.read(0, 8)
     if len(first) < 8:
@@ -185,7 +191,9 @@ def _metadata(file: Path, value: object) -> dict[str, str]:
     return value
 
 
-def _stored(found: Opened, name: str, value: object, start: int, size: int) -> StoredTensor:
+def _stored(
+    found: Opened | RemoteFile, name: str, value: object, start: int, size: int
+) -> StoredTensor:
     file = found.file
     _check_name(file, name)
     where = f"{file}: tensor {name!r}"

@@ -7,6 +7,7 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from ckptq.checkpoint.hub.remote_file import RemoteFile
 from ckptq.errors import SourceError
 from ckptq.files import reading_errors
 
@@ -33,6 +34,10 @@ class Identity:
         )
 
 
+State = Identity | RemoteFile
+"""What a file was when it was opened: on this machine, or on the hub at one commit."""
+
+
 def check_same(file: Path, wanted: Identity, now: Identity) -> None:
     """SourceError unless these are the same file in the same state."""
     if now == wanted:
@@ -50,23 +55,25 @@ def check_same(file: Path, wanted: Identity, now: Identity) -> None:
 
 
 def lasting(
-    folder: Path, files: Mapping[Path, Identity], linked: Collection[Path] = ()
-) -> dict[str, list[int]]:
+    folder: Path, files: Mapping[Path, State], linked: Collection[Path] = ()
+) -> dict[str, list[int | str]]:
     """What stays the same from one run to the next, as JSON data (device numbers change with each
     mount). Times may be in the journal, but not in the output. A run moves the change time of the
     files that it links."""
     return {
-        str(file.relative_to(folder)): [
-            *(found.size, found.modified),
-            *([] if file in linked else [found.changed]),
-        ]
+        str(file.relative_to(folder)): [found.size, found.etag]
+        if isinstance(found, RemoteFile)
+        else [found.size, found.modified, *([] if file in linked else [found.changed])]
         for file, found in files.items()
     }
 
 
-def check_unchanged(files: Mapping[Path, Identity]) -> None:
-    """The same for the files that are at these paths now."""
+def check_unchanged(files: Mapping[Path, State]) -> None:
+    """The same for the files that are at these paths now, or on the hub."""
     for file, wanted in files.items():
+        if isinstance(wanted, RemoteFile):
+            wanted.check_unchanged()
+            continue
         with reading_errors(file):
             now = Identity.of(os.stat(file))
         check_same(file, wanted, now)

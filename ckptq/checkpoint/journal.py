@@ -164,6 +164,16 @@ class Journal:
         os.close(self._lock)
 
 
+def begun_source(partial: Path) -> Mapping[str, Any]:
+    """The source of the run in this folder, as its fingerprint has it; empty where there is none.
+    Nothing is locked or changed: what does not fit is found when the run resumes."""
+    with suppress(OSError, ValueError, KeyError, TypeError):
+        with (partial / JOURNAL).open() as file:
+            found = json.loads(file.readline())["run"]["source"]
+        return found if isinstance(found, dict) else {}
+    return {}
+
+
 def check_free(out: Path) -> None:
     """UsageError for an output that exists and is not that of a run which can be finished."""
     taken = not out.name or (os.path.lexists(out) and not outlived(partial_of(out)))
@@ -212,7 +222,7 @@ def _begin(out: Path, partial: Path, fingerprint: Fingerprint, restart: bool) ->
         said = Said(run=fingerprint)
     elif said.run != fingerprint:
         raise UsageError(
-            f"{partial}: started by a different run: {_difference(said.run, fingerprint)}; rerun "
+            f"{partial}: started by a different run: {difference(said.run, fingerprint)}; rerun "
             "the same command to resume, or use --restart to start over"
         )
     if not renamed:
@@ -273,14 +283,14 @@ def _hear(said: Said, line: Mapping[str, Any]) -> None:
         said.published = dict(line["publishing"])
 
 
-def _difference(before: Fingerprint, now: Fingerprint, path: str = "") -> str:
+def difference(before: Fingerprint, now: Fingerprint, path: str = "") -> str:
     """The first field in which two fingerprints differ, with both values."""
     for key in sorted({*before, *now}):
         old, new = before.get(key), now.get(key)
         if old != new:
             name = f"{path}{key}"
             if isinstance(old, dict) and isinstance(new, dict):
-                return _difference(old, new, name + ".")
+                return difference(old, new, name + ".")
             return f"{name} was {_short(old)}, is {_short(new)}"
     return "no single field"
 

@@ -6,13 +6,12 @@ Only safetensors is read, never pickle; file names that an index gives must stay
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from ckptq.checkpoint.beside import (
-    AGAIN,
     MODELOPT,
     PICKLES,
     Beside,
@@ -22,8 +21,10 @@ from ckptq.checkpoint.beside import (
     sort_files,
 )
 from ckptq.checkpoint.bounded import INDEX_BYTES, INDEX_VALUES, json_object
-from ckptq.checkpoint.header import Header, StoredTensor, by_place, read_header
-from ckptq.checkpoint.identity import Identity
+from ckptq.checkpoint.header import Header, StoredTensor, by_place, header_of, read_header
+from ckptq.checkpoint.hub.chunks import Chunks
+from ckptq.checkpoint.hub.snapshot import Snapshot, begin_stream, download
+from ckptq.checkpoint.identity import Identity, State
 from ckptq.checkpoint.partial import bears_mark, partial_of
 from ckptq.errors import SourceError, UsageError
 from ckptq.files import reading_errors
@@ -51,8 +52,10 @@ class Checkpoint:
     headers: tuple[Header, ...]
     tensors: Mapping[str, StoredTensor] = field(repr=False)
     """In the order of the files and of the bytes within each."""
-    identities: Mapping[Path, Identity] = field(default_factory=dict, repr=False)
+    identities: Mapping[Path, State] = field(default_factory=dict, repr=False)
     """Of config.json, the index and the shards, when they were read."""
+    streamed: Chunks | None = field(default=None, repr=False)
+    """What has come of its shards, where they stay on the hub."""
 
     @property
     def nbytes(self) -> int:
@@ -87,10 +90,10 @@ class Checkpoint:
         """Bytes of the side files."""
         return sum((self.path / side).stat().st_size for side in self.side_files())
 
-    def pinned(self) -> dict[Path, Identity]:
+    def pinned(self) -> dict[Path, State]:
         """Every file of the checkpoint as it was when it was opened, side files as they are now,
         for `check_unchanged` at the end of a run."""
-        sides = {}
+        sides: dict[Path, State] = {}
         for side in self.side_files():
             with reading_errors(self.path / side):
                 sides[self.path / side] = Identity.of((self.path / side).stat())
@@ -98,21 +101,27 @@ class Checkpoint:
 
 
 def open_checkpoint(
-    source: str | Path, revision: str | None = None, problems: Problems | None = None
+    source: str | Path,
+    revision: str | None = None,
+    problems: Problems | None = None,
+    *,
+    stream: bool = False,
 ) -> Checkpoint:
-    """Open a folder, or a hub id that huggingface_hub finds in its cache or downloads.
+    """Open a folder, or a hub id that huggingface_hub finds in its cache or downloads; with
+    `stream`, its shards stay on the hub and are read by ranges, all at the commit found here.
 
     With a `problems` list, disagreements between index and files are appended to it instead of
     raised, so that `verify` can report them all, a missing index and missing files too; an
     unreadable checkpoint is still an error.
     """
-    path, name = _locate(source, revision)
-    refuse_adapter(path)
+    path, name, hub = _locate(source, revision, stream)
+    names = hub.names if hub is not None else _names(path)
+    refuse_adapter(path, names)
     config, identity = _config(path)
-    identities = {path / CONFIG: identity}
+    identities: dict[Path, State] = {path / CONFIG: identity}
     config |= _quantization_beside(path, config, identities)
     index = _index(path, identities)
-    headers = _headers(path, _shards(path, index, lenient=problems is not None))
+    headers = _headers(path, _shards(path, names, index, lenient=problems is not None), hub)
     identities |= {header.file: header.identity for header in headers}
     tensors: dict[str, StoredTensor] = {}
     found: Problems = []
@@ -134,40 +143,55 @@ def open_checkpoint(
     return Checkpoint(
         path=path,
         name=name,
-        revision=revision,
+        revision=revision if hub is None else hub.commit,
         config=config,
         headers=headers,
         tensors=tensors,
         identities=identities,
+        streamed=None if hub is None else hub.chunks,
     )
 
 
-def _headers(path: Path, files: list[Path]) -> tuple[Header, ...]:
+def _names(folder: Path) -> frozenset[str]:
+    """Of the files at its top."""
+    return frozenset(path.name for path in folder.iterdir() if path.is_file())
+
+
+def _headers(path: Path, files: list[Path], hub: Snapshot | None) -> tuple[Header, ...]:
     headers: list[Header] = []
     count = 0
+    if hub is not None:
+        hub.fetch_others(files)
     for file in files:
-        headers.append(read_header(file))
+        headers.append(read_header(file) if hub is None else header_of(hub.remote(file.name)))
         count += len(headers[-1].tensors)
         if count > MAX_TENSORS:
             raise SourceError(f"{path}: more than {MAX_TENSORS:,} tensors in its files")
     return tuple(headers)
 
 
-def _locate(source: str | Path, revision: str | None) -> tuple[Path, str]:
+def _locate(
+    source: str | Path, revision: str | None, stream: bool
+) -> tuple[Path, str, Snapshot | None]:
     path = Path(source)
     if path.is_dir():
+        if stream:
+            raise UsageError(f"--stream applies only to hub ids; {source} is a local folder")
         if revision is not None:
             raise UsageError(
                 f"--revision {revision} applies only to hub ids; {source} is a local folder"
             )
-        return path, _folder_name(path.resolve())
+        return path, _folder_name(path.resolve()), None
     if path.exists():
         raise SourceError(f"{source}: is a file; expected a checkpoint folder or a hub id")
     _refuse_unfinished(path)
     text = str(source)
     if text.count("/") > 1 or text.startswith((".", "/", "~")) or "\\" in text:
         raise SourceError(f"{source}: no such folder")
-    return _download(text, revision), text
+    if stream:
+        hub = begin_stream(text, revision)
+        return hub.path, text, hub
+    return download(text, revision), text, None
 
 
 def _refuse_unfinished(path: Path) -> None:
@@ -187,33 +211,6 @@ def _folder_name(path: Path) -> str:
     return path.name
 
 
-def _download(hub_id: str, revision: str | None) -> Path:
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import (  # HTTPError: of its client, httpx or httpx2
-        HfHubHTTPError,
-        HFValidationError,
-        HTTPError,
-        LocalEntryNotFoundError,
-    )
-
-    try:
-        return Path(
-            snapshot_download(
-                hub_id,
-                revision=revision,
-                ignore_patterns=[p for again in AGAIN.values() for p in again],
-            )
-        )
-    except HFValidationError as error:
-        raise SourceError(f"{hub_id}: no such folder, and not a hub id: {error}") from error
-    except (HfHubHTTPError, LocalEntryNotFoundError, HTTPError, OSError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise SourceError(
-            f"{hub_id}: no such folder here, and the hub did not deliver it"
-            f"{f' at revision {revision}' if revision else ''}: {reason}"
-        ) from error
-
-
 def _config(path: Path) -> tuple[dict[str, Any], Identity]:
     if not os.path.lexists(path / CONFIG):
         raise SourceError(f"{path}: no {CONFIG}; expected a Hugging Face checkpoint")
@@ -221,7 +218,7 @@ def _config(path: Path) -> tuple[dict[str, Any], Identity]:
 
 
 def _quantization_beside(
-    path: Path, config: Mapping[str, Any], identities: dict[Path, Identity]
+    path: Path, config: Mapping[str, Any], identities: dict[Path, State]
 ) -> dict[str, Any]:
     """ModelOpt's own file, where vLLM looks if config.json has no quantization."""
     file = path / MODELOPT
@@ -231,7 +228,7 @@ def _quantization_beside(
     return {"quantization_config": {"quant_method": "modelopt", **found}}
 
 
-def _index(path: Path, identities: dict[Path, Identity]) -> dict[str, str] | None:
+def _index(path: Path, identities: dict[Path, State]) -> dict[str, str] | None:
     """The index's weight_map, or None where there is no index."""
     file = path / INDEX
     if not file.exists():
@@ -259,17 +256,19 @@ def read_index(file: Path) -> tuple[dict[str, Any], Identity]:
     return json_object(file, INDEX_BYTES, INDEX_VALUES)
 
 
-def _shards(path: Path, index: Mapping[str, str] | None, *, lenient: bool) -> list[Path]:
+def _shards(
+    path: Path, names: Collection[str], index: Mapping[str, str] | None, *, lenient: bool
+) -> list[Path]:
     if index is not None:
-        return _listed(path, index, lenient)
-    if (path / SINGLE).is_file():
+        return _listed(path, names, index, lenient)
+    if SINGLE in names:
         return [path / SINGLE]
-    found = shards_among(sorted(path.glob("*.safetensors")))
+    found = shards_among(_safetensors(path, names))
     if len(found) == 1 or (found and lenient):
         return found
     if found:
         raise SourceError(f"{path}: {len(found)} safetensors files but no {INDEX} that lists them")
-    pickled = sorted(p.name for p in path.iterdir() if p.suffix in PICKLES)
+    pickled = sorted(name for name in names if name.endswith(PICKLES))
     if pickled:
         raise SourceError(
             f"{path}: only pickled weights ({pickled[0]}); ckptq reads only safetensors, because "
@@ -278,11 +277,17 @@ def _shards(path: Path, index: Mapping[str, str] | None, *, lenient: bool) -> li
     raise SourceError(f"{path}: no safetensors file")
 
 
-def _listed(path: Path, index: Mapping[str, str], lenient: bool) -> list[Path]:
+def _safetensors(path: Path, names: Collection[str]) -> list[Path]:
+    return sorted(path / name for name in names if name.endswith(".safetensors"))
+
+
+def _listed(
+    path: Path, names: Collection[str], index: Mapping[str, str], lenient: bool
+) -> list[Path]:
     """The index's files; if one is missing, `lenient` takes what is there: it may be renamed."""
     files = {index[name]: name for name in reversed(list(index))}
-    missing = [file for file in sorted(files) if not (path / file).is_file()]
-    there = shards_among(sorted(path.glob("*.safetensors"))) if missing and lenient else []
+    missing = [file for file in sorted(files) if file not in names]
+    there = shards_among(_safetensors(path, names)) if missing and lenient else []
     if missing and not there:
         what = f"{missing[0]} (for tensor {files[missing[0]]!r}), which does not exist"
         raise SourceError(f"{path / INDEX}: names {what}")

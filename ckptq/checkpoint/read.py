@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 
 from ckptq.checkpoint.descriptors import Descriptors
 from ckptq.checkpoint.header import StoredTensor
+from ckptq.checkpoint.hub.remote_file import RemoteFile
 from ckptq.checkpoint.identity import Identity, check_same, check_unchanged
 from ckptq.errors import SourceError
 from ckptq.files import reading_errors
@@ -46,6 +47,7 @@ class Files:
         SourceError if the file has changed since its header was read, MachineError if the machine
         fails.
         """
+        assert not isinstance(stored.identity, RemoteFile), f"{stored.file}: is on the hub"
         if stored.identity is not None:
             self._wanted.setdefault(stored.file, stored.identity)
         with reading_errors(stored.file), self._open.lease(stored.file) as descriptor:
@@ -77,6 +79,9 @@ class Files:
 
 def read_into(files: Files, stored: StoredTensor, start: int, buffer: memoryview) -> None:
     """Fill `buffer` with the tensor's bytes, from byte `start` on."""
+    if isinstance(stored.identity, RemoteFile):
+        stored.identity.read_into(stored.offset + start, buffer)
+        return
     with files.reading(stored) as descriptor:
         read_bytes(stored, descriptor, stored.offset + start, buffer)
 

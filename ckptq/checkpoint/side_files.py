@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from ckptq.checkpoint.bounded import opened
-from ckptq.checkpoint.identity import Identity, check_same
+from ckptq.checkpoint.identity import Identity, State, check_same
 from ckptq.checkpoint.open import Checkpoint
 from ckptq.checkpoint.write import Specs, write_index
 from ckptq.errors import SourceError
@@ -27,7 +27,7 @@ def write_side_files(
     ckpt: Checkpoint,
     made: Mapping[str, bytes],
     shards: Mapping[str, Specs],
-    pinned: Mapping[Path, Identity],
+    pinned: Mapping[Path, State],
 ) -> list[str]:
     """Write everything but the shards: new documents, index, the source's other files; their names.
 
@@ -42,7 +42,7 @@ def write_side_files(
 
 
 def _copy_others(
-    folder: Path, ckpt: Checkpoint, pinned: Mapping[Path, Identity], made: Collection[str]
+    folder: Path, ckpt: Checkpoint, pinned: Mapping[Path, State], made: Collection[str]
 ) -> list[str]:
     """Copy the pinned files that are not config, index, shard or a new document; their names."""
     sides = (path for path in pinned if path not in ckpt.identities)
@@ -53,7 +53,8 @@ def _copy_others(
     return list(others)
 
 
-def _copy(source: Path, target: Path, wanted: Identity) -> None:
+def _copy(source: Path, target: Path, wanted: State) -> None:
     with opened(source) as found:
+        assert isinstance(wanted, Identity), f"{source}: side files are on this disk"
         check_same(source, wanted, found.identity)
         write_whole(target, found.chunks())

@@ -31,6 +31,7 @@ from ckptq.cli.options import (
     nbytes,
     one_of,
 )
+from ckptq.errors import UsageError
 from ckptq.interrupts import ignore_signals
 from ckptq.show import console
 
@@ -54,6 +55,19 @@ def quantize(
     shard_size: ShardSize = "5GB",
     max_ram: MaxRam = None,
     workers: Workers = None,
+    stream: Annotated[
+        bool,
+        typer.Option(
+            "--stream", help="Read a hub id's weights in one pass, without storing them here."
+        ),
+    ] = False,
+    part: Annotated[
+        str | None,
+        typer.Option(help="Convert one of several parts, as 3/16, for a job of its own."),
+    ] = None,
+    join: Annotated[
+        bool, typer.Option("--join", help="Check that all parts are there, and publish.")
+    ] = False,
     rope_order: Annotated[
         str,
         typer.Option(help="keep, or half-split for engines that do not permute Llama-4's q/k."),
@@ -74,14 +88,17 @@ def quantize(
 ) -> None:
     """Convert a checkpoint into a compressed-tensors one that vLLM serves."""
     from ckptq.calibrate.request import CalibrationRequest
+    from ckptq.convert.division.parts import Part
     from ckptq.convert.output import RunOptions
     from ckptq.convert.quantize import QuantizeRequest, plan_of
     from ckptq.convert.quantize import quantize as convert
     from ckptq.recipes.group_size import with_group_size
     from ckptq.recipes.load import load_either
     from ckptq.recipes.searched import with_search
-    from ckptq.show.results import show_plan, show_quantized
+    from ckptq.show.results import show_part, show_plan, show_quantized
 
+    if join and (part is not None or restart):
+        raise UsageError("--join goes without --part and --restart")
     found = load_either(scheme, recipe)
     found = found if group_size is None else with_group_size(found, group_size)
     request = QuantizeRequest(
@@ -101,12 +118,15 @@ def quantize(
         ),
         shard_bytes=nbytes(shard_size),
         rope_order=one_of("--rope-order", rope_order, ("keep", "half-split")),
+        stream=stream,
         as_written=as_written,
         options=RunOptions(
             workers=workers,
             max_ram=nbytes(max_ram) if max_ram else None,
             device=device,
             restart=restart,
+            part=Part.parse(part) if part is not None else None,
+            join=join,
         ),
     )
     if dry_run:
@@ -115,4 +135,7 @@ def quantize(
     with console.progress() as begin:
         result = convert(request, begin, console.note)
         ignore_signals()
-    show_quantized(result, json)
+    if part is not None and not json:
+        show_part(result, part)
+    else:
+        show_quantized(result, json)

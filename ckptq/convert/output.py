@@ -20,6 +20,7 @@ from ckptq.checkpoint.proof import Promise, proven_keys, same_bytes
 from ckptq.checkpoint.read import Files
 from ckptq.checkpoint.side_files import write_side_files
 from ckptq.checkpoint.write import Shards
+from ckptq.convert.division.parts import Part, gather, write_record
 from ckptq.files import take_whole
 from ckptq.permute.marks import Marks, marked_metadata
 from ckptq.plan.unit import Unit
@@ -32,8 +33,8 @@ if TYPE_CHECKING:
 METADATA = {"format": "pt"}
 
 COMMIT_BYTES = 1 << 28
-"""Bytes written between two journal entries, which a killed run may lose: at most a second of
-work."""
+"""Bytes read or written between two journal entries, which a killed run may lose: at most a second
+of work on a disk."""
 
 MOST_WORKERS = 8
 """More threads are no faster because of the GIL; see ckptq.convert.arithmetic."""
@@ -50,6 +51,10 @@ class RunOptions:
     device: str | None = None
     """Where weights are quantized and calibration runs the model; see `ckptq.device`."""
     restart: bool = False
+    part: Part | None = None
+    """Fill only the shards of this part."""
+    join: bool = False
+    """Take over what the parts have made, prove it and publish it."""
 
     @property
     def threads(self) -> int:
@@ -130,6 +135,8 @@ def write_output(
     prepare: Callable[[Journal], Job],
     *,
     linked: Collection[Path] = (),
+    part: Part | None = None,
+    join: bool = False,
     restart: bool = False,
     begin: Begin = silent,
     note: Note = untold,
@@ -139,22 +146,30 @@ def write_output(
     An interrupted run resumes when called again with the same source and the same `depends` (what
     the output depends on, as JSON data), and gives identical bytes. `prepare` is called with the
     journal open and may keep its own state in the journal's folder. `linked` are the files of the
-    source that the job takes whole. Returns the number of units that an earlier run had finished.
+    source that the job takes whole. With `part`, the job has only the shards of that part, whose
+    folder appears; with `join`, the parts' shards are taken over first. Returns the number of units
+    that were finished before.
     """
     check_apart(ckpt.path, out)
     pinned = ckpt.pinned()
     depends = {**depends, "modified": lasting(ckpt.path, pinned, linked)}
-    journal = Journal.open(out, depends, restart=restart)
+    mine = {**depends, "part": str(part)} if part is not None else depends
+    journal = Journal.open(out if part is None else part.folder(out), mine, restart=restart)
     try:
         job = prepare(journal)
         written: list[str] = []
         if journal.renamed:
             resumed = _prove_renamed(job, journal)
         else:
+            if join:
+                gather(journal, depends, job.shards)
             total = sum(unit.read_bytes for unit in job.units)
             resumed = _fill(job, journal, begin(job.name, total), note)
-            specs = job.all_specs
-            written = write_side_files(journal.scratch, ckpt, job.documents, specs, pinned)
+            if part is not None:
+                written = write_record(journal, depends)
+            else:
+                specs = job.all_specs
+                written = write_side_files(journal.scratch, ckpt, job.documents, specs, pinned)
         check_unchanged(pinned)
         if not journal.renamed:
             for shard, header in job.whole.items():

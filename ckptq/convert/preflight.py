@@ -52,14 +52,18 @@ def check_disk(write_bytes: int, out: Path, beside: int = 0) -> None:
         )
 
 
-def slab_rooms(units: Collection[Unit], max_ram: int | None, workers: int) -> tuple[int, int]:
+def slab_rooms(
+    units: Collection[Unit], max_ram: int | None, workers: int, beside: int = 0
+) -> tuple[int, int]:
     """Bytes of a room for slabs, and how many rooms there are: two, or more where they are small.
+
+    `beside` are bytes that the program holds for more than its threads.
 
     UsageError if `--max-ram` is too small for one; MachineError if the machine's memory is.
     """
     largest = max(units, key=held_bytes)
     room = held_bytes(largest)
-    program = BASE_BYTES + workers * WORKER_BYTES
+    program = BASE_BYTES + workers * WORKER_BYTES + beside
     needed = f"ckptq needs {program:,} bytes with --workers {workers}"
     if room:
         needed += f" and {room:,} more for {largest.key}"

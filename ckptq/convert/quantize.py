@@ -10,7 +10,9 @@ from ckptq.calibrate.ranks import started
 from ckptq.calibrate.rehearsal import rehearse
 from ckptq.calibrate.request import NO_DATA, CalibrationRequest, ScalesSource, scales_source
 from ckptq.checkpoint.beside import told_of
+from ckptq.checkpoint.journal import begun_source
 from ckptq.checkpoint.open import Checkpoint, open_checkpoint
+from ckptq.checkpoint.partial import partial_of
 from ckptq.convert.handover import check_handed_over, write_handed_over
 from ckptq.convert.output import DEFAULTS, RunOptions
 from ckptq.convert.run import Result, default_output, scale_tensors, write_quantized
@@ -42,6 +44,8 @@ class QuantizeRequest:
     calibration: CalibrationRequest = field(default_factory=CalibrationRequest)
     shard_bytes: int = SHARD_BYTES
     rope_order: RopeChoice = "keep"
+    stream: bool = False
+    """Read the shards of a hub id by ranges, in one pass, and keep none of them."""
     as_written: bool = False
     """Keep to the recipe where vLLM cannot permute (Llama-4's q/k/v) or merge blocks of rows."""
     options: RunOptions = DEFAULTS
@@ -74,7 +78,7 @@ def _opened(request: QuantizeRequest) -> tuple[Checkpoint, Plan]:
             f"recipe {request.recipe.name!r}: {request.recipe.handed_over[0]} runs in "
             "llm-compressor, which has no plan to show"
         )
-    ckpt = open_checkpoint(request.model, request.revision)
+    ckpt = open_checkpoint(request.model, _revision(request), stream=request.stream)
     plan = make_plan(
         ckpt,
         request.recipe,
@@ -84,10 +88,36 @@ def _opened(request: QuantizeRequest) -> tuple[Checkpoint, Plan]:
         rope_order=request.rope_order,
     )
     refuse_holes(ckpt, plan.layout)
+    option = _needs_scales(request)
+    if option is not None and request.scales is None and plan.calibrated:
+        raise UsageError(
+            f"scheme {request.recipe.name!r} runs the model, and {option} reads each weight once: "
+            f"pass the file of `ckptq calibrate` with --scales, or drop {option}"
+        )
     if request.scales is None and plan.calibrated:
         find_device(request.options.device)
         rehearse(ckpt, plan, request.calibration.trust_remote_code)
     return ckpt, plan
+
+
+def _needs_scales(request: QuantizeRequest) -> str | None:
+    """The option with which nothing is calibrated here."""
+    given = {
+        "--stream": request.stream,
+        "--part": request.options.part is not None,
+        "--join": request.options.join,
+    }
+    return next((option for option in given if given[option]), None)
+
+
+def _revision(request: QuantizeRequest) -> str | None:
+    """What was asked for; else the commit that an interrupted run on this output has begun with,
+    because the branch may have moved since."""
+    if request.revision is not None or not request.stream or request.options.restart:
+        return request.revision
+    name = str(request.model)
+    source = begun_source(partial_of(request.out or default_output(name, request.recipe)))
+    return source.get("revision") if source.get("name") == name else None
 
 
 def _told_before(ckpt: Checkpoint, plan: Plan) -> Iterator[str]:
@@ -122,7 +152,7 @@ def quantize(request: QuantizeRequest, begin: Begin = silent, note: Note = untol
     return write_quantized(
         ckpt,
         plan,
-        request.out or default_output(ckpt, request.recipe),
+        request.out or default_output(ckpt.name, request.recipe),
         arguments=request.arguments(),
         scales=source,
         options=request.options,
@@ -146,6 +176,9 @@ def _handed_over(request: QuantizeRequest, begin: Begin, note: Note) -> Result:
             "run `ckptq permute` on its result"
         )
     unsupported = {
+        "--stream": request.stream,
+        "--part": request.options.part is not None,
+        "--join": request.options.join,
         "--ignore": request.ignore,
         "--scales": request.scales,
         "--as-written": request.as_written,
@@ -169,7 +202,7 @@ def _handed_over(request: QuantizeRequest, begin: Begin, note: Note) -> Result:
     return write_handed_over(
         ckpt,
         request.recipe,
-        request.out or default_output(ckpt, request.recipe),
+        request.out or default_output(ckpt.name, request.recipe),
         request.calibration,
         arguments={**request.arguments(), **request.calibration.arguments()},
         shard_bytes=request.shard_bytes,

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ckptq.checkpoint.hub.chunks import HELD_BYTES
+from ckptq.checkpoint.hub.snapshot import with_network
 from ckptq.checkpoint.journal import Journal
 from ckptq.checkpoint.open import Checkpoint
 from ckptq.convert import documents
@@ -66,9 +68,14 @@ def write_quantized(
     `arguments` is what the output depends on beyond source and recipe, as JSON data; it becomes
     part of the journal's fingerprint and of the provenance record.
     """
-    check_disk(plan.write_bytes, out, ckpt.side_bytes())
+    part = options.part
+    shards = plan.shards if part is None else part.share(plan.shards)
+    nbytes = sum(unit.write_bytes for units in shards.values() for unit in units)
+    if not options.join:  # which moves what is there
+        check_disk(nbytes, out if part is None else part.folder(out), ckpt.side_bytes())
     find_device(options.device)
-    rooms = slab_rooms(plan.units, options.max_ram, options.threads)
+    held = HELD_BYTES if ckpt.streamed is not None else 0
+    rooms = slab_rooms(plan.units, options.max_ram, options.threads, held)
     if scales is not None and scales.runs_model:
         check_layers(ckpt, plan, options.device)
     arguments = {**arguments, **(scales.arguments if scales is not None else {})}
@@ -82,7 +89,7 @@ def write_quantized(
             kept = scales.made(journal.calibration)
         return Job(
             name="quantize",
-            shards=plan.shards,
+            shards=shards,
             marks=plan.marks,
             documents=_documents(ckpt, plan, made, record, kept),
             scales=scale_tensors(plan, made) if not journal.renamed else {},
@@ -90,19 +97,25 @@ def write_quantized(
             workers=options.threads,
             device=options.device,
             rooms=rooms,
+            source_lasts=ckpt.streamed is None,
         )
 
+    begin = begin if ckpt.streamed is None else with_network(begin, ckpt.streamed)
     resumed = write_output(
-        ckpt, out, record, prepare, restart=options.restart, begin=begin, note=note
-    )
-    return result_of(ckpt, plan, out, resumed)
+        ckpt, out, record, prepare, part=part, join=options.join,
+        restart=options.restart, begin=begin, note=note,
+    )  # fmt: skip
+    made = result_of(ckpt, plan, out, resumed)
+    if part is None:
+        return made
+    return replace(made, out=part.folder(out), output_bytes=nbytes, serve=None, load=None)
 
 
 def result_of(ckpt: Checkpoint, plan: Plan, out: Path, resumed: int) -> Result:
     """What to report of a finished output; `resumed` units came from an earlier run."""
     return Result(
         out=out,
-        source=str(ckpt.path),
+        source=str(ckpt.path) if ckpt.streamed is None else ckpt.name,
         scheme=plan.recipe.name,
         source_bytes=ckpt.nbytes,
         output_bytes=plan.write_bytes,
@@ -132,9 +145,9 @@ def _documents(
     return documents.render(ckpt, config, plan, {**record, **made})
 
 
-def default_output(ckpt: Checkpoint, recipe: Recipe) -> Path:
+def default_output(name: str, recipe: Recipe) -> Path:
     """The model's name with the scheme's, in the current folder."""
-    return Path(f"{ckpt.name.rpartition('/')[2]}-{recipe.name}")
+    return Path(f"{name.rpartition('/')[2]}-{recipe.name}")
 
 
 def serve_line(out: Path, plan: Plan) -> str | None:

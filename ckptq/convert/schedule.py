@@ -96,7 +96,7 @@ class Committer:
         """Note that all bytes of this unit are written; commit from time to time."""
         self._shards.check_complete(unit.writes)
         self._waiting.append(unit)
-        self._waiting_bytes += unit.write_bytes
+        self._waiting_bytes += max(unit.read_bytes, unit.write_bytes)
         busy = self._under_way is not None and not self._under_way.done()
         if not busy and self._waiting_bytes >= self._commit_bytes:
             self._commit()

@@ -49,6 +49,14 @@ def show_quantized(result: Result, json: bool) -> None:
     )
 
 
+def show_part(result: Result, part: str) -> None:
+    """The result of `quantize --part`."""
+    console.show_lines(
+        f"{result.out}: part {part}, {size(result.output_bytes)}",
+        "when all parts are there: the same command with --join in place of --part",
+    )
+
+
 def _use(result: Result) -> str:
     if result.serve is None and result.load is not None:
         return f"load it:    {result.load} (vLLM does not)"

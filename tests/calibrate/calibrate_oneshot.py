@@ -7,15 +7,18 @@ that q scales stay uninitialised memory, and costs Mixtral its causal mask. With
 import contextlib
 from collections.abc import Iterator
 
+import pytest
 import torch
 import transformers
 from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
-from llmcompressor import oneshot
-from llmcompressor.modifiers.quantization import QuantizationModifier
-from llmcompressor.utils import helpers
 from tiny.oneshot import calibration
 
 from ckptq.checkpoint.open import Checkpoint
+
+pytest.importorskip("llmcompressor")
+from llmcompressor import oneshot
+from llmcompressor.modifiers.quantization import QuantizationModifier
+from llmcompressor.utils import helpers
 
 Tensors = dict[str, torch.Tensor]
 

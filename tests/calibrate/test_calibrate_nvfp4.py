@@ -33,6 +33,7 @@ GLOBAL = ".input_global_scale"
 
 def oneshot_folder(ckpt: Checkpoint, out: Path) -> Path:
     """What `oneshot` with the preset NVFP4 and `save_pretrained` write."""
+    pytest.importorskip("llmcompressor")
     from llmcompressor import oneshot
     from llmcompressor.modifiers.quantization import QuantizationModifier
 

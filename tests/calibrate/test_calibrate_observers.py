@@ -73,6 +73,7 @@ def test_scale_equals_compressed_tensors():
 
 
 def test_minmax_equals_llm_compressors_observer():
+    pytest.importorskip("llmcompressor")
     from compressed_tensors.quantization import QuantizationArgs
     from llmcompressor.observers.min_max import MinMaxObserver
 

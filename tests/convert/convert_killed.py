@@ -17,9 +17,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import hub_server
+
 from ckptq.checkpoint import journal
 from ckptq.checkpoint.open import Checkpoint, open_checkpoint
 from ckptq.convert import blocks, output
+from ckptq.convert.division.parts import Part
 from ckptq.convert.output import RunOptions
 from ckptq.convert.run import Result, write_quantized
 from ckptq.plan.make import make_plan
@@ -42,7 +45,7 @@ class Run:
     """What to convert, and when to die: `by` is sent before step `die_at` of the kind `die_in` (of
     any kind) is done."""
 
-    source: Path
+    source: Path | str
     out: Path
     recipe: Recipe
     scales: Scales | None = None
@@ -51,6 +54,10 @@ class Run:
     by: int = signal.SIGKILL
     workers: int = 3
     shard_bytes: int = 100_000
+    part: Part | None = None
+    join: bool = False
+    hub: tuple[str, Path] | None = None
+    """The address of a hub and a cache; the source is streamed from there."""
 
 
 server = multiprocessing.get_context("forkserver")
@@ -73,6 +80,8 @@ def _main(run: Run, count: Any) -> None:
     _count_steps(run, count)
     blocks.RUN_ELEMENTS, blocks.CALL_ELEMENTS = 1 << 13, 1 << 12
     output.COMMIT_BYTES = 20_000
+    if run.hub is not None:
+        hub_server.use(*run.hub)
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, signal.default_int_handler)
     try:
@@ -83,14 +92,14 @@ def _main(run: Run, count: Any) -> None:
 
 def convert(run: Run, note: Note = untold) -> Result:
     """The same in this process, to its end."""
-    ckpt = open_checkpoint(run.source)
+    ckpt = open_checkpoint(run.source, stream=run.hub is not None)
     return write_quantized(
         ckpt,
         make_plan(ckpt, run.recipe, shard_bytes=run.shard_bytes),
         run.out,
         arguments={},
         scales=run.scales(ckpt) if run.scales is not None else None,
-        options=RunOptions(workers=run.workers),
+        options=RunOptions(workers=run.workers, part=run.part, join=run.join),
         note=note,
     )
 

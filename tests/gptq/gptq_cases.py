@@ -36,6 +36,9 @@ SIZES: dict[str, Any] = {
     **TOKENS,
 }
 MOE = {"moe_intermediate_size": 128, "num_experts": 4, "num_experts_per_tok": 2}
+
+pytest.importorskip("llmcompressor")  # GPTQ is its arithmetic
+
 ROWS = token_rows([48] * 12)
 
 

@@ -112,6 +112,7 @@ def division_in_float32() -> Iterator[None]:
 @contextmanager
 def every_fused_set_known() -> Iterator[None]:
     """model_free_ptq with gate/up shared wherever they are, not only below "mlp"."""
+    pytest.importorskip("llmcompressor")
     from llmcompressor.entrypoints.model_free import microscale
 
     known = [sets for sets in microscale._DEFAULT_FUSED_MAPPINGS_LIST if "gate_proj" not in sets[0]]
@@ -210,6 +211,8 @@ def _convert_as_one_matrix(tensors: Tensors, config: dict[str, Any]) -> Tensors:
 
 def _convert(tensors: Tensors, config: dict[str, Any]) -> Tensors:
     from compressed_tensors.quantization import QuantizationConfig
+
+    pytest.importorskip("llmcompressor")
     from llmcompressor.entrypoints.model_free.converter import ModelFreePtqConverter
 
     converter = ModelFreePtqConverter(QuantizationConfig.model_validate(config))

@@ -30,6 +30,7 @@ def judge() -> Judge:
     Its own `model_free_ptq`, on a CPU, with one change: codes of 16-bit weights come from a
     division in float32, as in its GPU kernel (its CPU path divides in the weight's dtype).
     """
+    pytest.importorskip("llmcompressor")
     from compressed_tensors.quantization import QuantizationConfig, QuantizationScheme
     from compressed_tensors.quantization.lifecycle import forward_helpers
     from llmcompressor.entrypoints.model_free.converter import ModelFreePtqConverter

@@ -25,7 +25,8 @@ def test_every_preset_of_compressed_tensors_is_a_scheme() -> None:
     from compressed_tensors.quantization.quant_scheme import PRESET_SCHEMES, preset_name_to_scheme
 
     names = {}
-    for preset in PRESET_SCHEMES:
+    presets = [name for name in PRESET_SCHEMES if not name.startswith("MXFP6")]  # refused, in 0.20
+    for preset in presets:
         scheme = preset_name_to_scheme(preset, ["Linear"])
         if scheme.weights is not None:
             format = infer_module_format(torch.nn.Linear, scheme).value
@@ -40,7 +41,7 @@ def test_every_preset_of_compressed_tensors_is_a_scheme() -> None:
     assert names["MXFP8"] == "mxfp8-quantized mxfp8"
     assert names["MXFP4A16"] == "mxfp4-pack-quantized mxfp4"
     assert names["NVFP4"] == names["NVFP4A16"] == "nvfp4-pack-quantized nvfp4"
-    assert len(names) == len(PRESET_SCHEMES) - 1
+    assert len(names) == len(presets) - 1
 
 
 @pytest.mark.parametrize(

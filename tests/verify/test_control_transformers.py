@@ -18,6 +18,8 @@ import torch
 import transformers
 from verify_checkpoints import EXPERTS, Editor, copy_of
 
+from ckptq.checkpoint.open import open_checkpoint
+from ckptq.verify.engine.by_headers import load_by_headers
 from ckptq.verify.run import verify
 
 RULES: list[Rule] = []
@@ -209,6 +211,22 @@ def test_a_broken_rule_is_named_and_is_wrong_in_transformers(good, tmp_path, rul
     assert any(rule.where in (name or "") for name in named), report.counts
     found = real(broken.folder)
     assert isinstance(found, str) or not torch.equal(found, wanted)
+
+
+@pytest.mark.parametrize("family", ["llama", "llama4"])
+def test_cache_scales_are_no_fault_where_transformers_reads_none(good, tmp_path, family):
+    """5.17 has places for them, 5.24 has none: a remark there, unless config.json has no cache."""
+    folder, _ = good(family, "fp8-channel", True)
+    report = verify(folder, headers_only=True, engine="transformers")
+    assert report.findings == ()
+    loaded = load_by_headers(open_checkpoint(folder))
+    reads = any(place.endswith("k_scale") for place in loaded.wanted)
+    assert any("no scales of the KV cache" in line for line in report.engine_run.remarks) != reads
+    broken = copy_of(folder, tmp_path / "undeclared")
+    del broken.config["quantization_config"]["kv_cache_scheme"]
+    broken.quantization["config_groups"].pop("attention")
+    counts = verify(broken.save(), headers_only=True, engine="transformers").counts
+    assert counts["engine-left-over"] == 2
 
 
 FORMATS = [

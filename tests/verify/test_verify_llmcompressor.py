@@ -23,6 +23,7 @@ def poisoned(monkeypatch):
 
 
 def oneshot(source, out, groups, data=None, before=()):
+    pytest.importorskip("llmcompressor")
     from llmcompressor.modifiers.quantization import QuantizationModifier
 
     recipe = [*before, QuantizationModifier(config_groups=groups, ignore=["lm_head"])]
@@ -30,6 +31,7 @@ def oneshot(source, out, groups, data=None, before=()):
 
 
 def run(source, out, recipe, data):
+    pytest.importorskip("llmcompressor")
     from llmcompressor import oneshot as llmcompressor_oneshot
 
     model = transformers.LlamaForCausalLM.from_pretrained(source, dtype="auto")
@@ -88,6 +90,7 @@ def codes_of(report):
 
 
 def test_codes_that_gptq_chose(sources, tmp_path, data):
+    pytest.importorskip("llmcompressor")
     from llmcompressor.modifiers.quantization import GPTQModifier
 
     source = sources("llama")
@@ -114,6 +117,7 @@ def test_scales_of_a_search_are_proved_and_those_of_another_observer_noted(sourc
 
 def test_columns_that_smoothquant_rescaled(sources, tmp_path, data):
     """Right, because the norms before them undo it; the twin puts the source's norms back."""
+    pytest.importorskip("llmcompressor")
     from llmcompressor.modifiers.transform.smoothquant import SmoothQuantModifier
 
     source = sources("llama")

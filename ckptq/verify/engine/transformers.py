@@ -2,7 +2,7 @@
 
 Left-over tensors and unfilled parameters are grouped by module; consequences of one cause are
 reported once. Tensors that the family ignores are no findings, nor are cache scales outside the
-decoder, because towers have no cache.
+decoder, because towers have no cache, or any where this version of transformers reads none.
 """
 
 from __future__ import annotations
@@ -41,6 +41,7 @@ def ask_transformers(ckpt: Checkpoint) -> Asked:
 
     began = time.monotonic()
     places = 0
+    remarks: tuple[str, ...] = ()
     findings: tuple[Finding, ...]
     try:
         loaded = load_by_headers(ckpt)
@@ -51,13 +52,15 @@ def ask_transformers(ckpt: Checkpoint) -> Asked:
     else:
         places = len(loaded.wanted)
         findings = tuple(_judge(ckpt, loaded))
+        if unread_cache_scales(loaded):
+            remarks = ("this version reads no scales of the KV cache; vLLM does",)
     run = EngineRun(
         name="transformers",
         version=transformers.__version__,
         real=True,
         places=places,
         seconds=time.monotonic() - began,
-        remarks=(),
+        remarks=remarks,
     )
     return Asked(run=run, findings=findings)
 
@@ -217,13 +220,27 @@ def left_over(loaded: Loaded) -> dict[str, list[str]]:
     roots = {"", loaded.model.base_model_prefix, decoder, f"{decoder}.layers"}
     modules = {name for name, _ in loaded.model.named_modules()}
     found: dict[str, list[str]] = defaultdict(list)
-    for name in sorted(loaded.left_over):
+    for name in sorted(loaded.left_over - unread_cache_scales(loaded)):
         owner = name.rpartition(".")[0]
         while owner and owner not in modules:
             owner = owner.rpartition(".")[0]
         if owner not in roots and not HARMLESS.search(name):
             found[owner].append(name)
     return found
+
+
+def unread_cache_scales(loaded: Loaded) -> frozenset[str]:
+    """Scales of a cache that config.json declares, where this version of transformers gives none
+    of its modules a place for one, as 5.24 does."""
+    config = loaded.quantizer.compressor.quantization_config if loaded.quantizer else None
+    declared = config is not None and config.kv_cache_scheme is not None
+    if not declared or any(_is_cache_scale(place) for place in loaded.wanted):
+        return frozenset()
+    return frozenset(filter(_is_cache_scale, loaded.left_over))
+
+
+def _is_cache_scale(name: str) -> bool:
+    return name.rpartition(".")[2] in CACHE_SCALES
 
 
 def unlike(loaded: Loaded) -> dict[str, list[str]]:

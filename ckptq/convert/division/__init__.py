@@ -1,0 +1,1 @@
+"""A conversion divided among jobs."""
