@@ -67,9 +67,7 @@ def _multiplier(values: Table, weights: Table, limit: int) -> float:
     return high
 
 
-def _improved(
-    chosen: Sequence[int], values: Table, weights: Table, limit: int
-) -> tuple[int, ...]:
+def _improved(chosen: Sequence[int], values: Table, weights: Table, limit: int) -> tuple[int, ...]:
     """Other choices, one by one, as long as one of them is better and light enough."""
     found = list(chosen)
     slack = limit - _total(weights, found)
