@@ -53,8 +53,8 @@ def _groups(candidates: Candidates, linears: Mapping[str, Sequence[str]]) -> Ite
 def patterns(linears: Iterable[str]) -> Iterator[str]:
     """Targets that match these Linears alone, as few as can be read.
 
-    Example: "re:model\\.layers\\.(0|3)\\.self_attn\\.(q_proj|k_proj)$". All experts of a layer are in
-    one set, so any expert's number will do.
+    Example: "re:model\\.layers\\.(0|3)\\.self_attn\\.(q_proj|k_proj)$". All experts of a layer are
+    in one set, so any expert's number will do.
     """
     layers: dict[tuple[str, str, str], dict[int, None]] = {}
     for name in linears:
@@ -68,7 +68,7 @@ def patterns(linears: Iterable[str]) -> Iterator[str]:
 
 
 def _kind(name: str) -> tuple[str, str, str]:
-    """The list of layers, what lies between (as a pattern that ends in a dot), and the last word."""
+    """The list of layers; as patterns what lies between, with its last dot, and the last word."""
     match, experts = LAYER.match(name), experts_of(name)
     start = match.end() if match is not None else 0
     parent, dot, local = name[start:].rpartition(".")

@@ -83,7 +83,7 @@ def search(request: SearchRequest, begin: Begin = silent, note: Note = untold) -
     assert plan.write_bytes == total.nbytes, "the recipe is not what was chosen"
     write_whole(request.output, text_bytes(recipe.text))
     return Found(
-        model=ckpt.name,
+        model=str(request.model),
         recipe=request.output,
         sensitivities=request.kept,
         measure=WEIGHTS if samples is None else KL,

@@ -49,6 +49,7 @@ class Found:
     """One search."""
 
     model: str
+    """The folder or hub id that was asked for."""
     recipe: Path
     sensitivities: Path
     measure: str

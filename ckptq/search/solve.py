@@ -44,11 +44,10 @@ def least(values: Table, weights: Table, limit: int) -> tuple[int, ...] | None:
 def _choices(values: Table, weights: Table, multiplier: float) -> tuple[int, ...]:
     """What is best where a unit of weight costs this much; of equals the lightest."""
 
-    def cost(v: Sequence[int], w: Sequence[int], c: int) -> tuple[float, int, int]:
-        return v[c] + multiplier * w[c], w[c], c
+    def best(v: Sequence[int], w: Sequence[int]) -> int:
+        return min((v[c] + multiplier * w[c], w[c], c) for c in range(len(v)))[2]
 
-    rows = zip(values, weights, strict=True)
-    return tuple(min(range(len(v)), key=lambda c, v=v, w=w: cost(v, w, c)) for v, w in rows)
+    return tuple(map(best, values, weights))
 
 
 def _total(table: Table, chosen: Sequence[int]) -> int:

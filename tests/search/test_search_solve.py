@@ -84,7 +84,7 @@ def test_hundreds_of_sets_are_solved_exactly(seed):
         weights.append([sizes[at % 4] * bits // 16 for bits in (9, 17, 18, 32)])
     limit = sum(row[0] for row in weights) * 5 // 4
     chosen = least(values, weights, limit)
-    assert chosen is not None and total(weights, chosen) <= limit
+    assert total(weights, chosen) <= limit
     for at in range(400):  # no change of one set, and none of two, is better
         for c in range(4):
             one = [*chosen[:at], c, *chosen[at + 1 :]]
