@@ -19,7 +19,7 @@ from ckptq.plan.match import refuse_holes
 from ckptq.progress import Begin, Note, silent, untold
 from ckptq.search.candidates import PLAIN, Candidates, find_candidates
 from ckptq.search.choice import Budget, Choices
-from ckptq.search.kept import open_kept
+from ckptq.search.kept_losses import open_kept
 from ckptq.search.mixed import mixed_recipe
 from ckptq.search.result import Chosen, Found
 from ckptq.search.sensitivities import Losses, Sensitivities

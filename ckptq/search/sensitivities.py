@@ -11,8 +11,8 @@ from ckptq.evaluate.text import Text
 from ckptq.progress import Begin
 from ckptq.search.candidates import PLAIN, Candidates, LinearSet
 from ckptq.search.changed import Change
-from ckptq.search.kept import Kept
-from ckptq.search.rows import Rows
+from ckptq.search.changed_rows import Rows
+from ckptq.search.kept_losses import Kept
 from ckptq.search.weight_errors import WeightErrors
 
 SECONDS = 5.0
