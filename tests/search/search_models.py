@@ -62,6 +62,20 @@ def _logits(folder: Path, ids: Collection[list[int]], weights: Mapping[str, Tens
     model_class = getattr(transformers, config.architectures[0])
     model = model_class.from_pretrained(folder, dtype=torch.float32, attn_implementation="sdpa")
     for name, weight in weights.items():
-        model.get_submodule(name).weight.data = weight.float()
+        _place(model, name).copy_(weight)
     each = [model(input_ids=torch.tensor([row]), use_cache=False).logits[0, :-1] for row in ids]
     return torch.cat(each).double().log_softmax(-1)
+
+
+def _place(model: torch.nn.Module, name: str) -> Tensor:
+    """Where the model has the weight of this Linear; of an expert, within the tensor of all."""
+    owner, dot, expert = name.partition(".experts.")
+    if not dot:
+        return model.get_submodule(name).weight
+    experts = model.get_submodule(f"{owner}.experts")
+    number, projection = expert.split(".")
+    if projection == "down_proj":
+        return experts.down_proj[int(number)]
+    half = experts.gate_up_proj.shape[1] // 2
+    rows = slice(half) if projection == "gate_proj" else slice(half, None)
+    return experts.gate_up_proj[int(number)][rows]

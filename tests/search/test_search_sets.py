@@ -25,7 +25,8 @@ SCHEMES = ("w4a16-g32", "nvfp4a16", "fp8-dynamic", PLAIN)
 def alternating(candidates):
     """Every scheme somewhere, sets in turn."""
     return {
-        each.name: list(each.nbytes)[at % len(each.nbytes)] for at, each in enumerate(candidates.sets)
+        each.name: list(each.nbytes)[at % len(each.nbytes)]
+        for at, each in enumerate(candidates.sets)
     }
 
 
