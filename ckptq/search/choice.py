@@ -67,6 +67,13 @@ class Choices:
         assert chosen is not None
         return self.point("smallest", chosen)
 
+    @property
+    def closest(self) -> Point:
+        """The least loss, whatever its size."""
+        chosen = self.within_bytes(sum(map(max, self._sizes)))
+        assert chosen is not None
+        return self.point("closest", chosen)
+
     def _largest(self, each: LinearSet) -> str:
         return max(self.losses[each.name], key=each.nbytes.__getitem__)
 
@@ -116,11 +123,11 @@ class Budget:
         """Set -> scheme. UsageError where nothing is within the limit, or nothing is quantized."""
         chosen, what = self._choose(choices)
         if chosen is None:
-            least_ = choices.smallest
+            end = choices.smallest if self.max_kl is None else choices.closest
             raise UsageError(
                 f"{what}: no choice of {', '.join(choices.candidates.plans)} is within it; the "
-                f"smallest has {least_.bits:.4f} bits per weight, {size(least_.nbytes)}, and "
-                f"loses {least_.loss:.4g}"
+                f"{end.name} has {end.bits:.4f} bits per weight, {size(end.nbytes)}, and loses "
+                f"{end.loss:.4g}"
             )
         if set(chosen.values()) == {PLAIN}:
             raise UsageError(

@@ -55,7 +55,9 @@ def test_kl_within_a_limit(llama: Path, tmp_path: Path) -> None:
     found = json.loads(done.stdout)
     assert found["total"]["loss"] <= limit
     assert found["total"]["bits"] < small["total"]["bits"] + 1
-    assert run(*command, "--max-kl", "1e-12").returncode == 2
+    done = run(*command, "--max-kl", "1e-12")
+    assert done.returncode == 2
+    assert "the closest has 8" in done.stderr
 
 
 def test_what_is_asked_wrongly_is_refused_before_the_work(llama: Path, tmp_path: Path) -> None:
