@@ -13,7 +13,7 @@ from ckptq.errors import UsageError
 from ckptq.evaluate.text import text_of
 from ckptq.files import text_bytes, write_whole
 from ckptq.models.modules import read_layout
-from ckptq.plan.doubts import vllm_doubts
+from ckptq.plan.doubts import transformers_doubts, vllm_doubts
 from ckptq.plan.make import make_plan
 from ckptq.plan.match import refuse_holes
 from ckptq.progress import Begin, Note, silent, untold
@@ -94,7 +94,7 @@ def search(request: SearchRequest, begin: Begin = silent, note: Note = untold) -
         total=total,
         uniform=tuple(choices.uniform()),
         best=tuple(choices.best()),
-        told=tuple(vllm_doubts(plan)),
+        told=(*vllm_doubts(plan), *transformers_doubts(plan)),
     )
 
 

@@ -13,11 +13,13 @@ from tiny.tensors import tensors_in
 from ckptq.checkpoint.open import open_checkpoint
 from ckptq.convert.quantize import QuantizeRequest, quantize
 from ckptq.errors import PlanError, UsageError
+from ckptq.plan.doubts import transformers_doubts
 from ckptq.plan.make import make_plan
 from ckptq.recipes.load import load_text
 from ckptq.search.candidates import PLAIN, find_candidates
 from ckptq.search.choice import Choices
 from ckptq.search.mixed import mixed_recipe, patterns
+from ckptq.verify.run import verify
 
 SCHEMES = ("w4a16-g32", "nvfp4a16", "fp8-dynamic", PLAIN)
 
@@ -69,6 +71,33 @@ def test_the_recipe_says_what_was_chosen(model: str, request: pytest.FixtureRequ
     for each in candidates.sets:
         groups = {g for g, names in plan.groups.items() for n in names if n in each.linears}
         assert groups == ({chosen[each.name]} if chosen[each.name] != PLAIN else set())
+
+
+@pytest.mark.parametrize(
+    ("scheme", "other"),
+    [
+        ("fp8-dynamic", None),
+        ("fp8-dynamic", "w4a16-g32"),
+        ("fp8-dynamic", PLAIN),
+        ("w4a16-g32", PLAIN),
+    ],
+)
+def test_transformers_reads_experts_in_one_scheme(
+    experts: Path, tmp_path: Path, scheme: str, other: str | None
+) -> None:
+    """A doubt where its own loader fails, and only there."""
+    ckpt = open_checkpoint(experts)
+    candidates = find_candidates(ckpt, ("w4a16-g32", "fp8-dynamic", PLAIN))
+    all_experts = [each.name for each in candidates.sets if each.name.endswith("experts")]
+    chosen = {each.name: PLAIN for each in candidates.sets}
+    chosen |= dict.fromkeys(all_experts, scheme)
+    chosen |= {all_experts[0]: other} if other else {}
+    recipe = mixed_recipe("mixed", candidates, chosen, ())
+    doubts = list(transformers_doubts(make_plan(ckpt, recipe)))
+    fails = other == "w4a16-g32" or (other, scheme) == (PLAIN, "w4a16-g32")
+    assert ["experts differ" in line for line in doubts] == ([True] if fails else [])
+    quantize(QuantizeRequest(model=experts, recipe=recipe, out=tmp_path / "out"))
+    assert verify(tmp_path / "out", engine="transformers", headers_only=True).ok != fails
 
 
 def test_llmcompressor_reads_the_recipe_the_same_way(llama: Path) -> None:
