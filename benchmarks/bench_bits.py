@@ -2,9 +2,9 @@
 
     python benchmarks/bench_bits.py MODEL --data TEXT --held-out TEXT [--bits 4.5,5,6]
 
-For every budget: the choice by KL on the text, the choice by the weights alone, and "ends": FP8 in
-as many of the first and last layers as fit, NVFP4 in the others. Beside them every scheme by
-itself. All are measured by `ckptq evaluate` on held-out text. Sensitivities are kept in `--kept`.
+For every budget: the choice by KL on the text, of sets or of whole layers, the choice by the weights
+alone, and "ends": FP8 in as many of the first and last layers as fit, NVFP4 in the others. Beside
+them every scheme by itself. All are measured by `ckptq evaluate` on held-out text. Sensitivities are kept in `--kept`.
 """
 
 from __future__ import annotations
@@ -32,6 +32,7 @@ from ckptq.show.console import note, progress
 from ckptq.text.samples import read_samples
 
 CODE = ("ckptq/search", "ckptq/forward", "ckptq/quantize")
+WAYS = ("by KL", "by KL of layers", "by weights")
 LOW, HIGH = "nvfp4a16", "fp8-dynamic"
 
 
@@ -42,16 +43,14 @@ def recipes(asked: argparse.Namespace, ckpt: Checkpoint) -> Iterator[tuple[Recip
     for point in choices.uniform():
         yield load_scheme(point.name), point.bits
     for bits in asked.bits:
-        for how, data in (("by KL", asked.data), ("by weights", None)):
-            yield searched(asked, bits, how, data)
+        for how in WAYS:
+            yield searched(asked, bits, how)
         chosen = ends(candidates.sets, choices, bits)
         name = f"{bits:g} bits, ends"
         yield mixed_recipe(name, candidates, chosen, ()), choices.point(name, chosen).bits
 
 
-def searched(
-    asked: argparse.Namespace, bits: float, how: str, data: str | None
-) -> tuple[Recipe, float]:
+def searched(asked: argparse.Namespace, bits: float, how: str) -> tuple[Recipe, float]:
     name = f"{bits:g} bits, {how}"
     with TemporaryDirectory() as folder, progress() as begin:
         request = SearchRequest(
@@ -60,7 +59,8 @@ def searched(
             output=Path(folder, "recipe.yaml"),
             sensitivities=asked.kept / f"{how.replace(' ', '-')}.json",
             schemes=asked.schemes,
-            data=data,
+            data=None if how == WAYS[-1] else asked.data,
+            per="layer" if how == WAYS[1] else "set",
             samples=asked.samples,
             seq_len=asked.seq_len,
         )
