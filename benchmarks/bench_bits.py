@@ -2,9 +2,10 @@
 
     python benchmarks/bench_bits.py MODEL --data TEXT --held-out TEXT [--bits 4.5,5,6]
 
-For every budget: the choice by KL on the text, of sets or of whole layers, the choice by the weights
-alone, and "ends": FP8 in as many of the first and last layers as fit, NVFP4 in the others. Beside
-them every scheme by itself. All are measured by `ckptq evaluate` on held-out text. Sensitivities are kept in `--kept`.
+For every budget: the choice by KL on the text, of sets or of whole layers, the choice by the
+weights alone, and "ends": FP8 in as many of the first and last layers as fit, NVFP4 in the others.
+Beside them every scheme by itself. All are measured by `ckptq evaluate` on held-out text.
+Sensitivities are kept in `--kept`.
 """
 
 from __future__ import annotations

@@ -31,6 +31,8 @@ class LinearSet:
     linears: tuple[str, ...]
     weights: int
     """Their number."""
+    plain_bytes: int
+    """Bytes of what is not quantized, whether or not that may be chosen."""
     nbytes: Mapping[str, int]
     """Scheme -> bytes of codes, scales, zero points and all else that it stores for them."""
 
@@ -69,9 +71,8 @@ class Candidates:
     def rest_bytes(self) -> int:
         """Bytes of the output outside of the sets."""
         scheme, plan = next(iter(self.plans.items()))
-        return plan.write_bytes - sum(
-            each.nbytes[scheme if scheme in each.nbytes else PLAIN] for each in self.sets
-        )
+        sizes = (each.nbytes.get(scheme, each.plain_bytes) for each in self.sets)
+        return plan.write_bytes - sum(sizes)
 
 
 def find_candidates(
@@ -144,10 +145,15 @@ def _sets(plans: Mapping[str, Plan], plain: bool) -> Iterator[LinearSet]:
             for scheme, found in stored.items()
             if all(name in found for name in members)
         }
+        plain_bytes = sum(spec.nbytes for spec in specs)
         if plain or not sizes:
-            sizes[PLAIN] = sum(spec.nbytes for spec in specs)
-        rows_columns = sum(spec.shape[0] * spec.shape[1] for spec in specs)
-        yield LinearSet(linears=members, weights=rows_columns, nbytes=sizes)
+            sizes[PLAIN] = plain_bytes
+        yield LinearSet(
+            linears=members,
+            weights=sum(spec.shape[0] * spec.shape[1] for spec in specs),
+            plain_bytes=plain_bytes,
+            nbytes=sizes,
+        )
 
 
 def _stored(plan: Plan) -> dict[str, int]:

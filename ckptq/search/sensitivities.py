@@ -7,6 +7,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
+from ckptq.errors import PlanError
 from ckptq.evaluate.text import Text
 from ckptq.progress import Begin
 from ckptq.search.candidates import PLAIN, Candidates, LinearSet
@@ -103,7 +104,10 @@ class Sensitivities:
         return found
 
     def _losses(self) -> Losses:
-        return {each.name: dict(self._known(each)) for each in self.candidates.sets}
+        found = {each.name: dict(self._known(each)) for each in self.candidates.sets}
+        if broken := [name for name, losses in found.items() if not losses]:
+            raise PlanError(f"{broken[0]}: every scheme breaks the model; add {PLAIN} to --schemes")
+        return found
 
     def _known(self, each: LinearSet) -> Iterator[tuple[str, float]]:
         """Of what can be chosen: a scheme that breaks the model cannot."""

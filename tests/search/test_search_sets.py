@@ -164,3 +164,6 @@ def test_a_scheme_that_fits_some_sets_is_a_choice_for_those(llama: Path) -> None
     for each in found.sets:
         assert ("w4a16" in each.nbytes) == (each.linears[0].endswith("down_proj"))
         assert PLAIN not in each.nbytes
+    ckpt = open_checkpoint(llama)
+    plain = sum(each.plain_bytes for each in found.sets)
+    assert found.rest_bytes == ckpt.nbytes - plain  # by a plan that leaves most sets as they are
