@@ -25,9 +25,7 @@ from record import add_option, extremes, gpu, publish
 from torch import Tensor
 
 from ckptq.kernels.int4.quantize_int4 import dequantize_int4, quantize_int4
-from ckptq.kernels.linear.linear_fp8_block import linear_fp8_block
-from ckptq.kernels.linear.linear_w4a16 import linear_w4a16
-from ckptq.kernels.linear.linear_w8a8 import linear_w8a8
+from ckptq.kernels.linear.dispatch import linear_fp8_block, linear_w4a16, linear_w8a8
 from ckptq.kernels.quantize.dequantize_codes import dequantize
 from ckptq.kernels.quantize.quantize_blocks import quantize_blocks
 from ckptq.kernels.quantize.quantize_rows import quantize_rows

@@ -1,7 +1,8 @@
 """Time kernels on a device, and what a device copy reaches there; shared by the kernel benchmarks.
 
 Times are medians of single runs between two events, each after a fill that is larger than the L2
-cache: nothing is found there by luck, and the host is ahead of the device when the run begins.
+cache: nothing is found there by luck. The device sleeps first, until the host has launched all
+runs: what is measured is the device's time, not the host's.
 """
 
 import statistics
@@ -13,6 +14,8 @@ import torch
 from torch import Tensor
 
 FLUSH_BYTES = 512 << 20
+SLEEP = 400_000_000
+"""Cycles of the device: a fifth of a second."""
 
 
 def measure(run: Callable[[], Any], runs: int = 30) -> float:
@@ -25,6 +28,8 @@ def measure(run: Callable[[], Any], runs: int = 30) -> float:
     events = [(_event(), _event()) for _ in range(runs)]
     for _ in range(3):
         run()
+    torch.cuda.synchronize()
+    torch.cuda._sleep(SLEEP)  # torch has no public way to hold a stream back
     for before, after in events:
         flush.zero_()
         before.record()

@@ -90,6 +90,38 @@ def e4m3_value(code, NATIVE: tl.constexpr = False):
         return _e4m3_value_by_bits(code)
 
 
+E4M3_IN_BF16 = """{
+.reg .b32 x, y, sign, lift, zero;
+mov.b32 lift, 0x7B807B80;
+mov.b32 zero, 0x80008000;
+prmt.b32 x, $2, 0, 0x1404;
+prmt.b32 y, $2, 0, 0x3424;
+and.b32 sign, x, 0x80008000;
+shr.b32 x, x, 4;
+and.b32 x, x, 0x07F007F0;
+or.b32 x, x, sign;
+fma.rn.bf16x2 $0, x, lift, zero;
+and.b32 sign, y, 0x80008000;
+shr.b32 y, y, 4;
+and.b32 y, y, 0x07F007F0;
+or.b32 y, y, sign;
+fma.rn.bf16x2 $1, y, lift, zero;
+}"""
+"""PTX: the bf16 values of four finite codes, exact: exponent and mantissa moved, times 2^120."""
+_E4M3_IN_BF16 = tl.constexpr(E4M3_IN_BF16)
+
+
+@triton.jit
+def e4m3_in(code, dtype: tl.constexpr):
+    """The values of finite E4M3 codes (uint8) in bf16, fp16 or fp32, exact."""
+    if INTERPRETED or dtype != tl.bfloat16:
+        return narrow(e4m3_value(code), dtype)
+    else:
+        return tl.inline_asm_elementwise(
+            _E4M3_IN_BF16, "=r,=r,r", [code], tl.bfloat16, is_pure=True, pack=4
+        )
+
+
 @triton.jit
 def round_half_even(x):
     """fp32 -> the nearest int32, ties to even. Needs |x| <= 2^22."""

@@ -1,11 +1,12 @@
 """Errors of bf16 weights by lookup: bf16 has so few scales and numbers that a search meets the
 same pair of them thousands of times.
 
-A table has a row for each scale, made when the first tile asks for it, and a column for each number
-of the window that weights lie in. What is looked up is what `powered_errors` computes, bit for bit.
-Threads share it: two that make the same row write the same bytes.
+A table has a row for each scale, or for each zero point under a scale, made when the first tile
+asks for it, and a column for each number of the window that weights lie in. What is looked up is
+what `powered_errors` computes, bit for bit. Threads share it: two that make the same row write the
+same bytes.
 
-Shape letters: K candidates, T tiles, L weights of a tile, S scales, N numbers.
+Shape letters: K candidates, T tiles, L weights of a tile, S scales (with zero points), N numbers.
 """
 
 from __future__ import annotations
@@ -30,10 +31,11 @@ LOOKED_UP_AT_ONCE = 1 << 16
 
 
 class ErrorTable:
-    """`powered_errors` of one scheme without zero points, for bf16 weights on a CPU."""
+    """`powered_errors` of one scheme, for bf16 weights on a CPU."""
 
     def __init__(self, scheme: WeightScheme, norm: float) -> None:
         self.scheme, self.norm = scheme, norm
+        self.zero_points = 1 if scheme.symmetric else 1 << scheme.num_bits
         magnitude = torch.arange(OCTAVES * PER_OCTAVE, dtype=torch.int16) + LEAST * PER_OCTAVE
         magnitude[0] = 0
         signs = (0, -(1 << 15)) if scheme.type == "int" else (0,)  # integers: one more below zero
@@ -43,7 +45,7 @@ class ErrorTable:
             column = torch.arange(len(magnitude), dtype=torch.int32)
             column += len(magnitude) if sign and len(signs) == 2 else 0
             self.column_of_bits[magnitude.long() + sign] = column
-        scales = SCALE_OCTAVES * PER_OCTAVE
+        scales = SCALE_OCTAVES * PER_OCTAVE * self.zero_points
         # memory that no row is written to is never taken from the system
         self.error_SN = torch.empty(scales, len(self.x_N), dtype=torch.bfloat16)
         self.is_made_S = torch.zeros(scales, dtype=torch.bool)
@@ -54,12 +56,15 @@ class ErrorTable:
         column = self.column_of_bits.index_select(0, bits.view(-1))
         return None if column.amin() < 0 else column.view(x_TL.shape)
 
-    def rows(self, scale: Tensor, scratch: Scratch) -> Tensor | None:
-        """int32: where each scale's errors begin; None if one lies outside of the window."""
+    def rows(self, scale: Tensor, zero_point: Tensor | None, scratch: Scratch) -> Tensor | None:
+        """int32: where the errors under each scale and zero point begin; None if a scale lies
+        outside of the window."""
         row = scale.view(torch.int16).int() - LEAST_SCALE * PER_OCTAVE
         low, high = row.aminmax()
-        if low < 0 or high >= len(self.error_SN):
+        if low < 0 or high >= SCALE_OCTAVES * PER_OCTAVE:
             return None
+        if zero_point is not None:
+            row.mul_(self.zero_points).add_(zero_point.int() + self.zero_points // 2)
         if not self.is_made_S.index_select(0, row.flatten()).all():
             asked_S = torch.zeros_like(self.is_made_S)
             asked_S[row.flatten()] = True
@@ -68,11 +73,14 @@ class ErrorTable:
 
     def _make(self, row_S: Tensor, scratch: Scratch) -> None:
         for some in row_S.split(ROWS_AT_ONCE):
-            bits = (some + LEAST_SCALE * PER_OCTAVE).short()
+            bits = (some // self.zero_points + LEAST_SCALE * PER_OCTAVE).short()
             scale_S1 = bits.view(torch.bfloat16)[:, None]
+            zero_S1 = None
+            if not self.scheme.symmetric:
+                zero_S1 = (some % self.zero_points - self.zero_points // 2)[:, None].to(torch.int8)
             x_SN = self.x_N.expand(len(some), -1)
             self.error_SN[some] = powered_errors(
-                x_SN, scale_S1, None, self.scheme, self.norm, scratch
+                x_SN, scale_S1, zero_S1, self.scheme, self.norm, scratch
             )
             self.is_made_S[some] = True
 
@@ -113,4 +121,5 @@ def error_table(scheme: WeightScheme, norm: float) -> ErrorTable:
 
 def has_table(x: Tensor, scheme: WeightScheme) -> bool:
     """Whether errors of these weights are in a table, but for those outside of its window."""
-    return x.dtype == torch.bfloat16 and x.device.type == "cpu" and scheme.symmetric
+    few = scheme.symmetric or scheme.num_bits <= 4  # 256 zero points would be too many rows
+    return x.dtype == torch.bfloat16 and x.device.type == "cpu" and few

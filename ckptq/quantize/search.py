@@ -118,7 +118,7 @@ def _errors(
     """[K, T]: the sum of |dequantized - x|^norm of each tile under each candidate."""
     if has_table(x_TL, scheme):
         table = error_table(scheme, norm)
-        column_TL, row_KT = table.columns(x_TL), table.rows(scale_KT, scratch)
+        column_TL, row_KT = table.columns(x_TL), table.rows(scale_KT, zero_point_KT, scratch)
         if column_TL is not None and row_KT is not None:
             return table.sums(column_TL, row_KT, scratch)
     zero_points = repeat(None) if zero_point_KT is None else zero_point_KT[..., None]

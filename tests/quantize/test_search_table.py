@@ -23,6 +23,7 @@ SCHEMES = (
     "w8a8",
     "w8a16",
     "w4a16-g32",
+    "w4a16-asym",
     "nvfp4a16",
     "mxfp4a16",
     "mxfp8",
@@ -57,11 +58,13 @@ def test_every_number_under_every_mantissa_of_a_scale(name: str) -> None:
     scheme, scratch = scheme_of(name), Scratch()
     table, x_TL = ErrorTable(scheme, 2.4), window()[None]
     scale_S = torch.cat([torch.arange(1, 2, 1 / 16) * 2.0**e for e in (-40, -9, -4, 0)]).bfloat16()
-    column, row = table.columns(x_TL), table.rows(scale_S, scratch)
+    zero_S = None if scheme.symmetric else (torch.arange(len(scale_S)) % 16 - 8).to(torch.int8)
+    column, row = table.columns(x_TL), table.rows(scale_S, zero_S, scratch)
     assert column is not None
     assert row is not None
-    for scale, first in zip(scale_S, row, strict=True):
-        want = powered_errors(x_TL, scale.view(1, 1), None, scheme, 2.4, scratch)
+    for s, first in enumerate(row):
+        zero = None if zero_S is None else zero_S[s].view(1, 1)
+        want = powered_errors(x_TL, scale_S[s].view(1, 1), zero, scheme, 2.4, scratch)
         got = table.error_SN.view(-1)[column + first]
         assert torch.equal(got.view(torch.int16), want.view(torch.int16))
 
@@ -71,11 +74,15 @@ def test_sums_come_back_in_the_order_of_the_tiles(name: str) -> None:
     scheme, scratch = scheme_of(name), Scratch()
     table, x_TL = ErrorTable(scheme, 2.4), weights().view(-1, 32)
     scale_KT = (x_TL.abs().amax(-1) / 5).clamp(min=1e-6) * torch.tensor([[1.0], [0.9]]).bfloat16()
-    column, row = table.columns(x_TL), table.rows(scale_KT, scratch)
+    zero_KT = None
+    if not scheme.symmetric:
+        zero_KT = (torch.arange(scale_KT.numel()) % 16 - 8).to(torch.int8).view(scale_KT.shape)
+    column, row = table.columns(x_TL), table.rows(scale_KT, zero_KT, scratch)
     assert column is not None
     assert row is not None
-    for scale_T, sum_T in zip(scale_KT, table.sums(column, row, scratch), strict=True):
-        want = powered_errors(x_TL, scale_T[:, None], None, scheme, 2.4, scratch).sum(-1)
+    for k, sum_T in enumerate(table.sums(column, row, scratch)):
+        zero_T1 = None if zero_KT is None else zero_KT[k][:, None]
+        want = powered_errors(x_TL, scale_KT[k][:, None], zero_T1, scheme, 2.4, scratch).sum(-1)
         assert torch.equal(sum_T, want)
 
 
@@ -84,7 +91,7 @@ def test_what_lies_outside_is_not_looked_up(value: float) -> None:
     table = ErrorTable(scheme_of("w8a8"), 2.4)
     assert table.columns(torch.tensor([[0.5, value]]).bfloat16()) is None
     assert table.columns(torch.tensor([[0.5, -0.0, 2.0**-43, 15.9]]).bfloat16()) is not None
-    assert table.rows(torch.tensor([value * value]).bfloat16(), Scratch()) is None
+    assert table.rows(torch.tensor([value * value]).bfloat16(), None, Scratch()) is None
 
 
 @pytest.mark.parametrize("name", SCHEMES)
@@ -113,7 +120,9 @@ def test_a_wrong_row_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
     assert not torch.equal(got[1], want[1])
 
 
-@pytest.mark.parametrize("name", ["w8a8", "w4a16-g32", "fp8-dynamic", "nvfp4a16", "mxfp4a16"])
+@pytest.mark.parametrize(
+    "name", ["w8a8", "w4a16-g32", "w4a16-asym", "fp8-dynamic", "nvfp4a16", "mxfp4a16"]
+)
 def test_equals_llm_compressor_that_never_stops_early(name: str) -> None:
     """With the observer and its arguments that the recipe names, `patience` apart."""
     scheme = scheme_of(name)
@@ -125,6 +134,7 @@ def test_equals_llm_compressor_that_never_stops_early(name: str) -> None:
         num_bits=scheme.num_bits,
         type=scheme.type,
         strategy=scheme.strategy,
+        symmetric=scheme.symmetric,
         group_size=scheme.group_size,
         scale_dtype=getattr(torch, scheme.scale_dtype) if scheme.scale_dtype else None,
         observer=group.weights.observer,

@@ -267,7 +267,9 @@ def _within_reach(x_BHSD: Tensor) -> Tensor:
 
 def head_scales(descale: Tensor | float, heads: int, device: torch.device) -> Tensor:
     """fp32 [heads] of a number, one scale per tensor ([1]) or one per head ([heads, ...])."""
-    flat = torch.as_tensor(descale, dtype=torch.float32, device=device).reshape(-1)
+    if not isinstance(descale, Tensor):  # a copy of a number to a device would wait for it
+        return torch.full((heads,), descale, dtype=torch.float32, device=device)
+    flat = descale.to(device, torch.float32).reshape(-1)
     if flat.numel() not in (1, heads):
         raise ValueError(f"{flat.numel()} descales for {heads} heads, want 1 or {heads}")
     return flat.expand(heads).contiguous()

@@ -30,7 +30,7 @@ from ckptq.kernels.attention.online_softmax import (
 )
 from ckptq.kernels.cache.paged_addresses import key_offset, query_rows
 from ckptq.kernels.cache.paging import Layout, Sequences
-from ckptq.kernels.rounding import e4m3_round, e4m3_value, has_native_e4m3, narrow
+from ckptq.kernels.rounding import e4m3_in, e4m3_round, has_native_e4m3, narrow
 from ckptq.kernels.shared_memory import shared_memory
 
 FP8 = torch.float8_e4m3fn
@@ -39,7 +39,7 @@ FP8 = torch.float8_e4m3fn
 @triton.jit
 def _decoded(x, dtype: tl.constexpr):
     if x.dtype == tl.uint8:
-        return narrow(e4m3_value(x), dtype)
+        return e4m3_in(x, dtype)
     else:
         return x
 
@@ -129,9 +129,9 @@ def _paged_attention_kernel(
     tl.store(out_ptrs, narrow(out_MD, out_ptr.dtype.element_ty), mask=m_MD)
 
 
-DECODE: dict[int, tuple[int, int]] = {16: (64, 3), 8: (128, 2), 4: (128, 2), 2: (64, 2)}
-"""Bits of a cached value -> keys of a tile, and stages, for one query of each sequence: the fastest
-for 32 sequences of 8,192 keys on an H200."""
+DECODE = (128, 3)
+"""Keys of a tile, and stages, for one query of each sequence: the fastest for 32 sequences of 8,192
+keys on an H200, whatever the cache holds."""
 
 
 def paged_tile(group: int, longest: int, bits: int, D: int, device: torch.device) -> dict[str, int]:
@@ -143,7 +143,7 @@ def paged_tile(group: int, longest: int, bits: int, D: int, device: torch.device
     """
     whole = triton.next_power_of_2(group)
     if longest == 1:
-        columns, stages = DECODE[bits]
+        columns, stages = DECODE
         rows = max(16, whole)
     else:
         columns, stages = 64, 2

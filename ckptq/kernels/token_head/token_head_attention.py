@@ -33,27 +33,10 @@ from ckptq.kernels.attention.online_softmax import (
 from ckptq.kernels.cache.paged_addresses import key_offset, query_rows
 from ckptq.kernels.cache.paged_attention import paged_tile
 from ckptq.kernels.cache.paging import Sequences
-from ckptq.kernels.rounding import e4m3_value, narrow, widen
+from ckptq.kernels.rounding import narrow, widen
 from ckptq.kernels.token_head.hadamard import rotate
-from ckptq.kernels.token_head.kv_format import CENTROIDS
+from ckptq.kernels.token_head.kv_codes import DECODERS, values_at
 from ckptq.kernels.token_head.token_head_cache import TokenHeadCache
-
-
-@triton.jit
-def _stream(
-    byte_NW, PLACE: tl.constexpr, KIND: tl.constexpr, NEAR: tl.constexpr, FAR: tl.constexpr
-):
-    """What the bytes hold at one place, fp32: codes; for FP8 and INT2 what the codes stand for."""
-    if KIND == "int8":
-        return byte_NW.to(tl.int8, bitcast=True).to(tl.float32)
-    elif KIND == "fp8":
-        return e4m3_value(byte_NW)
-    elif KIND == "int4":
-        return ((byte_NW >> (4 * PLACE)) & 15).to(tl.float32)
-    else:
-        code_NW = (byte_NW >> (2 * PLACE)) & 3
-        magnitude_NW = tl.where((code_NW == 0) | (code_NW == 3), FAR, NEAR)
-        return tl.where(code_NW < 2, -magnitude_NW, magnitude_NW)
 
 
 @triton.jit
@@ -73,11 +56,10 @@ def _add_score(
     PLACE: tl.constexpr,
     STREAMS: tl.constexpr,
     KIND: tl.constexpr,
-    NEAR: tl.constexpr,
-    FAR: tl.constexpr,
+    DECODER: tl.constexpr,
 ):
     if PLACE < STREAMS:
-        k_NW = narrow(_stream(byte_NW, PLACE, KIND, NEAR, FAR), q_MW.dtype)
+        k_NW = values_at(byte_NW, PLACE, KIND, DECODER, q_MW.dtype)
         return dot(q_MW, tl.trans(k_NW), score_MN)
     else:
         return score_MN
@@ -92,11 +74,10 @@ def _add_value(
     PLACE: tl.constexpr,
     STREAMS: tl.constexpr,
     KIND: tl.constexpr,
-    NEAR: tl.constexpr,
-    FAR: tl.constexpr,
+    DECODER: tl.constexpr,
 ):
     if PLACE < STREAMS:
-        v_NW = narrow(_stream(byte_NW, PLACE, KIND, NEAR, FAR), weight_MN.dtype)
+        v_NW = values_at(byte_NW, PLACE, KIND, DECODER, weight_MN.dtype)
         return dot(weight_MN, v_NW, acc_MW * decay_M[:, None])
     else:
         return acc_MW
@@ -142,9 +123,8 @@ def _token_head_attention_kernel(
     CAPPED: tl.constexpr,
     KIND: tl.constexpr,
     STREAMS: tl.constexpr,
+    DECODER: tl.constexpr,
     ASYMMETRIC: tl.constexpr,
-    NEAR: tl.constexpr,
-    FAR: tl.constexpr,
     BLOCK_W: tl.constexpr,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
@@ -196,10 +176,10 @@ def _token_head_attention_kernel(
         v_scale_N = tl.load(v_scale_ptr + scale_N, mask=m_N, other=0.0)
 
         score_MN = tl.zeros([ROWS, COLUMNS], tl.float32)
-        score_MN = _add_score(score_MN, q0_MW, k_NW, 0, STREAMS, KIND, NEAR, FAR)
-        score_MN = _add_score(score_MN, q1_MW, k_NW, 1, STREAMS, KIND, NEAR, FAR)
-        score_MN = _add_score(score_MN, q2_MW, k_NW, 2, STREAMS, KIND, NEAR, FAR)
-        score_MN = _add_score(score_MN, q3_MW, k_NW, 3, STREAMS, KIND, NEAR, FAR)
+        score_MN = _add_score(score_MN, q0_MW, k_NW, 0, STREAMS, KIND, DECODER)
+        score_MN = _add_score(score_MN, q1_MW, k_NW, 1, STREAMS, KIND, DECODER)
+        score_MN = _add_score(score_MN, q2_MW, k_NW, 2, STREAMS, KIND, DECODER)
+        score_MN = _add_score(score_MN, q3_MW, k_NW, 3, STREAMS, KIND, DECODER)
         if ASYMMETRIC:
             k_zero_N = tl.load(k_zero_ptr + scale_N, mask=m_N, other=0).to(tl.float32)
             score_MN -= q_sum_M[:, None] * k_zero_N[None, :]
@@ -211,10 +191,10 @@ def _token_head_attention_kernel(
         weight_MN, decay_M, max_M, sum_M = fold(score_MN, max_M, sum_M, factor, 0, True)
 
         weight_MN = narrow(weight_MN * v_scale_N[None, :], q0_MW.dtype)
-        acc0_MW = _add_value(acc0_MW, decay_M, weight_MN, v_NW, 0, STREAMS, KIND, NEAR, FAR)
-        acc1_MW = _add_value(acc1_MW, decay_M, weight_MN, v_NW, 1, STREAMS, KIND, NEAR, FAR)
-        acc2_MW = _add_value(acc2_MW, decay_M, weight_MN, v_NW, 2, STREAMS, KIND, NEAR, FAR)
-        acc3_MW = _add_value(acc3_MW, decay_M, weight_MN, v_NW, 3, STREAMS, KIND, NEAR, FAR)
+        acc0_MW = _add_value(acc0_MW, decay_M, weight_MN, v_NW, 0, STREAMS, KIND, DECODER)
+        acc1_MW = _add_value(acc1_MW, decay_M, weight_MN, v_NW, 1, STREAMS, KIND, DECODER)
+        acc2_MW = _add_value(acc2_MW, decay_M, weight_MN, v_NW, 2, STREAMS, KIND, DECODER)
+        acc3_MW = _add_value(acc3_MW, decay_M, weight_MN, v_NW, 3, STREAMS, KIND, DECODER)
         if ASYMMETRIC:
             v_zero_N = tl.load(v_zero_ptr + scale_N, mask=m_N, other=0).to(tl.float32)
             zeros_M = zeros_M * decay_M + tl.sum(widen(weight_MN) * v_zero_N[None, :], 1)
@@ -257,7 +237,7 @@ def token_head_attention(
     T, H, D = query_THD.shape
     block, K = key.layout.sizes(key.code)
     sequences.check(key.code, K)
-    group, streams = H // K, key.fmt.per_byte
+    group, streams, kind = H // K, key.fmt.per_byte, key.fmt.name.partition("_")[0]
     tile = paged_tile(group, sequences.longest, key.fmt.bits, D, query_THD.device)
     query = rotate(query_THD, key.rotation).contiguous()
     out = torch.empty(T, H, D, dtype=torch.float32, device=query.device)
@@ -274,11 +254,10 @@ def token_head_attention(
         BLOCK=block,
         **mask.constexprs(),
         CAPPED=softcap is not None,
-        KIND=key.fmt.name.partition("_")[0],
+        KIND=kind,
         STREAMS=streams,
+        DECODER=DECODERS[kind],
         ASYMMETRIC=key.fmt.asymmetric,
-        NEAR=CENTROIDS[0],
-        FAR=CENTROIDS[1],
         BLOCK_W=max(16, triton.next_power_of_2(D // streams)),
         **tile,
     )

@@ -4,6 +4,8 @@ import math
 
 import pytest
 import torch
+import triton
+import triton.language as tl
 from kernel_cases import same
 from kv_cases import BLOCK, BLOCKS, heads, per_sequence, sequences, slots
 from torch import Tensor
@@ -14,7 +16,17 @@ from ckptq.kernels.cache import reference as paged
 from ckptq.kernels.cache.paging import Layout
 from ckptq.kernels.quantize.reference import nearest_e4m3
 from ckptq.kernels.token_head import reference as kv
-from ckptq.kernels.token_head.kv_format import FORMATS, FP8, INT2, INT4, INT8, KVFormat, Rotation
+from ckptq.kernels.token_head.kv_codes import DECODERS, values_at
+from ckptq.kernels.token_head.kv_format import (
+    CENTROIDS,
+    FORMATS,
+    FP8,
+    INT2,
+    INT4,
+    INT8,
+    KVFormat,
+    Rotation,
+)
 from ckptq.kernels.token_head.kv_simulate import fake_quantize_kv
 from ckptq.kernels.token_head.token_head_attention import token_head_attention
 from ckptq.kernels.token_head.token_head_cache import TokenHeadCache
@@ -275,3 +287,37 @@ def test_heads_of_an_odd_size(device: torch.device, fmt: KVFormat) -> None:
     )
     with pytest.raises(ValueError, match="head size in eights"):
         TokenHeadCache.empty(INT4, BLOCKS, BLOCK, 2, 81, device=device)
+
+
+@triton.jit
+def _values_kernel(
+    byte_ptr, out_ptr, PLACE: tl.constexpr, KIND: tl.constexpr, DECODER: tl.constexpr
+):
+    o_N = tl.arange(0, 256)
+    dtype: tl.constexpr = out_ptr.dtype.element_ty
+    value_N = values_at(tl.load(byte_ptr + o_N), PLACE, KIND, DECODER, dtype)
+    tl.store(out_ptr + o_N, value_N)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@KINDS
+def test_every_byte_stands_for_its_value_to_the_bit(
+    fmt: KVFormat, dtype: torch.dtype, device: torch.device
+) -> None:
+    """A NaN of E4M3 is no value: the writers saturate."""
+    byte = torch.arange(256, dtype=torch.uint8)
+    levels = torch.tensor([-CENTROIDS[1], -CENTROIDS[0], *CENTROIDS])
+    kind = fmt.name.partition("_")[0]
+    for place in range(fmt.per_byte):
+        code = byte.int() >> fmt.bits * place & 2**fmt.bits - 1
+        if fmt.bits == 8:
+            want = byte.view(torch.int8 if kind == "int8" else torch.float8_e4m3fn).to(dtype)
+        else:
+            want = (code if kind == "int4" else levels[code]).to(dtype)
+        got = torch.empty(256, dtype=dtype, device=device)
+        _values_kernel[(1,)](
+            byte.to(device), got, PLACE=place, KIND=kind, DECODER=DECODERS[kind], num_warps=1
+        )
+        finite = ~want.isnan()
+        assert finite.sum() >= 254
+        assert torch.equal(got.cpu()[finite], want[finite])
