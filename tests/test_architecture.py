@@ -18,7 +18,7 @@ ORDER = (
     *("device", "files", "optional", "rope_order"),
     *("kernels", "quantize", "checkpoint", "recipes", "engines", "models", "permute", "plan"),
     *("text", "forward", "gptq", "calibrate"),
-    *("verify", "convert", "mend", "evaluate", "inspect"),
+    *("verify", "convert", "mend", "evaluate", "inspect", "search"),
     *("show", "cli", "__main__"),
 )
 """The rooms of ckptq/, folders and modules at its top, from the bottom up."""

@@ -15,6 +15,7 @@ from ckptq.cli.options import Version
 from ckptq.cli.permute_command import permute
 from ckptq.cli.quantize_command import quantize
 from ckptq.cli.recipes_command import recipes
+from ckptq.cli.search_command import search
 from ckptq.cli.verify_command import verify
 
 app = typer.Typer(
@@ -29,5 +30,5 @@ def program(version: Version = False) -> None:
     """Quantize Hugging Face checkpoints for vLLM, offline, and prove that the result is right."""
 
 
-for _command in (quantize, calibrate, verify, mend, permute, evaluate, inspect, recipes):
+for _command in (quantize, calibrate, verify, mend, permute, evaluate, search, inspect, recipes):
     app.command()(_command)

@@ -40,18 +40,23 @@ class Skeleton:
 
 
 def build_skeleton(
-    ckpt: Checkpoint, device: torch.device, eager: bool = False, trust_remote_code: bool = False
+    ckpt: Checkpoint,
+    device: torch.device,
+    eager: bool = False,
+    trust_remote_code: bool = False,
+    dtype: torch.dtype | None = None,
 ) -> Skeleton:
     """The model that config.json describes, in eval mode, with an attention function of ckptq.
 
     `eager` asks for the family's eager attention; a family that SDPA cannot compute gets it anyway.
+    `dtype` takes the place of the config's.
 
     Raises SourceError for an architecture that the installed transformers does not have, PlanError
     for one without decoder layers or attention heads.
     """
     config = read_config(ckpt, trust_remote_code)
     _check_has_heads(ckpt, config)
-    dtype = _dtype(ckpt, config)
+    dtype = _dtype(ckpt, config, dtype)
     model_class = model_class_of(ckpt, config, trust_remote_code)
     config._attn_implementation = tap.register(eager or not model_class._supports_sdpa)
     with refusals(f"{ckpt.path / CONFIG}: transformers makes no {model_class.__name__} of it"):
@@ -75,11 +80,12 @@ def _check_has_heads(ckpt: Checkpoint, config: PreTrainedConfig) -> None:
         )
 
 
-def _dtype(ckpt: Checkpoint, config: PreTrainedConfig) -> torch.dtype:
-    """As `from_pretrained(dtype="auto")`: the config's, else the first weight's."""
+def _dtype(ckpt: Checkpoint, config: PreTrainedConfig, asked: torch.dtype | None) -> torch.dtype:
+    """What is asked for, or as `from_pretrained(dtype="auto")`: the config's, else the first
+    weight's."""
     import torch
 
-    dtype = config.dtype
+    dtype = asked or config.dtype
     if dtype is None:
         stored = (t.spec.dtype for t in ckpt.tensors.values() if t.spec.dtype in FLOATS)
         dtype = torch_dtype(next(stored, "F32"))

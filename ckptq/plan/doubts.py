@@ -99,6 +99,7 @@ def transformers_doubts(plan: Plan) -> Iterator[str]:
         for name, group in _chosen(plan).items()
         if (reason := _transformers_objection(plan, name, group)) is not None
     )
+    yield from _experts_mixed(plan)
     tree = plan.layout.witnesses.tree
     if tree is not None and (homeless := _without_place_in_transformers(plan)):
         yield (
@@ -108,6 +109,26 @@ def transformers_doubts(plan: Plan) -> Iterator[str]:
     if plan.attention is not None and len(_widths(plan)) > 1:
         yield ("transformers cannot read attention scales if layers differ in head size; vLLM can")
     yield from _attention_unlike_transformers(plan)
+
+
+def _experts_mixed(plan: Plan) -> Iterator[str]:
+    """transformers reads the experts of all layers by one group (`get_experts_scheme`); where it is
+    FP8, unquantized ones pass, as they have the same names."""
+    chosen, witnesses = _chosen(plan), plan.layout.witnesses
+    found = {
+        None if group is None else (group.weights, group.format)
+        for name, linear in plan.layout.linears.items()
+        if experts_of(name) and linear.kept is None
+        for group in (chosen.get(name),)
+        if (owner := witnesses.owner(name)) is not None
+        if owner.fused is not None and not owner.fused.taken_apart
+    }
+    packed = any(each is not None and "pack" in str(each[1]) for each in found)
+    if len(found if packed else found - {None}) > 1:
+        yield (
+            "transformers reads the experts of all layers in one scheme, so it cannot load layers "
+            "whose experts differ; vLLM can"
+        )
 
 
 def _attention_unlike_transformers(plan: Plan) -> Iterator[str]:

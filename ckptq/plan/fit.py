@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from ckptq.engines.vllm import RESHAPED, fills_whole_blocks
@@ -75,7 +75,7 @@ def fit(
     """
     misfits: dict[str, Misfit] = {}
     taken: dict[str, Misfit] = {}
-    together = _together(layout, chosen)
+    together = quantized_together(layout, chosen)
     for name, group in chosen.items():
         misfit = _misfit(layout, name, group, chosen, whole_blocks)
         if misfit is None:
@@ -100,8 +100,8 @@ def fit(
     )
 
 
-def _together(layout: Layout, chosen: Mapping[str, Group]) -> dict[str, Sequence[str]]:
-    """Linear -> those that are quantized with it or not at all, itself included."""
+def quantized_together(layout: Layout, chosen: Collection[str]) -> dict[str, Sequence[str]]:
+    """Of Linears that are quantized: Linear -> those that must have its scheme, itself included."""
     experts: dict[str, list[str]] = {}
     for name in chosen:
         if place := experts_of(name):

@@ -37,12 +37,17 @@ def check_report(file: Path) -> None:
 
 def write_report(file: Path, found: Evaluation, tables: Iterable[Table]) -> None:
     """Write `--report`, in the format of the file's suffix."""
+    write_drawn(file, quality_chart(found), html(found, tables))
+
+
+def write_drawn(file: Path, chart: Chart, text: str) -> None:
+    """The chart, or the page, whichever the file's suffix asks for."""
     if file.suffix == ".png":
-        png(quality_chart(found), file)
+        png(chart, file)
     elif file.suffix == ".svg":
-        write_whole(file, text_bytes(svg(quality_chart(found)) + "\n"))
+        write_whole(file, text_bytes(svg(chart) + "\n"))
     else:
-        write_whole(file, text_bytes(html(found, tables)))
+        write_whole(file, text_bytes(text))
 
 
 def html(found: Evaluation, tables: Iterable[Table]) -> str:
@@ -54,7 +59,7 @@ def html(found: Evaluation, tables: Iterable[Table]) -> str:
             f"<h1>{on_page(title)}</h1>",
             _verdict(found),
             *(f"<p>{on_page(warning)}</p>" for warning in found.warnings),
-            *(_shown(*each) for each in tables),
+            *(shown_table(*each) for each in tables),
             f"<h2>Quality against size</h2>{svg(quality_chart(found))}",
             f"<h2>Layer by layer</h2>{svg(layer_chart(found))}",
         ),
@@ -150,5 +155,5 @@ def _verdict(found: Evaluation) -> str:
     return f'{said}<p class="good">smallest within the thresholds: {best}</p>'
 
 
-def _shown(title: str, columns: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
+def shown_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
     return f"<p>{on_page(title)}</p>{table(columns, rows, numbers=len(columns) - 1)}"

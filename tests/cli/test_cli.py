@@ -56,6 +56,11 @@ SURFACE = {
         *("--source", "--engine", "--per-tensor", "--headers-only", "--in-place", "--dry-run"),
         *("--workers", "--device", "--restart", "--json"),
     },
+    "search": {
+        *("--output", "--bits", "--size", "--max-kl", "--schemes", "--ignore", "--revision"),
+        *("--data", "--samples", "--seq-len", "--seed", "--per", "--sensitivities", "--device"),
+        *("--report", "--json"),
+    },
     "permute": {"--to", "--only", "--revision", "--workers", "--restart", "--json"},
     "inspect": {"--revision", "--json"},
     "recipes": {"--json"},

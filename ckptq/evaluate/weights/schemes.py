@@ -77,11 +77,12 @@ class SchemeWeights:
         Inf."""
         self._reader.begin(self._stored(names))
         made = {name: self._tensor(name) for name in names}
-        self._check_finite()
+        self.check_finite()
         return made
 
-    def _check_finite(self) -> None:
-        """Of all weights that were quantized since, in one wait for the device."""
+    def check_finite(self) -> None:
+        """Of all weights that were quantized since, in one wait for the device. SourceError names
+        one that is not."""
         import torch
 
         names, answers = list(self._finite), list(self._finite.values())
@@ -125,16 +126,17 @@ class SchemeWeights:
             assert isinstance(view, View), "only plain tensors hold several Linears"
             if linear in self._parts:
                 w_RC = place_of(stored, view).contiguous()
-                place_of(made, view).copy_(self._quantized(linear, w_RC))
+                place_of(made, view).copy_(self.quantized(linear, w_RC))
         return made
 
     def _weight(self, linear: str) -> Tensor:
         """One weight [R, C], quantized and dequantized if the plan quantizes it."""
         w_RC = whole_weight(self._reader.take, self._layout.linears[linear].weight)
-        return self._quantized(linear, w_RC) if linear in self._parts else w_RC
+        return self.quantized(linear, w_RC) if linear in self._parts else w_RC
 
-    def _quantized(self, linear: str, w_RC: Tensor) -> Tensor:
-        """The weight after quantization and back, by kernels where the device has them."""
+    def quantized(self, linear: str, w_RC: Tensor) -> Tensor:
+        """The weight [R, C] after quantization and back, by kernels where the device has them;
+        `check_finite` then says whether it was finite."""
         unit, part = self._parts[linear]
         try:
             shared = self._statistic(unit, linear, w_RC)

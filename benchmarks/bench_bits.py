@@ -1,0 +1,141 @@
+"""What `ckptq search` finds for a size, beside one scheme for all and the usual rule of thumb.
+
+    python benchmarks/bench_bits.py MODEL --data TEXT --held-out TEXT [--bits 4.5,5,6]
+
+For every budget: the choice by KL on the text, of sets or of whole layers, the choice by the
+weights alone, and "ends": FP8 in as many of the first and last layers as fit, NVFP4 in the others.
+Beside them every scheme by itself. All are measured by `ckptq evaluate` on held-out text.
+Sensitivities are kept in `--kept`.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+from measure import machine
+from record import Row, add_option, publish
+
+from ckptq.checkpoint.open import Checkpoint, open_checkpoint
+from ckptq.evaluate.run import evaluate
+from ckptq.evaluate.text import text_of
+from ckptq.models.family import LAYER
+from ckptq.recipes.load import load_recipe, load_scheme
+from ckptq.recipes.scheme import Recipe
+from ckptq.search.candidates import PLAIN, LinearSet, find_candidates
+from ckptq.search.choice import Budget, Choices
+from ckptq.search.mixed import mixed_recipe
+from ckptq.search.request import SearchRequest, search
+from ckptq.show.console import note, progress
+from ckptq.text.samples import read_samples
+
+CODE = ("ckptq/search", "ckptq/forward", "ckptq/quantize")
+WAYS = ("by KL", "by KL of layers", "by weights")
+LOW, HIGH = "nvfp4a16", "fp8-dynamic"
+
+
+def recipes(asked: argparse.Namespace, ckpt: Checkpoint) -> Iterator[tuple[Recipe, float]]:
+    """Each with the bits per weight of its Linears."""
+    candidates = find_candidates(ckpt, asked.schemes)
+    choices = Choices(candidates, {e.name: dict.fromkeys(e.nbytes, 0.0) for e in candidates.sets})
+    for point in choices.uniform():
+        yield load_scheme(point.name), point.bits
+    for bits in asked.bits:
+        for how in WAYS:
+            yield searched(asked, bits, how)
+        chosen = ends(candidates.sets, choices, bits)
+        name = f"{bits:g} bits, ends"
+        yield mixed_recipe(name, candidates, chosen, ()), choices.point(name, chosen).bits
+
+
+def searched(asked: argparse.Namespace, bits: float, how: str) -> tuple[Recipe, float]:
+    name = f"{bits:g} bits, {how}"
+    with TemporaryDirectory() as folder, progress() as begin:
+        request = SearchRequest(
+            model=asked.model,
+            budget=Budget(bits=bits),
+            output=Path(folder, "recipe.yaml"),
+            sensitivities=asked.kept / f"{how.replace(' ', '-')}.json",
+            schemes=asked.schemes,
+            data=None if how == WAYS[-1] else asked.data,
+            per="layer" if how == WAYS[1] else "set",
+            samples=asked.samples,
+            seq_len=asked.seq_len,
+        )
+        found = search(request, begin, note)
+        return replace(load_recipe(request.output), name=name), found.total.bits
+
+
+def ends(sets: tuple[LinearSet, ...], choices: Choices, bits: float) -> dict[str, str]:
+    """HIGH in the first, the last, the second, ... layer, as long as it fits; LOW elsewhere."""
+    layers = {each.name: int(match["index"]) for each in sets if (match := LAYER.match(each.name))}
+    last = max(layers.values())
+    order = [at for pair in zip(range(last + 1), range(last, -1, -1), strict=True) for at in pair]
+    found = dict.fromkeys(layers, LOW)
+    for layer in order[: last + 1]:
+        more = found | {name: HIGH for name, at in layers.items() if at == layer}
+        if choices.point("", more).bits > bits:
+            break
+        found = more
+    return found
+
+
+def rows(asked: argparse.Namespace) -> Iterator[Row]:
+    ckpt = open_checkpoint(asked.model)
+    made = list(recipes(asked, ckpt))
+    held_out = read_samples(asked.held_out, ckpt.path, samples=asked.texts, seq_len=512)
+    with progress() as begin:
+        measured = [recipe for recipe, _ in made]
+        found = evaluate(ckpt, text_of(held_out, []), schemes=measured, begin=begin)
+    for (recipe, bits), row in zip(made, found.rows, strict=True):
+        yield {
+            "scheme": recipe.name,
+            "bits": bits,
+            "MB": row.nbytes / 1e6,
+            "KL": row.measures.kl,
+            "perplexity": row.measures.perplexity,
+        }
+    yield {
+        "scheme": "the source",
+        "bits": 16,
+        "MB": ckpt.nbytes / 1e6,
+        "KL": found.zero.measures.kl,
+        "perplexity": found.source.measures.perplexity,
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("model")
+    parser.add_argument("--data", required=True, help="the text that sensitivities are taken of")
+    parser.add_argument("--held-out", required=True, help="the text that results are measured on")
+    parser.add_argument(
+        "--bits", type=lambda given: [float(each) for each in given.split(",")], default=[4.5, 5, 6]
+    )
+    parser.add_argument(
+        "--schemes",
+        type=lambda names: names.split(","),
+        default=["w4a16-channel", LOW, HIGH, PLAIN],
+    )
+    parser.add_argument("--samples", type=int, default=4)
+    parser.add_argument("--seq-len", type=int, default=256)
+    parser.add_argument("--texts", type=int, default=12)
+    parser.add_argument("--kept", type=Path, default=Path("sensitivities"), help="a folder")
+    add_option(parser)
+    asked = parser.parse_args()
+    asked.kept.mkdir(exist_ok=True)
+    publish(
+        "search-bits",
+        "`ckptq search`: KL on held-out text",
+        list(rows(asked)),
+        code=CODE,
+        machine=machine(),
+        folder=asked.record,
+    )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,94 @@
+"""`ckptq search`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from ckptq.cli.options import (
+    Device,
+    Ignore,
+    Json,
+    Model,
+    Revision,
+    Samples,
+    Seed,
+    SeqLen,
+    Text,
+    nbytes,
+    new_file,
+    one_of,
+    words,
+)
+from ckptq.interrupts import ignore_signals
+from ckptq.show import console
+
+
+def search(
+    model: Model,
+    output: Annotated[Path, typer.Option("--output", "-o", help="The recipe to write.")],
+    bits: Annotated[
+        float | None, typer.Option(help="Stored bits per weight of the Linears, on average.")
+    ] = None,
+    size: Annotated[
+        str | None, typer.Option(help="Size of all tensors of the result, e.g. 5GB.")
+    ] = None,
+    max_kl: Annotated[
+        float | None, typer.Option(help="Smallest within this KL, in nats; needs --data.")
+    ] = None,
+    schemes: Annotated[
+        list[str] | None,
+        typer.Option(help="Choose from: A,B,C; default: nvfp4a16,fp8-dynamic,bf16."),
+    ] = None,
+    ignore: Ignore = None,
+    revision: Revision = None,
+    data: Text = None,
+    samples: Samples = 16,
+    seq_len: SeqLen = 512,
+    seed: Seed = 0,
+    per: Annotated[
+        str, typer.Option(help="With --data, what is tried alone: set, or layer (faster).")
+    ] = "set",
+    sensitivities: Annotated[
+        Path | None,
+        typer.Option(help="The file that keeps them; default: beside the recipe, by its name."),
+    ] = None,
+    device: Device = None,
+    report: Annotated[
+        Path | None, typer.Option(help="Write tables and chart: .html, .svg or .png.")
+    ] = None,
+    json: Json = False,
+) -> None:
+    """Choose a scheme for every set of Linears: the least loss for a size; writes a recipe."""
+    from ckptq.search.choice import Budget
+    from ckptq.search.request import SCHEMES, SearchRequest
+    from ckptq.search.request import search as run
+    from ckptq.show.evaluate_page import check_report
+    from ckptq.show.searching import show_search, write_search_report
+
+    new_file("--output", output)
+    if report is not None:
+        check_report(report)
+    request = SearchRequest(
+        model=model,
+        budget=Budget(bits=bits, nbytes=nbytes(size) if size else None, max_kl=max_kl),
+        output=output,
+        sensitivities=sensitivities,
+        revision=revision,
+        schemes=words(schemes) or SCHEMES,
+        ignore=tuple(ignore or ()),
+        data=data,
+        samples=samples,
+        seq_len=seq_len,
+        seed=seed,
+        per=one_of("--per", per, ("set", "layer")),
+        device=device,
+    )
+    with console.progress() as begin:
+        found = run(request, begin, console.note)
+        ignore_signals()
+    if report is not None:
+        write_search_report(report, found)
+    show_search(found, json)

@@ -1,0 +1,118 @@
+"""`ckptq search` as a request and one call."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from ckptq.checkpoint.open import open_checkpoint
+from ckptq.device import find_device
+from ckptq.errors import UsageError
+from ckptq.evaluate.text import text_of
+from ckptq.files import text_bytes, write_whole
+from ckptq.models.modules import read_layout
+from ckptq.plan.doubts import transformers_doubts, vllm_doubts
+from ckptq.plan.make import make_plan
+from ckptq.plan.match import refuse_holes
+from ckptq.progress import Begin, Note, silent, untold
+from ckptq.search.candidates import PLAIN, Candidates, find_candidates
+from ckptq.search.choice import Budget, Choices
+from ckptq.search.kept_losses import open_kept
+from ckptq.search.mixed import mixed_recipe
+from ckptq.search.result import Chosen, Found
+from ckptq.search.sensitivities import Losses, Sensitivities
+from ckptq.text.samples import Samples, read_samples
+
+Per = Literal["set", "layer"]
+
+SCHEMES = ("nvfp4a16", "fp8-dynamic", PLAIN)
+
+KL = "KL at the end of the model, in nats per token"
+WEIGHTS = "relative squared error of weights"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SearchRequest:
+    """What to choose from, by what, and within what."""
+
+    model: str | Path
+    budget: Budget
+    output: Path
+    """The recipe."""
+    sensitivities: Path | None = None
+    """Default: beside the recipe, with its name."""
+    revision: str | None = None
+    schemes: Sequence[str] = SCHEMES
+    ignore: tuple[str, ...] = ()
+    data: str | None = None
+    """Text; None asks the weights alone."""
+    samples: int = 16
+    seq_len: int = 512
+    seed: int = 0
+    per: Per = "set"
+    """What is measured alone, with text: every set, or every layer."""
+    device: str | None = None
+
+    @property
+    def kept(self) -> Path:
+        return self.sensitivities or self.output.with_suffix(".sensitivities.json")
+
+
+def search(request: SearchRequest, begin: Begin = silent, note: Note = untold) -> Found:
+    """Measure what is not known yet, choose, and write the recipe.
+
+    UsageError where nothing is within the budget, PlanError where no scheme fits the model,
+    SourceError for a source that lacks tensors.
+    """
+    request.budget.check()
+    if request.data is None and request.budget.max_kl is not None:
+        raise UsageError("--max-kl: KL is measured on text; add --data FILE")
+    ckpt = open_checkpoint(request.model, request.revision)
+    refuse_holes(ckpt, read_layout(ckpt))
+    candidates = find_candidates(ckpt, request.schemes, request.ignore)
+    for line in candidates.told:
+        note(line)
+    losses, samples = _measured(request, candidates, begin, note)
+    choices = Choices(candidates, losses)
+    chosen = request.budget.choose(choices)
+    recipe = mixed_recipe(request.output.stem, candidates, chosen, request.ignore)
+    plan = make_plan(ckpt, recipe, ignore=request.ignore)
+    total = choices.point("chosen", chosen)
+    assert plan.write_bytes == total.nbytes, "the recipe is not what was chosen"
+    write_whole(request.output, text_bytes(recipe.text))
+    return Found(
+        model=str(request.model),
+        recipe=request.output,
+        sensitivities=request.kept,
+        measure=WEIGHTS if samples is None else KL,
+        text=None if samples is None else samples.source,
+        chosen=tuple(
+            Chosen.of(each, chosen[each.name], dict(losses[each.name])) for each in candidates.sets
+        ),
+        total=total,
+        uniform=tuple(choices.uniform()),
+        best=tuple(choices.best()),
+        told=(*vllm_doubts(plan), *transformers_doubts(plan)),
+    )
+
+
+def _measured(
+    request: SearchRequest, candidates: Candidates, begin: Begin, note: Note
+) -> tuple[Losses, Samples | None]:
+    samples, options = None, dict[str, object](ignore=list(request.ignore))
+    if request.data is not None:
+        options["per"] = request.per
+        samples = read_samples(
+            *(request.data, candidates.ckpt.path),
+            samples=request.samples,
+            seq_len=request.seq_len,
+            seed=request.seed,
+        )
+    kept = open_kept(request.kept, candidates, samples, options, note)
+    device = str(find_device(request.device))
+    measured = Sensitivities(candidates, kept, device, begin)
+    if samples is None:
+        return measured.of_weights(), None
+    return measured.of_text(text_of(samples, []), per_layer=request.per == "layer"), samples

@@ -1,0 +1,64 @@
+"""What a search found: the scheme of each set, its size, and what else the sizes would give."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from ckptq.search.candidates import LinearSet
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Chosen:
+    """One set, and why it has its scheme: what each would cost and store."""
+
+    name: str
+    linears: tuple[str, ...]
+    scheme: str
+    weights: int
+    bits: float
+    loss: float
+    losses: dict[str, float]
+    """Scheme -> loss, of those that could be chosen."""
+
+    @classmethod
+    def of(cls, each: LinearSet, scheme: str, losses: dict[str, float]) -> Chosen:
+        return cls(
+            name=each.name,
+            linears=each.linears,
+            scheme=scheme,
+            weights=each.weights,
+            bits=each.bits(scheme),
+            loss=losses[scheme],
+            losses=losses,
+        )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Point:
+    """A whole model: bits per weight of its Linears, all bytes of its tensors, its loss."""
+
+    name: str
+    bits: float
+    nbytes: int
+    loss: float
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Found:
+    """One search."""
+
+    model: str
+    """The folder or hub id that was asked for."""
+    recipe: Path
+    sensitivities: Path
+    measure: str
+    """What losses are, in words."""
+    text: str | None
+    chosen: tuple[Chosen, ...]
+    total: Point
+    uniform: tuple[Point, ...]
+    """Every scheme by itself, where it fits."""
+    best: tuple[Point, ...]
+    """The least loss at other sizes, smallest first."""
+    told: tuple[str, ...]
