@@ -199,7 +199,7 @@ def _refuse_unfinished(path: Path) -> None:
     if path.name and bears_mark(unfinished := partial_of(path)):
         raise SourceError(
             f"{path}: no such folder; {unfinished} holds an unfinished run: rerun the same command "
-            "to resume"
+            "to resume, or with --restart if it was refused"
         )
 
 

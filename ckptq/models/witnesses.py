@@ -170,11 +170,14 @@ class Witnesses:
 def read_witnesses(ckpt: Checkpoint, *, table_alone: bool = False) -> Witnesses:
     """Ask all three of them. Headers only; imports transformers.
 
-    `table_alone` does without transformers where the engine's table knows the architecture.
+    `table_alone` does without transformers where the engine's table knows the architecture and
+    where its decoder layers are: of models without a KV cache it does not.
     """
     engine = load_table().architecture(_architectures(ckpt))
     if table_alone and engine is not None:
-        return _witnesses(ckpt, None, "not asked", engine)
+        found = _witnesses(ckpt, None, "not asked", engine)
+        if found.layers:
+            return found
     built = build_tree(ckpt)
     if isinstance(built, str):
         return _witnesses(ckpt, None, built, engine)

@@ -14,6 +14,7 @@ from ckptq.models.experts import experts_of
 from ckptq.models.modules import Layout, Linear
 from ckptq.models.witnesses import HEAD
 from ckptq.numbered import starred
+from ckptq.recipes.scheme import Group
 
 PLAIN = ("embedding", "norm")
 """Kinds that engines never treat as Linears."""
@@ -22,15 +23,19 @@ EXPECTED = (*PLAIN, HEAD, "router", "vision tower", "audio tower", "projector", 
 """Reasons that apply to every model and are not reported."""
 
 
-def left_names(layout: Layout, chosen: Collection[str]) -> tuple[str, ...]:
+def left_names(
+    layout: Layout, chosen: Collection[str], groups: Collection[Group]
+) -> tuple[str, ...]:
     """Every module that an engine would build quantized and that is not, by all engines' names.
 
-    Experts of a layer that were left with all their projections are one pattern.
+    Experts of a layer that were left with all their projections are one pattern. An embedding or a
+    norm is named where a target of a group means it by name.
     """
     found: dict[str, None] = {}
     touched = {experts_of(name) for name in chosen}
     for linear in layout.linears.values():
-        if linear.name in chosen or linear.kept in PLAIN:
+        named = any(group.named.match(linear.name) for group in groups)
+        if linear.name in chosen or (linear.kept in PLAIN and not named):
             continue
         experts = experts_of(linear.name)
         if experts is not None and experts not in touched:

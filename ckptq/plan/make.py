@@ -112,7 +112,7 @@ def make_plan(
         },
         inputs=_static_inputs(recipe, chosen),
         input_observer=_input_observer(recipe),
-        ignore=left_names(layout, chosen) if chosen else (),
+        ignore=left_names(layout, chosen, recipe.linears) if chosen else (),
         attention=attention,
         layout=layout,
         marks=order.marks if order is not None else read_marks(ckpt),

@@ -109,7 +109,7 @@ LINEARS = _faults(
     ("scale-dtype", "engines do not read scales of this dtype", AGAIN),
     ("zero-point-shape", "zero points have the wrong shape or packing", AGAIN),
     ("zero-point-packing", "zero points are packed along the columns, not the rows", AGAIN),
-    ("tensor-missing", "missing, but present in the source", AGAIN),
+    ("tensor-missing", "missing tensors", AGAIN),
     ("names-moved", "layer names differ from the source's", "rename the tensors"),
     ("tensor-extra", "not present in the source", "remove the tensor"),
     ("copy-spec", "an unquantized tensor has another dtype or shape", AGAIN),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from ckptq.numbered import starred
@@ -27,6 +28,17 @@ def wants_weights(model: PreTrainedModel) -> frozenset[str]:
             found.add(starred(linears[wanted]))
             wanted._parameters["weight"] = held[wanted]
     return frozenset(found)
+
+
+def asked_in_vain(model: PreTrainedModel) -> Iterator[str]:
+    """A Linear, numbers as `*`, for each class whose initialization asks for a weight that is not
+    there, as packed ones have none. The model is as it is after; of a class one module is tried."""
+    from torch import nn
+
+    names = {m: name for name, m in model.named_modules() if isinstance(m, nn.Linear)}
+    for module in {type(m): m for m in model.modules() if m not in names}.values():
+        if (wanted := _wanted_linear(model, module)) is not None:
+            yield starred(names[wanted])
 
 
 def _wanted_linear(model: PreTrainedModel, module: nn.Module) -> nn.Linear | None:

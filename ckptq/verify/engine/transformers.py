@@ -15,6 +15,7 @@ from textwrap import shorten
 from typing import TYPE_CHECKING, Any
 
 from ckptq.checkpoint.open import CONFIG, Checkpoint
+from ckptq.models.tree.initialized import asked_in_vain
 from ckptq.models.tree.transformers_model import decoder_name, runs_attention_groups
 from ckptq.printable import listed
 from ckptq.spec import FLOATS, TensorSpec
@@ -91,6 +92,12 @@ def _judge(ckpt: Checkpoint, loaded: Loaded) -> Iterator[Finding]:
             yield _refused(_last_line(error), place)
     yield from _unmatched_attention(loaded)
     yield from _attention_that_does_not_run(loaded)
+    for linear in asked_in_vain(loaded.model):
+        reason = (
+            f"{type(loaded.model).__name__} initializes itself through the weight of this Linear, "
+            "which is packed: loading ends in AttributeError"
+        )
+        yield _refused(reason, linear)
     for module in [m for m in {**absent, **over, **other} if m not in failed]:
         yield from _module(ckpt, loaded, module, absent, over, other)
 

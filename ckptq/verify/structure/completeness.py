@@ -43,7 +43,7 @@ def check_completeness(subject: Subject) -> Iterator[Finding]:
 def _moved(subject: Subject, wanted: str) -> Finding:
     """One finding for a prefix, not one for each tensor under it."""
     ours = subject.layers[0]
-    found = f"decoder layers are called {ours or 'otherwise'}.N"
+    found = f"decoder layers are called {ours}.N" if ours else "no list of decoder layers"
     return finding("names-moved", ours or None, found=found, wanted=f"{wanted}.N, as in the source")
 
 
@@ -232,14 +232,14 @@ def _extra(subject: Subject) -> Iterator[Finding]:
 
 def _siblings(subject: Subject) -> Iterator[Finding]:
     """Members of a fused set that this layer lacks, another layer has, and the source lacks too;
-    `_missing` reports the others."""
+    `_missing` reports the others. What engines do not build may lack what it wants."""
     theirs = subject.source.tensors if subject.source is not None else {}
     templates = {starred(name) for name in subject.modules}
     for name in subject.modules:
         parent, _, projection = name.rpartition(".")
         members = common_set(projection)
         there = [m for m in members if f"{parent}.{m}" in subject.modules]
-        if there[:1] != [projection]:
+        if there[:1] != [projection] or not subject.witnesses.in_layers(name):
             continue
         for member in members:
             sibling = f"{parent}.{member}"

@@ -16,6 +16,10 @@ from ckptq.verify.subject import Subject
 EXTRA_ROWS = {"mllama_text_model": 8}
 """Rows of the embedding beyond the vocabulary: Llama-3.2 Vision's image tokens."""
 
+WIDTHS = ("word_embed_proj_dim", "embedding_size", "hidden_size")
+"""What the embedding's columns are called, the first that config.json has: OPT-350M projects its
+embedding to the hidden size."""
+
 
 def check_geometry(subject: Subject) -> Iterator[Finding]:
     """One finding for each size that the tensors contradict."""
@@ -37,7 +41,8 @@ def _embedding(subject: Subject, name: str) -> Iterator[Finding]:
     if len(shape) != 2:
         return
     more = EXTRA_ROWS.get(str(config.get("model_type")), 0)
-    for field, size in zip(("vocab_size", "hidden_size"), (shape[0] - more, shape[1]), strict=True):
+    width = next((key for key in WIDTHS if type(config.get(key)) is int), "hidden_size")
+    for field, size in zip(("vocab_size", width), (shape[0] - more, shape[1]), strict=True):
         said = config.get(field)
         if type(said) is int and said != size:
             yield _differs(field, said, f"{size} in {name}")
