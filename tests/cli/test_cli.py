@@ -36,6 +36,7 @@ SURFACE = {
         "--search",
         "--data", "--samples", "--seq-len", "--batch-size", "--seed", "--device", "--shard-size",
         "--max-ram", "--workers", "--rope-order", "--as-written",
+        "--stream", "--part", "--join",
         "--dry-run", "--restart", "--trust-remote-code", "--json",
     },
     "calibrate": {
