@@ -99,6 +99,7 @@ def use(endpoint: str, cache: Path, chunk: int = 1 << 16) -> None:
     constants.ENDPOINT = endpoint
     constants.HUGGINGFACE_CO_URL_TEMPLATE = endpoint + "/{repo_id}/resolve/{revision}/{filename}"
     constants.HF_HUB_CACHE = str(cache)
+    constants.HF_HUB_OFFLINE = False  # another test's process may have begun offline
     remote_file.CHUNK = chunk
     remote_file.WAIT = 0.001
 

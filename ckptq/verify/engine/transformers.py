@@ -170,7 +170,7 @@ def _attention_first(loaded: Loaded) -> bool:
     """Whether the group that transformers takes for the experts' quantizes no weights."""
     from transformers.integrations.compressed_tensors import get_experts_scheme
 
-    config = loaded.quantizer.compressor.quantization_config if loaded.quantizer else None
+    config = _declared(loaded)
     if config is None or not config.config_groups:
         return False
     return get_experts_scheme(config).weights is None
@@ -201,8 +201,13 @@ def _attention_that_does_not_run(loaded: Loaded) -> Iterator[Finding]:
             yield _refused(reason, f"config_groups.{name}")
 
 
+def _declared(loaded: Loaded) -> Any:
+    """What compressed-tensors has read in config.json; None for other makers' quantizers."""
+    return getattr(getattr(loaded.quantizer, "compressor", None), "quantization_config", None)
+
+
 def _groups(loaded: Loaded) -> Mapping[str, Any]:
-    config = loaded.quantizer.compressor.quantization_config if loaded.quantizer else None
+    config = _declared(loaded)
     return config.config_groups if config is not None else {}
 
 
@@ -239,7 +244,7 @@ def left_over(loaded: Loaded) -> dict[str, list[str]]:
 def unread_cache_scales(loaded: Loaded) -> frozenset[str]:
     """Scales of a cache that config.json declares, where this version of transformers gives none
     of its modules a place for one, as 5.24 does."""
-    config = loaded.quantizer.compressor.quantization_config if loaded.quantizer else None
+    config = _declared(loaded)
     declared = config is not None and config.kv_cache_scheme is not None
     if not declared or any(_is_cache_scale(place) for place in loaded.wanted):
         return frozenset()
