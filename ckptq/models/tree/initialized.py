@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from typing import TYPE_CHECKING
 
 from ckptq.numbered import starred
@@ -17,13 +17,10 @@ def wants_weights(model: PreTrainedModel) -> frozenset[str]:
 
     Tried on the model itself: its Linears lose their weights, all else is initialized.
     """
-    from torch import nn
-
-    linears = {m: name for name, m in model.named_modules() if isinstance(m, nn.Linear)}
-    others = {type(m): m for m in model.modules() if m not in linears}
+    linears, others = _linears_and_others(model)
     held = {linear: linear._parameters.pop("weight") for linear in linears}
     found = set()
-    for module in others.values():
+    for module in others:
         while (wanted := _wanted_linear(model, module)) is not None:
             found.add(starred(linears[wanted]))
             wanted._parameters["weight"] = held[wanted]
@@ -33,12 +30,21 @@ def wants_weights(model: PreTrainedModel) -> frozenset[str]:
 def asked_in_vain(model: PreTrainedModel) -> Iterator[str]:
     """A Linear, numbers as `*`, for each class whose initialization asks for a weight that is not
     there, as packed ones have none. The model is as it is after; of a class one module is tried."""
+    linears, others = _linears_and_others(model)
+    for module in others:
+        if (wanted := _wanted_linear(model, module)) is not None:
+            yield starred(linears[wanted])
+
+
+def _linears_and_others(
+    model: PreTrainedModel,
+) -> tuple[dict[nn.Linear, str], Collection[nn.Module]]:
+    """Every Linear and its name; one module of each other class."""
     from torch import nn
 
-    names = {m: name for name, m in model.named_modules() if isinstance(m, nn.Linear)}
-    for module in {type(m): m for m in model.modules() if m not in names}.values():
-        if (wanted := _wanted_linear(model, module)) is not None:
-            yield starred(names[wanted])
+    linears = {m: name for name, m in model.named_modules() if isinstance(m, nn.Linear)}
+    others = {type(m): m for m in model.modules() if m not in linears}
+    return linears, others.values()
 
 
 def _wanted_linear(model: PreTrainedModel, module: nn.Module) -> nn.Linear | None:
