@@ -9,6 +9,7 @@ import sys
 from typing import NoReturn
 
 from ckptq.cli import app
+from ckptq.distributed.ranks import started
 from ckptq.errors import CkptqError, MachineError
 from ckptq.interrupts import Interrupted, ignore_signals, listen
 from ckptq.show import console
@@ -31,16 +32,19 @@ def main() -> NoReturn:
         ignore_signals()
         resumed = len(sys.argv) > 1 and sys.argv[1] in RESUMED
         kept = "rerun the same command to resume" if resumed else "nothing is kept"
-        console.note(f"interrupted; {kept}")
+        also = ", perhaps because another process of the run has ended"
+        console.note(f"interrupted{also if started().world > 1 else ''}; {kept}")
         code = 130
     ignore_signals()
     sys.exit(code)
 
 
 def _run() -> int | str | None:
-    """What the command ends with."""
+    """What the command ends with. Of several ranks the first prints; of the others, only errors are
+    seen."""
     try:
-        app(prog_name="ckptq")
+        with console.quiet(not started().leads):
+            app(prog_name="ckptq")
         return 0
     except SystemExit as end:
         return end.code

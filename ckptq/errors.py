@@ -37,3 +37,11 @@ class MachineError(CkptqError):
     """The machine lacks something: disk, memory, device."""
 
     exit_code = 4
+
+
+class ToldElsewhere(CkptqError):
+    """Another process of the same run says what went wrong; this one only ends with its code."""
+
+    def __init__(self, exit_code: int) -> None:
+        super().__init__()
+        self.exit_code = exit_code

@@ -15,7 +15,7 @@ import ckptq
 
 ORDER = (
     *("errors", "interrupts", "numbered", "patterns", "printable", "progress", "spec"),
-    *("device", "files", "optional", "rope_order"),
+    *("device", "files", "optional", "rope_order", "distributed"),
     *("kernels", "quantize", "checkpoint", "recipes", "engines", "models", "permute", "plan"),
     *("text", "forward", "gptq", "calibrate"),
     *("verify", "convert", "mend", "evaluate", "inspect", "search"),

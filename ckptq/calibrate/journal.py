@@ -8,6 +8,9 @@ A state is written beside the last one, synced, sealed with digests of its files
 then is the old one removed. A state that does not match its seal is ignored. Hidden states can be
 large, so a state is written only if that takes at most a tenth of the time since the last one, and
 if the disk has room.
+
+Several ranks write one state, each the batches that it runs: another number of ranks, or a single
+process, goes on from it. They agree after every layer, so none is ever a layer ahead.
 """
 
 from __future__ import annotations
@@ -20,11 +23,13 @@ from pathlib import Path
 from time import monotonic
 from typing import TYPE_CHECKING, Any
 
+from ckptq.calibrate.divided import merged
 from ckptq.calibrate.observers import Stats
 from ckptq.calibrate.scales import Scales, load_scales, save_scales
 from ckptq.checkpoint.header import read_header
 from ckptq.checkpoint.read import read_tensors
 from ckptq.checkpoint.seal import is_whole, seal
+from ckptq.distributed.ranks import ALONE, Ranks
 from ckptq.errors import MachineError, UsageError
 from ckptq.files import clear_unfinished, json_bytes, machine_errors, sync_folder, write_whole
 
@@ -46,24 +51,30 @@ GUESSED_SPEED = 1e9
 class Journal:
     """The folder in which one calibration keeps its state."""
 
-    def __init__(self, folder: Path, run: Mapping[str, Any]) -> None:
+    def __init__(self, folder: Path, run: Mapping[str, Any], ranks: Ranks = ALONE) -> None:
         """Start a run, or resume the same one. UsageError if the folder holds the state of a
         different run."""
         self._folder = folder
+        self._ranks = ranks
         self._wrote = monotonic()
         self._cost: float | None = None
         self._told = False
+        ranks.led(lambda: self._open(json.loads(json.dumps(run))))
+
+    def _open(self, run: dict[str, Any]) -> None:
+        folder = self._folder
         with machine_errors(folder):
             folder.mkdir(parents=True, exist_ok=True)
             clear_unfinished(folder)
-            _claim(folder, json.loads(json.dumps(run)))
+            _claim(folder, run)
             for leftover in folder.glob("*.partial"):
                 shutil.rmtree(leftover)
 
     def finished(self) -> Scales | None:
         """The scales, if an earlier run finished."""
         result = self._folder / RESULT
-        return load_scales(result / SCALES) if is_whole(result) else None
+        there = self._ranks.led(lambda: is_whole(result))
+        return load_scales(result / SCALES) if there else None
 
     def restore(
         self,
@@ -75,19 +86,21 @@ class Journal:
 
         `holds` says whether what else was made of these layers is still there.
         """
-        state = self._last_whole() if stream.resumable else None
+        resumable = all(self._ranks.gathered(stream.resumable))
+        state = self._ranks.led(self._last_whole) if resumable else None
         if state is None or (holds is not None and not holds(range(_layers_of(state)))):
             return 0
-        for number in range(len(stream.batches)):
-            file = state / _batch(number)
+        for number, file in enumerate(self._batches(state, stream)):
             stream.hidden_BSE[number] = read_tensors(read_header(file).tensors)["hidden"]
-        header = read_header(state / STATISTICS)
-        points: dict[str, dict[str, Tensor]] = {}
-        for name, tensor in read_tensors(header.tensors).items():
-            point, _, key = name.rpartition("|")
-            points.setdefault(point, {})[key] = tensor
-        statistics.points = {point: points[point] for point in json.loads(header.metadata["order"])}
+        if self._ranks.leads:  # what all had seen, which must not count twice
+            _restore_points(state, statistics)
         return _layers_of(state)
+
+    def _batches(self, state: Path, stream: Stream) -> list[Path]:
+        """The files of this rank's batches, which are numbered through all."""
+        ranks = self._ranks
+        numbers = (ranks.rank + ranks.world * index for index in range(len(stream.batches)))
+        return [state / f"batch-{number:05d}.safetensors" for number in numbers]
 
     def _last_whole(self) -> Path | None:
         """The state after the most layers; damaged states cause a warning and are redone."""
@@ -103,23 +116,32 @@ class Journal:
     def keep(self, done: int, stream: Stream, statistics: Statistics) -> None:
         """Write the state after `done` layers, unless the last one is too recent to be worth it."""
         began = monotonic()
-        size = sum(hidden_BSE.nbytes for hidden_BSE in stream.hidden_BSE)
-        cost = size / GUESSED_SPEED if self._cost is None else self._cost
-        if not stream.resumable or SHARE_OF_TIME * (began - self._wrote) < cost:
+        mine = sum(hidden_BSE.nbytes for hidden_BSE in stream.hidden_BSE)
+        every = self._ranks.gathered((mine, stream.resumable))
+        size = sum(nbytes for nbytes, _ in every)
+        if not all(resumable for _, resumable in every):
             return
-        if not self._has_room(size):
+        if not self._ranks.led(lambda: self._is_worth(began, size)):
             return
-        with machine_errors(self._folder):
-            self._write(done, stream, statistics.points)
+        self._write(done, stream, statistics)
         self._wrote = monotonic()
         self._cost = self._wrote - began
 
     def finish(self, scales: Scales) -> None:
         """Write the result; the states have served."""
+        self._ranks.led(lambda: self._finish(scales))
+
+    def _finish(self, scales: Scales) -> None:
         with machine_errors(self._folder):
-            self._put(RESULT, lambda folder: save_scales(folder / SCALES, scales))
+            save_scales(self._begin(RESULT) / SCALES, scales)
+            self._end(RESULT)
             for state in self._folder.glob("layer-*"):
                 shutil.rmtree(state)
+
+    def _is_worth(self, began: float, size: int) -> bool:
+        """Whether it is time for a state of so many bytes, and the disk has room."""
+        cost = size / GUESSED_SPEED if self._cost is None else self._cost
+        return SHARE_OF_TIME * (began - self._wrote) >= cost and self._has_room(size)
 
     def _has_room(self, size: int) -> bool:
         """Without room no state is kept, but the calibration continues; warns once."""
@@ -133,32 +155,55 @@ class Journal:
             )
         return free >= size
 
-    def _write(self, done: int, stream: Stream, points: Mapping[str, Stats]) -> None:
-        former = list(self._folder.glob("layer-*"))
+    def _write(self, done: int, stream: Stream, statistics: Statistics) -> None:
+        name = f"layer-{done:05d}"
+        scratch = self._ranks.led(lambda: self._begin(name))
+        self._ranks.agreed(lambda: self._save_batches(scratch, stream))
+        whole = merged(statistics, self._ranks)
+        self._ranks.led(lambda: self._save_points(scratch, whole.points))
+        self._ranks.led(lambda: self._end(name, in_place_of="layer-*"))
+
+    def _save_batches(self, scratch: Path, stream: Stream) -> None:
+        with machine_errors(self._folder):
+            for file, hidden_BSE in zip(
+                self._batches(scratch, stream), stream.hidden_BSE, strict=True
+            ):
+                _save(file, {"hidden": hidden_BSE}, {})
+
+    def _save_points(self, scratch: Path, points: Mapping[str, Stats]) -> None:
         # copies: Linears that are fed the same share one statistic, which safetensors refuses
         flat = {f"{p}|{key}": t.clone() for p, stats in points.items() for key, t in stats.items()}
+        with machine_errors(self._folder):
+            _save(scratch / STATISTICS, flat, {"order": json.dumps(list(points))})
 
-        def fill(folder: Path) -> None:
-            for number, hidden_BSE in enumerate(stream.hidden_BSE):
-                _save(folder / _batch(number), {"hidden": hidden_BSE}, {})
-            _save(folder / STATISTICS, flat, {"order": json.dumps(list(points))})
+    def _begin(self, name: str) -> Path:
+        """The folder that is to appear under this name."""
+        scratch = self._folder / f"{name}.partial"
+        with machine_errors(scratch):
+            scratch.mkdir()
+        return scratch
 
-        state = self._put(f"layer-{done:05d}", fill)
-        for old in former:
-            if old != state:
-                shutil.rmtree(old)
-
-    def _put(self, name: str, fill: Callable[[Path], None]) -> Path:
-        """A folder that appears whole, sealed, on the disk; what was there before is replaced."""
+    def _end(self, name: str, in_place_of: str = "") -> None:
+        """It appears whole, sealed, on the disk; what was there before is replaced."""
         scratch, folder = self._folder / f"{name}.partial", self._folder / name
-        scratch.mkdir()
-        fill(scratch)
-        seal(scratch)
-        if folder.exists():  # damaged, or it would not be made again
-            shutil.rmtree(folder)
-        scratch.rename(folder)
-        sync_folder(self._folder)
-        return folder
+        with machine_errors(folder):
+            seal(scratch)
+            if folder.exists():  # damaged, or it would not be made again
+                shutil.rmtree(folder)
+            scratch.rename(folder)
+            sync_folder(self._folder)
+            for old in self._folder.glob(in_place_of) if in_place_of else ():
+                if old != folder:
+                    shutil.rmtree(old)
+
+
+def _restore_points(state: Path, statistics: Statistics) -> None:
+    header = read_header(state / STATISTICS)
+    points: dict[str, dict[str, Tensor]] = {}
+    for name, tensor in read_tensors(header.tensors).items():
+        point, _, key = name.rpartition("|")
+        points.setdefault(point, {})[key] = tensor
+    statistics.points = {point: points[point] for point in json.loads(header.metadata["order"])}
 
 
 def _layers_of(state: Path) -> int:
@@ -186,10 +231,6 @@ def _claim(folder: Path, run: Mapping[str, Any]) -> None:
                 f"{folder}: holds a different calibration: {key} was {found.get(key)!r}, is "
                 f"{run.get(key)!r}; rerun the same command to resume, or use --restart"
             )
-
-
-def _batch(number: int) -> str:
-    return f"batch-{number:05d}.safetensors"
 
 
 def _save(file: Path, tensors: Mapping[str, Tensor], metadata: dict[str, str]) -> None:

@@ -8,10 +8,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ckptq.calibrate.ranks import ALONE, Ranks
 from ckptq.calibrate.scales import Record, Scales, load_scales, source_fingerprint
 from ckptq.checkpoint.open import Checkpoint
 from ckptq.device import find_device
+from ckptq.distributed.ranks import ALONE, Ranks
 from ckptq.errors import SourceError, UsageError
 from ckptq.gptq.kept import Kept, kept_in
 from ckptq.gptq.told import lines_of, together
@@ -70,6 +70,7 @@ def scales_source(
     device: str | None,
     begin: Begin,
     note: Note = untold,
+    ranks: Ranks = ALONE,
 ) -> ScalesSource | None:
     """None where the plan needs no scales; UsageError for a scales file that nothing needs."""
     needed = plan.calibrated
@@ -93,7 +94,7 @@ def scales_source(
         return None
     return ScalesSource(
         arguments=wanted.arguments(),
-        load=lambda folder: calibrate_plan(ckpt, plan, wanted, device, begin, folder, note=note),
+        load=lambda folder: calibrate_plan(ckpt, plan, wanted, device, begin, folder, ranks, note),
         made=lambda folder: kept_in(folder) if plan.recipe.runs_layers else None,
         runs_model=True,
     )

@@ -15,15 +15,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ckptq import __version__
+from ckptq.calibrate.divided import check_observers, merged
 from ckptq.calibrate.journal import Journal
 from ckptq.calibrate.observers import Observer, make_observer
-from ckptq.calibrate.ranks import ALONE, Ranks
 from ckptq.calibrate.result import scales_of
 from ckptq.calibrate.scales import Scales, source_fingerprint
 from ckptq.calibrate.seen import check_seen
 from ckptq.calibrate.statistics import Statistics, Wanted
 from ckptq.checkpoint.identity import State, check_unchanged, lasting
 from ckptq.checkpoint.open import Checkpoint
+from ckptq.distributed.ranks import ALONE, Ranks
 from ckptq.errors import PlanError, SourceError, UsageError
 from ckptq.forward.decoded import weights_of
 from ckptq.forward.latent import Latents
@@ -88,8 +89,8 @@ def calibrate(
     With a `journal` folder an interrupted run resumes, and gives identical bytes; UsageError if the
     folder belongs to a run with another source, samples or arguments.
 
-    With `ranks` every process runs its share of the batches, with its own journal, and all get the
-    merged scales.
+    With `ranks` every process runs its share of the batches, and all get the merged scales. They
+    have one journal, which any number of processes can resume from.
 
     A `quantizer` quantizes every layer once it has run. If it `propagates`, the next is given what
     the quantized layer makes of the samples, and scales are of that.
@@ -103,15 +104,14 @@ def calibrate(
         inputs=inputs,
         linear=_observer(input_observer, None),
     )
-    ranks.check([wanted.attention.name, wanted.linear.name])
+    check_observers([wanted.attention.name, wanted.linear.name], ranks)
     pinned = ckpt.pinned()
     kept = None
     if journal is not None:
         depends = _identity(ckpt, pinned, samples, wanted, batch_size, device, eager)
-        kept = Journal(journal, depends)
-        # of several processes none may be missing when the others merge
-        alone = ranks.world == 1 and (quantizer is None or quantizer.holds_all())
-        if alone and (finished := kept.finished()) is not None:
+        kept = Journal(journal, depends, ranks)
+        whole = quantizer is None or quantizer.holds_all()
+        if whole and (finished := kept.finished()) is not None:
             return finished
     weights = None
     if quantizer is not None:
@@ -122,11 +122,11 @@ def calibrate(
     batches = ranks.share(samples.batches(batch_size))
     _run(model, batches, statistics, progress, kept, observed, quantizer)
     check_unchanged(pinned)
-    ranks.merge(statistics)
+    statistics = merged(statistics, ranks)
     classes = _classes(model, statistics)
     _check_complete(ckpt, model, statistics)
     scales = scales_of(ckpt, statistics, classes, samples, batch_size)
-    if kept is not None and ranks.world == 1:
+    if kept is not None:
         kept.finish(scales)
     return scales
 
@@ -263,7 +263,7 @@ def _identity(
         "samples": samples.digest,
         **wanted.to_json(),
         "batch_size": batch_size,
-        "device": device,
+        "device": device.partition(":")[0],
         "eager": eager,
         "ckptq": __version__,
         "torch": version("torch"),

@@ -1,11 +1,13 @@
-"""Whether a file is still the one that the plan was made from."""
+"""Whether a file is still the one that the plan was made from, and a run the one that was begun."""
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from ckptq.checkpoint.hub.remote_file import RemoteFile
 from ckptq.errors import SourceError
@@ -77,3 +79,20 @@ def check_unchanged(files: Mapping[Path, State]) -> None:
         with reading_errors(file):
             now = Identity.of(os.stat(file))
         check_same(file, wanted, now)
+
+
+def difference(before: Mapping[str, Any], now: Mapping[str, Any], path: str = "") -> str:
+    """The first field in which two fingerprints differ, with both values."""
+    for key in sorted({*before, *now}):
+        old, new = before.get(key), now.get(key)
+        if old != new:
+            name = f"{path}{key}"
+            if isinstance(old, dict) and isinstance(new, dict):
+                return difference(old, new, name + ".")
+            return f"{name} was {_short(old)}, is {_short(new)}"
+    return "no single field"
+
+
+def _short(value: object) -> str:
+    text = json.dumps(value)
+    return text if len(text) <= 100 else text[:97] + "..."

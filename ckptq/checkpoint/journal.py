@@ -1,9 +1,5 @@
 """A run that can be killed at any moment: what is done, and how to prove it.
 
-    {"run": fingerprint}                    what the output depends on
-    {"done": {unit: {tensor: pieces}}}      bytes that are on the disk, with their digests
-    {"publishing": {file: digest}}          all shards are done; these are the other files
-
 A unit is journalled only after its bytes are on the disk, and trusted only when its digests prove
 it (`ckptq.checkpoint.proof`). A unit's bytes do not depend on when or where they are made, so
 repeating it is harmless, and the result is byte-identical. The output is published by one
@@ -17,14 +13,15 @@ import os
 from collections.abc import Collection, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ckptq.checkpoint.identity import difference
 from ckptq.checkpoint.partial import (
-    JOURNAL,
     claim,
     discard,
+    join,
+    let_in,
     made_by_runs,
     outlived,
     partial_of,
@@ -32,6 +29,15 @@ from ckptq.checkpoint.partial import (
     remove,
 )
 from ckptq.checkpoint.proof import Pieces, Promise, digests, proven_keys
+from ckptq.distributed.records import (
+    JOURNAL,
+    RANKS,
+    Fingerprint,
+    Said,
+    append,
+    read_records,
+    take_over,
+)
 from ckptq.errors import MachineError, UsageError
 from ckptq.files import machine_errors, rename_new, sync_folder
 
@@ -39,24 +45,13 @@ if TYPE_CHECKING:
     from ckptq.checkpoint.read import Files
     from ckptq.checkpoint.write import Shards
 
-Fingerprint = Mapping[str, Any]
-"""What the output depends on, as JSON data: source, recipe, arguments, versions."""
-
-
-@dataclass(slots=True)
-class Said:
-    """The contents of a journal."""
-
-    run: Fingerprint | None = None
-    done: dict[str, Pieces] = field(default_factory=dict)
-    published: dict[str, str] | None = None
-    """The files beside the shards, once everything was ready for the rename."""
-
 
 class Journal:
     """One output in the making. Use `Journal.open`, then `done`, `record`, `publish`, `close`."""
 
-    def __init__(self, out: Path, lock: int, said: Said, renamed: bool) -> None:
+    def __init__(
+        self, out: Path, lock: int, said: Said, renamed: bool, file: str = JOURNAL
+    ) -> None:
         self.out = out
         self.partial = partial_of(out)
         self.scratch = self.partial / "checkpoint"
@@ -66,8 +61,9 @@ class Journal:
         self.renamed = renamed
         """By the journal, an earlier run had reached the rename and died before cleaning up, and
         `out` exists. `prove_renamed` checks that it is that run's."""
-        self._published = said.published
+        self._said = said
         self._lock = lock
+        self._file = self.partial / file
 
     @classmethod
     def open(cls, out: Path, fingerprint: Fingerprint, *, restart: bool = False) -> Journal:
@@ -91,10 +87,28 @@ class Journal:
             raise
         return cls(out, lock, said, renamed)
 
+    def let_others_in(self) -> tuple[Said, bool]:
+        """Let the other ranks of this run in; what `beside` wants."""
+        let_in(self._lock)
+        with machine_errors(self.partial):
+            (self.partial / RANKS).mkdir(exist_ok=True)
+        return self._said, self.renamed
+
+    @classmethod
+    def beside(cls, out: Path, rank: int, said: Said, renamed: bool) -> Journal:
+        """The journal of another rank of a run that the first has opened."""
+        lock, file = join(partial_of(out)), f"{RANKS}/{rank}.jsonl"
+        append(partial_of(out) / file, {"run": said.run})
+        return cls(out, lock, said, renamed, file)
+
     def record(self, done: Mapping[str, Pieces]) -> None:
         """Record that these units' bytes are on disk."""
-        _append(self.partial / JOURNAL, {"done": done})
+        append(self._file, {"done": done})
         self.done.update(done)
+
+    def take_over(self) -> None:
+        """Record what other ranks have recorded, who do not go on."""
+        self.done.update(take_over(self.partial, self._said.run))
 
     def publish(self, shards: Iterable[str], documents: Iterable[str]) -> None:
         """Rename the scratch folder, which holds these files, to the output in one step.
@@ -107,7 +121,7 @@ class Journal:
             for folder, _, _ in os.walk(self.scratch):
                 sync_folder(Path(folder))
             proofs = digests(self.scratch, documents)
-            _append(self.partial / JOURNAL, {"publishing": proofs})
+            append(self.partial / JOURNAL, {"publishing": proofs})
             self._rename()
         remove(self.partial)
 
@@ -119,7 +133,7 @@ class Journal:
         pool: ThreadPoolExecutor,
     ) -> None:
         """UsageError unless a renamed output is byte for byte as it was written."""
-        documents = self._published or {}
+        documents = self._said.published or {}
         found = digests(self.out, documents)
         wrong = [name for name, digest in documents.items() if found.get(name) != digest]
         wrong += [shard for shard in shards.sizes if not shards.intact(shard)]
@@ -203,7 +217,8 @@ def _begin(out: Path, partial: Path, fingerprint: Fingerprint, restart: bool) ->
         raise _taken(out, partial)
     if restart:
         discard(partial)
-    said = _read(file)
+    said = read_records(file)
+    said.done.update(take_over(partial, said.run))
     renamed = False
     if os.path.lexists(out):
         if said.published is None or (partial / "checkpoint").exists():
@@ -217,7 +232,7 @@ def _begin(out: Path, partial: Path, fingerprint: Fingerprint, restart: bool) ->
         )
     if said.run is None or (said.run != fingerprint and not works):
         discard(partial)
-        _append(file, {"run": fingerprint})
+        append(file, {"run": fingerprint})
         sync_folder(partial)
         said = Said(run=fingerprint)
     elif said.run != fingerprint:
@@ -236,65 +251,3 @@ def _holds_work(partial: Path) -> bool:
     work = (partial / "calibration", partial / "oneshot")
     files = (path for folder in work for path in folder.rglob("*") if path.is_file())
     return any(path != partial / "calibration" / "run.json" for path in files)
-
-
-def _append(file: Path, line: Mapping[str, Any]) -> None:
-    with machine_errors(file):
-        descriptor = os.open(file, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW, 0o644)
-        try:
-            rest = memoryview((json.dumps(line, sort_keys=True) + "\n").encode())
-            while rest:
-                rest = rest[os.write(descriptor, rest) :]
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
-
-
-def _read(file: Path) -> Said:
-    """A journal, empty if there is none.
-
-    An incomplete last line was being written when the run died, and does not count.
-    """
-    with machine_errors(file):
-        try:
-            text = file.read_bytes()
-        except FileNotFoundError:
-            return Said()
-        whole, _, torn = text.rpartition(b"\n")
-        if torn:
-            os.truncate(file, len(text) - len(torn))
-    said = Said()
-    try:
-        for line in whole.splitlines():
-            _hear(said, json.loads(line))
-    except (ValueError, TypeError, AttributeError, KeyError, RecursionError) as error:
-        raise MachineError(
-            f"{file}: the journal is damaged ({error}); --restart starts over"
-        ) from error
-    return said
-
-
-def _hear(said: Said, line: Mapping[str, Any]) -> None:
-    """Apply one line."""
-    if said.run is None:
-        said.run = dict(line["run"])
-    said.done.update(line.get("done", {}))
-    if "publishing" in line:
-        said.published = dict(line["publishing"])
-
-
-def difference(before: Fingerprint, now: Fingerprint, path: str = "") -> str:
-    """The first field in which two fingerprints differ, with both values."""
-    for key in sorted({*before, *now}):
-        old, new = before.get(key), now.get(key)
-        if old != new:
-            name = f"{path}{key}"
-            if isinstance(old, dict) and isinstance(new, dict):
-                return difference(old, new, name + ".")
-            return f"{name} was {_short(old)}, is {_short(new)}"
-    return "no single field"
-
-
-def _short(value: object) -> str:
-    text = json.dumps(value)
-    return text if len(text) <= 100 else text[:97] + "..."

@@ -5,7 +5,7 @@
     OUT.partial/checkpoint/      | what a run makes; its own modules say what is in there
     OUT.partial/calibration/     |
     OUT.partial/oneshot/         |
-    OUT.partial/rank-0-of-4/    /
+    OUT.partial/ranks/          /
 
 Only a folder with the mark is written to and removed, and in it only what a run makes: a folder of
 that name without the mark is refused, and so is a link.
@@ -23,20 +23,27 @@ import shutil
 import stat
 from contextlib import suppress
 from pathlib import Path
+from socket import gethostname
+from time import sleep
 
+from ckptq.distributed.ranks import Ranks
+from ckptq.distributed.records import JOURNAL
 from ckptq.errors import MachineError, UsageError
 from ckptq.files import UNFINISHED, machine_errors, sync_folder
 
 LOCK = "lock"
-JOURNAL = "journal.jsonl"
 
 MARK = b"ckptq is using this folder: rerun the same command to resume; it is removed at the end.\n"
 
-OURS = re.compile(r"journal\.jsonl|checkpoint|calibration|oneshot|rank-\d+-of-\d+")
+OURS = re.compile(r"journal\.jsonl|checkpoint|calibration|oneshot|ranks")
 """What a run makes here, besides the lock."""
 
 ATTEMPTS = 100
-"""How often the lock may disappear while it is taken, because another run ends."""
+"""How often the lock may disappear while it is taken, because another run ends; and how often
+another host looks whether the folder is there."""
+
+PAUSE = 0.1
+"""Seconds between two looks."""
 
 
 def partial_of(out: Path) -> Path:
@@ -52,8 +59,8 @@ def last_of(partial: Path) -> Path:
 def claim(partial: Path, *, shared: bool = False) -> int:
     """Make the folder, mark it and lock it; returns the lock's descriptor, to be closed at the end.
 
-    `shared` lets other processes of the same run in. UsageError for an existing folder
-    without the mark, or one that another run has locked.
+    `shared` joins a run that has let others in. UsageError for an existing folder without the mark,
+    or one that another run has locked.
     """
     for _ in range(ATTEMPTS):
         check_ours(partial)
@@ -64,6 +71,31 @@ def claim(partial: Path, *, shared: bool = False) -> int:
                 _mark(partial, held)
                 return held
     raise MachineError(f"{partial}: its lock keeps disappearing")
+
+
+def claim_together(partial: Path, ranks: Ranks) -> int:
+    """The same for a run of several processes: rank 0 claims it, the others join."""
+    if ranks.world == 1:
+        return claim(partial)
+    held = ranks.agreed(lambda: let_in(claim(partial)) if ranks.leads else None)
+    return ranks.agreed(lambda: held if held is not None else join(partial))
+
+
+def let_in(lock: int) -> int:
+    """Let other processes of the same run join. No other run gets the lock before the last ends."""
+    fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    return lock
+
+
+def join(partial: Path) -> int:
+    """The lock of a process behind the one that has claimed the folder."""
+    for _ in range(ATTEMPTS):
+        if bears_mark(partial):
+            return claim(partial, shared=True)
+        sleep(PAUSE)  # another host may take a while to see it
+    raise MachineError(
+        f"{partial}: not on {gethostname()}; all processes of a run need one file system"
+    )
 
 
 def check_ours(partial: Path) -> None:

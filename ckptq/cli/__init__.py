@@ -17,6 +17,8 @@ from ckptq.cli.quantize_command import quantize
 from ckptq.cli.recipes_command import recipes
 from ckptq.cli.search_command import search
 from ckptq.cli.verify_command import verify
+from ckptq.distributed.ranks import started
+from ckptq.errors import ToldElsewhere, UsageError
 
 app = typer.Typer(
     name="ckptq",
@@ -25,9 +27,21 @@ app = typer.Typer(
 )
 
 
+DIVIDED = ("quantize", "calibrate", "verify", "evaluate")
+"""The commands whose work torchrun's processes divide; all others run in one."""
+
+
 @app.callback()
-def program(version: Version = False) -> None:
+def program(context: typer.Context, version: Version = False) -> None:
     """Quantize Hugging Face checkpoints for vLLM, offline, and prove that the result is right."""
+    command, ranks = context.invoked_subcommand, started()
+    if ranks.world > 1 and command not in DIVIDED:
+        if not ranks.leads:
+            raise ToldElsewhere(UsageError.exit_code)
+        raise UsageError(
+            f"{command} runs in one process; torchrun is for {', '.join(DIVIDED[:-1])} and "
+            f"{DIVIDED[-1]}"
+        )
 
 
 for _command in (quantize, calibrate, verify, mend, permute, evaluate, search, inspect, recipes):

@@ -74,5 +74,4 @@ def calibrate(
     with console.progress() as begin:
         made = calibrate_to_file(request, begin, console.note)
         ignore_signals()
-    if made is not None:
-        show_scales(output, made, json)
+    show_scales(output, made, json)

@@ -5,10 +5,9 @@ Journal entries are checked against the files: a unit that differs from what was
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Collection, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,7 +19,9 @@ from ckptq.checkpoint.proof import Promise, proven_keys, same_bytes
 from ckptq.checkpoint.read import Files
 from ckptq.checkpoint.side_files import write_side_files
 from ckptq.checkpoint.write import Shards
+from ckptq.convert.division.among_ranks import opened, share
 from ckptq.convert.division.parts import Part, gather, write_record
+from ckptq.distributed.ranks import ALONE, Ranks, cores
 from ckptq.files import take_whole
 from ckptq.permute.marks import Marks, marked_metadata
 from ckptq.plan.unit import Unit
@@ -46,8 +47,9 @@ class RunOptions:
     another device may differ."""
 
     workers: int | None = None
-    """Threads; None for one per core, at most MOST_WORKERS."""
+    """Threads of each process; None for one per core, at most MOST_WORKERS."""
     max_ram: int | None = None
+    """Of each process."""
     device: str | None = None
     """Where weights are quantized and calibration runs the model; see `ckptq.device`."""
     restart: bool = False
@@ -58,7 +60,7 @@ class RunOptions:
 
     @property
     def threads(self) -> int:
-        return self.workers or min(len(os.sched_getaffinity(0)), MOST_WORKERS)
+        return self.workers or min(cores(), MOST_WORKERS)
 
 
 DEFAULTS = RunOptions()
@@ -138,6 +140,7 @@ def write_output(
     part: Part | None = None,
     join: bool = False,
     restart: bool = False,
+    ranks: Ranks = ALONE,
     begin: Begin = silent,
     note: Note = untold,
 ) -> int:
@@ -147,37 +150,55 @@ def write_output(
     the output depends on, as JSON data), and gives identical bytes. `prepare` is called with the
     journal open and may keep its own state in the journal's folder. `linked` are the files of the
     source that the job takes whole. With `part`, the job has only the shards of that part, whose
-    folder appears; with `join`, the parts' shards are taken over first. Returns the number of units
-    that were finished before.
+    folder appears; with `join`, the parts' shards are taken over first. Of several `ranks` each
+    fills some of the shards, and the first publishes. Returns the number of units that were
+    finished before.
     """
-    check_apart(ckpt.path, out)
     pinned = ckpt.pinned()
     depends = {**depends, "modified": lasting(ckpt.path, pinned, linked)}
     mine = {**depends, "part": str(part)} if part is not None else depends
-    journal = Journal.open(out if part is None else part.folder(out), mine, restart=restart)
+    place = out if part is None else part.folder(out)
+
+    def open_first() -> Journal:
+        check_apart(ckpt.path, out)
+        return Journal.open(place, mine, restart=restart)
+
+    journal = opened(open_first, place, mine, ranks)
     try:
         job = prepare(journal)
-        written: list[str] = []
         if journal.renamed:
-            resumed = _prove_renamed(job, journal)
+            resumed = ranks.led(lambda: _prove_renamed(job, journal))
         else:
             if join:
                 gather(journal, depends, job.shards)
-            total = sum(unit.read_bytes for unit in job.units)
-            resumed = _fill(job, journal, begin(job.name, total), note)
-            if part is not None:
-                written = write_record(journal, depends)
-            else:
-                specs = job.all_specs
-                written = write_side_files(journal.scratch, ckpt, job.documents, specs, pinned)
-        check_unchanged(pinned)
-        if not journal.renamed:
-            for shard, header in job.whole.items():
-                take_whole(header.file, journal.scratch / shard)
-        journal.publish(job.all_specs, written)
+            resumed = sum(ranks.gathered(_fill_share(job, journal, ranks, begin, note)))
+
+        def finish() -> None:
+            written: list[str] = []
+            if not journal.renamed:
+                journal.take_over()
+                if part is not None:
+                    written = write_record(journal, depends)
+                else:
+                    specs = job.all_specs
+                    written = write_side_files(journal.scratch, ckpt, job.documents, specs, pinned)
+            check_unchanged(pinned)
+            if not journal.renamed:
+                for shard, header in job.whole.items():
+                    take_whole(header.file, journal.scratch / shard)
+            journal.publish(job.all_specs, written)
+
+        ranks.led(finish)
     finally:
         journal.close()
     return resumed
+
+
+def _fill_share(job: Job, journal: Journal, ranks: Ranks, begin: Begin, note: Note) -> int:
+    mine = replace(job, shards=share(job.shards, journal.done, ranks))
+    total = sum(unit.read_bytes for unit in mine.units)
+    among = f", 1 of {ranks.world} processes" if ranks.world > 1 else ""
+    return _fill(mine, journal, begin(job.name + among, total), note)
 
 
 def _prove_renamed(job: Job, journal: Journal) -> int:
@@ -209,7 +230,7 @@ def _fill(job: Job, journal: Journal, report: Report, note: Note) -> int:
     try:
         with Files() as files:
             proved = proven_keys(job.promises(), journal.done, shards, files, pool)
-            _tell(journal, proved, note)
+            _tell(job, journal, proved, note)
             ends = Ends(
                 files=files,
                 scales=job.scales,
@@ -238,9 +259,9 @@ def _fill(job: Job, journal: Journal, report: Report, note: Note) -> int:
     return len(proved)
 
 
-def _tell(journal: Journal, proved: set[str], note: Note) -> None:
+def _tell(job: Job, journal: Journal, proved: set[str], note: Note) -> None:
     """Report units that differ from the journal."""
-    lost = len(journal.done) - len(proved)
+    lost = sum(unit.key in journal.done for unit in job.units) - len(proved)
     if lost:
         note(
             f"{journal.scratch}: {lost} finished unit{'' if lost == 1 else 's'} on disk differ "

@@ -11,6 +11,7 @@ from ckptq.checkpoint.open import Checkpoint
 from ckptq.checkpoint.partial import partial_of
 from ckptq.convert.slabs import held_bytes
 from ckptq.device import find_device
+from ckptq.distributed.ranks import started
 from ckptq.errors import MachineError, UsageError
 from ckptq.models.family import LAYER
 from ckptq.plan.unit import Plan, Unit
@@ -108,9 +109,10 @@ def _free_on(device: str | None) -> tuple[str, int | None]:
 
 
 def available_ram() -> int | None:
-    """Bytes still available to this process, by machine and control group; None if unknown."""
+    """Bytes still available to this process, by machine and control group; None if unknown. Ranks
+    on one machine share them."""
     found = [_machine_ram(Path("/proc/meminfo")), _group_ram(Path("/sys/fs/cgroup"))]
-    return min((n for n in found if n is not None), default=None)
+    return min((n // started().on_host for n in found if n is not None), default=None)
 
 
 def _machine_ram(meminfo: Path) -> int | None:

@@ -6,7 +6,6 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from ckptq.calibrate.ranks import started
 from ckptq.calibrate.rehearsal import rehearse
 from ckptq.calibrate.request import NO_DATA, CalibrationRequest, ScalesSource, scales_source
 from ckptq.checkpoint.beside import told_of
@@ -17,6 +16,7 @@ from ckptq.convert.handover import check_handed_over, write_handed_over
 from ckptq.convert.output import DEFAULTS, RunOptions
 from ckptq.convert.run import Result, default_output, scale_tensors, write_quantized
 from ckptq.device import find_device
+from ckptq.distributed.ranks import Ranks, together
 from ckptq.errors import UsageError
 from ckptq.models.modules import read_layout
 from ckptq.plan.doubts import transformers_doubts, vllm_doubts
@@ -88,7 +88,7 @@ def _opened(request: QuantizeRequest) -> tuple[Checkpoint, Plan]:
         rope_order=request.rope_order,
     )
     refuse_holes(ckpt, plan.layout)
-    option = _needs_scales(request)
+    option = next(iter(_given(request)), None)
     if option is not None and request.scales is None and plan.calibrated:
         raise UsageError(
             f"scheme {request.recipe.name!r} runs the model, and {option} reads each weight once: "
@@ -100,14 +100,14 @@ def _opened(request: QuantizeRequest) -> tuple[Checkpoint, Plan]:
     return ckpt, plan
 
 
-def _needs_scales(request: QuantizeRequest) -> str | None:
-    """The option with which nothing is calibrated here."""
+def _given(request: QuantizeRequest) -> list[str]:
+    """Of the options with which nothing is calibrated here, those that are given."""
     given = {
         "--stream": request.stream,
         "--part": request.options.part is not None,
         "--join": request.options.join,
     }
-    return next((option for option in given if given[option]), None)
+    return [option for option in given if given[option]]
 
 
 def _revision(request: QuantizeRequest) -> str | None:
@@ -132,19 +132,16 @@ def _told_before(ckpt: Checkpoint, plan: Plan) -> Iterator[str]:
 
 def quantize(request: QuantizeRequest, begin: Begin = silent, note: Note = untold) -> Result:
     """Quantize a model as the request says. `note` receives messages for the user."""
-    if started().world > 1:
-        raise UsageError(
-            "quantize runs in one process on all cores; under torchrun, run `ckptq calibrate` and "
-            "pass its file to `ckptq quantize --scales`"
-        )
-    if request.recipe.handed_over:
-        return _handed_over(request, begin, note)
-    ckpt, plan = _opened(request)
-    source = scales_source(
-        ckpt, plan, request.calibration, request.scales, request.options.device, begin, note
-    )
-    if source is not None and request.scales is not None:
-        _check_fit(plan, request.scales, source)
+    with together() as ranks:
+        ranks.agreed(lambda: _check_divisible(request, ranks))
+        if request.recipe.handed_over:
+            return _handed_over(request, begin, note)
+        return _quantize(request, ranks, begin, note)
+
+
+def _quantize(request: QuantizeRequest, ranks: Ranks, begin: Begin, note: Note) -> Result:
+    ckpt, plan = ranks.agreed(lambda: _opened(request))
+    source = ranks.agreed(lambda: _scales(request, ckpt, plan, ranks, begin, note))
     if source is not None and source.doubt is not None:
         note(source.doubt)
     for line in (*_told_before(ckpt, plan), *(f"{plan.recipe.name}: {t}" for t in plan.told)):
@@ -156,9 +153,42 @@ def quantize(request: QuantizeRequest, begin: Begin = silent, note: Note = untol
         arguments=request.arguments(),
         scales=source,
         options=request.options,
+        ranks=ranks,
         begin=begin,
         note=note,
     )
+
+
+def _check_divisible(request: QuantizeRequest, ranks: Ranks) -> None:
+    """UsageError for what several processes cannot divide."""
+    recipe = request.recipe
+    if ranks.world == 1:
+        return
+    for option in ("--stream", "--part", "--join"):
+        if option in _given(request):
+            raise UsageError(f"{option} is for single processes; start them without torchrun")
+    if recipe.handed_over or recipe.runs_layers:
+        why = (
+            f"{recipe.handed_over[0]} runs in llm-compressor"
+            if recipe.handed_over
+            else "weights are quantized by the inputs of all samples, layer after layer"
+        )
+        raise UsageError(f"recipe {recipe.name!r}: {why}, in one process; run it without torchrun")
+
+
+def _scales(
+    request: QuantizeRequest,
+    ckpt: Checkpoint,
+    plan: Plan,
+    ranks: Ranks,
+    begin: Begin,
+    note: Note,
+) -> ScalesSource | None:
+    device, file = request.options.device, request.scales
+    source = scales_source(ckpt, plan, request.calibration, file, device, begin, note, ranks)
+    if source is not None and file is not None:
+        _check_fit(plan, file, source)
+    return source
 
 
 def _check_fit(plan: Plan, file: Path, source: ScalesSource) -> None:

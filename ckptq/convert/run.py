@@ -15,6 +15,7 @@ from ckptq.convert import documents
 from ckptq.convert.output import DEFAULTS, Job, RunOptions, write_output
 from ckptq.convert.preflight import check_disk, check_layers, slab_rooms
 from ckptq.device import find_device
+from ckptq.distributed.ranks import ALONE, Ranks
 from ckptq.errors import UsageError
 from ckptq.gptq.kept import Kept
 from ckptq.gptq.told import together
@@ -60,6 +61,7 @@ def write_quantized(
     arguments: Mapping[str, Any],
     scales: ScalesSource | None = None,
     options: RunOptions = DEFAULTS,
+    ranks: Ranks = ALONE,
     begin: Begin = silent,
     note: Note = untold,
 ) -> Result:
@@ -71,16 +73,20 @@ def write_quantized(
     part = options.part
     shards = plan.shards if part is None else part.share(plan.shards)
     nbytes = sum(unit.write_bytes for units in shards.values() for unit in units)
-    if not options.join:  # which moves what is there
-        check_disk(nbytes, out if part is None else part.folder(out), ckpt.side_bytes())
-    find_device(options.device)
-    held = HELD_BYTES if ckpt.streamed is not None else 0
-    rooms = slab_rooms(plan.units, options.max_ram, options.threads, held)
-    if scales is not None and scales.runs_model:
-        check_layers(ckpt, plan, options.device)
     arguments = {**arguments, **(scales.arguments if scales is not None else {})}
     record = documents.run_record(ckpt, arguments, plan.recipe)
-    _documents(ckpt, plan, None, record)  # fail now if they cannot be written
+
+    def check() -> tuple[int, int]:
+        if not options.join:  # which moves what is there
+            check_disk(nbytes, out if part is None else part.folder(out), ckpt.side_bytes())
+        find_device(options.device)
+        if scales is not None and scales.runs_model:
+            check_layers(ckpt, plan, options.device)
+        _documents(ckpt, plan, None, record)  # fail now if they cannot be written
+        held = HELD_BYTES if ckpt.streamed is not None else 0
+        return slab_rooms(plan.units, options.max_ram, options.threads, held)
+
+    rooms = ranks.agreed(check)
 
     def prepare(journal: Journal) -> Job:
         made, kept = None, None
@@ -103,7 +109,7 @@ def write_quantized(
     begin = begin if ckpt.streamed is None else with_network(begin, ckpt.streamed)
     resumed = write_output(
         ckpt, out, record, prepare, part=part, join=options.join,
-        restart=options.restart, begin=begin, note=note,
+        restart=options.restart, ranks=ranks, begin=begin, note=note,
     )  # fmt: skip
     made = result_of(ckpt, plan, out, resumed)
     if part is None:

@@ -7,14 +7,15 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from pathlib import Path
 from typing import Any
 
-from ckptq.errors import CkptqError
+from ckptq.errors import CkptqError, ToldElsewhere
 from ckptq.printable import printable, printable_lines, size
 from ckptq.progress import Begin, Report
 
@@ -77,9 +78,20 @@ def note(message: str) -> None:
 
 
 def complain(error: CkptqError) -> int:
-    """Show a user's error and return its exit code."""
-    sys.stderr.write(f"error: {printable_lines(str(error))}\n")
+    """Show a user's error, unless another process does, and return its exit code."""
+    if not isinstance(error, ToldElsewhere):
+        sys.stderr.write(f"error: {printable_lines(str(error))}\n")
     return error.exit_code
+
+
+@contextmanager
+def quiet(wanted: bool) -> Iterator[None]:
+    """With `wanted` nothing that is printed in the block is seen."""
+    if not wanted:
+        yield
+        return
+    with open(os.devnull, "w") as nowhere, redirect_stdout(nowhere), redirect_stderr(nowhere):
+        yield
 
 
 @contextmanager

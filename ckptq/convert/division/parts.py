@@ -17,7 +17,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
-from ckptq.checkpoint.journal import Journal, difference
+from ckptq.checkpoint.identity import difference
+from ckptq.checkpoint.journal import Journal
 from ckptq.checkpoint.partial import partial_of
 from ckptq.errors import SourceError, UsageError
 from ckptq.files import json_bytes, machine_errors, reading_errors, sync_folder, write_whole

@@ -1,0 +1,156 @@
+"""The processes that torchrun starts for one task, on a host or on several.
+
+Every process, a rank, does its share of the work. What they tell each other is small, and goes
+through gloo: statistics, findings, sums. Results have the order of the ranks, or of the work, never
+that of arrival. On several hosts they share a file system, where outputs are.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+from pathlib import Path
+from typing import TypeVar
+
+from ckptq.errors import CkptqError, MachineError, ToldElsewhere
+
+T = TypeVar("T")
+
+PATIENCE = timedelta(days=1)
+"""How long a rank may wait for the slowest."""
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """This process among several. All ranks call the same methods in the same order; with a single
+    process each does nothing."""
+
+    rank: int = 0
+    world: int = 1
+    on_host: int = 1
+    """How many of them are on this machine."""
+
+    @property
+    def leads(self) -> bool:
+        """Whether this process writes and prints."""
+        return self.rank == 0
+
+    def share(self, items: Iterable[T]) -> list[T]:
+        """Those of this rank: every `world`-th."""
+        return list(items)[self.rank :: self.world]
+
+    def gathered(self, mine: T) -> list[T]:
+        """What every rank has, in their order. Tensors have to be on the CPU."""
+        if self.world == 1:
+            return [mine]
+        import torch.distributed as dist
+
+        found: list[T] = [mine] * self.world
+        with _others_alive():
+            dist.all_gather_object(found, mine)
+        return found
+
+    def joined(self, mine: Sequence[T]) -> list[T]:
+        """All ranks' results for their `share`, in the order of the whole."""
+        shares = self.gathered(list(mine))
+        whole: list[T] = [shares[0][0]] * sum(map(len, shares)) if any(shares) else []
+        for rank, each in enumerate(shares):
+            whole[rank :: self.world] = each
+        return whole
+
+    def from_first(self, mine: T) -> T:
+        """What rank 0 has."""
+        if self.world == 1:
+            return mine
+        import torch.distributed as dist
+
+        held = [mine]
+        with _others_alive():
+            dist.broadcast_object_list(held)
+        return held[0]
+
+    def agreed(self, step: Callable[[], T]) -> T:
+        """Take a step that may fail. If it fails on any rank, the first of these raises its error,
+        and the others `ToldElsewhere`."""
+        if self.world == 1:
+            return step()
+        result: list[T] = []
+        error = None
+        try:
+            result.append(step())
+        except CkptqError as found:
+            error = found
+        codes = self.gathered(error.exit_code if error is not None else None)
+        first = next((rank for rank, code in enumerate(codes) if code is not None), None)
+        if first is None:
+            return result[0]
+        if error is not None and first == self.rank:
+            raise error
+        raise ToldElsewhere(codes[first] or 1) from error
+
+    def led(self, step: Callable[[], T]) -> T:
+        """What a step gives that rank 0 alone takes."""
+        if self.world == 1:
+            return step()
+        made = self.agreed(lambda: step() if self.leads else None)
+        return self.from_first(made)  # type: ignore[return-value]
+
+    def wait(self) -> None:
+        """Wait for all ranks."""
+        self.gathered(None)
+
+
+ALONE = Ranks()
+
+
+def started() -> Ranks:
+    """What torchrun says of this process in its environment."""
+    found = (os.environ.get(name, "1") for name in ("WORLD_SIZE", "LOCAL_WORLD_SIZE"))
+    return Ranks(int(os.environ.get("RANK", "0")), *map(int, found))
+
+
+def cores() -> int:
+    """The cores of this process: its part of the machine's, where ranks share it."""
+    return max(1, len(os.sched_getaffinity(0)) // started().on_host)
+
+
+@contextmanager
+def together() -> Iterator[Ranks]:
+    """Let the processes started by torchrun communicate inside the block."""
+    ranks = started()
+    if ranks.world == 1:
+        yield ranks
+        return
+    import torch
+    import torch.distributed as dist
+
+    if not _threads_chosen():
+        torch.set_num_threads(cores())
+    with _others_alive():
+        dist.init_process_group("gloo", timeout=PATIENCE)
+    try:
+        yield ranks
+    finally:
+        dist.destroy_process_group()
+
+
+def _threads_chosen() -> bool:
+    """Whether the user has set OMP_NUM_THREADS. Where nobody has, torchrun sets it to 1; the
+    environment that torchrun itself was started with tells the two apart."""
+    try:
+        held = Path(f"/proc/{os.getppid()}/environ").read_bytes()
+    except OSError:
+        return os.environ.get("OMP_NUM_THREADS") != "1"
+    return any(entry.startswith(b"OMP_NUM_THREADS=") for entry in held.split(b"\0"))
+
+
+@contextmanager
+def _others_alive() -> Iterator[None]:
+    """MachineError where another process ends while this one waits for it."""
+    try:
+        yield
+    except RuntimeError as error:
+        raise MachineError("another process of this run has ended, or cannot be reached") from error
