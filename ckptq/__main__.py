@@ -9,8 +9,8 @@ import sys
 from typing import NoReturn
 
 from ckptq.cli import app
-from ckptq.distributed.ranks import started
-from ckptq.errors import CkptqError, MachineError
+from ckptq.distributed.ranks import met, started
+from ckptq.errors import CkptqError, MachineError, UsageError
 from ckptq.interrupts import Interrupted, ignore_signals, listen
 from ckptq.show import console
 
@@ -49,6 +49,8 @@ def _run() -> int | str | None:
     except SystemExit as end:
         return end.code
     except CkptqError as error:
+        if isinstance(error, UsageError) and not started().leads and not met():
+            return error.exit_code  # the first says the same
         return console.complain(error)
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -31,7 +31,7 @@ ROOMS = {
         *("one_pass", "run"),
     ),
     "ckptq.evaluate": (
-        *("text", "scores", "linears", "caches", "weights"),
+        *("text", "scores", "largest", "linears", "caches", "weights"),
         *("variant", "watching", "pieces", "compare", "outside", "result", "run", "request"),
     ),
     "ckptq.kernels": (

@@ -18,7 +18,7 @@ from ckptq.cli.recipes_command import recipes
 from ckptq.cli.search_command import search
 from ckptq.cli.verify_command import verify
 from ckptq.distributed.ranks import started
-from ckptq.errors import ToldElsewhere, UsageError
+from ckptq.errors import UsageError
 
 app = typer.Typer(
     name="ckptq",
@@ -34,10 +34,8 @@ DIVIDED = ("quantize", "calibrate", "verify", "evaluate")
 @app.callback()
 def program(context: typer.Context, version: Version = False) -> None:
     """Quantize Hugging Face checkpoints for vLLM, offline, and prove that the result is right."""
-    command, ranks = context.invoked_subcommand, started()
-    if ranks.world > 1 and command not in DIVIDED:
-        if not ranks.leads:
-            raise ToldElsewhere(UsageError.exit_code)
+    command = context.invoked_subcommand
+    if started().world > 1 and command not in DIVIDED:
         raise UsageError(
             f"{command} runs in one process; torchrun is for {', '.join(DIVIDED[:-1])} and "
             f"{DIVIDED[-1]}"

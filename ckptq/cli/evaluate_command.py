@@ -17,6 +17,7 @@ from ckptq.cli.options import (
     Text,
     words,
 )
+from ckptq.distributed.ranks import started
 from ckptq.show import console
 
 
@@ -109,7 +110,7 @@ def evaluate(
     )
     with console.progress() as begin:
         found = evaluate_request(path, asked, revision=revision, begin=begin, note=console.note)
-    if report is not None:
+    if report is not None and started().leads:
         write_report(report, found, evaluation_tables(found))
     show_evaluation(found, json)
     if not found.ok:

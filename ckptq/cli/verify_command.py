@@ -13,6 +13,7 @@ from ckptq.cli.options import (
     Text,
     new_file,
 )
+from ckptq.distributed.ranks import started
 from ckptq.show import console
 
 
@@ -64,7 +65,7 @@ def verify(
             device=device,
             begin=begin,
         )
-    if html is not None:
+    if html is not None and started().leads:
         write_html_report(html, found)
     show_report(found, json)
     if not found.ok:

@@ -13,9 +13,11 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
+from threading import Event
 from typing import TypeVar
 
 from ckptq.errors import CkptqError, MachineError, ToldElsewhere
+from ckptq.interrupts import ignore_signals
 
 T = TypeVar("T")
 
@@ -88,6 +90,7 @@ class Ranks:
         if first is None:
             return result[0]
         if error is not None and first == self.rank:
+            ignore_signals()  # torchrun ends this process as soon as another has ended
             raise error
         raise ToldElsewhere(codes[first] or 1) from error
 
@@ -104,6 +107,8 @@ class Ranks:
 
 
 ALONE = Ranks()
+
+_MET = Event()
 
 
 def started() -> Ranks:
@@ -131,10 +136,17 @@ def together() -> Iterator[Ranks]:
         torch.set_num_threads(cores())
     with _others_alive():
         dist.init_process_group("gloo", timeout=PATIENCE)
+    _MET.set()
     try:
         yield ranks
     finally:
         dist.destroy_process_group()
+
+
+def met() -> bool:
+    """Whether the ranks have communicated. Until then they all do the same, and find the same
+    mistakes in a command line."""
+    return _MET.is_set()
 
 
 def _threads_chosen() -> bool:

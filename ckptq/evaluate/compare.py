@@ -12,6 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
+from ckptq.distributed.ranks import ALONE, Ranks
 from ckptq.errors import SourceError
 from ckptq.evaluate.linears.products import experts_one_by_one
 from ckptq.evaluate.pieces import cut, pieces_of
@@ -52,10 +53,13 @@ class Comparison:
     watching: Watching
     batch_size: int | None = 1
     """Lines in a forward pass; None for as many of one length as make `TOKENS_AT_ONCE`."""
+    ranks: Ranks = ALONE
+    """Each runs its share of the batches; all have all results."""
     release: Callable[[], None] = lambda: None
     """Called when all tracks have loaded a layer: what they share of it may go."""
     errors: dict[str, list[Tensor]] = field(default_factory=dict)
-    """By variant, layer after layer, on the device: reading one makes the host wait."""
+    """By variant, layer after layer: a sum over the tokens of each batch, on the device, because
+    reading one makes the host wait."""
 
     def run(self, begin: Begin) -> dict[str, Outcome]:
         """Results by name of the variant; those in `watching.failed` have none. SourceError for
@@ -64,19 +68,22 @@ class Comparison:
         for track in self.tracks:
             experts_one_by_one(track.model.skeleton.model)
             with self.watching.told(*track.variants):
-                track.embed(self.text, self.batch_size)
+                track.embed(self.text, self.batch_size, self.ranks)
         self.release()
         layers = self.tracks[0].model.layer_names
         report = begin("evaluate", len(layers), "layers")
         for index, name in enumerate(layers):
             for track in self.tracks:
                 self._run_layer(track, index)
+                self.watching.compare(track, index)  # a rank may have no batch at all
             self.release()
             self._note_errors()
             report(name, 1)
         scores = self._scores(begin)
         self.release()
-        return {name: self._outcome(name, found) for name, found in scores.items()}
+        self.watching.gather()
+        rows = [row.name for track in self.tracks for row in self.watching.alive(track)]
+        return {name: self._outcome(name, scores[name]) for name in rows}
 
     def _run_layer(self, track: Track, index: int) -> None:
         if self.watching.alive(track):
@@ -86,13 +93,25 @@ class Comparison:
                 track.model.loader.unload(track.model.layer_names[index])
         track.forget()
 
-    def _outcome(self, name: str, found: Scores) -> Outcome:
+    def _outcome(self, name: str, mine: Sequence[Scores]) -> Outcome:
+        alone = self.ranks.world == 1
+        batches = self.ranks.joined(mine if alone else [each.on_cpu() for each in mine])
+        found = Scores.of(batches)
         return Outcome(
             measures=found.measures(),
-            layers=_numbers(self.errors[name]),
+            layers=self._layer_errors(self.errors[name]),
             notes=tuple(self.watching.notes.get(name, ())),
             tokens=found.tokens(),
         )
+
+    def _layer_errors(self, mine: Sequence[Tensor]) -> tuple[float, ...]:
+        """Of each layer the mean over all tokens, added batch by batch in the order of the text."""
+        import torch
+
+        by_batch = list(torch.stack(list(mine)).T.cpu()) if mine else []
+        tokens = sum(len(line.token_ids) for line in self.text.lines)
+        total = sum(self.ranks.joined(by_batch), torch.zeros(()))
+        return tuple((total / tokens).tolist())
 
     def _note_errors(self) -> None:
         """After a layer: the distance of each variant's hidden states from the source's."""
@@ -103,15 +122,16 @@ class Comparison:
                 number = track.variants.index(variant)
                 hidden = track.stream.hidden_BSE[number * count : (number + 1) * count]
                 runs = track.stream.batches[:count]
-                error = relative_error(reference, hidden, runs)
-                self.errors.setdefault(variant.name, []).append(error)
+                errors = relative_errors(reference, hidden, runs)
+                self.errors.setdefault(variant.name, []).append(errors)
 
-    def _scores(self, begin: Begin) -> dict[str, Scores]:
-        """Score logits in chunks: the source's first, then each variant's."""
+    def _scores(self, begin: Begin) -> dict[str, list[Scores]]:
+        """Score logits in chunks, by batch: the source's first, then each variant's."""
         pieces = list(pieces_of(self.tracks[0]))
         running = [(t, self.watching.alive(t)) for t in self.tracks if self.watching.alive(t)]
         heads = [track.model.head(cut(track, pieces, rows)) for track, rows in running]
-        scores = {row.name: Scores() for _, rows in running for row in rows}
+        count = len(self.tracks[0].stream.batches) // len(self.tracks[0].variants)
+        scores = {row.name: [Scores() for _ in range(count)] for _, rows in running for row in rows}
         report = begin("output head", len(pieces) * len(scores), "pieces of text")
         for piece in pieces:
             reference: list[Tensor] = []
@@ -121,28 +141,29 @@ class Comparison:
                         for row in rows:
                             logits_NV = piece.logits(next(head))
                             reference = reference or [logits_NV]
-                            scores[row.name].add(piece.positions, reference[0], logits_NV)
+                            found = scores[row.name][piece.batch]
+                            found.add(piece.positions, reference[0], logits_NV)
                 for row in rows:
                     report(row.name, 1)
         for head in heads:
             head.close()  # type: ignore[attr-defined]
-        return {name: each for name, each in scores.items() if name not in self.watching.failed}
+        return scores
 
 
-def relative_error(
+def relative_errors(
     reference: Sequence[Tensor], hidden: Sequence[Tensor], batches: Sequence[Batch]
 ) -> Tensor:
-    """Mean over real tokens of |h - reference| / |reference|, hidden states [..., B, S, E]."""
+    """Of each batch the sum over real tokens of |h - reference| / |reference|, hidden states
+    [..., B, S, E]; [batches]."""
     import torch
 
-    total: Tensor | float = 0.0
-    tokens = 0
+    found = []
     for one, other, batch in zip(reference, hidden, batches, strict=True):
         want = _real(one, batch.lengths).double()
         got = _real(other.to(one.device), batch.lengths).double()
         share = (got - want).norm(dim=-1) / want.norm(dim=-1).clamp_min(1e-300)
-        total, tokens = total + share.sum(), tokens + share.numel()
-    return torch.as_tensor(total) / tokens
+        found.append(share.sum())
+    return torch.stack(found) if found else torch.zeros(0, dtype=torch.float64)
 
 
 def _real(hidden_BSE: Tensor, lengths: Sequence[int]) -> Tensor:
@@ -150,12 +171,6 @@ def _real(hidden_BSE: Tensor, lengths: Sequence[int]) -> Tensor:
     flat = hidden_BSE.flatten(-3, -2)
     where = real_positions(lengths, hidden_BSE.shape[-2], hidden_BSE.device)
     return flat if where is None else flat.index_select(-2, where)
-
-
-def _numbers(errors: Sequence[Tensor]) -> tuple[float, ...]:
-    import torch
-
-    return tuple(torch.stack(list(errors)).tolist())
 
 
 def _check_vocabulary(model: LayerwiseModel, text: Text) -> None:

@@ -45,11 +45,9 @@ def pieces_of(track: Track) -> Iterator[Piece]:
     """The batches of one variant, cut along their positions."""
     chunk = _chunk(track.model)
     count = len(track.stream.batches) // len(track.variants)
-    first_line = 0
     for number, run in enumerate(track.stream.batches[:count]):
         assert isinstance(run, Run)
-        positions = list(_positions(run, first_line))
-        first_line += len(run.lines)
+        positions = list(_positions(run))
         step = max(1, chunk // len(run.lines))
         for start in range(0, max(run.lengths), step):
             inside = [p for p in positions if start <= p.at < start + step]
@@ -57,13 +55,13 @@ def pieces_of(track: Track) -> Iterator[Piece]:
                 yield Piece(number, start, start + step, inside)
 
 
-def _positions(run: Run, first_line: int) -> Iterator[Position]:
+def _positions(run: Run) -> Iterator[Position]:
     for row, line in enumerate(run.lines):
         for at, target in enumerate(line.token_ids[1:]):
             scored = line.scored is not None and at + 1 >= line.scored
             asked = line.answer is not None and at + 1 >= line.answer
             if scored or asked:
-                yield Position(first_line + row, row, at, target, scored, asked)
+                yield Position(run.first_line + row, row, at, target, scored, asked)
 
 
 def cut(track: Track, pieces: Sequence[Piece], rows: Sequence[Variant]) -> Stream:

@@ -5,9 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from ckptq.checkpoint.open import Checkpoint, open_checkpoint
 from ckptq.device import find_device
+from ckptq.distributed.ranks import Ranks, started, together
 from ckptq.errors import UsageError
 from ckptq.evaluate.caches.kv_cache import parse_cache
 from ckptq.evaluate.outside.harness import Benchmarks, check_installed, run_benchmarks
@@ -15,6 +17,9 @@ from ckptq.evaluate.result import Evaluation, Thresholds
 from ckptq.progress import Begin, Note, silent, untold
 from ckptq.recipes.load import load_scheme
 from ckptq.recipes.scheme import Recipe
+
+if TYPE_CHECKING:
+    from ckptq.evaluate.text import Text
 
 NOTHING = Thresholds()
 
@@ -59,9 +64,19 @@ def evaluate_request(
 
     `note` receives messages for the user.
     """
+    _check(asked)
+    with together() as ranks:
+        ckpt, source, recipes = ranks.agreed(lambda: _opened(path, revision, asked))
+        if asked.data is None and asked.task is None:
+            note(NO_TEXT)
+        return _evaluate(ckpt, source, recipes, asked, ranks, begin)
+
+
+def _opened(
+    path: str | Path, revision: str | None, asked: EvaluationRequest
+) -> tuple[Checkpoint, Checkpoint | None, list[Recipe]]:
     from ckptq.evaluate.run import check_compared
 
-    _check(asked)
     named = {recipe.name: recipe for recipe in map(load_scheme, asked.schemes)}
     recipes = list(named.values())
     for recipe in recipes:
@@ -78,15 +93,17 @@ def evaluate_request(
     if source is not None and ckpt.quantization_config is None:
         raise UsageError(f"{path}: is not quantized; evaluate the quantized checkpoint instead")
     check_compared(ckpt, source, asked.caches, recipes)
-    if asked.data is None and asked.task is None:
-        note(NO_TEXT)
-    return _evaluate(ckpt, source, recipes, asked, begin)
+    return ckpt, source, recipes
 
 
 def _check(asked: EvaluationRequest) -> None:
     for name in asked.caches:
         parse_cache(name, None)
     asked.thresholds.check()
+    others = {"--tasks": asked.tasks, "--vllm-python": asked.vllm_python}
+    for option in others if started().world > 1 else ():
+        if others[option]:
+            raise UsageError(f"{option} runs another program, in one process; leave torchrun out")
     find_device(asked.device)
     if asked.thresholds.min_accuracy is not None and asked.task is None and not asked.tasks:
         raise UsageError("--min-accuracy needs questions: --task FILE or --tasks NAMES")
@@ -110,29 +127,34 @@ def _benchmarks(asked: EvaluationRequest) -> Benchmarks:
     )
 
 
+def _text(asked: EvaluationRequest, base: Path) -> Text:
+    from ckptq.evaluate.text import read_questions, text_of
+    from ckptq.text.samples import read_samples
+
+    questions = []
+    if asked.task is not None:
+        questions = read_questions(asked.task, base, limit=asked.questions, seed=asked.seed)
+    samples = None
+    if asked.task is None or asked.data is not None:
+        samples = read_samples(
+            asked.data, base, samples=asked.samples, seq_len=asked.seq_len, seed=asked.seed
+        )
+    return text_of(samples, questions, str(asked.task))
+
+
 def _evaluate(
     ckpt: Checkpoint,
     source: Checkpoint | None,
     recipes: Sequence[Recipe],
     asked: EvaluationRequest,
+    ranks: Ranks,
     begin: Begin,
 ) -> Evaluation:
     from ckptq.evaluate.run import evaluate
-    from ckptq.evaluate.text import read_questions, text_of
-    from ckptq.text.samples import read_samples
 
-    base = source or ckpt
-    questions = []
-    if asked.task is not None:
-        questions = read_questions(asked.task, base.path, limit=asked.questions, seed=asked.seed)
-    samples = None
-    if asked.task is None or asked.data is not None:
-        samples = read_samples(
-            asked.data, base.path, samples=asked.samples, seq_len=asked.seq_len, seed=asked.seed
-        )
     found = evaluate(
         ckpt,
-        text_of(samples, questions, str(asked.task)),
+        ranks.agreed(lambda: _text(asked, (source or ckpt).path)),
         source=source,
         caches=asked.caches,
         schemes=recipes,
@@ -140,10 +162,11 @@ def _evaluate(
         batch_size=asked.batch_size,
         device=str(find_device(asked.device)),
         vllm_python=asked.vllm_python,
+        ranks=ranks,
         begin=begin,
     )
     if not asked.tasks:
         return found
-    ranks = found.engines[-1].ranks if found.engines else 1
-    benchmarks = replace(_benchmarks(asked), ranks=ranks)
+    in_engine = found.engines[-1].ranks if found.engines else 1
+    benchmarks = replace(_benchmarks(asked), ranks=in_engine)
     return replace(found, benchmarks=run_benchmarks(ckpt.path, benchmarks))

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from ckptq.checkpoint.open import Checkpoint
+from ckptq.distributed.ranks import ALONE, Ranks
 from ckptq.errors import CkptqError, UsageError
 from ckptq.evaluate.caches.kv_cache import KVCache, declared_cache, parse_cache
 from ckptq.evaluate.compare import Comparison, Outcome
@@ -59,6 +60,7 @@ def evaluate(
     batch_size: int | None = None,
     device: str = "cpu",
     vllm_python: Path | None = None,
+    ranks: Ranks = ALONE,
     begin: Begin = silent,
 ) -> Evaluation:
     """Compare a quantized checkpoint, caches or schemes with the unquantized model on some text.
@@ -72,6 +74,9 @@ def evaluate(
 
     `vllm_python` is an interpreter with vLLM: source and checkpoint run there as well.
 
+    Of several `ranks` each runs its share of the batches on its device, and all get all results:
+    those of a single process, as far as its device computes the same.
+
     Memory: one layer of one model at a time (with `schemes`, beside that layer as it is stored,
     which is read once for all of them), its logits in chunks, and the hidden states of all text for
     every row: rows * tokens * hidden_size * 2 bytes in bf16.
@@ -79,7 +84,7 @@ def evaluate(
     check_compared(ckpt, source, caches, schemes)
     began = time.monotonic()
     base = ckpt if source is None else source
-    bench = _Bench(base, Reader(device, keep=bool(schemes)))
+    bench = _Bench(base, Reader(device, keep=bool(schemes)), ranks)
     if source is not None:
         bench.add_output(ckpt, caches)
     else:
@@ -142,6 +147,7 @@ class _Bench:
     base: Checkpoint
     reader: Reader
     """Of `base`: the source and every scheme are made of what it reads once."""
+    ranks: Ranks
     drafts: list[_Draft] = field(default_factory=list)
 
     def __post_init__(self) -> None:
@@ -227,8 +233,9 @@ class _Bench:
             rows=[row for track in tracks for row in track.variants],
             needed=needed,
             consumed={**own, **layout.consumed},
+            ranks=self.ranks,
         )
-        comparison = Comparison(tracks, text, watching, batch_size, self.reader.release)
+        comparison = Comparison(tracks, text, watching, batch_size, self.ranks, self.reader.release)
         return comparison.run(begin), watching.failed
 
     def _track(self, weights: WeightSource, variants: list[Variant], codes: Codes) -> None:

@@ -8,12 +8,16 @@ Shape letters: N positions, V vocabulary.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from torch import Tensor
 
+
+TENSORS = ("kl", "kl_reverse", "loss", "agree", "best")
+"""The fields of `Scores` with a tensor for every piece."""
 
 IN_CACHE = 1 << 18
 """Log-probabilities per step on a CPU: 2 MiB in float64."""
@@ -78,6 +82,24 @@ class Scores:
         self.best.append(q_NV.argmax(-1))
         self.places += [(each.line, each.at) for each in positions]
 
+    @staticmethod
+    def of(parts: Sequence[Scores]) -> Scores:
+        """Those of several batches, in order."""
+        whole = Scores()
+        for part in parts:
+            for name in TENSORS:
+                getattr(whole, name).extend(getattr(part, name))
+            whole.places += part.places
+            whole.questions |= part.questions
+        return whole
+
+    def on_cpu(self) -> Scores:
+        """The same, for other processes."""
+        moved = Scores(places=self.places, questions=self.questions)
+        for name in TENSORS:
+            setattr(moved, name, [tensor.cpu() for tensor in getattr(self, name)])
+        return moved
+
     def tokens(self) -> dict[tuple[int, int], tuple[float, int]]:
         """(line, position) -> log-probability of the next token, and the most likely one."""
         import torch
@@ -94,12 +116,12 @@ class Scores:
         loss, agree = torch.cat(self.loss).cpu(), torch.cat(self.agree).cpu()
         return Measures(
             tokens=len(kl),
-            kl=kl.mean().item(),
-            kl_reverse=reverse.mean().item(),
+            kl=mean(kl),
+            kl_reverse=mean(reverse),
             kl_99=kl.quantile(0.99).item() if kl.isfinite().all() else math.nan,
             kl_max=kl.max().item(),
-            perplexity=loss.mean().exp().item(),
-            agreement=agree.double().mean().item(),
+            perplexity=loss.new_tensor(mean(loss)).exp().item(),
+            agreement=mean(agree.double()),
             accuracy=share(self.questions),
         )
 
@@ -143,6 +165,13 @@ def divergence(p_NV: Tensor, q_NV: Tensor) -> Tensor:
 
     term_NV = p_NV.exp() * (p_NV - q_NV)
     return torch.where(p_NV == -math.inf, 0.0, term_NV).sum(-1)
+
+
+def mean(x_N: Tensor) -> float:
+    """Of float64, rounded once: with any number of threads the same."""
+    if not x_N.isfinite().all():
+        return x_N.mean().item()
+    return math.fsum(x_N.tolist()) / len(x_N)
 
 
 def share(questions: dict[int, bool]) -> float | None:

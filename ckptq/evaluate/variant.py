@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import accumulate
 from typing import TYPE_CHECKING
 
+from ckptq.distributed.ranks import ALONE, Ranks
 from ckptq.evaluate.caches.kv_cache import BF16, KVCache
 from ckptq.evaluate.linears.inputs import InputScheme
 from ckptq.evaluate.linears.treatments import Weights, weights_of_layer
@@ -36,6 +38,22 @@ class Run(Batch):
 
     variant: Variant
     lines: tuple[Line, ...]
+    first_line: int
+    """The number of the first of them in the text."""
+
+
+def runs_of(
+    text: Text, batch_size: int | None, variants: Sequence[Variant], ranks: Ranks = ALONE
+) -> list[Run]:
+    """The batches of a text for every variant, variant after variant; of several ranks a share."""
+    batches = list(text.batches(batch_size))
+    first_lines = accumulate((len(lines) for _, lines in batches), initial=0)
+    mine = ranks.share(zip(batches, first_lines, strict=False))
+    return [
+        Run(batch.input_ids_BS, batch.mask_BS, batch.lengths, variant, lines, first_line)
+        for variant in variants
+        for (batch, lines), first_line in mine
+    ]
 
 
 class Track:
@@ -67,11 +85,7 @@ class Track:
         self._weights = None
         self._codes.clear()
 
-    def embed(self, text: Text, batch_size: int | None) -> None:
-        """Start every variant on its own copy of the text, variant after variant."""
-        runs = [
-            Run(batch.input_ids_BS, batch.mask_BS, batch.lengths, variant, lines)
-            for variant in self.variants
-            for batch, lines in text.batches(batch_size)
-        ]
-        self.stream = self.model.embed(runs)
+    def embed(self, text: Text, batch_size: int | None, ranks: Ranks = ALONE) -> None:
+        """Start every variant on its own copy of the text, variant after variant; of several ranks
+        each on its share of the batches."""
+        self.stream = self.model.embed(runs_of(text, batch_size, self.variants, ranks))

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING
 
+from ckptq.distributed.ranks import ALONE, Ranks
 from ckptq.errors import CkptqError, MachineError
 from ckptq.evaluate.caches.held import Held
 from ckptq.evaluate.caches.kv_cache import PLAIN, Maxima
@@ -46,6 +47,10 @@ class Watching:
     """Names of those without which nothing can be said: their failure is everybody's."""
     consumed: Mapping[str, tuple[str, ...]]
     """Tensor of the source -> the Linears that it contains."""
+    ranks: Ranks = ALONE
+    """Each with other batches."""
+    compared: int = -1
+    """The last layer of which all ranks know what the source has shown."""
     maxima: Maxima = field(default_factory=Maxima)
     input_maxima: InputMaxima = field(default_factory=InputMaxima)
     notes: dict[str, dict[str, None]] = field(default_factory=dict)
@@ -66,6 +71,8 @@ class Watching:
         def watch(layer: nn.Module, run: Batch) -> AbstractContextManager[None] | None:
             assert isinstance(run, Run)
             row = run.variant
+            if row is not self.source:
+                self.compare(track, index)
             if row.name in self.failed:
                 return None
             with self.told(row):
@@ -82,6 +89,20 @@ class Watching:
             return None
 
         return watch
+
+    def compare(self, track: Track, index: int) -> None:
+        """Once in a layer, when the source has run it: let all ranks know what it showed."""
+        if index > self.compared:
+            for each in (self.maxima.seen, self.input_maxima.seen):
+                each.compare(self.ranks, track.model.device)
+            self.compared = index
+
+    def gather(self) -> None:
+        """Let all ranks know which rows have failed on any, and why, and what was noted."""
+        for failed, notes in self.ranks.gathered((self.failed, self.notes)):
+            self.failed = failed | self.failed
+            for row, lines in notes.items():
+                self.notes[row] = lines | self.notes.get(row, {})
 
     @contextmanager
     def told(self, *rows: Variant) -> Iterator[None]:

@@ -47,8 +47,7 @@ def append(stream: Stream, row: Variant, count: int) -> None:
     own = first_of(stream, count)
     for batch in own.batches:
         assert isinstance(batch, Run)
-        run = Run(batch.input_ids_BS, batch.mask_BS, batch.lengths, row, batch.lines)
-        stream.batches.append(run)
+        stream.batches.append(replace(batch, variant=row))
     stream.hidden_BSE += own.hidden_BSE
     stream.arguments += own.arguments
 

@@ -20,7 +20,7 @@ from ckptq.evaluate.linears.products import experts_one_by_one
 from ckptq.evaluate.pieces import cut, pieces_of
 from ckptq.evaluate.scores import IN_CACHE, divergence, log_softmax
 from ckptq.evaluate.text import Text
-from ckptq.evaluate.variant import Run, Track, Variant
+from ckptq.evaluate.variant import Track, Variant, runs_of
 from ckptq.evaluate.watching import Watching
 from ckptq.evaluate.weights.schemes import SchemeWeights, planned_inputs
 from ckptq.forward.decoded import weights_of
@@ -112,11 +112,7 @@ class Rows:
     def _embedded(self) -> Stream:
         """The source in front of the first layer."""
         size = 1 if self._reader.device.type == "cpu" else None
-        runs = [
-            Run(batch.input_ids_BS, batch.mask_BS, batch.lengths, SOURCE, lines)
-            for batch, lines in self._text.batches(size)
-        ]
-        stream = self._model.embed(runs)
+        stream = self._model.embed(runs_of(self._text, size, [SOURCE]))
         self._reader.release()
         if not stream.resumable:
             raise UsageError(

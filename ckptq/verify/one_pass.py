@@ -12,7 +12,7 @@ from ckptq.models.witnesses import Witnesses
 from ckptq.quantize.formats import needs_statistic
 from ckptq.verify.diagnosis.diagnose import Case, diagnose
 from ckptq.verify.diagnosis.rescaled import settle
-from ckptq.verify.options import Options, Progress
+from ckptq.verify.options import Options
 from ckptq.verify.report import Checked, Finding
 from ckptq.verify.roundtrip.copies import Copy, copy_tasks, finite_tasks, judge_copy, judge_finite
 from ckptq.verify.roundtrip.decoders.check import check_decoders, check_fused
@@ -46,7 +46,7 @@ def check_data(
 ) -> Checked:
     """Values, round trip and copies. Linears with faults in `by_linear` are left out; `structure`
     holds all findings from headers."""
-    fast, progress = options.fast, options.progress
+    fast = options.fast
     linears = {linear.name: linear for linear in _sound(subject, by_linear)}
     undo = make_undo(subject)
     with Files() as files:
@@ -60,8 +60,8 @@ def check_data(
         found += check_tied_head(subject, files)
         found += _new_groups(check_decoders(subject, linears, files, undo), structure)
         found += check_fused(subject, files)
-        parts = _round_trip(linears, files, undo, fast, progress)
-        copies = _copies(subject, files, undo, fast, progress)
+        parts = _round_trip(linears, files, undo, options)
+        copies = _copies(subject, files, undo, options)
         tallies = _tallies(subject.witnesses, linears, parts, files, fast)
         tallies = with_kept_scales(subject, linears, tallies, files, undo)
         for part in parts:
@@ -82,6 +82,17 @@ def check_data(
         arrivals=simulated.arrivals,
         copied=len({copy.name for copy in copies} - different) if subject.source else 0,
     )
+
+
+def assist(
+    subject: Subject, by_linear: Mapping[str, tuple[Finding, ...]], options: Options
+) -> None:
+    """What ranks behind the first do of `check_data`: their share of all comparisons."""
+    linears = {linear.name: linear for linear in _sound(subject, by_linear)}
+    undo = make_undo(subject)
+    with Files() as files:
+        _round_trip(linears, files, undo, options)
+        _copies(subject, files, undo, options)
 
 
 def _judged(case: Case, values: list[Finding]) -> list[Finding]:
@@ -111,26 +122,28 @@ def _sound(
 
 
 def _round_trip(
-    linears: dict[str, StoredLinear], files: Files, undo: Undo, fast: bool, progress: Progress
+    linears: dict[str, StoredLinear], files: Files, undo: Undo, options: Options
 ) -> list[Part]:
-    parts: list[Part] = []
-    for made in in_order(tasks(linears.values(), files, undo, fast)):
-        parts += made
-        progress(made[0].name, sum(part.nbytes for part in made))
-    return parts
+    """The results of all ranks, in the order of the tasks."""
+    mine: list[list[Part]] = []
+    for made in in_order(options.ranks.share(tasks(linears.values(), files, undo, options.fast))):
+        mine.append(made)
+        options.progress(made[0].name, sum(part.nbytes for part in made))
+    return [part for made in options.ranks.joined(mine) for part in made]
 
 
-def _copies(
-    subject: Subject, files: Files, undo: Undo, fast: bool, progress: Progress
-) -> list[Copy]:
-    make = copy_tasks(subject, files, undo, fast)
+def _copies(subject: Subject, files: Files, undo: Undo, options: Options) -> list[Copy]:
+    make = copy_tasks(subject, files, undo, options.fast)
     if subject.source is None:
-        make = finite_tasks(subject, files, fast)
+        make = finite_tasks(subject, files, options.fast)
+    mine: list[Copy] = []
+    for copy in in_order(options.ranks.share(make)):
+        mine.append(copy)
+        options.progress(copy.name, copy.nbytes)
     copies: dict[str, Copy] = {}
-    for copy in in_order(make):
+    for copy in options.ranks.joined(mine):
         before = copies.get(copy.name)
         copies[copy.name] = copy if before is None else _added(before, copy)
-        progress(copy.name, copy.nbytes)
     return list(copies.values())
 
 

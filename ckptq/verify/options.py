@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from ckptq.distributed.ranks import ALONE, Ranks
 from ckptq.verify.loaders import Engine
 
 Progress = Callable[[str, int], None]
@@ -13,8 +14,9 @@ Progress = Callable[[str, int], None]
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Options:
-    """How much is looked at."""
+    """How much is looked at, and by whom."""
 
     fast: bool
     engine: Engine | None
     progress: Progress
+    ranks: Ranks = ALONE

@@ -9,12 +9,13 @@ from pathlib import Path
 
 from ckptq.checkpoint.open import Checkpoint, Problems, open_checkpoint
 from ckptq.device import find_device
+from ckptq.distributed.ranks import together
 from ckptq.errors import SourceError, UsageError
 from ckptq.progress import Begin, silent
 from ckptq.verify.config_judge import judge_config
 from ckptq.verify.engine.ask import ask_engine
 from ckptq.verify.loaders import find_engine
-from ckptq.verify.options import Options
+from ckptq.verify.options import Options, Progress
 from ckptq.verify.report import Checked, Finding, HeadResult, LayerResult, Report, once
 from ckptq.verify.structure.checks import check_structure
 from ckptq.verify.structure.tensors import check_tensors
@@ -44,6 +45,9 @@ def verify(
     source on a little text (`text`: a file or data set, else a built-in corpus) and measures its
     q, k and v in FP8 with the stored scales, on `device` (`find_device`).
 
+    Under torchrun the comparison of weights and copies is divided among the processes; the first
+    does the rest, and all return its report.
+
     Raises SourceError for a checkpoint that cannot be read; everything else is a finding.
     """
     if attention and source is None:
@@ -61,21 +65,49 @@ def verify(
         raise UsageError(f"--device {device} applies only to --attention")
     where = find_device(device) if attention else "cpu"
     began = time.monotonic()
-    problems: Problems = []
-    ckpt = open_checkpoint(path, problems=problems)
-    asking = Asking(
-        headers_only=headers_only,
-        engine=engine,
-        vllm_python=vllm_python,
-        attention=attention,
-        text=text,
-        device=str(where),
-        options=Options(fast=fast, engine=chosen, progress=begin("verify", ckpt.nbytes)),
-    )
-    original = open_checkpoint(source) if source is not None else None
-    found = judge(ckpt, original, asking, problems)
+    with together() as ranks:
+        problems: Problems = []
+        ckpt = ranks.agreed(lambda: open_checkpoint(path, problems=problems))
+        progress = _up_to(ckpt.nbytes // ranks.world, begin)
+        asking = Asking(
+            headers_only=headers_only,
+            engine=engine,
+            vllm_python=vllm_python,
+            attention=attention,
+            text=text,
+            device=str(where),
+            options=Options(fast=fast, engine=chosen, progress=progress, ranks=ranks),
+        )
+        original = ranks.agreed(lambda: open_checkpoint(source) if source is not None else None)
+        made = judge(ckpt, original, asking, problems) if ranks.leads else None
+        if not ranks.leads and not headers_only:
+            _assist(ckpt, original, asking.options)
+        found = ranks.from_first(made)
+    assert found is not None
     told = None if source is None else str(source)
     return replace(found, path=str(path), source=told, seconds=time.monotonic() - began)
+
+
+def _up_to(total: int, begin: Begin) -> Progress:
+    """Progress of a share that may be somewhat larger than the others'."""
+    report, left = begin("verify", total), total
+
+    def progress(what: str, done: int) -> None:
+        nonlocal left
+        if left > 0:
+            report(what, min(done, left))
+        left -= done
+
+    return progress
+
+
+def _assist(ckpt: Checkpoint, source: Checkpoint | None, options: Options) -> None:
+    """What a rank behind the first does."""
+    from ckptq.verify.one_pass import assist
+
+    declared, _ = judge_config(ckpt)
+    subject = Subject(ckpt, source, declared)
+    assist(subject, check_tensors(subject), options)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

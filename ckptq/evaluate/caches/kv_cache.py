@@ -16,6 +16,7 @@ from ckptq.calibrate.observers import scale_of
 from ckptq.checkpoint.open import Checkpoint
 from ckptq.checkpoint.read import read_tensor
 from ckptq.errors import UsageError
+from ckptq.evaluate.largest import Largest
 from ckptq.forward.linear_inputs import real_positions
 from ckptq.kernels.token_head.kv_format import FORMATS, Rotation
 from ckptq.models.attention import cache_scales
@@ -90,23 +91,20 @@ class Maxima:
     """Largest magnitude of q, k and v per head, by attention module, as the source runs."""
 
     def __init__(self) -> None:
-        self._amax: dict[str, dict[str, Tensor]] = {}
+        self.seen = Largest()
 
     def see(self, module: str, qkv: Mapping[str, Tensor], lengths: Sequence[int]) -> None:
         """Fold a batch in, [B, H, S, D] each; padding does not count."""
-        import torch
-
-        seen = self._amax.setdefault(module, {})
         for which, x_BHSD in qkv.items():
             x_HTD = x_BHSD.transpose(0, 1).flatten(1, 2)
             where = real_positions(lengths, x_BHSD.shape[2], x_BHSD.device)
             real_HTD = x_HTD if where is None else x_HTD.index_select(1, where)
-            amax_H = real_HTD.abs().amax((1, 2))
-            seen[which] = torch.maximum(seen[which], amax_H) if which in seen else amax_H
+            self.seen.see((module, which), real_HTD.abs().amax((1, 2)))
 
     def scales(self, module: str) -> dict[str, Tensor]:
         """amax / 448 per head in the dtype of q, k and v, as in calibration."""
-        return {w: scale_of(amax_H, amax_H.dtype) for w, amax_H in self._amax[module].items()}
+        found = {which: self.seen.values.get((module, which)) for which in "qkv"}
+        return {w: scale_of(a_H, a_H.dtype) for w, a_H in found.items() if a_H is not None}
 
 
 def parse_cache(name: str, ckpt: Checkpoint | None) -> KVCache:

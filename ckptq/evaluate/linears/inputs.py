@@ -17,6 +17,7 @@ from ckptq.checkpoint.open import Checkpoint
 from ckptq.checkpoint.read import read_tensor
 from ckptq.engines.vllm import group_of
 from ckptq.errors import PlanError, SourceError
+from ckptq.evaluate.largest import Largest
 from ckptq.evaluate.linears.microscaling import mxfp4, mxfp8, nvfp4
 from ckptq.forward.linear_inputs import real_tokens
 from ckptq.recipes.args import Args
@@ -141,22 +142,18 @@ class InputMaxima:
     """Largest magnitude of each weight's input, taken while the source runs."""
 
     def __init__(self) -> None:
-        self._amax: dict[str, Tensor] = {}
-        """On the device: reading one makes the host wait."""
+        self.seen = Largest()
 
     def see(self, lengths: Sequence[int], parameter: str, x: Tensor) -> Tensor:
         """Fold one input in and return it; padding does not count."""
-        import torch
-
-        amax, seen = real_tokens(x, lengths, parameter).abs().amax(), self._amax.get(parameter)
-        self._amax[parameter] = amax if seen is None else torch.maximum(amax, seen)
+        self.seen.see(parameter, real_tokens(x, lengths, parameter).abs().amax())
         return x
 
     def filled(self, parameter: str, rule: InputScheme) -> InputScheme:
         """Give a static rule without a scale the one that calibration on this text would find."""
         if not rule.static:
             return rule
-        amax = float(self._amax[parameter])
+        amax = float(self.seen.values[parameter])
         if rule.type == "nvfp4":
             return replace(rule, scale=_global_scale(amax), static=False)
         top = FP8_MAX if rule.type == "float" else INT8_MAX

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import os
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TypeVar
+
+from ckptq.distributed.ranks import cores
 
 T = TypeVar("T")
 
@@ -18,7 +19,7 @@ def in_order(tasks: Iterable[Callable[[], T]], workers: int | None = None) -> It
     """
     import torch
 
-    count = workers or len(os.sched_getaffinity(0))
+    count = workers or cores()
     pool = ThreadPoolExecutor(
         count, "ckptq-verify", initializer=torch.set_num_threads, initargs=(1,)
     )
