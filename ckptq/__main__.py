@@ -10,7 +10,7 @@ from typing import NoReturn
 
 from ckptq.cli import app
 from ckptq.distributed.ranks import met, started
-from ckptq.errors import CkptqError, MachineError, UsageError
+from ckptq.errors import CkptqError, MachineError, ProcessLost, UsageError
 from ckptq.interrupts import Interrupted, ignore_signals, listen
 from ckptq.show import console
 
@@ -30,13 +30,16 @@ def main() -> NoReturn:
         code = _run()
     except Interrupted:
         ignore_signals()
-        resumed = len(sys.argv) > 1 and sys.argv[1] in RESUMED
-        kept = "rerun the same command to resume" if resumed else "nothing is kept"
         also = ", perhaps because another process of the run has ended"
-        console.note(f"interrupted{also if started().world > 1 else ''}; {kept}")
+        console.note(f"interrupted{also if started().world > 1 else ''}; {_kept()}")
         code = 130
     ignore_signals()
     sys.exit(code)
+
+
+def _kept() -> str:
+    resumed = len(sys.argv) > 1 and sys.argv[1] in RESUMED
+    return "rerun the same command to resume" if resumed else "nothing is kept"
 
 
 def _run() -> int | str | None:
@@ -48,6 +51,8 @@ def _run() -> int | str | None:
         return 0
     except SystemExit as end:
         return end.code
+    except ProcessLost as error:
+        return console.complain(ProcessLost(f"{error}; {_kept()}"))
     except CkptqError as error:
         if isinstance(error, UsageError) and not started().leads and not met():
             return error.exit_code  # the first says the same

@@ -39,6 +39,10 @@ class MachineError(CkptqError):
     exit_code = 4
 
 
+class ProcessLost(MachineError):
+    """Another process of the same run has ended while this one waited for it."""
+
+
 class ToldElsewhere(CkptqError):
     """Another process of the same run says what went wrong; this one only ends with its code."""
 

@@ -104,7 +104,7 @@ def calibrate(
         inputs=inputs,
         linear=_observer(input_observer, None),
     )
-    check_observers([wanted.attention.name, wanted.linear.name], ranks)
+    ranks.agreed(lambda: check_observers([wanted.attention.name, wanted.linear.name], ranks))
     pinned = ckpt.pinned()
     kept = None
     if journal is not None:

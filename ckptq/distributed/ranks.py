@@ -1,7 +1,7 @@
 """The processes that torchrun starts for one task, on a host or on several.
 
-Every process, a rank, does its share of the work. What they tell each other is small, and goes
-through gloo: statistics, findings, sums. Results have the order of the ranks, or of the work, never
+Every process, a rank, does its share of the work. What they tell each other is small: statistics,
+findings, sums. Results have the order of the ranks, or of the work, never
 that of arrival. On several hosts they share a file system, where outputs are.
 """
 
@@ -10,19 +10,16 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
-from datetime import timedelta
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from threading import Event
 from typing import TypeVar
 
-from ckptq.errors import CkptqError, MachineError, ToldElsewhere
+from ckptq.distributed.group import Group
+from ckptq.errors import CkptqError, ToldElsewhere
 from ckptq.interrupts import ignore_signals
 
 T = TypeVar("T")
-
-PATIENCE = timedelta(days=1)
-"""How long a rank may wait for the slowest."""
 
 
 @dataclass(frozen=True)
@@ -34,6 +31,8 @@ class Ranks:
     world: int = 1
     on_host: int = 1
     """How many of them are on this machine."""
+    group: Group | None = field(default=None, repr=False, compare=False)
+    """None for a single process, and outside of `together`."""
 
     @property
     def leads(self) -> bool:
@@ -46,14 +45,7 @@ class Ranks:
 
     def gathered(self, mine: T) -> list[T]:
         """What every rank has, in their order. Tensors have to be on the CPU."""
-        if self.world == 1:
-            return [mine]
-        import torch.distributed as dist
-
-        found: list[T] = [mine] * self.world
-        with _others_alive():
-            dist.all_gather_object(found, mine)
-        return found
+        return [mine] if self.group is None else self.group.gather(mine)
 
     def joined(self, mine: Sequence[T]) -> list[T]:
         """All ranks' results for their `share`, in the order of the whole."""
@@ -65,14 +57,10 @@ class Ranks:
 
     def from_first(self, mine: T) -> T:
         """What rank 0 has."""
-        if self.world == 1:
+        if self.group is None:
             return mine
-        import torch.distributed as dist
-
-        held = [mine]
-        with _others_alive():
-            dist.broadcast_object_list(held)
-        return held[0]
+        found: T = self.group.broadcast(mine, self.leads)
+        return found
 
     def agreed(self, step: Callable[[], T]) -> T:
         """Take a step that may fail. If it fails on any rank, the first of these raises its error,
@@ -113,8 +101,9 @@ _MET = Event()
 
 def started() -> Ranks:
     """What torchrun says of this process in its environment."""
-    found = (os.environ.get(name, "1") for name in ("WORLD_SIZE", "LOCAL_WORLD_SIZE"))
-    return Ranks(int(os.environ.get("RANK", "0")), *map(int, found))
+    said = os.environ
+    world, on_host = int(said.get("WORLD_SIZE", "1")), int(said.get("LOCAL_WORLD_SIZE", "1"))
+    return Ranks(int(said.get("RANK", "0")), world, on_host)
 
 
 def cores() -> int:
@@ -130,17 +119,15 @@ def together() -> Iterator[Ranks]:
         yield ranks
         return
     import torch
-    import torch.distributed as dist
 
     if not _threads_chosen():
         torch.set_num_threads(cores())
-    with _others_alive():
-        dist.init_process_group("gloo", timeout=PATIENCE)
+    group = Group(ranks.rank, ranks.world)
     _MET.set()
     try:
-        yield ranks
+        yield replace(ranks, group=group)
     finally:
-        dist.destroy_process_group()
+        group.close()
 
 
 def met() -> bool:
@@ -157,12 +144,3 @@ def _threads_chosen() -> bool:
     except OSError:
         return os.environ.get("OMP_NUM_THREADS") != "1"
     return any(entry.startswith(b"OMP_NUM_THREADS=") for entry in held.split(b"\0"))
-
-
-@contextmanager
-def _others_alive() -> Iterator[None]:
-    """MachineError where another process ends while this one waits for it."""
-    try:
-        yield
-    except RuntimeError as error:
-        raise MachineError("another process of this run has ended, or cannot be reached") from error

@@ -1,0 +1,126 @@
+"""Commands under torchrun: rank 0 prints what one process prints, the others nothing, and all end
+with the same code."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+from test_ranks_quantize import request
+from tiny.torchrun import Done, forked
+from typer.testing import CliRunner
+
+from ckptq.cli import app
+from ckptq.convert.quantize import quantize
+
+RANKS = 3
+
+
+@pytest.fixture(scope="module")
+def quantized(given, tmp_path_factory) -> Path:
+    out = tmp_path_factory.mktemp("quantized") / "out"
+    quantize(request(given, out))
+    return out
+
+
+@pytest.fixture(scope="module")
+def damaged(quantized, tmp_path_factory) -> Path:
+    """Findings in several shards, a code and a copy among them."""
+    out = tmp_path_factory.mktemp("damaged") / "out"
+    shutil.copytree(quantized, out)
+    for shard in sorted(out.glob("*.safetensors"))[:6]:
+        data = bytearray(shard.read_bytes())
+        data[-1] ^= 0x41
+        shard.write_bytes(data)
+    return out
+
+
+@pytest.fixture(scope="module")
+def commands(given, quantized, damaged) -> dict[str, list[str]]:
+    text = ["--data", str(given.text), "--device", "cpu"]
+    source = ["--source", str(given.llama)]
+    caches = ["--kv-cache", "fp8-per-head,fp8-scale-1"]
+    return {
+        "verify": ["verify", str(quantized), *source, "--json"],
+        "verify without a source": ["verify", str(quantized), "--json"],
+        "verify what is damaged": ["verify", str(damaged), *source, "--engine", "vllm", "--json"],
+        "evaluate": ["evaluate", str(quantized), *source, *caches, *text, "--json"],
+        "more ranks than batches": [
+            *("evaluate", str(given.llama), "--schemes", "fp8-static", *text, "--json"),
+            *("--batch-size", "4", "--max-kl", "0"),
+        ],
+    }
+
+
+@pytest.fixture(scope="module")
+def refused(given, quantized) -> dict[str, list[str]]:
+    """A word of the refusal -> the command. The first two are refused before ranks have met."""
+    convert = ["quantize", str(given.llama), "-o", str(quantized.with_name("new"))]
+    return {
+        "permute runs in one process": ["permute", str(given.llama), "-o", "new"],
+        "--tasks runs another program": ["evaluate", str(given.llama), "--tasks", "piqa"],
+        "in one process; run it without torchrun": [*convert, "--scheme", "w4a16-gptq"],
+        "--stream is for single processes": [*convert, "--scheme", "w4a16", "--stream"],
+        "--part is for single processes": [*convert, "--scheme", "w4a16", "--part", "1/2"],
+        "already exists": [*convert[:-1], str(quantized), "--scheme", "fp8-dynamic"],
+        "'minmax' depends on the order": [
+            *("calibrate", str(given.llama), "-o", str(quantized.with_name("scales"))),
+            *("--recipe", str(quantized.with_name("minmax.yaml")), "--data", str(given.text)),
+        ],
+    }
+
+
+MINMAX = """
+DEFAULT_stage:
+  DEFAULT_modifiers:
+    QuantizationModifier:
+      kv_cache_scheme: {num_bits: 8, type: float, symmetric: true, dynamic: false,
+                        strategy: tensor, observer: minmax}
+"""
+
+
+@pytest.fixture(scope="module")
+def ended(given, commands, refused, quantized, tmp_path_factory) -> dict[str, list[Done]]:
+    """By command, what each rank made of it."""
+    folder = tmp_path_factory.mktemp("session")
+    quantized.with_name("minmax.yaml").write_text(MINMAX)
+    calibrate = ["calibrate", str(given.mixtral), "--scheme", "fp8-static", "--device", "cpu"]
+    calibrate += ["--data", str(given.text), "-o", str(folder / "scales")]
+    every = {**refused, **commands, "calibrate": calibrate}
+    found = forked(folder / "session", list(every.values()), RANKS)
+    ended = dict(zip(every, found, strict=True))
+    assert not any(done.stdout for ranks in ended.values() for done in ranks[1:])
+    assert [done.code for done in ended["calibrate"]] == [0] * RANKS, ended["calibrate"]
+    alone = CliRunner().invoke(app, [*calibrate[:-1], str(folder / "alone")])
+    assert alone.exit_code == 0, alone.output
+    assert (folder / "scales").read_bytes() == (folder / "alone").read_bytes()
+    return ended
+
+
+def test_rank_0_prints_what_one_process_does(commands, ended):
+    for name, words in commands.items():
+        alone = CliRunner().invoke(app, words)
+        assert [done.code for done in ended[name]] == [alone.exit_code] * RANKS, ended[name]
+        ours, theirs = json.loads(ended[name][0].stdout), json.loads(alone.stdout)
+        assert ours.pop("seconds") > 0
+        theirs.pop("seconds")
+        assert ours == theirs, name
+
+
+def test_the_comparison_would_notice(commands, ended):
+    """Findings and figures are there, and those of other text differ."""
+    assert len(json.loads(ended["verify what is damaged"][0].stdout)["findings"]) >= 3
+    found = json.loads(ended["evaluate"][0].stdout)
+    fewer = CliRunner().invoke(app, [*commands["evaluate"], "--samples", "5"])
+    assert json.loads(fewer.stdout)["rows"] != found["rows"]
+    assert ended["more ranks than batches"][0].code == 1
+
+
+def test_what_is_not_divided_is_refused_in_one_line(refused, ended):
+    for why in refused:
+        told = [done.stderr for done in ended[why] if "error: " in done.stderr]
+        assert len(told) == 1, (why, ended[why])
+        assert why in told[0]
+        assert told[0].count("error: ") == 1
+        assert told[0].endswith("\n")
+        assert {done.code for done in ended[why]} == {2}
