@@ -99,10 +99,13 @@ class Watching:
 
     def gather(self) -> None:
         """Let all ranks know which rows have failed on any, and why, and what was noted."""
-        for failed, notes in self.ranks.gathered((self.failed, self.notes)):
-            self.failed = failed | self.failed
+        every = self.ranks.gathered((dict(self.failed), dict(self.notes)))
+        self.failed.clear()
+        self.notes.clear()
+        for failed, notes in every:
+            self.failed = failed | self.failed  # the first rank's error stays
             for row, lines in notes.items():
-                self.notes[row] = lines | self.notes.get(row, {})
+                self.notes[row] = self.notes.get(row, {}) | lines
 
     @contextmanager
     def told(self, *rows: Variant) -> Iterator[None]:
