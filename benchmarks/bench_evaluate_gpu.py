@@ -75,6 +75,7 @@ def plain(model: Path, samples: int) -> dict[str, Any]:
 def evaluated(model: Path, samples: int) -> dict[str, Any]:
     """Seconds of `evaluate`, of every row, and of loading."""
     import torch
+    import transformers
 
     from ckptq.checkpoint.open import open_checkpoint
     from ckptq.evaluate.run import evaluate
@@ -82,6 +83,7 @@ def evaluated(model: Path, samples: int) -> dict[str, Any]:
     from ckptq.forward.loader import Loader
     from ckptq.recipes.load import load_scheme
 
+    transformers.LlamaForCausalLM  # noqa: B018, imports it: start-up has a column of its own
     text = Text(tuple(Line(tuple(ids)) for ids in lines(samples)), "random tokens")
     loading: list[float] = []
     Loader.load = _timed(Loader.load, loading)  # type: ignore[method-assign]
