@@ -40,7 +40,8 @@ class Partial:
         if parts == 1:
             return Partial(None, None, None, 1)
         out = torch.empty(parts, rows, D, dtype=torch.float32, device=device)
-        return Partial(out, *torch.empty(2, parts, rows, device=device), parts)
+        highest, total = torch.empty(2, parts, rows, device=device)
+        return Partial(out, highest, total, parts)
 
     def merge(self, out: Tensor) -> None:
         """Write the whole results into `out`, [R, D] in any shape."""

@@ -142,9 +142,10 @@ def _paged_attention_kernel(
     tl.store(out_ptrs, narrow(out_MD, out_ptr.dtype.element_ty), mask=m_MD)
 
 
-DECODE = (128, 3)
-"""Keys of a tile, and stages, for one query of each sequence: the fastest for 32 sequences of 8,192
-keys on an H200, whatever the cache holds."""
+DECODE = {2: (64, 1, 2), 16: (64, 4, 3)}
+"""Keys of a tile, warps and stages for one query of each sequence, by the bits of a cached value:
+the fastest for 32 sequences of 8,192 keys on an H200."""
+DECODE_OTHERS = (32, 1, 3)
 
 
 def paged_tile(group: int, longest: int, bits: int, D: int, device: torch.device) -> dict[str, int]:
@@ -156,21 +157,18 @@ def paged_tile(group: int, longest: int, bits: int, D: int, device: torch.device
     """
     whole = triton.next_power_of_2(group)
     if longest == 1:
-        columns, stages = DECODE
+        columns, warps, stages = DECODE.get(bits, DECODE_OTHERS)
         rows = max(16, whole)
     else:
-        columns, stages = 64, 2
+        columns, warps, stages = 64, 4, 2
         rows = max(16, whole, min(64, triton.next_power_of_2(group * longest)))
+    if rows > 16 or D > 128:  # more than a warp's registers hold
+        warps = 4 if rows <= 64 else 8
     bytes_of_key = 2 * D * (2 if bits == 16 else 1)
     room = shared_memory(device) - 2 * D * rows
     while columns > 16 and columns * (stages * bytes_of_key + 4 * D) > room:
         columns //= 2
-    return {
-        "ROWS": rows,
-        "COLUMNS": columns,
-        "num_warps": 4 if rows <= 64 else 8,
-        "num_stages": stages,
-    }
+    return {"ROWS": rows, "COLUMNS": columns, "num_warps": warps, "num_stages": stages}
 
 
 def launch(

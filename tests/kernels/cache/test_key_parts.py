@@ -50,7 +50,9 @@ def test_parts_of_a_plain_cache_make_the_whole(
     shape = Layout.NHD.shape(blocks, BLOCK, K, D)
     k, v = (heads(blocks * BLOCK, K, D, seed=i).to(device).view(shape) for i in range(2))
     q = heads(len(LENGTHS), H, D, seed=2).to(device)
-    want = dispatch.paged_attention(q.cpu(), k.cpu(), v.cpu(), _on_cpu(found), scaling=0.1, mask=mask)
+    want = dispatch.paged_attention(
+        q.cpu(), k.cpu(), v.cpu(), _on_cpu(found), scaling=0.1, mask=mask
+    )
     alone(monkeypatch)
     one = paged_attention(q, k, v, found, scaling=0.1, mask=mask)
     divided(monkeypatch)
