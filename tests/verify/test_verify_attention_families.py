@@ -1,6 +1,5 @@
 """`--attention` of families with windows and sinks, and over pages as on a GPU."""
 
-
 import pytest
 import torch
 from safetensors.torch import save_file
