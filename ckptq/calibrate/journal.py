@@ -51,11 +51,20 @@ GUESSED_SPEED = 1e9
 class Journal:
     """The folder in which one calibration keeps its state."""
 
-    def __init__(self, folder: Path, run: Mapping[str, Any], ranks: Ranks = ALONE) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        run: Mapping[str, Any],
+        ranks: Ranks = ALONE,
+        share: Ranks = ALONE,
+    ) -> None:
         """Start a run, or resume the same one. UsageError if the folder holds the state of a
-        different run."""
+        different run.
+
+        `share` are the ranks if they divide the batches, and ALONE where each runs all of them.
+        """
         self._folder = folder
-        self._ranks = ranks
+        self._ranks, self._share = ranks, share
         self._wrote = monotonic()
         self._cost: float | None = None
         self._told = False
@@ -88,17 +97,20 @@ class Journal:
         """
         resumable = all(self._ranks.gathered(stream.resumable))
         state = self._ranks.led(self._last_whole) if resumable else None
-        if state is None or (holds is not None and not holds(range(_layers_of(state)))):
+        if state is None:
+            return 0
+        done = range(_layers_of(state))
+        if holds is not None and not self._ranks.led(lambda: holds(done)):
             return 0
         for number, file in enumerate(self._batches(state, stream)):
             stream.hidden_BSE[number] = read_tensors(read_header(file).tensors)["hidden"]
-        if self._ranks.leads:  # what all had seen, which must not count twice
+        if self._share.leads:  # what all had seen, which must not count twice
             _restore_points(state, statistics)
         return _layers_of(state)
 
     def _batches(self, state: Path, stream: Stream) -> list[Path]:
         """The files of this rank's batches, which are numbered through all."""
-        ranks = self._ranks
+        ranks = self._share
         numbers = (ranks.rank + ranks.world * index for index in range(len(stream.batches)))
         return [state / f"batch-{number:05d}.safetensors" for number in numbers]
 
@@ -117,7 +129,7 @@ class Journal:
         """Write the state after `done` layers, unless the last one is too recent to be worth it."""
         began = monotonic()
         mine = sum(hidden_BSE.nbytes for hidden_BSE in stream.hidden_BSE)
-        every = self._ranks.gathered((mine, stream.resumable))
+        every = self._share.gathered((mine, stream.resumable))
         size = sum(nbytes for nbytes, _ in every)
         if not all(resumable for _, resumable in every):
             return
@@ -158,8 +170,9 @@ class Journal:
     def _write(self, done: int, stream: Stream, statistics: Statistics) -> None:
         name = f"layer-{done:05d}"
         scratch = self._ranks.led(lambda: self._begin(name))
-        self._ranks.agreed(lambda: self._save_batches(scratch, stream))
-        whole = merged(statistics, self._ranks)
+        if self._share.world > 1 or self._ranks.leads:
+            self._share.agreed(lambda: self._save_batches(scratch, stream))
+        whole = merged(statistics, self._share)
         self._ranks.led(lambda: self._save_points(scratch, whole.points))
         self._ranks.led(lambda: self._end(name, in_place_of="layer-*"))
 

@@ -132,7 +132,7 @@ def calibrate_plan(
     )
     quantizer = None
     if plan.recipe.runs_layers and folder is not None:
-        quantizer = LayerQuantizer(plan, folder, found)
+        quantizer = LayerQuantizer(plan, folder, found, ranks)
     report = begin("calibrate", plan.layout.num_layers, "layers")
     made = calibrate(
         ckpt,

@@ -90,7 +90,8 @@ def calibrate(
     folder belongs to a run with another source, samples or arguments.
 
     With `ranks` every process runs its share of the batches, and all get the merged scales. They
-    have one journal, which any number of processes can resume from.
+    have one journal, which any number of processes can resume from. With a `quantizer` every
+    process runs all batches, and that divides the weights.
 
     A `quantizer` quantizes every layer once it has run. If it `propagates`, the next is given what
     the quantized layer makes of the samples, and scales are of that.
@@ -106,10 +107,11 @@ def calibrate(
     )
     ranks.agreed(lambda: check_observers([wanted.attention.name, wanted.linear.name], ranks))
     pinned = ckpt.pinned()
+    share = ranks if quantizer is None else ALONE
     kept = None
     if journal is not None:
         depends = _identity(ckpt, pinned, samples, wanted, batch_size, device, eager)
-        kept = Journal(journal, depends, ranks)
+        kept = Journal(journal, depends, ranks, share)
         whole = quantizer is None or quantizer.holds_all()
         if whole and (finished := kept.finished()) is not None:
             return finished
@@ -119,10 +121,10 @@ def calibrate(
     model = open_model(ckpt, device, weights, eager, trust_remote_code)
     statistics = Statistics(wanted)
     _check_vocabulary(model, samples)
-    batches = ranks.share(samples.batches(batch_size))
+    batches = share.share(samples.batches(batch_size))
     _run(model, batches, statistics, progress, kept, observed, quantizer)
     check_unchanged(pinned)
-    statistics = merged(statistics, ranks)
+    statistics = merged(statistics, share)
     classes = _classes(model, statistics)
     _check_complete(ckpt, model, statistics)
     scales = scales_of(ckpt, statistics, classes, samples, batch_size)

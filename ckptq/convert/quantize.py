@@ -167,13 +167,11 @@ def _check_divisible(request: QuantizeRequest, ranks: Ranks) -> None:
     for option in ("--stream", "--part", "--join"):
         if option in _given(request):
             raise UsageError(f"{option} is for single processes; start them without torchrun")
-    if recipe.handed_over or recipe.runs_layers:
-        why = (
-            f"{recipe.handed_over[0]} runs in llm-compressor"
-            if recipe.handed_over
-            else "weights are quantized by the inputs of all samples, layer after layer"
+    if recipe.handed_over:
+        raise UsageError(
+            f"recipe {recipe.name!r}: {recipe.handed_over[0]} runs in llm-compressor, in one "
+            "process; run it without torchrun"
         )
-        raise UsageError(f"recipe {recipe.name!r}: {why}, in one process; run it without torchrun")
 
 
 def _scales(

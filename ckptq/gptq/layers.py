@@ -10,6 +10,7 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ckptq.distributed.ranks import ALONE, Ranks
 from ckptq.errors import UsageError
 from ckptq.forward.layerwise import LayerwiseModel
 from ckptq.forward.linear_inputs import Experts, Inputs
@@ -31,9 +32,14 @@ if TYPE_CHECKING:
 class LayerQuantizer:
     """Quantizes what a plan quantizes of each decoder layer that is run."""
 
-    def __init__(self, plan: Plan, folder: Path, device: torch.device) -> None:
-        """`folder` keeps the finished layers. UsageError for q and k in another order than the
-        source's, which the layers cannot run with."""
+    def __init__(
+        self, plan: Plan, folder: Path, device: torch.device, ranks: Ranks = ALONE
+    ) -> None:
+        """`folder` keeps the finished layers. Of several `ranks` all run the layers on all samples,
+        because a Hessian is a sum in their order; they divide the weights.
+
+        UsageError for q and k in another order than the source's, which the layers cannot run with.
+        """
         if any(part.weight is not part.linear.weight for unit in plan.units for part in unit.parts):
             raise UsageError(
                 f"recipe {plan.recipe.name!r} runs the layers in the source's RoPE order; "
@@ -41,6 +47,7 @@ class LayerQuantizer:
             )
         self._plan = plan
         self._units = Units(plan, device)
+        self._ranks = ranks
         self.kept = kept_in(folder)
         self._weights: Rewritten | None = None
         self._seen = self._unseen()
@@ -90,12 +97,23 @@ class LayerQuantizer:
         made, told = Made(), Told()
         units = self._units_of(model, model.layer_names[index])
         for ready in self._in_turn(units, told):
-            for batch in self._units.in_batches(ready):
-                made |= self._units.quantized(batch, self._seen, told)
-        self.kept.keep(index, made, told.to_json())
+            for found, said in self._quantized(ready):
+                made |= found
+                told.add(said)
+        self._ranks.led(lambda: self.kept.keep(index, made, told.to_json()))
         if self.propagates:
             self._weights.rewrite([part for unit in units for part in unit.parts], made)
         self._seen, self._routed = self._unseen(), {}
+
+    def _quantized(self, units: Sequence[Unit]) -> list[tuple[Made, Told]]:
+        """What all ranks make of units, in the order of these."""
+        mine = []
+        for batch in self._ranks.share(self._units.in_batches(units)):
+            told = Told()
+            mine.append((self._units.quantized(batch, self._seen, told), told))
+        for linear in set().union(*map(_names, units)):
+            self._seen.take(linear)  # which another rank has used
+        return self._ranks.joined(mine)
 
     def _in_turn(self, units: Sequence[Unit], told: Told) -> Iterator[list[Unit]]:
         """The units, with the moments of their Linears at hand: those of experts in portions."""

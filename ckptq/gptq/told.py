@@ -23,6 +23,12 @@ class Told:
     massive: dict[str, int] = field(default_factory=dict)
     """Linear -> how many tokens are left out of its Hessian."""
 
+    def add(self, other: Told) -> None:
+        """What else is to be told of the same layer."""
+        self.nearest += other.nearest
+        self.unsolved += other.unsolved
+        self.massive |= other.massive
+
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
 

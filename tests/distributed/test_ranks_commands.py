@@ -6,7 +6,7 @@ import shutil
 from pathlib import Path
 
 import pytest
-from test_ranks_quantize import request
+from test_ranks_quantize import files, request
 from tiny.torchrun import Done, forked
 from typer.testing import CliRunner
 
@@ -59,7 +59,11 @@ def refused(given, quantized) -> dict[str, list[str]]:
     return {
         "permute runs in one process": ["permute", str(given.llama), "-o", "new"],
         "--tasks runs another program": ["evaluate", str(given.llama), "--tasks", "piqa"],
-        "in one process; run it without torchrun": [*convert, "--scheme", "w4a16-gptq"],
+        "runs in llm-compressor, in one process": [
+            *convert,
+            "--recipe",
+            str(quantized.with_name("smooth.yaml")),
+        ],
         "--stream is for single processes": [*convert, "--scheme", "w4a16", "--stream"],
         "--part is for single processes": [*convert, "--scheme", "w4a16", "--part", "1/2"],
         "already exists": [*convert[:-1], str(quantized), "--scheme", "fp8-dynamic"],
@@ -79,22 +83,42 @@ DEFAULT_stage:
 """
 
 
+SMOOTH = """
+DEFAULT_stage:
+  DEFAULT_modifiers:
+    SmoothQuantModifier: {mappings: [[["re:.*nowhere"], "re:.*nowhere"]]}
+    QuantizationModifier: {targets: [Linear], scheme: W8A8, ignore: [lm_head]}
+"""
+
+
 @pytest.fixture(scope="module")
 def ended(given, commands, refused, quantized, tmp_path_factory) -> dict[str, list[Done]]:
     """By command, what each rank made of it."""
     folder = tmp_path_factory.mktemp("session")
     quantized.with_name("minmax.yaml").write_text(MINMAX)
-    calibrate = ["calibrate", str(given.mixtral), "--scheme", "fp8-static", "--device", "cpu"]
-    calibrate += ["--data", str(given.text), "-o", str(folder / "scales")]
-    every = {**refused, **commands, "calibrate": calibrate}
+    quantized.with_name("smooth.yaml").write_text(SMOOTH)
+    every = {**refused, **commands}
     found = forked(folder / "session", list(every.values()), RANKS)
     ended = dict(zip(every, found, strict=True))
     assert not any(done.stdout for ranks in ended.values() for done in ranks[1:])
-    assert [done.code for done in ended["calibrate"]] == [0] * RANKS, ended["calibrate"]
-    alone = CliRunner().invoke(app, [*calibrate[:-1], str(folder / "alone")])
-    assert alone.exit_code == 0, alone.output
-    assert (folder / "scales").read_bytes() == (folder / "alone").read_bytes()
     return ended
+
+
+def test_files_are_those_of_one_process(given, tmp_path):
+    """Experts: scales of inputs, and codes that GPTQ chooses, in portions."""
+    data = ["--data", str(given.text), "--device", "cpu", "-o"]
+    commands = {
+        "scales": ["calibrate", str(given.mixtral), "--scheme", "fp8-static", *data],
+        "gptq": ["quantize", str(given.mixtral), "--scheme", "w4a16-g32-gptq", *data],
+    }
+    ranks = [[*words, tmp_path / name] for name, words in commands.items()]
+    for done in forked(tmp_path / "session", ranks, 2):
+        assert [each.code for each in done] == [0, 0], done
+    for name, words in commands.items():
+        alone = CliRunner().invoke(app, [*words, str(tmp_path / f"{name}-alone")])
+        assert alone.exit_code == 0, alone.output
+    assert (tmp_path / "scales").read_bytes() == (tmp_path / "scales-alone").read_bytes()
+    assert files(tmp_path / "gptq") == files(tmp_path / "gptq-alone")
 
 
 def test_rank_0_prints_what_one_process_does(commands, ended):

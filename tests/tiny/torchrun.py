@@ -22,6 +22,7 @@ server.set_forkserver_preload(
     [
         *("tiny.ranks_session", "ckptq.convert.pipeline", "ckptq.evaluate.run"),
         *("ckptq.verify.one_pass", "transformers.models.llama.modeling_llama"),
+        *("transformers.models.mixtral.modeling_mixtral", "ckptq.gptq.layers"),
     ]
 )
 
