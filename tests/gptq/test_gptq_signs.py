@@ -1,5 +1,4 @@
-"""Scales with signs are the best of those tried, by the plain formula in float64, and readers of the
-format multiply by them."""
+"""Scales with signs are the best of those tried, by the plain formula in float64; readers multiply."""
 
 from __future__ import annotations
 

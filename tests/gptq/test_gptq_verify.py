@@ -67,7 +67,7 @@ def test_the_recipe_says_so_where_config_json_does_not(llama: Path, tmp_path: Pa
 def test_the_recipe_says_that_scales_were_fitted(llama: Path, tmp_path: Path) -> None:
     """config.json cannot, where ranges were not weighed before."""
     text = UNORDERED.replace("actorder: null", "actorder: null, descents: 2")
-    text = text.replace("W4A16", "W4A16_ASYM")  # signs of scales would say it
+    text = text.replace("W4A16", "FP8_DYNAMIC")  # signs of scales would say it
     out = converted(llama, tmp_path / "out", load_text("own", text))
     assert verify(out, llama).findings == ()
     (out / "recipe.yaml").unlink()
