@@ -1,4 +1,4 @@
-"""Scales with signs are the best of those tried, by the plain formula in float64; readers multiply."""
+"""Scales with signs: the best of those tried, by the plain formula in float64; readers multiply."""
 
 from __future__ import annotations
 
