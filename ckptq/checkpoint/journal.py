@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -96,8 +96,11 @@ class Journal:
         _append(self.partial / JOURNAL, {"done": done})
         self.done.update(done)
 
-    def publish(self, shards: Iterable[str], documents: Iterable[str]) -> None:
-        """Rename the scratch folder, which holds these files, to the output in one step.
+    def publish(
+        self, shards: Iterable[str], documents: Iterable[str], then: Callable[[], object] = list
+    ) -> None:
+        """Rename the scratch folder, which holds these files, to the output in one step. The run is
+        not over before `then` has come back.
 
         UsageError if it holds other files, or if the output's name is taken.
         """
@@ -109,6 +112,7 @@ class Journal:
             proofs = digests(self.scratch, documents)
             _append(self.partial / JOURNAL, {"publishing": proofs})
             self._rename()
+        then()
         remove(self.partial)
 
     def prove_renamed(
@@ -179,12 +183,6 @@ def check_free(out: Path) -> None:
     taken = not out.name or (os.path.lexists(out) and not outlived(partial_of(out)))
     if taken:  # no name: the current folder, or the root
         raise _taken(out)
-
-
-def check_apart(source: Path, out: Path) -> None:
-    """UsageError for an output inside its source: it would be copied into itself."""
-    if out.resolve().is_relative_to(source.resolve()):
-        raise UsageError(f"{out}: lies inside the source {source}; choose an output outside it")
 
 
 def _taken(out: Path, partial: Path | None = None) -> UsageError:

@@ -39,6 +39,12 @@ ATTEMPTS = 100
 """How often the lock may disappear while it is taken, because another run ends."""
 
 
+def check_apart(source: Path, out: Path) -> None:
+    """UsageError for an output inside its source: it would be copied into itself."""
+    if out.resolve().is_relative_to(source.resolve()):
+        raise UsageError(f"{out}: lies inside the source {source}; choose an output outside it")
+
+
 def partial_of(out: Path) -> Path:
     """Where the run that makes `out` works."""
     return out.with_name(out.name + ".partial")

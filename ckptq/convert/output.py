@@ -9,13 +9,16 @@ import os
 from collections.abc import Callable, Collection, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ckptq.checkpoint.header import Header, StoredTensor
+from ckptq.checkpoint.hub.upload import Destination, Upload
 from ckptq.checkpoint.identity import check_unchanged, lasting
-from ckptq.checkpoint.journal import Journal, check_apart
+from ckptq.checkpoint.journal import Journal
 from ckptq.checkpoint.open import Checkpoint
+from ckptq.checkpoint.partial import check_apart
 from ckptq.checkpoint.proof import Promise, proven_keys, same_bytes
 from ckptq.checkpoint.read import Files
 from ckptq.checkpoint.side_files import write_side_files
@@ -55,6 +58,8 @@ class RunOptions:
     """Fill only the shards of this part."""
     join: bool = False
     """Take over what the parts have made, prove it and publish it."""
+    push: Destination | None = None
+    """Upload the output to the hub."""
 
     @property
     def threads(self) -> int:
@@ -138,6 +143,7 @@ def write_output(
     part: Part | None = None,
     join: bool = False,
     restart: bool = False,
+    upload: Upload | None = None,
     begin: Begin = silent,
     note: Note = untold,
 ) -> int:
@@ -147,8 +153,9 @@ def write_output(
     the output depends on, as JSON data), and gives identical bytes. `prepare` is called with the
     journal open and may keep its own state in the journal's folder. `linked` are the files of the
     source that the job takes whole. With `part`, the job has only the shards of that part, whose
-    folder appears; with `join`, the parts' shards are taken over first. Returns the number of units
-    that were finished before.
+    folder appears; with `join`, the parts' shards are taken over first. `upload` gets shards as
+    they are finished; the run ends with it, and goes on with it when called again. Returns the
+    number of units that were finished before.
     """
     check_apart(ckpt.path, out)
     pinned = ckpt.pinned()
@@ -156,6 +163,8 @@ def write_output(
     mine = {**depends, "part": str(part)} if part is not None else depends
     journal = Journal.open(out if part is None else part.folder(out), mine, restart=restart)
     try:
+        if upload is not None:
+            upload.begin()
         job = prepare(journal)
         written: list[str] = []
         if journal.renamed:
@@ -164,7 +173,7 @@ def write_output(
             if join:
                 gather(journal, depends, job.shards)
             total = sum(unit.read_bytes for unit in job.units)
-            resumed = _fill(job, journal, begin(job.name, total), note)
+            resumed = _fill(job, journal, begin(job.name, total), note, upload)
             if part is not None:
                 written = write_record(journal, depends)
             else:
@@ -174,8 +183,15 @@ def write_output(
         if not journal.renamed:
             for shard, header in job.whole.items():
                 take_whole(header.file, journal.scratch / shard)
-        journal.publish(job.all_specs, written)
+        if upload is not None:
+            upload.stop()
+        if upload is None:
+            journal.publish(job.all_specs, written)
+        else:
+            journal.publish(job.all_specs, written, partial(upload.finish, journal.out, begin))
     finally:
+        if upload is not None:
+            upload.close()
         journal.close()
     return resumed
 
@@ -195,12 +211,12 @@ def _prove_renamed(job: Job, journal: Journal) -> int:
     return len(job.units)
 
 
-def _fill(job: Job, journal: Journal, report: Report, note: Note) -> int:
+def _fill(job: Job, journal: Journal, report: Report, note: Note, upload: Upload | None) -> int:
     """Fill the journal's scratch folder with the shards; how many units were done before."""
     from ckptq.convert.arithmetic import arithmetic_on
     from ckptq.convert.pipeline import Ends, convert
     from ckptq.convert.pipeline import workers as make_pool
-    from ckptq.convert.schedule import Committer, Schedule
+    from ckptq.convert.schedule import Committer, Filled, Schedule
     from ckptq.convert.slabs import Slabs
 
     arithmetic = arithmetic_on(job.device, job.workers)
@@ -219,7 +235,10 @@ def _fill(job: Job, journal: Journal, report: Report, note: Note) -> int:
                 source_lasts=job.source_lasts,
                 arithmetic=arithmetic,
             )
-            committer = Committer(journal, shards, _shard_of(job), files, COMMIT_BYTES)
+            shard_of = _shard_of(job)
+            filled = Filled(shard_of, lambda shard: _offer(journal.scratch / shard, upload))
+            filled(proved)
+            committer = Committer(journal, shards, shard_of, files, COMMIT_BYTES, filled)
 
             def finished(unit: Unit) -> None:
                 committer.finished(unit)
@@ -236,6 +255,11 @@ def _fill(job: Job, journal: Journal, report: Report, note: Note) -> int:
         pool.shutdown()
         shards.close()
     return len(proved)
+
+
+def _offer(shard: Path, upload: Upload | None) -> None:
+    if upload is not None:
+        upload.offer(shard)
 
 
 def _tell(journal: Journal, proved: set[str], note: Note) -> None:

@@ -137,6 +137,8 @@ def quantize(request: QuantizeRequest, begin: Begin = silent, note: Note = untol
             "quantize runs in one process on all cores; under torchrun, run `ckptq calibrate` and "
             "pass its file to `ckptq quantize --scales`"
         )
+    if request.options.push is not None and request.options.part is not None:
+        raise UsageError("--part is not uploaded; pass --push with --join")
     if request.recipe.handed_over:
         return _handed_over(request, begin, note)
     ckpt, plan = _opened(request)
@@ -179,6 +181,7 @@ def _handed_over(request: QuantizeRequest, begin: Begin, note: Note) -> Result:
         "--stream": request.stream,
         "--part": request.options.part is not None,
         "--join": request.options.join,
+        "--push": request.options.push,
         "--ignore": request.ignore,
         "--scales": request.scales,
         "--as-written": request.as_written,

@@ -36,7 +36,7 @@ SURFACE = {
         "--search",
         "--data", "--samples", "--seq-len", "--batch-size", "--seed", "--device", "--shard-size",
         "--max-ram", "--workers", "--rope-order", "--as-written",
-        "--stream", "--part", "--join",
+        "--stream", "--part", "--join", "--push", "--private",
         "--dry-run", "--restart", "--trust-remote-code", "--json",
     },
     "calibrate": {
