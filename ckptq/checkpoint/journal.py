@@ -180,8 +180,9 @@ def begun_source(partial: Path) -> Mapping[str, Any]:
 
 def check_free(out: Path) -> None:
     """UsageError for an output that exists and is not that of a run which can be finished."""
-    taken = not out.name or (os.path.lexists(out) and not outlived(partial_of(out)))
-    if taken:  # no name: the current folder, or the root
+    if not out.name:
+        raise UsageError(f"{str(out)!r} is no name for an output; name a new folder")
+    if os.path.lexists(out) and not outlived(partial_of(out)):
         raise _taken(out)
 
 

@@ -35,6 +35,9 @@ MARK = b"ckptq is using this folder: rerun the same command to resume; it is rem
 OURS = re.compile(r"journal\.jsonl|checkpoint|calibration|oneshot|rank-\d+-of-\d+")
 """What a run makes here, besides the lock."""
 
+FIRST = b'{"run": {'
+"""How a journal begins."""
+
 ATTEMPTS = 100
 """How often the lock may disappear while it is taken, because another run ends."""
 
@@ -109,6 +112,8 @@ def remove(partial: Path) -> None:
     with machine_errors(partial):
         _empty(partial)
         if (partial / JOURNAL).exists():
+            if os.path.lexists(last) and not _is_own(last):
+                raise _foreign(last, "not a journal, but has the name that this run's needs")
             (partial / JOURNAL).rename(last)
         (partial / LOCK).unlink(missing_ok=True)
         with suppress(OSError):
@@ -136,7 +141,11 @@ def recover(partial: Path, *, finished: bool) -> None:
 
 
 def _is_own(last: Path) -> bool:
-    return last.is_file() and not last.is_symlink()
+    """Whether it is a journal: a file of that name may be anybody's."""
+    if last.is_symlink() or not last.is_file():
+        return False
+    with machine_errors(last), last.open("rb") as file:
+        return file.read(len(FIRST)) == FIRST
 
 
 def _empty(partial: Path) -> None:

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from ckptq.checkpoint.header import Header, StoredTensor
 from ckptq.checkpoint.hub.upload import Destination, Upload
 from ckptq.checkpoint.identity import check_unchanged, lasting
-from ckptq.checkpoint.journal import Journal
+from ckptq.checkpoint.journal import Journal, check_free
 from ckptq.checkpoint.open import Checkpoint
 from ckptq.checkpoint.partial import check_apart
 from ckptq.checkpoint.proof import Promise, proven_keys, same_bytes
@@ -160,11 +160,12 @@ def write_output(
     check_apart(ckpt.path, out)
     pinned = ckpt.pinned()
     depends = {**depends, "modified": lasting(ckpt.path, pinned, linked)}
+    if upload is not None:
+        check_free(out)
+        upload.begin()
     mine = {**depends, "part": str(part)} if part is not None else depends
     journal = Journal.open(out if part is None else part.folder(out), mine, restart=restart)
     try:
-        if upload is not None:
-            upload.begin()
         job = prepare(journal)
         written: list[str] = []
         if journal.renamed:

@@ -97,12 +97,12 @@ class Upload:
         """
         names = sorted(str(p.relative_to(out)) for p in out.rglob("*") if p.is_file())
         shards = [name for name in names if name in self._weights and name.endswith(WEIGHTS[0])]
-        report = begin("upload", sum((out / name).stat().st_size for name in shards))
+        sizes = {name: (out / name).stat().st_size for name in shards if name not in self._sent}
         try:
-            for name in shards:
-                if name not in self._sent:
-                    self._send(name, out / name)
-                report(name, (out / name).stat().st_size)
+            report = begin("upload", sum(sizes.values()))
+            for name, size in sizes.items():
+                self._send(name, out / name)
+                report(name, size)
             self._commit({name: self._addition(name, out / name) for name in names})
         except (MachineError, UsageError) as error:
             left = [name for name in shards if name not in self._sent]
