@@ -13,6 +13,7 @@ import argparse
 import shutil
 import sys
 import tempfile
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -22,17 +23,16 @@ from record import Row, add_option, publish
 
 CODE = ("ckptq/checkpoint", "ckptq/convert", "ckptq/models", "ckptq/plan", "ckptq/quantize")
 SCHEMES = ("nvfp4a16", "fp8-dynamic")
-EXPERTS = (16, 96)
 
 
-def rows(work: Path) -> list[Row]:
+def rows(work: Path, experts_of: Sequence[int]) -> list[Row]:
     whole = work / "whole"
     _, total = make(whole, MODELS["deepseek-v3"])
     plans = {scheme: run([*command(whole, scheme), "--dry-run"]) for scheme in SCHEMES}
     shutil.rmtree(whole)
     made: list[Row] = []
     sizes, took = [], {}
-    for experts in EXPERTS:
+    for experts in experts_of:
         source = work / f"experts-{experts}"
         layers = replace(DEEPSEEK_V3, layers=2, dense=1, mtp=0, experts=experts, vocab=8000)
         sizes.append(make(source, latent(layers), seed=experts)[1])
@@ -44,8 +44,13 @@ def rows(work: Path) -> list[Row]:
             print(f"{experts} {scheme}: load {load():.1f}", file=sys.stderr)
         shutil.rmtree(source)
     for scheme in SCHEMES:
-        few, many = (took[experts, scheme] for experts in EXPERTS)
-        slope = (many.seconds - few.seconds) / (sizes[1] - sizes[0])
+        few, many = (took[experts, scheme] for experts in experts_of)
+        more = sizes[1] - sizes[0]
+        slope, cpu = (
+            (many.seconds - few.seconds) / more,
+            (many.cpu_seconds - few.cpu_seconds) / more,
+        )
+        left = total - sizes[1]
         made.append(
             {
                 "scheme": scheme,
@@ -58,8 +63,8 @@ def rows(work: Path) -> list[Row]:
                 "peak MB": many.peak_bytes / 1e6,
                 "peak MB of the smaller": few.peak_bytes / 1e6,
                 "MB/s by the slope": 1e-6 / slope,
-                "hours of the whole by the slope": (few.seconds + slope * (total - sizes[0]))
-                / 3600,
+                "hours of the whole, by the slope": (many.seconds + slope * left) / 3600,
+                "CPU hours of the whole, by the slope": (many.cpu_seconds + cpu * left) / 3600,
             }
         )
     return made
@@ -72,10 +77,11 @@ def command(source: Path, scheme: str) -> list[str | Path]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--work", type=Path, help="where sources lie; default: a temporary folder")
+    parser.add_argument("--experts", type=int, nargs=2, default=(16, 96), help="of the two models")
     add_option(parser)
     given = parser.parse_args()
     with tempfile.TemporaryDirectory(dir=given.work) as folder:
-        found = rows(Path(folder))
+        found = rows(Path(folder), given.experts)
     what = "DeepSeek-V3 by its plan, and two of its layers at full width"
     publish("terabyte", what, found, code=CODE, machine=machine(), folder=given.record)
 
