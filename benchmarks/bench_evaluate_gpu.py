@@ -7,9 +7,11 @@ A random checkpoint is written first and read once, so that it lies in the page 
 a process of its own and on the same random tokens: the plain forward with the model resident (in
 the same batches, without the output head, after a pass that warms up), and `evaluate` with two
 schemes and three caches, twice: the first compiles kernels. A row's seconds are those in which the
-device ran its batches through the layers, rounding included; reading, quantizing and the output
-head are in the whole. With fewer `--layers` than the shape has the whole says nothing of the full
-model, but memory does, as one layer is there at a time: the table names them. Needs a CUDA device.
+device ran its batches through the layers, rounding included, the first layer counted as the mean of
+the others: there a process loads its kernels, which the plain forward has done before. Reading,
+quantizing and the output head are in the whole. With fewer `--layers` than the shape has the whole
+says nothing of the full model, but memory does, as one layer is there at a time: the table names
+them. Needs a CUDA device.
 """
 
 from __future__ import annotations
@@ -75,6 +77,7 @@ def plain(model: Path, samples: int) -> dict[str, Any]:
 def evaluated(model: Path, samples: int) -> dict[str, Any]:
     """Seconds of `evaluate`, of every row, and of loading."""
     import torch
+    import transformers
 
     from ckptq.checkpoint.open import open_checkpoint
     from ckptq.evaluate.run import evaluate
@@ -82,6 +85,7 @@ def evaluated(model: Path, samples: int) -> dict[str, Any]:
     from ckptq.forward.loader import Loader
     from ckptq.recipes.load import load_scheme
 
+    transformers.LlamaForCausalLM  # noqa: B018, imports it: start-up has a column of its own
     text = Text(tuple(Line(tuple(ids)) for ids in lines(samples)), "random tokens")
     loading: list[float] = []
     Loader.load = _timed(Loader.load, loading)  # type: ignore[method-assign]
@@ -94,10 +98,7 @@ def evaluated(model: Path, samples: int) -> dict[str, Any]:
             device="cuda",
         )
     torch.cuda.synchronize()
-    rows = {
-        name: sum(start.elapsed_time(end) for start, end in pairs) / 1000
-        for name, pairs in events.items()
-    }
+    rows = {name: _seconds(layers) for name, layers in events.items()}
     return {
         "seconds": found.seconds,
         "loading": sum(loading),
@@ -108,14 +109,21 @@ def evaluated(model: Path, samples: int) -> dict[str, Any]:
     }
 
 
+def _seconds(layers: dict[int, list[tuple[Any, Any]]]) -> float:
+    """Of all layers, from all but the first."""
+    later = [pair for index, pairs in layers.items() if index for pair in pairs]
+    took = sum(start.elapsed_time(end) for start, end in later) / 1000
+    return took * len(layers) / (len(layers) - 1)
+
+
 @contextmanager
-def rows_timed() -> Iterator[dict[str, list[tuple[Any, Any]]]]:
-    """CUDA events around every batch of every row in every layer, by row."""
+def rows_timed() -> Iterator[dict[str, dict[int, list[tuple[Any, Any]]]]]:
+    """CUDA events around every batch of every row in every layer, by row and layer."""
     import torch
 
     from ckptq.evaluate.watching import Watching
 
-    events: dict[str, list[tuple[Any, Any]]] = defaultdict(list)
+    events: dict[str, dict[int, list[tuple[Any, Any]]]] = defaultdict(lambda: defaultdict(list))
     watch_of = Watching.layer
 
     def timed(self: Any, track: Any, index: int) -> Any:
@@ -130,7 +138,7 @@ def rows_timed() -> Iterator[dict[str, list[tuple[Any, Any]]]]:
             with around:
                 yield
             end.record()
-            events[run.variant.name].append((start, end))
+            events[run.variant.name][index].append((start, end))
 
         return both
 

@@ -136,10 +136,10 @@ class _Descent:
         self._pull_BRC -= moved_BRL @ self._hessian_BCC[:, columns]
 
     def _storable(self, best_BR: Tensor, old_BR: Tensor) -> Tensor:
-        """The stored scales nearest to these; the old ones where that is none above zero."""
+        """The stored scales nearest to these; the old ones where that has another sign, or none."""
         near = [storable(best_R, on) for best_R, on in zip(best_BR, self._grids, strict=True)]
         near_BR = torch.stack(near)
-        return torch.where((near_BR > 0) & near_BR.isfinite(), near_BR, old_BR)
+        return torch.where((near_BR * old_BR > 0) & near_BR.isfinite(), near_BR, old_BR)
 
     def _columns(self, group: int) -> slice:
         return slice(group * self._width, (group + 1) * self._width)

@@ -15,6 +15,7 @@ from ckptq.forward.reader import Reader
 from ckptq.gptq.choose import Choice, Chosen, choose, weighed_ranges
 from ckptq.gptq.descent import descend
 from ckptq.gptq.moments import Moments, Seen
+from ckptq.gptq.signs import may_be_signed, with_signs
 from ckptq.gptq.told import Told
 from ckptq.models.weight import naming
 from ckptq.models.weight_rows import whole_weight
@@ -98,6 +99,9 @@ class Units:
         ready = {each.name: each for each in alike if each.moments is not None}
         chosen: dict[str, Chosen] = {}
         if self._how is not None and ready:
+            if self._how.descents and may_be_signed(alike[0].part.scheme):
+                for each in ready.values():
+                    each.sign()
             choices = [each.choice() for each in ready.values()]
             args = self._args[next(iter(ready))]
             made = choose(choices, args, self._how)
@@ -153,6 +157,11 @@ class _Weight:
         """Settle the grid."""
         self.shared = shared
         self.on = grid(self.w_RC, self.part.scheme, shared, self.ranges)
+
+    def sign(self) -> None:
+        """Let scales have signs."""
+        assert self.moments is not None
+        self.on = with_signs(self.w_RC, self.moments.squares_F, self.on, self.part.scheme)
 
     def choice(self) -> Choice:
         assert self.moments is not None

@@ -1,4 +1,4 @@
-"""How much shared memory a program may have: what tiles are cut by."""
+"""What a GPU has: shared memory, by which tiles are cut, and multiprocessors to fill."""
 
 from functools import cache
 
@@ -16,3 +16,10 @@ def _of_gpu(index: int) -> int:
     """Cached, as the driver takes a millisecond to say."""
     properties = triton.runtime.driver.active.utils.get_device_properties(index)
     return int(properties["max_shared_mem"])
+
+
+def multiprocessors(device: torch.device) -> int:
+    """How many there are; on a CPU as many as on an A100."""
+    if device.type != "cuda":
+        return 108
+    return torch.cuda.get_device_properties(device).multi_processor_count

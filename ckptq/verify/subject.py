@@ -68,6 +68,8 @@ class Module:
     """Whether its codes are said to be chosen by GPTQ, so that they need not be the nearest."""
     weighed: bool = False
     """Whether its scales are said to be chosen by its inputs, which nothing here can repeat."""
+    refitted: bool = False
+    """Whether these were made better afterwards, maybe a few of them only."""
 
     @property
     def scheme(self) -> WeightScheme | None:
@@ -168,6 +170,7 @@ class Subject:
     def _module(self, name: str, tensors: Mapping[str, StoredTensor]) -> Module:
         group = group_of(self.declared, name)
         weights = group.weights if group is not None else None
+        refitted = self.recipe is not None and self.recipe.refits
         return Module(
             name=name,
             tensors=tensors,
@@ -176,8 +179,8 @@ class Subject:
             origin=self._origin(name),
             chosen=(weights is not None and weights.actorder in ORDERED)
             or (self.recipe is not None and self.recipe.chooses),
-            weighed=(weights is not None and weights.weighed)
-            or (self.recipe is not None and self.recipe.refits),
+            weighed=(weights is not None and weights.weighed) or refitted,
+            refitted=refitted,
         )
 
     def _by_module(self) -> dict[str, dict[str, StoredTensor]]:

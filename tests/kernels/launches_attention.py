@@ -73,5 +73,25 @@ def paged(device: torch.device) -> None:
     for fmt in (INT4, INT2):
         plain = TokenHeadCache.empty(fmt, 4, 16, 2, 128, device=device, rotation=Rotation.NONE)
         write_token_head(x_TKD, plain, slot_T)
+    decode(device)
     rotate(x_TKD, Rotation.SIGNED)
     rotate(x_TKD.float(), Rotation.HADAMARD, torch.bfloat16, inverse=True)
+
+
+def decode(device: torch.device) -> None:
+    """One query of each sequence, over keys enough for several programs."""
+    ints = {"dtype": torch.int32, "device": device}
+    sequences = Sequences(
+        query_starts=torch.arange(3, **ints),
+        lengths=torch.full((2,), 2048, **ints),
+        block_table=torch.arange(256, **ints).view(2, 128),
+        longest=1,
+    )
+    q_THD = torch.zeros(2, 8, 128, dtype=torch.bfloat16, device=device)
+    cache = torch.zeros(Layout.NHD.shape(256, 16, 2, 128), dtype=torch.bfloat16, device=device)
+    paged_attention(q_THD, cache, cache, sequences, scaling=1.0)
+    codes = cache.to(FP8)
+    paged_attention(q_THD, codes, codes, sequences, scaling=1.0, descales=ONE)
+    for fmt in (KV8, KVFP8, INT4, INT2):
+        held = TokenHeadCache.empty(fmt, 256, 16, 2, 128, device=device)
+        token_head_attention(q_THD, held, held, sequences, scaling=1.0)

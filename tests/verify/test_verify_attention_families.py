@@ -1,7 +1,5 @@
 """`--attention` of families with windows and sinks, and over pages as on a GPU."""
 
-from dataclasses import astuple
-
 import pytest
 import torch
 from safetensors.torch import save_file
@@ -82,10 +80,14 @@ def test_pages_measure_what_rounded_q_k_and_v_do(made, request, family):
     found = verify(out, source, **asked)
     assert found.findings == ()
     for head, other in zip(found.heads, wanted.heads, strict=True):
-        assert astuple(head)[:3] == astuple(other)[:3]
-        # bf16 sums of a GPU are in another order: .3 % was seen on an H200
-        bound = 1e-4 if DEVICE == "cpu" else 0.01
-        assert astuple(head)[3:] == pytest.approx(astuple(other)[3:], rel=bound)
+        assert (head.module, head.which, head.head) == (other.module, other.which, other.head)
+        # bf16 sums of a GPU are in another order: .3 %, and one value more beyond 448 scales, were
+        # seen on an H200
+        rel, shares = (1e-4, 0.0) if DEVICE == "cpu" else (0.01, 2e-4)
+        for name in ("scale", "amax", "error", "error_unscaled", "error_shared"):
+            assert getattr(head, name) == pytest.approx(getattr(other, name), rel=rel)
+        for name in ("saturated", "underflowed"):
+            assert getattr(head, name) == pytest.approx(getattr(other, name), rel=rel, abs=shares)
     for layer, other in zip(found.layers, wanted.layers, strict=True):
         assert layer.error == pytest.approx(other.error, rel=0.2)
         assert layer.error_shared == pytest.approx(other.error_shared, rel=0.2)

@@ -28,6 +28,7 @@ from ckptq.kernels.attention.online_softmax import (
     oldest_key,
     visible,
 )
+from ckptq.kernels.cache.key_parts import Partial, keys_of_part, parts_of
 from ckptq.kernels.cache.paged_addresses import key_offset, query_rows
 from ckptq.kernels.cache.paging import Layout, Sequences
 from ckptq.kernels.rounding import e4m3_in, e4m3_round, has_native_e4m3, narrow
@@ -50,6 +51,9 @@ def _paged_attention_kernel(
     k_ptr,
     v_ptr,
     out_ptr,
+    partial_ptr,
+    max_ptr,
+    sum_ptr,
     starts_ptr,
     length_ptr,
     table_ptr,
@@ -64,6 +68,7 @@ def _paged_attention_kernel(
     stride_token,
     stride_head,
     table_stride,
+    T,
     H,
     D: tl.constexpr,
     GROUP: tl.constexpr,
@@ -74,6 +79,7 @@ def _paged_attention_kernel(
     CAPPED: tl.constexpr,
     LIFT: tl.constexpr,
     NATIVE: tl.constexpr,
+    PARTS: tl.constexpr,
     BLOCK_D: tl.constexpr,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
@@ -97,6 +103,7 @@ def _paged_attention_kernel(
     slope = scaling / softcap if CAPPED else 0.0
     factor = (softcap if CAPPED else scaling) * 1.4426950408889634  # log2 e
     begin, _, _, end = key_bounds(first, last, length, CAUSAL, WINDOW, CHUNK, COLUMNS)
+    begin, end = keys_of_part(begin, end, tl.program_id(2), PARTS, COLUMNS)
     oldest = oldest_key(first, WINDOW, CHUNK)
     acc_MD = tl.zeros([ROWS, BLOCK_D], tl.float32)
     max_M = tl.full([ROWS], float("-inf"), tl.float32)
@@ -125,13 +132,20 @@ def _paged_attention_kernel(
         acc_MD = dot(narrow(weight_MN, DTYPE), v_ND, acc_MD * decay_M[:, None])
 
     out_MD = finish(acc_MD, sum_M) * tl.load(v_descale_ptr + kv)
-    out_ptrs = out_ptr + ((token_M * H + head_M) * D)[:, None] + o_D[None, :]
+    row_M = token_M * H + head_M
+    if PARTS > 1:
+        row_M += (tl.program_id(2) * T).to(tl.int64) * H
+        out_ptr = partial_ptr
+        tl.store(max_ptr + row_M, max_M, mask=real_M)
+        tl.store(sum_ptr + row_M, sum_M, mask=real_M)
+    out_ptrs = out_ptr + (row_M * D)[:, None] + o_D[None, :]
     tl.store(out_ptrs, narrow(out_MD, out_ptr.dtype.element_ty), mask=m_MD)
 
 
-DECODE = (128, 3)
-"""Keys of a tile, and stages, for one query of each sequence: the fastest for 32 sequences of 8,192
-keys on an H200, whatever the cache holds."""
+DECODE = {2: (64, 1, 2), 16: (64, 4, 3)}
+"""Keys of a tile, warps and stages for one query of each sequence, by the bits of a cached value:
+the fastest for 32 sequences of 8,192 keys on an H200."""
+DECODE_OTHERS = (32, 1, 3)
 
 
 def paged_tile(group: int, longest: int, bits: int, D: int, device: torch.device) -> dict[str, int]:
@@ -143,21 +157,30 @@ def paged_tile(group: int, longest: int, bits: int, D: int, device: torch.device
     """
     whole = triton.next_power_of_2(group)
     if longest == 1:
-        columns, stages = DECODE
+        columns, warps, stages = DECODE.get(bits, DECODE_OTHERS)
         rows = max(16, whole)
     else:
-        columns, stages = 64, 2
+        columns, warps, stages = 64, 4, 2
         rows = max(16, whole, min(64, triton.next_power_of_2(group * longest)))
+    if rows > 16 or D > 128:  # more than a warp's registers hold
+        warps = 4 if rows <= 64 else 8
     bytes_of_key = 2 * D * (2 if bits == 16 else 1)
     room = shared_memory(device) - 2 * D * rows
     while columns > 16 and columns * (stages * bytes_of_key + 4 * D) > room:
         columns //= 2
-    return {
-        "ROWS": rows,
-        "COLUMNS": columns,
-        "num_warps": 4 if rows <= 64 else 8,
-        "num_stages": stages,
-    }
+    return {"ROWS": rows, "COLUMNS": columns, "num_warps": warps, "num_stages": stages}
+
+
+def launch(
+    sequences: Sequences, query_THD: Tensor, kv_heads: int, block: int, queries: int
+) -> tuple[tuple[int, int, int], Partial]:
+    """The grid for tiles of so many queries, and where parts of the keys leave their results."""
+    T, H, D = query_THD.shape
+    heads = len(sequences.lengths) * kv_heads
+    most = sequences.block_table.shape[1] * block
+    parts = parts_of(heads, most, query_THD.device) if sequences.longest == 1 and heads else 1
+    grid = (triton.cdiv(sequences.longest, queries), heads, parts)
+    return grid, Partial.of(T * H, D, parts, query_THD.device)
 
 
 def _check(query_THD: Tensor, key_cache: Tensor, value_cache: Tensor, layout: Layout) -> None:
@@ -212,14 +235,15 @@ def paged_attention(
         query_THD = query_THD.contiguous()
     group, bits = H // K, 8 * key_cache.element_size()
     tile = paged_tile(group, sequences.longest, bits, D, query_THD.device)
-    tiles = triton.cdiv(sequences.longest, tile["ROWS"] // group)
-    _paged_attention_kernel[(tiles, len(sequences.lengths) * K)](
+    grid, partial = launch(sequences, query_THD, K, block, tile["ROWS"] // group)
+    _paged_attention_kernel[grid](
         query_THD.view(torch.uint8) if fp8_query else query_THD,
         *(x.view(torch.uint8) if fp8 else x for x in (key_cache, value_cache)),
-        *(out, sequences.query_starts, sequences.lengths, sequences.block_table, *scales),
+        *(out, partial.out, partial.max, partial.sum),
+        *(sequences.query_starts, sequences.lengths, sequences.block_table, *scales),
         *(float(scaling), cap_height(softcap)),
         *(*query_THD.stride()[:2], *layout.strides(key_cache), sequences.block_table.stride(0)),
-        H,
+        *(T, H),
         D=D,
         GROUP=group,
         BLOCK=block,
@@ -227,7 +251,9 @@ def paged_attention(
         CAPPED=softcap is not None,
         LIFT=8 if fp8_query else 0,
         NATIVE=has_native_e4m3(query_THD.device),
+        PARTS=partial.parts,
         BLOCK_D=max(16, triton.next_power_of_2(D)),
         **tile,
     )
+    partial.merge(out)
     return out

@@ -30,8 +30,9 @@ from ckptq.kernels.attention.online_softmax import (
     oldest_key,
     visible,
 )
+from ckptq.kernels.cache.key_parts import keys_of_part
 from ckptq.kernels.cache.paged_addresses import key_offset, query_rows
-from ckptq.kernels.cache.paged_attention import paged_tile
+from ckptq.kernels.cache.paged_attention import launch, paged_tile
 from ckptq.kernels.cache.paging import Sequences
 from ckptq.kernels.rounding import narrow, widen
 from ckptq.kernels.token_head.hadamard import rotate
@@ -101,6 +102,8 @@ def _token_head_attention_kernel(
     k_zero_ptr,
     v_zero_ptr,
     out_ptr,
+    max_ptr,
+    sum_ptr,
     starts_ptr,
     length_ptr,
     table_ptr,
@@ -113,6 +116,7 @@ def _token_head_attention_kernel(
     scale_stride_token,
     scale_stride_head,
     table_stride,
+    T,
     H,
     D: tl.constexpr,
     GROUP: tl.constexpr,
@@ -125,6 +129,7 @@ def _token_head_attention_kernel(
     STREAMS: tl.constexpr,
     DECODER: tl.constexpr,
     ASYMMETRIC: tl.constexpr,
+    PARTS: tl.constexpr,
     BLOCK_W: tl.constexpr,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
@@ -149,6 +154,7 @@ def _token_head_attention_kernel(
     slope = scaling / softcap if CAPPED else 0.0
     factor = (softcap if CAPPED else scaling) * 1.4426950408889634  # log2 e
     begin, _, _, end = key_bounds(first, last, length, CAUSAL, WINDOW, CHUNK, COLUMNS)
+    begin, end = keys_of_part(begin, end, tl.program_id(2), PARTS, COLUMNS)
     oldest = oldest_key(first, WINDOW, CHUNK)
     acc0_MW = tl.zeros([ROWS, BLOCK_W], tl.float32)
     acc1_MW = tl.zeros([ROWS, BLOCK_W], tl.float32)
@@ -199,6 +205,12 @@ def _token_head_attention_kernel(
             v_zero_N = tl.load(v_zero_ptr + scale_N, mask=m_N, other=0).to(tl.float32)
             zeros_M = zeros_M * decay_M + tl.sum(widen(weight_MN) * v_zero_N[None, :], 1)
 
+    if PARTS > 1:
+        part = (tl.program_id(2) * T).to(tl.int64) * H
+        row_M = part + token_M * H + kv * GROUP + member_M
+        tl.store(max_ptr + row_M, max_M, mask=real_M)
+        tl.store(sum_ptr + row_M, sum_M, mask=real_M)
+        out_ptr += part * D
     _store_stripe(acc0_MW, sum_M, zeros_M, out_ptr + o_MW, m_MW, 0, STREAMS)
     _store_stripe(acc1_MW, sum_M, zeros_M, out_ptr + o_MW, m_MW, 1, STREAMS)
     _store_stripe(acc2_MW, sum_M, zeros_M, out_ptr + o_MW, m_MW, 2, STREAMS)
@@ -241,14 +253,15 @@ def token_head_attention(
     tile = paged_tile(group, sequences.longest, key.fmt.bits, D, query_THD.device)
     query = rotate(query_THD, key.rotation).contiguous()
     out = torch.empty(T, H, D, dtype=torch.float32, device=query.device)
-    tiles = triton.cdiv(sequences.longest, tile["ROWS"] // group)
-    _token_head_attention_kernel[(tiles, len(sequences.lengths) * K)](
-        *(query, key.code, value.code, key.scale, value.scale, key.zero, value.zero, out),
+    grid, partial = launch(sequences, query_THD, K, block, tile["ROWS"] // group)
+    _token_head_attention_kernel[grid](
+        *(query, key.code, value.code, key.scale, value.scale, key.zero, value.zero),
+        *(out if partial.out is None else partial.out, partial.max, partial.sum),
         *(sequences.query_starts, sequences.lengths, sequences.block_table),
         *(float(scaling), cap_height(softcap)),
         *key.layout.strides(key.code),
         *key.layout.strides(key.scale),
-        *(sequences.block_table.stride(0), H),
+        *(sequences.block_table.stride(0), T, H),
         D=D,
         GROUP=group,
         BLOCK=block,
@@ -258,7 +271,9 @@ def token_head_attention(
         STREAMS=streams,
         DECODER=DECODERS[kind],
         ASYMMETRIC=key.fmt.asymmetric,
+        PARTS=partial.parts,
         BLOCK_W=max(16, triton.next_power_of_2(D // streams)),
         **tile,
     )
+    partial.merge(out)
     return rotate(out, value.rotation, query_THD.dtype, inverse=True)

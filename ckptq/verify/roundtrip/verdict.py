@@ -95,7 +95,8 @@ def undiagnosed(linear: StoredLinear, tally: Tally) -> Finding:
         found = f"{tally.scales_wrong} of {tally.scales} scales do not match the codes"
         code = "scale-corrupt" if _few_scales(tally) else "scale-wrong"
         return _about(linear, code, found, "the codes' scales")
-    if linear.module.chosen and _few_scales(tally) and linear.scheme.search is None:
+    plain = linear.scheme.search is None and not linear.module.refitted
+    if linear.module.chosen and _few_scales(tally) and plain:
         found = f"{tally.scales_wrong} of {tally.scales} scales are of another range"
         return _about(linear, "scale-corrupt", found, "scales from minimum and maximum")
     known = not tally.scales_wrong or linear.module.weighed
