@@ -180,7 +180,7 @@ def begun_source(partial: Path) -> Mapping[str, Any]:
 
 def check_free(out: Path) -> None:
     """UsageError for an output that exists and is not that of a run which can be finished."""
-    if not out.name:
+    if out.name in ("", ".."):
         raise UsageError(f"{str(out)!r} is no name for an output; name a new folder")
     if os.path.lexists(out) and not outlived(partial_of(out)):
         raise _taken(out)
