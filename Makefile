@@ -67,7 +67,8 @@ test: $(VENV)/installed
 test-newest: $(NEWEST)/installed
 	TRITON_INTERPRET=1 OMP_NUM_THREADS=1 $(NEWEST)/bin/python -m pytest -n 2 --dist loadgroup \
 	    tests/recipes tests/models tests/plan tests/checkpoint tests/quantize \
-	    tests/calibrate/test_calibrate_shared_cache.py tests/convert/test_convert_fp8_sources.py
+	    tests/calibrate/test_calibrate_shared_cache.py tests/convert/test_convert_fp8_sources.py \
+	    tests/convert/test_convert_stream.py tests/convert/test_convert_push.py
 
 $(NEWEST)/installed: pyproject.toml
 	$(PYTHON) -m venv $(NEWEST)

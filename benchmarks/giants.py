@@ -17,7 +17,7 @@ from typing import Any
 
 from make_synthetic import Specs, bf16, write_shard
 
-from ckptq.checkpoint.write import write_index
+from ckptq.checkpoint.write import lay_out, write_index
 from ckptq.spec import TensorSpec
 
 SHARD_BYTES = 5_000_000_000
@@ -214,8 +214,30 @@ MODELS: dict[str, Model] = {
 }
 
 
-def make(out: Path, model: Model) -> tuple[int, int]:
-    """Write the model into the new folder `out`; returns how many tensors, and their bytes."""
+def write_random(file: Path, specs: Specs, seed: int) -> None:
+    """FP8 codes of any value but NaN, scales of their blocks, and weights near zero."""
+    import torch
+
+    generator = torch.Generator().manual_seed(seed)
+    codes = torch.randint(0, 126, (1 << 24,), dtype=torch.uint8, generator=generator)
+    codes |= torch.randint(0, 2, codes.shape, dtype=torch.uint8, generator=generator) << 7
+    pools = {
+        "F8_E4M3": codes,
+        "BF16": torch.randn(1 << 22, generator=generator).mul_(0.02).bfloat16().view(torch.uint8),
+        "F32": torch.rand(1 << 18, generator=generator).mul_(1e-4).add_(1e-5).view(torch.uint8),
+    }
+    head, starts = lay_out(specs, {"format": "pt"})
+    with file.open("wb") as handle:
+        handle.write(head)
+        for name in sorted(specs, key=lambda name: starts[name]):
+            left, pool = specs[name].nbytes, pools[specs[name].dtype].numpy().data
+            while left:
+                left -= handle.write(pool[: min(left, len(pool))])
+
+
+def make(out: Path, model: Model, seed: int | None = None) -> tuple[int, int]:
+    """Write the model into the new folder `out`; returns how many tensors, and their bytes. With a
+    seed its codes are random, not holes: zeros are quicker to quantize."""
     tensors, config = model
     runs: list[Specs] = [{}]
     for name, spec in tensors():
@@ -226,7 +248,10 @@ def make(out: Path, model: Model) -> tuple[int, int]:
     files = (f"model-{i:05d}-of-{len(runs):05d}.safetensors" for i in range(1, len(runs) + 1))
     shards = dict(zip(files, runs, strict=True))
     for file, specs in shards.items():
-        write_shard(out / file, specs, None)
+        if seed is None:
+            write_shard(out / file, specs, None)
+        else:
+            write_random(out / file, specs, seed)
     write_index(out, shards)
     (out / "config.json").write_text(json.dumps(config(), indent=2))
     return sum(map(len, runs)), sum(s.nbytes for specs in runs for s in specs.values())

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
@@ -110,8 +110,11 @@ class Journal:
         """Record what other ranks have recorded, who do not go on."""
         self.done.update(take_over(self.partial, self._said.run))
 
-    def publish(self, shards: Iterable[str], documents: Iterable[str]) -> None:
-        """Rename the scratch folder, which holds these files, to the output in one step.
+    def publish(
+        self, shards: Iterable[str], documents: Iterable[str], then: Callable[[], object] = list
+    ) -> None:
+        """Rename the scratch folder, which holds these files, to the output in one step. The run is
+        not over before `then` has come back.
 
         UsageError if it holds other files, or if the output's name is taken.
         """
@@ -123,6 +126,7 @@ class Journal:
             proofs = digests(self.scratch, documents)
             append(self.partial / JOURNAL, {"publishing": proofs})
             self._rename()
+        then()
         remove(self.partial)
 
     def prove_renamed(
@@ -190,15 +194,10 @@ def begun_source(partial: Path) -> Mapping[str, Any]:
 
 def check_free(out: Path) -> None:
     """UsageError for an output that exists and is not that of a run which can be finished."""
-    taken = not out.name or (os.path.lexists(out) and not outlived(partial_of(out)))
-    if taken:  # no name: the current folder, or the root
+    if out.name in ("", ".."):
+        raise UsageError(f"{str(out)!r} is no name for an output; name a new folder")
+    if os.path.lexists(out) and not outlived(partial_of(out)):
         raise _taken(out)
-
-
-def check_apart(source: Path, out: Path) -> None:
-    """UsageError for an output inside its source: it would be copied into itself."""
-    if out.resolve().is_relative_to(source.resolve()):
-        raise UsageError(f"{out}: lies inside the source {source}; choose an output outside it")
 
 
 def _taken(out: Path, partial: Path | None = None) -> UsageError:

@@ -38,12 +38,21 @@ MARK = b"ckptq is using this folder: rerun the same command to resume; it is rem
 OURS = re.compile(r"journal\.jsonl|checkpoint|calibration|oneshot|ranks")
 """What a run makes here, besides the lock."""
 
+FIRST = b'{"run": {'
+"""How a journal begins."""
+
 ATTEMPTS = 100
 """How often the lock may disappear while it is taken, because another run ends; and how often
 another host looks whether the folder is there."""
 
 PAUSE = 0.1
 """Seconds between two looks."""
+
+
+def check_apart(source: Path, out: Path) -> None:
+    """UsageError for an output inside its source: it would be copied into itself."""
+    if out.resolve().is_relative_to(source.resolve()):
+        raise UsageError(f"{out}: lies inside the source {source}; choose an output outside it")
 
 
 def partial_of(out: Path) -> Path:
@@ -135,6 +144,8 @@ def remove(partial: Path) -> None:
     with machine_errors(partial):
         _empty(partial)
         if (partial / JOURNAL).exists():
+            if os.path.lexists(last) and not _is_own(last):
+                raise _foreign(last, "not a journal, but has the name that this run's needs")
             (partial / JOURNAL).rename(last)
         (partial / LOCK).unlink(missing_ok=True)
         with suppress(OSError):
@@ -162,7 +173,11 @@ def recover(partial: Path, *, finished: bool) -> None:
 
 
 def _is_own(last: Path) -> bool:
-    return last.is_file() and not last.is_symlink()
+    """Whether it is a journal: a file of that name may be anybody's."""
+    if last.is_symlink() or not last.is_file():
+        return False
+    with machine_errors(last), last.open("rb") as file:
+        return file.read(len(FIRST)) == FIRST
 
 
 def _empty(partial: Path) -> None:

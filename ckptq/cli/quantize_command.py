@@ -68,6 +68,13 @@ def quantize(
     join: Annotated[
         bool, typer.Option("--join", help="Check that all parts are there, and publish.")
     ] = False,
+    push: Annotated[
+        str | None,
+        typer.Option(help="Upload the result to this repository of the hub, as ORG/NAME."),
+    ] = None,
+    private: Annotated[
+        bool, typer.Option("--private", help="Make the repository of --push private, if it is new.")
+    ] = False,
     rope_order: Annotated[
         str,
         typer.Option(help="keep, or half-split for engines that do not permute Llama-4's q/k."),
@@ -88,6 +95,7 @@ def quantize(
 ) -> None:
     """Convert a checkpoint into a compressed-tensors one that vLLM serves."""
     from ckptq.calibrate.request import CalibrationRequest
+    from ckptq.checkpoint.hub.upload import Destination
     from ckptq.convert.division.parts import Part
     from ckptq.convert.output import RunOptions
     from ckptq.convert.quantize import QuantizeRequest, plan_of
@@ -99,6 +107,8 @@ def quantize(
 
     if join and (part is not None or restart):
         raise UsageError("--join goes without --part and --restart")
+    if private and push is None:
+        raise UsageError("--private goes with --push")
     found = load_either(scheme, recipe)
     found = found if group_size is None else with_group_size(found, group_size)
     request = QuantizeRequest(
@@ -127,6 +137,7 @@ def quantize(
             restart=restart,
             part=Part.parse(part) if part is not None else None,
             join=join,
+            push=Destination(name=push, private=private) if push is not None else None,
         ),
     )
     if dry_run:

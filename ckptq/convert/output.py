@@ -8,13 +8,16 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ckptq.checkpoint.header import Header, StoredTensor
+from ckptq.checkpoint.hub.upload import Destination, Upload
 from ckptq.checkpoint.identity import check_unchanged, lasting
-from ckptq.checkpoint.journal import Journal, check_apart
+from ckptq.checkpoint.journal import Journal, check_free
 from ckptq.checkpoint.open import Checkpoint
+from ckptq.checkpoint.partial import check_apart
 from ckptq.checkpoint.proof import Promise, proven_keys, same_bytes
 from ckptq.checkpoint.read import Files
 from ckptq.checkpoint.side_files import write_side_files
@@ -57,6 +60,8 @@ class RunOptions:
     """Fill only the shards of this part."""
     join: bool = False
     """Take over what the parts have made, prove it and publish it."""
+    push: Destination | None = None
+    """Upload the output to the hub."""
 
     @property
     def threads(self) -> int:
@@ -141,6 +146,7 @@ def write_output(
     join: bool = False,
     restart: bool = False,
     ranks: Ranks = ALONE,
+    upload: Upload | None = None,
     begin: Begin = silent,
     note: Note = untold,
 ) -> int:
@@ -151,11 +157,15 @@ def write_output(
     journal open and may keep its own state in the journal's folder. `linked` are the files of the
     source that the job takes whole. With `part`, the job has only the shards of that part, whose
     folder appears; with `join`, the parts' shards are taken over first. Of several `ranks` each
-    fills some of the shards, and the first publishes. Returns the number of units that were
-    finished before.
+    fills some of the shards, and the first publishes. `upload` gets shards as they are finished;
+    the run ends with it, and goes on with it when called again. Returns the number of units that
+    were finished before.
     """
     pinned = ckpt.pinned()
     depends = {**depends, "modified": lasting(ckpt.path, pinned, linked)}
+    if upload is not None:
+        check_free(out)
+        upload.begin()
     mine = {**depends, "part": str(part)} if part is not None else depends
     place = out if part is None else part.folder(out)
 
@@ -171,7 +181,7 @@ def write_output(
         else:
             if join:
                 gather(journal, depends, job.shards)
-            resumed = sum(ranks.gathered(_fill_share(job, journal, ranks, begin, note)))
+            resumed = sum(ranks.gathered(_fill_share(job, journal, ranks, begin, note, upload)))
 
         def finish() -> None:
             written: list[str] = []
@@ -186,19 +196,28 @@ def write_output(
             if not journal.renamed:
                 for shard, header in job.whole.items():
                     take_whole(header.file, journal.scratch / shard)
-            journal.publish(job.all_specs, written)
+            if upload is None:
+                journal.publish(job.all_specs, written)
+            else:
+                upload.stop()
+                then = partial(upload.finish, journal.out, begin)
+                journal.publish(job.all_specs, written, then)
 
         ranks.led(finish)
     finally:
+        if upload is not None:
+            upload.close()
         journal.close()
     return resumed
 
 
-def _fill_share(job: Job, journal: Journal, ranks: Ranks, begin: Begin, note: Note) -> int:
+def _fill_share(
+    job: Job, journal: Journal, ranks: Ranks, begin: Begin, note: Note, upload: Upload | None
+) -> int:
     mine = replace(job, shards=share(job.shards, journal.done, ranks))
     total = sum(unit.read_bytes for unit in mine.units)
     among = f", 1 of {ranks.world} processes" if ranks.world > 1 else ""
-    return _fill(mine, journal, begin(job.name + among, total), note)
+    return _fill(mine, journal, begin(job.name + among, total), note, upload)
 
 
 def _prove_renamed(job: Job, journal: Journal) -> int:
@@ -216,12 +235,12 @@ def _prove_renamed(job: Job, journal: Journal) -> int:
     return len(job.units)
 
 
-def _fill(job: Job, journal: Journal, report: Report, note: Note) -> int:
+def _fill(job: Job, journal: Journal, report: Report, note: Note, upload: Upload | None) -> int:
     """Fill the journal's scratch folder with the shards; how many units were done before."""
     from ckptq.convert.arithmetic import arithmetic_on
     from ckptq.convert.pipeline import Ends, convert
     from ckptq.convert.pipeline import workers as make_pool
-    from ckptq.convert.schedule import Committer, Schedule
+    from ckptq.convert.schedule import Committer, Filled, Schedule
     from ckptq.convert.slabs import Slabs
 
     arithmetic = arithmetic_on(job.device, job.workers)
@@ -240,7 +259,10 @@ def _fill(job: Job, journal: Journal, report: Report, note: Note) -> int:
                 source_lasts=job.source_lasts,
                 arithmetic=arithmetic,
             )
-            committer = Committer(journal, shards, _shard_of(job), files, COMMIT_BYTES)
+            shard_of = _shard_of(job)
+            filled = Filled(shard_of, lambda shard: _offer(journal.scratch / shard, upload))
+            filled(proved)
+            committer = Committer(journal, shards, shard_of, files, COMMIT_BYTES, filled)
 
             def finished(unit: Unit) -> None:
                 committer.finished(unit)
@@ -257,6 +279,11 @@ def _fill(job: Job, journal: Journal, report: Report, note: Note) -> int:
         pool.shutdown()
         shards.close()
     return len(proved)
+
+
+def _offer(shard: Path, upload: Upload | None) -> None:
+    if upload is not None:
+        upload.offer(shard)
 
 
 def _tell(job: Job, journal: Journal, proved: set[str], note: Note) -> None:

@@ -6,6 +6,7 @@ import os
 import shutil
 from collections.abc import Collection
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 from ckptq.checkpoint.open import Checkpoint
 from ckptq.checkpoint.partial import partial_of
@@ -41,8 +42,7 @@ def check_disk(write_bytes: int, out: Path, beside: int = 0) -> None:
         parent = parent.parent
     if not parent.is_dir():
         raise UsageError(f"{parent}: is a file; expected a folder to write {out.name} in")
-    if not os.access(parent, os.W_OK | os.X_OK):
-        raise MachineError(f"{parent}: no permission to write here")
+    _check_writable(parent)
     begun = partial_of(out) / "checkpoint"
     there = sum(f.stat().st_blocks * 512 for f in begun.rglob("*") if f.is_file())
     needed = write_bytes + beside + SPARE_BYTES - there
@@ -51,6 +51,18 @@ def check_disk(write_bytes: int, out: Path, beside: int = 0) -> None:
         raise MachineError(
             f"{parent}: not enough disk space: {out.name} needs {needed:,} bytes, {free:,} are free"
         )
+
+
+def _check_writable(folder: Path) -> None:
+    """MachineError for a folder that takes no files: root may write anywhere, but not in /proc or
+    on a disk that is mounted to be read."""
+    if not os.access(folder, os.W_OK | os.X_OK):
+        raise MachineError(f"{folder}: no permission to write here")
+    try:
+        with TemporaryDirectory(prefix=".ckptq-", dir=folder):
+            pass
+    except OSError as error:
+        raise MachineError(f"{folder}: nothing can be written here: {error.strerror}") from error
 
 
 def slab_rooms(

@@ -132,6 +132,8 @@ def _told_before(ckpt: Checkpoint, plan: Plan) -> Iterator[str]:
 
 def quantize(request: QuantizeRequest, begin: Begin = silent, note: Note = untold) -> Result:
     """Quantize a model as the request says. `note` receives messages for the user."""
+    if request.options.push is not None and request.options.part is not None:
+        raise UsageError("--part is not uploaded; pass --push with --join")
     with together() as ranks:
         ranks.agreed(lambda: _check_divisible(request, ranks))
         if request.recipe.handed_over:
@@ -164,9 +166,9 @@ def _check_divisible(request: QuantizeRequest, ranks: Ranks) -> None:
     recipe = request.recipe
     if ranks.world == 1:
         return
-    for option in ("--stream", "--part", "--join"):
-        if option in _given(request):
-            raise UsageError(f"{option} is for single processes; start them without torchrun")
+    given = [*_given(request), *(["--push"] if request.options.push is not None else [])]
+    if given:
+        raise UsageError(f"{given[0]} is for single processes; start them without torchrun")
     if recipe.handed_over:
         raise UsageError(
             f"recipe {recipe.name!r}: {recipe.handed_over[0]} runs in llm-compressor, in one "
@@ -207,6 +209,7 @@ def _handed_over(request: QuantizeRequest, begin: Begin, note: Note) -> Result:
         "--stream": request.stream,
         "--part": request.options.part is not None,
         "--join": request.options.join,
+        "--push": request.options.push,
         "--ignore": request.ignore,
         "--scales": request.scales,
         "--as-written": request.as_written,

@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING, Any
 
 from ckptq.checkpoint.hub.chunks import HELD_BYTES
 from ckptq.checkpoint.hub.snapshot import with_network
+from ckptq.checkpoint.hub.upload import Destination, Upload
 from ckptq.checkpoint.journal import Journal
-from ckptq.checkpoint.open import Checkpoint
+from ckptq.checkpoint.open import INDEX, Checkpoint
 from ckptq.convert import documents
 from ckptq.convert.output import DEFAULTS, Job, RunOptions, write_output
 from ckptq.convert.preflight import check_disk, check_layers, slab_rooms
@@ -51,6 +52,8 @@ class Result:
     """The command for vLLM; None if vLLM cannot serve the checkpoint correctly."""
     load: str | None
     """The call that loads it in transformers; None if transformers cannot."""
+    pushed: str | None = None
+    """Address of the commit on the hub, if it was uploaded."""
 
 
 def write_quantized(
@@ -76,17 +79,18 @@ def write_quantized(
     arguments = {**arguments, **(scales.arguments if scales is not None else {})}
     record = documents.run_record(ckpt, arguments, plan.recipe)
 
-    def check() -> tuple[int, int]:
+    def check() -> tuple[tuple[int, int], Upload | None]:
         if not options.join:  # which moves what is there
             check_disk(nbytes, out if part is None else part.folder(out), ckpt.side_bytes())
         find_device(options.device)
         if scales is not None and scales.runs_model:
             check_layers(ckpt, plan, options.device)
-        _documents(ckpt, plan, None, record)  # fail now if they cannot be written
+        made_now = _documents(ckpt, plan, None, record)  # fail now if they cannot be written
         held = HELD_BYTES if ckpt.streamed is not None else 0
-        return slab_rooms(plan.units, options.max_ram, options.threads, held)
+        rooms = slab_rooms(plan.units, options.max_ram, options.threads, held)
+        return rooms, _upload(ckpt, plan, options.push, made_now[documents.CARD], note)
 
-    rooms = ranks.agreed(check)
+    rooms, upload = ranks.agreed(check)
 
     def prepare(journal: Journal) -> Job:
         made, kept = None, None
@@ -109,12 +113,24 @@ def write_quantized(
     begin = begin if ckpt.streamed is None else with_network(begin, ckpt.streamed)
     resumed = write_output(
         ckpt, out, record, prepare, part=part, join=options.join,
-        restart=options.restart, ranks=ranks, begin=begin, note=note,
+        restart=options.restart, ranks=ranks, upload=upload, begin=begin, note=note,
     )  # fmt: skip
     made = result_of(ckpt, plan, out, resumed)
+    if upload is not None:
+        made = replace(made, pushed=upload.url)
     if part is None:
         return made
     return replace(made, out=part.folder(out), output_bytes=nbytes, serve=None, load=None)
+
+
+def _upload(
+    ckpt: Checkpoint, plan: Plan, to: Destination | None, card: bytes, note: Note
+) -> Upload | None:
+    """The way to the hub, if the output goes there."""
+    if to is None:
+        return None
+    index = [INDEX] if len(plan.shards) > 1 else []
+    return Upload(to, {*plan.shards, *index, *map(str, ckpt.side_files())}, card, note)
 
 
 def result_of(ckpt: Checkpoint, plan: Plan, out: Path, resumed: int) -> Result:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from queue import SimpleQueue
 
@@ -83,10 +84,12 @@ class Committer:
         shard_of: dict[str, str],
         files: Files,
         commit_bytes: int,
+        recorded: Callable[[Iterable[str]], None],
     ) -> None:
         self._journal, self._shards, self._shard_of = journal, shards, shard_of
         self._files = files
         self._commit_bytes = commit_bytes
+        self._recorded = recorded
         self._thread = ThreadPoolExecutor(1, "ckptq-commit")
         self._under_way: Future[None] | None = None
         self._waiting: list[Unit] = []
@@ -121,3 +124,20 @@ class Committer:
         self._files.check_unchanged()
         self._shards.sync(dict.fromkeys(self._shard_of[unit.key] for unit in units))
         self._journal.record({unit.key: self._shards.pieces(unit.writes) for unit in units})
+        self._recorded(unit.key for unit in units)
+
+
+class Filled:
+    """Tells of each shard once the last of its units is on disk."""
+
+    def __init__(self, shard_of: Mapping[str, str], then: Callable[[str], None]) -> None:
+        self._shard_of, self._then = shard_of, then
+        self._left = Counter(shard_of.values())
+
+    def __call__(self, keys: Iterable[str]) -> None:
+        """These units are, each named once."""
+        for key in keys:
+            shard = self._shard_of[key]
+            self._left[shard] -= 1
+            if not self._left[shard]:
+                self._then(shard)

@@ -7,8 +7,9 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from ckptq.checkpoint.journal import check_apart, check_free
+from ckptq.checkpoint.journal import check_free
 from ckptq.checkpoint.open import Checkpoint, Problems, open_checkpoint
+from ckptq.checkpoint.partial import check_apart
 from ckptq.convert.output import DEFAULTS, RunOptions
 from ckptq.errors import CkptqError, UsageError
 from ckptq.mend.another_model import check_source

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 
 from ckptq.engines.table import load_table
-from ckptq.engines.transformers import loads_fused_experts
+from ckptq.engines.transformers import dtype_clash, loads_fused_experts
 from ckptq.engines.vllm import LATENT_SCALES, fills_whole_blocks, loads_with_plain_inputs
 from ckptq.models.experts import experts_of
 from ckptq.models.heads import OUTPUTS
@@ -109,6 +109,9 @@ def transformers_doubts(plan: Plan) -> Iterator[str]:
     if plan.attention is not None and len(_widths(plan)) > 1:
         yield ("transformers cannot read attention scales if layers differ in head size; vLLM can")
     yield from _attention_unlike_transformers(plan)
+    formats = {group.format for group in _chosen(plan).values()}
+    if tree is not None and (clash := dtype_clash(formats, tree.dtype)) is not None:
+        yield f"transformers {clash}; vLLM runs it"
 
 
 def _experts_mixed(plan: Plan) -> Iterator[str]:

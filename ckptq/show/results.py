@@ -44,6 +44,7 @@ def show_quantized(result: Result, json: bool) -> None:
         + (f", q/k/v scales in {layers} layers" if layers else "")
         + resumed,
         f"{size(result.source_bytes)} -> {size(result.output_bytes)} ({ratio:.0%})",
+        *([f"uploaded:   {result.pushed}"] if result.pushed else []),
         f"verify it:  ckptq verify {shell_word(result.out)} --source {shell_word(result.source)}",
         _use(result),
     )

@@ -132,6 +132,8 @@ def _checked(found: Report) -> Iterator[str]:
         if checks["codes exact"]:
             share = checks["codes exact"] / checks["codes compared"]
             yield f"exact: {share:.4%} of these codes are the source's own numbers"
+    if checks["cache scales"] and not found.layers:
+        yield "not proved: the values of cache scales, which follow from text: --attention runs it"
 
 
 def _engine(run: EngineRun) -> str:

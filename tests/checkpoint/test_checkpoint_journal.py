@@ -377,6 +377,23 @@ def test_a_link_in_the_place_of_the_last_journal_is_not_followed(out, tmp_path):
     assert last_of(partial_of(out)).is_symlink()
 
 
+def test_what_is_no_journal_is_not_touched_in_the_place_of_the_last_one(out):
+    theirs = last_of(partial_of(out))
+    out.parent.mkdir(exist_ok=True)
+    theirs.write_text("notes\n")
+    journal = begin(out, "a")
+    (journal.scratch / "config.json").write_text("{}")
+    with pytest.raises(UsageError, match="not a journal, but has the name that this run's needs"):
+        journal.publish([], ["config.json"])
+    journal.close()
+    assert theirs.read_text() == "notes\n"
+    theirs.rename(out.parent / "notes")
+    again = begin(out)
+    assert again.renamed
+    again.publish([], [])
+    assert sorted(os.listdir(out.parent)) == ["notes", "out"]
+
+
 def test_killed_between_the_last_record_and_the_rename(out, monkeypatch):
     journal = begin(out, "a")
     with monkeypatch.context() as patched:

@@ -173,6 +173,18 @@ def test_what_is_neither_a_folder_nor_a_hub_id(name):
         open_checkpoint(name)
 
 
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_typo_offline_is_said_in_one_line(monkeypatch, tmp_path, stream):
+    from huggingface_hub import constants
+
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+    with pytest.raises(SourceError) as told:
+        open_checkpoint("modle", stream=stream)
+    wanted = "modle: no such folder here; the hub's cache does not have it, and HF_HUB_OFFLINE is"
+    assert str(told.value) == f"{wanted} set"
+
+
 def test_tensors_without_bytes_and_scalars_are_tensors(tmp_path):
     header = {"empty": entry("F32", [0, 8], 0, 0), "scalar": entry("F32", [], 0, 4)}
     write_raw(tmp_path / "model.safetensors", header, bytes(4))

@@ -36,7 +36,7 @@ SURFACE = {
         "--search",
         "--data", "--samples", "--seq-len", "--batch-size", "--seed", "--device", "--shard-size",
         "--max-ram", "--workers", "--rope-order", "--as-written",
-        "--stream", "--part", "--join",
+        "--stream", "--part", "--join", "--push", "--private",
         "--dry-run", "--restart", "--trust-remote-code", "--json",
     },
     "calibrate": {
@@ -480,7 +480,8 @@ def test_a_file_that_could_not_be_written_is_refused_before_the_work(
 
 @pytest.mark.parametrize("out", ["", ".", "/", ".."])
 def test_an_output_without_a_name_is_refused(llama: Path, out: str) -> None:
-    refused(2, "already exists", "quantize", llama, "-s", "fp8-dynamic", "-o", out)
+    words = f"{str(Path(out))!r} is no name for an output"
+    refused(2, words, "quantize", llama, "-s", "fp8-dynamic", "-o", out)
 
 
 def test_a_revision_of_a_folder_is_refused(llama: Path) -> None:

@@ -20,6 +20,7 @@ from typing import Any
 import hub_server
 
 from ckptq.checkpoint import journal
+from ckptq.checkpoint.hub.upload import Destination
 from ckptq.checkpoint.open import Checkpoint, open_checkpoint
 from ckptq.convert import blocks, output
 from ckptq.convert.division.parts import Part
@@ -57,7 +58,8 @@ class Run:
     part: Part | None = None
     join: bool = False
     hub: tuple[str, Path] | None = None
-    """The address of a hub and a cache; the source is streamed from there."""
+    """The address of a hub and a cache; a source that is no folder is streamed from there."""
+    push: Destination | None = None
 
 
 server = multiprocessing.get_context("forkserver")
@@ -66,11 +68,13 @@ server.set_forkserver_preload(
 )
 
 
-def perform(run: Run) -> tuple[int, int]:
-    """The exit code of the process, negative for a signal, and how many steps it had begun."""
+def perform(run: Run, begun: Callable[[int], None] = int) -> tuple[int, int]:
+    """The exit code of the process, negative for a signal, and how many steps it had begun. `begun`
+    gets its number."""
     count = server.Value("i", 0)
     process = server.Process(target=_main, args=(run, count))
     process.start()
+    begun(process.pid or 0)
     process.join(SECONDS)
     assert process.exitcode is not None, f"{run} hangs"
     return process.exitcode, count.value
@@ -92,14 +96,14 @@ def _main(run: Run, count: Any) -> None:
 
 def convert(run: Run, note: Note = untold) -> Result:
     """The same in this process, to its end."""
-    ckpt = open_checkpoint(run.source, stream=run.hub is not None)
+    ckpt = open_checkpoint(run.source, stream=isinstance(run.source, str))
     return write_quantized(
         ckpt,
         make_plan(ckpt, run.recipe, shard_bytes=run.shard_bytes),
         run.out,
         arguments={},
         scales=run.scales(ckpt) if run.scales is not None else None,
-        options=RunOptions(workers=run.workers, part=run.part, join=run.join),
+        options=RunOptions(workers=run.workers, part=run.part, join=run.join, push=run.push),
         note=note,
     )
 

@@ -1,4 +1,5 @@
 """A hub on this machine: what huggingface_hub's client asks for, with the faults of a real one.
+Uploads are in hub_uploads.py.
 
     GET  /api/models/ORG/NAME[/revision/REV]      the commit and the files
     HEAD /ORG/NAME/resolve/REV/FILE               etag, commit, size; shards redirect to a link
@@ -15,10 +16,12 @@ import sys
 import threading
 import time
 from dataclasses import dataclass, field
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qs, unquote, urlsplit
+
+from hub_uploads import TakesUploads, Uploads
 
 MODEL = "org/model"
 
@@ -54,6 +57,7 @@ class Hub:
     links: int = 0
     used: dict[str, int] = field(default_factory=dict)
     lock: threading.Lock = field(default_factory=threading.Lock)
+    uploads: Uploads = field(default_factory=Uploads)
     server: Any = None
 
     def start(self, port: int = 0) -> Hub:
@@ -61,6 +65,7 @@ class Hub:
         handler = type("Bound", (_Handler,), {"hub": hub})
         self.server = ThreadingHTTPServer(("127.0.0.1", port), handler)
         self.server.daemon_threads = True
+        self.server.handle_error = lambda *about: None
         threading.Thread(target=self.server.serve_forever, daemon=True).start()
         return self
 
@@ -90,23 +95,62 @@ class Hub:
         return sum(stop - start for file, start, stop in self.ranges if file == name)
 
 
+KEPT = ("ENDPOINT", "HUGGINGFACE_CO_URL_TEMPLATE", "HF_HUB_CACHE", "HF_HUB_OFFLINE")
+KEPT += ("HF_HUB_DISABLE_XET",)
+
+
+def keep(monkeypatch: Any) -> None:
+    """Undo `use` at the end of a test."""
+    from huggingface_hub import constants
+    from huggingface_hub.utils import _http
+
+    from ckptq.checkpoint.hub import patience, remote_file
+
+    for name in KEPT:
+        monkeypatch.setattr(constants, name, getattr(constants, name))
+    monkeypatch.setattr(remote_file, "CHUNK", remote_file.CHUNK)
+    monkeypatch.setattr(patience, "WAIT", patience.WAIT)
+    monkeypatch.setattr(_http, "time", _http.time)
+
+
 def use(endpoint: str, cache: Path, chunk: int = 1 << 16) -> None:
     """Make this process ask the server, with small requests and short waits."""
     from huggingface_hub import constants
+    from huggingface_hub.utils import _http
 
-    from ckptq.checkpoint.hub import remote_file
+    from ckptq.checkpoint.hub import patience, remote_file
 
     constants.ENDPOINT = endpoint
     constants.HUGGINGFACE_CO_URL_TEMPLATE = endpoint + "/{repo_id}/resolve/{revision}/{filename}"
     constants.HF_HUB_CACHE = str(cache)
     constants.HF_HUB_OFFLINE = False  # another test's process may have begun offline
+    constants.HF_HUB_DISABLE_XET = True  # whose servers are not played here
+    _http.time = _Hurried()  # type: ignore[assignment]
     remote_file.CHUNK = chunk
-    remote_file.WAIT = 0.001
+    patience.WAIT = 0.001
 
 
-class _Handler(BaseHTTPRequestHandler):
+class _Hurried:
+    """The module time for the client's own waits between tries."""
+
+    sleep = staticmethod(lambda seconds: time.sleep(min(seconds, 0.001)))
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(time, name)
+
+
+class _Handler(TakesUploads):
     hub: Hub
     protocol_version = "HTTP/1.1"
+    disable_nagle_algorithm = True  # which waits 40 ms between the head and the body of an answer
+
+    @property
+    def uploads(self) -> Uploads:
+        return self.hub.uploads
+
+    @property
+    def origin(self) -> str:
+        return self.hub.endpoint
 
     def log_message(self, format: str, *args: object) -> None:
         """Silent."""
@@ -129,6 +173,16 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _model(self, path: str) -> None:
         hub = self.hub
+        pushed = hub.uploads.repositories.get("/".join(path.split("/")[3:5]))
+        if pushed is not None:
+            if path.split("/")[5:6] == ["tree"]:
+                self.tree(pushed)
+            else:
+                self._json({"_id": "0", "id": MODEL, "sha": pushed.head, "siblings": []})
+            return
+        if "/".join(path.split("/")[3:5]) != MODEL:
+            self._head(404, {"X-Error-Code": "RepoNotFound", "Content-Length": 0})
+            return
         siblings = [{"rfilename": name} for name in hub.files()]
         if path.split("/")[5:6] == ["tree"]:
             found = [

@@ -16,7 +16,6 @@ from convert_killed import Run, convert, digests, perform
 from hub_server import MODEL, Faults, Hub
 from huggingface_hub import constants
 
-from ckptq.checkpoint.hub import remote_file
 from ckptq.checkpoint.open import open_checkpoint
 from ckptq.checkpoint.partial import partial_of
 from ckptq.convert.output import RunOptions
@@ -44,10 +43,7 @@ def local(tmp_path_factory) -> Run:
 
 @pytest.fixture
 def hub(local, tmp_path, monkeypatch):
-    for name in ("ENDPOINT", "HUGGINGFACE_CO_URL_TEMPLATE", "HF_HUB_CACHE", "HF_HUB_OFFLINE"):
-        monkeypatch.setattr(constants, name, getattr(constants, name))
-    for name in ("CHUNK", "WAIT"):
-        monkeypatch.setattr(remote_file, name, getattr(remote_file, name))
+    hub_server.keep(monkeypatch)
     hub = Hub(shutil.copytree(local.source, tmp_path / "served")).start()
     hub_server.use(hub.endpoint, tmp_path / "cache")
     yield hub

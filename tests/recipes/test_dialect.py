@@ -14,7 +14,7 @@ import yaml
 from ckptq.errors import UsageError
 from ckptq.recipes.dialect import read_recipe
 from ckptq.recipes.dialect.modifiers import RUN_HERE
-from ckptq.recipes.load import load_scheme, load_text
+from ckptq.recipes.load import load_recipe, load_scheme, load_text
 
 W4 = {"num_bits": 4, "type": "int", "strategy": "group", "group_size": 128, "symmetric": True}
 FP8 = {"num_bits": 8, "type": "float", "strategy": "tensor", "symmetric": True, "dynamic": False}
@@ -106,3 +106,29 @@ def test_a_modifier_that_is_no_mapping_is_named() -> None:
     text = yaml.safe_dump({"a_stage": {"a_modifiers": {"GPTQModifier": "W4A16"}}})
     with pytest.raises(UsageError, match=r"a_stage\.a_modifiers\.GPTQModifier is 'W4A16'"):
         load_text("bad", text)
+
+
+PLAIN = "{targets: [Linear], scheme: FP8_DYNAMIC}"
+
+
+@pytest.mark.parametrize(
+    ("stage", "group", "kind", "words"),
+    [
+        ("quantization", "quantization_modifiers", "QuantizationModifier",
+         "QuantizationModifier in 'quantization' would not run: names of stages end in _stage"),
+        ("quantization_stage", "modifiers", "GPTQModifier",
+         "GPTQModifier in 'modifiers' would not run: names of groups end in _modifiers"),
+        ("quantization_stage", "quantization_modifiers", "QuantisationModifier",
+         "unknown modifier 'QuantisationModifier'; known are .*, QuantizationModifier, "),
+    ],
+)  # fmt: skip
+def test_an_unknown_name_is_refused_with_its_file_and_the_known_ones(
+    tmp_path, stage, group, kind, words
+):
+    file = tmp_path / "mine.yaml"
+    good = f"other_stage: {{quantization_modifiers: {{QuantizationModifier: {PLAIN}}}}}\n"
+    file.write_text(good + f"{stage}: {{{group}: {{{kind}: {PLAIN}}}}}\n")
+    with pytest.raises(UsageError, match=f"mine.yaml: {words}"):
+        load_recipe(file)
+    file.write_text(good + "notes: {quantization: {by: hand}}\n")  # passed over, as by its maker
+    assert load_recipe(file).groups

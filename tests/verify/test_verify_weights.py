@@ -53,11 +53,12 @@ def rescaled(sources, tmp_path):
     """up_proj's rows divided, and down_proj's columns multiplied, by a number for each channel, as
     AWQ does; each on its own if asked."""
 
-    def make(rows: bool, columns: bool):
+    def make(rows: bool, columns: bool, least: int = -1):
         folder = tmp_path / f"rescaled-{rows}-{columns}"
         shutil.copytree(sources("llama"), folder)
         tensors = load_file(folder / "model.safetensors")
-        factor = 2.0 ** torch.randint(-1, 2, (256,), generator=torch.Generator().manual_seed(0))
+        chance = torch.Generator().manual_seed(0)
+        factor = 2.0 ** torch.randint(least, 2, (256,), generator=chance)
         for layer in range(2):
             up = f"model.layers.{layer}.mlp.up_proj.weight"
             down = f"model.layers.{layer}.mlp.down_proj.weight"
@@ -78,6 +79,15 @@ def test_rescaling_that_cancels_out(sources, rescaled, tmp_path, weights):
     assert report.findings == ()
     assert {note.code for note in report.notes} == {"columns-rescaled"}
     assert len(report.notes) == 4
+
+
+def test_columns_that_vanish_beside_larger_ones_tell_no_factor(sources, rescaled, tmp_path):
+    out = convert(rescaled(True, True, least=-7), tmp_path / "out", recipe("int4"))
+    report = verify(out, sources("llama"))
+    assert report.findings == ()
+    assert {note.code for note in report.notes} == {"columns-rescaled"}
+    columns = convert(rescaled(False, True, least=-7), tmp_path / "columns", recipe("int4"))
+    assert verify(columns, sources("llama")).counts == {"columns-unbalanced": 2}
 
 
 def test_rescaling_that_does_not(sources, rescaled, tmp_path):

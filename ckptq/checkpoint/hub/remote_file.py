@@ -15,17 +15,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
+from ckptq.checkpoint.hub import patience
 from ckptq.checkpoint.hub.chunks import CHUNK, Chunks
+from ckptq.checkpoint.hub.patience import TRIES, patiently, said
 from ckptq.errors import MachineError, SourceError
 
 if TYPE_CHECKING:
     from huggingface_hub import HfFileMetadata
-
-TRIES = 8
-"""How often in a row nothing may arrive."""
-
-WAIT = 0.25
-"""Seconds before the second try; each further wait is twice as long: a minute in all."""
 
 SECONDS = 30
 """In which something must arrive."""
@@ -55,7 +51,7 @@ class RemoteFile:
     @staticmethod
     def find(file: Path, url: str, commit: str, chunks: Chunks) -> RemoteFile:
         """Ask the hub about it; no byte of the file is read."""
-        found = _patiently(file, lambda: _metadata(url))
+        found = _asked(file, url)
         if found.size is None or found.etag is None:
             raise SourceError(f"{file}: the hub does not say how large it is; download it instead")
         link = {"now": found.location}
@@ -66,7 +62,7 @@ class RemoteFile:
 
     def check_unchanged(self) -> None:
         """SourceError unless the hub still has this very file; its link is new then."""
-        now = _patiently(self.file, lambda: _metadata(self.url))
+        now = _asked(self.file, self.url)
         for what, had, has in (
             ("etag", self.etag, now.etag),
             ("commit", self.commit, now.commit_hash),
@@ -111,7 +107,7 @@ class RemoteFile:
                     data += piece
                     self.chunks.count(len(piece))
             except (HTTPError, OSError) as error:
-                seen = _said(error)
+                seen = said(error)
             tries = 0 if len(data) > had else tries + 1
             if tries > TRIES:
                 raise MachineError(
@@ -119,7 +115,7 @@ class RemoteFile:
                     f"in {TRIES} tries: {seen}; rerun the same command to resume"
                 )
             if tries:
-                time.sleep(WAIT * 2 ** (tries - 1))
+                time.sleep(patience.WAIT * 2 ** (tries - 1))
         return bytes(data)
 
     def _pieces(self, start: int, stop: int) -> Iterator[bytes]:
@@ -159,28 +155,11 @@ class RemoteFile:
             )
 
 
-def _metadata(url: str) -> HfFileMetadata:
+def _asked(file: Path, url: str) -> HfFileMetadata:
+    """What the hub says about a file."""
     from huggingface_hub import get_hf_file_metadata
 
-    return get_hf_file_metadata(url)
+    def refused(error: Exception, _: int) -> SourceError:
+        return SourceError(f"{file}: the hub refused it: {said(error)}")
 
-
-def _patiently(file: Path, ask: Any) -> Any:
-    """The answer; asked again where the server or the connection fails."""
-    from huggingface_hub.errors import HfHubHTTPError, HTTPError
-
-    for tries in range(TRIES):
-        try:
-            return ask()
-        except (HTTPError, OSError) as error:
-            status = error.response.status_code if isinstance(error, HfHubHTTPError) else 0
-            if 400 <= status < 500 and status not in (408, 429):
-                raise SourceError(f"{file}: the hub refused it: {_said(error)}") from error
-            seen = _said(error)
-        time.sleep(WAIT * 2**tries)
-    raise MachineError(f"{file}: the hub did not answer in {TRIES} tries: {seen}")
-
-
-def _said(error: Exception) -> str:
-    lines = str(error).strip().splitlines()
-    return lines[0] if lines else type(error).__name__
+    return patiently(file, lambda: get_hf_file_metadata(url), refused)

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from ckptq.checkpoint.beside import AGAIN
 from ckptq.checkpoint.hub.chunks import Chunks
+from ckptq.checkpoint.hub.patience import said
 from ckptq.checkpoint.hub.remote_file import RemoteFile
 from ckptq.errors import SourceError
 from ckptq.printable import size
@@ -96,6 +97,7 @@ def _download(
 @contextmanager
 def delivering(hub_id: str, revision: str | None) -> Iterator[None]:
     """The hub's errors as a SourceError."""
+    from huggingface_hub import is_offline_mode
     from huggingface_hub.errors import (  # HTTPError: of its client, httpx or httpx2
         HfHubHTTPError,
         HFValidationError,
@@ -108,8 +110,12 @@ def delivering(hub_id: str, revision: str | None) -> Iterator[None]:
     except HFValidationError as error:
         raise SourceError(f"{hub_id}: no such folder, and not a hub id: {error}") from error
     except (HfHubHTTPError, LocalEntryNotFoundError, HTTPError, OSError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        at = f" at revision {revision}" if revision else ""
+        if is_offline_mode():
+            raise SourceError(
+                f"{hub_id}: no such folder here; the hub's cache does not have it{at}, and "
+                "HF_HUB_OFFLINE is set"
+            ) from error
         raise SourceError(
-            f"{hub_id}: no such folder here, and the hub did not deliver it"
-            f"{f' at revision {revision}' if revision else ''}: {reason}"
+            f"{hub_id}: no such folder here, and the hub did not deliver it{at}: {said(error)}"
         ) from error

@@ -75,6 +75,8 @@ class ModuleTree:
     attention: frozenset[str] = field(repr=False)
     """What compressed-tensors takes for attention with a cache, and gives scales, by transformers'
     name."""
+    dtype: str | None
+    """That of config.json, "float16"."""
     runs_attention_groups: bool
     """Whether its forward pass takes a config group for attention."""
     lacking: tuple[str, ...] = field(repr=False)
@@ -122,7 +124,11 @@ def _tree(model: PreTrainedModel, ckpt: Checkpoint) -> ModuleTree:
     from torch import nn
 
     from ckptq.models.tree.parameters import sources_of_parameters
-    from ckptq.models.tree.transformers_model import decoder_layers_of, runs_attention_groups
+    from ckptq.models.tree.transformers_model import (
+        decoder_layers_of,
+        dtype_of,
+        runs_attention_groups,
+    )
 
     modules: dict[str, nn.Module] = dict(model.named_modules())
     first, numbers = _first_of_each(ckpt)
@@ -157,6 +163,7 @@ def _tree(model: PreTrainedModel, ckpt: Checkpoint) -> ModuleTree:
         owners=owners,
         names=_names(model, ckpt, made, linears),
         attention=frozenset(n for n, m in modules.items() if is_cached_attention_module(m)),
+        dtype=dtype_of(model.config),
         runs_attention_groups=runs_attention_groups(model),
         lacking=(
             *lacking(model, numbers, made),

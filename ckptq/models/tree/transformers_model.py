@@ -77,6 +77,11 @@ def on_meta(
         return model_class(config)
 
 
+def dtype_of(config: PreTrainedConfig) -> str | None:
+    """In which a model with this config is loaded, "float16"; None where it does not say."""
+    return None if config.dtype is None else str(config.dtype).removeprefix("torch.")
+
+
 def runs_attention_groups(model: PreTrainedModel) -> bool:
     """Whether transformers runs what a config group for attention asks for.
 

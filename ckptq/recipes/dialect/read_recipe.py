@@ -51,6 +51,7 @@ def read_modifiers(text: str) -> tuple[Modifier, ...]:
         foreign = [kind for kind, _ in named if kind not in RUN_HERE]
         if foreign:
             require_llmcompressor(f"its {foreign[0]}")
+            _refuse_unknown(foreign)
             return tuple(_read_theirs(text))
         read = [(kind, RUN_HERE[kind].model_validate(fields)) for kind, fields in named]
         return tuple(Modifier(kind, each.model_dump(), each.resolved()) for kind, each in read)
@@ -65,12 +66,15 @@ def read_modifiers(text: str) -> tuple[Modifier, ...]:
 
 
 def _named(stages: Mapping[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
-    """(class, fields) of each modifier; what is no stage is passed over, as llm-compressor does."""
+    """(class, fields) of each modifier. What is no stage or group is passed over, as llm-compressor
+    does, unless there are modifiers in it."""
     for stage, groups in stages.items():
         if not str(stage).endswith("_stage") or not isinstance(groups, dict):
+            _refuse_modifiers(groups, str(stage), "stages", "_stage")
             continue
         for group, modifiers in groups.items():
             if not str(group).endswith("_modifiers") or not isinstance(modifiers, dict):
+                _refuse_modifiers({group: modifiers}, str(group), "groups", "_modifiers")
                 continue
             for kind, fields in modifiers.items():
                 if not isinstance(fields, dict):
@@ -78,6 +82,32 @@ def _named(stages: Mapping[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
                         f"{stage}.{group}.{kind} is {fields!r}; expected a mapping of its fields"
                     )
                 yield str(kind), fields
+
+
+def _refuse_modifiers(value: object, name: str, what: str, ending: str) -> None:
+    """UsageError for modifiers where none would be run."""
+    for key, inner in value.items() if isinstance(value, dict) else ():
+        if str(key).endswith("Modifier"):
+            raise UsageError(
+                f"{key} in {name!r} would not run: names of {what} end in {ending}, as "
+                f"quantization{ending}"
+            )
+        _refuse_modifiers(inner, name, what, ending)
+
+
+def _refuse_unknown(kinds: Sequence[str]) -> None:
+    """UsageError for a modifier that there is none of."""
+    from llmcompressor.modifiers.factory import ModifierFactory
+
+    from ckptq.recipes.dialect.modifiers import RUN_HERE
+
+    if not ModifierFactory._loaded:
+        ModifierFactory.refresh()
+    known = {*RUN_HERE, *ModifierFactory._main_registry, *ModifierFactory._registered_registry}
+    known |= ModifierFactory._experimental_registry.keys()
+    unknown = [kind for kind in kinds if kind not in known]
+    if unknown:
+        raise UsageError(f"unknown modifier {unknown[0]!r}; known are {', '.join(sorted(known))}")
 
 
 def _read_theirs(text: str) -> Iterator[Modifier]:

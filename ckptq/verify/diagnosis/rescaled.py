@@ -27,6 +27,9 @@ TOLERANCE, OUTER = 0.03, 0.25
 """Of the product of two factors against 1: within the first for half of the channels, within the
 second for 19 of 20, because factors are measured on quantized weights."""
 
+TOLD = 0.75
+"""Share of a column's codes that are not zero."""
+
 PARTNERS = {"copy-differs", "scale-wrong", "scale-corrupt", "weight-wrong"}
 """Codes that such a partner gets when looked at alone."""
 
@@ -37,6 +40,9 @@ class Columns:
 
     name: str
     factor_K: Tensor
+    told_K: Tensor
+    """Whether enough codes of a column are not zero to tell its factor: beside columns that are
+    hundreds of times as large, one in the same group vanishes."""
     channels: int
 
 
@@ -80,7 +86,8 @@ def _cancels(case: Case, partner: str, reader: Columns) -> bool:
         factor_C[: len(reader.factor_K)] * reader.factor_K
         for factor_C in _factors(case, partner, reader)
     )
-    return any(_near_one(product) for product in products)
+    told_K = reader.told_K
+    return any(_near_one(product[told_K]) for product in products if told_K.any())
 
 
 def _near_one(product_K: Tensor) -> bool:
@@ -92,7 +99,8 @@ def _near_one(product_K: Tensor) -> bool:
 def _columns(sample: Sample) -> Columns:
     found, wanted = sample.weights(), sample.w_RK
     factor_K = (found * wanted).sum(0) / wanted.square().sum(0).clamp(min=1e-30)
-    return Columns(sample.linear.name, factor_K, sample.linear.shape[1])
+    told_K = (found != 0).float().mean(0) >= TOLD
+    return Columns(sample.linear.name, factor_K, told_K, sample.linear.shape[1])
 
 
 def _layer(name: str) -> str:

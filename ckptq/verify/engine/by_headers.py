@@ -74,7 +74,7 @@ def load_by_headers(ckpt: Checkpoint) -> Loaded:
         found=_specs(model),
         missing=frozenset(info.missing_keys),
         left_over=frozenset(info.unexpected_keys),
-        errors=info.conversion_errors,
+        errors={place: _last_line(error) for place, error in info.conversion_errors.items()},
         tied=tied,
     )
 
@@ -156,3 +156,10 @@ def _silence() -> Iterator[None]:
     finally:
         logging.set_verbosity(level)
         logger.enable("compressed_tensors")
+
+
+def _last_line(error: str) -> str:
+    """The reason in the text that transformers keeps of an exception: traceback, reason,
+    operation."""
+    lines = [line for line in error.strip().splitlines() if line.strip()]
+    return lines[-2] if len(lines) > 1 and lines[-1].startswith("Error") else lines[-1]

@@ -15,8 +15,9 @@ from textwrap import shorten
 from typing import TYPE_CHECKING, Any
 
 from ckptq.checkpoint.open import CONFIG, Checkpoint
+from ckptq.engines.transformers import dtype_clash
 from ckptq.models.tree.initialized import asked_in_vain
-from ckptq.models.tree.transformers_model import decoder_name, runs_attention_groups
+from ckptq.models.tree.transformers_model import decoder_name, dtype_of, runs_attention_groups
 from ckptq.printable import listed
 from ckptq.spec import FLOATS, TensorSpec
 from ckptq.verify.kinds import finding
@@ -89,9 +90,12 @@ def _judge(ckpt: Checkpoint, loaded: Loaded) -> Iterator[Finding]:
         )
     else:
         for place, error in loaded.errors.items():
-            yield _refused(_last_line(error), place)
+            yield _refused(error, place)
     yield from _unmatched_attention(loaded)
     yield from _attention_that_does_not_run(loaded)
+    formats = {group.format or _declared(loaded).format for group in _groups(loaded).values()}
+    if clash := dtype_clash(formats, dtype_of(loaded.model.config)):
+        yield _refused(clash, "dtype")
     for linear in asked_in_vain(loaded.model):
         reason = (
             f"{type(loaded.model).__name__} initializes itself through the weight of this Linear, "
@@ -291,10 +295,3 @@ def submodule(loaded: Loaded, name: str) -> object:
 
 def _file(ckpt: Checkpoint, name: str) -> str | None:
     return ckpt.tensors[name].file.name if name in ckpt.tensors else None
-
-
-def _last_line(error: str) -> str:
-    """The reason in the text that transformers keeps of an exception: traceback, reason,
-    operation."""
-    lines = [line for line in error.strip().splitlines() if line.strip()]
-    return lines[-2] if len(lines) > 1 and lines[-1].startswith("Error") else lines[-1]
