@@ -98,7 +98,8 @@ def ends(sets: tuple[LinearSet, ...], choices: Choices, bits: float) -> dict[str
     layers = {each.name: int(match["index"]) for each in sets if (match := LAYER.match(each.name))}
     last = max(layers.values())
     order = [at for pair in zip(range(last + 1), range(last, -1, -1), strict=True) for at in pair]
-    found = dict.fromkeys(layers, LOW)
+    low = LOW if LOW in choices.candidates.schemes else choices.candidates.schemes[0]
+    found = dict.fromkeys(layers, low)
     for layer in order[: last + 1]:
         more = found | {name: HIGH for name, at in layers.items() if at == layer}
         if choices.point("", more).bits > bits:
