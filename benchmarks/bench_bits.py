@@ -1,25 +1,30 @@
 """What `ckptq search` finds for a size, beside one scheme for all and the usual rule of thumb.
 
     python benchmarks/bench_bits.py MODEL --data TEXT --held-out TEXT [--bits 4.5,5,6]
+        [--plan "auto-round=plan.json"] [--kv-bits 6,8,10]
 
 For every budget: the choice by KL on the text, of sets or of whole layers, the choice by the
 weights alone, and "ends": FP8 in as many of the first and last layers as fit, NVFP4 in the others.
-Beside them every scheme by itself. All are measured by `ckptq evaluate` on held-out text.
+Beside them every scheme by itself, and plans of other tools (peer_plans.py). All are measured by
+`ckptq evaluate` on held-out text. `--kv-bits` compares caches instead, with weights as they are.
 Sensitivities are kept in `--kept`.
 """
 
 from __future__ import annotations
 
 import argparse
-from collections.abc import Iterator
+import json
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Any
 
 from measure import machine
 from record import Row, add_option, publish
 
 from ckptq.checkpoint.open import Checkpoint, open_checkpoint
+from ckptq.evaluate.result import Evaluation
 from ckptq.evaluate.run import evaluate
 from ckptq.evaluate.text import text_of
 from ckptq.models.family import LAYER
@@ -29,6 +34,7 @@ from ckptq.search.candidates import PLAIN, LinearSet, find_candidates
 from ckptq.search.choice import Budget, Choices
 from ckptq.search.mixed import mixed_recipe
 from ckptq.search.request import SearchRequest, search
+from ckptq.search.result import Found
 from ckptq.show.console import note, progress
 from ckptq.text.samples import read_samples
 
@@ -44,29 +50,47 @@ def recipes(asked: argparse.Namespace, ckpt: Checkpoint) -> Iterator[tuple[Recip
     for point in choices.uniform():
         yield load_scheme(point.name), point.bits
     for bits in asked.bits:
-        for how in WAYS:
+        for how in asked.ways:
             yield searched(asked, bits, how)
         chosen = ends(candidates.sets, choices, bits)
         name = f"{bits:g} bits, ends"
         yield mixed_recipe(name, candidates, chosen, ()), choices.point(name, chosen).bits
+    for given in asked.plan:
+        name, _, file = given.partition("=")
+        chosen = planned(candidates.sets, json.loads(Path(file).read_text()))
+        yield mixed_recipe(name, candidates, chosen, ()), choices.point(name, chosen).bits
+
+
+def planned(sets: tuple[LinearSet, ...], plan: Mapping[str, str]) -> dict[str, str]:
+    """Set -> scheme, of Linear -> scheme; where a set's differ, the one of most bits."""
+    return {
+        each.name: max((plan.get(n, PLAIN) for n in each.linears), key=each.nbytes.__getitem__)
+        for each in sets
+    }
 
 
 def searched(asked: argparse.Namespace, bits: float, how: str) -> tuple[Recipe, float]:
-    name = f"{bits:g} bits, {how}"
-    with TemporaryDirectory() as folder, progress() as begin:
+    with TemporaryDirectory() as folder:
+        found = found_in(asked, Path(folder), bits, how)
+        return replace(load_recipe(found.recipe), name=f"{bits:g} bits, {how}"), found.total.bits
+
+
+def found_in(asked: argparse.Namespace, folder: Path, bits: float, how: str, **more: Any) -> Found:
+    with progress() as begin:
         request = SearchRequest(
             model=asked.model,
             budget=Budget(bits=bits),
-            output=Path(folder, "recipe.yaml"),
+            output=folder / "recipe.yaml",
             sensitivities=asked.kept / f"{how.replace(' ', '-')}.json",
             schemes=asked.schemes,
             data=None if how == WAYS[-1] else asked.data,
             per="layer" if how == WAYS[1] else "set",
             samples=asked.samples,
             seq_len=asked.seq_len,
+            device=asked.device,
+            **more,
         )
-        found = search(request, begin, note)
-        return replace(load_recipe(request.output), name=name), found.total.bits
+        return search(request, begin, note)
 
 
 def ends(sets: tuple[LinearSet, ...], choices: Choices, bits: float) -> dict[str, str]:
@@ -74,7 +98,8 @@ def ends(sets: tuple[LinearSet, ...], choices: Choices, bits: float) -> dict[str
     layers = {each.name: int(match["index"]) for each in sets if (match := LAYER.match(each.name))}
     last = max(layers.values())
     order = [at for pair in zip(range(last + 1), range(last, -1, -1), strict=True) for at in pair]
-    found = dict.fromkeys(layers, LOW)
+    low = LOW if LOW in choices.candidates.schemes else choices.candidates.schemes[0]
+    found = dict.fromkeys(layers, low)
     for layer in order[: last + 1]:
         more = found | {name: HIGH for name, at in layers.items() if at == layer}
         if choices.point("", more).bits > bits:
@@ -86,10 +111,7 @@ def ends(sets: tuple[LinearSet, ...], choices: Choices, bits: float) -> dict[str
 def rows(asked: argparse.Namespace) -> Iterator[Row]:
     ckpt = open_checkpoint(asked.model)
     made = list(recipes(asked, ckpt))
-    held_out = read_samples(asked.held_out, ckpt.path, samples=asked.texts, seq_len=512)
-    with progress() as begin:
-        measured = [recipe for recipe, _ in made]
-        found = evaluate(ckpt, text_of(held_out, []), schemes=measured, begin=begin)
+    found = measured(asked, ckpt, schemes=[recipe for recipe, _ in made])
     for (recipe, bits), row in zip(made, found.rows, strict=True):
         yield {
             "scheme": recipe.name,
@@ -107,14 +129,48 @@ def rows(asked: argparse.Namespace) -> Iterator[Row]:
     }
 
 
+def cache_rows(asked: argparse.Namespace) -> Iterator[Row]:
+    """Every cache by itself, and what is chosen for each budget."""
+    ckpt, bits = open_checkpoint(asked.model), {}
+    with TemporaryDirectory() as folder:
+        for budget in asked.kv_bits:
+            found = found_in(asked, Path(folder), asked.bits[0], asked.ways[0], kv_bits=budget)
+            assert found.kv_cache is not None
+            for point in (*found.kv_cache.uniform, found.kv_cache.point):
+                bits[point.name] = point.bits
+    evaluation = measured(asked, ckpt, caches=list(bits))
+    for row in evaluation.rows:
+        yield {
+            "cache": row.kv_cache,
+            "bits": bits[row.kv_cache],
+            "KL": row.measures.kl,
+            "perplexity": row.measures.perplexity,
+        }
+
+
+def measured(asked: argparse.Namespace, ckpt: Checkpoint, **what: Any) -> Evaluation:
+    held_out = read_samples(asked.held_out, ckpt.path, samples=asked.texts, seq_len=512)
+    with progress() as begin:
+        return evaluate(ckpt, text_of(held_out, []), device=asked.device, begin=begin, **what)
+
+
+def numbers(given: str) -> list[float]:
+    return [float(each) for each in given.split(",")]
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("model")
     parser.add_argument("--data", required=True, help="the text that sensitivities are taken of")
     parser.add_argument("--held-out", required=True, help="the text that results are measured on")
+    parser.add_argument("--bits", type=numbers, default=[4.5, 5, 6])
+    parser.add_argument("--kv-bits", type=numbers, default=[])
+    parser.add_argument("--plan", action="append", default=[], help="NAME=FILE.json")
     parser.add_argument(
-        "--bits", type=lambda given: [float(each) for each in given.split(",")], default=[4.5, 5, 6]
+        "--ways", type=lambda names: names.split(","), default=WAYS, help=", ".join(WAYS)
     )
+    parser.add_argument("--name", default=None, help="of the record")
+    parser.add_argument("--device", default="cpu")
     parser.add_argument(
         "--schemes",
         type=lambda names: names.split(","),
@@ -128,9 +184,9 @@ def main() -> None:
     asked = parser.parse_args()
     asked.kept.mkdir(exist_ok=True)
     publish(
-        "search-bits",
+        asked.name or ("search-kv-bits" if asked.kv_bits else "search-bits"),
         "`ckptq search`: KL on held-out text",
-        list(rows(asked)),
+        list(cache_rows(asked) if asked.kv_bits else rows(asked)),
         code=CODE,
         machine=machine(),
         folder=asked.record,

@@ -14,8 +14,8 @@ from ckptq.errors import CkptqError, MachineError, ProcessLost, UsageError
 from ckptq.interrupts import Interrupted, ignore_signals, listen
 from ckptq.show import console
 
-RESUMED = ("quantize", "permute", "calibrate", "mend")
-"""The commands whose output has a journal."""
+RESUMED = ("quantize", "permute", "calibrate", "mend", "search")
+"""The commands whose output has a journal; search keeps what it has measured."""
 
 
 def main() -> NoReturn:

@@ -42,6 +42,14 @@ def search(
         list[str] | None,
         typer.Option(help="Choose from: A,B,C; default: nvfp4a16,fp8-dynamic,bf16."),
     ] = None,
+    kv_bits: Annotated[
+        float | None,
+        typer.Option(help="Bits per cached value, on average over layers; needs --data."),
+    ] = None,
+    kv_caches: Annotated[
+        list[str] | None,
+        typer.Option(help="Formats for --kv-bits: A,B,C; default: all that vLLM serves."),
+    ] = None,
     ignore: Ignore = None,
     revision: Revision = None,
     data: Text = None,
@@ -62,6 +70,7 @@ def search(
     json: Json = False,
 ) -> None:
     """Choose a scheme for every set of Linears: the least loss for a size; writes a recipe."""
+    from ckptq.search.caches import CACHES
     from ckptq.search.choice import Budget
     from ckptq.search.request import SCHEMES, SearchRequest
     from ckptq.search.request import search as run
@@ -85,6 +94,8 @@ def search(
         seed=seed,
         per=one_of("--per", per, ("set", "layer")),
         device=device,
+        kv_bits=kv_bits,
+        kv_caches=words(kv_caches) or CACHES,
     )
     with console.progress() as begin:
         found = run(request, begin, console.note)

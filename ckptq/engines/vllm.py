@@ -41,6 +41,11 @@ KV_SCHEME: Mapping[str, tuple[object, ...]] = {
 `CompressedTensorsKVCacheMethod.validate_kv_cache_scheme`). There are no defaults: a scheme that
 omits a field is refused, except `dynamic`, which is not read."""
 
+TOKEN_HEAD_CACHES = ("int8_per_token_head", "fp8_per_token_head", "int4_per_token_head")
+"""Values of `--kv-cache-dtype` with a scale for each token and head (config/cache.py,
+`CacheDType`). One value holds for all layers but those of `--kv-cache-dtype-skip-layers`, which
+have the model's dtype (layers/attention/attention.py)."""
+
 LATENT_SCALES = "drops them with a warning, and caches with 1.0"
 """What it does with the cache scales of latent attention: compressed_tensors.py makes a place for
 them in `Attention`, which `MLAAttention` is not (`get_quant_method`), and

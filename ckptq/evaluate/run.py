@@ -151,6 +151,7 @@ class _Bench:
     drafts: list[_Draft] = field(default_factory=list)
 
     def __post_init__(self) -> None:
+        self._layers = read_layout(self.base).num_layers
         self.source = self._draft(Variant(name="source"), self.base)
         self.zero = self._draft(Variant(name="zero"), self.base)
         self.control = self._draft(Variant(name="control", spoiled=True), self.base)
@@ -249,7 +250,7 @@ class _Bench:
     def _draft(self, variant: Variant, ckpt: Checkpoint) -> _Draft:
         config = self.base.text_config
         heads, _ = config_heads(config) or (1, 1)
-        bits = variant.cache.bits(config_head_dim(config, heads))
+        bits = variant.cache.mean_bits(config_head_dim(config, heads), self._layers)
         return _Draft(variant=variant, weights=ckpt.name, nbytes=ckpt.nbytes, cache_bits=bits)
 
     def _variant(self, weights: str, cache: KVCache, inputs: Mapping[str, InputScheme]) -> Variant:

@@ -57,6 +57,8 @@ class Watching:
     """By row, what was not computed as an engine does; each once, in order."""
     failed: dict[str, CkptqError] = field(default_factory=dict)
     """By row, why it ended."""
+    simulates: bool = False
+    """Whether caches are never held in pages, which kernels do for 16-bit values."""
 
     def layer(self, track: Track, index: int) -> Watch:
         """What to do around each batch of a layer.
@@ -80,7 +82,9 @@ class Watching:
                 if row.name not in rules:
                     rules[row.name] = self._rules(weights, row)
                     caches[row.name] = self._held(track, row)
-                around = self._attention(track, run, caches[row.name], layer, name)
+                around = []
+                if row is self.source or row.cache.in_layer(index).mode != PLAIN:
+                    around = self._attention(track, run, caches[row.name], layer, name)
                 if spoils and row.spoiled:
                     around.insert(0, spoiled(layer))
                 codes = not (spoils and row.spoiled)  # they are of weights that are not spoiled
@@ -149,8 +153,6 @@ class Watching:
             measures = any(other.cache.measures for other in self.rows)
             tap = Tap(run.lengths, self._measuring(run, on_disk, latents))
             return [latents.watched(), tapped(layer, name, tap)] if measures else []
-        if row.cache.mode == PLAIN:
-            return []
         if latents:
             rows = LatentRows(row.cache, self.maxima, on_disk)
             return [rows.held(latents, layer, name, run.lengths)]
@@ -179,7 +181,7 @@ class Watching:
     def _held(self, track: Track, row: Variant) -> Held:
         return Held(
             *(row.cache, self.maxima, track.model.loader.stored_module),
-            in_pages=pages_serve(track.model.device),
+            in_pages=not self.simulates and pages_serve(track.model.device),
             note=partial(self._note, row),
         )
 

@@ -28,6 +28,18 @@ class Change:
         return f"{self.scheme}: {self.linears[0]} and {len(self.linears) - 1} more"
 
 
+@dataclass(frozen=True, slots=True)
+class CacheChange:
+    """The KV cache of one layer in a format."""
+
+    cache: str
+    layer: int
+
+    @property
+    def name(self) -> str:
+        return f"cache {self.cache}: layer {self.layer}"
+
+
 Exchange = Callable[["nn.Module", Variant], "AbstractContextManager[None] | None"]
 """(layer, row) -> the context in which the layer has other weights; None where it keeps them."""
 

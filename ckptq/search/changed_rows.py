@@ -1,10 +1,11 @@
 """What one set in one scheme costs at the end of the model: KL of its logits from the source's.
 
 Each change is a row: the source with one set of Linears quantized, and their inputs rounded where
-the scheme says so. Before its layer a row is the source, so it starts there. Rows run side by side,
-and each layer is read once for all of them; in memory are one layer as the source has it, the same
-layer in one scheme, and the rows' hidden states. All is float32: in bfloat16, rounding does more to
-the logits than 8-bit weights in one layer.
+the scheme says so; or with the KV cache of one layer in another format. Before its layer a row is
+the source, so it starts there. Rows run side by side, and each layer is read once for all of them;
+in memory are one layer as the source has it, the same layer in one scheme, and the rows' hidden
+states. All is float32: in bfloat16, rounding does more to the logits than 8-bit weights in one
+layer.
 
 Shape letters: N positions, V vocabulary.
 """
@@ -13,9 +14,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from ckptq.errors import UsageError
+from ckptq.evaluate.caches.kv_cache import parse_cache
 from ckptq.evaluate.linears.products import experts_one_by_one
 from ckptq.evaluate.pieces import cut, pieces_of
 from ckptq.evaluate.scores import IN_CACHE, divergence, log_softmax
@@ -28,7 +31,15 @@ from ckptq.forward.layerwise import LayerwiseModel, Stream, open_model
 from ckptq.forward.reader import Reader
 from ckptq.progress import Begin
 from ckptq.search.candidates import Candidates
-from ckptq.search.changed import Change, Exchange, append, exchanged, exchanging, first_of
+from ckptq.search.changed import (
+    CacheChange,
+    Change,
+    Exchange,
+    append,
+    exchanged,
+    exchanging,
+    first_of,
+)
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -40,7 +51,9 @@ MOST_ROWS = 64
 
 SOURCE = Variant(name="source")
 
-Keep = Callable[[Mapping[Change, float]], None]
+AnyChange = Change | CacheChange
+
+Keep = Callable[[Mapping[AnyChange, float]], None]
 """Gets the KL of some changes, as soon as they are known."""
 
 
@@ -66,7 +79,7 @@ class Rows:
         }
         """Linear -> index of its layer."""
 
-    def measure(self, changes: Sequence[Change], keep: Keep, begin: Begin) -> None:
+    def measure(self, changes: Sequence[AnyChange], keep: Keep, begin: Begin) -> None:
         """The mean KL of every change over the tokens of the text, some changes at a time.
 
         UsageError for a model whose layers share more than hidden states.
@@ -100,7 +113,9 @@ class Rows:
         experts_one_by_one(model.skeleton.model)
         return model
 
-    def _layer_of(self, change: Change) -> int:
+    def _layer_of(self, change: AnyChange) -> int:
+        if isinstance(change, CacheChange):
+            return change.layer
         return self.layers[change.linears[0]]
 
     def _at_once(self) -> int:
@@ -122,7 +137,7 @@ class Rows:
         return stream
 
     def _run(
-        self, track: Track, changes: Sequence[Change], first: int
+        self, track: Track, changes: Sequence[AnyChange], first: int
     ) -> Iterator[tuple[int, Stream]]:
         """Run the source and all changes from layer `first` on, to the end. Yields, after each
         layer, its index and the source in front of it."""
@@ -135,20 +150,26 @@ class Rows:
             rows=every,
             needed={row.name for row in every},
             consumed=self._consumed,
+            simulates=True,
         )
         for index in range(first, len(self._model.layer_names)):
             before = first_of(track.stream, count)
             fresh = [change for change in changes if self._layer_of(change) == index]
             for change in fresh:
                 append(track.stream, rows[change], count)
-            with self._exchange(index, {change.name: change for change in fresh}) as exchange:
+            linears = {change.name: change for change in fresh if isinstance(change, Change)}
+            with self._exchange(index, linears) as exchange:
                 watch = exchanging(watching.layer(track, index), exchange)
                 self._model.run_layer(index, track.stream, watch)
             track.forget()
             self._reader.release()
             yield index, before
 
-    def _variant(self, change: Change) -> Variant:
+    def _variant(self, change: AnyChange) -> Variant:
+        if isinstance(change, CacheChange):
+            others = frozenset(range(len(self._model.layer_names))) - {change.layer}
+            cache = replace(parse_cache(change.cache, None), skipped=others)
+            return Variant(name=change.name, cache=cache)
         inputs = self._inputs[change.scheme]
         return Variant(
             name=change.name, inputs={n: inputs[n] for n in change.linears if n in inputs}
@@ -203,7 +224,7 @@ class Rows:
             for parameter, names in stored.items()
         }
 
-    def _divergences(self, track: Track, changes: Sequence[Change]) -> dict[Change, float]:
+    def _divergences(self, track: Track, changes: Sequence[AnyChange]) -> dict[AnyChange, float]:
         pieces = list(pieces_of(track))
         head = self._model.head(cut(track, pieces, track.variants))
         totals = [0.0] * len(changes)

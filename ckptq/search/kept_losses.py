@@ -33,13 +33,13 @@ class Kept:
     file: Path
     about: Mapping[str, Any]
     recipes: Mapping[str, str]
-    """Scheme -> digest of its recipe."""
+    """Scheme -> digest of its recipe; caches have none."""
     losses: dict[str, dict[str, float]] = field(default_factory=dict)
     """Scheme -> set -> loss."""
 
     def write(self) -> None:
         losses = {
-            scheme: {"recipe": self.recipes[scheme], "sets": found}
+            scheme: {"recipe": self.recipes.get(scheme, ""), "sets": found}
             for scheme, found in self.losses.items()
         }
         said = {MARK: __version__, "about": self.about, "losses": losses}

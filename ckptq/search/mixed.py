@@ -8,13 +8,18 @@ from dataclasses import replace
 
 from ckptq.models.experts import experts_of
 from ckptq.models.family import LAYER
+from ckptq.recipes.args import Args
 from ckptq.recipes.scheme import Group, Recipe
 from ckptq.recipes.spelled import spelled
 from ckptq.search.candidates import PLAIN, Candidates
 
 
 def mixed_recipe(
-    name: str, candidates: Candidates, chosen: Mapping[str, str], ignore: Sequence[str]
+    name: str,
+    candidates: Candidates,
+    chosen: Mapping[str, str],
+    ignore: Sequence[str],
+    cache: Args | None = None,
 ) -> Recipe:
     """The recipe in llm-compressor's dialect. `chosen`: set -> scheme; `ignore` was asked for.
 
@@ -35,6 +40,7 @@ def mixed_recipe(
         name=name,
         groups=tuple(_groups(candidates, linears)),
         ignore=tuple(dict.fromkeys([*kept, *ignore, *patterns(linears[PLAIN])])),
+        kv_cache_scheme=cache,
         text="",
     )
     return replace(recipe, text=spelled(recipe))

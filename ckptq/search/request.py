@@ -10,20 +10,22 @@ from typing import Literal
 from ckptq.checkpoint.open import open_checkpoint
 from ckptq.device import find_device
 from ckptq.errors import UsageError
-from ckptq.evaluate.text import text_of
+from ckptq.evaluate.text import Text, text_of
 from ckptq.files import text_bytes, write_whole
 from ckptq.models.modules import read_layout
 from ckptq.plan.doubts import transformers_doubts, vllm_doubts
 from ckptq.plan.make import make_plan
 from ckptq.plan.match import refuse_holes
+from ckptq.plan.unit import Plan
 from ckptq.progress import Begin, Note, silent, untold
+from ckptq.search.caches import CACHES, Caches, cache_scheme, find_caches
 from ckptq.search.candidates import PLAIN, Candidates, find_candidates
 from ckptq.search.choice import Budget, Choices
 from ckptq.search.kept_losses import open_kept
 from ckptq.search.mixed import mixed_recipe
-from ckptq.search.result import Chosen, Found
+from ckptq.search.result import Chosen, ChosenCache, Found
 from ckptq.search.sensitivities import Losses, Sensitivities
-from ckptq.text.samples import Samples, read_samples
+from ckptq.text.samples import read_samples
 
 Per = Literal["set", "layer"]
 
@@ -54,6 +56,10 @@ class SearchRequest:
     per: Per = "set"
     """What is measured alone, with text: every set, or every layer."""
     device: str | None = None
+    kv_bits: float | None = None
+    """Of the KV cache, per value on average; None leaves it as it is."""
+    kv_caches: Sequence[str] = CACHES
+    """Its formats to choose from."""
 
     @property
     def kept(self) -> Path:
@@ -69,25 +75,36 @@ def search(request: SearchRequest, begin: Begin = silent, note: Note = untold) -
     request.budget.check()
     if request.data is None and request.budget.max_kl is not None:
         raise UsageError("--max-kl: KL is measured on text; add --data FILE")
+    if request.data is None and request.kv_bits is not None:
+        raise UsageError("--kv-bits: what a cache costs is measured on text; add --data FILE")
     ckpt = open_checkpoint(request.model, request.revision)
     refuse_holes(ckpt, read_layout(ckpt))
     candidates = find_candidates(ckpt, request.schemes, request.ignore)
     for line in candidates.told:
         note(line)
-    losses, samples = _measured(request, candidates, begin, note)
+    caches = None
+    if request.kv_bits is not None:
+        caches = find_caches(ckpt, request.kv_caches)
+        caches.check(request.kv_bits)
+    measured, text = _measuring(request, candidates, begin, note)
+    losses = _losses(measured, text, request.per)
     choices = Choices(candidates, losses)
     chosen = request.budget.choose(choices)
-    recipe = mixed_recipe(request.output.stem, candidates, chosen, request.ignore)
+    cache = _cache(request, measured, text, caches)
+    scheme = cache_scheme(cache.cache) if cache is not None else None
+    recipe = mixed_recipe(request.output.stem, candidates, chosen, request.ignore, scheme)
     plan = make_plan(ckpt, recipe, ignore=request.ignore)
     total = choices.point("chosen", chosen)
-    assert plan.write_bytes == total.nbytes, "the recipe is not what was chosen"
-    write_whole(request.output, text_bytes(recipe.text))
+    assert plan.write_bytes == total.nbytes + _scale_bytes(plan), (
+        "the recipe is not what was chosen"
+    )
+    write_whole(request.output, text_bytes(_served(cache) + recipe.text))
     return Found(
         model=str(request.model),
         recipe=request.output,
         sensitivities=request.kept,
-        measure=WEIGHTS if samples is None else KL,
-        text=None if samples is None else samples.source,
+        measure=WEIGHTS if text is None else KL,
+        text=None if text is None else text.source,
         chosen=tuple(
             Chosen.of(each, chosen[each.name], dict(losses[each.name])) for each in candidates.sets
         ),
@@ -95,12 +112,20 @@ def search(request: SearchRequest, begin: Begin = silent, note: Note = untold) -
         uniform=tuple(choices.uniform()),
         best=tuple(choices.best()),
         told=(*vllm_doubts(plan), *transformers_doubts(plan)),
+        kv_cache=cache,
     )
 
 
-def _measured(
+def _scale_bytes(plan: Plan) -> int:
+    """Of the cache."""
+    modules = plan.attention.scales.values() if plan.attention is not None else ()
+    return sum(spec.nbytes for scales in modules for spec in scales.values())
+
+
+def _measuring(
     request: SearchRequest, candidates: Candidates, begin: Begin, note: Note
-) -> tuple[Losses, Samples | None]:
+) -> tuple[Sensitivities, Text | None]:
+    """What measures, and on which text."""
     samples, options = None, dict[str, object](ignore=list(request.ignore))
     if request.data is not None:
         options["per"] = request.per
@@ -111,8 +136,24 @@ def _measured(
             seed=request.seed,
         )
     kept = open_kept(request.kept, candidates, samples, options, note)
-    device = str(find_device(request.device))
-    measured = Sensitivities(candidates, kept, device, begin)
-    if samples is None:
-        return measured.of_weights(), None
-    return measured.of_text(text_of(samples, []), per_layer=request.per == "layer"), samples
+    measured = Sensitivities(candidates, kept, str(find_device(request.device)), begin)
+    return measured, None if samples is None else text_of(samples, [])
+
+
+def _losses(measured: Sensitivities, text: Text | None, per: Per) -> Losses:
+    if text is None:
+        return measured.of_weights()
+    return measured.of_text(text, per_layer=per == "layer")
+
+
+def _cache(
+    request: SearchRequest, measured: Sensitivities, text: Text | None, caches: Caches | None
+) -> ChosenCache | None:
+    if caches is None or request.kv_bits is None or text is None:
+        return None
+    return caches.choose(measured.of_caches(text, caches), request.kv_bits)
+
+
+def _served(cache: ChosenCache | None) -> str:
+    """The first line of the recipe: what it cannot say of the cache."""
+    return f"# Serve with: vllm serve ... {cache.flags}\n" if cache and cache.flags else ""

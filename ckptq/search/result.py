@@ -45,6 +45,29 @@ class Point:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class CachePoint:
+    """A cache of all layers, by its name for `evaluate --kv-cache`."""
+
+    name: str
+    bits: float
+    """Per cached value, on average."""
+    loss: float
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ChosenCache:
+    """One format, and the layers that stay in 16 bits."""
+
+    cache: str
+    skipped: tuple[int, ...]
+    point: CachePoint
+    uniform: tuple[CachePoint, ...]
+    """Every format in all layers."""
+    flags: str
+    """What `vllm serve` needs beside the checkpoint."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Found:
     """One search."""
 
@@ -62,3 +85,4 @@ class Found:
     best: tuple[Point, ...]
     """The least loss at other sizes, smallest first."""
     told: tuple[str, ...]
+    kv_cache: ChosenCache | None = None

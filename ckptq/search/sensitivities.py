@@ -10,14 +10,18 @@ from dataclasses import dataclass
 from ckptq.errors import PlanError
 from ckptq.evaluate.text import Text
 from ckptq.progress import Begin
+from ckptq.search.caches import CacheLosses, Caches
 from ckptq.search.candidates import PLAIN, Candidates, LinearSet
-from ckptq.search.changed import Change
-from ckptq.search.changed_rows import Rows
+from ckptq.search.changed import CacheChange, Change
+from ckptq.search.changed_rows import AnyChange, Rows
 from ckptq.search.kept_losses import Kept
 from ckptq.search.weight_errors import WeightErrors
 
 SECONDS = 5.0
 """Between two writes of the file while weights are read."""
+
+BROKEN = 1e6
+"""Loss of a cache that breaks the model: more than all others together."""
 
 Losses = Mapping[str, Mapping[str, float]]
 """Set -> scheme -> what it costs; PLAIN costs nothing."""
@@ -58,8 +62,9 @@ class Sensitivities:
         together = dict(self._together(rows, missing, per_layer))
         shares = self._shares(together)
 
-        def keep(found: Mapping[Change, float]) -> None:
+        def keep(found: Mapping[AnyChange, float]) -> None:
             for change, kl in found.items():
+                assert isinstance(change, Change)
                 for each in together[change]:
                     share = shares[change.scheme, each.name]
                     self.kept.put(change.scheme, each.name, max(kl, 0.0) * share)
@@ -67,6 +72,26 @@ class Sensitivities:
 
         rows.measure(list(together), keep, self.begin)
         return self._losses()
+
+    def of_caches(self, text: Text, caches: Caches) -> CacheLosses:
+        """KL at the end of the model, of each layer's cache alone."""
+        every = [CacheChange(cache, layer) for cache in caches.bits for layer in caches.values]
+        missing = [each for each in every if self.kept.lacks(*_kept_as(each))]
+
+        def keep(found: Mapping[AnyChange, float]) -> None:
+            for change, kl in found.items():
+                assert isinstance(change, CacheChange)
+                self.kept.put(*_kept_as(change), max(kl, 0.0))
+            self.kept.write()
+
+        if missing:
+            Rows(self.candidates, text, self.device).measure(missing, keep, self.begin)
+        found: dict[str, dict[int, float]] = {cache: {} for cache in caches.bits}
+        for each in every:
+            of, name = _kept_as(each)
+            loss = self.kept.losses[of][name]
+            found[each.cache][each.layer] = loss if math.isfinite(loss) else BROKEN
+        return found
 
     def _missing(self) -> Iterator[tuple[str, LinearSet]]:
         """The sets of which some scheme's loss is not known."""
@@ -119,3 +144,8 @@ class Sensitivities:
     def _read_bytes(self, each: LinearSet) -> int:
         layout = next(iter(self.candidates.plans.values())).layout
         return sum(layout.linears[name].weight.spec.nbytes for name in each.linears)
+
+
+def _kept_as(change: CacheChange) -> tuple[str, str]:
+    """Where the file has it; a scheme may have the name of a cache."""
+    return f"kv-cache {change.cache}", f"layer {change.layer}"

@@ -14,7 +14,7 @@ from ckptq.show.evaluate_page import shown_table, write_drawn
 from ckptq.show.page import page
 
 if TYPE_CHECKING:
-    from ckptq.search.result import Chosen, Found, Point
+    from ckptq.search.result import Chosen, ChosenCache, Found, Point
     from ckptq.show.evaluate_page import Table
 
 
@@ -30,6 +30,7 @@ def show_search(found: Found, json: bool) -> None:
         f"{found.recipe}: {found.total.bits:.3f} bits per weight, {size(found.total.nbytes)}; "
         f"sensitivities are in {found.sensitivities}",
         f"quantize:   ckptq quantize {shell_word(found.model)} --recipe {shell_word(found.recipe)}",
+        *_serving(found.kv_cache),
     )
 
 
@@ -48,7 +49,22 @@ def search_tables(found: Found) -> list[Table]:
     title = f"{found.model}; loss: {found.measure}{text}"
     points = [found.total, *found.uniform]
     sizes = [(p.name, f"{p.bits:.3f}", size(p.nbytes), f"{p.loss:.4g}") for p in points]
-    return [(title, columns, rows), ("", ("all sets", "bits", "size", "loss"), sizes)]
+    tables: list[Table] = [
+        (title, columns, rows),
+        ("", ("all sets", "bits", "size", "loss"), sizes),
+    ]
+    if found.kv_cache is not None:
+        caches = [found.kv_cache.point, *found.kv_cache.uniform]
+        told = [(c.name, f"{c.bits:.3f}", f"{c.loss:.4g}") for c in caches]
+        tables.append(("", ("KV cache", "bits", "loss"), told))
+    return tables
+
+
+def _serving(cache: ChosenCache | None) -> Iterator[str]:
+    """What vLLM has to be told, and how to measure the cache that was chosen."""
+    if cache is not None:
+        yield f"evaluate:   ckptq evaluate ... --kv-cache {cache.point.name}"
+        yield f"serve:      vllm serve ... {cache.flags}".rstrip()
 
 
 def write_search_report(file: Path, found: Found) -> None:

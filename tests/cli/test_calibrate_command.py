@@ -5,26 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-import torch
 from test_cli import run
 from tiny.rows import write_rows
-from transformers import LlamaConfig, LlamaForCausalLM
-
-
-@pytest.fixture(scope="module")
-def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        hidden_size=32,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        intermediate_size=32,
-        vocab_size=64,
-    )
-    folder = tmp_path_factory.mktemp("calibrate") / "llama"
-    LlamaForCausalLM(config).to(torch.bfloat16).save_pretrained(folder)
-    return folder
 
 
 @pytest.fixture

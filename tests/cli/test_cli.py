@@ -60,7 +60,7 @@ SURFACE = {
     "search": {
         *("--output", "--bits", "--size", "--max-kl", "--schemes", "--ignore", "--revision"),
         *("--data", "--samples", "--seq-len", "--seed", "--per", "--sensitivities", "--device"),
-        *("--report", "--json"),
+        *("--report", "--json", "--kv-bits", "--kv-caches"),
     },
     "permute": {"--to", "--only", "--revision", "--workers", "--restart", "--json"},
     "inspect": {"--revision", "--json"},

@@ -5,27 +5,8 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-import pytest
-import torch
 from test_cli import run
 from tiny.rows import token_rows, write_rows
-from transformers import LlamaConfig, LlamaForCausalLM
-
-
-@pytest.fixture(scope="module")
-def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        hidden_size=32,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        intermediate_size=64,
-        vocab_size=64,
-    )
-    folder = tmp_path_factory.mktemp("search") / "llama"
-    LlamaForCausalLM(config).to(torch.bfloat16).save_pretrained(folder)
-    return folder
 
 
 def test_a_size_becomes_a_recipe_and_a_checkpoint(llama: Path, tmp_path: Path) -> None:
@@ -62,7 +43,13 @@ def test_kl_within_a_limit(llama: Path, tmp_path: Path) -> None:
 
 def test_what_is_asked_wrongly_is_refused_before_the_work(llama: Path, tmp_path: Path) -> None:
     recipe = tmp_path / "r.yaml"
-    for more in ([], ["--bits", "3"], ["--bits", "5", "--size", "1MB"], ["--max-kl", "1"]):
+    for more in (
+        [],
+        ["--kv-bits", "8"],
+        ["--bits", "3"],
+        ["--bits", "5", "--size", "1MB"],
+        ["--max-kl", "1"],
+    ):
         done = run("search", llama, "-o", recipe, *more)
         assert done.returncode == 2, more
     assert run("search", llama, "-o", tmp_path, "--bits", "5").returncode == 2

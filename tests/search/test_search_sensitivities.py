@@ -22,7 +22,7 @@ from ckptq.search.changed import Change
 from ckptq.search.changed_rows import Rows
 from ckptq.search.choice import Budget
 from ckptq.search.request import SearchRequest, search
-from ckptq.search.weight_errors import WeightErrors
+from ckptq.search.weight_errors import WeightErrors, block_starts
 from ckptq.text.samples import read_samples
 
 SCHEMES = ("nvfp4a16", "fp8-dynamic", PLAIN)
@@ -213,3 +213,19 @@ def test_budgets_that_mean_nothing_are_refused(llama: Path, tmp_path: Path) -> N
     with pytest.raises(UsageError, match="add --data"):
         search(SearchRequest(model=llama, budget=Budget(max_kl=0.1), output=tmp_path / "a.yaml"))
     assert not list(tmp_path.glob("*.yaml"))
+
+
+def test_large_linears_are_sampled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from search_models import save_model
+
+    wide = save_model("Llama", tmp_path / "wide", intermediate_size=1280, num_hidden_layers=1)
+    candidates = find_candidates(open_checkpoint(wide), SCHEMES)
+    every = {e.name: WeightErrors(candidates, "cpu").measure(e, SCHEMES) for e in candidates.sets}
+    assert block_starts(1280, 4 * 128) == [0, 384, 768, 1152]
+    assert block_starts(1200, 10**6) == list(range(0, 1200, 128))
+    assert block_starts(100, 1) == [0]
+    monkeypatch.setattr("ckptq.search.weight_errors.ENOUGH", 4 * 128 * 64)
+    for each in candidates.sets:
+        found = WeightErrors(candidates, "cpu").measure(each, SCHEMES)
+        assert found == pytest.approx(every[each.name], rel=0.05)
+        assert (found != every[each.name]) == ("gate_proj" in each.name)

@@ -8,6 +8,7 @@ Shape letters: B batch, H heads of any kind, K KV heads, S positions, D head siz
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
@@ -31,7 +32,9 @@ STATIC = (PER_TENSOR, PER_HEAD, SCALE_1)
 DYNAMIC = tuple(name.replace("_", "-") for name in FORMATS)
 UNROTATED, ROTATED = "-unrotated", "-rotated"
 MODES = (PLAIN, *STATIC, *DYNAMIC)
-"""Values of `--kv-cache`. Those per token and head may end in "-unrotated" or "-rotated"."""
+"""Values of `--kv-cache`. Those per token and head may end in "-unrotated" or "-rotated", and all
+but the first in "-skip-0-3": layers that stay in 16 bits."""
+SKIP = re.compile(r"^(?P<cache>.+)-skip(?P<layers>(-\d+)+)$")
 
 AttentionScales = Mapping[str, "Tensor"]
 """Scales of "q", "k" and "v" of one attention, [1] or one a head, as a checkpoint stores them."""
@@ -52,12 +55,29 @@ class KVCache:
     """Whether a static FP8 cache truncates instead of rounding."""
     origin: str = "-"
     """Where scales come from, for the table."""
+    skipped: frozenset[int] = frozenset()
+    """Layers whose cache stays in 16 bits."""
 
     @property
     def name(self) -> str:
         """Its name for `--kv-cache`."""
         suffixes = {None: "", Rotation.NONE: UNROTATED, Rotation.SIGNED: ROTATED}
-        return self.mode + suffixes[self.rotation]
+        skip = "".join(f"-{layer}" for layer in sorted(self.skipped))
+        return self.mode + suffixes[self.rotation] + (f"-skip{skip}" if skip else "")
+
+    def in_layer(self, index: int) -> KVCache:
+        """What one layer has."""
+        return BF16 if index in self.skipped else self
+
+    def mean_bits(self, head_dim: int, layers: int) -> float:
+        """`bits`, averaged over so many layers of the same size. UsageError for a layer to skip
+        that the model does not have."""
+        if absent := [layer for layer in sorted(self.skipped) if layer >= layers]:
+            raise UsageError(
+                f"--kv-cache {self.name}: this model has layers 0 to {layers - 1}, no {absent[0]}"
+            )
+        share = len(self.skipped) / max(layers, 1)
+        return share * BF16.bits(head_dim) + (1 - share) * self.bits(head_dim)
 
     def bits(self, head_dim: int) -> float:
         """Per cached value: its code, and its share of the scale and zero point per head.
@@ -113,6 +133,9 @@ def parse_cache(name: str, ckpt: Checkpoint | None) -> KVCache:
     With scales per head, fp8-per-tensor takes the largest, as vLLM does on CPUs; scales
     per tensor are of no use to fp8-per-head.
     """
+    if skip := SKIP.match(name):
+        layers = frozenset(map(int, skip["layers"][1:].split("-")))
+        return replace(parse_cache(skip["cache"], ckpt), skipped=layers)
     for suffix, rotation in ((UNROTATED, Rotation.NONE), (ROTATED, Rotation.SIGNED)):
         mode = name.removesuffix(suffix)
         if name.endswith(suffix) and mode in DYNAMIC:
@@ -120,7 +143,7 @@ def parse_cache(name: str, ckpt: Checkpoint | None) -> KVCache:
     if name not in MODES:
         raise UsageError(
             f"--kv-cache {name!r}: expected {', '.join(MODES)}; those per token and head also with "
-            f"{UNROTATED} or {ROTATED}"
+            f"{UNROTATED} or {ROTATED}; all with -skip-0-3 to keep layers in 16 bits"
         )
     if name in DYNAMIC:
         return KVCache(mode=name, origin="per token and head")
