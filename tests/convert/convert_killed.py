@@ -60,6 +60,8 @@ class Run:
     hub: tuple[str, Path] | None = None
     """The address of a hub and a cache; a source that is no folder is streamed from there."""
     push: Destination | None = None
+    token: str | None = None
+    """The hub's; processes have the environment of the first that was forked."""
 
 
 server = multiprocessing.get_context("forkserver")
@@ -86,6 +88,8 @@ def _main(run: Run, count: Any) -> None:
     output.COMMIT_BYTES = 20_000
     if run.hub is not None:
         hub_server.use(*run.hub)
+    if run.token is not None:
+        os.environ["HF_TOKEN"] = run.token
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, signal.default_int_handler)
     try:

@@ -47,6 +47,7 @@ def run(hub, source, tmp_path) -> Run:
         out=tmp_path / "out",
         recipe=recipe_of("int4 group asym"),
         push=Destination(name=NAME),
+        token=TOKEN,
         hub=(hub.endpoint, tmp_path / "cache"),
     )
 
