@@ -110,6 +110,27 @@ def test_what_is_wrong_with_them_is_found(llama: Path, tmp_path: Path, damage: s
     assert all(f"{LAYER}.gate_proj" in str(finding) for finding in report.findings)
 
 
+@pytest.mark.parametrize("damage", ["the other sign", "another row"])
+def test_a_lost_row_is_found_where_scales_were_fitted_too(
+    llama: Path, tmp_path: Path, damage: str
+) -> None:
+    out = converted(llama, tmp_path / "out", "w4a16-g32-refined")
+
+    def change(tensors: dict[str, torch.Tensor]) -> None:
+        codes, scale = (
+            tensors[f"{LAYER}.up_proj.{local}"] for local in ("weight_packed", "weight_scale")
+        )
+        if damage == "the other sign":
+            scale[7] *= -1
+        else:
+            codes[7], scale[7] = codes[8], scale[8]
+
+    edit(out, change)
+    [found] = verify(out, llama).findings
+    assert (found.code, found.tensor) == ("codes-corrupt", f"{LAYER}.up_proj.weight_packed")
+    assert "1 of" in str(found.found)
+
+
 def test_a_folder_says_in_its_record_what_gptq_did(llama: Path, tmp_path: Path) -> None:
     out = converted(llama, tmp_path / "out", "w4a16-g32-gptq")
     record = json.loads((out / "ckptq.json").read_text())

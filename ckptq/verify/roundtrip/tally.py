@@ -51,6 +51,8 @@ class Tally:
     """Elements that are the source's own number; counted for a quantized source."""
     signal: float = 0.0
     noise: float = 0.0
+    rows_lost: int = 0
+    """Rows with far more noise than signal: of another weight, or of the other sign."""
     low: float = 0.0
     high: float = 0.0
     """Extremes of the source, for scales of whole tensors."""
@@ -108,7 +110,8 @@ def compare(
     dequantized = nearest.weights(held, scheme, w_RC.shape[1])
     exact = int(same_numbers(dequantized, w_RC, scheme).count_nonzero()) if alike else 0
     wide_RC = w_RC.float()
-    noise, signal = _energy(dequantized.sub_(wide_RC)), _energy(wide_RC)
+    noise_R, signal_R = _energies(dequantized.sub_(wide_RC)), _energies(wide_RC)
+    noise, signal = noise_R.sum().item(), signal_R.sum().item()
     if exact == w_RC.numel():
         noise = 0.0  # but for the rounding of the source's numbers to their dtype
     other_scale = _scales_differ(made, held, scheme)
@@ -132,6 +135,7 @@ def compare(
         exact=exact,
         signal=signal,
         noise=noise,
+        rows_lost=int((noise_R > LOST * signal_R).count_nonzero()),
         low=low,
         high=high,
         observed=(digest(made["weight_scale"]),) if "weight_scale" in made else (),
@@ -139,11 +143,14 @@ def compare(
     )
 
 
-def _energy(x_RC: Tensor) -> float:
-    """Sum of squares; float32 is enough for a block, whose sums are added in float64."""
-    flat = x_RC.reshape(-1)
-    return torch.dot(flat, flat).item()
+def _energies(x_RC: Tensor) -> Tensor:
+    """[R]: each row's sum of squares; float32 is enough for a row, these are added in float64."""
+    return torch.linalg.vecdot(x_RC, x_RC).double()
 
+
+LOST = 10**0.2
+"""Noise over signal of a row that is lost, 2 dB: another weight in its place has 3, its own with
+the other sign 6. Codes that GPTQ chose may lose a column, but no row."""
 
 INVERTED = 2.0**-22
 """How far a global scale may be from the inverse of ModelOpt's: both are float32."""

@@ -99,6 +99,9 @@ def undiagnosed(linear: StoredLinear, tally: Tally) -> Finding:
     if linear.module.chosen and _few_scales(tally) and plain:
         found = f"{tally.scales_wrong} of {tally.scales} scales are of another range"
         return _about(linear, "scale-corrupt", found, "scales from minimum and maximum")
+    if linear.module.chosen and tally.rows_lost and snr >= LEAST_CHOSEN_DB:
+        found = f"{tally.rows_lost} of {linear.shape[0]} rows have more noise than signal"
+        return _about(linear, "codes-corrupt", found, "codes chosen by GPTQ, which lose no row")
     known = not tally.scales_wrong or linear.module.weighed
     if linear.module.chosen and known and snr >= LEAST_CHOSEN_DB:
         found = f"{snr:.1f} dB, {share:.0%} of the codes are not the nearest"
