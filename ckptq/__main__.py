@@ -23,6 +23,7 @@ def main() -> NoReturn:
 
     Once that code is decided no signal changes it, however long the interpreter takes to end.
     """
+    _open_closed_streams()
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # a result is shown on any terminal
     listen()
@@ -35,6 +36,18 @@ def main() -> NoReturn:
         code = 130
     ignore_signals()
     sys.exit(code)
+
+
+def _open_closed_streams() -> None:
+    """Daemons may start a command without standard streams. The files that it opens must not get
+    their numbers: a warning would be written into a shard."""
+    for number, name in enumerate(("stdin", "stdout", "stderr")):
+        if getattr(sys, name) is None:
+            opened = os.open(os.devnull, os.O_RDWR)
+            if opened != number:
+                os.dup2(opened, number)
+                os.close(opened)
+            setattr(sys, name, open(number, "w" if number else "r"))  # noqa: SIM115
 
 
 def _kept() -> str:

@@ -507,3 +507,16 @@ def test_only_what_is_resumed_says_so(llama: Path, monkeypatch: pytest.MonkeyPat
 def test_what_the_machine_refuses_is_one_message(llama: Path) -> None:
     refused(4, "error: /dev/full: No space left on device; free", "verify", llama, "--html",
             "/dev/full")  # fmt: skip
+
+
+@pytest.mark.parametrize("closed", ["<&-", ">&-", "2>&-", "<&- >&- 2>&-"])
+def test_a_closed_stream_changes_no_exit_code(tmp_path: Path, closed: str) -> None:
+    """As a daemon starts commands."""
+    script = (
+        f'"$0" -m ckptq recipes {closed}; a=$?; "$0" -m ckptq verify nothing {closed}; echo $a $?'
+    )
+    done = subprocess.run(
+        ["sh", "-c", script, sys.executable], cwd=tmp_path, capture_output=True, text=True
+    )
+    assert done.stdout.splitlines()[-1] == "0 3"
+    assert "Traceback" not in done.stderr
