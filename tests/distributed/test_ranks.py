@@ -19,7 +19,10 @@ from ckptq.evaluate.watching import Watching
 def test_the_threads_that_a_user_has_chosen_are_told_from_torchruns_own(monkeypatch, given, chosen):
     """torchrun hands on its 1 either way; what it was started with is the user's."""
     clean = {name: value for name, value in os.environ.items() if name != "OMP_NUM_THREADS"}
-    launcher = subprocess.Popen([sys.executable, "-c", "input()"], stdin=-1, env=clean | given)
+    script = [sys.executable, "-c", "print(flush=True); input()"]
+    launcher = subprocess.Popen(script, stdin=-1, stdout=-1, env=clean | given)
+    assert launcher.stdout is not None
+    launcher.stdout.readline()  # before it has begun, it has no environment
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     monkeypatch.setattr(os, "getppid", lambda: launcher.pid)
     assert ranks._threads_chosen() is chosen
