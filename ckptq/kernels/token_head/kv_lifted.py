@@ -20,6 +20,7 @@ from torch import Tensor
 
 from ckptq.kernels.product_rows import among_lanes, runs_of_lanes
 from ckptq.kernels.rounding import INTERPRETED, has_native_e4m3
+from ckptq.kernels.shared_memory import multiprocessors
 from ckptq.kernels.token_head.kv_codes import codes, step_and_inverse
 from ckptq.kernels.token_head.kv_format import (
     EPS,
@@ -217,7 +218,7 @@ def _programs(device: torch.device) -> int:
     """As many programs as a GPU holds at a time, of which each takes many tiles."""
     if device.type != "cuda":
         return 1
-    return 3 * torch.cuda.get_device_properties(device).multi_processor_count
+    return 3 * multiprocessors(device)
 
 
 def _as_words(x_TKD: Tensor) -> Tensor:
