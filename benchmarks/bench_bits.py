@@ -21,7 +21,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 from measure import machine
-from record import Row, add_option, publish
+from record import Row, add_option, gpu, publish
 
 from ckptq.checkpoint.open import Checkpoint, open_checkpoint
 from ckptq.evaluate.result import Evaluation
@@ -188,7 +188,7 @@ def main() -> None:
         "`ckptq search`: KL on held-out text",
         list(cache_rows(asked) if asked.kv_bits else rows(asked)),
         code=CODE,
-        machine=machine(),
+        machine=gpu() if asked.device.startswith("cuda") else machine(),
         folder=asked.record,
     )
 

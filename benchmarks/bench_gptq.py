@@ -4,8 +4,9 @@
     python benchmarks/bench_gptq.py layer dense|experts [--device cuda] [--samples N]
 
 `quality`: each scheme is written by `ckptq quantize`, or by llm-compressor's oneshot from the same
-tokens ("oneshot:w4a16-gptq"), and measured by `ckptq evaluate` on held-out text: KL, perplexity,
-dB, size, seconds and peak RSS. A run that is stopped has recorded what it finished. `layer`: one
+tokens ("oneshot:w4a16-gptq"), or by AutoRound in 4 bits with groups of 32 and so many steps a layer
+("auto-round:200"), and measured by `ckptq evaluate` on held-out text: KL, perplexity, dB, size,
+seconds and peak RSS. A run that is stopped has recorded what it finished. `layer`: one
 layer of Llama 3.1 8B's shapes, or one with 128 experts of Qwen3-30B-A3B's, quantized by ckptq and
 by llm-compressor's oneshot from the same tokens: seconds and peak memory of the whole process, and
 what is lost.
@@ -27,6 +28,7 @@ from measure import machine, run, warm
 from record import Row, add_option, gpu, publish
 
 ONESHOT = "oneshot:"
+AUTO_ROUND = "auto-round:"
 SCHEMES = (
     *("w4a16-g32", "w4a16-g32-search", "w4a16-g32-refined"),
     *("oneshot:w4a16-g32-gptq", "oneshot:w4a16-g32-imatrix-gptq"),
@@ -37,6 +39,7 @@ SCHEMES = (
     *("fp8-dynamic", "fp8-dynamic-search", "fp8-dynamic-refined", "oneshot:fp8-dynamic-gptq"),
     *("w8a8", "w8a8-search", "w8a8-refined", "oneshot:w8a8-gptq"),
     *("mxfp4a16", "mxfp4a16-search"),
+    *("auto-round:0", "auto-round:200"),
 )
 BY_TEXT = ("-gptq", "-imatrix", "-refined")
 
@@ -100,6 +103,24 @@ if torch.cuda.is_available():
 model.save_pretrained(out)
 """
 
+ROUND = """
+import json, shutil, sys, torch, transformers
+from pathlib import Path
+from auto_round import AutoRound
+source, out, steps, rows, device = sys.argv[1:]
+ids = [torch.tensor(json.loads(line)["input_ids"]) for line in open(rows)]
+samples = [{"input_ids": row, "attention_mask": torch.ones_like(row)} for row in ids]
+model = transformers.AutoModelForCausalLM.from_pretrained(source, dtype="auto")
+rounder = AutoRound(
+    model, transformers.AutoTokenizer.from_pretrained(source), bits=4, group_size=32, sym=True,
+    iters=int(steps), dataset=torch.utils.data.DataLoader(samples, batch_size=1),
+    nsamples=len(ids), seqlen=max(map(len, ids)), device_map=device, enable_torch_compile=False,
+)
+rounder.quantize_and_save(out + "-folder", format="llm_compressor")
+(written,) = Path(out + "-folder").rglob("config.json")
+shutil.move(written.parent, out)
+"""
+
 OURS = """
 import sys, torch
 from ckptq.__main__ import main
@@ -139,6 +160,9 @@ def quality(given: argparse.Namespace, work: Path) -> Iterator[Row]:
 def _command(scheme: str, given: argparse.Namespace, tokens: Path, out: Path) -> list[Any]:
     if scheme.startswith(ONESHOT):
         return ["-c", PEER, given.model, out, scheme.removeprefix(ONESHOT), tokens]
+    if scheme.startswith(AUTO_ROUND):
+        steps = scheme.removeprefix(AUTO_ROUND)
+        return ["-c", ROUND, given.model, out, steps, tokens, given.device]
     command = ["-m", "ckptq", "quantize", given.model, "-o", out, "-s", scheme]
     command += ["--device", given.device]
     by_text = any(way in scheme for way in BY_TEXT)

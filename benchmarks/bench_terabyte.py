@@ -1,10 +1,11 @@
 """DeepSeek-V3, 671 GB in FP8: its plan, and the conversion of as much of it as a disk holds.
 
-    python benchmarks/bench_terabyte.py --work FOLDER
+    python benchmarks/bench_terabyte.py --work FOLDER [--experts 16 96] [--device cuda]
 
 The plan of the whole is made from headers (all holes). Then two models of its widths with random
 codes, one dense layer and one of experts each, of which the larger has more experts, are converted.
-The rest is the slope between the two, and called so. Needs 12 GB where FOLDER is.
+The rest is the slope between the two, and called so. `cp` of the larger stands beside it. Needs
+12 GB where FOLDER is.
 """
 
 from __future__ import annotations
@@ -19,16 +20,16 @@ from pathlib import Path
 
 from giants import DEEPSEEK_V3, MODELS, latent, make
 from measure import load, machine, run, warm
-from record import Row, add_option, publish
+from record import Row, add_option, gpu, publish
 
 CODE = ("ckptq/checkpoint", "ckptq/convert", "ckptq/models", "ckptq/plan", "ckptq/quantize")
 SCHEMES = ("nvfp4a16", "fp8-dynamic")
 
 
-def rows(work: Path, experts_of: Sequence[int]) -> list[Row]:
+def rows(work: Path, experts_of: Sequence[int], device: str) -> list[Row]:
     whole = work / "whole"
     _, total = make(whole, MODELS["deepseek-v3"])
-    plans = {scheme: run([*command(whole, scheme), "--dry-run"]) for scheme in SCHEMES}
+    plans = {scheme: run([*command(whole, scheme, device), "--dry-run"]) for scheme in SCHEMES}
     shutil.rmtree(whole)
     made: list[Row] = []
     sizes, took = [], {}
@@ -39,9 +40,12 @@ def rows(work: Path, experts_of: Sequence[int]) -> list[Row]:
         for scheme in SCHEMES:
             warm(source)
             out = work / "out"
-            took[experts, scheme] = run([*command(source, scheme), "-o", out], sync=work)
+            took[experts, scheme] = run([*command(source, scheme, device), "-o", out], sync=work)
             shutil.rmtree(out)
             print(f"{experts} {scheme}: load {load():.1f}", file=sys.stderr)
+        warm(source)
+        copied = run(["cp", "-r", source, out], sync=work)
+        shutil.rmtree(out)
         shutil.rmtree(source)
     for scheme in SCHEMES:
         few, many = (took[experts, scheme] for experts in experts_of)
@@ -59,6 +63,7 @@ def rows(work: Path, experts_of: Sequence[int]) -> list[Row]:
                 "peak MB of its plan": plans[scheme].peak_bytes / 1e6,
                 "GB converted": sizes[1] / 1e9,
                 "seconds": many.seconds,
+                "seconds of cp": copied.seconds,
                 "CPU seconds": many.cpu_seconds,
                 "peak MB": many.peak_bytes / 1e6,
                 "peak MB of the smaller": few.peak_bytes / 1e6,
@@ -70,20 +75,24 @@ def rows(work: Path, experts_of: Sequence[int]) -> list[Row]:
     return made
 
 
-def command(source: Path, scheme: str) -> list[str | Path]:
-    return [sys.executable, "-m", "ckptq", "quantize", source, "-s", scheme]
+def command(source: Path, scheme: str, device: str) -> list[str | Path]:
+    quantize = [sys.executable, "-m", "ckptq", "quantize", source, "-s", scheme]
+    return [*quantize, "--device", device]
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--work", type=Path, help="where sources lie; default: a temporary folder")
     parser.add_argument("--experts", type=int, nargs=2, default=(16, 96), help="of the two models")
+    parser.add_argument("--device", default="cpu")
     add_option(parser)
     given = parser.parse_args()
     with tempfile.TemporaryDirectory(dir=given.work) as folder:
-        found = rows(Path(folder), given.experts)
+        found = rows(Path(folder), given.experts, given.device)
+    on_gpu = given.device != "cpu"
     what = "DeepSeek-V3 by its plan, and two of its layers at full width"
-    publish("terabyte", what, found, code=CODE, machine=machine(), folder=given.record)
+    name, where = ("terabyte-gpu", gpu()) if on_gpu else ("terabyte", machine())
+    publish(name, what, found, code=CODE, machine=where, folder=given.record)
 
 
 if __name__ == "__main__":
