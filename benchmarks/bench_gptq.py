@@ -1,15 +1,15 @@
 """What GPTQ and iMatrix gain and cost.
 
     python benchmarks/bench_gptq.py quality MODEL --data TEXT --held-out TEXT [--schemes A,B]
-    python benchmarks/bench_gptq.py layer dense|experts [--device cuda] [--samples N]
+    python benchmarks/bench_gptq.py layer dense|experts [--device cuda] [--samples N,N]
 
 `quality`: each scheme is written by `ckptq quantize`, or by llm-compressor's oneshot from the same
 tokens ("oneshot:w4a16-gptq"), or by AutoRound in 4 bits with groups of 32 and so many steps a layer
 ("auto-round:200"), and measured by `ckptq evaluate` on held-out text: KL, perplexity, dB, size,
 seconds and peak RSS. A run that is stopped has recorded what it finished. `layer`: one
 layer of Llama 3.1 8B's shapes, or one with 128 experts of Qwen3-30B-A3B's, quantized by ckptq and
-by llm-compressor's oneshot from the same tokens: seconds and peak memory of the whole process, and
-what is lost.
+by llm-compressor's oneshot from the same tokens: seconds and peak memory of the whole process, the
+slope between two numbers of tokens, and what is lost.
 """
 
 from __future__ import annotations
@@ -189,27 +189,41 @@ def scores(
 
 def layer(given: argparse.Namespace, work: Path) -> Iterator[Row]:
     family, sizes = LAYERS[given.kind]
-    source, text, S = work / "source", work / "rows.jsonl", int(given.seq_len)
+    source = work / "source"
     subprocess.run([sys.executable, "-c", MAKE, family, json.dumps(sizes), source], check=True)
-    ids = ([(7 * i * j + i) % 1000 + 1 for j in range(S)] for i in range(1, int(given.samples) + 1))
-    text.write_text("".join(json.dumps({"input_ids": row}) + "\n" for row in ids))
-    warm(source)
-    outs = [work / "ours", work / "theirs"]
-    ours = ["quantize", source, "-o", outs[0], "-s", given.scheme, "--data", text]
-    ours += [*_tokens(given), "--device", given.device]
-    took = {
-        "ckptq": run([sys.executable, "-c", OURS, *map(str, ours)]),
-        "oneshot": run([sys.executable, "-c", PEER, source, outs[1], given.scheme, text]),
-    }
-    rows = scores(source, outs, text, given.samples, given.device)
-    for (name, one), row in zip(took.items(), rows, strict=True):
+    few, many = (_quantized(given, source, count) for count in given.samples.split(","))
+    more = many["tokens"] - few["tokens"]
+    for name in ("ckptq", "oneshot"):
+        (first, row), (second, _) = few[name], many[name]
         yield {
             "tool": name,
-            "seconds": one.seconds,
-            "peak MB": one.peak_bytes / 1e6,
+            "seconds": first.seconds,
+            f"seconds of {many['tokens']:,} tokens": second.seconds,
+            "seconds per 100,000 tokens": (second.seconds - first.seconds) / more * 1e5,
+            "peak MB": second.peak_bytes / 1e6,
             "dB": row["snr_db"],
             "KL": row["kl"],
         }
+
+
+def _quantized(given: argparse.Namespace, source: Path, count: str) -> dict[str, Any]:
+    """By both tools, from as many samples: what it took, and the row of `ckptq evaluate`."""
+    text, S = source.parent / "rows.jsonl", int(given.seq_len)
+    ids = ([(7 * i * j + i) % 1000 + 1 for j in range(S)] for i in range(1, int(count) + 1))
+    text.write_text("".join(json.dumps({"input_ids": row}) + "\n" for row in ids))
+    warm(source)
+    outs = [source.parent / "ours", source.parent / "theirs"]
+    ours = ["quantize", source, "-o", outs[0], "-s", given.scheme, "--data", text]
+    ours += ["--samples", count, "--seq-len", given.seq_len, "--device", given.device]
+    took = [
+        run([sys.executable, "-c", OURS, *map(str, ours)]),
+        run([sys.executable, "-c", PEER, source, outs[1], given.scheme, text]),
+    ]
+    rows = scores(source, outs, text, "16", given.device)
+    for out in outs:
+        shutil.rmtree(out)
+    found = dict(zip(("ckptq", "oneshot"), zip(took, rows, strict=True), strict=True))
+    return {"tokens": int(count) * S, **found}
 
 
 def main() -> None:
@@ -224,9 +238,10 @@ def main() -> None:
     other = modes.add_parser("layer")
     other.add_argument("kind", choices=LAYERS)
     other.add_argument("--scheme", default="w4a16-gptq")
+    one.add_argument("--samples", default="32")
+    other.add_argument("--samples", default="128,512", help="two numbers, for the slope")
     for each in (one, other):
         each.add_argument("--device", default="cpu")
-        each.add_argument("--samples", default="64")
         each.add_argument("--seq-len", default="512")
         add_option(each)
     given = parser.parse_args()

@@ -25,7 +25,7 @@ from ckptq.calibrate.statistics import Statistics, Wanted
 from ckptq.checkpoint.identity import State, check_unchanged, lasting
 from ckptq.checkpoint.open import Checkpoint
 from ckptq.distributed.ranks import ALONE, Ranks
-from ckptq.errors import PlanError, SourceError, UsageError
+from ckptq.errors import PlanError, UsageError
 from ckptq.forward.decoded import weights_of
 from ckptq.forward.latent import Latents
 from ckptq.forward.layerwise import LayerwiseModel, Watch, open_model
@@ -120,7 +120,7 @@ def calibrate(
         weights = quantizer.weights(weights_of(ckpt, Reader(device)))
     model = open_model(ckpt, device, weights, eager, trust_remote_code)
     statistics = Statistics(wanted)
-    _check_vocabulary(model, samples)
+    model.check_vocabulary(samples.source, samples.token_ids)
     batches = share.share(samples.batches(batch_size))
     _run(model, batches, statistics, progress, kept, observed, quantizer)
     check_unchanged(pinned)
@@ -223,15 +223,6 @@ def _classes(model: LayerwiseModel, statistics: Statistics) -> dict[str, str]:
         for name, module in root.named_modules(prefix=layer)
         if f"{model.loader.stored_module(name)}.q" in statistics.points
     }
-
-
-def _check_vocabulary(model: LayerwiseModel, samples: Samples) -> None:
-    text = model.skeleton.model.config.get_text_config(decoder=True)
-    size, largest = getattr(text, "vocab_size", None), max(map(max, samples.token_ids))
-    if size is not None and largest >= size:
-        raise SourceError(
-            f"{samples.source}: token id {largest} is outside the model's vocabulary of {size}"
-        )
 
 
 def _check_complete(ckpt: Checkpoint, model: LayerwiseModel, statistics: Statistics) -> None:

@@ -13,14 +13,12 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from ckptq.distributed.ranks import ALONE, Ranks
-from ckptq.errors import SourceError
 from ckptq.evaluate.linears.products import experts_one_by_one
 from ckptq.evaluate.pieces import cut, pieces_of
 from ckptq.evaluate.scores import Measures, Scores
 from ckptq.evaluate.text import Text
 from ckptq.evaluate.variant import Track
 from ckptq.evaluate.watching import Watching
-from ckptq.forward.layerwise import LayerwiseModel
 from ckptq.forward.linear_inputs import real_positions
 from ckptq.progress import Begin
 from ckptq.text.samples import Batch
@@ -64,7 +62,8 @@ class Comparison:
     def run(self, begin: Begin) -> dict[str, Outcome]:
         """Results by name of the variant; those in `watching.failed` have none. SourceError for
         tokens outside the vocabulary."""
-        _check_vocabulary(self.tracks[0].model, self.text)
+        lines = (line.token_ids for line in self.text.lines)
+        self.tracks[0].model.check_vocabulary(self.text.source, lines)
         for track in self.tracks:
             experts_one_by_one(track.model.skeleton.model)
             with self.watching.told(*track.variants):
@@ -171,12 +170,3 @@ def _real(hidden_BSE: Tensor, lengths: Sequence[int]) -> Tensor:
     flat = hidden_BSE.flatten(-3, -2)
     where = real_positions(lengths, hidden_BSE.shape[-2], hidden_BSE.device)
     return flat if where is None else flat.index_select(-2, where)
-
-
-def _check_vocabulary(model: LayerwiseModel, text: Text) -> None:
-    size = model.skeleton.model.config.get_text_config(decoder=True).vocab_size
-    largest = max(max(line.token_ids) for line in text.lines)
-    if largest >= size:
-        raise SourceError(
-            f"{text.source}: token id {largest} is outside the model's vocabulary of {size}"
-        )

@@ -10,7 +10,7 @@ Shape letters: B batch, S positions, E hidden size, V vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from inspect import signature
@@ -94,6 +94,16 @@ class LayerwiseModel:
     def layer_names(self) -> list[str]:
         """Module names of the decoder layers, in the order in which they run."""
         return list(self.skeleton.layers)
+
+    def check_vocabulary(self, source: str, token_ids: Iterable[Sequence[int]]) -> None:
+        """SourceError if one of these texts, which are of `source`, has a token that is not in it;
+        a GPU would say so in words of its own, and be lost to the process."""
+        text = self.skeleton.model.config.get_text_config(decoder=True)
+        size, largest = getattr(text, "vocab_size", None), max(map(max, token_ids))
+        if size is not None and largest >= size:
+            raise SourceError(
+                f"{source}: token id {largest} is outside the model's vocabulary of {size}"
+            )
 
     def embed(self, batches: Iterable[Batch]) -> Stream:
         """Run everything before the first decoder layer, and record the layers' arguments."""

@@ -126,6 +126,8 @@ class Rows:
 
     def _embedded(self) -> Stream:
         """The source in front of the first layer."""
+        lines = (line.token_ids for line in self._text.lines)
+        self._model.check_vocabulary(self._text.source, lines)
         size = 1 if self._reader.device.type == "cpu" else None
         stream = self._model.embed(runs_of(self._text, size, [SOURCE]))
         self._reader.release()

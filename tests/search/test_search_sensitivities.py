@@ -13,7 +13,7 @@ from tiny.tensors import tensors_in
 from torch import Tensor
 
 from ckptq.checkpoint.open import open_checkpoint
-from ckptq.errors import UsageError
+from ckptq.errors import SourceError, UsageError
 from ckptq.evaluate.text import text_of
 from ckptq.evaluate.weights.schemes import SchemeWeights
 from ckptq.progress import silent
@@ -213,6 +213,13 @@ def test_budgets_that_mean_nothing_are_refused(llama: Path, tmp_path: Path) -> N
     with pytest.raises(UsageError, match="add --data"):
         search(SearchRequest(model=llama, budget=Budget(max_kl=0.1), output=tmp_path / "a.yaml"))
     assert not list(tmp_path.glob("*.yaml"))
+
+
+def test_tokens_outside_the_vocabulary_are_named(llama: Path, tmp_path: Path) -> None:
+    rows = tmp_path / "odd.jsonl"
+    rows.write_text('{"input_ids": [1, 2, 99999]}\n')
+    with pytest.raises(SourceError, match=r"odd\.jsonl: token id 99999 is outside"):
+        search(request(llama, tmp_path, 5.0, rows))
 
 
 def test_large_linears_are_sampled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

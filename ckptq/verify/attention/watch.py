@@ -100,6 +100,7 @@ def check_attention(subject: Subject, text: str | None = None, device: str = "cp
     assert subject.source is not None
     samples = read_samples(text, subject.source.path, samples=SAMPLES, seq_len=SEQ_LEN)
     model = open_model(subject.source, device)
+    model.check_vocabulary(samples.source, samples.token_ids)
     stream = model.embed(samples.batches(1))
     watch = Watch(_choices(subject), model.loader.stored_module, pages_serve(model.device))
     for index, name in enumerate(model.layer_names):
