@@ -6,6 +6,8 @@ Shape letters: R rows, C columns.
 from __future__ import annotations
 
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor
@@ -49,8 +51,8 @@ class OnCores:
 
 
 class OnGpu(OnCores):
-    """Each thread has a stream, so that its transfers and kernels overlap with the other threads'
-    I/O. Formats without a kernel are computed on the CPU."""
+    """Each thread has a stream, so that its transfers and arithmetic overlap with the other
+    threads' I/O. Searched scales, whose errors are sums, and float64 are computed on the CPU."""
 
     def __init__(self, device: torch.device, workers: int = 1) -> None:
         super().__init__(workers)
@@ -59,27 +61,48 @@ class OnGpu(OnCores):
         self._device = device
         self._lane = _Lane(device)
 
+    def statistic(self, w_RC: Tensor, scheme: WeightScheme) -> Tensor:
+        if _for_cores(w_RC, scheme):
+            return super().statistic(w_RC, scheme)
+        with self._on_device(w_RC) as x_RC:
+            return statistic(x_RC, scheme, self._lane.scratch).cpu()
+
     def quantize(self, w_RC: Tensor, scheme: WeightScheme, shared: Tensor | None) -> Made:
-        kernel = kernel_of(scheme)
-        if kernel is None or w_RC.dtype == torch.float64:
+        if _for_cores(w_RC, scheme):
             return super().quantize(w_RC, scheme, shared)
+        with self._on_device(w_RC) as x_RC:
+            return self._lane.fetch(self._made(x_RC, scheme, shared))
+
+    def _made(self, x_RC: Tensor, scheme: WeightScheme, shared: Tensor | None) -> Made:
+        """By a kernel, or in torch's operations where there is none."""
+        kernel = kernel_of(scheme)
+        if kernel is None:
+            at_hand = None if shared is None else shared.to(x_RC.device)
+            return quantize(x_RC, scheme, at_hand, self._lane.scratch)
+        check_finite(x_RC)
+        return kernel(x_RC, scheme, shared)
+
+    @contextmanager
+    def _on_device(self, w_RC: Tensor) -> Iterator[Tensor]:
         try:
             with torch.cuda.stream(self._lane.stream):
-                x_RC = w_RC.to(self._device, non_blocking=True)
-                check_finite(x_RC)
-                made = kernel(x_RC, scheme, shared)
-                return self._lane.fetch(made)
+                yield w_RC.to(self._device, non_blocking=True)
         except torch.OutOfMemoryError as error:
             raise MachineError(
                 f"{self._device}: out of memory for {spec_of(w_RC)}; use fewer --workers"
             ) from error
 
 
+def _for_cores(w_RC: Tensor, scheme: WeightScheme) -> bool:
+    return scheme.search is not None or w_RC.dtype == torch.float64
+
+
 class _Lane(threading.local):
-    """A thread's own stream, and pinned memory for what comes back on it."""
+    """A thread's own stream, memory to compute in, and pinned memory for what comes back."""
 
     def __init__(self, device: torch.device) -> None:
         self.stream = torch.cuda.Stream(device)
+        self.scratch = Scratch(device)
         self._pieces: dict[str, Tensor] = {}
 
     def fetch(self, made: Made) -> Made:
