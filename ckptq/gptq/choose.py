@@ -5,7 +5,9 @@ Shape letters: R rows, C columns.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +18,9 @@ from ckptq.recipes.scheme import Gptq
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+
+KERNEL_SWITCH = "LLMCOMPRESSOR_DISABLE_GPTQ_TRITON"
 
 
 @dataclass(frozen=True)
@@ -47,8 +52,9 @@ def choose(choices: Sequence[Choice], args: Args, how: Gptq) -> list[Chosen]:
     import torch
     from llmcompressor.modifiers.gptq.gptq_quantize import quantize_weight
 
+    signed = any(bool((each.on.scale < 0).any()) for each in choices)
     global_scales = [each.on.global_scale for each in choices if each.on.global_scale is not None]
-    with torch.no_grad():
+    with torch.no_grad(), _without_kernel(signed):
         made: Any = quantize_weight(
             weights=torch.stack([each.w_RC.float() for each in choices]),
             hessians=torch.stack([each.hessian_CC for each in choices]),
@@ -64,6 +70,22 @@ def choose(choices: Sequence[Choice], args: Args, how: Gptq) -> list[Chosen]:
         Chosen(w_RC, not by_itself, each.on)
         for w_RC, by_itself, each in zip(weights, nearest.tolist(), choices, strict=True)
     ]
+
+
+@contextmanager
+def _without_kernel(signed: bool) -> Iterator[None]:
+    """Where scales are `signed`, turn off llm-compressor's Triton kernel: it takes those below zero
+    for the least positive number (0.14: `_gptq_block_update_kernel`). Its torch code does not."""
+    before = os.environ.get(KERNEL_SWITCH)
+    if signed:
+        os.environ[KERNEL_SWITCH] = "1"
+    try:
+        yield
+    finally:
+        if signed and before is None:
+            del os.environ[KERNEL_SWITCH]
+        elif signed:
+            os.environ[KERNEL_SWITCH] = str(before)
 
 
 def weighed_ranges(w_RC: Tensor, moments: Moments, args: Args) -> Ranges:

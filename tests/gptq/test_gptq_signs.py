@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from compressed_tensors.quantization import QuantizationArgs
 from compressed_tensors.quantization.lifecycle.forward import dequantize as library_dequantize
-from test_gptq_descent import read_back, scheme_of
+from llmcompressor.modifiers.gptq import gptq_quantize
+from test_gptq_descent import error, read_back, scheme_of, started
 
+from ckptq.gptq.choose import Choice, choose
 from ckptq.gptq.signs import SHRINKS, may_be_signed, with_signs
-from ckptq.quantize.formats import grid
+from ckptq.quantize.formats import Grid, grid
+from ckptq.recipes.load import load_scheme
+from ckptq.recipes.scheme import Gptq
 
 R, C, L = 6, 64, 32
 
@@ -60,3 +66,37 @@ def test_weights_from_minus_eight_to_seven_are_exact_whatever_their_sign() -> No
 def test_others_have_no_signs(name: str) -> None:
     assert not may_be_signed(scheme_of(name))
     assert may_be_signed(scheme_of("w4a16-g32"))
+
+
+def chosen(choice: Choice, on: Grid) -> torch.Tensor:
+    args = load_scheme("w4a16-g32").linears[0].weights
+    (made,) = choose([replace(choice, on=on)], args, Gptq())
+    return made.weight_RC
+
+
+def test_the_kernel_that_knows_no_signs_is_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    """llm-compressor's Triton kernel takes a negative scale for the least positive number."""
+
+    def kernel(*_: object) -> None:
+        raise RuntimeError("the kernel")
+
+    scheme, choice, _ = started("w4a16-g32")
+    signed = with_signs(choice.w_RC, choice.hessian_CC.diagonal(), choice.on, scheme)
+    assert (signed.divisor < 0).any()
+    wanted = chosen(choice, signed)
+    monkeypatch.setattr(gptq_quantize, "triton_req", lambda *_: True)
+    monkeypatch.setattr(gptq_quantize, "fused_gptq_block_update", kernel)
+    assert torch.equal(chosen(choice, signed), wanted)
+    with pytest.raises(RuntimeError, match="the kernel"):
+        chosen(choice, choice.on)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_a_gpu_chooses_as_well_with_signs() -> None:
+    scheme, choice, _ = started("w4a16-g32")
+    signed = with_signs(choice.w_RC, choice.hessian_CC.diagonal(), choice.on, scheme)
+    least = error(chosen(choice, signed), choice)
+    there = Choice(choice.w_RC.cuda(), choice.hessian_CC.cuda(), choice.on)
+    on = with_signs(there.w_RC, there.hessian_CC.diagonal(), grid(there.w_RC, scheme), scheme)
+    assert error(chosen(there, on).cpu(), choice) == pytest.approx(least, rel=0.05)
