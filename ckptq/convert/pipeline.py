@@ -26,7 +26,7 @@ from ckptq.convert.slabs import Slab, Slabs, Whole, held_bytes, views_of
 from ckptq.models.encoded import Encoded, Held, HeldWhole
 from ckptq.models.quantized.repacked import remade, repacked_constants, repacked_rows
 from ckptq.models.weight import naming
-from ckptq.models.weight_rows import Rows, decoded_rows, parts_of, weight_rows
+from ckptq.models.weight_rows import Rows, decoded_rows, outermost_rows, parts_of, weight_rows
 from ckptq.permute.reordered import Reordered, Source
 from ckptq.plan.unit import Part, Unit
 from ckptq.quantize.formats import constants, merge_statistic, needs_statistic
@@ -76,7 +76,7 @@ def work(unit: Unit, ends: Ends) -> Work:
         shared = None
         if unit.parts and not unit.parts[0].kept and needs_statistic(unit.parts[0].scheme):
             found: list[Tensor] = []
-            yield list(_statistic_tasks(unit, rows, found, ends.arithmetic))
+            yield list(_statistic_tasks(unit, rows, found, ends))
             shared = reduce(merge_statistic, found)
         makers = {part.linear.name: _maker(part, rows, slabs, shared, ends) for part in unit.parts}
         yield [*_copy_tasks(unit, rows, ends), *_part_tasks(unit, makers, shared, ends)]
@@ -141,13 +141,16 @@ def _cut_out(view: View, slab: Slab, ends: Ends) -> Rows:
 
 
 def _statistic_tasks(
-    unit: Unit, rows: Mapping[Source, Rows], found: list[Tensor], arithmetic: OnCores
+    unit: Unit, rows: Mapping[Source, Rows], found: list[Tensor], ends: Ends
 ) -> Iterator[Task]:
     """A first pass, for the one number that all parts of the unit share."""
     for part in unit.parts:
         view = part.weight
+        few = None
+        if part.scheme.search is None and not isinstance(view, Reordered):
+            few = outermost_rows(ends.files, view)
         for run in runs(view.spec, view.quantum):
-            yield partial(_statistic_of_run, part, rows[view], run, found, arithmetic)
+            yield partial(_statistic_of_run, part, few or rows[view], run, found, ends.arithmetic)
 
 
 def _statistic_of_run(

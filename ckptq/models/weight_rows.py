@@ -6,6 +6,7 @@ Shape letters: R rows, C columns.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -79,5 +80,33 @@ def decoded_rows(files: Files, weight: Encoded, held: Held | None = None) -> Row
         first = start // weight.quantum * weight.quantum
         last = min(-(-stop // weight.quantum) * weight.quantum, weight.spec.shape[0])
         return decode(weight, parts(first, last), last - first)[start - first : stop - first]
+
+    return rows
+
+
+def outermost_rows(files: Files, weight: Weight) -> Rows | None:
+    """For FP8 in blocks, rows with the same extremes as those from a multiple of the quantum on,
+    NaN and Inf included: of each column of a block the outermost codes, dequantized. A pass over
+    them takes a fourth of the time. None for other weights."""
+    if type(weight) is not Encoded or weight.scheme.block_structure is None:
+        return None
+    if weight.stored.spec.dtype != "F8_E4M3":
+        return None
+    height, width = weight.scheme.block_structure
+    scheme = replace(weight.scheme, block_structure=(2, width))
+
+    def rows(start: int, stop: int) -> Tensor:
+        import torch
+
+        parts = weight.read(files, start, stop)
+        if (stop - start) % height:
+            return decode(weight, parts, stop - start)
+        code_MHC = parts["weight"].view(torch.uint8).unflatten(0, (-1, height))
+        # of either sign, larger magnitudes are larger bytes: those below zero as unsigned ones
+        pair_M2C = torch.stack((code_MHC.amax(1), code_MHC.view(torch.int8).amax(1).byte()), 1)
+        code_RC = pair_M2C.flatten(0, 1).view(torch.float8_e4m3fn)
+        spec = replace(weight.spec, shape=tuple(code_RC.shape))
+        few = replace(weight, scheme=scheme, spec=spec)
+        return decode(few, {**parts, "weight": code_RC}, len(code_RC))
 
     return rows

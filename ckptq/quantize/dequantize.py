@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ckptq.quantize.codes import as_numbers, decode_e2m1
-from ckptq.quantize.packing import unpack_nibbles, unpack_words
+from ckptq.quantize.packing import unpack_words
 from ckptq.quantize.scales import FLOATS, mx_scale
 from ckptq.quantize.scratch import block_length
 from ckptq.quantize.stored import quantum_specs, row_quantum, stored_span
@@ -119,7 +119,7 @@ def _codes(parts: Parts, scheme: WeightScheme, columns: int) -> Tensor:
         return parts["weight"]
     packed = parts["weight_packed"]
     if scheme.type == "float":
-        return decode_e2m1(unpack_nibbles(packed))
+        return decode_e2m1(packed)
     return unpack_words(packed, scheme.num_bits, columns)
 
 

@@ -55,7 +55,8 @@ def _quotients(
     for part, scale, *shift in zip(
         *(each.split(block_length(x, scratch.block_elements)) for each in operands), strict=True
     ):
-        q = torch.div(part, scale, out=scratch.tensor("quotient", part.shape, wide))
+        # torch widens what it divides in fresh memory
+        q = scratch.tensor("quotient", part.shape, wide).copy_(part).div_(scale)
         yield q.add_(shift[0]) if shift else q
 
 

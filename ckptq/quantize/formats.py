@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from ckptq.quantize import scales
+from ckptq.quantize.codes import as_numbers
 from ckptq.quantize.dequantize import dequantize
 from ckptq.quantize.encode import encode
 from ckptq.quantize.packing import pack_words
@@ -189,7 +190,8 @@ def _scale(
     if scheme.strategy == "tensor_group":
         global_scale = _global_scale(statistic, scheme)
         scale = scales.nvfp4(amax, global_scale)
-        return scale, None, scale.to(torch.promote_types(x.dtype, torch.float32)) / global_scale
+        wide = torch.promote_types(x.dtype, torch.float32)
+        return scale, None, as_numbers(scale, wide) / global_scale
     if scheme.scale_dtype == "uint8":
         scale = scales.mx_exponent(amax, scheme.num_bits)
         return scale, None, scales.mx_scale(scale)

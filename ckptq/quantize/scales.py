@@ -15,6 +15,9 @@ from ckptq.quantize.tiles import BITS
 
 E2M1_MAX, E4M3_MAX = 6.0, 448.0
 
+EIGHTH = 0x20
+"""0.125 in E4M3."""
+
 # dtype: bits of its mantissa, bias of its exponent
 FLOATS = {
     torch.bfloat16: (7, 127),
@@ -81,7 +84,9 @@ def nvfp4(amax: Tensor, global_scale: Tensor) -> Tensor:
     """E4M3 scale of a group: global_scale * amax / 6, and 0.125 where that rounds to zero."""
     scale = global_scale * (amax / amax.new_full((), E2M1_MAX))
     stored = scale.clamp(max=E4M3_MAX).to(torch.float8_e4m3fn)
-    return torch.where(stored.float() == 0, 0.125, stored.float()).to(torch.float8_e4m3fn)
+    bits = stored.view(torch.uint8)
+    bits.masked_fill_(bits == 0, EIGHTH)
+    return stored
 
 
 def _positive(scale: Tensor) -> Tensor:

@@ -86,6 +86,7 @@ def _largest(bits: Tensor) -> Tensor:
 
 
 def _finite(bits: Tensor, dtype: torch.dtype) -> Tensor:
-    numbers = bits.view(dtype)
-    check_finite(numbers)
-    return numbers
+    """As numbers. Bits of Inf are above all finite numbers', those of NaN above Inf's."""
+    if bits.numel() and bits.amax() >= torch.tensor(torch.inf, dtype=dtype).view(bits.dtype):
+        raise NonFinite("NaN or Inf")
+    return bits.view(dtype)

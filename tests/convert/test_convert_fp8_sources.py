@@ -17,14 +17,14 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from ckptq.checkpoint.open import open_checkpoint
-from ckptq.checkpoint.read import read_tensor
+from ckptq.checkpoint.read import Files, read_tensor
 from ckptq.errors import SourceError
 from ckptq.forward.decoded import weights_of
 from ckptq.models.modules import read_layout
-from ckptq.models.weight_rows import whole_weight
+from ckptq.models.weight_rows import outermost_rows, weight_rows, whole_weight
 from ckptq.plan.make import make_plan
 from ckptq.quantize.dequantize import dequantize
-from ckptq.quantize.formats import quantize
+from ckptq.quantize.formats import NonFinite, quantize, statistic
 from ckptq.recipes.load import load_scheme
 from ckptq.verify.run import verify
 
@@ -125,6 +125,33 @@ def test_scales_mean_what_transformers_reads(
             made[f"{name}.weight"].view(torch.uint8), expected["weight"].view(torch.uint8)
         )
     assert verify(out, folder).ok
+
+
+@pytest.mark.parametrize("block", [(32, 32), (64, 32), (1, 32)], ids=str)
+@pytest.mark.parametrize("code", [0x00, 0x7E, 0xFE, 0x7F, 0xFF])
+def test_the_outermost_codes_have_the_extremes_of_all(
+    tmp_path: Path, block: tuple[int, int], code: int
+) -> None:
+    """A pass over whole weights reads only those. 0x7F and 0xFF are NaN. One block has numbers
+    below zero only, another only those above."""
+    name = f"{LAYER}.mlp.gate_proj"
+    byte_RC = torch.randint(1, 0x60, (I, H), generator=torch.Generator().manual_seed(1))
+    byte_RC[32:64] += 0x80
+    byte_RC[70, 3] = code
+    more = {f"{name}.weight": byte_RC.to(torch.uint8).view(E4M3)}
+    ckpt = open_checkpoint(source(tmp_path / "source", block, "F32", more=more))
+    weight = read_layout(ckpt).linears[name].weight
+    with Files() as files:
+        few, every = outermost_rows(files, weight), weight_rows(files, weight)
+        assert few is not None
+        for start in range(0, I, 64):
+            span = start, min(start + 64, I)
+            if start == 64 and code & 0x7F == 0x7F:
+                with pytest.raises(NonFinite):
+                    statistic(few(*span), scheme_of("nvfp4"))
+                continue
+            found = statistic(few(*span), scheme_of("nvfp4"))
+            assert torch.equal(found, statistic(every(*span), scheme_of("nvfp4")))
 
 
 def test_an_exponent_that_is_one_off_is_noticed(tmp_path: Path) -> None:

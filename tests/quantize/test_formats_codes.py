@@ -59,7 +59,9 @@ def test_e2m1_codes_are_nearest() -> None:
     assert torch.equal(codes, nearest(x, values))
     negative = rounded(-x, FP4, Scratch()).long()
     assert torch.equal(negative, torch.where(x == 0, 0, codes + 8))
-    assert decode_e2m1(torch.arange(16)).tolist() == [*E2M1, *(-value for value in E2M1)]
+    every = [*E2M1, *(-value for value in E2M1)]
+    byte_RB = torch.arange(256, dtype=torch.uint8)[:, None]
+    assert decode_e2m1(byte_RB).tolist() == [[low, high] for high in every for low in every]
 
 
 @pytest.mark.parametrize("num_bits", [2, 3, 4, 8])

@@ -94,6 +94,6 @@ def _rounded(packed_RB: Tensor, exponent_RG: Tensor, low_RG: Tensor) -> Tensor:
 
     code_RGN = unpack_nibbles(packed_RB).unflatten(1, (-1, 32))
     step = torch.exp2((exponent_RG[low_RG] - LEAST).float())[:, None]
-    values = decode_e2m1(code_RGN[low_RG]) * step
+    values = decode_e2m1(packed_RB.unflatten(1, (-1, 16))[low_RG]) * step
     code_RGN[low_RG] = e2m1_codes(values, Scratch(values.device)).view(torch.uint8)
     return pack_nibbles(code_RGN.flatten(1))

@@ -80,9 +80,14 @@ class FusedModelOpt(Encoded):
 
     def _expert(self, parts: Mapping[str, Tensor], expert: int) -> Tensor:
         """[C, O], rounded once, from float32."""
+        import torch
+
+        from ckptq.quantize.codes import as_numbers
+
         scale = parts["weight_scale"]
         if "weight" in self.tensors:
-            return parts["weight"][expert].float() * _one(scale, expert)
+            code = parts["weight"][expert]
+            return as_numbers(code, torch.float32).mul_(_one(scale, expert))
         values = _pairs(parts["weight_packed"][expert]).unflatten(0, (-1, GROUP))
         second = _one(parts["weight_scale_2"], expert)
         return (values * (scale[expert].float() * second)[:, None]).flatten(0, 1)
@@ -96,11 +101,9 @@ def _one(scale: Tensor, expert: int) -> Tensor:
 
 def _pairs(code: Tensor) -> Tensor:
     """[C / 2, O] pairs of E2M1 codes, the first input low -> their values [C, O]."""
-    import torch
-
     from ckptq.quantize.codes import decode_e2m1
 
-    return decode_e2m1(torch.stack((code & 15, code >> 4), 1).flatten(0, 1))
+    return decode_e2m1(code).unflatten(1, (-1, 2)).transpose(1, 2).flatten(0, 1)
 
 
 def read_fused(
