@@ -2,7 +2,8 @@
 
     python benchmarks/make_synthetic.py big --shapes llama-405b --layers 63 --sparse
     OMP_NUM_THREADS=1 python benchmarks/bench_sensitivities.py big --fill
-    OMP_NUM_THREADS=1 python benchmarks/bench_sensitivities.py small --whole
+    python benchmarks/uneven.py uneven [--experts]
+    OMP_NUM_THREADS=1 python benchmarks/bench_sensitivities.py uneven --whole
 
 `--fill` first writes numbers into those rows of a source of holes that search reads, and lets the
 machine forget them. `--whole` then reads every row of every expert, and says how far off a sample
