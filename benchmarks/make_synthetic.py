@@ -61,6 +61,16 @@ SHAPES = {
         kv_heads=8,
         vocab=128256,
     ),
+    "llama-405b": Shapes(
+        architecture="LlamaForCausalLM",
+        model_type="llama",
+        layers=126,
+        hidden=16384,
+        intermediate=53248,
+        heads=128,
+        kv_heads=8,
+        vocab=128256,
+    ),
     "llama4-maverick": Shapes(
         architecture="Llama4ForCausalLM",
         model_type="llama4_text",

@@ -36,8 +36,17 @@ def search(
         str | None, typer.Option(help="Size of all tensors of the result, e.g. 5GB.")
     ] = None,
     max_kl: Annotated[
-        float | None, typer.Option(help="Smallest within this KL, in nats; needs --data.")
+        float | None,
+        typer.Option(help="Smallest whose measured KL is no more, in nats; needs --data."),
     ] = None,
+    min_accuracy: Annotated[
+        float | None,
+        typer.Option(help="Smallest that answers this share of a task's questions, 0 to 1."),
+    ] = None,
+    task: Annotated[
+        Path | None, typer.Option(help="Questions: a .jsonl of prompt and answer.")
+    ] = None,
+    questions: Annotated[int | None, typer.Option(min=1, help="Limit the questions.")] = None,
     schemes: Annotated[
         list[str] | None,
         typer.Option(help="Choose from: A,B,C; default: nvfp4a16,fp8-dynamic,bf16."),
@@ -82,7 +91,12 @@ def search(
         check_report(report)
     request = SearchRequest(
         model=model,
-        budget=Budget(bits=bits, nbytes=nbytes(size) if size else None, max_kl=max_kl),
+        budget=Budget(
+            bits=bits,
+            nbytes=nbytes(size) if size else None,
+            max_kl=max_kl,
+            min_accuracy=min_accuracy,
+        ),
         output=output,
         sensitivities=sensitivities,
         revision=revision,
@@ -92,6 +106,8 @@ def search(
         samples=samples,
         seq_len=seq_len,
         seed=seed,
+        task=task,
+        questions=questions,
         per=one_of("--per", per, ("set", "layer")),
         device=device,
         kv_bits=kv_bits,

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 
 from ckptq.errors import UsageError
+from ckptq.evaluate.result import Thresholds
 from ckptq.printable import size
 from ckptq.search.candidates import PLAIN, Candidates, LinearSet
 from ckptq.search.result import Point
@@ -29,10 +31,6 @@ class Choices:
     def within_bytes(self, nbytes: float) -> dict[str, str] | None:
         """Set -> scheme with the least loss, of those whose sets take no more bytes."""
         return self._named(least(self._costs, self._sizes, int(nbytes)))
-
-    def within_loss(self, loss: float) -> dict[str, str] | None:
-        """Set -> scheme with the fewest bytes, of those that lose no more."""
-        return self._named(least(self._sizes, self._costs, int(loss / self._step)))
 
     def point(self, name: str, chosen: Mapping[str, str]) -> Point:
         nbytes = sum(each.nbytes[chosen[each.name]] for each in self.candidates.sets)
@@ -96,51 +94,64 @@ class Choices:
 
     @cached_property
     def _costs(self) -> Table:
-        """Losses as whole numbers, rounded up: a limit on their sum holds for the losses too."""
+        """Losses as whole numbers."""
         return [
-            [-int(-loss // self._step) for loss in self.losses[each.name].values()]
+            [round(loss / self._step) for loss in self.losses[each.name].values()]
             for each in self.candidates.sets
         ]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Budget:
-    """One of three limits."""
+    """A size, or what has to hold when it is measured."""
 
     bits: float | None = None
     """Stored bits per weight of the Linears, on average."""
     nbytes: int | None = None
     """Of all tensors of the output."""
     max_kl: float | None = None
+    min_accuracy: float | None = None
+    """Of a task, as a share."""
+
+    @property
+    def measured(self) -> bool:
+        """Whether plans have to be run."""
+        return self.max_kl is not None or self.min_accuracy is not None
 
     def check(self) -> None:
-        """UsageError unless it is one limit, and positive."""
-        given = [each for each in (self.bits, self.nbytes, self.max_kl) if each is not None]
-        if len(given) != 1 or not given[0] > 0:
-            raise UsageError("give one of --bits, --size and --max-kl, more than 0")
+        """UsageError unless it is one size or limits that have to hold, within their ranges."""
+        sizes = [each for each in (self.bits, self.nbytes) if each is not None]
+        if len(sizes) + self.measured != 1 or any(not each > 0 for each in sizes):
+            raise UsageError(
+                "give one of --bits and --size, more than 0, or what has to hold: --max-kl, "
+                "--min-accuracy or both"
+            )
+        Thresholds(max_kl=self.max_kl, min_accuracy=self.min_accuracy).check()
+
+    def holds(self, kl: float, accuracy: float | None) -> bool:
+        """Whether a plan is within the limits; NaN never is."""
+        share = math.nan if accuracy is None else accuracy
+        return (self.max_kl is None or kl <= self.max_kl) and (
+            self.min_accuracy is None or share >= self.min_accuracy
+        )
 
     def choose(self, choices: Choices) -> dict[str, str]:
-        """Set -> scheme. UsageError where nothing is within the limit, or nothing is quantized."""
-        chosen, what = self._choose(choices)
+        """Set -> scheme within a size. UsageError where nothing is, or nothing is quantized."""
+        candidates = choices.candidates
+        if self.nbytes is not None:
+            limit, what = float(self.nbytes - candidates.rest_bytes), f"--size {size(self.nbytes)}"
+        else:
+            assert self.bits is not None
+            limit, what = self.bits * candidates.weights / 8, f"--bits {self.bits:g}"
+        chosen = choices.within_bytes(limit)
         if chosen is None:
-            end = choices.smallest if self.max_kl is None else choices.closest
+            end = choices.smallest
             raise UsageError(
-                f"{what}: no choice of {', '.join(choices.candidates.plans)} is within it; the "
-                f"{end.name} has {end.bits:.4f} bits per weight, {size(end.nbytes)}, and loses "
-                f"{end.loss:.4g}"
+                f"{what}: no choice of {', '.join(candidates.plans)} is within it; the smallest "
+                f"has {end.bits:.4f} bits per weight, {size(end.nbytes)}, and loses {end.loss:.4g}"
             )
         if set(chosen.values()) == {PLAIN}:
             raise UsageError(
                 f"{what}: everything stays in {PLAIN}, so there is nothing to quantize"
             )
         return chosen
-
-    def _choose(self, choices: Choices) -> tuple[dict[str, str] | None, str]:
-        candidates = choices.candidates
-        if self.max_kl is not None:
-            return choices.within_loss(self.max_kl), f"--max-kl {self.max_kl:g}"
-        if self.nbytes is not None:
-            inside = choices.within_bytes(self.nbytes - candidates.rest_bytes)
-            return inside, f"--size {size(self.nbytes)}"
-        assert self.bits is not None
-        return choices.within_bytes(self.bits * candidates.weights / 8), f"--bits {self.bits:g}"

@@ -1,7 +1,8 @@
 """The file of sensitivities: what was measured of which source, so that it is measured once.
 
 {"ckptq search": "0.4", "about": {source, measure, text, ...},
- "losses": {scheme: {"recipe": digest, "sets": {set: loss}}}}
+ "losses": {scheme: {"recipe": digest, "sets": {set: loss}}},
+ "trials": {digest of text and task: {digest of a recipe: [KL, accuracy]}}}
 """
 
 from __future__ import annotations
@@ -36,13 +37,15 @@ class Kept:
     """Scheme -> digest of its recipe; caches have none."""
     losses: dict[str, dict[str, float]] = field(default_factory=dict)
     """Scheme -> set -> loss."""
+    trials: dict[str, dict[str, tuple[float, float | None]]] = field(default_factory=dict)
+    """Text -> recipe -> KL and accuracy of the whole model; by digests."""
 
     def write(self) -> None:
         losses = {
             scheme: {"recipe": self.recipes.get(scheme, ""), "sets": found}
             for scheme, found in self.losses.items()
         }
-        said = {MARK: __version__, "about": self.about, "losses": losses}
+        said = {MARK: __version__, "about": self.about, "losses": losses, "trials": self.trials}
         write_whole(self.file, json_bytes(said))
 
     def put(self, scheme: str, name: str, loss: float) -> None:
@@ -71,6 +74,7 @@ def open_kept(
     if found.get(MARK) != __version__ or found["about"] != made.about:
         note(f"{file}: of another source, text or version; sensitivities are measured again")
         return made
+    made.trials = dict(found.get("trials", {}))
     for scheme, entry in found["losses"].items():
         if recipes.get(scheme, entry["recipe"]) == entry["recipe"]:
             made.losses[scheme] = dict(entry["sets"])

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from ckptq.checkpoint.open import open_checkpoint
+from ckptq.checkpoint.open import Checkpoint, open_checkpoint
 from ckptq.device import find_device
 from ckptq.errors import UsageError
-from ckptq.evaluate.text import Text, text_of
+from ckptq.evaluate.text import Line, Text, read_questions, text_of
 from ckptq.files import text_bytes, write_whole
 from ckptq.models.modules import read_layout
 from ckptq.plan.doubts import transformers_doubts, vllm_doubts
@@ -23,9 +23,10 @@ from ckptq.search.candidates import PLAIN, Candidates, find_candidates
 from ckptq.search.choice import Budget, Choices
 from ckptq.search.kept_losses import open_kept
 from ckptq.search.mixed import mixed_recipe
-from ckptq.search.result import Chosen, ChosenCache, Found
+from ckptq.search.result import Chosen, ChosenCache, Found, Trial
 from ckptq.search.sensitivities import Losses, Sensitivities
-from ckptq.text.samples import read_samples
+from ckptq.search.trials import Trials
+from ckptq.text.samples import Samples, read_samples
 
 Per = Literal["set", "layer"]
 
@@ -56,6 +57,10 @@ class SearchRequest:
     per: Per = "set"
     """What is measured alone, with text: every set, or every layer."""
     device: str | None = None
+    task: Path | None = None
+    """Questions with answers; plans that are run answer them."""
+    questions: int | None = None
+    """As many of them; None means all."""
     kv_bits: float | None = None
     """Of the KV cache, per value on average; None leaves it as it is."""
     kv_caches: Sequence[str] = CACHES
@@ -69,14 +74,10 @@ class SearchRequest:
 def search(request: SearchRequest, begin: Begin = silent, note: Note = untold) -> Found:
     """Measure what is not known yet, choose, and write the recipe.
 
-    UsageError where nothing is within the budget, PlanError where no scheme fits the model,
-    SourceError for a source that lacks tensors.
+    UsageError where no size is within the budget, FoundWrong where no plan holds what it asks for,
+    PlanError where no scheme fits the model, SourceError for a source that lacks tensors.
     """
-    request.budget.check()
-    if request.data is None and request.budget.max_kl is not None:
-        raise UsageError("--max-kl: KL is measured on text; add --data FILE")
-    if request.data is None and request.kv_bits is not None:
-        raise UsageError("--kv-bits: what a cache costs is measured on text; add --data FILE")
+    _check(request)
     ckpt = open_checkpoint(request.model, request.revision)
     refuse_holes(ckpt, read_layout(ckpt))
     candidates = find_candidates(ckpt, request.schemes, request.ignore)
@@ -84,12 +85,16 @@ def search(request: SearchRequest, begin: Begin = silent, note: Note = untold) -
         note(line)
     caches = None
     if request.kv_bits is not None:
+        if request.budget.measured or request.task is not None:
+            note("plans are run with the cache in 16 bits; `evaluate` measures both")
         caches = find_caches(ckpt, request.kv_caches)
         caches.check(request.kv_bits)
-    measured, text = _measuring(request, candidates, begin, note)
+    questions = _questions(request, ckpt)
+    measured, samples = _measuring(request, candidates, begin, note)
+    text = None if samples is None else text_of(samples, [])
     losses = _losses(measured, text, request.per)
     choices = Choices(candidates, losses)
-    chosen = request.budget.choose(choices)
+    chosen, tried = _chosen(request, choices, measured, samples, questions)
     cache = _cache(request, measured, text, caches)
     scheme = cache_scheme(cache.cache) if cache is not None else None
     recipe = mixed_recipe(request.output.stem, candidates, chosen, request.ignore, scheme)
@@ -112,8 +117,48 @@ def search(request: SearchRequest, begin: Begin = silent, note: Note = untold) -
         uniform=tuple(choices.uniform()),
         best=tuple(choices.best()),
         told=(*vllm_doubts(plan), *transformers_doubts(plan)),
+        tried=tuple(tried),
         kv_cache=cache,
     )
+
+
+def _check(request: SearchRequest) -> None:
+    """UsageError for options that do not fit together, before any work."""
+    request.budget.check()
+    if request.data is None and request.budget.max_kl is not None:
+        raise UsageError("--max-kl: KL is measured on text; add --data FILE")
+    if request.data is None and request.kv_bits is not None:
+        raise UsageError("--kv-bits: what a cache costs is measured on text; add --data FILE")
+    if request.task is None and request.budget.min_accuracy is not None:
+        raise UsageError("--min-accuracy needs questions: --task FILE")
+
+
+def _questions(request: SearchRequest, ckpt: Checkpoint) -> list[Line]:
+    if request.task is None:
+        return []
+    return read_questions(request.task, ckpt.path, limit=request.questions, seed=request.seed)
+
+
+def _chosen(
+    request: SearchRequest, choices: Choices, measured: Sensitivities, samples: Samples | None,
+    questions: Sequence[Line],
+) -> tuple[Mapping[str, str], Sequence[Trial]]:  # fmt: skip
+    """Set -> scheme, and the plans that were run for it."""
+    if not request.budget.measured and not questions:
+        return request.budget.choose(choices), []
+    trials = Trials(
+        choices=choices,
+        text=text_of(samples, questions, str(request.task)),
+        budget=request.budget,
+        ignore=request.ignore,
+        kept=measured.kept,
+        device=measured.device,
+        begin=measured.begin,
+    )
+    if request.budget.measured:
+        return trials.smallest()
+    chosen = request.budget.choose(choices)
+    return chosen, trials.run([chosen])
 
 
 def _scale_bytes(plan: Plan) -> int:
@@ -124,7 +169,7 @@ def _scale_bytes(plan: Plan) -> int:
 
 def _measuring(
     request: SearchRequest, candidates: Candidates, begin: Begin, note: Note
-) -> tuple[Sensitivities, Text | None]:
+) -> tuple[Sensitivities, Samples | None]:
     """What measures, and on which text."""
     samples, options = None, dict[str, object](ignore=list(request.ignore))
     if request.data is not None:
@@ -137,7 +182,7 @@ def _measuring(
         )
     kept = open_kept(request.kept, candidates, samples, options, note)
     measured = Sensitivities(candidates, kept, str(find_device(request.device)), begin)
-    return measured, None if samples is None else text_of(samples, [])
+    return measured, samples
 
 
 def _losses(measured: Sensitivities, text: Text | None, per: Per) -> Losses:

@@ -45,6 +45,19 @@ class Point:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class Trial:
+    """A whole model that was run: its estimate, and what was measured."""
+
+    point: Point
+    kl: float
+    """Mean over tokens, in nats, as `evaluate` has it."""
+    accuracy: float | None
+    """Share of the task's questions answered exactly; None without a task."""
+    holds: bool
+    """Whether it is within the limits that were asked for."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class CachePoint:
     """A cache of all layers, by its name for `evaluate --kv-cache`."""
 
@@ -85,4 +98,6 @@ class Found:
     best: tuple[Point, ...]
     """The least loss at other sizes, smallest first."""
     told: tuple[str, ...]
+    tried: tuple[Trial, ...] = ()
+    """Plans that were run, smallest first."""
     kv_cache: ChosenCache | None = None

@@ -7,8 +7,8 @@ factor a_l that does not depend on how W_l was quantized. Here a_l is 1; of the 
 each of which sees a part of the tokens, it is 1 for all experts of a projection together. Rounding
 of inputs does not show.
 
-A mean over millions of weights does not need all of them: of large Linears, blocks of rows at even
-distances are read, the first and the last among them.
+A mean over millions of weights does not need all of them: of large Linears, pieces of some rows at
+even distances are read, the first and the last among them; of many experts some.
 
 Shape letters: R rows, C columns.
 """
@@ -25,6 +25,7 @@ from ckptq.checkpoint.read import Files
 from ckptq.errors import SourceError
 from ckptq.evaluate.weights.noise import squares
 from ckptq.models.experts import experts_of
+from ckptq.models.weight import Weight
 from ckptq.models.weight_rows import weight_rows
 from ckptq.plan.unit import Plan
 from ckptq.quantize.dispatch import dequantize, quantize
@@ -36,13 +37,14 @@ if TYPE_CHECKING:
 
     from ckptq.quantize.weight_scheme import WeightScheme
 
-ENOUGH = 1 << 22
+ENOUGH = 1 << 20
 """Weights of a projection that are read, of all experts together."""
-BLOCK = 128
-"""Rows that are read together: scales of blocks span no more."""
-
-Samples = Mapping[str, "Sequence[Tensor]"]
-"""Linear -> blocks of its rows, [R, C] each."""
+PIECE = 16
+"""Rows that lie together, where neither a scheme nor the source has scales of more."""
+PIECES = 2
+"""Of each Linear that is read, however many experts there are."""
+EXPERTS = 32
+"""Of a layer that are read, at even distances."""
 
 
 class WeightErrors:
@@ -56,53 +58,69 @@ class WeightErrors:
     def measure(self, each: LinearSet, schemes: Collection[str]) -> dict[str, float]:
         """Scheme -> the sum of the relative squared errors of its Linears. SourceError names a
         weight that holds NaN or Inf."""
-        share = dict(_shares(each))
+        picked = _picked(each.linears)
+        share = dict(_shares([name for linears in picked for name in linears]))
         totals = {s: 0.0 for s in self._schemes if s in schemes and s in each.nbytes}
-        for _, linears in groupby(each.linears, key=lambda name: name.rpartition(".")[0]):
-            samples = dict(self._samples(list(linears), share))
+        for linears in picked:
+            with Files() as files:
+                samples = {name: self._sample(files, name, share[name]) for name in linears}
             for scheme in totals:
                 for name, error in self._errors(scheme, samples):
                     totals[scheme] += share[name] * error
         return totals
 
-    def _samples(
-        self, linears: Sequence[str], share: Mapping[str, float]
-    ) -> Iterator[tuple[str, Sequence[Tensor]]]:
-        with Files() as files:
-            for name in linears:
-                weight = self._layout.linears[name].weight
-                R, C = weight.spec.shape
-                rows = weight_rows(files, weight)
-                starts = block_starts(R, int(ENOUGH * share[name]) // C)
-                yield name, [rows(at, min(at + BLOCK, R)).to(self._device) for at in starts]
+    def places(self, each: LinearSet) -> Iterator[tuple[Weight, int, int]]:
+        """What `measure` reads: weights and their rows, from the first to before the last."""
+        picked = [name for linears in _picked(each.linears) for name in linears]
+        for name, share in _shares(picked):
+            for start, stop in self._pieces(name, share):
+                yield self._layout.linears[name].weight, start, stop
 
-    def _errors(self, scheme: str, samples: Samples) -> Iterator[tuple[str, float]]:
+    def _sample(self, files: Files, linear: str, share: float) -> Tensor:
+        """Some of its rows, [R, C]."""
+        import torch
+
+        rows = weight_rows(files, self._layout.linears[linear].weight)
+        return torch.cat([rows(*each) for each in self._pieces(linear, share)]).to(self._device)
+
+    def _pieces(self, linear: str, share: float) -> list[tuple[int, int]]:
+        weight = self._layout.linears[linear].weight
+        R, C = weight.spec.shape
+        piece = max(weight.quantum, self._height(linear))
+        starts = piece_starts(R, piece, int(ENOUGH * share) // C)
+        return [(start, min(start + piece, R)) for start in starts]
+
+    def _height(self, linear: str) -> int:
+        """Rows that some scheme has one scale for."""
+        schemes = [found[linear][1] for found in self._schemes.values() if linear in found]
+        return max([PIECE, *(s.block_structure[0] for s in schemes if s.block_structure)])
+
+    def _errors(self, scheme: str, samples: Mapping[str, Tensor]) -> Iterator[tuple[str, float]]:
         """Linear -> its error. Those that share a number, as q, k and v do, take it of all that is
         read of them."""
         schemes = self._schemes[scheme]
         shared: dict[str, Tensor] = {}
         try:
-            for name, blocks in samples.items():
+            for name, w_RC in samples.items():
                 unit, own = schemes[name]
                 if needs_statistic(own):
-                    found = [statistic(w_RC, own) for w_RC in blocks]
                     known = [shared[unit]] if unit in shared else []
-                    shared[unit] = reduce(merge_statistic, [*known, *found])
-            for name, blocks in samples.items():
+                    shared[unit] = reduce(merge_statistic, [*known, statistic(w_RC, own)])
+            for name, w_RC in samples.items():
                 unit, own = schemes[name]
-                yield name, _error(blocks, own, shared.get(unit))
+                yield name, _error(w_RC, own, shared.get(unit))
         except NonFinite as error:
             path = self._candidates.ckpt.path
             raise SourceError(f"{path}: tensor of {', '.join(samples)}: {error}") from error
 
 
-def block_starts(rows: int, enough: int) -> list[int]:
-    """Where blocks of `BLOCK` rows begin: all of them, or as many as make about `enough` rows."""
-    blocks = -(-rows // BLOCK)
-    count = min(blocks, max(2, enough // BLOCK))
-    if count == blocks:
-        return list(range(0, rows, BLOCK))
-    return [index * (blocks - 1) // (count - 1) * BLOCK for index in range(count)]
+def piece_starts(rows: int, piece: int, enough: int) -> list[int]:
+    """Where pieces of so many rows begin: all of them, or as many as make about `enough` rows."""
+    pieces = -(-rows // piece)
+    count = min(pieces, max(PIECES, enough // piece))
+    if count == pieces:
+        return list(range(0, rows, piece))
+    return [index * (pieces - 1) // (count - 1) * piece for index in range(count)]
 
 
 def _schemes(plan: Plan) -> Iterator[tuple[str, tuple[str, WeightScheme]]]:
@@ -112,22 +130,28 @@ def _schemes(plan: Plan) -> Iterator[tuple[str, tuple[str, WeightScheme]]]:
             yield part.linear.name, (unit.key, part.scheme)
 
 
-def _error(blocks: Sequence[Tensor], scheme: WeightScheme, shared: Tensor | None) -> float:
+def _error(w_RC: Tensor, scheme: WeightScheme, shared: Tensor | None) -> float:
     """|Q(w) - w|^2 / |w|^2 of one Linear; 0 where all of it is 0."""
     import torch
 
-    signal, noise = 0.0, 0.0
-    for w_RC in blocks:
-        made = quantize(w_RC, scheme, shared)
-        back_RC = dequantize(made, scheme, (w_RC.shape[0], w_RC.shape[1]), w_RC.dtype)
-        both = torch.stack(squares(w_RC, back_RC, torch.float32)).tolist()
-        signal, noise = signal + both[0], noise + both[1]
+    made = quantize(w_RC, scheme, shared)
+    back_RC = dequantize(made, scheme, (w_RC.shape[0], w_RC.shape[1]), w_RC.dtype)
+    signal, noise = torch.stack(squares(w_RC, back_RC, torch.float32)).tolist()
     return noise / signal if signal else 0.0
 
 
-def _shares(each: LinearSet) -> Iterator[tuple[str, float]]:
+def _picked(linears: Sequence[str]) -> list[list[str]]:
+    """Those that are read, of one module together: all, or those of some experts."""
+    modules = [list(g) for _, g in groupby(linears, key=lambda name: name.rpartition(".")[0])]
+    last = len(modules) - 1
+    if experts_of(linears[0]) is None or last < EXPERTS:
+        return modules
+    return [modules[index * last // (EXPERTS - 1)] for index in range(EXPERTS)]
+
+
+def _shares(linears: Sequence[str]) -> Iterator[tuple[str, float]]:
     """Linear -> its factor."""
-    kinds = {name: (experts_of(name), name.rpartition(".")[2]) for name in each.linears}
+    kinds = {name: (experts_of(name), name.rpartition(".")[2]) for name in linears}
     counts = Counter(kinds.values())
     for name, kind in kinds.items():
         yield name, 1.0 if kind[0] is None else 1 / counts[kind]

@@ -53,11 +53,27 @@ def search_tables(found: Found) -> list[Table]:
         (title, columns, rows),
         ("", ("all sets", "bits", "size", "loss"), sizes),
     ]
+    if found.tried:
+        tables.append(("", ("measured", "bits", "loss", "KL", "accuracy"), _tried(found)))
     if found.kv_cache is not None:
         caches = [found.kv_cache.point, *found.kv_cache.uniform]
         told = [(c.name, f"{c.bits:.3f}", f"{c.loss:.4g}") for c in caches]
         tables.append(("", ("KV cache", "bits", "loss"), told))
     return tables
+
+
+def _tried(found: Found) -> list[tuple[str, ...]]:
+    """Plans that were run; the chosen one by its name."""
+    return [
+        (
+            "chosen" if trial.point.nbytes == found.total.nbytes else trial.point.name,
+            f"{trial.point.bits:.3f}",
+            f"{trial.point.loss:.4g}",
+            f"{trial.kl:.4g}",
+            "-" if trial.accuracy is None else f"{trial.accuracy:.1%}",
+        )
+        for trial in found.tried
+    ]
 
 
 def _serving(cache: ChosenCache | None) -> Iterator[str]:

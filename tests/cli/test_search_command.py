@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 from test_cli import run
@@ -22,23 +21,24 @@ def test_a_size_becomes_a_recipe_and_a_checkpoint(llama: Path, tmp_path: Path) -
     assert run("verify", out, "--source", llama).returncode == 0
 
 
-def test_kl_within_a_limit(llama: Path, tmp_path: Path) -> None:
+def test_what_holds_when_it_is_run(llama: Path, tmp_path: Path) -> None:
     rows = write_rows(tmp_path / "rows.jsonl", token_rows((9, 7), ids=(3, 60)))
     (llama / "tokenizer.json").write_text("{}")
-    command = ["search", llama, "--data", rows, "-o", tmp_path / "r.yaml", "--json"]
-    command += ["--schemes", "nvfp4a16,fp8-dynamic"]
-    done = run(*command, "--bits", "8.5")
+    recipe = tmp_path / "r.yaml"
+    command = ["search", llama, "--data", rows, "-o", recipe, "--schemes", "nvfp4a16,fp8-dynamic"]
+    done = run(*command, "--max-kl", "0.5")
     assert done.returncode == 0, done.stderr
-    small = json.loads(done.stdout)
-    limit = small["uniform"][0]["loss"] / 2
-    done = run(*command, "--max-kl", f"{limit:.9f}")
-    assert done.returncode == 0, done.stderr
-    found = json.loads(done.stdout)
-    assert found["total"]["loss"] <= limit
-    assert found["total"]["bits"] < small["total"]["bits"] + 1
+    assert [line.split() for line in done.stdout.splitlines() if "accuracy" in line] == [
+        ["measured", "bits", "loss", "KL", "accuracy"]
+    ]
+    recipe.unlink()
     done = run(*command, "--max-kl", "1e-12")
+    assert done.returncode == 1
+    assert "no plan holds --max-kl 1e-12" in done.stderr
+    assert not recipe.exists()
+    done = run(*command, "--min-accuracy", "0.9")
     assert done.returncode == 2
-    assert "the closest has 8" in done.stderr
+    assert "--task FILE" in done.stderr
 
 
 def test_what_is_asked_wrongly_is_refused_before_the_work(llama: Path, tmp_path: Path) -> None:

@@ -22,7 +22,7 @@ from ckptq.search.changed import Change
 from ckptq.search.changed_rows import Rows
 from ckptq.search.choice import Budget
 from ckptq.search.request import SearchRequest, search
-from ckptq.search.weight_errors import WeightErrors, block_starts
+from ckptq.search.weight_errors import WeightErrors, piece_starts
 from ckptq.text.samples import read_samples
 
 SCHEMES = ("nvfp4a16", "fp8-dynamic", PLAIN)
@@ -208,7 +208,7 @@ def test_budgets_that_mean_nothing_are_refused(llama: Path, tmp_path: Path) -> N
     with pytest.raises(UsageError, match="nothing to quantize"):
         search(request(llama, tmp_path, 16))
     two = Budget(bits=5, nbytes=10**6)
-    with pytest.raises(UsageError, match="one of --bits, --size and --max-kl"):
+    with pytest.raises(UsageError, match="one of --bits and --size"):
         search(SearchRequest(model=llama, budget=two, output=tmp_path / "a.yaml"))
     with pytest.raises(UsageError, match="add --data"):
         search(SearchRequest(model=llama, budget=Budget(max_kl=0.1), output=tmp_path / "a.yaml"))
@@ -228,11 +228,37 @@ def test_large_linears_are_sampled(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     wide = save_model("Llama", tmp_path / "wide", intermediate_size=1280, num_hidden_layers=1)
     candidates = find_candidates(open_checkpoint(wide), SCHEMES)
     every = {e.name: WeightErrors(candidates, "cpu").measure(e, SCHEMES) for e in candidates.sets}
-    assert block_starts(1280, 4 * 128) == [0, 384, 768, 1152]
-    assert block_starts(1200, 10**6) == list(range(0, 1200, 128))
-    assert block_starts(100, 1) == [0]
+    assert piece_starts(1280, 128, 4 * 128) == [0, 384, 768, 1152]
+    assert piece_starts(1200, 128, 10**6) == list(range(0, 1200, 128))
+    assert piece_starts(100, 128, 1) == [0]
     monkeypatch.setattr("ckptq.search.weight_errors.ENOUGH", 4 * 128 * 64)
     for each in candidates.sets:
         found = WeightErrors(candidates, "cpu").measure(each, SCHEMES)
         assert found == pytest.approx(every[each.name], rel=0.05)
-        assert (found != every[each.name]) == ("gate_proj" in each.name)
+        assert (found != every[each.name]) == ("mlp" in each.name)
+
+
+def test_blocks_of_rows_are_read_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where a scheme has one scale for 128 rows."""
+    from search_models import save_model
+
+    wide = save_model("Llama", tmp_path / "wide", hidden_size=512, num_hidden_layers=1)
+    monkeypatch.setattr("ckptq.search.weight_errors.ENOUGH", 1)
+    for schemes, rows in ((SCHEMES, 16), ((*SCHEMES, "fp8-block"), 128)):
+        candidates = find_candidates(open_checkpoint(wide), schemes)
+        down = next(each for each in candidates.sets if "down_proj" in each.name)
+        places = list(WeightErrors(candidates, "cpu").places(down))
+        assert [(at, stop) for _, at, stop in places] == [(0, rows), (512 - rows, 512)]
+
+
+def test_some_of_many_experts_stand_for_all(experts: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    candidates = find_candidates(open_checkpoint(experts), SCHEMES)
+    every = next(each for each in candidates.sets if each.name.endswith("experts"))
+    whole = WeightErrors(candidates, "cpu").measure(every, SCHEMES)
+    monkeypatch.setattr("ckptq.search.weight_errors.EXPERTS", 2)
+    errors = WeightErrors(candidates, "cpu")
+    found = errors.measure(every, SCHEMES)
+    assert found == pytest.approx(whole, rel=0.05)
+    assert found != whole
+    read = {weight.stored.name.split(".experts.")[1][0] for weight, *_ in errors.places(every)}
+    assert read == {"0", "3"}

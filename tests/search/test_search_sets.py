@@ -142,9 +142,6 @@ def test_the_solver_is_the_best_of_all_choices_for_four_layers(llama: Path) -> N
         found = choices.point("", choices.within_bytes(limit))
         assert found.bits <= bits
         assert found.loss == pytest.approx(loss[nbytes <= limit].min(), rel=1e-9)
-    small = choices.point("", choices.within_loss(9.5))
-    assert small.loss <= 9.5
-    assert small.nbytes - candidates.rest_bytes == nbytes[loss <= 9.5].min()
 
 
 def test_what_cannot_be_mixed_is_refused(llama: Path) -> None:
