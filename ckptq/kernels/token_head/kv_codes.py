@@ -51,69 +51,68 @@ def codes(x_RL, inverse_R, KIND: tl.constexpr, NATIVE: tl.constexpr):
         return round_half_even(ratio_RL).to(tl.uint8)
 
 
-def _bf16(value: float) -> int:
-    """The bits of the nearest bf16."""
-    (bits,) = struct.unpack("<I", struct.pack("<f", value))
-    return (bits + 0x7FFF + (bits >> 16 & 1)) >> 16
+_INT8 = "\n".join(
+    f"""{{.reg .b32 pair;
+prmt.b32 pair, $4, $5, {0x0400 + 0x0101 * i:#x};
+lop3.b32 pair, pair, 0x00FF00FF, $6, 0x6A;
+add.rn.f16x2 ${i}, pair, $7;}}"""
+    for i in range(4)
+)
 
-
-def _levels(shift: int) -> str:
-    """A byte of each of INT2's four levels in bf16, as one word."""
-    levels = (-CENTROIDS[1], -CENTROIDS[0], *CENTROIDS)
-    return hex(sum((_bf16(level) >> shift & 255) << 8 * i for i, level in enumerate(levels)))
-
-
-_INT8 = """{
-.reg .b32 low, sign, above, minus;
-mov.b32 minus, 0xBF80BF80;
-and.b32 low, $2, 0x7F7F7F7F;
-and.b32 sign, $2, 0x80808080;
-prmt.b32 above, sign, 0x43434343, 0x4140;
-prmt.b32 $0, low, 0x43434343, 0x4140;
-fma.rn.bf16x2 $0, above, minus, $0;
-prmt.b32 above, sign, 0x43434343, 0x4342;
-prmt.b32 $1, low, 0x43434343, 0x4342;
-fma.rn.bf16x2 $1, above, minus, $1;
-}"""
+_FP8 = "\n".join(
+    f"""{{.reg .b32 pair, moved;
+prmt.b32 pair, $4, $5, {0x4000 + 0x1010 * i:#x};
+shr.b32 moved, pair, 1;
+and.b32 moved, moved, 0x3F803F80;
+lop3.b32 ${i}, pair, 0x80008000, moved, 0xEA;}}"""
+    for i in range(4)
+)
 
 
 def _int4(place: int) -> str:
-    return f"""{{
-.reg .b32 code, one, bias;
-mov.b32 one, 0x3F803F80;
-mov.b32 bias, 0xC300C300;
-shr.b32 code, $2, {4 * place};
-and.b32 code, code, 0x0F0F0F0F;
-prmt.b32 $0, code, 0x43434343, 0x4140;
-fma.rn.bf16x2 $0, $0, one, bias;
-prmt.b32 $1, code, 0x43434343, 0x4342;
-fma.rn.bf16x2 $1, $1, one, bias;
-}}"""
+    """Marlin's: beside the exponent of 1024 a code is 1024 and its value, or 16 times its value."""
+    mask, factor, bias = (0xF, 0x3C00, 0xE400) if place == 0 else (0xF0, 0x2C00, 0xD400)
+    lines = ["{", ".reg .b32 half<4>, factor, bias;"]
+    lines += [f"mov.b32 factor, {factor * 0x10001:#x};", f"mov.b32 bias, {bias * 0x10001:#x};"]
+    lines += ["prmt.b32 half0, $4, $5, 0x5410;", "prmt.b32 half2, $4, $5, 0x7632;"]
+    lines += ["shr.b32 half1, half0, 8;", "shr.b32 half3, half2, 8;"]
+    for i in range(4):
+        lines += [f"lop3.b32 half{i}, half{i}, {mask * 0x10001:#x}, $6, 0xEA;"]
+        lines += [f"fma.rn.f16x2 ${i}, half{i}, factor, bias;"]
+    return "\n".join([*lines, "}"])
 
 
 def _int2(place: int) -> str:
-    return f"""{{
-.reg .b32 code, high, low;
-shr.b32 code, $2, {2 * place};
-and.b32 code, code, 0x03030303;
-shl.b32 high, code, 4;
-or.b32 code, code, high;
-or.b32 code, code, 0x40404040;
-mov.b32 low, {_levels(0)};
-mov.b32 high, {_levels(8)};
-prmt.b32 $0, low, high, code;
-shr.b32 code, code, 16;
-prmt.b32 $1, low, high, code;
-}}"""
+    """The high bytes of the levels are looked up; the low byte is the same for all."""
+    lines = ["{", ".reg .b32 pair<4>;"]
+    lines += ["prmt.b32 pair0, $4, $5, 0x5140;", "prmt.b32 pair2, $4, $5, 0x7362;"]
+    for i in (0, 2):
+        if place % 2:
+            lines += [f"shr.b32 pair{i}, pair{i}, 2;"]
+        lines += [f"and.b32 pair{i}, pair{i}, 0x33333333;", f"shr.b32 pair{i + 1}, pair{i}, 16;"]
+    for i in range(4):
+        lines += [f"prmt.b32 pair{i}, $6, $6, pair{i};"]
+        lines += [f"prmt.b32 ${i}, pair{i}, $7, {0x3414 if place >= 2 else 0x2404:#x};"]
+    return "\n".join([*lines, "}"])
+
+
+CONSTANTS = {
+    "int8": (0x64806480, 0xE480E480 - (1 << 32)),
+    "fp8": (0, 0),
+    "int4": (0x64006400, 0),
+    "int2": (0x433CBCC3, 0x7F7F7F7F),
+}
 
 
 DECODERS: dict[str, tuple[str, ...]] = {
     "int8": (_INT8,),
-    "fp8": (E4M3_IN_BF16,),
+    "fp8": (_FP8,),
     "int4": tuple(map(_int4, range(2))),
     "int2": tuple(map(_int2, range(4))),
 }
-"""By the kind of a format: PTX for the values at each place of four bytes, two words of bf16."""
+"""By the kind of a format: PTX for four pairs of fp16, of four bytes and four others."""
+UNITS = {"int8": 1.0, "fp8": 256.0, "int4": 1.0, "int2": 0.40286}
+"""What a one of those stands for."""
 
 
 @triton.jit
@@ -132,14 +131,44 @@ def _by_number(byte_NW, PLACE: tl.constexpr, KIND: tl.constexpr):
 
 
 @triton.jit
-def values_at(
-    byte_NW, PLACE: tl.constexpr, KIND: tl.constexpr, DECODER: tl.constexpr, dtype: tl.constexpr
+def _one_by_one(
+    one, other, BYTE: tl.constexpr, PLACE: tl.constexpr, KIND: tl.constexpr,
+    UNIT: tl.constexpr, dtype: tl.constexpr
 ):
-    """What uint8 bytes [N, W] hold at one place, in bf16, fp16 or fp32."""
-    if INTERPRETED or dtype != tl.bfloat16:
-        return narrow(_by_number(byte_NW, PLACE, KIND), dtype)
+    one = _by_number((one >> 8 * BYTE & 255).to(tl.uint8), PLACE, KIND) / UNIT
+    other = _by_number((other >> 8 * BYTE & 255).to(tl.uint8), PLACE, KIND) / UNIT
+    return tl.join(narrow(one, dtype), narrow(other, dtype))
+
+
+@triton.jit
+def _halves(word):
+    one, other = tl.inline_asm_elementwise(
+        "mov.b32 {$0, $1}, $2;", "=h,=h,r", [word], (tl.float16, tl.float16), is_pure=True, pack=1
+    )
+    return tl.join(one, other)
+
+
+@triton.jit
+def value_pairs(
+    one, other, first, second, PLACE: tl.constexpr, KIND: tl.constexpr, DECODER: tl.constexpr,
+    UNIT: tl.constexpr, dtype: tl.constexpr
+):
+    """What the bytes of two words hold at one place, in UNITs: [4, 8, A, B, C, X] -> [4, 8, A, B, C, 4 X, 2]."""
+    if INTERPRETED or dtype != tl.float16:
+        w0 = _one_by_one(one, other, 0, PLACE, KIND, UNIT, dtype)
+        w1 = _one_by_one(one, other, 1, PLACE, KIND, UNIT, dtype)
+        w2 = _one_by_one(one, other, 2, PLACE, KIND, UNIT, dtype)
+        w3 = _one_by_one(one, other, 3, PLACE, KIND, UNIT, dtype)
     else:
         asm: tl.constexpr = DECODER[PLACE]
-        return tl.inline_asm_elementwise(
-            asm, "=r,=r,r", [byte_NW], tl.bfloat16, is_pure=True, pack=4
+        w0, w1, w2, w3 = tl.inline_asm_elementwise(
+            asm, "=r,=r,=r,=r,r,r,r,r", [one, other, first, second],
+            (tl.int32, tl.int32, tl.int32, tl.int32), is_pure=True, pack=1,
         )
+        w0, w1, w2, w3 = _halves(w0), _halves(w1), _halves(w2), _halves(w3)
+    w = tl.join(tl.join(w0, w2), tl.join(w1, w3))  # [..., X, 2, low 2, high 2]
+    w = tl.trans(w, (0, 1, 2, 3, 4, 5, 7, 8, 6))
+    A: tl.constexpr = one.shape[2]
+    B: tl.constexpr = one.shape[3]
+    C: tl.constexpr = one.shape[4]
+    return tl.reshape(w, (4, 8, A, B, C, 4 * one.shape[5], 2))
