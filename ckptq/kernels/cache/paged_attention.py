@@ -148,7 +148,9 @@ the fastest for 32 sequences of 8,192 keys on an H200."""
 DECODE_OTHERS = (32, 1, 3)
 
 
-def paged_tile(group: int, longest: int, bits: int, D: int, device: torch.device) -> dict[str, int]:
+def paged_tile(
+    group: int, longest: int, bits: int, D: int, device: torch.device, least: int = 16
+) -> dict[str, int]:
     """Launch arguments by the query heads that share a key/value head, the most queries of a
     sequence, and the bits of a cached value: rows, keys, warps, stages.
 
@@ -158,11 +160,11 @@ def paged_tile(group: int, longest: int, bits: int, D: int, device: torch.device
     whole = triton.next_power_of_2(group)
     if longest == 1:
         columns, warps, stages = DECODE.get(bits, DECODE_OTHERS)
-        rows = max(16, whole)
+        rows = max(least, whole)
     else:
         columns, warps, stages = 64, 4, 2
         rows = max(16, whole, min(64, triton.next_power_of_2(group * longest)))
-    if rows > 16 or D > 128:  # more than a warp's registers hold
+    if rows > 16 or rows * D > 2048:  # more than a warp's registers hold
         warps = 4 if rows <= 64 else 8
     bytes_of_key = 2 * D * (2 if bits == 16 else 1)
     room = shared_memory(device) - 2 * D * rows

@@ -35,34 +35,37 @@ def value_bytes(w_W, WIDTH: tl.constexpr):
 
 
 @triton.jit
-def _tokens(ALIGN: tl.constexpr, table_ptr, first, within, oldest, length, stride_block, stride_token, BLOCK: tl.constexpr):
-    """Bytes from the cache's start to the keys `within` sixteen from `first` on."""
-    if BLOCK % 16 == 0:  # sixteen keys lie in one block
-        seen = (first < length) & (first + 16 > oldest)
-        block = tl.load(table_ptr + first // BLOCK, mask=seen, other=0).to(tl.int64)
-        o = (block * stride_block + first % BLOCK * stride_token) + within * stride_token
-    else:
-        key = first + within
-        seen = (key < length) & (key >= oldest)
-        block = tl.load(table_ptr + key // BLOCK, mask=seen, other=0).to(tl.int64)
-        o = block * stride_block + key % BLOCK * stride_token
-    return tl.multiple_of(o, (ALIGN, ALIGN, ALIGN, ALIGN, ALIGN, ALIGN, ALIGN))
+def _token_ptrs(
+    code_ptr, table_ptr, first, within, oldest, length, stride_block, stride_token,
+    BLOCK: tl.constexpr, ALIGN: tl.constexpr
+):
+    """To the keys `within` sixteen from `first` on."""
+    within = within.to(tl.int64)
+    key = first if BLOCK % 16 == 0 else first + within  # sixteen keys may lie in one block
+    seen = (key < length) & (key + (16 if BLOCK % 16 == 0 else 1) > oldest)
+    block = tl.load(table_ptr + key // BLOCK, mask=seen, other=0).to(tl.int64)
+    o = block * stride_block + key % BLOCK * stride_token
+    ptrs = code_ptr + tl.multiple_of(o, (ALIGN, ALIGN, ALIGN, ALIGN, ALIGN, ALIGN, ALIGN))
+    if BLOCK % 16 == 0:
+        o = within * stride_token
+        ptrs += tl.multiple_of(o, (ALIGN, ALIGN, ALIGN, ALIGN, ALIGN, ALIGN, ALIGN))
+    return ptrs
 
 
 @triton.jit
-def _words(code_ptr, o, word, HELD: tl.constexpr, WIDTH: tl.constexpr):
+def _words(ptrs, word, HELD: tl.constexpr, WIDTH: tl.constexpr):
     """int32: four bytes each; zeros after the HELD bytes of a head."""
-    if code_ptr.dtype.element_ty == tl.uint8:
+    if ptrs.dtype.element_ty == tl.uint8:
         found = tl.zeros(word.shape, tl.int32)
         for i in tl.static_range(4):
             byte = 4 * word + i
-            code = tl.load(code_ptr + (o + byte), mask=byte < HELD, other=0)
+            code = tl.load(ptrs + byte, mask=byte < HELD, other=0)
             found |= code.to(tl.int32) << 8 * i
         return found
     elif HELD == WIDTH:
-        return tl.load(code_ptr + (o + word))
+        return tl.load(ptrs + word)
     else:
-        return tl.load(code_ptr + (o + word), mask=4 * word < HELD, other=0)
+        return tl.load(ptrs + word, mask=4 * word < HELD, other=0)
 
 
 @triton.jit
@@ -80,13 +83,15 @@ def load_keys(
     half = tl.arange(0, 2)[None, None, None, None, :, None, None]
     within = tl.arange(0, 8)[None, :, None, None, None, None, None] + 8 * half
     first = k_first + 16 * (tile * WARPS + warp)
-    o = _tokens(ALIGN, table_ptr, first, within, oldest, length, stride_block, stride_token, BLOCK)
+    ptrs = _token_ptrs(
+        code_ptr, table_ptr, first, within, oldest, length, stride_block, stride_token, BLOCK, ALIGN
+    )
     lane = tl.arange(0, 4)[:, None, None, None, None, None, None]
     run = tl.arange(0, RUNS)[None, None, None, None, None, :, None]
     word = tl.arange(0, LANE // 4)[None, None, None, None, None, None, :]
     word = (run * 4 + lane) * (LANE // 4) + word
     word = tl.broadcast_to(word, [4, 8, WARPS, TILES, 2, RUNS, LANE // 4])
-    code = _words(code_ptr, o, word, HELD, WIDTH)
+    code = _words(ptrs, word, HELD, WIDTH)
     return tl.split(tl.reshape(code, (4, 8, WARPS, TILES, 2, RUNS * LANE // 8, 2)))
 
 
@@ -115,14 +120,16 @@ def load_values(
     odd = tl.arange(0, 2)[None, None, None, None, :, None, None]
     within = 4 * lane + 2 * pair + odd
     first = k_first + 16 * group
-    o = _tokens(ALIGN, table_ptr, first, within, oldest, length, stride_block, stride_token, BLOCK)
+    ptrs = _token_ptrs(
+        code_ptr, table_ptr, first, within, oldest, length, stride_block, stride_token, BLOCK, ALIGN
+    )
     # not row ^ 0: Triton would let neighbouring threads take neighbouring words
     row = tl.arange(0, 8)[None, :, None, None, None, None, None] ^ (length >> 31)
     run = tl.arange(0, RUNS)[None, None, None, None, None, :, None]
     word = tl.arange(0, LANE // 4)[None, None, None, None, None, None, :]
     word = (run * 8 + row) * (LANE // 4) + word
     word = tl.broadcast_to(word, [4, 8, N // (4 * NEXT), NEXT // 2, 2, RUNS, LANE // 4])
-    code = _words(code_ptr, o, word, HELD, WIDTH)
+    code = _words(ptrs, word, HELD, WIDTH)
     code = tl.trans(code, (0, 1, 2, 3, 5, 6, 4))
     return tl.split(tl.reshape(code, (4, 8, N // (4 * NEXT), NEXT // 2, 1, RUNS * LANE // 4, 2)))
 

@@ -303,7 +303,7 @@ def token_head_attention(
     block, K = key.layout.sizes(key.code)
     sequences.check(key.code, K)
     group, streams, kind = H // K, key.fmt.per_byte, key.fmt.name.partition("_")[0]
-    tile = paged_tile(group, sequences.longest, key.fmt.bits, D, query_THD.device)
+    tile = paged_tile(group, sequences.longest, key.fmt.bits, D, query_THD.device, 8)
     codes = [key.code, value.code]
     where = (*(code.data_ptr() for code in codes), *key.layout.strides(key.code), D // streams)
     align = math.gcd(64, *where) // 4
@@ -335,7 +335,7 @@ def token_head_attention(
         PARTS=partial.parts,
         BLOCK_W=max(32, triton.next_power_of_2(D // streams)),
         **tile,
-        WARPS=tile['num_warps'],
+        WARPS=min(tile["num_warps"], tile["COLUMNS"] // 16),
         ALIGN=max(align, 1),
     )
     partial.merge(out)
