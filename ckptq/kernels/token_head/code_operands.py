@@ -35,37 +35,33 @@ def value_bytes(w_W, WIDTH: tl.constexpr):
 
 
 @triton.jit
-def _token_ptrs(
-    code_ptr, table_ptr, first, within, oldest, length, stride_block, stride_token,
-    BLOCK: tl.constexpr, ALIGN: tl.constexpr
+def _load(
+    code_ptr, table_ptr, first, within, word, oldest, length, stride_block, stride_token,
+    HELD: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr, ALIGN: tl.constexpr
 ):
-    """To the keys `within` sixteen from `first` on."""
-    within = within.to(tl.int64)
-    key = first if BLOCK % 16 == 0 else first + within  # sixteen keys may lie in one block
-    seen = (key < length) & (key + (16 if BLOCK % 16 == 0 else 1) > oldest)
+    """int32, four bytes each, of the keys `within` sixteen from `first` on; zeros after HELD bytes.
+    """
+    SAME: tl.constexpr = BLOCK % 16 == 0  # sixteen keys lie in one block
+    key = first if SAME else first + within
+    seen = (key < length) & (key + (16 if SAME else 1) > oldest)
     block = tl.load(table_ptr + key // BLOCK, mask=seen, other=0).to(tl.int64)
-    o = block * stride_block + key % BLOCK * stride_token
-    ptrs = code_ptr + tl.multiple_of(o, (ALIGN, ALIGN, ALIGN, ALIGN, ALIGN, ALIGN, ALIGN))
-    if BLOCK % 16 == 0:
-        o = within * stride_token
-        ptrs += tl.multiple_of(o, (ALIGN, ALIGN, ALIGN, ALIGN, ALIGN, ALIGN, ALIGN))
-    return ptrs
-
-
-@triton.jit
-def _words(ptrs, word, HELD: tl.constexpr, WIDTH: tl.constexpr):
-    """int32: four bytes each; zeros after the HELD bytes of a head."""
-    if ptrs.dtype.element_ty == tl.uint8:
+    o_block = block * stride_block + key % BLOCK * stride_token
+    o_block = tl.multiple_of(o_block, (ALIGN, ALIGN, ALIGN, ALIGN, ALIGN, ALIGN, ALIGN))
+    o_token = (within if SAME else within * 0).to(tl.int64) * stride_token
+    o_token = tl.multiple_of(o_token, (ALIGN, ALIGN, ALIGN, ALIGN, ALIGN, ALIGN, ALIGN))
+    if code_ptr.dtype.element_ty == tl.uint8:
         found = tl.zeros(word.shape, tl.int32)
         for i in tl.static_range(4):
             byte = 4 * word + i
-            code = tl.load(ptrs + byte, mask=byte < HELD, other=0)
-            found |= code.to(tl.int32) << 8 * i
+            ptrs = (code_ptr + o_block) + (o_token + byte)
+            found |= tl.load(ptrs, mask=byte < HELD, other=0).to(tl.int32) << 8 * i
         return found
-    elif HELD == WIDTH:
-        return tl.load(ptrs + word)
     else:
-        return tl.load(ptrs + word, mask=4 * word < HELD, other=0)
+        ptrs = (code_ptr + o_block) + (o_token + word)
+        if HELD == WIDTH:
+            return tl.load(ptrs)
+        else:
+            return tl.load(ptrs, mask=4 * word < HELD, other=0)
 
 
 @triton.jit
@@ -83,15 +79,15 @@ def load_keys(
     half = tl.arange(0, 2)[None, None, None, None, :, None, None]
     within = tl.arange(0, 8)[None, :, None, None, None, None, None] + 8 * half
     first = k_first + 16 * (tile * WARPS + warp)
-    ptrs = _token_ptrs(
-        code_ptr, table_ptr, first, within, oldest, length, stride_block, stride_token, BLOCK, ALIGN
-    )
     lane = tl.arange(0, 4)[:, None, None, None, None, None, None]
     run = tl.arange(0, RUNS)[None, None, None, None, None, :, None]
     word = tl.arange(0, LANE // 4)[None, None, None, None, None, None, :]
     word = (run * 4 + lane) * (LANE // 4) + word
     word = tl.broadcast_to(word, [4, 8, WARPS, TILES, 2, RUNS, LANE // 4])
-    code = _words(ptrs, word, HELD, WIDTH)
+    code = _load(
+        code_ptr, table_ptr, first, within, word, oldest, length, stride_block, stride_token,
+        HELD, WIDTH, BLOCK, ALIGN,
+    )
     return tl.split(tl.reshape(code, (4, 8, WARPS, TILES, 2, RUNS * LANE // 8, 2)))
 
 
@@ -120,16 +116,16 @@ def load_values(
     odd = tl.arange(0, 2)[None, None, None, None, :, None, None]
     within = 4 * lane + 2 * pair + odd
     first = k_first + 16 * group
-    ptrs = _token_ptrs(
-        code_ptr, table_ptr, first, within, oldest, length, stride_block, stride_token, BLOCK, ALIGN
-    )
     # not row ^ 0: Triton would let neighbouring threads take neighbouring words
     row = tl.arange(0, 8)[None, :, None, None, None, None, None] ^ (length >> 31)
     run = tl.arange(0, RUNS)[None, None, None, None, None, :, None]
     word = tl.arange(0, LANE // 4)[None, None, None, None, None, None, :]
     word = (run * 8 + row) * (LANE // 4) + word
     word = tl.broadcast_to(word, [4, 8, N // (4 * NEXT), NEXT // 2, 2, RUNS, LANE // 4])
-    code = _words(ptrs, word, HELD, WIDTH)
+    code = _load(
+        code_ptr, table_ptr, first, within, word, oldest, length, stride_block, stride_token,
+        HELD, WIDTH, BLOCK, ALIGN,
+    )
     code = tl.trans(code, (0, 1, 2, 3, 5, 6, 4))
     return tl.split(tl.reshape(code, (4, 8, N // (4 * NEXT), NEXT // 2, 1, RUNS * LANE // 4, 2)))
 
