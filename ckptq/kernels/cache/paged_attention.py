@@ -28,7 +28,7 @@ from ckptq.kernels.attention.online_softmax import (
     oldest_key,
     visible,
 )
-from ckptq.kernels.cache.key_parts import Partial, keys_of_part, parts_of
+from ckptq.kernels.cache.key_parts import PROGRAMS, Partial, keys_of_part, parts_of
 from ckptq.kernels.cache.paged_addresses import key_offset, query_rows
 from ckptq.kernels.cache.paging import Layout, Sequences
 from ckptq.kernels.rounding import e4m3_in, e4m3_round, has_native_e4m3, narrow
@@ -148,9 +148,7 @@ the fastest for 32 sequences of 8,192 keys on an H200."""
 DECODE_OTHERS = (32, 1, 3)
 
 
-def paged_tile(
-    group: int, longest: int, bits: int, D: int, device: torch.device, least: int = 16
-) -> dict[str, int]:
+def paged_tile(group: int, longest: int, bits: int, D: int, device: torch.device) -> dict[str, int]:
     """Launch arguments by the query heads that share a key/value head, the most queries of a
     sequence, and the bits of a cached value: rows, keys, warps, stages.
 
@@ -160,11 +158,11 @@ def paged_tile(
     whole = triton.next_power_of_2(group)
     if longest == 1:
         columns, warps, stages = DECODE.get(bits, DECODE_OTHERS)
-        rows = max(least, whole)
+        rows = max(16, whole)
     else:
         columns, warps, stages = 64, 4, 2
         rows = max(16, whole, min(64, triton.next_power_of_2(group * longest)))
-    if rows > 16 or rows * D > 2048:  # more than a warp's registers hold
+    if rows > 16 or D > 128:  # more than a warp's registers hold
         warps = 4 if rows <= 64 else 8
     bytes_of_key = 2 * D * (2 if bits == 16 else 1)
     room = shared_memory(device) - 2 * D * rows
@@ -174,13 +172,20 @@ def paged_tile(
 
 
 def launch(
-    sequences: Sequences, query_THD: Tensor, kv_heads: int, block: int, queries: int
+    sequences: Sequences,
+    query_THD: Tensor,
+    kv_heads: int,
+    block: int,
+    queries: int,
+    programs: int = PROGRAMS,
 ) -> tuple[tuple[int, int, int], Partial]:
     """The grid for tiles of so many queries, and where parts of the keys leave their results."""
     T, H, D = query_THD.shape
     heads = len(sequences.lengths) * kv_heads
     most = sequences.block_table.shape[1] * block
-    parts = parts_of(heads, most, query_THD.device) if sequences.longest == 1 and heads else 1
+    parts = 1
+    if sequences.longest == 1 and heads:
+        parts = parts_of(heads, most, query_THD.device, programs)
     grid = (triton.cdiv(sequences.longest, queries), heads, parts)
     return grid, Partial.of(T * H, D, parts, query_THD.device)
 
