@@ -4,21 +4,19 @@ INT8 and FP8 codes as both writing kernels make them; meaning: `reference._eight
 A row (a head of a token) is a tuple of slices. A step is a scale before the power of two of a
 rotated head is undone.
 
-The values of all formats as attention multiplies them, in the query's dtype. In bf16 four bytes are
-decoded at a time, in two words, by moving bits: a byte put beside 0x43 is 128 and its low seven
-bits, and `prmt` looks up what two codes of INT2 stand for. Every value is exact, so this is
-`_by_number` to the bit, with a quarter of the instructions.
+The values of all formats as attention multiplies them: in fp16 for queries of 16 bits, by moving
+bits, two at a time. A byte or a nibble put beside the exponent of 1024 is 1024 and its value; E4M3
+moved by a bit is fp16 over 256; the high bytes of INT2's levels are looked up by `prmt`. In pairs,
+because a product takes neighbours along its sum from one register: two places of a key, or one of
+two values.
 
-Shape letters: R rows, L columns of a slice; N keys of a tile, W bytes of a head.
+Shape letters: R rows, L columns of a slice; X words of a thread.
 """
-
-import struct
 
 import triton
 import triton.language as tl
 
 from ckptq.kernels.rounding import (
-    E4M3_IN_BF16,
     INTERPRETED,
     e4m3_code,
     e4m3_value,
@@ -96,23 +94,17 @@ def _int2(place: int) -> str:
     return "\n".join([*lines, "}"])
 
 
-CONSTANTS = {
-    "int8": (0x64806480, 0xE480E480 - (1 << 32)),
-    "fp8": (0, 0),
-    "int4": (0x64006400, 0),
-    "int2": (0x433CBCC3, 0x7F7F7F7F),
+DECODERS: dict[str, tuple[str | float, ...]] = {
+    "int8": ("int8", 1.0, 0x64806480, 0xE480E480 - (1 << 32), _INT8),
+    "fp8": ("fp8", 256.0, 0, 0, _FP8),
+    "int4": ("int4", 1.0, 0x64006400, 0, *map(_int4, range(2))),
+    "int2": ("int2", 0.40286, 0x433CBCC3, 0x7F7F7F7F, *map(_int2, range(4))),
 }
+"""Of each kind: its name, what a one of the decoded values stands for, two constants, and for each
+place in a byte PTX that makes four pairs of fp16, one value of each word, of two words and those.
 
-
-DECODERS: dict[str, tuple[str, ...]] = {
-    "int8": (_INT8,),
-    "fp8": (_FP8,),
-    "int4": tuple(map(_int4, range(2))),
-    "int2": tuple(map(_int2, range(4))),
-}
-"""By the kind of a format: PTX for four pairs of fp16, of four bytes and four others."""
-UNITS = {"int8": 1.0, "fp8": 256.0, "int4": 1.0, "int2": 0.40286}
-"""What a one of those stands for."""
+INT2's levels are right to 1.5e-4: they differ in their high bytes, their low bytes are 0x7F.
+"""
 
 
 @triton.jit
@@ -131,12 +123,9 @@ def _by_number(byte_NW, PLACE: tl.constexpr, KIND: tl.constexpr):
 
 
 @triton.jit
-def _one_by_one(
-    one, other, BYTE: tl.constexpr, PLACE: tl.constexpr, KIND: tl.constexpr,
-    UNIT: tl.constexpr, dtype: tl.constexpr
-):
-    one = _by_number((one >> 8 * BYTE & 255).to(tl.uint8), PLACE, KIND) / UNIT
-    other = _by_number((other >> 8 * BYTE & 255).to(tl.uint8), PLACE, KIND) / UNIT
+def _pair(one, other, BYTE: tl.constexpr, PLACE: tl.constexpr, DECODER: tl.constexpr, dtype):
+    one = _by_number((one >> 8 * BYTE & 255).to(tl.uint8), PLACE, DECODER[0]) / DECODER[1]
+    other = _by_number((other >> 8 * BYTE & 255).to(tl.uint8), PLACE, DECODER[0]) / DECODER[1]
     return tl.join(narrow(one, dtype), narrow(other, dtype))
 
 
@@ -149,26 +138,29 @@ def _halves(word):
 
 
 @triton.jit
-def value_pairs(
-    one, other, first, second, PLACE: tl.constexpr, KIND: tl.constexpr, DECODER: tl.constexpr,
-    UNIT: tl.constexpr, dtype: tl.constexpr
-):
-    """What the bytes of two words hold at one place, in UNITs: [4, 8, A, B, C, X] -> [4, 8, A, B, C, 4 X, 2]."""
+def value_pairs(words, PLACE: tl.constexpr, DECODER: tl.constexpr, dtype: tl.constexpr):
+    """What the bytes of two words hold at one place: [4, 8, A, B, C, X] -> [4, 8, A, B, C, 4 X, 2].
+
+    `words` are two tensors and the constants of the decoder.
+    """
+    one, other, first, second = words
     if INTERPRETED or dtype != tl.float16:
-        w0 = _one_by_one(one, other, 0, PLACE, KIND, UNIT, dtype)
-        w1 = _one_by_one(one, other, 1, PLACE, KIND, UNIT, dtype)
-        w2 = _one_by_one(one, other, 2, PLACE, KIND, UNIT, dtype)
-        w3 = _one_by_one(one, other, 3, PLACE, KIND, UNIT, dtype)
+        p0 = _pair(one, other, 0, PLACE, DECODER, dtype)
+        p1 = _pair(one, other, 1, PLACE, DECODER, dtype)
+        p2 = _pair(one, other, 2, PLACE, DECODER, dtype)
+        p3 = _pair(one, other, 3, PLACE, DECODER, dtype)
     else:
-        asm: tl.constexpr = DECODER[PLACE]
-        w0, w1, w2, w3 = tl.inline_asm_elementwise(
-            asm, "=r,=r,=r,=r,r,r,r,r", [one, other, first, second],
-            (tl.int32, tl.int32, tl.int32, tl.int32), is_pure=True, pack=1,
+        asm: tl.constexpr = DECODER[4 + PLACE]
+        p0, p1, p2, p3 = tl.inline_asm_elementwise(
+            asm,
+            "=r,=r,=r,=r,r,r,r,r",
+            [one, other, first, second],
+            (tl.int32, tl.int32, tl.int32, tl.int32),
+            is_pure=True,
+            pack=1,
         )
-        w0, w1, w2, w3 = _halves(w0), _halves(w1), _halves(w2), _halves(w3)
-    w = tl.join(tl.join(w0, w2), tl.join(w1, w3))  # [..., X, 2, low 2, high 2]
-    w = tl.trans(w, (0, 1, 2, 3, 4, 5, 7, 8, 6))
-    A: tl.constexpr = one.shape[2]
-    B: tl.constexpr = one.shape[3]
-    C: tl.constexpr = one.shape[4]
-    return tl.reshape(w, (4, 8, A, B, C, 4 * one.shape[5], 2))
+        p0, p1, p2, p3 = _halves(p0), _halves(p1), _halves(p2), _halves(p3)
+    pairs = tl.join(tl.join(p0, p2), tl.join(p1, p3))  # [..., X, 2, half of 4, which half]
+    pairs = tl.trans(pairs, (0, 1, 2, 3, 4, 5, 7, 8, 6))
+    S: tl.constexpr = one.shape
+    return tl.reshape(pairs, (4, 8, S[2], S[3], S[4], 4 * S[5], 2))

@@ -16,7 +16,7 @@ from ckptq.kernels.cache import reference as paged
 from ckptq.kernels.cache.paging import Layout
 from ckptq.kernels.quantize.reference import nearest_e4m3
 from ckptq.kernels.token_head import reference as kv
-from ckptq.kernels.token_head.kv_codes import CONSTANTS, DECODERS, UNITS, value_pairs
+from ckptq.kernels.token_head.kv_codes import DECODERS, value_pairs
 from ckptq.kernels.token_head.kv_format import (
     CENTROIDS,
     FORMATS,
@@ -290,21 +290,12 @@ def test_heads_of_an_odd_size(device: torch.device, fmt: KVFormat) -> None:
 
 
 @triton.jit
-def _values_kernel(
-    word_ptr,
-    out_ptr,
-    PLACE: tl.constexpr,
-    KIND: tl.constexpr,
-    DECODER: tl.constexpr,
-    UNIT: tl.constexpr,
-    FIRST: tl.constexpr,
-    SECOND: tl.constexpr,
-):
+def _values_kernel(word_ptr, out_ptr, PLACE: tl.constexpr, DECODER: tl.constexpr):
     o_N = tl.arange(0, 64)
     one = tl.reshape(tl.load(word_ptr + o_N), (4, 8, 2, 1, 1, 1))
     other = tl.reshape(tl.load(word_ptr + 63 - o_N), (4, 8, 2, 1, 1, 1))
-    dtype: tl.constexpr = out_ptr.dtype.element_ty
-    pairs = value_pairs(one, other, FIRST, SECOND, PLACE, KIND, DECODER, UNIT, dtype)
+    words = (one, other, DECODER[2], DECODER[3])
+    pairs = value_pairs(words, PLACE, DECODER, out_ptr.dtype.element_ty)
     tl.store(out_ptr + tl.arange(0, 512), tl.reshape(pairs, (512,)))
 
 
@@ -325,21 +316,12 @@ def test_every_byte_stands_for_its_value(
             want = code.float() if kind == "int4" else levels[code]
         got = torch.empty(64, 4, 2, dtype=dtype, device=device)
         _values_kernel[(1,)](
-            byte.view(torch.int32).to(device),
-            got,
-            PLACE=place,
-            KIND=kind,
-            DECODER=DECODERS[kind],
-            UNIT=UNITS[kind],
-            FIRST=CONSTANTS[kind][0],
-            SECOND=CONSTANTS[kind][1],
-            num_warps=1,
+            byte.view(torch.int32).to(device), got, PLACE=place, DECODER=DECODERS[kind], num_warps=1
         )
-        got = got.cpu().float() * UNITS[kind]
+        got = got.cpu().float() * DECODERS[kind][1]
         words = want.view(64, 4)
         want = torch.stack([words, words.flip(0)], 2)
         finite = ~want.isnan()
         assert finite.sum() >= 2 * 254
-        torch.testing.assert_close(
-            got[finite], want[finite], rtol=1.5e-4 if kind == "int2" else 0.0, atol=0.0
-        )
+        off = 1.5e-4 if kind == "int2" else 0.0
+        torch.testing.assert_close(got[finite], want[finite], rtol=off, atol=0.0)
