@@ -40,8 +40,7 @@ from ckptq.kernels.cache.key_parts import keys_of_part
 from ckptq.kernels.cache.paged_addresses import key_offset, query_rows
 from ckptq.kernels.cache.paged_attention import launch
 from ckptq.kernels.cache.paging import Sequences
-from ckptq.kernels.rounding import narrow, widen
-from ckptq.kernels.token_head.code_operands import (
+from ckptq.kernels.code_operands import (
     key_bytes,
     keys_of,
     load_keys,
@@ -49,6 +48,7 @@ from ckptq.kernels.token_head.code_operands import (
     value_bytes,
     values_of,
 )
+from ckptq.kernels.rounding import narrow, widen
 from ckptq.kernels.token_head.hadamard import rotate
 from ckptq.kernels.token_head.kv_codes import DECODERS, value_pairs
 from ckptq.kernels.token_head.token_head_cache import TokenHeadCache
