@@ -53,9 +53,12 @@ class Partial:
         _merge_kernel[grid](*arguments, D=D, PARTS=self.parts, BLOCK_D=block, num_warps=2)
 
 
-def parts_of(programs: int, keys: int, device: torch.device) -> int:
-    """A power of two: among how many programs each of `programs` divides its `keys`, at most."""
-    wanted = min(PROGRAMS * multiprocessors(device) // programs, keys // LEAST, MOST)
+def parts_of(programs: int, keys: int, device: torch.device, each: int = PROGRAMS) -> int:
+    """A power of two: among how many programs each of `programs` divides its `keys`, at most.
+
+    `each` is how many are wanted for a multiprocessor.
+    """
+    wanted = min(each * multiprocessors(device) // programs, keys // LEAST, MOST)
     return 1 << max(wanted, 1).bit_length() - 1
 
 

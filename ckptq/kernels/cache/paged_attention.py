@@ -28,7 +28,7 @@ from ckptq.kernels.attention.online_softmax import (
     oldest_key,
     visible,
 )
-from ckptq.kernels.cache.key_parts import Partial, keys_of_part, parts_of
+from ckptq.kernels.cache.key_parts import PROGRAMS, Partial, keys_of_part, parts_of
 from ckptq.kernels.cache.paged_addresses import key_offset, query_rows
 from ckptq.kernels.cache.paging import Layout, Sequences
 from ckptq.kernels.rounding import e4m3_in, e4m3_round, has_native_e4m3, narrow
@@ -172,13 +172,20 @@ def paged_tile(group: int, longest: int, bits: int, D: int, device: torch.device
 
 
 def launch(
-    sequences: Sequences, query_THD: Tensor, kv_heads: int, block: int, queries: int
+    sequences: Sequences,
+    query_THD: Tensor,
+    kv_heads: int,
+    block: int,
+    queries: int,
+    programs: int = PROGRAMS,
 ) -> tuple[tuple[int, int, int], Partial]:
     """The grid for tiles of so many queries, and where parts of the keys leave their results."""
     T, H, D = query_THD.shape
     heads = len(sequences.lengths) * kv_heads
     most = sequences.block_table.shape[1] * block
-    parts = parts_of(heads, most, query_THD.device) if sequences.longest == 1 and heads else 1
+    parts = 1
+    if sequences.longest == 1 and heads:
+        parts = parts_of(heads, most, query_THD.device, programs)
     grid = (triton.cdiv(sequences.longest, queries), heads, parts)
     return grid, Partial.of(T * H, D, parts, query_THD.device)
 

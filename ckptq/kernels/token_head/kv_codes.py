@@ -4,21 +4,19 @@ INT8 and FP8 codes as both writing kernels make them; meaning: `reference._eight
 A row (a head of a token) is a tuple of slices. A step is a scale before the power of two of a
 rotated head is undone.
 
-The values of all formats as attention multiplies them, in the query's dtype. In bf16 four bytes are
-decoded at a time, in two words, by moving bits: a byte put beside 0x43 is 128 and its low seven
-bits, and `prmt` looks up what two codes of INT2 stand for. Every value is exact, so this is
-`_by_number` to the bit, with a quarter of the instructions.
+The values of all formats as attention multiplies them: in fp16 for queries of 16 bits, by moving
+bits, two at a time. A byte or a nibble put beside the exponent of 1024 is 1024 and its value; E4M3
+moved by a bit is fp16 over 256; the high bytes of INT2's levels are looked up by `prmt`. In pairs,
+because a product takes neighbours along its sum from one register: two places of a key, or one of
+two values.
 
-Shape letters: R rows, L columns of a slice; N keys of a tile, W bytes of a head.
+Shape letters: R rows, L columns of a slice; X words of a thread.
 """
-
-import struct
 
 import triton
 import triton.language as tl
 
 from ckptq.kernels.rounding import (
-    E4M3_IN_BF16,
     INTERPRETED,
     e4m3_code,
     e4m3_value,
@@ -51,69 +49,62 @@ def codes(x_RL, inverse_R, KIND: tl.constexpr, NATIVE: tl.constexpr):
         return round_half_even(ratio_RL).to(tl.uint8)
 
 
-def _bf16(value: float) -> int:
-    """The bits of the nearest bf16."""
-    (bits,) = struct.unpack("<I", struct.pack("<f", value))
-    return (bits + 0x7FFF + (bits >> 16 & 1)) >> 16
+_INT8 = "\n".join(
+    f"""{{.reg .b32 pair;
+prmt.b32 pair, $4, $5, {0x0400 + 0x0101 * i:#x};
+lop3.b32 pair, pair, 0x00FF00FF, $6, 0x6A;
+add.rn.f16x2 ${i}, pair, $7;}}"""
+    for i in range(4)
+)
 
-
-def _levels(shift: int) -> str:
-    """A byte of each of INT2's four levels in bf16, as one word."""
-    levels = (-CENTROIDS[1], -CENTROIDS[0], *CENTROIDS)
-    return hex(sum((_bf16(level) >> shift & 255) << 8 * i for i, level in enumerate(levels)))
-
-
-_INT8 = """{
-.reg .b32 low, sign, above, minus;
-mov.b32 minus, 0xBF80BF80;
-and.b32 low, $2, 0x7F7F7F7F;
-and.b32 sign, $2, 0x80808080;
-prmt.b32 above, sign, 0x43434343, 0x4140;
-prmt.b32 $0, low, 0x43434343, 0x4140;
-fma.rn.bf16x2 $0, above, minus, $0;
-prmt.b32 above, sign, 0x43434343, 0x4342;
-prmt.b32 $1, low, 0x43434343, 0x4342;
-fma.rn.bf16x2 $1, above, minus, $1;
-}"""
+_FP8 = "\n".join(
+    f"""{{.reg .b32 pair, moved;
+prmt.b32 pair, $4, $5, {0x4000 + 0x1010 * i:#x};
+shr.b32 moved, pair, 1;
+and.b32 moved, moved, 0x3F803F80;
+lop3.b32 ${i}, pair, 0x80008000, moved, 0xEA;}}"""
+    for i in range(4)
+)
 
 
 def _int4(place: int) -> str:
-    return f"""{{
-.reg .b32 code, one, bias;
-mov.b32 one, 0x3F803F80;
-mov.b32 bias, 0xC300C300;
-shr.b32 code, $2, {4 * place};
-and.b32 code, code, 0x0F0F0F0F;
-prmt.b32 $0, code, 0x43434343, 0x4140;
-fma.rn.bf16x2 $0, $0, one, bias;
-prmt.b32 $1, code, 0x43434343, 0x4342;
-fma.rn.bf16x2 $1, $1, one, bias;
-}}"""
+    """Marlin's: beside the exponent of 1024 a code is 1024 and its value, or 16 times its value."""
+    mask, factor, bias = (0xF, 0x3C00, 0xE400) if place == 0 else (0xF0, 0x2C00, 0xD400)
+    lines = ["{", ".reg .b32 half<4>, factor, bias;"]
+    lines += [f"mov.b32 factor, {factor * 0x10001:#x};", f"mov.b32 bias, {bias * 0x10001:#x};"]
+    lines += ["prmt.b32 half0, $4, $5, 0x5410;", "prmt.b32 half2, $4, $5, 0x7632;"]
+    lines += ["shr.b32 half1, half0, 8;", "shr.b32 half3, half2, 8;"]
+    for i in range(4):
+        lines += [f"lop3.b32 half{i}, half{i}, {mask * 0x10001:#x}, $6, 0xEA;"]
+        lines += [f"fma.rn.f16x2 ${i}, half{i}, factor, bias;"]
+    return "\n".join([*lines, "}"])
 
 
 def _int2(place: int) -> str:
-    return f"""{{
-.reg .b32 code, high, low;
-shr.b32 code, $2, {2 * place};
-and.b32 code, code, 0x03030303;
-shl.b32 high, code, 4;
-or.b32 code, code, high;
-or.b32 code, code, 0x40404040;
-mov.b32 low, {_levels(0)};
-mov.b32 high, {_levels(8)};
-prmt.b32 $0, low, high, code;
-shr.b32 code, code, 16;
-prmt.b32 $1, low, high, code;
-}}"""
+    """The high bytes of the levels are looked up; the low byte is the same for all."""
+    lines = ["{", ".reg .b32 pair<4>;"]
+    lines += ["prmt.b32 pair0, $4, $5, 0x5140;", "prmt.b32 pair2, $4, $5, 0x7362;"]
+    for i in (0, 2):
+        if place % 2:
+            lines += [f"shr.b32 pair{i}, pair{i}, 2;"]
+        lines += [f"and.b32 pair{i}, pair{i}, 0x33333333;", f"shr.b32 pair{i + 1}, pair{i}, 16;"]
+    for i in range(4):
+        lines += [f"prmt.b32 pair{i}, $6, $6, pair{i};"]
+        lines += [f"prmt.b32 ${i}, pair{i}, $7, {0x3414 if place >= 2 else 0x2404:#x};"]
+    return "\n".join([*lines, "}"])
 
 
-DECODERS: dict[str, tuple[str, ...]] = {
-    "int8": (_INT8,),
-    "fp8": (E4M3_IN_BF16,),
-    "int4": tuple(map(_int4, range(2))),
-    "int2": tuple(map(_int2, range(4))),
+DECODERS: dict[str, tuple[str | float, ...]] = {
+    "int8": ("int8", 1.0, 0x64806480, 0xE480E480 - (1 << 32), _INT8),
+    "fp8": ("fp8", 256.0, 0, 0, _FP8),
+    "int4": ("int4", 1.0, 0x64006400, 0, *map(_int4, range(2))),
+    "int2": ("int2", 0.40286, 0x433CBCC3, 0x7F7F7F7F, *map(_int2, range(4))),
 }
-"""By the kind of a format: PTX for the values at each place of four bytes, two words of bf16."""
+"""Of each kind: its name, what a one of the decoded values stands for, two constants, and for each
+place in a byte PTX that makes four pairs of fp16, one value of each word, of two words and those.
+
+INT2's levels are right to 1.5e-4: they differ in their high bytes, their low bytes are 0x7F.
+"""
 
 
 @triton.jit
@@ -132,14 +123,44 @@ def _by_number(byte_NW, PLACE: tl.constexpr, KIND: tl.constexpr):
 
 
 @triton.jit
-def values_at(
-    byte_NW, PLACE: tl.constexpr, KIND: tl.constexpr, DECODER: tl.constexpr, dtype: tl.constexpr
-):
-    """What uint8 bytes [N, W] hold at one place, in bf16, fp16 or fp32."""
-    if INTERPRETED or dtype != tl.bfloat16:
-        return narrow(_by_number(byte_NW, PLACE, KIND), dtype)
+def _pair(one, other, BYTE: tl.constexpr, PLACE: tl.constexpr, DECODER: tl.constexpr, dtype):
+    one = _by_number((one >> 8 * BYTE & 255).to(tl.uint8), PLACE, DECODER[0]) / DECODER[1]
+    other = _by_number((other >> 8 * BYTE & 255).to(tl.uint8), PLACE, DECODER[0]) / DECODER[1]
+    return tl.join(narrow(one, dtype), narrow(other, dtype))
+
+
+@triton.jit
+def _halves(word):
+    one, other = tl.inline_asm_elementwise(
+        "mov.b32 {$0, $1}, $2;", "=h,=h,r", [word], (tl.float16, tl.float16), is_pure=True, pack=1
+    )
+    return tl.join(one, other)
+
+
+@triton.jit
+def value_pairs(words, PLACE: tl.constexpr, DECODER: tl.constexpr, dtype: tl.constexpr):
+    """What the bytes of two words hold at one place: [4, 8, A, B, C, X] -> [4, 8, A, B, C, 4 X, 2].
+
+    `words` are two tensors and the constants of the decoder.
+    """
+    one, other, first, second = words
+    if INTERPRETED or dtype != tl.float16:
+        p0 = _pair(one, other, 0, PLACE, DECODER, dtype)
+        p1 = _pair(one, other, 1, PLACE, DECODER, dtype)
+        p2 = _pair(one, other, 2, PLACE, DECODER, dtype)
+        p3 = _pair(one, other, 3, PLACE, DECODER, dtype)
     else:
-        asm: tl.constexpr = DECODER[PLACE]
-        return tl.inline_asm_elementwise(
-            asm, "=r,=r,r", [byte_NW], tl.bfloat16, is_pure=True, pack=4
+        asm: tl.constexpr = DECODER[4 + PLACE]
+        p0, p1, p2, p3 = tl.inline_asm_elementwise(
+            asm,
+            "=r,=r,=r,=r,r,r,r,r",
+            [one, other, first, second],
+            (tl.int32, tl.int32, tl.int32, tl.int32),
+            is_pure=True,
+            pack=1,
         )
+        p0, p1, p2, p3 = _halves(p0), _halves(p1), _halves(p2), _halves(p3)
+    pairs = tl.join(tl.join(p0, p2), tl.join(p1, p3))  # [..., X, 2, half of 4, which half]
+    pairs = tl.trans(pairs, (0, 1, 2, 3, 4, 5, 7, 8, 6))
+    S: tl.constexpr = one.shape
+    return tl.reshape(pairs, (4, 8, S[2], S[3], S[4], 4 * S[5], 2))

@@ -9,11 +9,17 @@ memory:
   in the bytes, and the products are summed. The result leaves as interleaved stripes.
 - Codes are multiplied as they are. With a zero point z, q . (code - z) is q . code - z * sum(q), so
   scores lose z times the query's sum, and the result loses the sum of weight * scale * z over keys.
-- The scale of a key multiplies its scores, that of a value its weight.
+- The scale of a key multiplies its scores, that of a value its weight. Queries of 16 bits are
+  multiplied in fp16, which holds every code: they and the scales of values are first divided by
+  powers of two, so that neither overflows, nor a small one is lost.
+- Codes are the first operand of both products, keys times queries, values times weights: that one
+  may come from registers (`code_operands`), and eight columns hold a group of query heads.
 
 Shape letters: T queries of all sequences, H query heads, K key/value heads, D head dimension,
 W bytes of a head; M rows of a tile (queries x heads of a group), N keys of a tile.
 """
+
+import math
 
 import torch
 import triton
@@ -32,64 +38,62 @@ from ckptq.kernels.attention.online_softmax import (
 )
 from ckptq.kernels.cache.key_parts import keys_of_part
 from ckptq.kernels.cache.paged_addresses import key_offset, query_rows
-from ckptq.kernels.cache.paged_attention import launch, paged_tile
+from ckptq.kernels.cache.paged_attention import launch
 from ckptq.kernels.cache.paging import Sequences
+from ckptq.kernels.code_operands import (
+    key_bytes,
+    keys_of,
+    load_keys,
+    load_values,
+    value_bytes,
+    values_of,
+)
 from ckptq.kernels.rounding import narrow, widen
 from ckptq.kernels.token_head.hadamard import rotate
-from ckptq.kernels.token_head.kv_codes import DECODERS, values_at
+from ckptq.kernels.token_head.kv_codes import DECODERS, value_pairs
 from ckptq.kernels.token_head.token_head_cache import TokenHeadCache
 
 
 @triton.jit
-def _load_query(q_ptrs, m_MW, PLACE: tl.constexpr, STREAMS: tl.constexpr):
-    """One stream of the query, [M, W]; a stream that the format lacks is zero, and folded away."""
-    if PLACE < STREAMS:
-        return tl.load(q_ptrs + PLACE, mask=m_MW, other=0.0)
-    else:
-        return tl.zeros(q_ptrs.shape, q_ptrs.dtype.element_ty)
+def _power_below(x):
+    """A positive fp32 without its mantissa, at least 2^-100."""
+    bits = tl.maximum(x.to(tl.int32, bitcast=True) & 0x7F800000, 27 << 23)
+    return bits.to(tl.float32, bitcast=True)
 
 
 @triton.jit
-def _add_score(
-    score_MN,
-    q_MW,
-    byte_NW,
-    PLACE: tl.constexpr,
-    STREAMS: tl.constexpr,
-    KIND: tl.constexpr,
-    DECODER: tl.constexpr,
-):
-    if PLACE < STREAMS:
-        k_NW = values_at(byte_NW, PLACE, KIND, DECODER, q_MW.dtype)
-        return dot(q_MW, tl.trans(k_NW), score_MN)
-    else:
-        return score_MN
+def _inverse(power):
+    """1 / x of a power of two."""
+    return ((254 << 23) - power.to(tl.int32, bitcast=True)).to(tl.float32, bitcast=True)
 
 
 @triton.jit
-def _add_value(
-    acc_MW,
-    decay_M,
-    weight_MN,
-    byte_NW,
-    PLACE: tl.constexpr,
-    STREAMS: tl.constexpr,
-    KIND: tl.constexpr,
-    DECODER: tl.constexpr,
-):
-    if PLACE < STREAMS:
-        v_NW = values_at(byte_NW, PLACE, KIND, DECODER, weight_MN.dtype)
-        return dot(weight_MN, v_NW, acc_MW * decay_M[:, None])
-    else:
-        return acc_MW
+def _query(q_ptrs, m_MW, dtype: tl.constexpr, STREAMS: tl.constexpr):
+    """Its streams [M, W], and what they were divided by: a power of two, so that fp16 holds them.
+
+    Then their sum: of the query as it is multiplied, so that a zero point cancels in full.
+    """
+    wide, greatest = (), 0.0
+    for place in tl.static_range(STREAMS):
+        q_MW = widen(tl.load(q_ptrs + place, mask=m_MW, other=0.0))
+        wide, greatest = wide + (q_MW,), tl.maximum(greatest, tl.max(tl.abs(q_MW)))  # type: ignore[assignment]  # noqa: RUF005
+    lift = _power_below(greatest) * 0.00390625
+    streams, sum_M = (), tl.zeros([m_MW.shape[0]], tl.float32)
+    for place in tl.static_range(STREAMS):
+        q_MW = narrow(wide[place] * _inverse(lift), dtype)
+        streams, sum_M = streams + (q_MW,), sum_M + tl.sum(widen(q_MW), 1)  # type: ignore[assignment]  # noqa: RUF005
+    return streams, lift, sum_M
 
 
 @triton.jit
-def _store_stripe(
-    acc_MW, sum_M, zeros_M, out_ptrs, m_MW, PLACE: tl.constexpr, STREAMS: tl.constexpr
-):
-    if PLACE < STREAMS:
-        tl.store(out_ptrs + PLACE, finish(acc_MW - zeros_M[:, None], sum_M), mask=m_MW)
+def _add_values(acc, decay_M, weight_MN, words, STREAMS: tl.constexpr, DECODER: tl.constexpr):
+    """The streams of the result [W, M], one key tile further."""
+    added = ()
+    for place in tl.static_range(STREAMS):
+        v_WN = values_of(value_pairs(words, place, DECODER, weight_MN.dtype))
+        new_WM = dot(v_WN, tl.trans(weight_MN), acc[place] * decay_M[None, :])
+        added = added + (new_WM,)  # type: ignore[assignment]  # noqa: RUF005
+    return added
 
 
 @triton.jit
@@ -125,7 +129,6 @@ def _token_head_attention_kernel(
     WINDOW: tl.constexpr,
     CHUNK: tl.constexpr,
     CAPPED: tl.constexpr,
-    KIND: tl.constexpr,
     STREAMS: tl.constexpr,
     DECODER: tl.constexpr,
     ASYMMETRIC: tl.constexpr,
@@ -133,7 +136,11 @@ def _token_head_attention_kernel(
     BLOCK_W: tl.constexpr,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
+    WARPS: tl.constexpr,
+    ALIGN: tl.constexpr,
 ):
+    UNIT: tl.constexpr = DECODER[1]
+    DTYPE: tl.constexpr = tl.float32 if q_ptr.dtype.element_ty == tl.float32 else tl.float16
     K = H // GROUP
     sequence, kv = tl.program_id(1) // K, tl.program_id(1) % K
     length = tl.load(length_ptr + sequence)
@@ -142,50 +149,53 @@ def _token_head_attention_kernel(
     )
     o_W = tl.arange(0, BLOCK_W)
     o_N = tl.arange(0, COLUMNS)
-    m_MW = real_M[:, None] & (o_W < D // STREAMS)[None, :]
-    o_MW = ((token_M * H + kv * GROUP + member_M) * D)[:, None] + (o_W * STREAMS)[None, :]
-    q0_MW = _load_query(q_ptr + o_MW, m_MW, 0, STREAMS)
-    q1_MW = _load_query(q_ptr + o_MW, m_MW, 1, STREAMS)
-    q2_MW = _load_query(q_ptr + o_MW, m_MW, 2, STREAMS)
-    q3_MW = _load_query(q_ptr + o_MW, m_MW, 3, STREAMS)
-    # of the query as it is multiplied, so that a zero point cancels in full
-    q_sum_M = tl.sum(widen(q0_MW) + widen(q1_MW) + widen(q2_MW) + widen(q3_MW), 1)
-
+    k_W, v_W = key_bytes(o_W, BLOCK_W), value_bytes(o_W, BLOCK_W)
+    m_MW = real_M[:, None] & (k_W < D // STREAMS)[None, :]
+    row_M = token_M * H + kv * GROUP + member_M
+    o_MW = (row_M * D)[:, None] + (k_W * STREAMS)[None, :]
+    q, lift, q_sum_M = _query(q_ptr + o_MW, m_MW, DTYPE, STREAMS)
+    scaling *= lift * UNIT
     slope = scaling / softcap if CAPPED else 0.0
     factor = (softcap if CAPPED else scaling) * 1.4426950408889634  # log2 e
     begin, _, _, end = key_bounds(first, last, length, CAUSAL, WINDOW, CHUNK, COLUMNS)
     begin, end = keys_of_part(begin, end, tl.program_id(2), PARTS, COLUMNS)
     oldest = oldest_key(first, WINDOW, CHUNK)
-    acc0_MW = tl.zeros([ROWS, BLOCK_W], tl.float32)
-    acc1_MW = tl.zeros([ROWS, BLOCK_W], tl.float32)
-    acc2_MW = tl.zeros([ROWS, BLOCK_W], tl.float32)
-    acc3_MW = tl.zeros([ROWS, BLOCK_W], tl.float32)
+    acc = ()
+    for _ in tl.static_range(STREAMS):
+        acc = acc + (tl.zeros([BLOCK_W, ROWS], tl.float32),)  # type: ignore[assignment]  # noqa: RUF005
     zeros_M = tl.zeros([ROWS], tl.float32)
+    unit = 0.0
     max_M = tl.full([ROWS], float("-inf"), tl.float32)
     sum_M = tl.zeros([ROWS], tl.float32)
     table_ptr += sequence * table_stride
-    k_ptr += kv.to(tl.int64) * code_stride_head
-    v_ptr += kv.to(tl.int64) * code_stride_head
+    o_head = kv.to(tl.int64) * code_stride_head
+    o_head = tl.multiple_of(o_head, ALIGN)
+    k_ptr += o_head
+    v_ptr += o_head
+    # constants that the compiler cannot know: it would move those it knows into registers each time
+    nothing = length >> 31
+    magic = (DECODER[2] + nothing, DECODER[3] + nothing)
+    k_where = (k_ptr, table_ptr, oldest, length, code_stride_block, code_stride_token)
+    v_where = (v_ptr, table_ptr, oldest, length, code_stride_block, code_stride_token)
     for k_first in tl.range(begin, end, COLUMNS):
         k_pos_N = k_first + o_N
         m_N = k_pos_N < length
         if WINDOW or CHUNK:
             m_N = m_N & (k_pos_N >= oldest)
-        m_NW = m_N[:, None] & (o_W < D // STREAMS)[None, :]
-        row_N = key_offset(table_ptr, k_pos_N, m_N, code_stride_block, code_stride_token, BLOCK)
-        o_NW = row_N[:, None] + o_W[None, :]
         scale_N = key_offset(table_ptr, k_pos_N, m_N, scale_stride_block, scale_stride_token, BLOCK)
         scale_N += kv.to(tl.int64) * scale_stride_head
-        k_NW = tl.load(k_ptr + o_NW, mask=m_NW, other=0)
-        v_NW = tl.load(v_ptr + o_NW, mask=m_NW, other=0)
+        k_words = load_keys(
+            k_where, k_first, magic, COLUMNS, BLOCK_W, D // STREAMS, BLOCK, ALIGN, WARPS
+        )
+        v_words = load_values(v_where, k_first, magic, COLUMNS, BLOCK_W, D // STREAMS, BLOCK, ALIGN)
         k_scale_N = tl.load(k_scale_ptr + scale_N, mask=m_N, other=0.0)
         v_scale_N = tl.load(v_scale_ptr + scale_N, mask=m_N, other=0.0)
 
-        score_MN = tl.zeros([ROWS, COLUMNS], tl.float32)
-        score_MN = _add_score(score_MN, q0_MW, k_NW, 0, STREAMS, KIND, DECODER)
-        score_MN = _add_score(score_MN, q1_MW, k_NW, 1, STREAMS, KIND, DECODER)
-        score_MN = _add_score(score_MN, q2_MW, k_NW, 2, STREAMS, KIND, DECODER)
-        score_MN = _add_score(score_MN, q3_MW, k_NW, 3, STREAMS, KIND, DECODER)
+        score_MN = tl.zeros([COLUMNS, ROWS], tl.float32)
+        for place in tl.static_range(STREAMS):
+            k_NW = keys_of(value_pairs(k_words, place, DECODER, DTYPE))
+            score_MN = dot(k_NW, tl.trans(q[place]), score_MN)
+        score_MN = tl.trans(score_MN)
         if ASYMMETRIC:
             k_zero_N = tl.load(k_zero_ptr + scale_N, mask=m_N, other=0).to(tl.float32)
             score_MN -= q_sum_M[:, None] * k_zero_N[None, :]
@@ -196,25 +206,39 @@ def _token_head_attention_kernel(
         score_MN = tl.where(seen_MN, score_MN, float("-inf"))
         weight_MN, decay_M, max_M, sum_M = fold(score_MN, max_M, sum_M, factor, 0, True)
 
-        weight_MN = narrow(weight_MN * v_scale_N[None, :], q0_MW.dtype)
-        acc0_MW = _add_value(acc0_MW, decay_M, weight_MN, v_NW, 0, STREAMS, KIND, DECODER)
-        acc1_MW = _add_value(acc1_MW, decay_M, weight_MN, v_NW, 1, STREAMS, KIND, DECODER)
-        acc2_MW = _add_value(acc2_MW, decay_M, weight_MN, v_NW, 2, STREAMS, KIND, DECODER)
-        acc3_MW = _add_value(acc3_MW, decay_M, weight_MN, v_NW, 3, STREAMS, KIND, DECODER)
+        new_unit = tl.maximum(unit, _power_below(tl.max(v_scale_N, 0)))
+        inverse = _inverse(new_unit)
+        decay_M *= unit * inverse
+        unit = new_unit
+        weight_MN = narrow(weight_MN * (v_scale_N * inverse)[None, :], DTYPE)
+        acc = _add_values(acc, decay_M, weight_MN, v_words, STREAMS, DECODER)
         if ASYMMETRIC:
             v_zero_N = tl.load(v_zero_ptr + scale_N, mask=m_N, other=0).to(tl.float32)
             zeros_M = zeros_M * decay_M + tl.sum(widen(weight_MN) * v_zero_N[None, :], 1)
 
     if PARTS > 1:
         part = (tl.program_id(2) * T).to(tl.int64) * H
-        row_M = part + token_M * H + kv * GROUP + member_M
+        row_M += part
         tl.store(max_ptr + row_M, max_M, mask=real_M)
         tl.store(sum_ptr + row_M, sum_M, mask=real_M)
-        out_ptr += part * D
-    _store_stripe(acc0_MW, sum_M, zeros_M, out_ptr + o_MW, m_MW, 0, STREAMS)
-    _store_stripe(acc1_MW, sum_M, zeros_M, out_ptr + o_MW, m_MW, 1, STREAMS)
-    _store_stripe(acc2_MW, sum_M, zeros_M, out_ptr + o_MW, m_MW, 2, STREAMS)
-    _store_stripe(acc3_MW, sum_M, zeros_M, out_ptr + o_MW, m_MW, 3, STREAMS)
+    m_MW = real_M[:, None] & (v_W < D // STREAMS)[None, :]
+    o_MW = (row_M * D)[:, None] + (v_W * STREAMS)[None, :]
+    for place in tl.static_range(STREAMS):
+        out_MW = finish(tl.trans(acc[place]) - zeros_M[:, None], sum_M) * (unit * UNIT)
+        tl.store(out_ptr + o_MW + place, out_MW, mask=m_MW)
+
+
+def _tile(group: int, longest: int, D: int) -> dict[str, int]:
+    """Launch arguments by the query heads that share a key/value head and the most queries of a
+    sequence: the fastest on an H200. Two stages take codes through shared memory, half as fast.
+    """
+    whole = triton.next_power_of_2(group)
+    rows = max(8, whole)
+    if longest > 1:
+        rows = max(16, whole, min(64, triton.next_power_of_2(group * longest)))
+    warps = 1 if longest == 1 and rows * D <= 2048 else 4 if rows <= 64 else 8
+    columns = 64 if longest == 1 or D > 128 else 128
+    return {"ROWS": rows, "COLUMNS": max(columns, 16 * warps), "num_warps": warps, "num_stages": 1}
 
 
 def _check(query_THD: Tensor, key: TokenHeadCache, value: TokenHeadCache) -> None:
@@ -250,16 +274,21 @@ def token_head_attention(
     block, K = key.layout.sizes(key.code)
     sequences.check(key.code, K)
     group, streams, kind = H // K, key.fmt.per_byte, key.fmt.name.partition("_")[0]
-    tile = paged_tile(group, sequences.longest, key.fmt.bits, D, query_THD.device)
+    tile = _tile(group, sequences.longest, D)
+    codes = [key.code, value.code]
+    where = (*(code.data_ptr() for code in codes), *key.layout.strides(key.code), D // streams)
+    align = math.gcd(64, *where) // 4
+    if align:
+        codes = [code.view(torch.int32) for code in codes]
     query = rotate(query_THD, key.rotation).contiguous()
     out = torch.empty(T, H, D, dtype=torch.float32, device=query.device)
-    grid, partial = launch(sequences, query_THD, K, block, tile["ROWS"] // group)
+    grid, partial = launch(sequences, query_THD, K, block, tile["ROWS"] // group, 16)
     _token_head_attention_kernel[grid](
-        *(query, key.code, value.code, key.scale, value.scale, key.zero, value.zero),
+        *(query, *codes, key.scale, value.scale, key.zero, value.zero),
         *(out if partial.out is None else partial.out, partial.max, partial.sum),
         *(sequences.query_starts, sequences.lengths, sequences.block_table),
         *(float(scaling), cap_height(softcap)),
-        *key.layout.strides(key.code),
+        *key.layout.strides(codes[0]),
         *key.layout.strides(key.scale),
         *(sequences.block_table.stride(0), T, H),
         D=D,
@@ -267,13 +296,14 @@ def token_head_attention(
         BLOCK=block,
         **mask.constexprs(),
         CAPPED=softcap is not None,
-        KIND=kind,
         STREAMS=streams,
         DECODER=DECODERS[kind],
         ASYMMETRIC=key.fmt.asymmetric,
         PARTS=partial.parts,
-        BLOCK_W=max(16, triton.next_power_of_2(D // streams)),
+        BLOCK_W=max(32, triton.next_power_of_2(D // streams)),
         **tile,
+        WARPS=tile["num_warps"],
+        ALIGN=max(align, 1),
     )
     partial.merge(out)
     return rotate(out, value.rotation, query_THD.dtype, inverse=True)
