@@ -2,7 +2,6 @@
 with what it would have told them, in a fraction of the time."""
 
 import json
-import multiprocessing
 import os
 import socket
 import subprocess
@@ -12,19 +11,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from tiny import ranks_session
+from tiny.forked import server
 
 SECONDS = 120
 
 Commands = Sequence[Sequence[str | Path]]
-
-server = multiprocessing.get_context("forkserver")
-server.set_forkserver_preload(
-    [
-        *("tiny.ranks_session", "ckptq.convert.pipeline", "ckptq.evaluate.run"),
-        *("ckptq.verify.one_pass", "transformers.models.llama.modeling_llama"),
-        *("transformers.models.mixtral.modeling_mixtral", "ckptq.gptq.layers"),
-    ]
-)
 
 
 @dataclass(frozen=True)
