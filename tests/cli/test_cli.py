@@ -19,6 +19,7 @@ import transformers
 import typer
 import yaml
 from safetensors.torch import load_file, save_file
+from tiny import forked
 
 import ckptq
 from ckptq.__main__ import main
@@ -234,9 +235,8 @@ def test_every_recipe_is_data_too(llama: Path) -> None:
 def test_stdout_is_for_results_alone(llama: Path, tmp_path: Path) -> None:
     """In a process of its own: llm-compressor's log goes to what stdout is when it is imported."""
     command = ["quantize", str(llama), "-s", "FP8_DYNAMIC", "-o", str(tmp_path / "out"), "--json"]
-    done = subprocess.run(
-        [sys.executable, "-m", "ckptq", *command], capture_output=True, text=True, check=True
-    )
+    done = forked.ckptq(*command)
+    assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout)["scheme"] == "FP8_DYNAMIC"
 
 

@@ -5,33 +5,23 @@ from __future__ import annotations
 import os
 import resource
 from collections.abc import Callable
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from subprocess import CompletedProcess
 from typing import Any
 
-from tiny.forked import Command
+from tiny import forked
 
 Fault = tuple[str, str, int, int]
 """(function of `os`, part of the file's path, errno, calls that go well before); a part that ends
 in "$" is the end of the path."""
 
 
-@dataclass(frozen=True, slots=True)
-class Done:
-    """A process that has ended, and what it said."""
-
-    code: int
-    stdout: str
-    stderr: str
-
-
-def ckptq(*arguments: object, faults: tuple[Fault, ...] = (), descriptors: int = 1024) -> Done:
+def ckptq(
+    *arguments: object, faults: tuple[Fault, ...] = (), descriptors: int = 1024
+) -> CompletedProcess[str]:
     """Run the program to its end."""
-    command = Command(*arguments, first=partial(_worsen, faults, descriptors))
-    stdout, stderr = command.communicate()
-    assert command.returncode is not None
-    return Done(command.returncode, stdout, stderr)
+    return forked.ckptq(*arguments, first=partial(_worsen, faults, descriptors))
 
 
 def _worsen(faults: tuple[Fault, ...], descriptors: int) -> None:

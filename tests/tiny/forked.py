@@ -5,14 +5,18 @@ from __future__ import annotations
 
 import multiprocessing
 import os
-import signal
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from types import MappingProxyType
+from typing import Any
 
 SECONDS = 60
+
+STREAMS = {"stdout": "strict", "stderr": "backslashreplace"}
+"""What Python does with letters that they cannot take."""
 
 server = multiprocessing.get_context("forkserver")
 server.set_forkserver_preload(
@@ -29,14 +33,18 @@ def nothing() -> None:
 
 
 class Command:
-    """As `subprocess.Popen`: `ckptq WORDS` with output into pipes; `first` is called before."""
+    """`ckptq WORDS`, much like `subprocess.Popen`; `first` is called before it begins."""
 
     def __init__(
-        self, *words: object, first: Callable[[], None] = nothing, encoding: str = "utf-8"
+        self,
+        *words: object,
+        first: Callable[[], None] = nothing,
+        encoding: str = "utf-8",
+        environment: Mapping[str, str] = MappingProxyType({}),
     ) -> None:
         self.folder = TemporaryDirectory()
         self.args = [str(word) for word in words]
-        task = (self.args, self.folder.name, first, encoding)
+        task = (self.args, self.folder.name, first, encoding, dict(environment))
         self.process = server.Process(target=_main, args=task)
         self.process.start()
 
@@ -62,21 +70,29 @@ class Command:
         return out.decode(), err.decode()
 
 
-def ckptq(*words: object, encoding: str = "utf-8") -> subprocess.CompletedProcess[str]:
+def ckptq(*words: object, **how: Any) -> subprocess.CompletedProcess[str]:
     """The same to its end."""
-    command = Command(*words, encoding=encoding)
+    command = Command(*words, **how)
     out, err = command.communicate()
-    return subprocess.CompletedProcess(command.args, command.returncode or 0, out, err)
+    assert command.returncode is not None
+    return subprocess.CompletedProcess(command.args, command.returncode, out, err)
 
 
-def _main(words: list[str], folder: str, first: Callable[[], None], encoding: str) -> None:
+def _main(
+    words: list[str],
+    folder: str,
+    first: Callable[[], None],
+    encoding: str,
+    environment: dict[str, str],
+) -> None:
     from ckptq.__main__ import main
 
-    signal.signal(signal.SIGINT, signal.default_int_handler)
-    for number, name in enumerate(("stdout", "stderr"), start=1):
+    os.environ |= environment
+    for number, (name, errors) in enumerate(STREAMS.items(), start=1):
         with Path(folder, name).open("wb") as file:
             os.dup2(file.fileno(), number)
-        setattr(sys, name, open(number, "w", encoding=encoding, closefd=False))  # noqa: SIM115
+        stream = open(number, "w", encoding=encoding, errors=errors, closefd=False)  # noqa: SIM115
+        setattr(sys, name, stream)
     sys.argv = ["ckptq", *words]
     first()
     main()
