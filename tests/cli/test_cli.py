@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import shutil
 import signal
 import subprocess
@@ -516,7 +517,8 @@ def test_a_closed_stream_changes_no_exit_code(tmp_path: Path, closed: str) -> No
         f'"$0" -m ckptq recipes {closed}; a=$?; "$0" -m ckptq verify nothing {closed}; echo $a $?'
     )
     done = subprocess.run(
-        ["sh", "-c", script, sys.executable], cwd=tmp_path, capture_output=True, text=True
-    )
+        ["sh", "-c", script, sys.executable], cwd=tmp_path, capture_output=True, text=True,
+        env=os.environ | {"HF_HUB_OFFLINE": "1"},  # or it would wait for the hub
+    )  # fmt: skip
     assert done.stdout.splitlines()[-1] == "0 3"
     assert "Traceback" not in done.stderr

@@ -6,8 +6,10 @@ transformers' own renaming first. Modules that differ only in numbers are one ki
 
 from __future__ import annotations
 
+import gc
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
@@ -127,6 +129,19 @@ def _text(ckpt: Checkpoint) -> str:
     return file.read_text(errors="replace") if file.is_file() else ""
 
 
+@contextmanager
+def _uncollected() -> Iterator[None]:
+    """What transformers imports stays: looking through it for garbage again and again is a tenth of
+    the time in which a command starts."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
+
+
 @lru_cache(maxsize=16)
 def _built(asked: _Asked) -> ModuleTree:
     import torch
@@ -134,7 +149,7 @@ def _built(asked: _Asked) -> ModuleTree:
     from ckptq.models.refusals import refusals
     from ckptq.models.tree.transformers_model import model_class_of, on_meta, read_config
 
-    with refusals("transformers"):
+    with refusals("transformers"), _uncollected():
         config = read_config(asked.ckpt)
         if hasattr(config, "quantization_config"):
             del config.quantization_config
