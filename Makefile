@@ -24,6 +24,8 @@ RECORD ?= --record benchmarks/results
 
 export TOKENIZERS_PARALLELISM = false
 export HF_HUB_DISABLE_TELEMETRY = 1
+# Empty: compiled modules are kept. Tests start many processes, which would each compile ckptq.
+export PYTHONDONTWRITEBYTECODE =
 
 .PHONY: demo demo-real ci-example engine-table test test-newest lint test-gpu test-engines bench \
     bench-kernels figures clean

@@ -6,6 +6,7 @@ That is chosen before anything imports triton, which looks at the environment th
 
 from __future__ import annotations
 
+import gc
 import os
 
 import pytest
@@ -13,6 +14,10 @@ import torch
 
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
+
+
+gc.set_threshold(50_000, 20, 100)
+"""The collector is a tenth of the time where torch, transformers and all tests are in memory."""
 
 
 @pytest.hookimpl(tryfirst=True)
@@ -23,3 +28,14 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         name = item.path.name
         group = "builds" if name.startswith("test_builds") else str(item.path)
         item.add_marker(pytest.mark.xdist_group(group))
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_collection_finish() -> None:
+    """What is in memory by now stays there: the collector need not look at it again."""
+    gc.collect()
+    gc.freeze()
+
+
+def pytest_unconfigure() -> None:
+    gc.unfreeze()  # or libraries complain, at the end, of what they cannot take apart

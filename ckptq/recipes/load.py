@@ -7,6 +7,7 @@ test holds them to llm-compressor's own reading.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -110,6 +111,7 @@ def load_written(file: Path) -> Recipe:
     return _load_file(file, _load_spelled)
 
 
+@lru_cache(maxsize=16)
 def _load_spelled(name: str, text: str) -> Recipe:
     if text in (path.read_text() for path in built_in().values()):
         return _plain(name, text)

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import os
 import signal
-import subprocess
-import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 from calibrate_models import LAYERS
+from tiny.forked import Command, ckptq
 from tiny.rows import token_rows, write_rows
+from tiny.torchrun import environments
 from typer.testing import CliRunner
 
 from ckptq import files
@@ -19,22 +20,20 @@ from ckptq.calibrate.scales import RECORD_KEY
 from ckptq.checkpoint.header import read_header
 from ckptq.checkpoint.partial import claim, partial_of
 from ckptq.cli import app
-
-SELF_KILLING = """
-import os, signal, sys
-from ckptq.calibrate import journal
 from ckptq.forward.layerwise import LayerwiseModel
-from ckptq.cli import app
-journal.SHARE_OF_TIME = float("inf")
-run_layer, rank = LayerwiseModel.run_layer, int(os.environ.get("RANK", "1"))
-def dying(self, index, *args):
-    if index == 2 and rank == 1:
-        os.kill(os.getpid(), signal.SIGKILL)
-    run_layer(self, index, *args)
-LayerwiseModel.run_layer = dying
-app(sys.argv[1:])
-"""
-TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+
+
+def die_at_the_third_layer() -> None:
+    """Of ranks, the second."""
+    journal.SHARE_OF_TIME = float("inf")
+    run_layer, rank = LayerwiseModel.run_layer, int(os.environ.get("RANK", "1"))
+
+    def dying(self: LayerwiseModel, index: int, *args: Any) -> None:
+        if index == 2 and rank == 1:
+            os.kill(os.getpid(), signal.SIGKILL)
+        run_layer(self, index, *args)
+
+    LayerwiseModel.run_layer = dying  # type: ignore[method-assign]
 
 
 @pytest.fixture
@@ -57,18 +56,14 @@ def run(command: list[str], output: Path, *options: str):
     return CliRunner().invoke(app, [*command, str(output), *options])
 
 
-def killed(command: list[str], output: Path, launcher: list[str]) -> int:
-    script = output.with_name("dying.py")
-    script.write_text(SELF_KILLING)
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    whole = [*launcher, str(script), *command, str(output)]
-    return subprocess.run(whole, capture_output=True, env=environment, check=False).returncode
+def killed(command: list[str], output: Path) -> int:
+    return ckptq(*command, output, first=die_at_the_third_layer).returncode
 
 
 def test_killed_it_goes_on(command, tmp_path, run_layers):
     assert run(command, tmp_path / "whole").exit_code == 0
     out = tmp_path / "scales"
-    assert killed(command, out, [sys.executable]) == -signal.SIGKILL
+    assert killed(command, out) == -signal.SIGKILL
     assert not out.exists()
     run_layers.clear()
     done = run(command, out)
@@ -82,7 +77,12 @@ def test_a_single_process_goes_on_where_ranks_were_killed(command, tmp_path, run
     """Their state is one: the batches that each had run, and what all had seen."""
     assert run(command, tmp_path / "whole").exit_code == 0
     out = tmp_path / "scales"
-    assert killed(command, out, TORCHRUN) != 0
+    how = [{"first": die_at_the_third_layer, "environment": each} for each in environments(2)]
+    every = [Command(*command, out, **each) for each in how]
+    for each in every:
+        each.communicate()
+    assert every[0].returncode not in (0, None)
+    assert every[1].returncode == -signal.SIGKILL
     kept = [path.name for path in (tmp_path / "scales.partial").rglob("layer-?????")]
     assert kept == ["layer-00002"]
     run_layers.clear()
@@ -96,7 +96,7 @@ def test_a_single_process_goes_on_where_ranks_were_killed(command, tmp_path, run
 def test_another_command_is_refused_and_restart_begins_anew(command, tmp_path, run_layers):
     assert run(command, tmp_path / "whole").exit_code == 0
     out = tmp_path / "scales"
-    assert killed([*command[:-1], "--batch-size", "1", "-o"], out, [sys.executable]) < 0
+    assert killed([*command[:-1], "--batch-size", "1", "-o"], out) < 0
     refused = run(command, out)
     assert refused.exit_code != 0
     assert "batch_size was 1, is 2" in str(refused.exception)

@@ -7,7 +7,6 @@ server that has done its imports, so that a run takes a fraction of a second.
 from __future__ import annotations
 
 import hashlib
-import multiprocessing
 import os
 import signal
 import sys
@@ -18,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import hub_server
+from tiny.forked import SECONDS, server
 
 from ckptq.checkpoint import journal
 from ckptq.checkpoint.hub.upload import Destination
@@ -35,7 +35,6 @@ STEPS += ("unlink", "rmdir")
 """Functions of `os` that change the disk; the rename that publishes is one more, "rename_new"."""
 
 INTERRUPTED = 130
-SECONDS = 60
 
 Scales = Callable[[Checkpoint], Any]
 """Makes the ScalesSource of a run; a function of a module, because it goes to another process."""
@@ -62,12 +61,6 @@ class Run:
     push: Destination | None = None
     token: str | None = None
     """The hub's; processes have the environment of the first that was forked."""
-
-
-server = multiprocessing.get_context("forkserver")
-server.set_forkserver_preload(
-    ["convert_killed", "ckptq.convert.pipeline", "transformers.models.llama.modeling_llama"]
-)
 
 
 def perform(run: Run, begun: Callable[[int], None] = int) -> tuple[int, int]:

@@ -16,7 +16,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from convert_killed import SECONDS, STEPS, server
+from convert_killed import STEPS
+from tiny.forked import SECONDS, server
 
 Call = Callable[..., Any]
 

@@ -62,7 +62,7 @@ def source(tmp_path_factory) -> Path:
 def whole(source) -> dict[str, str]:
     out = source.with_name("whole")
     done = ckptq("quantize", source, "--scheme", "fp8-dynamic", "-o", out)
-    assert done.code == 0, done.stderr
+    assert done.returncode == 0, done.stderr
     return digests(out)
 
 
@@ -71,14 +71,14 @@ def test_the_file_that_failed_is_named_and_the_same_command_goes_on(source, whol
     faults, named = FAULTS[what]
     command = ("quantize", source, "--scheme", "fp8-dynamic", "-o", tmp_path / "out")
     failed = ckptq(*command, faults=faults)
-    assert failed.code == 4, failed.stderr
+    assert failed.returncode == 4, failed.stderr
     last = failed.stderr.splitlines()[-1]
     assert last.startswith("error: ")
     assert named in last.split(": ")[1]
     assert ("free some space" in last) == any(fault[2] == errno.ENOSPC for fault in faults)
     assert not (tmp_path / "out").exists()
     done = ckptq(*command)
-    assert done.code == 0, done.stderr
+    assert done.returncode == 0, done.stderr
     assert digests(tmp_path / "out") == whole
     assert not partial_of(tmp_path / "out").exists()
 
@@ -88,7 +88,7 @@ def test_the_kernel_s_copy_may_fail_where_copying_by_hand_works(source, whole, t
     done = ckptq(
         "quantize", source, "--scheme", "fp8-dynamic", "-o", tmp_path / "out", faults=faults
     )
-    assert done.code == 0, done.stderr
+    assert done.returncode == 0, done.stderr
     assert digests(tmp_path / "out") == whole
 
 
@@ -115,9 +115,9 @@ def test_more_shards_than_descriptors(many_shards, tmp_path):
     command = ("quantize", many_shards, "--scheme", "fp8-dynamic", "--shard-size", "1kB", "-o")
     for name, limit in (("whole", 1024), ("out", 24)):
         done = ckptq(*command, tmp_path / name, descriptors=limit)
-        assert done.code == 0, done.stderr
+        assert done.returncode == 0, done.stderr
     assert len(list((tmp_path / "out").glob("*.safetensors"))) > 20
     assert digests(tmp_path / "out") == digests(tmp_path / "whole")
     verified = ckptq("verify", tmp_path / "out", "--source", many_shards, descriptors=24)
-    assert verified.code == 0, verified.stdout + verified.stderr
+    assert verified.returncode == 0, verified.stdout + verified.stderr
     shutil.rmtree(tmp_path / "out")

@@ -1,10 +1,10 @@
-"""Two torchrun groups with a folder in common, as on two hosts: the bytes of one process."""
+"""Two ranks, each alone on its host, with a folder in common: the bytes of one process."""
 
 import json
 
 import pytest
 from test_ranks_quantize import files, request
-from tiny.torchrun import two_hosts
+from tiny.torchrun import forked
 from typer.testing import CliRunner
 
 from ckptq.checkpoint.journal import Journal
@@ -47,8 +47,8 @@ def test_two_hosts_write_what_one_process_does(given, tmp_path, monkeypatch):
     convert = ["quantize", given.llama, "-o", tmp_path / "out-2", "--scheme", "fp8-per-head"]
     convert += ["--data", given.text, "--batch-size", "2", "--shard-size", "10KB"]
     convert += ["--device", "cpu", "--json"]
-    calibrated, converted = two_hosts(
-        tmp_path / "session", [[*scales, tmp_path / "scales-2"], convert]
+    calibrated, converted = forked(
+        tmp_path / "session", [[*scales, tmp_path / "scales-2"], convert], 2, a_host=1
     )
     assert [done.code for done in (*calibrated, *converted)] == [0] * 4, (calibrated, converted)
     assert (tmp_path / "scales-2").read_bytes() == (tmp_path / "scales-1").read_bytes()

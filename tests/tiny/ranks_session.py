@@ -31,7 +31,3 @@ def _run(words: list[str]) -> dict[str, object]:
         for file in (out, err):
             file.seek(0)
         return {"code": code, "stdout": out.read(), "stderr": err.read()}
-
-
-if __name__ == "__main__":
-    perform(Path(sys.argv[1]), {})

@@ -1,8 +1,7 @@
-"""Several processes at one command: as torchrun starts them, on one host or as if on two, or forked
-with what it would have told them, in a fraction of the time."""
+"""Several processes at one command: as torchrun starts them, or forked with what it would have told
+them, in a fraction of the time."""
 
 import json
-import multiprocessing
 import os
 import socket
 import subprocess
@@ -12,19 +11,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from tiny import ranks_session
+from tiny.forked import server
 
 SECONDS = 120
 
 Commands = Sequence[Sequence[str | Path]]
-
-server = multiprocessing.get_context("forkserver")
-server.set_forkserver_preload(
-    [
-        *("tiny.ranks_session", "ckptq.convert.pipeline", "ckptq.evaluate.run"),
-        *("ckptq.verify.one_pass", "transformers.models.llama.modeling_llama"),
-        *("transformers.models.mixtral.modeling_mixtral", "ckptq.gptq.layers"),
-    ]
-)
 
 
 @dataclass(frozen=True)
@@ -38,18 +29,27 @@ class Done:
 
 def torchrun(ranks: int, *words: str | Path) -> subprocess.CompletedProcess[str]:
     """A script and its arguments, in so many processes."""
-    return _ended(_start(["--standalone", "--nproc-per-node", str(ranks)], words))
+    how = ["--standalone", "--nproc-per-node", str(ranks), *map(str, words)]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "torch.distributed.run", *how],
+        stdout=-1, stderr=-1, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    try:
+        out, err = process.communicate(timeout=SECONDS)
+    except subprocess.TimeoutExpired:
+        process.terminate()  # which ends its processes
+        out, err = process.communicate()
+    return subprocess.CompletedProcess(process.args, process.returncode, out, err)
 
 
-def forked(folder: Path, commands: Commands, ranks: int) -> list[list[Done]]:
+def forked(
+    folder: Path, commands: Commands, ranks: int, a_host: int | None = None
+) -> list[list[Done]]:
     """Commands of ckptq in turn; of each, what every rank made of it."""
     _write(folder, commands)
-    told = {"WORLD_SIZE": str(ranks), "LOCAL_WORLD_SIZE": str(ranks), "OMP_NUM_THREADS": "1"}
-    told |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": _free_port()}
     every = []
-    for rank in range(ranks):
-        own = told | {"RANK": str(rank), "LOCAL_RANK": str(rank)}
-        every.append(server.Process(target=ranks_session.perform, args=(folder, own)))
+    for environment in environments(ranks, a_host):
+        every.append(server.Process(target=ranks_session.perform, args=(folder, environment)))
         every[-1].start()
     for process in every:
         process.join(SECONDS)
@@ -60,15 +60,12 @@ def forked(folder: Path, commands: Commands, ranks: int) -> list[list[Done]]:
     return _read(folder, len(commands), ranks)
 
 
-def two_hosts(folder: Path, commands: Commands) -> list[list[Done]]:
-    """The same in two torchrun groups of one process each."""
-    _write(folder, commands)
-    where = ["--master-addr", "127.0.0.1", "--master-port", _free_port()]
-    each = ["--nnodes", "2", "--nproc-per-node", "1", *where, "--node-rank"]
-    script = [ranks_session.__file__, folder]
-    for ended in map(_ended, [_start([*each, host], script) for host in ("0", "1")]):
-        assert ended.returncode == 0, ended.stderr
-    return _read(folder, len(commands), 2)
+def environments(ranks: int, a_host: int | None = None) -> list[dict[str, str]]:
+    """What torchrun tells each of so many ranks, of which so many are on a host."""
+    local = a_host or ranks
+    told = {"WORLD_SIZE": str(ranks), "LOCAL_WORLD_SIZE": str(local), "OMP_NUM_THREADS": "1"}
+    told |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": _free_port()}
+    return [told | {"RANK": str(n), "LOCAL_RANK": str(n % local)} for n in range(ranks)]
 
 
 def _write(folder: Path, commands: Commands) -> None:
@@ -85,19 +82,3 @@ def _free_port() -> str:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         return str(free.getsockname()[1])
-
-
-def _start(how: Sequence[str], words: Sequence[str | Path]) -> subprocess.Popen[str]:
-    whole = [sys.executable, "-m", "torch.distributed.run", *how, *map(str, words)]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    pipe = subprocess.PIPE
-    return subprocess.Popen(whole, stdout=pipe, stderr=pipe, text=True, env=environment)
-
-
-def _ended(process: subprocess.Popen[str]) -> subprocess.CompletedProcess[str]:
-    try:
-        out, err = process.communicate(timeout=SECONDS)
-    except subprocess.TimeoutExpired:
-        process.terminate()  # which ends its processes
-        out, err = process.communicate()
-    return subprocess.CompletedProcess(process.args, process.returncode, out, err)

@@ -6,11 +6,15 @@ transformers' own renaming first. Modules that differ only in numbers are one ki
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+import gc
+import json
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
-from ckptq.checkpoint.open import Checkpoint
+from ckptq.checkpoint.open import CONFIG, Checkpoint
 from ckptq.models.tree.holes import Layers, Numbers, lacking, lacking_everywhere, numbers_of
 from ckptq.models.tree.initialized import wants_weights
 from ckptq.numbered import starred
@@ -102,21 +106,55 @@ class ModuleTree:
 def build_tree(ckpt: Checkpoint) -> ModuleTree | str:
     """The tree of a checkpoint's model, or a one-line reason why there is none. Reads no
     weights."""
+    from ckptq.errors import CkptqError
+
+    try:
+        return _built(_Asked((_text(ckpt), json.dumps(ckpt.config), tuple(ckpt.tensors)), ckpt))
+    except CkptqError as error:
+        return str(error)
+
+
+@dataclass(frozen=True, slots=True)
+class _Asked:
+    """What a tree is made of. Equal ones have the same: of a checkpoint and of what becomes of it,
+    or of one before and after a repair of its tensors."""
+
+    made_of: tuple[str, str, tuple[str, ...]] = field(repr=False)
+    """config.json as it is on disk, which transformers reads, and in memory; the tensors' names."""
+    ckpt: Checkpoint = field(compare=False)
+
+
+def _text(ckpt: Checkpoint) -> str:
+    file = ckpt.path / CONFIG
+    return file.read_text(errors="replace") if file.is_file() else ""
+
+
+@contextmanager
+def _uncollected() -> Iterator[None]:
+    """What transformers imports stays: looking through it for garbage again and again is a tenth of
+    the time in which a command starts."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
+
+
+@lru_cache(maxsize=16)
+def _built(asked: _Asked) -> ModuleTree:
     import torch
 
-    from ckptq.errors import CkptqError
     from ckptq.models.refusals import refusals
     from ckptq.models.tree.transformers_model import model_class_of, on_meta, read_config
 
-    try:
-        with refusals("transformers"):
-            config = read_config(ckpt)
-            if hasattr(config, "quantization_config"):
-                del config.quantization_config
-            model = on_meta(model_class_of(ckpt, config), config, torch.bfloat16)
-            return _tree(model, ckpt)
-    except CkptqError as error:
-        return str(error)
+    with refusals("transformers"), _uncollected():
+        config = read_config(asked.ckpt)
+        if hasattr(config, "quantization_config"):
+            del config.quantization_config
+        model = on_meta(model_class_of(asked.ckpt, config), config, torch.bfloat16)
+        return _tree(model, asked.ckpt)
 
 
 def _tree(model: PreTrainedModel, ckpt: Checkpoint) -> ModuleTree:
