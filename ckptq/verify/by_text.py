@@ -109,13 +109,14 @@ class _Judges:
             yield
 
     def judge(self, layer: str) -> None:
-        """What has run on all batches. A Linear that no token reached is left alone."""
+        """What has run on all batches. Left alone is a Linear that no token reached, and one whose
+        codes another tool may have chosen for a few massive tokens."""
         with Files() as files:
             for names in self._gathered.in_turn(self._of(layer)):
                 for name in sorted(names):
-                    moments = self._gathered.seen.take(name)
-                    if moments is not None:
-                        self._judge(self._by_origin[name], moments.hessian(), files)
+                    linear, moments = self._by_origin[name], self._gathered.seen.take(name)
+                    if moments is not None and not (moments.left_out and linear.module.by_all):
+                        self._judge(linear, moments.hessian(), files)
         self._gathered = Gathered()
 
     def _judge(self, linear: StoredLinear, hessian_CC: Tensor, files: Files) -> None:

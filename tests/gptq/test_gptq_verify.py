@@ -236,3 +236,22 @@ def test_text_for_nothing_is_refused(llama: Path, tmp_path: Path, other_text: st
         verify(out, llama, text=other_text)
     with pytest.raises(UsageError, match="--samples 3 applies only to --attention and --data"):
         verify(out, llama, samples=3)
+
+
+def test_a_row_that_another_tool_gave_up_is_no_fault(
+    llama: Path, chosen: dict[str, Path], tmp_path: Path
+) -> None:
+    """As oneshot does in SmolLM2's layers 11 and 28, for tokens that ckptq leaves out."""
+    out = tmp_path / "out"
+    shutil.copytree(chosen["w4a16-g32-gptq"], out)
+
+    def give_up(tensors: dict[str, torch.Tensor]) -> None:
+        tensors[f"{LAYER}.up_proj.weight_packed"][7] = tensors[f"{LAYER}.up_proj.weight_packed"][8]
+
+    edit(out, give_up)
+    assert verify(out, llama).counts == {"codes-corrupt": 1}
+    (out / "ckptq.json").unlink()
+    report = verify(out, llama)
+    assert report.findings == ()
+    [note] = [note for note in report.notes if f"{LAYER}.up_proj" in str(note)]
+    assert "1 of 256 rows have more noise than signal, as massive activations" in str(note)

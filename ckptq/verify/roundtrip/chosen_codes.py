@@ -27,9 +27,13 @@ DAMPENING = 0.01
 UNANSWERED = 0.6
 """Taking damage back spares this share of what it costs, and more; taking a choice back costs."""
 
-LOST_GROUP, LOST_GROUP_REFITTED, LOST_COLUMN, LOST_ROW = 2.0, 0.8, 0.9, 0.5
+LOST_GROUP, LOST_GROUP_REFITTED, LOST_COLUMN, LOST_ROW = 2.0, 0.8, 1.4, 0.5
 """Noise over signal, of a group where each column counts as much as its inputs are large. The most
 in results that nothing has damaged: see docs/gptq.md."""
+
+FOREMOST = 4.0
+"""Times the median: columns, and groups of one span of columns, that cost less are given up by
+choice, because little goes into them."""
 
 WIDEST = 128
 """Columns of a group, where scales are of whole rows."""
@@ -63,10 +67,12 @@ def damage(
         part, count = slice(start, start + width), count + len(w_RC)
         own_R = ((error_RC[:, part] @ hessian_CC[part, part]) * error_RC[:, part]).sum(1)
         alone_R = _alone(own_R, pulled_RC[:, part].sum(1))
-        lost_R = alone_R & (noise_RC[:, part].sum(1) >= limit * signal_RC[:, part].sum(1))
+        noise_R, signal_R = noise_RC[:, part].sum(1), signal_RC[:, part].sum(1)
+        lost_R = alone_R & _foremost(noise_R) & (noise_R >= limit * signal_R)
         places += [f"row {row} from column {start}" for row in _where(lost_R)]
     noise_C, signal_C = noise_RC.sum(0), signal_RC.sum(0)
-    lost_C = _alone(noise_C, pulled_RC.sum(0)) & (noise_C >= LOST_COLUMN * signal_C)
+    alone_C = _alone(noise_C, pulled_RC.sum(0))
+    lost_C = alone_C & _foremost(noise_C) & (noise_C >= LOST_COLUMN * signal_C)
     signal_R = ((w_RC @ hessian_CC) * w_RC).sum(1)
     lost_R = pulled_RC.sum(1) >= LOST_ROW * signal_R
     return [
@@ -79,6 +85,10 @@ def damage(
 def _alone(own: Tensor, pulled: Tensor) -> Tensor:
     """Whether nothing makes up for errors that cost `own` by themselves."""
     return (2 * pulled - own >= UNANSWERED * own) & (own > 0)
+
+
+def _foremost(noise: Tensor) -> Tensor:
+    return noise >= FOREMOST * noise.median()
 
 
 def _where(lost: Tensor) -> list[int]:
