@@ -110,9 +110,7 @@ def _judged(case: Case, values: list[Finding]) -> list[Finding]:
     return found + diagnose(case, suspects)
 
 
-def sound(
-    subject: Subject, by_linear: Mapping[str, tuple[Finding, ...]]
-) -> Iterator[StoredLinear]:
+def sound(subject: Subject, by_linear: Mapping[str, tuple[Finding, ...]]) -> Iterator[StoredLinear]:
     """Quantized Linears whose tensors match their scheme."""
     for name, wrong in by_linear.items():
         module = subject.modules[name]

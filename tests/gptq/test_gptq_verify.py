@@ -232,7 +232,7 @@ def test_damage_that_looks_like_a_choice_is_seen_by_text(
 
 def test_text_for_nothing_is_refused(llama: Path, tmp_path: Path, other_text: str) -> None:
     out = converted(llama, tmp_path / "out", "w4a16-g32")
-    with pytest.raises(UsageError, match="no codes of .* are said to be chosen by text"):
+    with pytest.raises(UsageError, match=r"no codes of .* are said to be chosen by text"):
         verify(out, llama, text=other_text)
     with pytest.raises(UsageError, match="--samples 3 applies only to --attention and --data"):
         verify(out, llama, samples=3)

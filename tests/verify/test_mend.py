@@ -373,9 +373,7 @@ def test_a_file_that_cannot_be_read_is_told_and_mended_without_it(
     if damage == "an index of garbage":
         broken = folder / "model.safetensors.index.json"
     broken.write_bytes(broken.read_bytes()[: 0 if "empty" in damage else -100])
-    request = MendRequest(
-        path=folder, out=tmp_path / "out", source=sources("llama"), options=ONE
-    )
+    request = MendRequest(path=folder, out=tmp_path / "out", source=sources("llama"), options=ONE)
     with pytest.raises(SourceError, match=f"delete {broken.name}: mend "):
         mend(request)
     broken.unlink()

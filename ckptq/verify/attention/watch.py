@@ -38,6 +38,7 @@ if TYPE_CHECKING:
     from ckptq.forward.layerwise import LayerwiseModel
     from ckptq.text.samples import Batch
 
+
 @dataclass(slots=True)
 class Watch:
     """What has been seen of every attention layer whose scales are on disk."""
