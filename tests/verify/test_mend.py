@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 from pathlib import Path
 
 import pytest
@@ -368,7 +369,7 @@ def test_a_file_that_cannot_be_read_is_told_and_mended_without_it(
     sources, tmp_path: Path, damage: str
 ):
     folder = two_shards(sources, tmp_path)
-    good = copy_of(folder, tmp_path / "good")
+    good = shutil.copytree(folder, tmp_path / "good")
     broken = shard_of(folder, "model.layers.1.mlp.up_proj.weight")
     if damage == "an index of garbage":
         broken = folder / "model.safetensors.index.json"
