@@ -28,7 +28,7 @@ ROOMS = {
     "ckptq.verify": (
         *("report", "kinds", "loaders", "options", "config_judge", "subject", "stored_linear"),
         *("engine", "structure", "values", "roundtrip", "attention", "diagnosis"),
-        *("one_pass", "run"),
+        *("one_pass", "by_text", "run"),
     ),
     "ckptq.evaluate": (
         *("text", "scores", "largest", "linears", "caches", "weights"),

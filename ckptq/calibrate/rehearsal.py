@@ -18,6 +18,7 @@ from ckptq.forward.latent import Latents
 from ckptq.forward.layerwise import LayerwiseModel, open_model
 from ckptq.forward.record import LayerArguments, Moved, pass_on
 from ckptq.forward.tap import Tap, tapped
+from ckptq.gptq.layers import check_order
 from ckptq.models.refusals import WEIGHTS_ALONE, family_code
 from ckptq.plan.attention import AttentionPlan
 from ckptq.plan.unit import Plan
@@ -62,10 +63,13 @@ def rehearse(ckpt: Checkpoint, plan: Plan, trust_remote_code: bool = False) -> N
     """Raise now what calibration would raise later. Reads headers only.
 
     Raises PlanError for a model that cannot be run layer by layer, or whose attention is not seen;
+    UsageError for an order of rows that it cannot be run in;
     SourceError for one that the installed transformers does not have or cannot run.
     """
     import torch
 
+    if plan.recipe.runs_layers:
+        check_order(plan)
     model = _open(ckpt, plan, trust_remote_code)
     stream = model.embed([_batch()])
     if plan.attention is None:
@@ -80,7 +84,12 @@ def rehearse(ckpt: Checkpoint, plan: Plan, trust_remote_code: bool = False) -> N
 def _open(ckpt: Checkpoint, plan: Plan, trust_remote_code: bool) -> LayerwiseModel:
     weights = Placeholders(ckpt, plan)
     try:
-        return open_model(ckpt, weights=weights, trust_remote_code=trust_remote_code)
+        return open_model(
+            ckpt,
+            weights=weights,
+            trust_remote_code=trust_remote_code,
+            attention=plan.attention is not None,
+        )
     except SourceError as error:
         if plan.layout.witnesses.tree is not None or trust_remote_code:
             raise

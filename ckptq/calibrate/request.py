@@ -122,13 +122,15 @@ def calibrate_plan(
     found = find_device(device)
     if wanted.data is None:
         note(NO_DATA)
-    samples = read_samples(
-        wanted.data,
-        ckpt.path,
-        samples=wanted.samples,
-        seq_len=wanted.seq_len,
-        seed=wanted.seed,
-        trust_remote_code=wanted.trust_remote_code,
+    samples = ranks.agreed(
+        lambda: read_samples(
+            wanted.data,
+            ckpt.path,
+            samples=wanted.samples,
+            seq_len=wanted.seq_len,
+            seed=wanted.seed,
+            trust_remote_code=wanted.trust_remote_code,
+        )
     )
     quantizer = None
     if plan.recipe.runs_layers and folder is not None:

@@ -118,9 +118,11 @@ def calibrate(
     weights = None
     if quantizer is not None:
         weights = quantizer.weights(weights_of(ckpt, Reader(device)))
-    model = open_model(ckpt, device, weights, eager, trust_remote_code)
+    model = open_model(
+        ckpt, device, weights, eager, trust_remote_code, attention=attention is not None
+    )
     statistics = Statistics(wanted)
-    model.check_vocabulary(samples.source, samples.token_ids)
+    ranks.agreed(lambda: model.check_vocabulary(samples.source, samples.token_ids))
     batches = share.share(samples.batches(batch_size))
     _run(model, batches, statistics, progress, kept, observed, quantizer)
     check_unchanged(pinned)

@@ -101,6 +101,12 @@ class Journal:
         append(partial_of(out) / file, {"run": said.run})
         return cls(out, lock, said, renamed, file)
 
+    @property
+    def keeps(self) -> bool:
+        """Whether anything is kept that a later run can go on with: units, or what went before."""
+        before = (self.calibration, self.partial / "oneshot")
+        return bool(self.done) or self.renamed or any(map(_has_state, before))
+
     def record(self, done: Mapping[str, Pieces]) -> None:
         """Record that these units' bytes are on disk."""
         append(self._file, {"done": done})
@@ -207,6 +213,11 @@ def _taken(out: Path, partial: Path | None = None) -> UsageError:
         f"{out}: already exists, but was not made by the run in {partial}, whose work is kept; "
         "move it away and rerun the same command to resume"
     )
+
+
+def _has_state(folder: Path) -> bool:
+    """Folders of layers, or a result; the description of a run alone is nothing to go on with."""
+    return any(path.is_dir() or path.suffix == ".safetensors" for path in folder.rglob("*"))
 
 
 def _begin(out: Path, partial: Path, fingerprint: Fingerprint, restart: bool) -> tuple[Said, bool]:

@@ -39,6 +39,10 @@ def verify(
         typer.Option("--attention", help="Run text and measure q, k and v in FP8."),
     ] = False,
     data: Text = None,
+    samples: Annotated[
+        int | None, typer.Option(min=1, help="Number of text samples; default: as many as needed.")
+    ] = None,
+    seq_len: Annotated[int | None, typer.Option(min=1, help="Maximum tokens per sample.")] = None,
     device: Device = None,
     html: Annotated[
         Path | None, typer.Option(help="Write the report as a self-contained page.")
@@ -62,6 +66,8 @@ def verify(
             vllm_python=vllm_python,
             attention=attention,
             text=data,
+            samples=samples,
+            seq_len=seq_len,
             device=device,
             begin=begin,
         )

@@ -273,18 +273,20 @@ def open_model(
     eager: bool = False,
     trust_remote_code: bool = False,
     dtype: torch.dtype | None = None,
+    attention: bool = True,
 ) -> LayerwiseModel:
     """Open a checkpoint for running, dequantized if it is quantized; reads only the headers now.
 
     `weights` replaces the checkpoint's own tensors: same names and shapes, other values. `eager`
     uses the family's eager attention instead of SDPA: the same up to rounding, but slower. `dtype`
-    runs it in another one than the config's.
+    runs it in another one than the config's. Without `attention` a model whose q, k and v cannot be
+    seen will do.
     """
     import torch
 
     where = torch.device(device)
     source = weights_of(ckpt, Reader(where)) if weights is None else weights
-    skeleton = build_skeleton(ckpt, where, eager, trust_remote_code, dtype)
+    skeleton = build_skeleton(ckpt, where, eager, trust_remote_code, dtype, attention)
     with family_code(source.label, f"{type(skeleton.model).__name__}'s map of names"):
         loader = Loader(skeleton, source, where)
     return LayerwiseModel(skeleton, loader, where)

@@ -45,22 +45,27 @@ def build_skeleton(
     eager: bool = False,
     trust_remote_code: bool = False,
     dtype: torch.dtype | None = None,
+    attention: bool = True,
 ) -> Skeleton:
     """The model that config.json describes, in eval mode, with an attention function of ckptq.
 
     `eager` asks for the family's eager attention; a family that SDPA cannot compute gets it anyway.
-    `dtype` takes the place of the config's.
+    `dtype` takes the place of the config's. Without `attention` nobody wants to see q, k and v: a
+    model that does not show them, or has none, is built with attention of its own.
 
     Raises SourceError for an architecture that the installed transformers does not have, PlanError
-    for one without decoder layers or attention heads.
+    for one without decoder layers or, with `attention`, without heads to be seen.
     """
     config = read_config(ckpt, trust_remote_code)
-    _check_has_heads(ckpt, config)
+    if attention:
+        _check_has_heads(ckpt, config)
     dtype = _dtype(ckpt, config, dtype)
     model_class = model_class_of(ckpt, config, trust_remote_code)
-    config._attn_implementation = tap.register(eager or not model_class._supports_sdpa)
+    eager = eager or not model_class._supports_sdpa
+    own = None if attention else ("eager" if eager else "sdpa")
+    config._attn_implementation = tap.register(eager)
     with refusals(f"{ckpt.path / CONFIG}: transformers makes no {model_class.__name__} of it"):
-        model = _build(model_class, config, dtype)
+        model = _build(model_class, config, dtype, own)
     with family_code(str(ckpt.path), f"{model_class.__name__}'s own initialization"):
         _make_buffers(model, device)
     model.eval()
@@ -99,13 +104,20 @@ def _dtype(ckpt: Checkpoint, config: PreTrainedConfig, asked: torch.dtype | None
 
 
 def _build(
-    model_class: type[PreTrainedModel], config: PreTrainedConfig, dtype: torch.dtype
+    model_class: type[PreTrainedModel],
+    config: PreTrainedConfig,
+    dtype: torch.dtype,
+    own: str | None,
 ) -> PreTrainedModel:
+    """A class that does not know ckptq's attention function gets its `own`, if that is enough."""
     try:
         return on_meta(model_class, config, dtype)
     except KeyError as error:
         if error.args != (config._attn_implementation,):
             raise
+        if own is not None:
+            config._attn_implementation = own
+            return on_meta(model_class, config, dtype)
         raise PlanError(
             f"{model_class.__name__} has attention classes of its own instead of transformers' "
             f"attention interface, so its q, k and v cannot be observed; {WEIGHTS_ALONE}"

@@ -5,20 +5,18 @@ Shape letters: R rows, C columns.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from ckptq.distributed.ranks import ALONE, Ranks
 from ckptq.errors import UsageError
 from ckptq.forward.layerwise import LayerwiseModel
-from ckptq.forward.linear_inputs import Experts, Inputs
 from ckptq.forward.source import WeightSource
+from ckptq.gptq.gathered import Gathered
 from ckptq.gptq.kept import kept_in
-from ckptq.gptq.moments import Seen
 from ckptq.gptq.rewritten import Rewritten
-from ckptq.gptq.routed import Routed
 from ckptq.gptq.told import Told
 from ckptq.gptq.units import Made, Units
 from ckptq.plan.unit import Plan, Unit
@@ -37,26 +35,15 @@ class LayerQuantizer:
     ) -> None:
         """`folder` keeps the finished layers. Of several `ranks` all run the layers on all samples,
         because a Hessian is a sum in their order; they divide the weights.
-
-        UsageError for q and k in another order than the source's, which the layers cannot run with.
         """
-        if any(part.weight is not part.linear.weight for unit in plan.units for part in unit.parts):
-            raise UsageError(
-                f"recipe {plan.recipe.name!r} runs the layers in the source's RoPE order; "
-                "run `ckptq permute` on its result instead of --rope-order"
-            )
         self._plan = plan
         self._units = Units(plan, device)
         self._ranks = ranks
         self.kept = kept_in(folder)
         self._weights: Rewritten | None = None
-        self._seen = self._unseen()
-        self._routed: dict[str, Routed] = {}
+        self._gathered = Gathered(self.propagates)
         self._of_layer: dict[str, list[Unit]] = {}
         """That of the last layer asked for."""
-
-    def _unseen(self) -> Seen:
-        return Seen(pairs=self.propagates)
 
     def weights(self, source: WeightSource) -> WeightSource:
         """What the model is to read: the source, with the layer at hand as it was quantized."""
@@ -83,50 +70,32 @@ class LayerQuantizer:
     ) -> AbstractContextManager[None]:
         """Gathers, while the layer runs on a batch, what its Linears are given."""
         names = (_names(unit) for unit in self._units_of(model, name))
-        inputs = Inputs(model.loader, set().union(*names))
-
-        def route(experts: Experts, module: nn.Module, args: tuple[Any, ...]) -> None:
-            routed = self._routed.setdefault(_first(experts), Routed(module, experts))
-            routed.see(args, batch.lengths)
-
-        return inputs.watched(layer, name, batch.lengths, self._seen.add, route)
+        return self._gathered.watched(model, name, layer, batch, set().union(*names))
 
     def finish(self, model: LayerwiseModel, index: int) -> None:
         """Quantize a layer that has run on all batches, and keep the result."""
         assert self._weights is not None
-        made, told = Made(), Told()
+        made, told = Made(), Told(experts=self._gathered.tokens())
         units = self._units_of(model, model.layer_names[index])
-        for ready in self._in_turn(units, told):
+        for names in self._gathered.in_turn(set().union(*map(_names, units))):
+            ready = [unit for unit in units if _names(unit) & names]
             for found, said in self._quantized(ready):
                 made |= found
                 told.add(said)
         self._ranks.led(lambda: self.kept.keep(index, made, told.to_json()))
         if self.propagates:
             self._weights.rewrite([part for unit in units for part in unit.parts], made)
-        self._seen, self._routed = self._unseen(), {}
+        self._gathered = Gathered(self.propagates)
 
     def _quantized(self, units: Sequence[Unit]) -> list[tuple[Made, Told]]:
         """What all ranks make of units, in the order of these."""
         mine = []
         for batch in self._ranks.share(self._units.in_batches(units)):
             told = Told()
-            mine.append((self._units.quantized(batch, self._seen, told), told))
+            mine.append((self._units.quantized(batch, self._gathered.seen, told), told))
         for linear in set().union(*map(_names, units)):
-            self._seen.take(linear)  # which another rank has used
+            self._gathered.seen.take(linear)  # which another rank has used
         return self._ranks.joined(mine)
-
-    def _in_turn(self, units: Sequence[Unit], told: Told) -> Iterator[list[Unit]]:
-        """The units, with the moments of their Linears at hand: those of experts in portions."""
-        routed = {name for each in self._routed.values() for name in each.linears}
-        yield [unit for unit in units if not _names(unit) & routed]
-        for first, each in self._routed.items():
-            told.experts[first] = each.tokens()
-            for portion in each.portions():
-                for number in portion:
-                    for linear, moments in each.moments(number, self._seen.pairs):
-                        self._seen.put(linear, moments)
-                names = {name for number in portion for name in each.experts[number]}
-                yield [unit for unit in units if _names(unit) & names]
 
     def _units_of(self, model: LayerwiseModel, name: str) -> list[Unit]:
         """What of a layer is quantized."""
@@ -142,6 +111,11 @@ def _names(unit: Unit) -> set[str]:
     return {part.linear.name for part in unit.parts}
 
 
-def _first(experts: Experts) -> str:
-    """What tells modules of experts apart: the first of their Linears."""
-    return next(name for names in experts.values() for name in names)
+def check_order(plan: Plan) -> None:
+    """UsageError for q and k in another order than the source's, which the layers cannot run
+    with."""
+    if any(part.weight is not part.linear.weight for unit in plan.units for part in unit.parts):
+        raise UsageError(
+            f"recipe {plan.recipe.name!r} runs the layers in the source's RoPE order; "
+            "run `ckptq permute` on its result instead of --rope-order"
+        )

@@ -72,6 +72,7 @@ HEADERS: Makers = {
     "config-differs": (of_fields.source_fields, of_fields.source_config),
     "config-shapes": (of_fields.source_fields, of_fields.source_config, of_fields.fit_embedding),
     "tied-head": (of_fields.source_tie,),
+    "tensor-missing": (of_fields.source_tie,),
     "ignored-but-quantized": (of_ignore.remove_entries,),
     "fused-set-split": (of_ignore.remove_entries,),
     "targeted-but-unquantized": (of_ignore.add_unplanned,),

@@ -20,6 +20,7 @@ from ckptq.mend.registry import HEADERS, NAMES, VALUES
 from ckptq.mend.repair import Again, Made, Outcome, Repair, Told
 from ckptq.mend.tensors.of_values import fold_heads
 from ckptq.mend.trial import THOROUGH, settle_headers, wrong_in
+from ckptq.mend.unreadable import open_broken
 from ckptq.mend.unrepaired import left_in, mendable_in, needs_of, needs_text, still_told, told
 from ckptq.mend.write_mended import write_in_place, write_mended
 from ckptq.progress import Begin, Note, silent, untold
@@ -101,7 +102,7 @@ def mend(request: MendRequest, begin: Begin = silent, note: Note = untold) -> Me
     """
     _check(request)
     problems: Problems = []
-    ckpt = open_checkpoint(request.path, problems=problems)
+    ckpt = open_broken(request.path, request.source, problems)
     if request.out is not None and not request.dry_run:  # before hours of reading
         check_apart(ckpt.path, request.out)
         check_free(request.out)

@@ -47,7 +47,7 @@ def check_data(
     """Values, round trip and copies. Linears with faults in `by_linear` are left out; `structure`
     holds all findings from headers."""
     fast = options.fast
-    linears = {linear.name: linear for linear in _sound(subject, by_linear)}
+    linears = {linear.name: linear for linear in sound(subject, by_linear)}
     undo = make_undo(subject)
     with Files() as files:
         rows, found = cache_values(subject, files)
@@ -88,7 +88,7 @@ def assist(
     subject: Subject, by_linear: Mapping[str, tuple[Finding, ...]], options: Options
 ) -> None:
     """What ranks behind the first do of `check_data`: their share of all comparisons."""
-    linears = {linear.name: linear for linear in _sound(subject, by_linear)}
+    linears = {linear.name: linear for linear in sound(subject, by_linear)}
     undo = make_undo(subject)
     with Files() as files:
         _round_trip(linears, files, undo, options)
@@ -110,9 +110,7 @@ def _judged(case: Case, values: list[Finding]) -> list[Finding]:
     return found + diagnose(case, suspects)
 
 
-def _sound(
-    subject: Subject, by_linear: Mapping[str, tuple[Finding, ...]]
-) -> Iterator[StoredLinear]:
+def sound(subject: Subject, by_linear: Mapping[str, tuple[Finding, ...]]) -> Iterator[StoredLinear]:
     """Quantized Linears whose tensors match their scheme."""
     for name, wrong in by_linear.items():
         module = subject.modules[name]

@@ -20,3 +20,16 @@ class Options:
     engine: Engine | None
     progress: Progress
     ranks: Ranks = ALONE
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Text:
+    """What is run, and for what."""
+
+    attention: bool
+    """Whether q, k and v are measured; else only chosen codes are judged."""
+    data: str | None = None
+    """A file or data set; the built-in corpus, and no codes judged, if none is given."""
+    samples: int | None = None
+    seq_len: int | None = None
+    device: str | None = None

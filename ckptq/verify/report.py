@@ -124,6 +124,17 @@ class Checked:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class ByText:
+    """What text that ran through the source has shown; empty if none did."""
+
+    findings: tuple[Finding, ...] = ()
+    heads: tuple[HeadResult, ...] = ()
+    layers: tuple[LayerResult, ...] = ()
+    judged: int = 0
+    """Linears whose codes were."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class EngineRun:
     """How an engine was asked. Its answer is among the findings."""
 

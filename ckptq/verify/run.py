@@ -8,15 +8,14 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from ckptq.checkpoint.open import Checkpoint, Problems, open_checkpoint
-from ckptq.device import find_device
 from ckptq.distributed.ranks import together
 from ckptq.errors import SourceError, UsageError
 from ckptq.progress import Begin, silent
 from ckptq.verify.config_judge import judge_config
 from ckptq.verify.engine.ask import ask_engine
 from ckptq.verify.loaders import find_engine
-from ckptq.verify.options import Options, Progress
-from ckptq.verify.report import Checked, Finding, HeadResult, LayerResult, Report, once
+from ckptq.verify.options import Options, Progress, Text
+from ckptq.verify.report import ByText, Checked, Finding, Report, once
 from ckptq.verify.structure.checks import check_structure
 from ckptq.verify.structure.tensors import check_tensors
 from ckptq.verify.structure.whole import check_whole
@@ -33,6 +32,8 @@ def verify(
     vllm_python: Path | None = None,
     attention: bool = False,
     text: str | None = None,
+    samples: int | None = None,
+    seq_len: int | None = None,
     device: str | None = None,
     begin: Begin = silent,
 ) -> Report:
@@ -41,29 +42,32 @@ def verify(
     `fast` compares a first, a middle and a last run of rows of each weight instead of all, and
     `headers_only` reads no tensors and takes a second or two. With `engine` (a key of
     `ckptq.verify.loaders.ENGINES`) that engine loads names, shapes and dtypes (vLLM only with
-    `vllm_python`), and the effect of loading on the values is simulated. `attention` runs the
-    source on a little text (`text`: a file or data set, else a built-in corpus) and measures its
-    q, k and v in FP8 with the stored scales, on `device` (`find_device`).
+    `vllm_python`), and the effect of loading on the values is simulated. `text` (a file or data
+    set) is run through the source, on `device` (`find_device`), `samples` of at most `seq_len`
+    tokens, and codes that were chosen by other text are judged by it. `attention` measures its q, k
+    and v in FP8 with the stored scales, on a built-in corpus if no text is given.
 
     Under torchrun the comparison of weights and copies is divided among the processes; the first
     does the rest, and all return its report.
 
     Raises SourceError for a checkpoint that cannot be read; everything else is a finding.
     """
-    if attention and source is None:
-        raise UsageError("--attention runs the unquantized model; give --source")
+    run = text is not None or attention
+    option = "--attention" if attention else f"--data {text}"
+    if run and source is None:
+        raise UsageError(f"{option} runs the unquantized model; give --source")
     chosen = find_engine(engine) if engine is not None else None
-    if headers_only and attention:
-        raise UsageError("--attention needs tensors; drop --headers-only")
+    if headers_only and run:
+        raise UsageError(f"{option} needs tensors; drop --headers-only")
     if vllm_python is not None and engine != "vllm":
         raise UsageError(f"--vllm-python {vllm_python} applies only to --engine vllm")
     if headers_only and engine == "vllm" and vllm_python is None:
         raise UsageError("simulating vllm needs tensors; give --vllm-python or drop --headers-only")
-    if text is not None and not attention:
-        raise UsageError(f"--data {text} applies only to --attention")
-    if device is not None and not attention:
-        raise UsageError(f"--device {device} applies only to --attention")
-    where = find_device(device) if attention else "cpu"
+    given = {"--samples": samples, "--seq-len": seq_len, "--device": device}
+    for name, value in given.items() if not run else ():
+        if value is not None:
+            raise UsageError(f"{name} {value} applies only to --attention and --data")
+    words = Text(attention=attention, data=text, samples=samples, seq_len=seq_len, device=device)
     began = time.monotonic()
     with together() as ranks:
         problems: Problems = []
@@ -73,9 +77,7 @@ def verify(
             headers_only=headers_only,
             engine=engine,
             vllm_python=vllm_python,
-            attention=attention,
-            text=text,
-            device=str(where),
+            text=words if run else None,
             options=Options(fast=fast, engine=chosen, progress=progress, ranks=ranks),
         )
         original = ranks.agreed(lambda: open_checkpoint(source) if source is not None else None)
@@ -120,9 +122,7 @@ class Asking:
     """Whether, with headers only, transformers is asked only where the engine's table is silent."""
     engine: str | None = None
     vllm_python: Path | None = None
-    attention: bool = False
-    text: str | None = None
-    device: str = "cpu"
+    text: Text | None = None
 
 
 def judge(
@@ -140,7 +140,9 @@ def judge(
     if source is None and not headers_only and engine != "transformers":
         structure += check_whole(subject, structure)
     checked = Checked() if headers_only else _data(subject, by_linear, structure, options)
-    seen = _attention(subject, asking.text, asking.device) if asking.attention else Attention()
+    seen = ByText()
+    if asking.text is not None:
+        seen = _by_text(subject, by_linear, checked, asking.text)
     answers = asked.findings if asked is not None else ()
     everything = [*structure, *once([*answers, *checked.findings]), *seen.findings]
     return Report(
@@ -151,7 +153,7 @@ def judge(
         seconds=time.monotonic() - began,
         tensors_on_disk=len(ckpt.tensors),
         nbytes=ckpt.nbytes,
-        findings=tuple(f for f in everything if f.severity == "fault"),
+        findings=tuple(f for f in everything if _is_fault(f)),
         notes=tuple(f for f in everything if f.severity == "note"),
         tensors=checked.tensors,
         copied=checked.copied,
@@ -161,29 +163,23 @@ def judge(
         arrivals=checked.arrivals,
         heads=seen.heads,
         layers=seen.layers,
-        checks=_counted(subject, checked),
+        checks=_counted(subject, checked) | {"linears judged by text": seen.judged},
     )
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Attention:
-    """Results of the forward pass; empty if none was requested."""
+def _by_text(
+    subject: Subject,
+    by_linear: Mapping[str, tuple[Finding, ...]],
+    checked: Checked,
+    text: Text,
+) -> ByText:
+    """All that only text can tell of what is not known to be wrong already."""
+    from ckptq.verify.by_text import check_by_text
+    from ckptq.verify.one_pass import sound
 
-    findings: tuple[Finding, ...] = ()
-    heads: tuple[HeadResult, ...] = ()
-    layers: tuple[LayerResult, ...] = ()
-
-
-def _attention(subject: Subject, text: str | None, device: str) -> Attention:
-    from ckptq.verify.attention.cache_diagnosis import diagnose_cache
-    from ckptq.verify.attention.watch import check_attention, head_results, layer_results
-
-    watch = check_attention(subject, text, device)
-    return Attention(
-        findings=tuple(diagnose_cache(watch)),
-        heads=tuple(head_results(watch)),
-        layers=tuple(layer_results(watch)),
-    )
+    wrong = {f.tensor.rpartition(".")[0] for f in checked.findings if f.tensor and _is_fault(f)}
+    linears = (one for one in sound(subject, by_linear) if one.name not in wrong)
+    return check_by_text(subject, {one.name: one for one in linears}, text)
 
 
 def _data(
@@ -200,6 +196,10 @@ def _data(
         return check_data(subject, by_linear, structure, options)
     except OSError as error:
         raise SourceError(f"{subject.ckpt.path}: cannot be read: {error}") from error
+
+
+def _is_fault(one: Finding) -> bool:
+    return one.severity == "fault"
 
 
 def _counted(subject: Subject, checked: Checked) -> dict[str, int]:

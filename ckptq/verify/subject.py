@@ -70,6 +70,9 @@ class Module:
     """Whether its scales are said to be chosen by its inputs, which nothing here can repeat."""
     refitted: bool = False
     """Whether these were made better afterwards, maybe a few of them only."""
+    by_all: bool = False
+    """Whether tokens with massive activations may have had a say in the codes, for which a row may
+    be given up: ckptq leaves them out, others do not."""
 
     @property
     def scheme(self) -> WeightScheme | None:
@@ -171,16 +174,18 @@ class Subject:
         group = group_of(self.declared, name)
         weights = group.weights if group is not None else None
         refitted = self.recipe is not None and self.recipe.refits
+        ours = self.recipe is not None and self.recipe.chooses
+        chosen = ours or (weights is not None and weights.actorder in ORDERED)
         return Module(
             name=name,
             tensors=tensors,
             kept=self.witnesses.why_kept(name),
             group=group,
             origin=self._origin(name),
-            chosen=(weights is not None and weights.actorder in ORDERED)
-            or (self.recipe is not None and self.recipe.chooses),
+            chosen=chosen,
             weighed=(weights is not None and weights.weighed) or refitted,
             refitted=refitted,
+            by_all=chosen and not ours,
         )
 
     def _by_module(self) -> dict[str, dict[str, StoredTensor]]:

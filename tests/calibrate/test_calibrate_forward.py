@@ -10,6 +10,7 @@ import pytest
 import torch
 import transformers
 from calibrate_models import FAMILIES, VOCAB, samples_of
+from families.sources import save
 from tiny.rows import token_rows
 
 from ckptq.checkpoint.open import open_checkpoint
@@ -165,6 +166,21 @@ def test_attention_classes_of_a_models_own_are_refused(tmp_path):
     transformers.FalconForCausalLM(config).save_pretrained(tmp_path)
     with pytest.raises(PlanError, match="FalconForCausalLM has attention classes of its own"):
         open_model(open_checkpoint(tmp_path))
+
+
+@pytest.mark.parametrize("family", ["falcon", "gptj", "mamba"])
+def test_attention_that_nobody_looks_at_may_be_a_models_own(tmp_path, family):
+    """The layers make what the whole model does."""
+    source = save(family, tmp_path)
+    model = open_model(open_checkpoint(source), attention=False)
+    ids = torch.arange(3, 19)[None]
+    stream = model.embed([Batch(ids, torch.ones_like(ids), (16,))])
+    for index in range(len(model.layer_names)):
+        model.run_layer(index, stream)
+    [found] = model.head(stream)
+    whole = transformers.AutoModelForCausalLM.from_pretrained(source, dtype="auto")
+    with torch.no_grad():
+        assert torch.equal(found, whole(ids, use_cache=False).logits)
 
 
 def test_unknown_architecture_is_named(saved):

@@ -47,7 +47,7 @@ SURFACE = {
     },
     "verify": {
         "--source", "--fast", "--headers-only", "--engine", "--vllm-python", "--attention",
-        "--data", "--device", "--html", "--json",
+        "--data", "--samples", "--seq-len", "--device", "--html", "--json",
     },
     "evaluate": {
         "--source", "--schemes", "--kv-cache", "--revision", "--data", "--task", "--questions",
@@ -271,7 +271,14 @@ def test_vllm_is_not_proposed_for_blocks_that_it_would_split(llama: Path, tmp_pa
 
 
 def test_text_that_verify_would_not_run_is_refused(llama: Path) -> None:
-    refused(2, "--data t.txt applies only to --attention", "verify", llama, "--data", "t.txt")
+    refused(
+        2,
+        "--data t.txt runs the unquantized model; give --source",
+        "verify",
+        llama,
+        "--data",
+        "t.txt",
+    )
 
 
 def test_inspect_reads_headers(llama: Path) -> None:

@@ -71,6 +71,10 @@ def refused(given, quantized) -> dict[str, list[str]]:
             *("calibrate", str(given.llama), "-o", str(quantized.with_name("scales"))),
             *("--recipe", str(quantized.with_name("minmax.yaml")), "--data", str(given.text)),
         ],
+        "no-such-text.jsonl: cannot be read": [
+            *("calibrate", str(given.llama), "-o", str(quantized.with_name("scales"))),
+            *("--scheme", "fp8-per-head", "--data", "no-such-text.jsonl"),
+        ],
     }
 
 

@@ -10,7 +10,7 @@ from gptq_cases import converted, save
 from ckptq.calibrate.request import CalibrationRequest
 from ckptq.calibrate.to_file import ScalesRequest, calibrate_to_file
 from ckptq.convert.quantize import QuantizeRequest, plan_of, quantize
-from ckptq.errors import UsageError
+from ckptq.errors import SourceError, UsageError
 from ckptq.evaluate.request import EvaluationRequest, evaluate_request
 from ckptq.recipes.gptq import with_gptq
 from ckptq.recipes.group_size import with_group_size
@@ -168,3 +168,17 @@ def test_an_order_of_rows_that_layers_cannot_run_with_is_refused(tmp_path: Path)
     llama4(text).save_pretrained(source)
     with pytest.raises(UsageError, match="run `ckptq permute` on its result"):
         converted(source, tmp_path / "out", "w4a16-g32-gptq", rope_order="half-split")
+    assert not (tmp_path / "out.partial").exists()
+
+
+@pytest.mark.parametrize("scheme", ["w4a16-g32-refined", "fp8-per-head"])
+def test_a_run_without_its_text_leaves_nothing(llama: Path, tmp_path: Path, scheme: str) -> None:
+    request = QuantizeRequest(
+        model=llama,
+        recipe=load_scheme(scheme),
+        out=tmp_path / "out",
+        calibration=CalibrationRequest(data=str(tmp_path / "none.jsonl")),
+    )
+    with pytest.raises(SourceError, match=r"none\.jsonl: cannot be read"):
+        quantize(request)
+    assert list(tmp_path.iterdir()) == []

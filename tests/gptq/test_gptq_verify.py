@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
-from gptq_cases import converted, save
+from gptq_cases import by_oneshot, converted, save
 from safetensors.torch import load_file, save_file
+from tiny.rows import token_rows, write_rows
 
-from ckptq.recipes.load import load_text
+from ckptq.errors import UsageError
+from ckptq.quantize.packing import pack_words, unpack_words
+from ckptq.recipes.load import load_scheme, load_text
 from ckptq.verify.run import verify
 
 SCHEMES = ["w4a16-g32-gptq", "w4a16-asym-gptq", "w8a8-gptq", "nvfp4a16-gptq", "fp8-dynamic-gptq"]
@@ -136,3 +140,118 @@ def test_a_folder_says_in_its_record_what_gptq_did(llama: Path, tmp_path: Path) 
     record = json.loads((out / "ckptq.json").read_text())
     assert record["by_inputs"] == {"nearest": [], "unsolved": [], "massive": {}, "experts": {}}
     assert record["calibration"]["samples"] == 12
+
+
+@pytest.fixture(scope="session")
+def other_text(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """Which no codes were chosen by."""
+    return str(write_rows(tmp_path_factory.mktemp("text") / "other.jsonl", OTHER))
+
+
+OTHER = token_rows([48] * 8, seed=5)
+
+JUDGED = ["w4a16-g32-refined", "w4a16-g32-gptq", "w4a16-channel-gptq", "nvfp4a16-refined"]
+JUDGED += ["w8a8-gptq", "fp8-dynamic-refined"]
+
+
+@pytest.fixture(scope="session")
+def chosen(llama: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Results of each scheme, made once."""
+    folder = tmp_path_factory.mktemp("chosen")
+    return {scheme: converted(llama, folder / scheme, scheme) for scheme in JUDGED}
+
+
+@pytest.mark.parametrize("scheme", JUDGED)
+def test_by_other_text_choices_are_right(
+    llama: Path, chosen: dict[str, Path], other_text: str, scheme: str
+) -> None:
+    report = verify(chosen[scheme], llama, text=other_text)
+    assert report.findings == ()
+    assert report.checks["linears judged by text"] == 21
+
+
+def test_by_other_text_what_oneshot_chose_is_right(
+    llama: Path, tmp_path: Path, other_text: str
+) -> None:
+    by_oneshot(llama, tmp_path, load_scheme("w4a16-g32-gptq").text)
+    report = verify(tmp_path, llama, text=other_text)
+    assert report.findings == ()
+    assert report.checks["linears judged by text"] == 21
+
+
+def negate(linear: dict[str, torch.Tensor]) -> str:
+    """A group's codes, of which -8 has no opposite."""
+    codes = unpack_words(linear["weight_packed"], 4, 128)
+    codes[7, 32:64] = (-codes[7, 32:64]).clamp(max=7)
+    linear["weight_packed"] = pack_words(codes, 4)
+    return "row 7 from column 32"
+
+
+def exchange(linear: dict[str, torch.Tensor]) -> str:
+    codes = unpack_words(linear["weight_packed"], 4, 128)
+    codes[:, [5, 6]] = codes[:, [6, 5]]
+    linear["weight_packed"] = pack_words(codes, 4)
+    return "columns"
+
+
+def double_a_scale(linear: dict[str, torch.Tensor]) -> str:
+    linear["weight_scale"][9, 1] *= 2
+    return "row 9 from column 32"
+
+
+DAMAGE = [
+    ("w4a16-g32-refined", negate),
+    ("w4a16-g32-refined", exchange),
+    ("w4a16-g32-refined", double_a_scale),
+    ("w4a16-g32-gptq", negate),
+    ("w4a16-g32-gptq", exchange),
+    ("w4a16-channel-gptq", exchange),
+]
+
+
+@pytest.mark.parametrize(("scheme", "change"), DAMAGE)
+def test_damage_that_looks_like_a_choice_is_seen_by_text(
+    llama: Path, chosen: dict[str, Path], tmp_path: Path, other_text: str, scheme: str, change
+) -> None:
+    out = tmp_path / "out"
+    shutil.copytree(chosen[scheme], out)
+    where: list[str] = []
+
+    def damage(tensors: dict[str, torch.Tensor]) -> None:
+        name = f"{LAYER}.gate_proj."
+        linear = {n.removeprefix(name): t for n, t in tensors.items() if n.startswith(name)}
+        where.append(change(linear))
+        tensors |= {name + local: tensor.contiguous() for local, tensor in linear.items()}
+
+    edit(out, damage)
+    assert verify(out, llama).ok, "the weights alone show it"
+    [found] = verify(out, llama, text=other_text).findings
+    assert (found.code, found.tensor) == ("codes-corrupt", f"{LAYER}.gate_proj.weight_packed")
+    assert where[0] in str(found.found)
+
+
+def test_text_for_nothing_is_refused(llama: Path, tmp_path: Path, other_text: str) -> None:
+    out = converted(llama, tmp_path / "out", "w4a16-g32")
+    with pytest.raises(UsageError, match=r"no codes of .* are said to be chosen by text"):
+        verify(out, llama, text=other_text)
+    with pytest.raises(UsageError, match="--samples 3 applies only to --attention and --data"):
+        verify(out, llama, samples=3)
+
+
+def test_a_row_that_another_tool_gave_up_is_no_fault(
+    llama: Path, chosen: dict[str, Path], tmp_path: Path
+) -> None:
+    """As oneshot does in SmolLM2's layers 11 and 28, for tokens that ckptq leaves out."""
+    out = tmp_path / "out"
+    shutil.copytree(chosen["w4a16-g32-gptq"], out)
+
+    def give_up(tensors: dict[str, torch.Tensor]) -> None:
+        tensors[f"{LAYER}.up_proj.weight_packed"][7] = tensors[f"{LAYER}.up_proj.weight_packed"][8]
+
+    edit(out, give_up)
+    assert verify(out, llama).counts == {"codes-corrupt": 1}
+    (out / "ckptq.json").unlink()
+    report = verify(out, llama)
+    assert report.findings == ()
+    [note] = [note for note in report.notes if f"{LAYER}.up_proj" in str(note)]
+    assert "1 of 256 rows have more noise than signal, as massive activations" in str(note)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import shutil
+
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -135,3 +138,11 @@ def test_each_kind_has_its_samples(good):
     assert [(c.name, s, e) for c, s, e in chosen] == [
         (c.name, s, e) for c, s, e in samples(linears)
     ]
+
+
+def test_a_folder_whose_name_is_not_utf_8(sources, tmp_path):
+    folder = tmp_path / os.fsdecode(b"out\xff")
+    out = convert(sources("llama"), folder / "quantized", recipe("fp8-channel"))
+    source = folder / "source"
+    shutil.copytree(sources("llama"), source)
+    assert verify(out, source).findings == ()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 from pathlib import Path
 
 import pytest
@@ -350,6 +351,35 @@ def test_a_missing_index_is_written(sources, tmp_path: Path):
     assert done.ok
     assert done.kept == ()
     assert (folder / "model.safetensors.index.json").exists()
+
+
+def test_a_tie_that_the_source_has_is_restored(tmp_path: Path):
+    source = save("llama_tied", tmp_path)
+    out = convert(source, tmp_path / "out", recipe("fp8-channel"))
+    held = (out / "config.json").read_bytes()
+    (out / "config.json").write_bytes(held.replace(b'embeddings": true', b'embeddings": false'))
+    assert (out / "config.json").read_bytes() != held
+    done = mend(MendRequest(path=out, out=tmp_path / "mended", source=source, options=ONE))
+    assert done.ok
+    assert json.loads((tmp_path / "mended" / "config.json").read_bytes()) == json.loads(held)
+
+
+@pytest.mark.parametrize("damage", ["a shard cut off", "an empty shard", "an index of garbage"])
+def test_a_file_that_cannot_be_read_is_told_and_mended_without_it(
+    sources, tmp_path: Path, damage: str
+):
+    folder = two_shards(sources, tmp_path)
+    good = shutil.copytree(folder, tmp_path / "good")
+    broken = shard_of(folder, "model.layers.1.mlp.up_proj.weight")
+    if damage == "an index of garbage":
+        broken = folder / "model.safetensors.index.json"
+    broken.write_bytes(broken.read_bytes()[: 0 if "empty" in damage else -100])
+    request = MendRequest(path=folder, out=tmp_path / "out", source=sources("llama"), options=ONE)
+    with pytest.raises(SourceError, match=f"delete {broken.name}: mend "):
+        mend(request)
+    broken.unlink()
+    assert mend(request).ok
+    assert equal(tmp_path / "out", good)
 
 
 def test_a_repair_with_two_readings_is_told_not_made(broken):

@@ -35,10 +35,8 @@ from ckptq.verify.subject import Subject
 if TYPE_CHECKING:
     from torch import nn
 
+    from ckptq.forward.layerwise import LayerwiseModel
     from ckptq.text.samples import Batch
-
-SAMPLES, SEQ_LEN = 4, 256
-"""Enough to excite every head; saturation needs no more."""
 
 
 @dataclass(slots=True)
@@ -92,20 +90,9 @@ def _rounded(qkv: Mapping[str, Tensor], scales: Mapping[str, Tensor]) -> list[Te
     return [in_fp8(x, scales[which][:, None, None]).to(x.dtype) for which, x in qkv.items()]
 
 
-def check_attention(subject: Subject, text: str | None = None, device: str = "cpu") -> Watch:
-    """Run the source on a little text, built in if none is given."""
-    from ckptq.forward.layerwise import open_model
-    from ckptq.text.samples import read_samples
-
-    assert subject.source is not None
-    samples = read_samples(text, subject.source.path, samples=SAMPLES, seq_len=SEQ_LEN)
-    model = open_model(subject.source, device)
-    model.check_vocabulary(samples.source, samples.token_ids)
-    stream = model.embed(samples.batches(1))
-    watch = Watch(_choices(subject), model.loader.stored_module, pages_serve(model.device))
-    for index, name in enumerate(model.layer_names):
-        model.run_layer(index, stream, partial(watch.layer, name))
-    return watch
+def watch_of(subject: Subject, model: LayerwiseModel) -> Watch:
+    """What is to see every layer of the source's model as it runs."""
+    return Watch(_choices(subject), model.loader.stored_module, pages_serve(model.device))
 
 
 def _choices(subject: Subject) -> dict[str, dict[str, Choices]]:

@@ -128,7 +128,8 @@ def _module(
     if absent:
         held = f"; left over: {listed(extra)}" if extra else ""
         found = f"transformers: no tensor for {listed(absent)}{held}"
-        yield finding("engine-unfilled", module, found=found, wanted="a tensor for every parameter")
+        wanted, repair = "a tensor for every parameter", _elsewhere(ckpt, module)
+        yield finding("engine-unfilled", module, found=found, wanted=wanted, repair=repair)
         return
     unlike_here = other.get(module, [])
     if any(_holds_codes(loaded, place) for place in unlike_here):
@@ -141,7 +142,21 @@ def _module(
         yield finding("engine-shape", place, file=_file(ckpt, place), found=found, wanted=wanted)
     if extra:
         found = f"transformers has no parameters for {listed(extra)}"
-        yield finding("engine-left-over", module, found=found, wanted="no such tensors")
+        repair = _elsewhere(ckpt, module)
+        yield finding(
+            "engine-left-over", module, found=found, wanted="no such tensors", repair=repair
+        )
+
+
+def _elsewhere(ckpt: Checkpoint, module: str) -> str | None:
+    """What helps where the checkpoint holds a module's experts, in a format for which transformers
+    has no place: the same conversion would give the same again."""
+    below = re.compile(rf"{re.escape(module)}\.\d+\..*\.(weight|weight_packed)$")
+    if any(below.match(name) for name in ckpt.tensors):
+        return (
+            "serve it with vLLM, or use another scheme for experts: transformers holds none in this"
+        )
+    return None
 
 
 def _not_ignored(loaded: Loaded, module: str) -> Finding:

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
+from typing import TYPE_CHECKING
 
 from ckptq.checkpoint.read import Files, read_tensor
 from ckptq.checkpoint.view import View, read_slab, window
@@ -19,6 +20,9 @@ from ckptq.verify.roundtrip.impossible_codes import check_codes
 from ckptq.verify.roundtrip.tally import Tally, compare, floor_db
 from ckptq.verify.roundtrip.undo import Undo
 from ckptq.verify.stored_linear import Held, StoredLinear
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 FAST_ELEMENTS = 1 << 16
 
@@ -84,6 +88,12 @@ def _slab(linears: list[StoredLinear], files: Files, fast: bool) -> list[Part]:
 
 def _permuted(linear: StoredLinear, files: Files, undo: Undo) -> list[Part]:
     """Whole, because rows of one head move about."""
+    w_RC, held = whole(linear, files, undo)
+    return [_compare(linear, held, lambda start, stop: w_RC[start:stop], 0, linear.shape[0])]
+
+
+def whole(linear: StoredLinear, files: Files, undo: Undo) -> tuple[Tensor, Held]:
+    """All rows of a Linear's source, and what is stored for them in the source's order."""
     origin = linear.module.origin
     assert origin is not None
     held = {
@@ -91,8 +101,7 @@ def _permuted(linear: StoredLinear, files: Files, undo: Undo) -> list[Part]:
         for local, tensor in linear.tensors.items()
     }
     held = {k: t.reshape(-1) if linear.dims(k) == 1 else t for k, t in held.items()}
-    rows = weight_rows(files, origin.weight)
-    return [_compare(linear, held, rows, 0, linear.shape[0])]
+    return weight_rows(files, origin.weight)(0, linear.shape[0]), held
 
 
 def _compare(linear: StoredLinear, held: Held, rows: Rows | None, start: int, stop: int) -> Part:

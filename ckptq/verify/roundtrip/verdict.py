@@ -99,12 +99,14 @@ def undiagnosed(linear: StoredLinear, tally: Tally) -> Finding:
     if linear.module.chosen and _few_scales(tally) and plain:
         found = f"{tally.scales_wrong} of {tally.scales} scales are of another range"
         return _about(linear, "scale-corrupt", found, "scales from minimum and maximum")
-    if linear.module.chosen and tally.rows_lost and snr >= LEAST_CHOSEN_DB:
-        found = f"{tally.rows_lost} of {linear.shape[0]} rows have more noise than signal"
-        return _about(linear, "codes-corrupt", found, "codes chosen by GPTQ, which lose no row")
+    lost = f"{tally.rows_lost} of {linear.shape[0]} rows have more noise than signal"
+    massive = linear.module.by_all and tally.rows_lost
+    if linear.module.chosen and tally.rows_lost and not massive and snr >= LEAST_CHOSEN_DB:
+        return _about(linear, "codes-corrupt", lost, "codes chosen by GPTQ, which lose no row")
     known = not tally.scales_wrong or linear.module.weighed
     if linear.module.chosen and known and snr >= LEAST_CHOSEN_DB:
         found = f"{snr:.1f} dB, {share:.0%} of the codes are not the nearest"
+        found += f", {lost}, as massive activations make GPTQ choose" if massive else ""
         return _about(linear, "codes-not-nearest", found, "codes chosen by GPTQ")
     if share < DAMAGED:
         found = f"{unexplained} of {tally.elements} codes are not the nearest"

@@ -14,7 +14,6 @@ from fractions import Fraction
 from typing import TYPE_CHECKING, Any
 
 import torch
-from safetensors import safe_open
 from torch import Tensor
 from torch.nn.functional import pad
 
@@ -23,7 +22,7 @@ from ckptq.checkpoint.open import Checkpoint
 from ckptq.checkpoint.view import View
 from ckptq.models.encoded import Encoded
 from ckptq.models.weight import Weight
-from ckptq.verify.roundtrip.decoders.makers import DECODERS, decode_foreign
+from ckptq.verify.roundtrip.decoders.makers import DECODERS, decode_foreign, opened
 from ckptq.verify.subject import CODES
 
 if TYPE_CHECKING:
@@ -115,7 +114,7 @@ def _has_blocks(ckpt: Checkpoint, weight: Encoded) -> bool:
 
 def _window(view: View) -> Tensor:
     """What a view is of its tensor, said with slices."""
-    with safe_open(view.stored.file, "pt") as file:
+    with opened(view.stored.file) as file:
         stored = file.get_slice(view.stored.name)
         matrix: Tensor = stored[:] if view.index is None else stored[view.index]
     matrix = matrix[_slice(view.rows), :][:, _slice(view.columns)]
@@ -158,7 +157,7 @@ def _group_name(ckpt: Checkpoint, weight: Encoded) -> str | None:
 
 def _part(tensor: StoredTensor, share: Fraction | None, start: int, stop: int) -> Tensor:
     """What belongs to rows start..stop of the weight; all of it without a share."""
-    with safe_open(tensor.file, "pt") as file:
+    with opened(tensor.file) as file:
         if share is None or tensor.spec.numel == 1:
             whole: Tensor = file.get_tensor(tensor.name)
             return whole
