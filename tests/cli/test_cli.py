@@ -63,6 +63,7 @@ SURFACE = {
         *("--output", "--bits", "--size", "--max-kl", "--schemes", "--ignore", "--revision"),
         *("--data", "--samples", "--seq-len", "--seed", "--per", "--sensitivities", "--device"),
         *("--report", "--json", "--kv-bits", "--kv-caches"),
+        *("--task", "--questions", "--min-accuracy"),
     },
     "permute": {"--to", "--only", "--revision", "--workers", "--restart", "--json"},
     "inspect": {"--revision", "--json"},

@@ -66,7 +66,7 @@ def paged(device: torch.device) -> None:
     paged_attention(many, wide, wide, sequences, **local)
     held = TokenHeadCache.empty(KV8, 4, 16, 1, 256, device=device, layout=HND)
     token_head_attention(many, held, held, sequences, **local)
-    for fmt, D in ((KV8, 128), (KVFP8, 128), (INT4, 128), (INT4, 96), (INT2, 128)):
+    for fmt, D in ((KVFP8, 128), (INT4, 96)):  # the others in `decode`
         held = TokenHeadCache.empty(fmt, 4, 16, 2, D, device=device)
         write_token_head(x_TKD[..., :D], held, slot_T)
         token_head_attention(q_THD[..., :D], held, held, sequences, scaling=1.0)
@@ -92,6 +92,7 @@ def decode(device: torch.device) -> None:
     paged_attention(q_THD, cache, cache, sequences, scaling=1.0)
     codes = cache.to(FP8)
     paged_attention(q_THD, codes, codes, sequences, scaling=1.0, descales=ONE)
-    for fmt in (KV8, KVFP8, INT4, INT2):
+    for fmt in (KV8, INT2):
         held = TokenHeadCache.empty(fmt, 256, 16, 2, 128, device=device)
+        write_token_head(q_THD[:, :2], held, torch.arange(2, device=device))
         token_head_attention(q_THD, held, held, sequences, scaling=1.0)

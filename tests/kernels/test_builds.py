@@ -15,6 +15,8 @@ from build_all import SHARED_MEMORY
 
 HERE = Path(__file__).parent
 
+pytestmark = pytest.mark.xdist_group("builds")  # what is compiled once serves all tests
+
 
 @cache
 def built(capability: int) -> dict[str, dict[str, list]]:

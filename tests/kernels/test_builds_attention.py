@@ -5,6 +5,8 @@ import re
 import pytest
 from test_builds import built, ptx_of
 
+pytestmark = pytest.mark.xdist_group("builds")
+
 WGMMA = "wgmma.mma_async.sync.aligned"
 
 

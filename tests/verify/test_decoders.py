@@ -119,14 +119,14 @@ def test_each_kind_has_its_samples(good):
     """First, last and one more of every kind; a kind is a scheme, dtypes, and where it is cut."""
     from ckptq.checkpoint.open import open_checkpoint
     from ckptq.verify.config_judge import judge_config
-    from ckptq.verify.one_pass import _sound
+    from ckptq.verify.one_pass import sound
     from ckptq.verify.structure.tensors import check_tensors
     from ckptq.verify.subject import Subject
 
     folder, source = good("llama4", "int4")
     ckpt = open_checkpoint(folder)
     subject = Subject(ckpt, open_checkpoint(source), judge_config(ckpt)[0])
-    linears = {linear.name: linear for linear in _sound(subject, check_tensors(subject))}
+    linears = {linear.name: linear for linear in sound(subject, check_tensors(subject))}
     kinds = {kind_of(linear) for linear in linears.values()}
     chosen = samples(linears)
     assert len(kinds) == 2, "plain, and cut out of a fused tensor"
