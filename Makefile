@@ -63,11 +63,12 @@ ci-example: $(VENV)/installed
 	bash examples/ci/run.sh $(DEMO)/$(FAMILY) $(DEMO)/ci-refused $(SCHEME)-per-tensor; \
 	    test $$? -eq 1
 
+# a file stays in one process: its fixtures, and what it compiles, are made once
 test: $(VENV)/installed
-	TRITON_INTERPRET=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadgroup
+	TRITON_INTERPRET=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
 
 test-newest: $(NEWEST)/installed
-	TRITON_INTERPRET=1 OMP_NUM_THREADS=1 $(NEWEST)/bin/python -m pytest -n 2 --dist loadgroup \
+	TRITON_INTERPRET=1 OMP_NUM_THREADS=1 $(NEWEST)/bin/python -m pytest -n 2 --dist loadfile \
 	    tests/recipes tests/models tests/plan tests/checkpoint tests/quantize \
 	    tests/calibrate/test_calibrate_shared_cache.py tests/convert/test_convert_fp8_sources.py \
 	    tests/convert/test_convert_stream.py tests/convert/test_convert_push.py

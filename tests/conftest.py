@@ -1,5 +1,4 @@
-"""What all tests share: how they are divided among processes (`pytest -n 2 --dist loadgroup`), and
-where kernels run: on a GPU where there is one, else in Triton's interpreter.
+"""What all tests share: where kernels run, on a GPU where there is one, else in the interpreter.
 
 That is chosen before anything imports triton, which looks at the environment then.
 """
@@ -18,16 +17,6 @@ if not torch.cuda.is_available():
 
 gc.set_threshold(50_000, 20, 100)
 """The collector is a tenth of the time where torch, transformers and all tests are in memory."""
-
-
-@pytest.hookimpl(tryfirst=True)
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """A file stays in one process, and so do all that wait for compiled kernels: its session
-    fixtures, and what it compiles, are then made once."""
-    for item in items:
-        name = item.path.name
-        group = "builds" if name.startswith("test_builds") else str(item.path)
-        item.add_marker(pytest.mark.xdist_group(group))
 
 
 @pytest.hookimpl(trylast=True)
