@@ -76,16 +76,18 @@ def choose(choices: Sequence[Choice], args: Args, how: Gptq) -> list[Chosen]:
 def _without_kernel(signed: bool) -> Iterator[None]:
     """Where scales are `signed`, turn off llm-compressor's Triton kernel: it takes those below zero
     for the least positive number (0.14: `_gptq_block_update_kernel`). Its torch code does not."""
+    if not signed:
+        yield
+        return
     before = os.environ.get(KERNEL_SWITCH)
-    if signed:
-        os.environ[KERNEL_SWITCH] = "1"
+    os.environ[KERNEL_SWITCH] = "1"
     try:
         yield
     finally:
-        if signed and before is None:
+        if before is None:
             del os.environ[KERNEL_SWITCH]
-        elif signed:
-            os.environ[KERNEL_SWITCH] = str(before)
+        else:
+            os.environ[KERNEL_SWITCH] = before
 
 
 def weighed_ranges(w_RC: Tensor, moments: Moments, args: Args) -> Ranges:

@@ -28,8 +28,8 @@ UNANSWERED = 0.6
 """Taking damage back spares this share of what it costs, and more; taking a choice back costs."""
 
 LOST_GROUP, LOST_GROUP_REFITTED, LOST_COLUMN, LOST_ROW = 2.0, 0.8, 1.4, 0.5
-"""Noise over signal, of a group where each column counts as much as its inputs are large. The most
-in results that nothing has damaged: see docs/gptq.md."""
+"""Noise over signal, of a group where each column counts as much as its inputs are large. In
+results of SmolLM2 that nothing had damaged these were 0.64, 0.46, 0.89 and 0.10 at most."""
 
 FOREMOST = 4.0
 """Times the median: columns, and groups of one span of columns, that cost less are given up by
