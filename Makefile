@@ -93,7 +93,8 @@ lint: $(VENV)/installed
 
 test-gpu:
 	$(PYTHON) -m pytest tests/kernels tests/calibrate/test_calibrate_gpu.py tests/evaluate/test_evaluate_gpu.py \
-	    tests/convert/test_convert_gpu.py tests/gptq/test_gptq_signs.py
+	    tests/convert/test_convert_gpu.py \
+	    tests/convert/test_convert_foreign_gpu.py tests/gptq/test_gptq_signs.py
 
 # VLLM_PYTHON names the Python of an environment that has vLLM; its CPU build is enough
 test-engines: $(VENV)/installed

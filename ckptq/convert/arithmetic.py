@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 import torch
 from torch import Tensor
@@ -16,11 +16,11 @@ from ckptq.checkpoint.read import Memory
 from ckptq.convert.blocks import CALL_ELEMENTS, RUN_ELEMENTS
 from ckptq.device import find_device
 from ckptq.errors import MachineError
+from ckptq.models.weight_rows import Place
 from ckptq.quantize.dispatch import kernel_of
 from ckptq.quantize.formats import WeightScheme, quantize, statistic
 from ckptq.quantize.scratch import BLOCK_ELEMENTS, Scratch
 from ckptq.quantize.tiles import check_finite
-from ckptq.spec import spec_of
 
 Made = dict[str, Tensor]
 """Stored tensors by local name, on the CPU; lost at the thread's next call."""
@@ -43,6 +43,14 @@ class OnCores:
         if workers * BLOCK_ELEMENTS > CALL_ELEMENTS:
             self.elements = LARGEST_BLOCK
 
+    def turn(self) -> AbstractContextManager[object]:
+        """In which a thread reads, decodes and quantizes rows."""
+        return nullcontext()
+
+    def place(self, scheme: WeightScheme) -> Place | None:
+        """Where rows that are quantized so are best decoded; None for where they were read."""
+        return None
+
     def statistic(self, w_RC: Tensor, scheme: WeightScheme) -> Tensor:
         return statistic(w_RC, scheme, self.scratch)
 
@@ -61,17 +69,29 @@ class OnGpu(OnCores):
         self._device = device
         self._lane = _Lane(device)
 
+    @contextmanager
+    def turn(self) -> Iterator[None]:
+        try:
+            with torch.cuda.stream(self._lane.stream):
+                yield
+        except torch.OutOfMemoryError as error:
+            raise MachineError(f"{self._device}: out of memory; use fewer --workers") from error
+
+    def place(self, scheme: WeightScheme) -> Place | None:
+        return None if scheme.search is not None else self._there
+
     def statistic(self, w_RC: Tensor, scheme: WeightScheme) -> Tensor:
         if _for_cores(w_RC, scheme):
             return super().statistic(w_RC, scheme)
-        with self._on_device(w_RC) as x_RC:
-            return statistic(x_RC, scheme, self._lane.scratch).cpu()
+        return statistic(self._there(w_RC), scheme, self._lane.scratch).cpu()
 
     def quantize(self, w_RC: Tensor, scheme: WeightScheme, shared: Tensor | None) -> Made:
         if _for_cores(w_RC, scheme):
             return super().quantize(w_RC, scheme, shared)
-        with self._on_device(w_RC) as x_RC:
-            return self._lane.fetch(self._made(x_RC, scheme, shared))
+        return self._lane.fetch(self._made(self._there(w_RC), scheme, shared))
+
+    def _there(self, x: Tensor) -> Tensor:
+        return x.to(self._device, non_blocking=True)
 
     def _made(self, x_RC: Tensor, scheme: WeightScheme, shared: Tensor | None) -> Made:
         """By a kernel, or in torch's operations where there is none."""
@@ -81,16 +101,6 @@ class OnGpu(OnCores):
             return quantize(x_RC, scheme, at_hand, self._lane.scratch)
         check_finite(x_RC)
         return kernel(x_RC, scheme, shared)
-
-    @contextmanager
-    def _on_device(self, w_RC: Tensor) -> Iterator[Tensor]:
-        try:
-            with torch.cuda.stream(self._lane.stream):
-                yield w_RC.to(self._device, non_blocking=True)
-        except torch.OutOfMemoryError as error:
-            raise MachineError(
-                f"{self._device}: out of memory for {spec_of(w_RC)}; use fewer --workers"
-            ) from error
 
 
 def _for_cores(w_RC: Tensor, scheme: WeightScheme) -> bool:

@@ -22,11 +22,18 @@ from ckptq.checkpoint.write import Run, Shards
 from ckptq.convert.arithmetic import OnCores
 from ckptq.convert.blocks import Span, blocks, runs
 from ckptq.convert.schedule import Schedule, Task, Work
-from ckptq.convert.slabs import Slab, Slabs, Whole, held_bytes, views_of
+from ckptq.convert.slabs import Slab, Slabs, Whole, held_bytes
 from ckptq.models.encoded import Encoded, Held, HeldWhole
 from ckptq.models.quantized.repacked import remade, repacked_constants, repacked_rows
 from ckptq.models.weight import naming
-from ckptq.models.weight_rows import Rows, decoded_rows, outermost_rows, parts_of, weight_rows
+from ckptq.models.weight_rows import (
+    Place,
+    Rows,
+    decoded_rows,
+    outermost_rows,
+    parts_of,
+    weight_rows,
+)
 from ckptq.permute.reordered import Reordered, Source
 from ckptq.plan.unit import Part, Unit
 from ckptq.quantize.formats import constants, merge_statistic, needs_statistic
@@ -72,7 +79,9 @@ def work(unit: Unit, ends: Ends) -> Work:
     with ends.slabs.of(unit) as slabs:
         distinct = {id(slab): slab for slab in slabs.values()}
         yield [task for slab in distinct.values() for task in slab.read_tasks(ends.files)]
-        rows = {view: _rows(view, slabs, ends) for view in views_of(unit)}
+        rows = {view: _rows(view, slabs, ends) for view in unit.views.values()}
+        for part in unit.parts:
+            rows[part.weight] = _rows(part.weight, slabs, ends, ends.arithmetic.place(part.scheme))
         shared = None
         if unit.parts and not unit.parts[0].kept and needs_statistic(unit.parts[0].scheme):
             found: list[Tensor] = []
@@ -97,7 +106,7 @@ def _maker(
         return lambda start, stop: repacked_rows(weight, parts(start, stop))
 
     def quantized(start: int, stop: int) -> Mapping[str, Tensor]:
-        with naming(part.linear.name, weight.stored):
+        with naming(part.linear.name, weight.stored), ends.arithmetic.turn():
             return ends.arithmetic.quantize(rows[weight](start, stop), part.scheme, shared)
 
     return quantized
@@ -110,13 +119,18 @@ def _held(weight: Encoded, slabs: Mapping[Whole, Slab]) -> Held | None:
     return dict(zip(weight.tensors, slabs[weight].tensors, strict=True))
 
 
-def _rows(view: Source, slabs: Mapping[Whole, Slab], ends: Ends) -> Rows:
-    """How to get rows of a weight: reordered, dequantized, from its file, cut out of its slab."""
+def _rows(
+    view: Source, slabs: Mapping[Whole, Slab], ends: Ends, place: Place | None = None
+) -> Rows:
+    """How to get rows of a weight: reordered, dequantized, from its file, cut out of its slab.
+
+    What is dequantized is so where `place` takes it.
+    """
     if isinstance(view, Reordered):
         moved, rows = view.moved, _rows(view.inner, slabs, ends)
         return lambda start, stop: moved(rows(start, stop))
-    if isinstance(view, HeldWhole):
-        return decoded_rows(ends.files, view, _held(view, slabs))
+    if isinstance(view, Encoded):
+        return decoded_rows(ends.files, view, _held(view, slabs), place)
     if not isinstance(view, View) or view not in slabs:
         return weight_rows(ends.files, view, ends.arithmetic.memory)
     return _cut_out(view, slabs[view], ends)
@@ -148,7 +162,7 @@ def _statistic_tasks(
         view = part.weight
         few = None
         if part.scheme.search is None and not isinstance(view, Reordered):
-            few = outermost_rows(ends.files, view)
+            few = outermost_rows(ends.files, view, ends.arithmetic.place(part.scheme))
         for run in runs(view.spec, view.quantum):
             yield partial(_statistic_of_run, part, few or rows[view], run, found, ends.arithmetic)
 
@@ -158,7 +172,7 @@ def _statistic_of_run(
 ) -> None:
     weight = part.weight
     for start, stop in blocks(run, weight.spec, weight.quantum):
-        with naming(part.linear.name, part.weight.stored):
+        with naming(part.linear.name, part.weight.stored), arithmetic.turn():
             found.append(arithmetic.statistic(rows(start, stop), part.scheme))
 
 

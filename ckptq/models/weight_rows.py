@@ -72,9 +72,15 @@ def parts_of(files: Files, weight: Encoded, held: Held | None = None) -> Parts:
     return partial(weight.read, files)
 
 
-def decoded_rows(files: Files, weight: Encoded, held: Held | None = None) -> Rows:
+Place = Callable[["Tensor"], "Tensor"]
+"""Takes a tensor to the device where it is computed with."""
+
+
+def decoded_rows(
+    files: Files, weight: Encoded, held: Held | None = None, place: Place | None = None
+) -> Rows:
     """Dequantized, from any row on, though only multiples of the quantum can be read."""
-    parts = parts_of(files, weight, held)
+    parts = placed(parts_of(files, weight, held), place)
 
     def rows(start: int, stop: int) -> Tensor:
         first = start // weight.quantum * weight.quantum
@@ -84,7 +90,14 @@ def decoded_rows(files: Files, weight: Encoded, held: Held | None = None) -> Row
     return rows
 
 
-def outermost_rows(files: Files, weight: Weight) -> Rows | None:
+def placed(parts: Parts, place: Place | None) -> Parts:
+    """The same parts where `place` takes them."""
+    if place is None:
+        return parts
+    return lambda start, stop: {n: place(part) for n, part in parts(start, stop).items()}
+
+
+def outermost_rows(files: Files, weight: Weight, place: Place | None = None) -> Rows | None:
     """For FP8 in blocks, rows with the same extremes as those from a multiple of the quantum on,
     NaN and Inf included: of each column of a block the outermost codes, dequantized. A pass over
     them takes a fourth of the time. None for other weights."""
@@ -94,11 +107,12 @@ def outermost_rows(files: Files, weight: Weight) -> Rows | None:
         return None
     height, width = weight.scheme.block_structure
     scheme = replace(weight.scheme, block_structure=(2, width))
+    parts_at = placed(parts_of(files, weight), place)
 
     def rows(start: int, stop: int) -> Tensor:
         import torch
 
-        parts = weight.read(files, start, stop)
+        parts = parts_at(start, stop)
         if (stop - start) % height:
             return decode(weight, parts, stop - start)
         code_MHC = parts["weight"].view(torch.uint8).unflatten(0, (-1, height))

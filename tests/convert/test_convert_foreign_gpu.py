@@ -31,7 +31,7 @@ def test_weights_are_decoded_where_the_model_runs(tmp_path: Path, format: str) -
 
 
 @pytest.mark.parametrize("format", FORMATS)
-@pytest.mark.parametrize("scheme", ["fp8 channel", "int4 group"])
+@pytest.mark.parametrize("scheme", ["fp8 channel", "int4 group", "nvfp4"])
 def test_a_source_is_quantized_to_the_same_bytes(tmp_path: Path, format: str, scheme: str) -> None:
     foreign, recipe = source(tmp_path / "source", format), recipe_of(scheme)
     on_cpu = convert(foreign.folder, tmp_path / "cpu", recipe, device="cpu").out
