@@ -3,7 +3,7 @@ code."""
 
 from __future__ import annotations
 
-import gc
+import atexit
 import io
 import os
 import sys
@@ -36,8 +36,27 @@ def main() -> NoReturn:
         console.note(f"interrupted{also if started().world > 1 else ''}; {_kept()}")
         code = 130
     ignore_signals()
-    gc.freeze()  # the interpreter would look through all that torch has made for cycles: seconds
     sys.exit(code)
+
+
+def program() -> NoReturn:
+    """`main`, and the end of the process.
+
+    After the exit handlers the interpreter would take seconds to look for cycles in everything that
+    torch and transformers have made, so the process ends before that.
+    """
+    try:
+        main()
+    except SystemExit as end:
+        if not isinstance(end.code, int):
+            raise
+        try:
+            sys.stdout.flush()
+            sys.stderr.flush()
+        except OSError:
+            raise end from None  # the interpreter says what was not written
+        atexit._run_exitfuncs()
+        os._exit(end.code)
 
 
 def _open_closed_streams() -> None:
@@ -82,4 +101,4 @@ def _run() -> int | str | None:
 
 
 if __name__ == "__main__":
-    main()
+    program()
