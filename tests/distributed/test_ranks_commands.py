@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 from test_ranks_quantize import files, request
+from tiny.rows import write_rows
 from tiny.torchrun import Done, forked
 from typer.testing import CliRunner
 
@@ -56,6 +57,7 @@ def commands(given, quantized, damaged) -> dict[str, list[str]]:
 def refused(given, quantized) -> dict[str, list[str]]:
     """A word of the refusal -> the command. The first two are refused before ranks have met."""
     convert = ["quantize", str(given.llama), "-o", str(quantized.with_name("new"))]
+    odd = write_rows(quantized.with_name("odd.jsonl"), [[5, 999]])
     return {
         "permute runs in one process": ["permute", str(given.llama), "-o", "new"],
         "--tasks runs another program": ["evaluate", str(given.llama), "--tasks", "piqa"],
@@ -67,6 +69,12 @@ def refused(given, quantized) -> dict[str, list[str]]:
         "--stream is for single processes": [*convert, "--scheme", "w4a16", "--stream"],
         "--part is for single processes": [*convert, "--scheme", "w4a16", "--part", "1/2"],
         "already exists": [*convert[:-1], str(quantized), "--scheme", "fp8-dynamic"],
+        "token id 999 is outside the model's vocabulary": [
+            *(*convert, "--scheme", "fp8-per-head", "--data", str(odd)),
+        ],
+        "odd.jsonl: token id 999": [
+            *("evaluate", str(quantized), "--source", str(given.llama), "--data", str(odd)),
+        ],
         "'minmax' depends on the order": [
             *("calibrate", str(given.llama), "-o", str(quantized.with_name("scales"))),
             *("--recipe", str(quantized.with_name("minmax.yaml")), "--data", str(given.text)),
@@ -151,4 +159,10 @@ def test_what_is_not_divided_is_refused_in_one_line(refused, ended):
         assert why in told[0]
         assert told[0].count("error: ") == 1
         assert told[0].endswith("\n")
-        assert {done.code for done in ended[why]} == {3 if "text.jsonl" in why else 2}
+        bad_input = "text.jsonl" in why or "token id" in why
+        assert {done.code for done in ended[why]} == {3 if bad_input else 2}
+
+
+def test_a_refusal_leaves_no_folder(ended, quantized):
+    """Its twin, where a rank is killed in the midst of the work: test_ranks_quantize."""
+    assert not list(quantized.parent.glob("*.partial"))
