@@ -32,7 +32,7 @@ HARMLESS = re.compile(r"\.([qkv]_zero_point|q_scale)$|\.lora_\w+(\.|$)")
 llm-compressor writes beside cache scales, and q scales, which transformers reads only with an
 attention group."""
 
-SHARED = "serve it with vLLM, or leave the Linears that layers share unquantized, with --ignore"
+SHARED = "leave the Linears that layers share unquantized (--ignore), or serve it with vLLM"
 
 LONGEST = 240
 
