@@ -63,9 +63,11 @@ ci-example: $(VENV)/installed
 	bash examples/ci/run.sh $(DEMO)/$(FAMILY) $(DEMO)/ci-refused $(SCHEME)-per-tensor; \
 	    test $$? -eq 1
 
-# a file stays in one process: its fixtures, and what it compiles, are made once
+# A file stays in one process: its fixtures, and what it compiles, are made once. Files keep their
+# order, by which those of a folder share more, and the longest come first (tests/conftest.py).
 test: $(VENV)/installed
-	TRITON_INTERPRET=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
+	TRITON_INTERPRET=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile \
+	    --no-loadscope-reorder
 
 test-newest: $(NEWEST)/installed
 	TRITON_INTERPRET=1 OMP_NUM_THREADS=1 $(NEWEST)/bin/python -m pytest -n 2 --dist loadfile \

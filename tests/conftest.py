@@ -15,8 +15,15 @@ if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
 
 
+LONGEST = ("test_builds", "test_verify_faults", "test_gptq_verify", "test_make_checkpoint")
+"""Files that would decide when all tests end, if a process began with one of them last."""
+
 gc.set_threshold(50_000, 20, 100)
 """The collector is a tenth of the time where torch, transformers and all tests are in memory."""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    items.sort(key=lambda item: item.path.stem not in LONGEST)
 
 
 @pytest.hookimpl(trylast=True)

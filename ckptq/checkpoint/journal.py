@@ -10,9 +10,9 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -101,11 +101,18 @@ class Journal:
         append(partial_of(out) / file, {"run": said.run})
         return cls(out, lock, said, renamed, file)
 
-    @property
-    def keeps(self) -> bool:
-        """Whether anything is kept that a later run can go on with: units, or what went before."""
-        before = (self.calibration, self.partial / "oneshot")
-        return bool(self.done) or self.renamed or any(map(_has_state, before))
+    @contextmanager
+    def gone_unless_kept(self) -> Iterator[None]:
+        """A run that fails in here leaves no folder behind, unless a later one can go on with what
+        is in it: units, or what went before."""
+        try:
+            yield
+        except BaseException:
+            before = (self.calibration, self.partial / "oneshot")
+            if not (self.done or self.renamed or any(map(_has_state, before))):
+                with suppress(MachineError):
+                    remove(self.partial)
+            raise
 
     def record(self, done: Mapping[str, Pieces]) -> None:
         """Record that these units' bytes are on disk."""

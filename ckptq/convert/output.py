@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -18,7 +18,7 @@ from ckptq.checkpoint.hub.upload import Destination, Upload
 from ckptq.checkpoint.identity import check_unchanged, lasting
 from ckptq.checkpoint.journal import Journal, check_free
 from ckptq.checkpoint.open import Checkpoint
-from ckptq.checkpoint.partial import check_apart, remove
+from ckptq.checkpoint.partial import check_apart
 from ckptq.checkpoint.proof import Promise, proven_keys, same_bytes
 from ckptq.checkpoint.read import Files
 from ckptq.checkpoint.side_files import write_side_files
@@ -26,7 +26,6 @@ from ckptq.checkpoint.write import Shards
 from ckptq.convert.division.among_ranks import opened, share
 from ckptq.convert.division.parts import Part, gather, write_record
 from ckptq.distributed.ranks import ALONE, Ranks, cores
-from ckptq.errors import MachineError
 from ckptq.files import take_whole
 from ckptq.permute.marks import Marks, marked_metadata
 from ckptq.plan.unit import Unit
@@ -177,7 +176,8 @@ def write_output(
 
     journal = opened(open_first, place, mine, ranks)
     try:
-        job = _prepared(prepare, journal, ranks)
+        with journal.gone_unless_kept() if ranks.leads else nullcontext():
+            job = prepare(journal)
         if journal.renamed:
             resumed = ranks.led(lambda: _prove_renamed(job, journal))
         else:
@@ -211,17 +211,6 @@ def write_output(
             upload.close()
         journal.close()
     return resumed
-
-
-def _prepared(prepare: Callable[[Journal], Job], journal: Journal, ranks: Ranks) -> Job:
-    """The job. A run that ends here before it has kept anything leaves no folder behind."""
-    try:
-        return prepare(journal)
-    except BaseException:
-        if ranks.world == 1 and not journal.keeps:
-            with suppress(MachineError):
-                remove(journal.partial)
-        raise
 
 
 def _fill_share(

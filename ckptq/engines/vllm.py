@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 
 from ckptq.recipes.args import Args
+from ckptq.recipes.group_size import ROW, sizes_of
 from ckptq.recipes.scheme import Group, Scheme
 
 COMMON_SETS: Mapping[str, tuple[str, ...]] = {
@@ -102,6 +103,25 @@ def loads_with_plain_inputs(group: Group) -> bool:
     (compressed_tensors.py, `_quantization_scheme_map_from_config`, a bare assertion)."""
     floats = group.weights is not None and group.weights.type == "float"
     return floats or group.format != "int-quantized"
+
+
+def without_kernel(group: Group, columns: int) -> str | None:
+    """Why no kernel of vLLM multiplies with a Linear of so many columns, experts aside, which have
+    kernels for all groups; None where one does.
+
+    Marlin takes any shape, and integers in groups of a few sizes; Triton's kernel, of four bits,
+    two more (kernels/linear/mixed_precision/marlin.py, triton_w4a16.py, `can_implement`).
+    """
+    sizes, weights = sizes_of(group), group.weights
+    size = weights.group_size if weights is not None else None
+    if size is None or not sizes or size in sizes:
+        return None
+    if weights is not None and weights.num_bits == 4 and group.inputs is None:
+        sizes = (256, *sizes)
+        if size in (256, columns):
+            return None
+    wanted = ", ".join(str(each) for each in sorted(sizes) if each != ROW)
+    return f"vLLM has no kernel for groups of {size}; it has kernels for {wanted}"
 
 
 def kv_scheme_faults(scheme: Args) -> Iterator[tuple[str, object, tuple[object, ...]]]:

@@ -63,7 +63,8 @@ class Comparison:
         """Results by name of the variant; those in `watching.failed` have none. SourceError for
         tokens outside the vocabulary."""
         lines = (line.token_ids for line in self.text.lines)
-        self.tracks[0].model.check_vocabulary(self.text.source, lines)
+        model = self.tracks[0].model
+        self.ranks.agreed(lambda: model.check_vocabulary(self.text.source, lines))
         for track in self.tracks:
             experts_one_by_one(track.model.skeleton.model)
             with self.watching.told(*track.variants):

@@ -6,7 +6,12 @@ from collections.abc import Iterator, Mapping
 
 from ckptq.engines.table import load_table
 from ckptq.engines.transformers import dtype_clash, loads_fused_experts
-from ckptq.engines.vllm import LATENT_SCALES, fills_whole_blocks, loads_with_plain_inputs
+from ckptq.engines.vllm import (
+    LATENT_SCALES,
+    fills_whole_blocks,
+    loads_with_plain_inputs,
+    without_kernel,
+)
 from ckptq.models.experts import experts_of
 from ckptq.models.heads import OUTPUTS
 from ckptq.models.unserved import model_doubts
@@ -26,6 +31,7 @@ def vllm_doubts(plan: Plan) -> Iterator[str]:
     chosen = _chosen(plan)
     yield from _experts_refused(plan, chosen)
     yield from _integers_unpacked(chosen)
+    yield from _without_kernel(plan, chosen)
     split = [name for name, group in chosen.items() if _splits_a_block(plan, name, group, chosen)]
     if split:
         rows = plan.layout.linears[split[0]].weight.spec.shape[0]
@@ -79,6 +85,16 @@ def _integers_unpacked(chosen: Mapping[str, Group]) -> Iterator[str]:
                 f"group {group.name!r} is {group.format} with unquantized inputs; vLLM loads "
                 "weight-only integers only as pack-quantized"
             )
+
+
+def _without_kernel(plan: Plan, chosen: Mapping[str, Group]) -> Iterator[str]:
+    first: dict[str, str] = {}
+    for name, group in chosen.items():
+        columns = plan.layout.linears[name].weight.spec.shape[1]
+        reason = without_kernel(group, columns) if experts_of(name) is None else None
+        if reason is not None:
+            first.setdefault(reason, name)
+    yield from (f"{name}: {reason}" for reason, name in first.items())
 
 
 def _experts_refused(plan: Plan, chosen: Mapping[str, Group]) -> Iterator[str]:

@@ -45,7 +45,7 @@ def test_what_the_cases_are_made_of_is_sound(name, tmp_path, monkeypatch):
     monkeypatch.setattr(random.Random, "random", lambda self: 0.45)  # no chance of anything odd
     make, commands = STRATEGIES[name]
     ended = []
-    for seed in range(6):
+    for seed in range(3):
         for number, command in enumerate(commands):
             root = tmp_path / f"{seed}-{number}"
             root.mkdir()
@@ -62,6 +62,8 @@ def test_a_command_that_breaks_is_counted(tmp_path, monkeypatch):
     outcome = Outcome()
     for seed in range(150):
         outcome.one(tmp_path / "case", seed, ("scales",))
+        if outcome.failed:
+            break
     assert any("Error" in line for line in outcome.failed)
 
 

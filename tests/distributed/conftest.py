@@ -6,6 +6,11 @@ import torch
 from tiny.models import TOKENS, causal
 from tiny.rows import token_rows, write_rows
 
+from ckptq.calibrate.request import CalibrationRequest
+from ckptq.convert.output import RunOptions
+from ckptq.convert.quantize import QuantizeRequest, quantize
+from ckptq.recipes.load import load_scheme
+
 SIZES = {
     "hidden_size": 64,
     "num_hidden_layers": 3,
@@ -25,6 +30,16 @@ class Given:
     llama: Path
     mixtral: Path
     text: Path
+
+    def request(self, out: Path) -> QuantizeRequest:
+        return QuantizeRequest(
+            model=self.llama,
+            recipe=load_scheme("fp8-per-head"),
+            out=out,
+            calibration=CalibrationRequest(data=str(self.text), batch_size=2),
+            shard_bytes=10_000,
+            options=RunOptions(device="cpu"),
+        )
 
 
 @pytest.fixture(scope="session")
@@ -48,3 +63,9 @@ def one_thread():
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module")
+def whole(given, tmp_path_factory) -> Path:
+    """What one process makes of the request."""
+    return quantize(given.request(tmp_path_factory.mktemp("whole") / "out")).out

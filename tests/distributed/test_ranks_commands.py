@@ -6,28 +6,21 @@ import shutil
 from pathlib import Path
 
 import pytest
-from test_ranks_quantize import files, request
+from test_ranks_quantize import files
+from tiny.rows import write_rows
 from tiny.torchrun import Done, forked
 from typer.testing import CliRunner
 
 from ckptq.cli import app
-from ckptq.convert.quantize import quantize
 
 RANKS = 3
 
 
 @pytest.fixture(scope="module")
-def quantized(given, tmp_path_factory) -> Path:
-    out = tmp_path_factory.mktemp("quantized") / "out"
-    quantize(request(given, out))
-    return out
-
-
-@pytest.fixture(scope="module")
-def damaged(quantized, tmp_path_factory) -> Path:
+def damaged(whole, tmp_path_factory) -> Path:
     """Findings in several shards, a code and a copy among them."""
     out = tmp_path_factory.mktemp("damaged") / "out"
-    shutil.copytree(quantized, out)
+    shutil.copytree(whole, out)
     for shard in sorted(out.glob("*.safetensors"))[:6]:
         data = bytearray(shard.read_bytes())
         data[-1] ^= 0x41
@@ -36,15 +29,15 @@ def damaged(quantized, tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def commands(given, quantized, damaged) -> dict[str, list[str]]:
+def commands(given, whole, damaged) -> dict[str, list[str]]:
     text = ["--data", str(given.text), "--device", "cpu"]
     source = ["--source", str(given.llama)]
     caches = ["--kv-cache", "fp8-per-head,fp8-scale-1"]
     return {
-        "verify": ["verify", str(quantized), *source, "--json"],
-        "verify without a source": ["verify", str(quantized), "--json"],
+        "verify": ["verify", str(whole), *source, "--json"],
+        "verify without a source": ["verify", str(whole), "--json"],
         "verify what is damaged": ["verify", str(damaged), *source, "--engine", "vllm", "--json"],
-        "evaluate": ["evaluate", str(quantized), *source, *caches, *text, "--json"],
+        "evaluate": ["evaluate", str(whole), *source, *caches, *text, "--json"],
         "more ranks than batches": [
             *("evaluate", str(given.llama), "--schemes", "fp8-static", *text, "--json"),
             *("--batch-size", "4", "--max-kl", "0"),
@@ -53,26 +46,33 @@ def commands(given, quantized, damaged) -> dict[str, list[str]]:
 
 
 @pytest.fixture(scope="module")
-def refused(given, quantized) -> dict[str, list[str]]:
+def refused(given, whole) -> dict[str, list[str]]:
     """A word of the refusal -> the command. The first two are refused before ranks have met."""
-    convert = ["quantize", str(given.llama), "-o", str(quantized.with_name("new"))]
+    convert = ["quantize", str(given.llama), "-o", str(whole.with_name("new"))]
+    odd = write_rows(whole.with_name("odd.jsonl"), [[5, 999]])
     return {
         "permute runs in one process": ["permute", str(given.llama), "-o", "new"],
         "--tasks runs another program": ["evaluate", str(given.llama), "--tasks", "piqa"],
         "runs in llm-compressor, in one process": [
             *convert,
             "--recipe",
-            str(quantized.with_name("smooth.yaml")),
+            str(whole.with_name("smooth.yaml")),
         ],
         "--stream is for single processes": [*convert, "--scheme", "w4a16", "--stream"],
         "--part is for single processes": [*convert, "--scheme", "w4a16", "--part", "1/2"],
-        "already exists": [*convert[:-1], str(quantized), "--scheme", "fp8-dynamic"],
+        "already exists": [*convert[:-1], str(whole), "--scheme", "fp8-dynamic"],
+        "token id 999 is outside the model's vocabulary": [
+            *(*convert, "--scheme", "fp8-per-head", "--data", str(odd)),
+        ],
+        "odd.jsonl: token id 999": [
+            *("evaluate", str(whole), "--source", str(given.llama), "--data", str(odd)),
+        ],
         "'minmax' depends on the order": [
-            *("calibrate", str(given.llama), "-o", str(quantized.with_name("scales"))),
-            *("--recipe", str(quantized.with_name("minmax.yaml")), "--data", str(given.text)),
+            *("calibrate", str(given.llama), "-o", str(whole.with_name("scales"))),
+            *("--recipe", str(whole.with_name("minmax.yaml")), "--data", str(given.text)),
         ],
         "no-such-text.jsonl: cannot be read": [
-            *("calibrate", str(given.llama), "-o", str(quantized.with_name("scales"))),
+            *("calibrate", str(given.llama), "-o", str(whole.with_name("scales"))),
             *("--scheme", "fp8-per-head", "--data", "no-such-text.jsonl"),
         ],
     }
@@ -96,11 +96,11 @@ DEFAULT_stage:
 
 
 @pytest.fixture(scope="module")
-def ended(given, commands, refused, quantized, tmp_path_factory) -> dict[str, list[Done]]:
+def ended(given, commands, refused, whole, tmp_path_factory) -> dict[str, list[Done]]:
     """By command, what each rank made of it."""
     folder = tmp_path_factory.mktemp("session")
-    quantized.with_name("minmax.yaml").write_text(MINMAX)
-    quantized.with_name("smooth.yaml").write_text(SMOOTH)
+    whole.with_name("minmax.yaml").write_text(MINMAX)
+    whole.with_name("smooth.yaml").write_text(SMOOTH)
     every = {**refused, **commands}
     found = forked(folder / "session", list(every.values()), RANKS)
     ended = dict(zip(every, found, strict=True))
@@ -151,4 +151,10 @@ def test_what_is_not_divided_is_refused_in_one_line(refused, ended):
         assert why in told[0]
         assert told[0].count("error: ") == 1
         assert told[0].endswith("\n")
-        assert {done.code for done in ended[why]} == {3 if "text.jsonl" in why else 2}
+        bad_input = "text.jsonl" in why or "token id" in why
+        assert {done.code for done in ended[why]} == {3 if bad_input else 2}
+
+
+def test_a_refusal_leaves_no_folder(ended, whole):
+    """Its twin, where a rank is killed in the midst of the work: test_ranks_quantize."""
+    assert not list(whole.parent.glob("*.partial"))

@@ -3,7 +3,7 @@
 import json
 
 import pytest
-from test_ranks_quantize import files, request
+from test_ranks_quantize import files
 from tiny.torchrun import forked
 from typer.testing import CliRunner
 
@@ -36,12 +36,12 @@ def test_two_hosts_write_what_one_process_does(given, tmp_path, monkeypatch):
     scales += ["--device", "cpu", "-o"]
     alone = CliRunner().invoke(app, [*scales, str(tmp_path / "scales-1")])
     assert alone.exit_code == 0, alone.output
-    quantize(request(given, tmp_path / "out-1"))
+    quantize(given.request(tmp_path / "out-1"))
 
     with monkeypatch.context() as patch:
         stop_early(patch)
         with pytest.raises(Stopped):
-            quantize(request(given, tmp_path / "out-2"))
+            quantize(given.request(tmp_path / "out-2"))
     assert partial_of(tmp_path / "out-2").exists()
 
     convert = ["quantize", given.llama, "-o", tmp_path / "out-2", "--scheme", "fp8-per-head"]

@@ -7,11 +7,9 @@ from pathlib import Path
 import pytest
 from tiny.torchrun import torchrun
 
-from ckptq.calibrate.request import CalibrationRequest
 from ckptq.checkpoint.partial import partial_of
-from ckptq.convert import output
 from ckptq.convert.division.among_ranks import share
-from ckptq.convert.quantize import QuantizeRequest, quantize
+from ckptq.convert.quantize import quantize
 from ckptq.distributed.ranks import Ranks
 from ckptq.distributed.records import RANKS, read_records
 from ckptq.forward.layerwise import LayerwiseModel
@@ -34,26 +32,8 @@ main()
 """
 
 
-def request(given, out: Path) -> QuantizeRequest:
-    return QuantizeRequest(
-        model=given.llama,
-        recipe=load_scheme("fp8-per-head"),
-        out=out,
-        calibration=CalibrationRequest(data=str(given.text), batch_size=2),
-        shard_bytes=10_000,
-        options=output.RunOptions(device="cpu"),
-    )
-
-
 def files(folder: Path) -> dict[str, bytes]:
     return {file.name: file.read_bytes() for file in sorted(folder.iterdir())}
-
-
-@pytest.fixture(scope="module")
-def whole(given, tmp_path_factory) -> Path:
-    out = tmp_path_factory.mktemp("whole") / "out"
-    quantize(request(given, out))
-    return out
 
 
 @pytest.fixture(scope="module")
@@ -81,7 +61,7 @@ def left(lost, tmp_path) -> Path:
 def test_one_process_goes_on_where_ranks_were_lost(given, whole, left, monkeypatch):
     """Also with the calibration, which was finished."""
     monkeypatch.setattr(LayerwiseModel, "run_layer", lambda *_, **__: pytest.fail("ran again"))
-    done = quantize(request(given, left))
+    done = quantize(given.request(left))
     assert done.resumed_units > 0
     assert files(left) == files(whole)
     assert not partial_of(left).exists()
@@ -94,7 +74,7 @@ def test_what_the_killed_rank_had_done_counts(given, left):
     every = {file.name: len(read_records(file).done) for file in record.parent.iterdir()}
     mine = len(read_records(partial_of(left) / "journal.jsonl").done)
     record.unlink()
-    resumed = quantize(request(given, left)).resumed_units
+    resumed = quantize(given.request(left)).resumed_units
     assert resumed == mine + sum(every.values()) - done
 
 
@@ -105,7 +85,7 @@ def test_what_a_rank_says_is_proved(given, whole, left):
         data[-8:] = b"damaged!"
         shard.write_bytes(data)
     told: list[str] = []
-    quantize(request(given, left), note=told.append)
+    quantize(given.request(left), note=told.append)
     assert any("differ from what was written" in line for line in told), told
     assert files(left) == files(whole)
 

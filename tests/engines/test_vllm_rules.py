@@ -12,8 +12,10 @@ from ckptq.engines.vllm import (
     fills_whole_blocks,
     kv_scheme_faults,
     means_every_linear,
+    without_kernel,
 )
 from ckptq.recipes.args import Args
+from ckptq.recipes.scheme import Group
 
 SERVED = {"num_bits": 8, "type": "float", "strategy": "attn_head", "symmetric": True}
 
@@ -40,6 +42,17 @@ def test_a_kv_scheme_that_leaves_a_field_out_is_refused(field: str) -> None:
 )
 def test_a_kv_scheme_that_vllm_does_not_serve(field: str, value: object) -> None:
     assert refused(SERVED | {field: value}) == [(field, value)]
+
+
+@pytest.mark.parametrize(
+    ("bits", "size", "columns", "served"),
+    [(4, 32, 512, True), (4, 16, 512, False), (4, 256, 512, True), (8, 256, 512, False),
+     (4, 512, 512, True), (4, 512, 1024, False), (8, -1, 512, True)],
+)  # fmt: skip
+def test_groups_for_which_there_is_a_kernel(bits: int, size: int, columns: int, served: bool):
+    weights = Args.read({"num_bits": bits, "type": "int", "group_size": size})
+    group = Group(name="g", targets=("Linear",), weights=weights, format="pack-quantized")
+    assert (without_kernel(group, columns) is None) == served
 
 
 def test_only_the_last_of_a_merged_set_may_end_in_half_a_block() -> None:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -14,7 +15,10 @@ import transformers
 from safetensors.torch import load_file
 from tiny.plans import plan_of
 
+from ckptq.convert.quantize import QuantizeRequest, quantize
 from ckptq.plan.doubts import transformers_doubts, vllm_doubts
+from ckptq.recipes.load import load_scheme
+from ckptq.verify.engine.transformers import SHARED
 from ckptq.verify.run import verify
 from families.cells import make, write_token_ids
 from families.sources import save, save_variant, write
@@ -176,7 +180,23 @@ def test_attention_scales_that_transformers_cannot_run_are_told(
     assert not list(transformers_doubts(plan_of(llama, "fp8-per-head")))
 
 
-def test_quantized_weights_that_layers_share_are_told(tmp_path: Path) -> None:
-    """Zamba-2: transformers ties the codes, and not their scales."""
-    lines = list(transformers_doubts(plan_of(save("zamba2", tmp_path), "fp8-dynamic")))
-    assert [line for line in lines if "weights shared between layers" in line]
+def doubts(source: Path, scheme: str, **options: Any) -> list[str]:
+    return list(transformers_doubts(plan_of(source, scheme, **options)))
+
+
+@pytest.mark.parametrize("scheme", ["fp8-dynamic", "w4a16-g32"])
+def test_quantized_weights_that_layers_share_are_told(tmp_path: Path, scheme: str) -> None:
+    """Zamba-2: transformers ties the codes, and not their scales. `verify` gives the one advice
+    that helps."""
+    source = save("zamba2", tmp_path)
+    assert any("weights shared between layers" in line for line in doubts(source, scheme))
+    left = ("re:.*shared_transformer.*",)
+    assert not any("between layers" in line for line in doubts(source, scheme, ignore=left))
+    for ignore in ((), left):
+        out = tmp_path / f"out-{len(ignore)}"
+        request = QuantizeRequest(model=source, recipe=load_scheme(scheme), out=out, ignore=ignore)
+        quantize(request)
+        found = verify(out, source, engine="transformers").findings
+        assert {(one.code, one.repair) for one in found} == (
+            set() if ignore else {("engine-unfilled", SHARED)}
+        )

@@ -45,14 +45,18 @@ def test_as_many_as_models_have_are_read(tmp_path: Path) -> None:
 
 
 def test_no_config_that_transformers_has_is_refused() -> None:
+    """Of what generates text; all others would take as long to import as to ask."""
+    from transformers.models.auto import modeling_auto as auto
+
     from ckptq.models.tree import counts
 
+    names = auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES | auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
     asked = 0
-    for config_class in set(transformers.CONFIG_MAPPING.values()):
+    for name in names:
         try:
-            config = config_class().to_dict()
+            config = transformers.CONFIG_MAPPING[name]().to_dict()
         except Exception:  # some want more than their defaults
             continue
         asked += 1
         counts.check_config("config.json", config)
-    assert asked > 300
+    assert asked > 200

@@ -20,6 +20,7 @@ from ckptq.recipes.scheme import Recipe
 from ckptq.verify.run import verify
 
 Shapes = list[tuple[str, tuple[int, ...]]]
+BLOCKS = "num_bits: 8, type: float, strategy: block, block_structure: [128, 128]"
 
 
 def olmo(hidden: int, intermediate: int, kv_rows: int = 64, layers: int = 3) -> Shapes:
@@ -189,7 +190,7 @@ def test_blocks_of_rows_must_be_whole_where_they_are_merged(save: Save) -> None:
     """The last of a merged set may end in half a block, as may what is not merged at all."""
     shapes = {**dict(olmo(128, 192)), "model.layers.0.self_attn.o_proj.weight": (130, 128)}
     folder = save(weights(*shapes.items()), config(128, 192))
-    blocks = weights_in_blocks()
+    blocks = of_weights(BLOCKS)
     plan = plan_of(folder, blocks)
     assert "model.layers.0.self_attn.o_proj" in quantized(plan)
     assert "model.layers.0.mlp.down_proj" in quantized(plan)
@@ -202,7 +203,7 @@ def test_blocks_of_rows_must_be_whole_where_they_are_merged(save: Save) -> None:
 
 def test_both_of_an_expert_must_be_whole(save: Save) -> None:
     folder = save(weights(*experts_of(256, 192)), mixtral(256, 192))
-    plan = plan_of(folder, weights_in_blocks())
+    plan = plan_of(folder, of_weights(BLOCKS))
     assert not [name for name in quantized(plan) if ".experts." in name]
 
 
@@ -299,11 +300,25 @@ def test_what_is_written_is_right_and_evaluates(narrow: Path, tmp_path: Path, sc
     assert made.serve is not None
 
 
-def weights_in_blocks() -> Recipe:
-    """Without activations, whose groups are stricter."""
+@pytest.mark.parametrize(("size", "served"), [(16, False), (64, True)])
+def test_groups_for_which_vllm_has_no_kernel_are_told_before_and_after(
+    narrow: Path, tmp_path: Path, size: int, served: bool
+) -> None:
+    weights = f"num_bits: 4, type: int, strategy: group, group_size: {size}"
+    request = QuantizeRequest(model=narrow, recipe=of_weights(weights), out=tmp_path / "out")
+    told: list[str] = []
+    made = quantize(request, note=told.append)
+    found = verify(made.out, narrow, engine="vllm").counts
+    reason = f"vLLM has no kernel for groups of {size}; it has kernels for 32, 64, 128, 256"
+    assert [reason in line for line in told] == [True] * (not served)
+    assert found == ({} if served else {"engine-refuses": 3 * 7})
+    assert (made.serve is not None) == served
+
+
+def of_weights(weights: str) -> Recipe:
+    """For recipes without activations, whose groups are stricter."""
     text = (
         "quant_stage: {quant_modifiers: {QuantizationModifier: {ignore: [lm_head], config_groups: "
-        "{g: {targets: [Linear], weights: {num_bits: 8, type: float, strategy: block, "
-        "block_structure: [128, 128]}}}}}}"
+        f"{{g: {{targets: [Linear], weights: {{{weights}}}}}}}}}}}}}"
     )
-    return load_text("blocks", text)
+    return load_text("own", text)

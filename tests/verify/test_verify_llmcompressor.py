@@ -5,8 +5,9 @@ import torch
 import transformers
 from tiny.formats import FP8, INT4
 from tiny.oneshot import calibration
-from verify_checkpoints import Editor
+from verify_checkpoints import Editor, copy_of
 
+from ckptq.verify.diagnosis.rescaled import factors, near_one
 from ckptq.verify.run import verify
 
 
@@ -22,11 +23,11 @@ def poisoned(monkeypatch):
     monkeypatch.setattr(torch, "empty", poison)
 
 
-def oneshot(source, out, groups, data=None, before=()):
+def oneshot(source, out, groups, data=None):
     pytest.importorskip("llmcompressor")
     from llmcompressor.modifiers.quantization import QuantizationModifier
 
-    recipe = [*before, QuantizationModifier(config_groups=groups, ignore=["lm_head"])]
+    recipe = QuantizationModifier(config_groups=groups, ignore=["lm_head"])
     return run(source, out, recipe, data or {})
 
 
@@ -115,24 +116,45 @@ def test_scales_of_a_search_are_proved_and_those_of_another_observer_noted(sourc
     assert {"scale-differs"} <= codes_of(report) <= {"scale-differs", "side-file-differs"}
 
 
-def test_columns_that_smoothquant_rescaled(sources, tmp_path, data):
-    """Right, because the norms before them undo it; the twin puts the source's norms back."""
+@pytest.mark.parametrize(
+    ("strength", "spread", "scheme", "gptq"),
+    [(0.8, 0, "W8A8", False), (0.9, 2, "W8A8", True)],
+)
+def test_columns_that_smoothquant_rescaled(sources, tmp_path, data, strength, spread, scheme, gptq):
+    """Right, because the norms before them undo it; the twin puts the source's norms back. Where
+    these differ much, a few columns take most of the range, and others vanish."""
     pytest.importorskip("llmcompressor")
+    from llmcompressor.modifiers.quantization import GPTQModifier, QuantizationModifier
     from llmcompressor.modifiers.transform.smoothquant import SmoothQuantModifier
 
-    source = sources("llama")
-    groups = {"group_0": linears({**INT4, "num_bits": 8, "strategy": "channel"}, TOKEN)}
-    before = [SmoothQuantModifier(smoothing_strength=0.8)]
-    out = oneshot(source, tmp_path / "out", groups, data, before)
+    original = copy_of(sources("llama"), tmp_path / "source")
+    generator = torch.Generator().manual_seed(0)
+    for name in (n for n in original.tensors if n.endswith("layernorm.weight")):
+        factor = torch.exp(spread * torch.randn(original.tensors[name].shape, generator=generator))
+        original.tensors[name] = (original.tensors[name] * factor).bfloat16()
+    source = original.save()
+    kind = GPTQModifier if gptq else QuantizationModifier
+    before = SmoothQuantModifier(smoothing_strength=strength)
+    rounded = kind(targets="Linear", scheme=scheme, ignore=["lm_head"])
+    out = run(source, tmp_path / "out", [before, rounded], data)
     report = verify(out, source)
     assert report.findings == ()
     assert "columns-rescaled" in codes_of(report)
     assert any(n.tensor.endswith("layernorm.weight") for n in report.notes if n.tensor)
-    editor, original = Editor(out), Editor(source)
+    editor = Editor(out)
     for name, tensor in original.tensors.items():
         if name.endswith("layernorm.weight"):
             editor.tensors[name] = tensor
     assert verify(editor.save(), source).counts == {"columns-unbalanced": 10}
+
+
+@pytest.mark.parametrize(("off", "cancel"), [(1.0, True), (1.1, False)])
+def test_factors_cancel_as_far_as_codes_tell_them(off, cancel):
+    """64 codes, most of them 0 or 1, tell the factor of their column within 4 %."""
+    wanted = torch.randn(64, 8, generator=torch.Generator().manual_seed(5))
+    factor_K, error_K = factors((wanted * off).round(), wanted)
+    assert not near_one(factor_K, torch.zeros(8)), "without errors these would be too far off"
+    assert near_one(factor_K, error_K) == cancel
 
 
 def test_its_uninitialised_query_scales_are_found(sources, tmp_path, poisoned, data):

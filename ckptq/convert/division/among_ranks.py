@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Collection, Mapping
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -28,9 +29,10 @@ def opened(
     wanted = ranks.from_first(mine)
     ranks.agreed(lambda: _check_same(wanted, mine, ranks))
     first = ranks.agreed(lambda: open_first() if ranks.leads else None)
-    said = ranks.led(lambda: first.let_others_in() if first is not None else None)
-    assert said is not None
-    return ranks.agreed(lambda: first or Journal.beside(out, ranks.rank, *said))
+    with first.gone_unless_kept() if first is not None else nullcontext():
+        said = ranks.led(lambda: first.let_others_in() if first is not None else None)
+        assert said is not None
+        return ranks.agreed(lambda: first or Journal.beside(out, ranks.rank, *said))
 
 
 def _check_same(wanted: Mapping[str, Any], mine: Mapping[str, Any], ranks: Ranks) -> None:

@@ -31,13 +31,21 @@ from ckptq.verify.report import Finding
 from ckptq.verify.roundtrip import nearest
 from ckptq.verify.roundtrip.tally import Tally, snr_db
 from ckptq.verify.roundtrip.undo import Undo, source_order
-from ckptq.verify.roundtrip.verdict import CHOSEN_DB, DAMAGED, undiagnosed
+from ckptq.verify.roundtrip.verdict import (
+    CHOSEN_DB,
+    DAMAGED,
+    LEAST_CHOSEN_DB,
+    undiagnosed,
+)
 from ckptq.verify.stored_linear import StoredLinear
 from ckptq.verify.structure.geometry import well_typed
 from ckptq.verify.subject import EXPERT, Subject
 
 BETTER_DB = 3.0
 """A hypothesis must improve on the stored weight by this much."""
+
+STRETCHED_DB = 12.0
+"""Columns of very different size suit a format badly: they may cost this much against the floor."""
 
 TRIED = 8
 """Linears of one name to sample; more would take hours if all are wrong."""
@@ -167,10 +175,13 @@ def _reshaped(case: Case, sample: Sample) -> Iterator[tuple[float, Finding]]:
     if moved is not None:
         accept = sample.floor - CHOSEN_DB
         yield accept, _named(linear, "rows-moved", moved.said(linear.name), None)
-    rescaled, one_factor = rescaled_columns(sample)
+    rescaled, best, one_factor = rescaled_columns(sample)
+    least = max(min(best, sample.floor), sample.floor - STRETCHED_DB) - CHOSEN_DB
+    least = LEAST_CHOSEN_DB if linear.module.chosen else least
     found = "every column is the source's, times its own factor"
-    if rescaled >= one_factor + BETTER_DB:
-        yield rescaled, _named(linear, "columns-rescaled", found, None)
+    if rescaled >= max(least, one_factor + BETTER_DB):
+        accept = max(rescaled, sample.floor - CHOSEN_DB)
+        yield accept, _named(linear, "columns-rescaled", found, None)
 
 
 def _sources(case: Case, sample: Sample) -> dict[str, Tensor]:

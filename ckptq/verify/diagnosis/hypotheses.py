@@ -19,6 +19,7 @@ from ckptq.permute.effect import Effect, Move, Part, Projection, effect_on
 from ckptq.rope_order import Heads, RopeOrder
 from ckptq.spec import spec_of
 from ckptq.verify.diagnosis.sample import Sample
+from ckptq.verify.roundtrip import nearest
 from ckptq.verify.roundtrip.tally import snr_db
 from ckptq.verify.stored_linear import Held
 
@@ -246,11 +247,14 @@ def _joined(low: Tensor, high: Tensor) -> Tensor:
     return (low & 15) | (high & 15) << 4
 
 
-def rescaled_columns(sample: Sample) -> tuple[float, float]:
-    """SNR in dB once every column may be stretched, as AWQ and SmoothQuant do, and with one factor
-    for all."""
+def rescaled_columns(sample: Sample) -> tuple[float, float, float]:
+    """SNR in dB once every column may be stretched, as AWQ and SmoothQuant do, that of the nearest
+    codes for such columns, and with one factor for all."""
     found, wanted = sample.weights(), sample.w_RK
     dot_K, square_K = (found * wanted).sum(0), wanted.square().sum(0)
-    factor_K = dot_K / square_K.clamp(min=1e-30)
+    stretched = wanted * (dot_K / square_K.clamp(min=1e-30))
     factor = dot_K.sum() / square_K.sum().clamp(min=1e-30)
-    return snr_db(found, wanted * factor_K), snr_db(found, wanted * factor)
+    scheme = sample.linear.scheme
+    code_RK = nearest.recode(stretched, sample.held, scheme, torch.float32)
+    best = nearest.scaled(code_RK, sample.held, scheme)
+    return snr_db(found, stretched), snr_db(best, stretched), snr_db(found, wanted * factor)

@@ -40,6 +40,7 @@ class Columns:
 
     name: str
     factor_K: Tensor
+    error_K: Tensor
     told_K: Tensor
     """Whether enough codes of a column are not zero to tell its factor: beside columns that are
     hundreds of times as large, one in the same group vanishes."""
@@ -87,20 +88,30 @@ def _cancels(case: Case, partner: str, reader: Columns) -> bool:
         for factor_C in _factors(case, partner, reader)
     )
     told_K = reader.told_K
-    return any(_near_one(product[told_K]) for product in products if told_K.any())
+    error_K = reader.error_K[told_K]
+    return any(near_one(product[told_K], error_K) for product in products if told_K.any())
 
 
-def _near_one(product_K: Tensor) -> bool:
-    off_K = (product_K - 1).abs().nan_to_num(nan=torch.inf)
+def near_one(product_K: Tensor, error_K: Tensor) -> bool:
+    """Whether factors cancel out, as far as quantized weights tell them."""
+    off_K = ((product_K - 1).abs() - error_K).nan_to_num(nan=torch.inf)
     half, most = off_K.median(), off_K.kthvalue(max(int(0.95 * len(off_K)), 1)).values
     return bool(half < TOLERANCE and most < OUTER)
 
 
 def _columns(sample: Sample) -> Columns:
-    found, wanted = sample.weights(), sample.w_RK
-    factor_K = (found * wanted).sum(0) / wanted.square().sum(0).clamp(min=1e-30)
+    found = sample.weights()
     told_K = (found != 0).float().mean(0) >= TOLD
-    return Columns(sample.linear.name, factor_K, told_K, sample.linear.shape[1])
+    factor_K, error_K = factors(found, sample.w_RK)
+    return Columns(sample.linear.name, factor_K, error_K, told_K, sample.linear.shape[1])
+
+
+def factors(found_RK: Tensor, wanted_RK: Tensor) -> tuple[Tensor, Tensor]:
+    """[K] and [K]: each column's factor by least squares, and its standard error over it."""
+    square_K = wanted_RK.square().sum(0).clamp(min=1e-30)
+    factor_K = (found_RK * wanted_RK).sum(0) / square_K
+    noise_K = (found_RK - wanted_RK * factor_K).square().mean(0)
+    return factor_K, (noise_K / square_K).sqrt() / factor_K.abs().clamp(min=1e-30)
 
 
 def _layer(name: str) -> str:

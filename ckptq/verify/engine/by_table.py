@@ -9,12 +9,13 @@ from collections.abc import Iterator
 
 from ckptq.checkpoint.open import CONFIG
 from ckptq.engines.table import load_table
+from ckptq.engines.vllm import without_kernel
 from ckptq.models.unserved import model_doubts
 from ckptq.numbered import starred
 from ckptq.printable import listed
 from ckptq.verify.kinds import finding
 from ckptq.verify.report import Finding
-from ckptq.verify.subject import Subject
+from ckptq.verify.subject import EXPERT, Subject
 
 ASK = "ask vLLM itself: --vllm-python PYTHON"
 
@@ -30,7 +31,18 @@ def foreseen(subject: Subject) -> Iterator[Finding]:
         repair = f"use transformers, or {ASK}"
         yield finding("engine-refuses", file=CONFIG, found=found, wanted=wanted, repair=repair)
     if not doubts:
+        yield from _without_kernel(subject, quantized)
         yield from _unseen(subject, quantized)
+
+
+def _without_kernel(subject: Subject, quantized: list[str]) -> Iterator[Finding]:
+    for name in quantized:
+        module = subject.modules[name]
+        if module.group is None or module.shape is None or EXPERT.match(name):
+            continue
+        if reason := without_kernel(module.group, module.shape[1]):
+            wanted = "a group size that it multiplies with"
+            yield finding("engine-refuses", module, found=reason, wanted=wanted)
 
 
 def _unseen(subject: Subject, quantized: list[str]) -> Iterator[Finding]:

@@ -32,6 +32,8 @@ HARMLESS = re.compile(r"\.([qkv]_zero_point|q_scale)$|\.lora_\w+(\.|$)")
 llm-compressor writes beside cache scales, and q scales, which transformers reads only with an
 attention group."""
 
+SHARED = "leave the Linears that layers share unquantized (--ignore), or serve it with vLLM"
+
 LONGEST = 240
 
 
@@ -125,13 +127,18 @@ def _module(
     if absent and _stored_plain(loaded, module, extra):
         yield _not_ignored(loaded, module)
         return
+    unlike_here = other.get(module, [])
+    if module in loaded.tied and (absent or unlike_here):
+        found = "transformers: its weight is another layer's, but the scales are not"
+        wanted, repair = "a weight of its own, or an unquantized one", SHARED
+        yield finding("engine-unfilled", module, found=found, wanted=wanted, repair=repair)
+        return
     if absent:
         held = f"; left over: {listed(extra)}" if extra else ""
         found = f"transformers: no tensor for {listed(absent)}{held}"
         wanted, repair = "a tensor for every parameter", _elsewhere(ckpt, module)
         yield finding("engine-unfilled", module, found=found, wanted=wanted, repair=repair)
         return
-    unlike_here = other.get(module, [])
     if any(_holds_codes(loaded, place) for place in unlike_here):
         found = "transformers builds it unquantized, but codes are stored"
         yield finding("never-quantized", module, found=found, wanted="an unquantized weight")

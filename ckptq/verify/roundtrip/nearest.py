@@ -158,7 +158,11 @@ def as_near(
 
 def weights(held: Mapping[str, Tensor], scheme: WeightScheme, columns: int) -> Tensor:
     """(code - zero point) * scale in float32: what the stored tensors stand for, [R, C]."""
-    value_RC = values(held, scheme, columns)
+    return scaled(values(held, scheme, columns), held, scheme)
+
+
+def scaled(value_RC: Tensor, held: Mapping[str, Tensor], scheme: WeightScheme) -> Tensor:
+    """The same of other codes, which are given up, under the stored scales and zero points."""
     x = in_tiles(value_RC, scheme)
     zero_point = zero_points(held, scheme, len(value_RC))
     if zero_point is not None:
