@@ -30,13 +30,9 @@ class Mask:
         if self.chunk is not None and self.chunk < 1:
             raise ValueError(f"a chunk has at least one token: {self}")
 
-    def constexprs(self) -> dict[str, int | bool]:
-        """The compile-time arguments of `online_softmax.visible` and `key_bounds`; 0 is none."""
-        return {
-            "CAUSAL": self.causal,
-            "WINDOW": self.sliding_window or 0,
-            "CHUNK": self.chunk or 0,
-        }
+    def constants(self) -> tuple[bool, int, int]:
+        """MASK of the kernels, for `online_softmax`: causal, window, chunk; 0 is none."""
+        return self.causal, self.sliding_window or 0, self.chunk or 0
 
 
 def cap_height(softcap: float | None) -> float:

@@ -74,6 +74,15 @@ def keys_of_part(begin, end, part, PARTS: tl.constexpr, COLUMNS: tl.constexpr):
 
 
 @triton.jit
+def store_part(row_M, max_M, sum_M, max_ptr, sum_ptr, real_M, rows):
+    """Leave maxima and sums of this program's part; gives the rows of its results."""
+    row_M += tl.program_id(2).to(tl.int64) * rows
+    tl.store(max_ptr + row_M, max_M, mask=real_M)
+    tl.store(sum_ptr + row_M, sum_M, mask=real_M)
+    return row_M
+
+
+@triton.jit
 def _merge_kernel(
     partial_ptr,
     max_ptr,

@@ -22,6 +22,7 @@ from ckptq.kernels.linear.linear_w8a8 import first_of_tile
 from ckptq.kernels.product_rows import in_order, lanes_in_order, product_rows
 from ckptq.kernels.rounding import INTERPRETED, narrow, widen
 from ckptq.kernels.shared_memory import shared_memory
+from ckptq.kernels.words import both, word_of
 
 FEATURES = 128
 """Input features of a step."""
@@ -38,17 +39,6 @@ FP16 = tl.constexpr(_ASM.format(kind="f16x2", ones="0x64006400", one="0x3C003C00
 
 
 @triton.jit
-def _bits(x):
-    return x.to(tl.int16, bitcast=True).to(tl.int32) & 0xFFFF
-
-
-@triton.jit
-def _twice(x):
-    """A 16-bit value in both halves of a word."""
-    return _bits(x) | (_bits(x) << 16)
-
-
-@triton.jit
 def _weights(word, minus, scale):
     """Weights from the lowest codes of both halves of words. Values for words, in the scale's
     dtype: minus the zero point and 128 (bf16) or 1024 (fp16); the scale.
@@ -61,32 +51,20 @@ def _weights(word, minus, scale):
         less, factor = widen(minus) + ONES, widen(scale)
         low = ((word & 15).to(tl.float32) + less) * factor
         high = ((word >> 16 & 15).to(tl.float32) + less) * factor
-        return _bits(narrow(low, dtype)) | (_bits(narrow(high, dtype)) << 16)
+        return word_of(narrow(low, dtype), narrow(high, dtype))
     else:
         return tl.inline_asm_elementwise(
             BF16 if dtype == tl.bfloat16 else FP16,
             "=r,r,r,r",
             [
                 word,
-                tl.broadcast_to(_twice(minus), word.shape),
-                tl.broadcast_to(_twice(scale), word.shape),
+                tl.broadcast_to(word_of(minus, minus), word.shape),
+                tl.broadcast_to(word_of(scale, scale), word.shape),
             ],
             tl.int32,
             is_pure=True,
             pack=1,
         )
-
-
-@triton.jit
-def _both(word, dtype: tl.constexpr):
-    """The two 16-bit values of words."""
-    if INTERPRETED:
-        low, high = word.to(tl.int16), (word >> 16).to(tl.int16)
-    else:
-        low, high = tl.inline_asm_elementwise(
-            "mov.b32 {$0, $1}, $2;", "=h,=h,r", [word], (tl.int16, tl.int16), is_pure=True, pack=1
-        )
-    return low.to(dtype, bitcast=True), high.to(dtype, bitcast=True)
 
 
 @triton.jit
@@ -97,7 +75,7 @@ def _operand(word_L44, minus_L4, scale_L4):
     second, third = _weights(word_L44 >> 8, minus, scale), _weights(word_L44 >> 12, minus, scale)
     # [L, thread, word, 2, 2]: which of four, upper bit first
     pair = tl.join(tl.join(zeroth, second), tl.join(first, third))
-    low, high = _both(tl.trans(pair, (0, 2, 3, 4, 1)), scale_L4.dtype)
+    low, high = both(tl.trans(pair, (0, 2, 3, 4, 1)), scale_L4.dtype)
     return tl.reshape(tl.join(low, high), (word_L44.shape[0], 128))
 
 

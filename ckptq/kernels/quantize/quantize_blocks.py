@@ -11,10 +11,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ckptq.kernels.quantize.row_order import order_constexprs, source_row
-from ckptq.kernels.quantize.slices import HALF_RANGE, code, code_constexprs, empty_codes, scale_of
+from ckptq.kernels.quantize import reference
+from ckptq.kernels.quantize.slices import code, code_switches, empty_codes, scale_of_codes
 from ckptq.kernels.rounding import narrow, widen
-from ckptq.rope_order import Heads, RopeOrder
 
 
 @triton.jit
@@ -25,13 +24,7 @@ def _quantize_blocks_kernel(
     x_stride,
     R,
     C,
-    HALF_RANGE: tl.constexpr,
-    FP8: tl.constexpr,
-    NARROW: tl.constexpr,
-    NATIVE: tl.constexpr,
-    HEAD_DIM: tl.constexpr,
-    ROTARY_DIM: tl.constexpr,
-    TO_HALF_SPLIT: tl.constexpr,
+    CODES: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,
     BLOCK_COLS: tl.constexpr,
 ):
@@ -41,15 +34,14 @@ def _quantize_blocks_kernel(
     k = tl.program_id(0) % K
     row_B = g.to(tl.int64) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
     col_L = k * BLOCK_COLS + tl.arange(0, BLOCK_COLS)
-    source_B = source_row(row_B, HEAD_DIM, ROTARY_DIM, TO_HALF_SPLIT)
     m_BL = (row_B < R)[:, None] & (col_L < C)[None, :]
-    x_BL = tl.load(x_ptr + source_B[:, None] * x_stride + col_L[None, :], mask=m_BL, other=0.0)
+    x_BL = tl.load(x_ptr + row_B[:, None] * x_stride + col_L[None, :], mask=m_BL, other=0.0)
     x_BL = widen(x_BL)  # [BLOCK_ROWS, BLOCK_COLS]
 
     stored: tl.constexpr = scale_ptr.dtype.element_ty
-    scale = scale_of(tl.max(tl.max(tl.abs(x_BL), 1), 0), HALF_RANGE, stored)
+    scale = scale_of_codes(tl.max(tl.max(tl.abs(x_BL), 1), 0), CODES, stored)
     tl.store(scale_ptr + tl.program_id(0), narrow(scale, stored))
-    code_BL = code(x_BL, scale, FP8, NARROW, NATIVE)
+    code_BL = code(x_BL, scale, CODES)
     tl.store(code_ptr + row_B[:, None] * C + col_L[None, :], code_BL, mask=m_BL)
 
 
@@ -57,24 +49,19 @@ def quantize_blocks(
     x_RC: Tensor,
     dtype: torch.dtype = torch.float8_e4m3fn,
     block: tuple[int, int] = (128, 128),
-    heads: Heads | None = None,
-    to: RopeOrder = RopeOrder.HALF_SPLIT,
 ) -> tuple[Tensor, Tensor]:
-    """Codes [R, C] and scales [ceil(R / 128), ceil(C / 128)] in x's dtype.
-
-    Blocks are those of the result: with `heads`, rows are put into the RoPE order `to` first.
-    """
+    """Codes [R, C] and scales [ceil(R / 128), ceil(C / 128)] in x's dtype."""
+    if block[0] * block[1] > 1 << 15 or any(side & (side - 1) for side in block):
+        return reference.quantize_blocks(x_RC, dtype, block)  # more than a program holds
     R, C = x_RC.shape
-    if x_RC.stride(1) != 1 or any(side & (side - 1) for side in block):
-        raise ValueError(f"want dense columns, blocks of powers of two: {x_RC.stride()} {block}")
+    if x_RC.stride(1) != 1:
+        raise ValueError(f"want dense columns: {x_RC.stride()}")
     G, K = triton.cdiv(R, block[0]), triton.cdiv(C, block[1])
     code_RC = empty_codes((R, C), dtype, x_RC.device)
     scale_GK = torch.empty(G, K, dtype=x_RC.dtype, device=x_RC.device)
     _quantize_blocks_kernel[(G * K,)](
         *(x_RC, code_RC, scale_GK, x_RC.stride(0), R, C),
-        HALF_RANGE=HALF_RANGE[dtype],
-        **code_constexprs(x_RC, x_RC.dtype, dtype),
-        **order_constexprs(heads, to, R),
+        CODES=code_switches(x_RC, x_RC.dtype, dtype),
         BLOCK_ROWS=block[0],
         BLOCK_COLS=block[1],
         num_warps=4,

@@ -11,10 +11,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ckptq.kernels.quantize.row_order import order_constexprs, source_row
-from ckptq.kernels.quantize.slices import code, code_constexprs, empty_codes
+from ckptq.kernels.quantize.slices import code, code_switches, empty_codes
 from ckptq.kernels.rounding import widen
-from ckptq.rope_order import Heads, RopeOrder
 
 
 @triton.jit
@@ -53,22 +51,16 @@ def _quantize_static_kernel(
     K,
     tile_rows,
     tile_cols,
-    FP8: tl.constexpr,
-    NARROW: tl.constexpr,
-    NATIVE: tl.constexpr,
-    HEAD_DIM: tl.constexpr,
-    ROTARY_DIM: tl.constexpr,
-    TO_HALF_SPLIT: tl.constexpr,
+    CODES: tl.constexpr,
     ROWS: tl.constexpr,
     SLICES: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     row_R, col_B, m_RB, k = tile_of_program(R, C, tile_cols, ROWS, SLICES, BLOCK)
-    source_R = source_row(row_R, HEAD_DIM, ROTARY_DIM, TO_HALF_SPLIT)
-    x_RB = tl.load(x_ptr + source_R[:, None] * x_stride + col_B[None, :], mask=m_RB, other=0.0)
+    x_RB = tl.load(x_ptr + row_R[:, None] * x_stride + col_B[None, :], mask=m_RB, other=0.0)
     scale_R = tl.load(scale_ptr + (row_R // tile_rows) * K + k, mask=row_R < R, other=1.0)
     scale_R1 = widen(scale_R)[:, None]
-    code_RB = code(widen(x_RB), scale_R1, FP8, NARROW, NATIVE)
+    code_RB = code(widen(x_RB), scale_R1, CODES)
     tl.store(code_ptr + row_R[:, None] * C + col_B[None, :], code_RB, mask=m_RB)
 
 
@@ -77,13 +69,11 @@ def quantize_static(
     scale_GK: Tensor,
     tile: tuple[int, int],
     dtype: torch.dtype = torch.float8_e4m3fn,
-    heads: Heads | None = None,
-    to: RopeOrder = RopeOrder.HALF_SPLIT,
 ) -> Tensor:
     """Codes [R, C]; each scale covers `tile` rows x columns of the result.
 
     Tiles: (R, C) per tensor, (1, C) per channel or token, (128, 128) per block, (T, D) per head of
-    x [T, H * D]. With `heads`, row r of the result is row `gather_indices(heads, to)[r]` of x.
+    x [T, H * D].
     """
     R, C = x_RC.shape
     K = triton.cdiv(C, tile[1])
@@ -95,8 +85,7 @@ def quantize_static(
     (down, across), blocks = tile_grid(R, C, tile[1])
     _quantize_static_kernel[(down * across,)](
         *(x_RC, scale_GK, code_RC, x_RC.stride(0), R, C, K, *tile),
-        **code_constexprs(x_RC, scale_GK.dtype, dtype),
-        **order_constexprs(heads, to, R),
+        CODES=code_switches(x_RC, scale_GK.dtype, dtype),
         **blocks,
         num_warps=4,
         enable_fp_fusion=False,

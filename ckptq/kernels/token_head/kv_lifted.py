@@ -83,22 +83,6 @@ def _places(
     return block, (there % BLOCK).to(tl.int32), head, slot >= 0
 
 
-@triton.jit
-def _whole(pairs, COUNT: tl.constexpr):
-    chunks = ()
-    for i in tl.static_range(COUNT):
-        chunks = chunks + (whole(pairs[i]),)  # type: ignore[assignment]  # noqa: RUF005
-    return chunks
-
-
-@triton.jit
-def _words_of(chunks, P: tl.constexpr, COUNT: tl.constexpr):
-    words = ()
-    for i in tl.static_range(COUNT):
-        words = words + (words_of(chunks[i], P),)  # type: ignore[assignment]  # noqa: RUF005
-    return words
-
-
 # a stride of one, or a one, would show the compiler what lies beside each other in memory, and it
 # would move that between threads, for a thread to store more of it at once
 @triton.jit(do_not_specialize=["scale_stride_head", "one"])
@@ -109,11 +93,8 @@ def _write_lifted_kernel(
     scale_ptr,
     zero_ptr,
     slot_ptr,
-    x_stride_t,
-    x_stride_h,
-    code_stride_block,
-    code_stride_token,
-    code_stride_head,
+    x_strides,
+    code_strides,
     scale_stride_block,
     scale_stride_token,
     scale_stride_head,
@@ -153,20 +134,18 @@ def _write_lifted_kernel(
     WIDTH: tl.constexpr = D // 2 if WORDS else D
     lane = tl.arange(0, LANES)[:, None, None, None]
     first_tile, all_programs = tl.program_id(0), tl.num_programs(0)
-    x = load_tile(
-        x_ptr, first_tile, T, x_stride_t, x_stride_h, K, WIDTH, HEADS, COLUMNS, SLICES, FAR, WARPS
-    )
+    x = load_tile(x_ptr, first_tile, T, x_strides, K, WIDTH, HEADS, COLUMNS, SLICES, FAR, WARPS)
     if ROTATED:
         matrices = load_matrices(matrix_ptr, L, CHUNKS)
         # once, or threads would wait for each other before every product
         tl.debug_barrier()
     for tile in range(first_tile, tiles, all_programs):
         block, place, head, kept = _places(slot_ptr, tile, T, K, BLOCK, HEADS, LANES, FAR, WARPS)
-        exponent_R = exponents(x, SLICES, WORDS)
+        exponent_R = exponents(x, WORDS)
         factor_R = (exponent_R + (9 << 23)).to(tl.float32, bitcast=True)
-        pairs = lifted(x, exponent_R, SLICES, WORDS)
+        pairs = lifted(x, exponent_R, WORDS)
         if KIND == "int2":
-            mean_R = mean_square(pairs, D, SLICES, SLICE_STEPS, EXACT)
+            mean_R = mean_square(pairs, D, SLICE_STEPS, EXACT)
             step_R, inverse_R = int2_step_inverse(tl.maximum(mean_R, LEAST_MEAN), GAIN)
             zero_R = step_R
         else:
@@ -174,28 +153,26 @@ def _write_lifted_kernel(
         if ROTATED:
             operands = operands_of(pairs, CHUNKS, L // S)
         else:
-            chunks = _whole(pairs, CHUNKS)
+            chunks = [whole(pair) for pair in pairs]
         ahead = tl.minimum(tile + all_programs, tiles - 1)
-        x = load_tile(
-            x_ptr, ahead, T, x_stride_t, x_stride_h, K, WIDTH, HEADS, COLUMNS, SLICES, FAR, WARPS
-        )
+        x = load_tile(x_ptr, ahead, T, x_strides, K, WIDTH, HEADS, COLUMNS, SLICES, FAR, WARPS)
         tile = loads_stay_before(tile)
         if ROTATED:
-            chunks = rotated(operands, matrices, CHUNKS, STEPS_ACROSS)
+            chunks = rotated(operands, matrices, STEPS_ACROSS)
 
         if BITS == 8:
-            step_R, inverse_R = step_and_inverse(chunks, KIND, LEAST, CHUNKS)
+            step_R, inverse_R = step_and_inverse(chunks, KIND, LEAST)
         else:
-            chunks = _words_of(chunks, P, CHUNKS)
+            chunks = [words_of(chunk, P) for chunk in chunks]
             if KIND == "int4":
-                step_R, inverse_R, zero_R = int4_step_inverse_zero(chunks, CHUNKS)
+                step_R, inverse_R, zero_R = int4_step_inverse_zero(chunks)
         o = block * scale_stride_block + place * scale_stride_token + head * scale_stride_head
         scale_R = tl.maximum(step_R * factor_R, EPS)
         mask = kept & (lane == 0)
         tl.store(scale_ptr + o, among_lanes(scale_R, LANES, WARPS), mask=mask)
         if KIND == "int4":
             tl.store(zero_ptr + o, among_lanes(zero_R.to(tl.uint8), LANES, WARPS), mask=mask)
-        o = block * code_stride_block + place * code_stride_token + head * code_stride_head
+        o = block * code_strides[0] + place * code_strides[1] + head * code_strides[2]
         code_ptrs = code_ptr + (o * STRIDE + lane * one * (U // LANES))[:, :, :, :, None]
         for i in tl.static_range(CHUNKS):
             if BITS == 8:
@@ -253,7 +230,7 @@ def write_lifted(x_TKD: Tensor, cache: TokenHeadCache, slot_T: Tensor) -> None:
     chunks, heads = triton.cdiv(D, size) * size // chunk, min(K & -K, ROWS)
     x = _as_words(x_TKD)
     code = _units(cache.code, bits, chunk // 4 if is_rotated else 8)
-    strides, units, unit_bits = cache.layout.strides(code), code.shape[-1], 8 * code.itemsize
+    strides, units, unit_bits = code.stride()[:3], code.shape[-1], 8 * code.itemsize
     # in whole heads, where they are, so that the compiler knows that addresses are aligned
     stride = units if all(stride % units == 0 for stride in strides) else 1
     unit_words = unit_bits // bits // 2
@@ -261,13 +238,12 @@ def write_lifted(x_TKD: Tensor, cache: TokenHeadCache, slot_T: Tensor) -> None:
     _write_lifted_kernel[(min(tiles, _programs(x.device)),)](
         *(x, rotation_matrix(D, cache.rotation, x.device) if is_rotated else None, code),
         *(cache.scale, cache.zero, slot_T),
-        *x.stride()[:2],
-        *(s // stride for s in strides),
-        *cache.layout.strides(cache.scale),
+        *(x.stride()[:2], tuple(s // stride for s in strides)),
+        *cache.scale.stride(),
         *(T, tiles, 1),
         K=K,
         D=D,
-        BLOCK=cache.layout.sizes(cache.code)[0],
+        BLOCK=cache.code.shape[1],
         KIND=cache.fmt.name.partition("_")[0],
         BITS=bits,
         NATIVE=has_native_e4m3(x.device),
