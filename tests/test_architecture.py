@@ -35,7 +35,7 @@ ROOMS = {
         *("variant", "watching", "pieces", "compare", "outside", "result", "run", "request"),
     ),
     "ckptq.kernels": (
-        *("gpu", "shared_memory", "rounding", "words", "product_rows", "code_operands"),
+        *("gpu", "rounding", "words", "product_rows", "code_operands"),
         *("quantize", "int4", "linear", "attention", "cache", "token_head"),
     ),
 }

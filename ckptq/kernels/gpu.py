@@ -1,11 +1,15 @@
-"""Which tensors the kernels take, and what CUDA allows of a launch. Imports no triton."""
+"""Which tensors the kernels take, what CUDA allows of a launch, and what a GPU has.
+
+Imports no triton before a kernel runs.
+"""
 
 import os
 from collections.abc import Callable
-from functools import wraps
+from functools import cache, wraps
 from importlib import import_module
 from typing import ParamSpec, TypeVar
 
+import torch
 from torch import Tensor
 
 MOST_HEADS = 65535
@@ -44,3 +48,23 @@ def door(kernel: str) -> Callable[[Callable[P, R]], Callable[P, R]]:
         return call
 
     return decorate
+
+
+def shared_memory(device: torch.device) -> int:
+    """Bytes that a program may have, by which tiles are cut; on a CPU as many as on an A100."""
+    return _shared_memory(device.index or 0) if device.type == "cuda" else 163 << 10
+
+
+@cache
+def _shared_memory(index: int) -> int:
+    """Cached, as the driver takes a millisecond to say."""
+    from triton.runtime import driver
+
+    return int(driver.active.utils.get_device_properties(index)["max_shared_mem"])
+
+
+def multiprocessors(device: torch.device) -> int:
+    """How many there are to fill; on a CPU as many as on an A100."""
+    if device.type != "cuda":
+        return 108
+    return torch.cuda.get_device_properties(device).multi_processor_count

@@ -3,13 +3,10 @@
 import torch
 
 from ckptq.kernels.int4.quantize_int4 import dequantize_int4, quantize_int4
-from ckptq.kernels.linear.linear_fp8_block import linear_fp8_block
 from ckptq.kernels.linear.linear_w4a16 import linear_w4a16
-from ckptq.kernels.linear.linear_w8a8 import linear_w8a8
-from ckptq.kernels.quantize.dequantize_codes import dequantize
-from ckptq.kernels.quantize.quantize_blocks import quantize_blocks
-from ckptq.kernels.quantize.quantize_rows import quantize_rows
-from ckptq.kernels.quantize.quantize_static import quantize_static
+from ckptq.kernels.linear.linear_w8a8 import linear_fp8_block, linear_w8a8
+from ckptq.kernels.quantize.quantize_rows import quantize_blocks, quantize_rows
+from ckptq.kernels.quantize.quantize_static import dequantize, quantize_static
 
 FP8, INT8 = torch.float8_e4m3fn, torch.int8
 

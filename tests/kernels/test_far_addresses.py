@@ -20,14 +20,11 @@ from ckptq.kernels.cache.paged_attention import paged_attention
 from ckptq.kernels.cache.write_cache import write_cache
 from ckptq.kernels.int4 import reference as int4_meaning
 from ckptq.kernels.int4.quantize_int4 import dequantize_int4, quantize_int4
-from ckptq.kernels.linear.linear_fp8_block import linear_fp8_block
 from ckptq.kernels.linear.linear_w4a16 import linear_w4a16
-from ckptq.kernels.linear.linear_w8a8 import linear_w8a8
+from ckptq.kernels.linear.linear_w8a8 import linear_fp8_block, linear_w8a8
 from ckptq.kernels.quantize import reference as meaning
-from ckptq.kernels.quantize.dequantize_codes import dequantize
-from ckptq.kernels.quantize.quantize_blocks import quantize_blocks
-from ckptq.kernels.quantize.quantize_rows import quantize_rows
-from ckptq.kernels.quantize.quantize_static import quantize_static
+from ckptq.kernels.quantize.quantize_rows import quantize_blocks, quantize_rows
+from ckptq.kernels.quantize.quantize_static import dequantize, quantize_static
 from ckptq.kernels.token_head import reference as kv
 from ckptq.kernels.token_head.kv_format import FORMATS, KVFormat
 from ckptq.kernels.token_head.token_head_attention import token_head_attention

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 import torch
 
-from ckptq.kernels.shared_memory import shared_memory
+from ckptq.kernels.gpu import shared_memory
 
 
 @dataclass(frozen=True, slots=True)

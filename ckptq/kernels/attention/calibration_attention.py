@@ -32,7 +32,7 @@ def attention_with_maxima(
     """`dense_attention.attention`: of query [B, H, Sq, D] over key and value, [B, Sq, H, E].
 
     Folds the absolute maxima of q, k and v into `maxima`, which may hold those of earlier batches.
-    Padding, outside `spans` (`mask.spans_of` makes them of a padding mask), does not count in them.
+    Padding, outside `spans`, does not count in them.
     """
     queries, keys = query.shape[2], key.shape[2]
     if maxima is not None:

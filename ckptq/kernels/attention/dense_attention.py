@@ -21,14 +21,7 @@ from torch import Tensor
 from ckptq.kernels.attention.attention_tile import Tile, default_tile
 from ckptq.kernels.attention.mask import Mask, cap_height
 from ckptq.kernels.attention.maxima import Maxima
-from ckptq.kernels.attention.online_softmax import (
-    cap,
-    dot,
-    finish,
-    fold,
-    key_bounds,
-    visible,
-)
+from ckptq.kernels.attention.online_softmax import cap, dot, finish, fold, key_bounds, visible
 from ckptq.kernels.gpu import MOST_HEADS
 from ckptq.kernels.rounding import narrow, widen
 
@@ -40,85 +33,18 @@ def _record(x_RD, maximum_ptr):
 
 
 @triton.jit
-def _attend(
-    acc_ME,
-    max_M,
-    sum_M,
-    q_MD,
-    q_pos_M,
-    k_ptr,
-    v_ptr,
-    k_stride,
-    v_stride,
-    begin,
-    end,
-    length,
-    slope,
-    factor,
-    D: tl.constexpr,
-    E: tl.constexpr,
-    MASK: tl.constexpr,
-    CAPPED: tl.constexpr,
-    MASKED: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    BLOCK_E: tl.constexpr,
-    COLUMNS: tl.constexpr,
-):
-    """Fold the keys from position `begin` to `end` in."""
-    o_N = tl.arange(0, COLUMNS)
-    o_D = tl.arange(0, BLOCK_D)
-    o_E = tl.arange(0, BLOCK_E)
-    o_ND = o_N[:, None] * k_stride + o_D[None, :]
-    o_NE = o_N[:, None] * v_stride + o_E[None, :]
-    for k_first in tl.range(begin, end, COLUMNS):
-        k_pos_N = k_first + o_N
-        k_ptrs = k_ptr + tl.cast(k_first, tl.int64) * k_stride + o_ND
-        v_ptrs = v_ptr + tl.cast(k_first, tl.int64) * v_stride + o_NE
-        if MASKED:
-            m_N1 = (k_pos_N < length)[:, None]
-            k_ND = tl.load(k_ptrs, mask=m_N1 & (o_D < D)[None, :], other=0.0)
-            v_NE = tl.load(v_ptrs, mask=m_N1 & (o_E < E)[None, :], other=0.0)
-        else:
-            k_ND = (
-                tl.load(k_ptrs) if D == BLOCK_D else tl.load(k_ptrs, (o_D < D)[None, :], other=0.0)
-            )
-            v_NE = (
-                tl.load(v_ptrs) if E == BLOCK_E else tl.load(v_ptrs, (o_E < E)[None, :], other=0.0)
-            )
-        zero_MN = tl.zeros([q_MD.shape[0], COLUMNS], tl.float32)
-        score_MN = dot(q_MD, tl.trans(k_ND), zero_MN)
-        if CAPPED:
-            score_MN = cap(score_MN, slope)
-        if MASKED:
-            seen_MN = visible(q_pos_M, k_pos_N, length, MASK)
-            score_MN = tl.where(seen_MN, score_MN, float("-inf"))
-        weight_MN, decay_M, max_M, sum_M = fold(score_MN, max_M, sum_M, factor, 0, MASKED)
-        acc_ME = dot(narrow(weight_MN, v_NE.dtype), v_NE, acc_ME * decay_M[:, None])
-    return acc_ME, max_M, sum_M
-
-
-@triton.jit
 def _attention_kernel(
     q_ptr,
     k_ptr,
     v_ptr,
     out_ptr,
-    start_ptr,
-    length_ptr,
-    q_max_ptr,
-    k_max_ptr,
-    v_max_ptr,
+    spans,
+    maxima,
     scaling,
     softcap,
-    q_stride_b,
-    q_stride_h,
-    q_stride_s,
-    k_stride_b,
-    k_stride_h,
-    k_stride_s,
-    v_stride_b,
-    v_stride_h,
-    v_stride_s,
+    q_strides,
+    k_strides,
+    v_strides,
     H,
     queries,
     keys,
@@ -127,8 +53,6 @@ def _attention_kernel(
     GROUP: tl.constexpr,
     MASK: tl.constexpr,
     CAPPED: tl.constexpr,
-    PADDED: tl.constexpr,
-    RECORD: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_E: tl.constexpr,
     ROWS: tl.constexpr,
@@ -141,63 +65,70 @@ def _attention_kernel(
     h = tl.program_id(1) % H
     kv = h // GROUP
     start, length = tl.full([], 0, tl.int32), keys
-    if PADDED:
-        start = tl.load(start_ptr + b)
-        length = tl.load(length_ptr + b)
-    q_ptr += b * q_stride_b + h.to(tl.int64) * q_stride_h
-    k_ptr += b * k_stride_b + kv.to(tl.int64) * k_stride_h + start.to(tl.int64) * k_stride_s
-    v_ptr += b * v_stride_b + kv.to(tl.int64) * v_stride_h + start.to(tl.int64) * v_stride_s
+    if spans is not None:
+        start, length = tl.load(spans[0] + b), tl.load(spans[1] + b)
+    q_ptr += b * q_strides[0] + h.to(tl.int64) * q_strides[1]
+    k_ptr += b * k_strides[0] + kv.to(tl.int64) * k_strides[1] + start.to(tl.int64) * k_strides[2]
+    v_ptr += b * v_strides[0] + kv.to(tl.int64) * v_strides[1] + start.to(tl.int64) * v_strides[2]
 
     o_D = tl.arange(0, BLOCK_D)
     o_E = tl.arange(0, BLOCK_E)
+    m_1D, m_1E = (o_D < D)[None, :], (o_E < E)[None, :]
     row_M = q_first + tl.arange(0, ROWS)
     shift = keys - queries - start  # from a query's row to its position
     q_pos_M = row_M + shift
     real_M = (row_M < queries) & (q_pos_M >= 0) & (q_pos_M < length)
-    q_ptrs = q_ptr + row_M.to(tl.int64)[:, None] * q_stride_s + o_D[None, :]
-    q_MD = tl.load(q_ptrs, mask=real_M[:, None] & (o_D < D)[None, :], other=0.0)
-    if RECORD:
+    q_ptrs = q_ptr + row_M.to(tl.int64)[:, None] * q_strides[2] + o_D[None, :]
+    q_MD = tl.load(q_ptrs, mask=real_M[:, None] & m_1D, other=0.0)
+    if maxima is not None:
         # before the products: after them it takes three per cent more, as registers stay in use
-        _record(q_MD, q_max_ptr + h)
+        _record(q_MD, maxima[0] + h)
         row_R = q_first - start + h % GROUP * SLICE + tl.arange(0, SLICE)
         m_R1 = ((row_R >= 0) & (row_R < length) & (row_R < q_first - start + ROWS))[:, None]
         row_R1 = row_R.to(tl.int64)[:, None]
-        k_ptrs = k_ptr + row_R1 * k_stride_s + o_D[None, :]
-        v_ptrs = v_ptr + row_R1 * v_stride_s + o_E[None, :]
-        _record(tl.load(k_ptrs, mask=m_R1 & (o_D < D)[None, :], other=0.0), k_max_ptr + kv)
-        _record(tl.load(v_ptrs, mask=m_R1 & (o_E < E)[None, :], other=0.0), v_max_ptr + kv)
+        o_RD = row_R1 * k_strides[2] + o_D[None, :]
+        o_RE = row_R1 * v_strides[2] + o_E[None, :]
+        _record(tl.load(k_ptr + o_RD, mask=m_R1 & m_1D, other=0.0), maxima[1] + kv)
+        _record(tl.load(v_ptr + o_RE, mask=m_R1 & m_1E, other=0.0), maxima[2] + kv)
 
     # capped: tanh(score * slope) * softcap; slope is unused otherwise
     slope = scaling / softcap if CAPPED else 0.0
     factor = (softcap if CAPPED else scaling) * 1.4426950408889634  # log2 e
     q_pos_first = tl.maximum(q_first + shift, 0)
     q_pos_last = tl.minimum(tl.minimum(q_first + ROWS, queries) + shift, length) - 1
-    begin, full, partial, end = key_bounds(q_pos_first, q_pos_last, length, MASK, COLUMNS)
+    edges = key_bounds(q_pos_first, q_pos_last, length, MASK, COLUMNS)
+    o_N = tl.arange(0, COLUMNS)
+    o_ND = o_N[:, None] * k_strides[2] + o_D[None, :]
+    o_NE = o_N[:, None] * v_strides[2] + o_E[None, :]
     acc_ME = tl.zeros([ROWS, BLOCK_E], tl.float32)
     max_M = tl.full([ROWS], float("-inf"), tl.float32)
     sum_M = tl.zeros([ROWS], tl.float32)
-    if MASK[1] or MASK[2]:
-        acc_ME, max_M, sum_M = _attend(
-            *(acc_ME, max_M, sum_M, q_MD, q_pos_M),
-            *(k_ptr, v_ptr, k_stride_s, v_stride_s),
-            *(begin, tl.minimum(full, end), length, slope, factor, D, E, MASK),
-            *(CAPPED, True, BLOCK_D, BLOCK_E, COLUMNS),
-        )
-    acc_ME, max_M, sum_M = _attend(
-        *(acc_ME, max_M, sum_M, q_MD, q_pos_M, k_ptr, v_ptr, k_stride_s, v_stride_s),
-        *(full, partial, length, slope, factor, D, E, MASK),
-        *(CAPPED, False, BLOCK_D, BLOCK_E, COLUMNS),
-    )
-    acc_ME, max_M, sum_M = _attend(
-        *(acc_ME, max_M, sum_M, q_MD, q_pos_M, k_ptr, v_ptr, k_stride_s, v_stride_s),
-        *(partial, end, length, slope, factor, D, E, MASK),
-        *(CAPPED, True, BLOCK_D, BLOCK_E, COLUMNS),
-    )
+    # only without a window or chunks does every query see the first keys
+    for i in tl.static_range(0 if MASK[1] or MASK[2] else 1, 3):
+        for k_first in tl.range(edges[i], edges[i + 1], COLUMNS):
+            k_pos_N = k_first + o_N
+            k_ptrs = k_ptr + tl.cast(k_first, tl.int64) * k_strides[2] + o_ND
+            v_ptrs = v_ptr + tl.cast(k_first, tl.int64) * v_strides[2] + o_NE
+            if i != 1:
+                m_N1 = (k_pos_N < length)[:, None]
+                k_ND = tl.load(k_ptrs, mask=m_N1 & m_1D, other=0.0)
+                v_NE = tl.load(v_ptrs, mask=m_N1 & m_1E, other=0.0)
+            else:
+                k_ND = tl.load(k_ptrs) if D == BLOCK_D else tl.load(k_ptrs, m_1D, other=0.0)
+                v_NE = tl.load(v_ptrs) if E == BLOCK_E else tl.load(v_ptrs, m_1E, other=0.0)
+            score_MN = dot(q_MD, tl.trans(k_ND), tl.zeros([ROWS, COLUMNS], tl.float32))
+            if CAPPED:
+                score_MN = cap(score_MN, slope)
+            if i != 1:
+                seen_MN = visible(q_pos_M, k_pos_N, length, MASK)
+                score_MN = tl.where(seen_MN, score_MN, float("-inf"))
+            weight_MN, decay_M, max_M, sum_M = fold(score_MN, max_M, sum_M, factor, 0, i != 1)
+            acc_ME = dot(narrow(weight_MN, v_NE.dtype), v_NE, acc_ME * decay_M[:, None])
 
     out_ME = finish(acc_ME, tl.where(real_M, sum_M, 0.0))
     out_row_M = (b * queries + row_M) * H + h
     out_ptrs = out_ptr + out_row_M[:, None] * E + o_E[None, :]
-    m_ME = (row_M < queries)[:, None] & (o_E < E)[None, :]
+    m_ME = (row_M < queries)[:, None] & m_1E
     tl.store(out_ptrs, narrow(out_ME, out_ptr.dtype.element_ty), mask=m_ME)
 
 
@@ -226,13 +157,6 @@ def _check_spans(spans: tuple[Tensor, Tensor], batch: int, device: torch.device)
         if x.shape != (batch,) or x.dtype != torch.int32 or x.device != device or x.stride(0) != 1:
             found = f"{x.dtype} {list(x.shape)} on {x.device}"
             raise ValueError(f"{name} of spans: {found}, want dense int32 [{batch}] on {device}")
-
-
-def _as_bits(maxima: Maxima | None) -> tuple[Tensor | None, ...]:
-    """Buffers as what the atomics work on."""
-    if maxima is None:
-        return None, None, None
-    return tuple(x.view(torch.int32) for x in (maxima.q_H, maxima.k_K, maxima.v_K))
 
 
 def attention(
@@ -267,20 +191,17 @@ def attention(
             raise ValueError(f"maxima of {keys} keys under {queries} queries: want as many")
     out = torch.empty(B, queries, H, E, dtype=query.dtype, device=query.device)
     tile = tile or default_tile(max(D, E), query.dtype, query.device)
-    starts, lengths = spans or (None, None)
+    bits = None
+    if maxima is not None:
+        bits = tuple(x.view(torch.int32) for x in (maxima.q_H, maxima.k_K, maxima.v_K))
     _attention_kernel[(triton.cdiv(queries, tile.rows), B * H)](
-        *(query, key, value, out, starts, lengths),
-        *_as_bits(maxima),
-        *(float(scaling), cap_height(softcap)),
-        *(*query.stride()[:3], *key.stride()[:3], *value.stride()[:3]),
-        *(H, queries, keys),
+        *(query, key, value, out, spans, bits, float(scaling), cap_height(softcap)),
+        *(query.stride()[:3], key.stride()[:3], value.stride()[:3], H, queries, keys),
         D=D,
         E=E,
         GROUP=group,
         MASK=mask.constants(),
         CAPPED=softcap is not None,
-        PADDED=spans is not None,
-        RECORD=maxima is not None,
         BLOCK_D=max(16, triton.next_power_of_2(D)),
         BLOCK_E=max(16, triton.next_power_of_2(E)),
         ROWS=tile.rows,

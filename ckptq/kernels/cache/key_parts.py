@@ -15,8 +15,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ckptq.kernels.gpu import multiprocessors
 from ckptq.kernels.rounding import narrow
-from ckptq.kernels.shared_memory import multiprocessors
 
 PROGRAMS = 8
 """Programs wanted for each multiprocessor."""

@@ -22,8 +22,8 @@ from ckptq.kernels.attention.online_softmax import cap, dot, finish, fold, visib
 from ckptq.kernels.cache.key_parts import PROGRAMS, Partial, parts_of, store_part
 from ckptq.kernels.cache.paged_addresses import key_offset, program_of
 from ckptq.kernels.cache.paging import Sequences
+from ckptq.kernels.gpu import shared_memory
 from ckptq.kernels.rounding import e4m3_in, e4m3_round, has_native_e4m3, narrow
-from ckptq.kernels.shared_memory import shared_memory
 
 FP8 = torch.float8_e4m3fn
 

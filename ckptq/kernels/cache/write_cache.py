@@ -19,14 +19,7 @@ from ckptq.kernels.rounding import widen
 
 
 @triton.jit
-def _encoded(
-    x_TKD,
-    scale_ptr,
-    scale_stride,
-    head_K,
-    m_K,
-    CODES: tl.constexpr,
-):
+def _encoded(x_TKD, scale_ptr, scale_stride, head_K, m_K, CODES: tl.constexpr):
     if scale_ptr is not None:
         scale_K = widen(tl.load(scale_ptr + head_K * scale_stride, mask=m_K, other=1.0))
         return code(widen(x_TKD), scale_K[None, :, None], CODES)

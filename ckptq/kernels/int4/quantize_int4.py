@@ -186,9 +186,7 @@ def _tiling(group: int, groups: int) -> dict[str, int]:
 
 
 def quantize_int4(
-    x_RC: Tensor,
-    group: int | None = 128,
-    symmetric: bool = True,
+    x_RC: Tensor, group: int | None = 128, symmetric: bool = True
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """Packed codes [R, P] int32, scales [R, G] in x's dtype, packed zero points [Z, G] or None.
 

@@ -45,9 +45,7 @@ def asymmetric_qparams(low: Tensor, high: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def quantize_int4(
-    x_RC: Tensor,
-    group: int | None = 128,
-    symmetric: bool = True,
+    x_RC: Tensor, group: int | None = 128, symmetric: bool = True
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """Packed codes [R, P] int32, scales [R, G], packed zero points [Z, G] int32 or None.
 

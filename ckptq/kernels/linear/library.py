@@ -14,10 +14,10 @@ from torch import Tensor
 from torch.nn import functional
 
 from ckptq.kernels.int4.quantize_int4 import dequantize_int4
-from ckptq.kernels.linear import linear_fp8_block as blocks
 from ckptq.kernels.linear import linear_w4a16 as words
+from ckptq.kernels.linear import linear_w8a8 as bytes_
 from ckptq.kernels.linear import reference
-from ckptq.kernels.linear.linear_fp8_block import SIDE
+from ckptq.kernels.linear.linear_w8a8 import SIDE
 
 MANY = 1024
 """Tokens. On an H200, 28672 x 8192: at 512 both are as fast."""
@@ -51,7 +51,7 @@ def linear_fp8_block(
 ) -> Tensor:
     """The kernel's product, by cuBLAS where `multiplies_blocks` says so."""
     if not multiplies_blocks(a_MK, w_NK, dtype):
-        return blocks.linear_fp8_block(a_MK, a_scale_MG, w_NK, w_scale_HG, dtype)
+        return bytes_.linear_fp8_block(a_MK, a_scale_MG, w_NK, w_scale_HG, dtype)
     from torch.nn.functional import ScalingType
 
     a_scale = a_scale_MG.float().t().contiguous().t()  # cuBLAS wants tokens to be neighbours

@@ -6,7 +6,7 @@ scale's dtype, as `dequantize_int4` gives it; then an ordinary product, summed i
 Weights are the operand that tensor cores take from registers, and are unpacked there, two an
 instruction: nothing but activations passes through shared memory. Of 128 input features a thread
 holds 32 neighbours of a row, which are one group or part of one. So the features of a product come
-in another order, `feature_order`; activations are put into it before.
+in another order; activations are put into it before (`_reordered`).
 
 Shape letters: M tokens, K input features, N output channels, G groups along K, P = K / 8 words,
 Z = N / 8 words of zero points; B, L the tile of the result; W the 16 words of 128 features.
@@ -17,11 +17,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ckptq.kernels.gpu import shared_memory
 from ckptq.kernels.int4.quantize_int4 import dense_zero_points
 from ckptq.kernels.linear.linear_w8a8 import first_of_tile
 from ckptq.kernels.product_rows import in_order, lanes_in_order, product_rows
 from ckptq.kernels.rounding import INTERPRETED, narrow, widen
-from ckptq.kernels.shared_memory import shared_memory
 from ckptq.kernels.words import both, word_of
 
 FEATURES = 128
@@ -154,19 +154,12 @@ def _linear_w4a16_kernel(
     tl.store(out_ptrs, narrow(tl.trans(acc_LB), out_ptr.dtype.element_ty), mask=m_BL)
 
 
-def feature_order() -> Tensor:
-    """Which of 128 features stands at each place of a product, int64 [128].
+def _reordered(a_MK: Tensor, rows: int) -> Tensor:
+    """Activations padded to whole tiles of `rows` x 128, their features in the order of a product.
 
     Of 16 neighbouring places, thread t of four holds 2t, 2t + 1, 2t + 8 and 2t + 9. Its features
     are those of its four words, of each in pairs that lie in the two halves of a word.
     """
-    p = torch.arange(FEATURES)
-    thread, word, of_word = p % 8 // 2, p // 32, p // 8 % 4
-    return 32 * thread + 8 * word + of_word + 4 * (p % 2)
-
-
-def _reordered(a_MK: Tensor, rows: int) -> Tensor:
-    """Activations with features in `feature_order`, padded to whole tiles of `rows` x 128."""
     M, K = a_MK.shape
     padded = torch.nn.functional.pad(a_MK, (0, -K % FEATURES, 0, -M % rows))
     # thread, word, half, weight of half

@@ -7,10 +7,10 @@ from ckptq.kernels.gpu import door
 from ckptq.kernels.quantize import reference
 
 quantize_rows = door("ckptq.kernels.quantize.quantize_rows:quantize_rows")(reference.quantize_rows)
-quantize_blocks = door("ckptq.kernels.quantize.quantize_blocks:quantize_blocks")(
+quantize_blocks = door("ckptq.kernels.quantize.quantize_rows:quantize_blocks")(
     reference.quantize_blocks
 )
 quantize_static = door("ckptq.kernels.quantize.quantize_static:quantize_static")(
     reference.quantize_static
 )
-dequantize = door("ckptq.kernels.quantize.dequantize_codes:dequantize")(reference.dequantize)
+dequantize = door("ckptq.kernels.quantize.quantize_static:dequantize")(reference.dequantize)

@@ -1,10 +1,11 @@
-"""FP8 and INT8 with a scale per row: weights per output channel, activations per token.
+"""FP8 and INT8 with a scale per row (output channel or token) or per block, found in the same pass.
 
-Meaning: `reference.quantize_rows`. A program holds whole rows in registers, so the input
-is read once; rows of more than 32768 columns are read twice. Bound by memory: 3 bytes a bf16
-element.
+Meaning: `reference.quantize_rows` and `.quantize_blocks`. A program holds whole rows, or a block,
+in registers, so the input is read once; rows of more than 32768 columns are read twice. Bound by
+memory: 3 bytes a bf16 element. Blocks at the edges are filled with zeros, which no maximum notices.
 
-Shape letters: R rows, C columns, B block of columns, S slices of a row, each a block.
+Shape letters: R rows, C columns, B block of columns, S slices of a row, each a block; G x K the
+grid of blocks, and B, L the rows and columns of one.
 """
 
 import torch
@@ -71,10 +72,7 @@ def _tiling(columns: int, itemsize: int) -> dict[str, int]:
     return {"ROWS": 1, "SLICES": slices, "BLOCK": 4096, "num_warps": 2 * itemsize}
 
 
-def quantize_rows(
-    x_RC: Tensor,
-    dtype: torch.dtype = torch.float8_e4m3fn,
-) -> tuple[Tensor, Tensor]:
+def quantize_rows(x_RC: Tensor, dtype: torch.dtype = torch.float8_e4m3fn) -> tuple[Tensor, Tensor]:
     """Codes [R, C] of `dtype` (float8_e4m3fn or int8) and scales [R, 1] in x's dtype.
 
     Per-token groups of 128 are rows too: `quantize_rows(x_TC.view(-1, 128))`.
@@ -96,3 +94,55 @@ def quantize_rows(
         enable_fp_fusion=False,
     )
     return code_RC.view(dtype), scale_R1
+
+
+@triton.jit
+def _quantize_blocks_kernel(
+    x_ptr,
+    code_ptr,
+    scale_ptr,
+    x_stride,
+    R,
+    C,
+    CODES: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr,
+    BLOCK_COLS: tl.constexpr,
+):
+    # columns of blocks vary fastest, so that programs running together read whole rows
+    K = tl.cdiv(C, BLOCK_COLS)
+    g = tl.program_id(0) // K
+    k = tl.program_id(0) % K
+    row_B = g.to(tl.int64) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
+    col_L = k * BLOCK_COLS + tl.arange(0, BLOCK_COLS)
+    m_BL = (row_B < R)[:, None] & (col_L < C)[None, :]
+    x_BL = tl.load(x_ptr + row_B[:, None] * x_stride + col_L[None, :], mask=m_BL, other=0.0)
+    x_BL = widen(x_BL)  # [BLOCK_ROWS, BLOCK_COLS]
+
+    stored: tl.constexpr = scale_ptr.dtype.element_ty
+    scale = scale_of_codes(tl.max(tl.max(tl.abs(x_BL), 1), 0), CODES, stored)
+    tl.store(scale_ptr + tl.program_id(0), narrow(scale, stored))
+    code_BL = code(x_BL, scale, CODES)
+    tl.store(code_ptr + row_B[:, None] * C + col_L[None, :], code_BL, mask=m_BL)
+
+
+def quantize_blocks(
+    x_RC: Tensor, dtype: torch.dtype = torch.float8_e4m3fn, block: tuple[int, int] = (128, 128)
+) -> tuple[Tensor, Tensor]:
+    """Codes [R, C] and scales [ceil(R / 128), ceil(C / 128)] in x's dtype."""
+    if block[0] * block[1] > 1 << 15 or any(side & (side - 1) for side in block):
+        return reference.quantize_blocks(x_RC, dtype, block)  # more than a program holds
+    R, C = x_RC.shape
+    if x_RC.stride(1) != 1:
+        raise ValueError(f"want dense columns: {x_RC.stride()}")
+    G, K = triton.cdiv(R, block[0]), triton.cdiv(C, block[1])
+    code_RC = empty_codes((R, C), dtype, x_RC.device)
+    scale_GK = torch.empty(G, K, dtype=x_RC.dtype, device=x_RC.device)
+    _quantize_blocks_kernel[(G * K,)](
+        *(x_RC, code_RC, scale_GK, x_RC.stride(0), R, C),
+        CODES=code_switches(x_RC, x_RC.dtype, dtype),
+        BLOCK_ROWS=block[0],
+        BLOCK_COLS=block[1],
+        num_warps=4,
+        enable_fp_fusion=False,
+    )
+    return code_RC.view(dtype), scale_GK

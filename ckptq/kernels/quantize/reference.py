@@ -62,10 +62,7 @@ def spread(scale_GK: Tensor, tile: tuple[int, int], rows: int, columns: int) -> 
 
 
 def quantize_static(
-    x_RC: Tensor,
-    scale_GK: Tensor,
-    tile: tuple[int, int],
-    dtype: torch.dtype = torch.float8_e4m3fn,
+    x_RC: Tensor, scale_GK: Tensor, tile: tuple[int, int], dtype: torch.dtype = torch.float8_e4m3fn
 ) -> Tensor:
     """Codes [R, C] under given scales, each covering a tile of rows x columns."""
     ratio_RC = x_RC.float() / spread(scale_GK, tile, *x_RC.shape).float()
@@ -74,18 +71,13 @@ def quantize_static(
     return nearest_e4m3(ratio_RC)
 
 
-def quantize_rows(
-    x_RC: Tensor,
-    dtype: torch.dtype = torch.float8_e4m3fn,
-) -> tuple[Tensor, Tensor]:
+def quantize_rows(x_RC: Tensor, dtype: torch.dtype = torch.float8_e4m3fn) -> tuple[Tensor, Tensor]:
     """Codes [R, C] and scales [R, 1]."""
     return quantize_blocks(x_RC, dtype, (1, x_RC.shape[1]))
 
 
 def quantize_blocks(
-    x_RC: Tensor,
-    dtype: torch.dtype = torch.float8_e4m3fn,
-    block: tuple[int, int] = (128, 128),
+    x_RC: Tensor, dtype: torch.dtype = torch.float8_e4m3fn, block: tuple[int, int] = (128, 128)
 ) -> tuple[Tensor, Tensor]:
     """Codes [R, C] and scales [ceil(R / 128), ceil(C / 128)]."""
     grid = [-(-n // side) for n, side in zip(x_RC.shape, block, strict=True)]

@@ -16,13 +16,7 @@ Shape letters: R rows, L columns of a slice; X words of a thread.
 import triton
 import triton.language as tl
 
-from ckptq.kernels.rounding import (
-    INTERPRETED,
-    e4m3_code,
-    e4m3_value,
-    narrow,
-    round_half_even,
-)
+from ckptq.kernels.rounding import INTERPRETED, e4m3_code, e4m3_value, narrow, round_half_even
 from ckptq.kernels.token_head.kv_format import CENTROIDS
 from ckptq.kernels.words import both
 

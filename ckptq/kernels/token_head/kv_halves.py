@@ -23,7 +23,7 @@ WIDTH = tl.constexpr(3 * THRESHOLD)
 LEAST = tl.constexpr(LEAST_HALF)
 BIAS = tl.constexpr(0x66006600)
 """1536.0 twice. Near it fp16 numbers have no bits below one: added, it leaves a whole number."""
-LEAST_MEAN = 2.0**-60
+LEAST_MEAN = tl.constexpr(2.0**-60)
 """No mean square is smaller: a head of zeros has a root and an inverse of it."""
 
 

@@ -18,18 +18,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ckptq.kernels.gpu import multiprocessors
 from ckptq.kernels.product_rows import among_lanes, runs_of_lanes
 from ckptq.kernels.rounding import INTERPRETED, has_native_e4m3
-from ckptq.kernels.shared_memory import multiprocessors
+from ckptq.kernels.token_head import kv_format
 from ckptq.kernels.token_head.kv_codes import codes, step_and_inverse
-from ckptq.kernels.token_head.kv_format import (
-    EPS,
-    LEAST_STEP,
-    Rotation,
-    chunk_size,
-    load_size,
-    rotation_block,
-)
+from ckptq.kernels.token_head.kv_format import Rotation, chunk_size, load_size, rotation_block
 from ckptq.kernels.token_head.kv_halves import (
     LEAST_MEAN,
     int2_step_inverse,
@@ -55,6 +49,7 @@ if TYPE_CHECKING:
 WARPS = 4
 ROWS = 16 * WARPS
 """Rows of a tile, as many as one product of four warps takes."""
+LEAST_SCALE, LEAST_STEP = tl.constexpr(kv_format.EPS), tl.constexpr(kv_format.LEAST_STEP)
 FAR = 1 << 31
 """Elements that lie so far apart need 64 bits of address."""
 
@@ -107,14 +102,8 @@ def _write_lifted_kernel(
     KIND: tl.constexpr,
     BITS: tl.constexpr,
     NATIVE: tl.constexpr,
-    EPS: tl.constexpr,
-    LEAST: tl.constexpr,
-    LEAST_MEAN: tl.constexpr,
-    ROTATED: tl.constexpr,
     GAIN: tl.constexpr,
     HEADS: tl.constexpr,
-    WORDS: tl.constexpr,
-    EXACT: tl.constexpr,
     S: tl.constexpr,
     SLICES: tl.constexpr,
     SLICE_STEPS: tl.constexpr,
@@ -130,6 +119,9 @@ def _write_lifted_kernel(
     FAR: tl.constexpr,
     WARPS: tl.constexpr,
 ):
+    ROTATED: tl.constexpr = matrix_ptr is not None
+    WORDS: tl.constexpr = x_ptr.dtype.element_ty == tl.int32
+    EXACT: tl.constexpr = x_ptr.dtype.element_ty != tl.float32
     COLUMNS: tl.constexpr = S // 2 if WORDS else S
     WIDTH: tl.constexpr = D // 2 if WORDS else D
     lane = tl.arange(0, LANES)[:, None, None, None]
@@ -161,13 +153,13 @@ def _write_lifted_kernel(
             chunks = rotated(operands, matrices, STEPS_ACROSS)
 
         if BITS == 8:
-            step_R, inverse_R = step_and_inverse(chunks, KIND, LEAST)
+            step_R, inverse_R = step_and_inverse(chunks, KIND, LEAST_STEP)
         else:
             chunks = [words_of(chunk, P) for chunk in chunks]
             if KIND == "int4":
                 step_R, inverse_R, zero_R = int4_step_inverse_zero(chunks)
         o = block * scale_stride_block + place * scale_stride_token + head * scale_stride_head
-        scale_R = tl.maximum(step_R * factor_R, EPS)
+        scale_R = tl.maximum(step_R * factor_R, LEAST_SCALE)
         mask = kept & (lane == 0)
         tl.store(scale_ptr + o, among_lanes(scale_R, LANES, WARPS), mask=mask)
         if KIND == "int4":
@@ -247,14 +239,8 @@ def write_lifted(x_TKD: Tensor, cache: TokenHeadCache, slot_T: Tensor) -> None:
         KIND=cache.fmt.name.partition("_")[0],
         BITS=bits,
         NATIVE=has_native_e4m3(x.device),
-        EPS=EPS,
-        LEAST=LEAST_STEP,
-        LEAST_MEAN=LEAST_MEAN,
-        ROTATED=is_rotated,
         GAIN=block**0.5 if is_rotated else 1.0,
         HEADS=heads,
-        WORDS=x is not x_TKD,
-        EXACT=x_TKD.dtype != torch.float32,
         S=size,
         SLICES=slices,
         SLICE_STEPS=size.bit_length() - 2,

@@ -7,7 +7,7 @@ from torch import Tensor
 from ckptq.kernels.attention import reference as meaning
 from ckptq.kernels.attention.calibration_attention import attention_with_maxima
 from ckptq.kernels.attention.dense_attention import Tile, attention
-from ckptq.kernels.attention.mask import Mask, spans_of
+from ckptq.kernels.attention.mask import Mask
 from ckptq.kernels.attention.maxima import Maxima
 
 SMALL = Tile(32, 16, 4, 2)
@@ -121,7 +121,7 @@ def test_maxima_are_exact_and_leave_padding_out(
     q, k, v = qkv(S, 24, dtype, H, K, 2)
     real_BS = torch.ones(2, S, dtype=torch.bool)
     real_BS[0, :9], real_BS[1, 50:] = False, False
-    spans = spans_of(real_BS)
+    spans = torch.tensor([[9, 0], [S - 9, 50]], dtype=torch.int32).unbind()
     for x in (q, k, v):
         x[~real_BS[:, None].expand(2, x.shape[1], S)] = 1000.0
     got, want = Maxima.zeros(H, K, device), Maxima.zeros(H, K)
@@ -165,11 +165,3 @@ def test_recording_does_not_change_the_result_and_nan_stays(device: torch.device
 def test_what_does_not_fit_is_refused(device: torch.device, break_it) -> None:
     with pytest.raises(ValueError, match="q, k, v"):
         attention(*break_it(*to(device, *qkv(7, 16))), scaling=1.0)
-
-
-def test_spans_of_a_padding_mask() -> None:
-    real = torch.tensor([[0, 0, 1, 1, 0], [1, 1, 1, 1, 1], [0, 0, 0, 0, 0]])
-    starts, lengths = spans_of(real)
-    assert (starts.tolist(), lengths.tolist()) == ([2, 0, 0], [2, 5, 0])
-    with pytest.raises(ValueError, match="one run"):
-        spans_of(torch.tensor([[1, 0, 1]]))

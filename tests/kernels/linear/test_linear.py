@@ -9,9 +9,8 @@ from ckptq.kernels.int4.reference import quantize_int4
 from ckptq.kernels.linear import dispatch, library
 from ckptq.kernels.linear import linear_w4a16 as w4a16
 from ckptq.kernels.linear import reference as meaning
-from ckptq.kernels.linear.linear_fp8_block import linear_fp8_block
 from ckptq.kernels.linear.linear_w4a16 import linear_w4a16
-from ckptq.kernels.linear.linear_w8a8 import linear_w8a8
+from ckptq.kernels.linear.linear_w8a8 import linear_fp8_block, linear_w8a8
 from ckptq.kernels.quantize.reference import quantize_blocks, quantize_rows
 
 FP8, INT8 = torch.float8_e4m3fn, torch.int8
@@ -108,7 +107,9 @@ def test_w4a16(
 
 
 def test_w4a16_takes_features_in_the_order_of_threads() -> None:
-    order = w4a16.feature_order()
+    p = torch.arange(128)
+    thread, word, of_word = p % 8 // 2, p // 32, p // 8 % 4
+    order = 32 * thread + 8 * word + of_word + 4 * (p % 2)
     assert torch.equal(order.sort().values, torch.arange(128))
     a = torch.arange(256)[None].repeat(3, 1)
     got = w4a16._reordered(a, 16)

@@ -5,10 +5,8 @@ import torch
 from kernel_cases import both_same, same, weights
 
 from ckptq.kernels.quantize import reference as meaning
-from ckptq.kernels.quantize.dequantize_codes import dequantize
-from ckptq.kernels.quantize.quantize_blocks import quantize_blocks
-from ckptq.kernels.quantize.quantize_rows import quantize_rows
-from ckptq.kernels.quantize.quantize_static import quantize_static
+from ckptq.kernels.quantize.quantize_rows import quantize_blocks, quantize_rows
+from ckptq.kernels.quantize.quantize_static import dequantize, quantize_static
 
 FP8, INT8 = torch.float8_e4m3fn, torch.int8
 SHAPES = [(1, 1), (3, 62), (130, 257), (5, 4100)]
