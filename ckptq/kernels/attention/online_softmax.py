@@ -41,8 +41,7 @@ def key_bounds(first, last, length, MASK: tl.constexpr, COLUMNS: tl.constexpr):
 
     Tiles of keys from `full` to `partial` are seen whole by every one of these queries; those from
     `begin` to `full` and from `partial` to `end` need the mask; the others are seen by none. All
-    but `end`, or what equals it, are multiples of COLUMNS. Without queries (last < first) there are
-    no keys.
+    but `end` are multiples of COLUMNS. Without queries (last < first) there are no keys.
     """
     CAUSAL: tl.constexpr = MASK[0]
     WINDOW: tl.constexpr = MASK[1]
@@ -66,7 +65,7 @@ def key_bounds(first, last, length, MASK: tl.constexpr, COLUMNS: tl.constexpr):
     full = tl.maximum(full, begin)
     partial = tl.maximum(end_all // COLUMNS * COLUMNS, full)
     partial = tl.where(last < first, full, partial)
-    return begin, tl.minimum(full, end), tl.minimum(partial, end), end
+    return begin, full, partial, end
 
 
 @triton.jit
