@@ -243,18 +243,18 @@ def token_head_rows(tokens: int, runs: int) -> list[Row]:
     return rows
 
 
-def decode_rows(length: int, batch: int, runs: int) -> list[Row]:
-    """One query of each sequence over its whole cache: GB/s of the bytes that the cache holds."""
+def paged_rows(length: int, batch: int, queries: int, runs: int) -> list[Row]:
+    """The last queries of each sequence over its whole cache: GB/s of the bytes that it holds."""
     tokens = length * batch
     slot_T = scattered(tokens)
     k, v = (heads(1, tokens, K, i, torch.bfloat16)[0].transpose(0, 1) for i in range(2))
-    q = heads(1, batch, H, 2, torch.bfloat16)[0].transpose(0, 1).contiguous()
+    q = heads(1, batch * queries, H, 2, torch.bfloat16)[0].transpose(0, 1).contiguous()
     ints = {"dtype": torch.int32, "device": DEVICE}
     sequences = Sequences(
-        query_starts=torch.arange(batch + 1, **ints),
+        query_starts=torch.arange(batch + 1, **ints) * queries,
         lengths=torch.full((batch,), length, **ints),
         block_table=(slot_T[::BLOCK] // BLOCK).int().view(batch, -1),
-        longest=1,
+        longest=queries,
     )
     held = torch.zeros(tokens // BLOCK, BLOCK, K, D, dtype=k.dtype, device=DEVICE)
     caches = [held, held.clone()]
@@ -347,9 +347,11 @@ def main() -> None:
     publish("cache-writes", "Writes into a paged cache", rows, code=CACHE, **where)
     rows = token_head_rows(65536 // small, runs)
     publish("token-head-writes", "Writes by token and head", rows, code=TOKEN_HEAD, **where)
-    rows = decode_rows(4096 // small, 64 // min(small, 16), runs)
-    code = (*CACHE, *TOKEN_HEAD)
+    length, code = 4096 // small, (*CACHE, *TOKEN_HEAD)
+    rows = paged_rows(length, 64 // min(small, 16), 1, runs)
     publish("cache-decode", "Decoding from a paged cache", rows, code=code, **where)
+    rows = paged_rows(length, 1, length, runs)
+    publish("cache-prefill", "A prompt over a paged cache", rows, code=code, **where)
     rows = error_rows(2048 // min(small, 16))
     publish("kv-error", "Error of KV formats", rows, code=TOKEN_HEAD, **where)
 
