@@ -105,9 +105,9 @@ def _attention_kernel(
     sum_M = tl.zeros([ROWS], tl.float32)
     # only without a window or chunks does every query see the first keys
     for i in tl.static_range(0 if MASK[1] or MASK[2] else 1, 3):
-        # elsewhere a minimum would hide that tiles begin at multiples of COLUMNS
-        end = tl.minimum(edges[1], edges[3]) if i == 0 else edges[i + 1]
-        for k_first in tl.range(edges[i], end, COLUMNS):
+        # the compiler has to see that tiles begin at multiples: products would wait for each other
+        begin = tl.cdiv(edges[i], COLUMNS) * COLUMNS
+        for k_first in tl.range(begin, edges[i + 1], COLUMNS):
             k_pos_N = k_first + o_N
             k_ptrs = k_ptr + tl.cast(k_first, tl.int64) * k_strides[2] + o_ND
             v_ptrs = v_ptr + tl.cast(k_first, tl.int64) * v_strides[2] + o_NE

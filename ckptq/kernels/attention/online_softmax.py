@@ -41,7 +41,8 @@ def key_bounds(first, last, length, MASK: tl.constexpr, COLUMNS: tl.constexpr):
 
     Tiles of keys from `full` to `partial` are seen whole by every one of these queries; those from
     `begin` to `full` and from `partial` to `end` need the mask; the others are seen by none. All
-    but `end` are multiples of COLUMNS. Without queries (last < first) there are no keys.
+    but `end`, or what equals it, are multiples of COLUMNS. Without queries (last < first) there are
+    no keys.
     """
     CAUSAL: tl.constexpr = MASK[0]
     WINDOW: tl.constexpr = MASK[1]
@@ -65,7 +66,7 @@ def key_bounds(first, last, length, MASK: tl.constexpr, COLUMNS: tl.constexpr):
     full = tl.maximum(full, begin)
     partial = tl.maximum(end_all // COLUMNS * COLUMNS, full)
     partial = tl.where(last < first, full, partial)
-    return begin, full, partial, end
+    return begin, tl.minimum(full, end), tl.minimum(partial, end), end
 
 
 @triton.jit
