@@ -16,6 +16,7 @@ import argparse
 import statistics
 import sys
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Any
 
 import torch
@@ -29,9 +30,8 @@ from ckptq.kernels.attention import reference as dense
 from ckptq.kernels.attention.dense_attention import Tile, attention
 from ckptq.kernels.attention.mask import Mask
 from ckptq.kernels.attention.maxima import Maxima
-from ckptq.kernels.cache import reference as paged
 from ckptq.kernels.cache.paged_attention import paged_attention
-from ckptq.kernels.cache.paging import Layout, Sequences
+from ckptq.kernels.cache.paging import Sequences
 from ckptq.kernels.cache.write_cache import write_cache
 from ckptq.kernels.token_head import reference as kv
 from ckptq.kernels.token_head.kv_format import FORMATS, INT2, INT4, Rotation
@@ -107,10 +107,6 @@ def attention_rows(length: int, tokens: int, runs: int) -> list[Row]:
     error = check_attention(q, k, v, out, 5e-3)
     for x, amax in ((q, maxima.q_H), (k, maxima.k_K), (v, maxima.v_K)):
         require(torch.equal(amax, x.abs().amax((0, 2, 3)).float()), "maxima")
-    descales = tuple(x.float().abs().amax((0, 2, 3)) / 448 for x in (q, k, v))
-    codes = [(x / d[:, None, None]).to(FP8) for x, d in zip((q, k, v), descales, strict=True)]
-    fp8_out = attention(*codes, scaling=SCALING, descales=descales)
-    fp8_error = check_attention(q, k, v, fp8_out, 8e-2)
 
     def plain() -> Tensor:
         return attention(q, k, v, scaling=SCALING)
@@ -122,14 +118,10 @@ def attention_rows(length: int, tokens: int, runs: int) -> list[Row]:
         plain()
         return [x.abs().amax((0, 2, 3)) for x in (q, k, v)]
 
-    def fp8() -> Tensor:
-        return attention(*codes, scaling=SCALING, descales=descales)
-
     variants: dict[str, tuple[Callable[[], Any], float | None]] = {
         "ckptq": (plain, error),
         "ckptq with maxima": (recorded, error),
         "ckptq, then torch's amax": (separately, None),
-        "ckptq FP8": (fp8, fp8_error),
     }
     if DEVICE.type == "cuda":
         variants["SDPA flash"] = (flash(q, k, v, SDPBackend.FLASH_ATTENTION), None)
@@ -151,23 +143,16 @@ def attention_rows(length: int, tokens: int, runs: int) -> list[Row]:
 
 
 def tile_rows(length: int, tokens: int, runs: int) -> list[Row]:
-    """Milliseconds of every tile that fits, in bf16 and in FP8."""
+    """Milliseconds of every tile that fits."""
     from triton.runtime.errors import OutOfResources
 
     batch = max(1, tokens // length)
     q, k, v = (heads(batch, length, n, i, torch.bfloat16) for i, n in enumerate((H, K, K)))
-    codes, ones = [x.to(FP8) for x in (q, k, v)], (1.0, 1.0, 1.0)
     rows = []
     for tile in TILES:
-        row: Row = {"tile": f"{length} tokens, {tile}"}
-        for name, run in {
-            "bf16 ms": lambda t=tile: attention(q, k, v, scaling=SCALING, tile=t),
-            "fp8 ms": lambda t=tile: attention(*codes, scaling=SCALING, descales=ones, tile=t),
-        }.items():
-            try:
-                row[name] = measure(run, runs)
-            except OutOfResources:
-                row[name] = None
+        row: Row = {"tile": f"{length} tokens, {tile}", "ms": None}
+        with suppress(OutOfResources):
+            row["ms"] = measure(lambda t=tile: attention(q, k, v, scaling=SCALING, tile=t), runs)
         rows.append(row)
     return rows
 
@@ -197,35 +182,33 @@ def kv_row(
 def write_rows(tokens: int, runs: int) -> list[Row]:
     k, v = (heads(1, tokens, K, i, torch.bfloat16)[0].transpose(0, 1) for i in range(2))
     slot_T, rows = scattered(tokens), []
-    for layout in Layout:
-        for held in ("bf16", "fp8 per tensor", "fp8 per head"):
-            dtype = torch.bfloat16 if held == "bf16" else FP8
-            shape = layout.shape(tokens // BLOCK, BLOCK, K, D)
-            caches = [torch.zeros(shape, dtype=dtype, device=DEVICE) for _ in "kv"]
-            scale = None
-            if dtype == FP8:
-                scale = torch.full((K if "head" in held else 1,), 0.01, device=DEVICE).bfloat16()
+    for held in ("bf16", "fp8 per tensor", "fp8 per head"):
+        dtype = torch.bfloat16 if held == "bf16" else FP8
+        shape = (tokens // BLOCK, BLOCK, K, D)
+        caches = [torch.zeros(shape, dtype=dtype, device=DEVICE) for _ in "kv"]
+        scale = None
+        if dtype == FP8:
+            scale = torch.full((K if "head" in held else 1,), 0.01, device=DEVICE).bfloat16()
 
-            def run(caches=caches, scale=scale, layout=layout) -> None:
-                write_cache(k, v, *caches, slot_T, layout=layout, k_scale=scale, v_scale=scale)
+        def run(caches=caches, scale=scale) -> None:
+            write_cache(k, v, *caches, slot_T, k_scale=scale, v_scale=scale)
 
-            def encoded(x: Tensor, scale: Tensor | None = scale) -> Tensor:
-                if scale is None:
-                    return x
-                return (x.float() / scale.float()[:, None]).clamp(-448, 448).to(FP8)
+        def encoded(x: Tensor, scale: Tensor | None = scale) -> Tensor:
+            if scale is None:
+                return x
+            return (x.float() / scale.float()[:, None]).clamp(-448, 448).to(FP8)
 
-            run()
+        run()
+        for x, cache in ((k, caches[0]), (v, caches[1])):
+            got = cache.flatten(0, 1)[slot_T].view(torch.uint8)
+            require(torch.equal(got, encoded(x).view(torch.uint8)), held)
+
+        def eager(caches=caches, encoded=encoded) -> None:
             for x, cache in ((k, caches[0]), (v, caches[1])):
-                got = paged.slots(cache, layout)[slot_T].view(torch.uint8)
-                require(torch.equal(got, encoded(x).view(torch.uint8)), f"{layout} {held}")
+                cache[slot_T // BLOCK, slot_T % BLOCK] = encoded(x)
 
-            def eager(caches=caches, encoded=encoded, layout=layout) -> None:
-                for x, cache in ((k, caches[0]), (v, caches[1])):
-                    turned = cache if layout is Layout.NHD else cache.transpose(1, 2)
-                    turned[slot_T // BLOCK, slot_T % BLOCK] = encoded(x)
-
-            moved = 2 * k.numel() * (2 + dtype.itemsize) + 8 * tokens
-            rows.append(kv_row(f"{layout} {held}", run, eager, moved, runs))
+        moved = 2 * k.numel() * (2 + dtype.itemsize) + 8 * tokens
+        rows.append(kv_row(held, run, eager, moved, runs))
     return rows
 
 
@@ -252,7 +235,7 @@ def token_head_rows(tokens: int, runs: int) -> list[Row]:
                 (cache.zero, want.zero),
             ):
                 if held is not None:
-                    got = paged.slots(held, Layout.NHD)[slot_T[few]].cpu()
+                    got = held.flatten(0, 1)[slot_T[few]].cpu()
                     require(torch.equal(got, packed), f"{fmt.name} {rotation}")
             per_head = 2 * D + fmt.width(D) + 4 + int(fmt.asymmetric)
             name = f"{fmt.name}, rotation {rotation}"
@@ -260,20 +243,20 @@ def token_head_rows(tokens: int, runs: int) -> list[Row]:
     return rows
 
 
-def decode_rows(length: int, batch: int, runs: int) -> list[Row]:
-    """One query of each sequence over its whole cache: GB/s of the bytes that the cache holds."""
+def paged_rows(length: int, batch: int, queries: int, runs: int) -> list[Row]:
+    """The last queries of each sequence over its whole cache: GB/s of the bytes that it holds."""
     tokens = length * batch
     slot_T = scattered(tokens)
     k, v = (heads(1, tokens, K, i, torch.bfloat16)[0].transpose(0, 1) for i in range(2))
-    q = heads(1, batch, H, 2, torch.bfloat16)[0].transpose(0, 1).contiguous()
+    q = heads(1, batch * queries, H, 2, torch.bfloat16)[0].transpose(0, 1).contiguous()
     ints = {"dtype": torch.int32, "device": DEVICE}
     sequences = Sequences(
-        query_starts=torch.arange(batch + 1, **ints),
+        query_starts=torch.arange(batch + 1, **ints) * queries,
         lengths=torch.full((batch,), length, **ints),
         block_table=(slot_T[::BLOCK] // BLOCK).int().view(batch, -1),
-        longest=1,
+        longest=queries,
     )
-    held = torch.zeros(Layout.NHD.shape(tokens // BLOCK, BLOCK, K, D), dtype=k.dtype, device=DEVICE)
+    held = torch.zeros(tokens // BLOCK, BLOCK, K, D, dtype=k.dtype, device=DEVICE)
     caches = [held, held.clone()]
     write_cache(k, v, *caches, slot_T)
     want = paged_attention(q, *caches, sequences, scaling=SCALING)
@@ -364,9 +347,11 @@ def main() -> None:
     publish("cache-writes", "Writes into a paged cache", rows, code=CACHE, **where)
     rows = token_head_rows(65536 // small, runs)
     publish("token-head-writes", "Writes by token and head", rows, code=TOKEN_HEAD, **where)
-    rows = decode_rows(4096 // small, 64 // min(small, 16), runs)
-    code = (*CACHE, *TOKEN_HEAD)
+    length, code = 4096 // small, (*CACHE, *TOKEN_HEAD)
+    rows = paged_rows(length, 64 // min(small, 16), 1, runs)
     publish("cache-decode", "Decoding from a paged cache", rows, code=code, **where)
+    rows = paged_rows(length, 1, length, runs)
+    publish("cache-prefill", "A prompt over a paged cache", rows, code=code, **where)
     rows = error_rows(2048 // min(small, 16))
     publish("kv-error", "Error of KV formats", rows, code=TOKEN_HEAD, **where)
 

@@ -26,10 +26,8 @@ from torch import Tensor
 
 from ckptq.kernels.int4.quantize_int4 import dequantize_int4, quantize_int4
 from ckptq.kernels.linear.dispatch import linear_fp8_block, linear_w4a16, linear_w8a8
-from ckptq.kernels.quantize.dequantize_codes import dequantize
-from ckptq.kernels.quantize.quantize_blocks import quantize_blocks
-from ckptq.kernels.quantize.quantize_rows import quantize_rows
-from ckptq.kernels.quantize.quantize_static import quantize_static
+from ckptq.kernels.quantize.quantize_rows import quantize_blocks, quantize_rows
+from ckptq.kernels.quantize.quantize_static import dequantize, quantize_static
 
 CODE = ("ckptq/kernels/quantize", "ckptq/kernels/int4")
 PRODUCTS = ("ckptq/kernels/linear",)

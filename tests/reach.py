@@ -3,8 +3,9 @@
 A definition is a function or class at the top of a module, written "module:name"; "module:" stands
 for the module's other statements. A definition reaches what its body names, and the statements of
 its module; those reach what they name (tables of functions) and the modules that they import. A
-method belongs to its class, and whoever makes an object names the class: so nothing that runs is
-missed, and a little that never runs may count as reached.
+string "module:name" names as well (`kernels.gpu.door`). A method belongs to its class, and whoever
+makes an object names the class: so nothing that runs is missed, and a little that never runs may
+count as reached.
 """
 
 from __future__ import annotations
@@ -24,8 +25,8 @@ parsed = cache(ast.parse)
 
 @cache
 def _within(node: ast.AST) -> list[ast.AST]:
-    """The imports and names in a node of a parsed text."""
-    wanted = (ast.ImportFrom, ast.Name, ast.Attribute)
+    """The imports, names and constants in a node of a parsed text."""
+    wanted = (ast.ImportFrom, ast.Name, ast.Attribute, ast.Constant)
     return [inner for inner in ast.walk(node) if isinstance(inner, wanted)]
 
 
@@ -105,6 +106,8 @@ def _named(nodes: Iterable[ast.AST], scope: Mapping[str, str], known: set[str]) 
         for node in (inner for outer in nodes for inner in _within(outer)):
             if isinstance(node, ast.Name) and node.id in scope:
                 yield scope[node.id]
+            elif isinstance(node, ast.Constant) and node.value in known:
+                yield node.value
             elif isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name):
                 module = scope.get(node.value.id, "")
                 if module.endswith(":"):

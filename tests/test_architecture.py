@@ -35,7 +35,7 @@ ROOMS = {
         *("variant", "watching", "pieces", "compare", "outside", "result", "run", "request"),
     ),
     "ckptq.kernels": (
-        *("gpu", "shared_memory", "rounding", "product_rows", "code_operands"),
+        *("gpu", "rounding", "words", "product_rows", "code_operands"),
         *("quantize", "int4", "linear", "attention", "cache", "token_head"),
     ),
 }
@@ -58,7 +58,8 @@ def sources() -> dict[str, str]:
 
 
 def imports(module: str, known: Sources) -> set[str]:
-    """The modules of ckptq that this one imports: anywhere in it, for types alone included."""
+    """The modules of ckptq that this one imports: anywhere in it, for types alone included, and
+    behind a door, "module:name"."""
     found = set()
     for node in ast.walk(reach.parsed(known[module])):
         if isinstance(node, ast.Import):
@@ -67,6 +68,8 @@ def imports(module: str, known: Sources) -> set[str]:
             assert node.level == 0, f"{module} has a relative import"
             whole = [f"{node.module}.{alias.name}" for alias in node.names]
             found |= {name if name in known else str(node.module) for name in whole}
+        elif isinstance(node, ast.Constant) and str(node.value).partition(":")[0] in known:
+            found.add(node.value.partition(":")[0])
     return {name for name in found if name.split(".")[0] == "ckptq"} - {module, "ckptq"}
 
 

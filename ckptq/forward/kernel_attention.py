@@ -48,8 +48,7 @@ def fused_attention(
     return attention_with_maxima(
         *(query, key, value),
         scaling=words.scaling,
-        sliding_window=words.mask.sliding_window,
-        chunk=words.mask.chunk,
+        mask=words.mask,
         softcap=words.softcap,
         spans=spans_of(real, query.device) if len(set(real)) > 1 else None,
         maxima=buffers(),

@@ -6,8 +6,8 @@ its rows. So keys are loaded such that the neighbouring bytes which a thread get
 multiplies, and values such that they are rows of its results: codes are decoded where they were
 loaded, and pass neither to other threads nor through shared memory.
 
-`where` is a tuple: what points to a head's first token, the sequence's block table, the oldest
-position that is seen, keys of the sequence, elements from a block and from a token to the next.
+`where` is a tuple: the sequence's block table, the oldest position that is seen, keys of the
+sequence, elements from a block and a token to the next.
 
 Shape letters: W bytes of a head (WIDTH, of which HELD are there), N keys of a tile.
 """
@@ -48,41 +48,11 @@ def _divisible(o, ALIGN: tl.constexpr):
 
 
 @triton.jit
-def _load(
-    where,
-    first,
-    within,
-    word,
-    WIDTH: tl.constexpr,
-    HELD: tl.constexpr,
-    BLOCK: tl.constexpr,
-    ALIGN: tl.constexpr,
-):
-    """Words of the keys `within` sixteen from `first` on; zeros after HELD bytes."""
-    code_ptr, table_ptr, oldest, length, stride_block, stride_token = where
-    SAME: tl.constexpr = 16 if BLOCK % 16 == 0 else 1  # keys that surely lie in one block
-    key, token = (first, within) if SAME == 16 else (first + within, within * 0)
-    seen = (key < length) & (key + SAME > oldest)
-    block = tl.load(table_ptr + key // BLOCK, mask=seen, other=0).to(tl.int64)
-    ptrs = code_ptr + _divisible(block * stride_block + key % BLOCK * stride_token, ALIGN)
-    o_token = _divisible(token.to(tl.int64) * stride_token, ALIGN)
-    if code_ptr.dtype.element_ty == tl.uint8:
-        found = tl.zeros(word.shape, tl.int32)
-        for i in tl.static_range(4):
-            code = tl.load(ptrs + (o_token + 4 * word + i), mask=4 * word + i < HELD, other=0)
-            found |= code.to(tl.int32) << 8 * i
-        return found
-    elif HELD == WIDTH:
-        return tl.load(ptrs + (o_token + word))
-    else:
-        return tl.load(ptrs + (o_token + word), mask=4 * word < HELD, other=0)
-
-
-@triton.jit
-def load_keys(
+def load_codes(
+    code_ptr,
     where,
     k_first,
-    magic,
+    KEYS: tl.constexpr,
     N: tl.constexpr,
     WIDTH: tl.constexpr,
     HELD: tl.constexpr,
@@ -90,17 +60,49 @@ def load_keys(
     ALIGN: tl.constexpr,
     WARPS: tl.constexpr,
 ):
-    """Words of a tile, those of even and of odd places: what `keys_of` wants decoded."""
-    LANE: tl.constexpr = min(16, WIDTH // 4)
-    RUNS: tl.constexpr = WIDTH // 4 // LANE
-    TILES: tl.constexpr = N // 16 // WARPS
-    first = k_first + 16 * (_axis(TILES, 3) * WARPS + _axis(WARPS, 2))
-    within = _axis(8, 1) + 8 * _axis(2, 4)
-    word = (_axis(RUNS, 5) * 4 + _axis(4, 0)) * (LANE // 4) + _axis(LANE // 4, 6)
-    word = tl.broadcast_to(word, (4, 8, WARPS, TILES, 2, RUNS, LANE // 4))
-    code = _load(where, first, within, word, WIDTH, HELD, BLOCK, ALIGN)
-    one, other = tl.split(tl.reshape(code, (4, 8, WARPS, TILES, 2, RUNS * LANE // 8, 2)))
-    return one, other, magic[0], magic[1]
+    """Words of a tile, zeros after HELD bytes, in two tensors: of keys those of even and of odd
+    places, what `keys_of` wants decoded, of values those of even and of odd keys, for `values_of`.
+    """
+    table_ptr, oldest, length, strides = where
+    SHARE: tl.constexpr = 4 if KEYS else 8  # a head among so many threads
+    LANE: tl.constexpr = min(16, WIDTH // SHARE)
+    RUNS: tl.constexpr = WIDTH // SHARE // LANE
+    A: tl.constexpr = WARPS if KEYS else N // 16
+    B: tl.constexpr = N // 16 // WARPS if KEYS else 2
+    if KEYS:
+        first = k_first + 16 * (_axis(B, 3) * A + _axis(A, 2))
+        within = _axis(8, 1) + 8 * _axis(2, 4)
+        thread = _axis(4, 0)
+    else:
+        first = k_first + 16 * _axis(A, 2)
+        within = 4 * _axis(4, 0) + 2 * _axis(2, 3) + _axis(2, 4)
+        # plus nothing: were it plain, Triton would order threads by these words of single rows
+        thread = _axis(8, 1) ^ (length >> 31)
+    word = (_axis(RUNS, 5) * SHARE + thread) * (LANE // 4) + _axis(LANE // 4, 6)
+    word = tl.broadcast_to(word, (4, 8, A, B, 2, RUNS, LANE // 4))
+
+    SAME: tl.constexpr = 16 if BLOCK % 16 == 0 else 1  # keys that surely lie in one block
+    key, token = (first, within) if SAME == 16 else (first + within, within * 0)
+    seen = (key < length) & (key + SAME > oldest)
+    block = tl.load(table_ptr + key // BLOCK, mask=seen, other=0).to(tl.int64)
+    ptrs = code_ptr + _divisible(block * strides[0] + key % BLOCK * strides[1], ALIGN)
+    o_token = _divisible(token.to(tl.int64) * strides[1], ALIGN)
+    if code_ptr.dtype.element_ty == tl.uint8:
+        code = tl.zeros(word.shape, tl.int32)
+        for i in tl.static_range(4):
+            byte = tl.load(ptrs + (o_token + 4 * word + i), mask=4 * word + i < HELD, other=0)
+            code |= byte.to(tl.int32) << 8 * i
+    elif HELD == WIDTH:
+        code = tl.load(ptrs + (o_token + word))
+    else:
+        code = tl.load(ptrs + (o_token + word), mask=4 * word < HELD, other=0)
+
+    if KEYS:
+        pairs = tl.reshape(code, (4, 8, A, B, 2, RUNS * LANE // 8, 2))
+    else:
+        code = tl.trans(code, (0, 1, 2, 3, 5, 6, 4))
+        pairs = tl.reshape(code, (4, 8, A, B, 1, RUNS * LANE // 4, 2))
+    return tl.split(pairs)
 
 
 @triton.jit
@@ -109,31 +111,6 @@ def keys_of(pairs):
     S: tl.constexpr = pairs.shape
     pairs = tl.reshape(pairs, (4, 8, S[2], S[3], 2, S[5] // 2, 4))
     return tl.reshape(tl.trans(pairs, (3, 2, 4, 1, 5, 0, 6)), (16 * S[2] * S[3], 8 * S[5]))
-
-
-@triton.jit
-def load_values(
-    where,
-    k_first,
-    magic,
-    N: tl.constexpr,
-    WIDTH: tl.constexpr,
-    HELD: tl.constexpr,
-    BLOCK: tl.constexpr,
-    ALIGN: tl.constexpr,
-):
-    """Words of a tile, of even and of odd keys: what `values_of` wants decoded."""
-    LANE: tl.constexpr = min(16, WIDTH // 8)
-    RUNS: tl.constexpr = WIDTH // 8 // LANE
-    within = 4 * _axis(4, 0) + 2 * _axis(2, 3) + _axis(2, 4)
-    # a row plus nothing: were it plain, Triton would order threads by these words of single rows
-    row = _axis(8, 1) ^ (where[3] >> 31)
-    word = (_axis(RUNS, 5) * 8 + row) * (LANE // 4) + _axis(LANE // 4, 6)
-    word = tl.broadcast_to(word, (4, 8, N // 16, 2, 2, RUNS, LANE // 4))
-    code = _load(where, k_first + 16 * _axis(N // 16, 2), within, word, WIDTH, HELD, BLOCK, ALIGN)
-    code = tl.trans(code, (0, 1, 2, 3, 5, 6, 4))
-    one, other = tl.split(tl.reshape(code, (4, 8, N // 16, 2, 1, RUNS * LANE // 4, 2)))
-    return one, other, magic[0], magic[1]
 
 
 @triton.jit

@@ -17,9 +17,6 @@ from ckptq.evaluate.text import Line, Text
 from ckptq.forward.kernel_attention import Words
 from ckptq.kernels.attention import reference
 from ckptq.kernels.attention.mask import Mask
-from ckptq.kernels.cache import dispatch as caching
-from ckptq.kernels.quantize import dispatch as quantizing
-from ckptq.kernels.token_head import dispatch as by_token_and_head
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 NAMES = [name for name in MODES if name != "bf16"]
@@ -31,8 +28,7 @@ TEXT = Text(tuple(Line(tuple(row)) for row in rows_of((21, 18))), "test")
 @pytest.fixture
 def kernels(monkeypatch):
     """Every door opens to a kernel."""
-    for module in (caching, quantizing, by_token_and_head):
-        monkeypatch.setattr(module, "on_gpu", lambda _x: True)
+    monkeypatch.setattr("ckptq.kernels.gpu.on_gpu", lambda _x: True)
     monkeypatch.setattr("ckptq.evaluate.watching.pages_serve", lambda _device: True)
 
 

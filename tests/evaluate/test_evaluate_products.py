@@ -18,8 +18,6 @@ from ckptq.evaluate.linears.coded_product import input_codes, product_of
 from ckptq.evaluate.linears.inputs import InputScheme, input_scheme
 from ckptq.evaluate.run import evaluate
 from ckptq.evaluate.text import Line, Text
-from ckptq.kernels.linear import dispatch as linear
-from ckptq.kernels.quantize import dispatch as quantizing
 from ckptq.quantize.coded import Coded
 from ckptq.quantize.dispatch import dequantize, quantize
 from ckptq.quantize.formats import needs_statistic, statistic
@@ -41,8 +39,7 @@ TEXT = Text(tuple(Line(tuple(row)) for row in rows_of((9, 7))), "test")
 def kernels(monkeypatch):
     """Every door opens to a kernel, interpreted where there is no GPU; what went through is
     counted."""
-    for module in (linear, quantizing):
-        monkeypatch.setattr(module, "on_gpu", lambda _x: True)
+    monkeypatch.setattr("ckptq.kernels.gpu.on_gpu", lambda _x: True)
     monkeypatch.setattr("ckptq.evaluate.run.codes_multiply", lambda _device: True)
     seen: Counter[str] = Counter()
     for name in ("_w8a8", "_fp8_block", "_w4a16"):

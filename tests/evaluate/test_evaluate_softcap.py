@@ -14,9 +14,6 @@ from ckptq.checkpoint.open import open_checkpoint
 from ckptq.evaluate.run import evaluate
 from ckptq.evaluate.text import Line, Text
 from ckptq.forward.layerwise import open_model
-from ckptq.kernels.cache import dispatch as caching
-from ckptq.kernels.quantize import dispatch as quantizing
-from ckptq.kernels.token_head import dispatch as by_token_and_head
 from ckptq.text.samples import Samples
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -68,8 +65,7 @@ def test_the_forward_is_that_of_eager_attention(gemma2, batch_size):
 def test_pages_cap_scores_too(gemma2, monkeypatch):
     names, source = ["fp8-per-head", "int8-per-token-head"], open_checkpoint(gemma2)
     wanted = evaluate(source, TEXT, caches=names)
-    for module in (caching, quantizing, by_token_and_head):
-        monkeypatch.setattr(module, "on_gpu", lambda _x: True)
+    monkeypatch.setattr("ckptq.kernels.gpu.on_gpu", lambda _x: True)
     monkeypatch.setattr("ckptq.evaluate.watching.pages_serve", lambda _device: True)
     found = evaluate(source, TEXT, caches=names, device=DEVICE)
     for row, other in zip(found.rows, wanted.rows, strict=True):

@@ -21,7 +21,7 @@ from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
 import ckptq.kernels
-from ckptq.kernels import rounding, shared_memory
+from ckptq.kernels import gpu, rounding
 
 SHARED_MEMORY = {80: 163 << 10, 90: 227 << 10, 100: 227 << 10}
 """Bytes that a program may have, by capability: CUDA C++ Programming Guide, technical
@@ -51,7 +51,7 @@ def compiled_kernels(capability: int) -> dict[str, dict[str, list[Any]]]:
     driver.set_active(NoDevice(capability))
     # before any launcher's module takes it by name
     rounding.has_native_e4m3 = lambda _device: capability >= 89
-    shared_memory.shared_memory = lambda _device: SHARED_MEMORY[capability]
+    gpu.shared_memory = lambda _device: SHARED_MEMORY[capability]
     built: dict[str, dict[str, list[Any]]] = {}
     run = JITFunction.run
 

@@ -1,6 +1,5 @@
 """The doors to the kernels: the public functions of every `dispatch.py`, and their two sides."""
 
-import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -21,12 +20,10 @@ def doors(modules: tuple[Any, ...]) -> dict[str, Callable[..., Any]]:
         name: function
         for module in modules
         for name, function in vars(module).items()
-        if inspect.isfunction(function) and function.__module__ == module.__name__
-        if not name.startswith("_")
+        if hasattr(function, "__wrapped__")
     }
 
 
 def take(monkeypatch: pytest.MonkeyPatch, gpu: bool) -> None:
     """Take the kernel's side of every door, or the other; without a GPU the former interprets."""
-    for module in (*WEIGHTS, *CACHES):
-        monkeypatch.setattr(module, "on_gpu", lambda _x: gpu)
+    monkeypatch.setattr("ckptq.kernels.gpu.on_gpu", lambda _x: gpu)

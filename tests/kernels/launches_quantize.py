@@ -3,32 +3,26 @@
 import torch
 
 from ckptq.kernels.int4.quantize_int4 import dequantize_int4, quantize_int4
-from ckptq.kernels.linear.linear_fp8_block import linear_fp8_block
 from ckptq.kernels.linear.linear_w4a16 import linear_w4a16
-from ckptq.kernels.linear.linear_w8a8 import linear_w8a8
-from ckptq.kernels.quantize.dequantize_codes import dequantize
-from ckptq.kernels.quantize.quantize_blocks import quantize_blocks
-from ckptq.kernels.quantize.quantize_rows import quantize_rows
-from ckptq.kernels.quantize.quantize_static import quantize_static
-from ckptq.rope_order import Heads
+from ckptq.kernels.linear.linear_w8a8 import linear_fp8_block, linear_w8a8
+from ckptq.kernels.quantize.quantize_rows import quantize_blocks, quantize_rows
+from ckptq.kernels.quantize.quantize_static import dequantize, quantize_static
 
 FP8, INT8 = torch.float8_e4m3fn, torch.int8
 
 
 def launch_all(device: torch.device) -> None:
-    """Sources of 16 and 32 bits, both kinds of codes, with and without zero points and RoPE."""
+    """Sources of 16 and 32 bits, both kinds of codes, with and without zero points."""
     x = torch.zeros(256, 1024, dtype=torch.bfloat16, device=device)
-    heads = Heads(2, 128)
-    quantize_rows(x, FP8, heads)
+    quantize_rows(x, FP8)
     quantize_rows(x.float(), INT8)
-    quantize_rows(torch.zeros(2, 40_000, dtype=torch.float16, device=device), FP8)
     quantize_blocks(x, FP8)
     scale = torch.ones(2, 8, device=device)
-    codes = quantize_static(x, scale, (128, 128), FP8, heads)
+    codes = quantize_static(x, scale, (128, 128), FP8)
     dequantize(codes, scale, (128, 128))
     dequantize(codes.view(INT8), scale.bfloat16(), (128, 128))
 
-    packed, scales, _ = quantize_int4(x, 128, heads=heads)
+    packed, scales, _ = quantize_int4(x, 128)
     _, _, zero = quantize_int4(x, 128, symmetric=False)
     dequantize_int4(packed, scales, 1024, zero)
 

@@ -16,26 +16,20 @@ from kv_cases import BLOCK, heads, sequences, slots
 from torch import Tensor
 
 from ckptq.kernels.attention.dense_attention import Tile, attention
-from ckptq.kernels.cache import reference as paged
 from ckptq.kernels.cache.paged_attention import paged_attention
-from ckptq.kernels.cache.paging import Layout
 from ckptq.kernels.cache.write_cache import write_cache
 from ckptq.kernels.int4 import reference as int4_meaning
 from ckptq.kernels.int4.quantize_int4 import dequantize_int4, quantize_int4
-from ckptq.kernels.linear.linear_fp8_block import linear_fp8_block
 from ckptq.kernels.linear.linear_w4a16 import linear_w4a16
-from ckptq.kernels.linear.linear_w8a8 import linear_w8a8
+from ckptq.kernels.linear.linear_w8a8 import linear_fp8_block, linear_w8a8
 from ckptq.kernels.quantize import reference as meaning
-from ckptq.kernels.quantize.dequantize_codes import dequantize
-from ckptq.kernels.quantize.quantize_blocks import quantize_blocks
-from ckptq.kernels.quantize.quantize_rows import quantize_rows
-from ckptq.kernels.quantize.quantize_static import quantize_static
+from ckptq.kernels.quantize.quantize_rows import quantize_blocks, quantize_rows
+from ckptq.kernels.quantize.quantize_static import dequantize, quantize_static
 from ckptq.kernels.token_head import reference as kv
 from ckptq.kernels.token_head.kv_format import FORMATS, KVFormat
 from ckptq.kernels.token_head.token_head_attention import token_head_attention
 from ckptq.kernels.token_head.token_head_cache import TokenHeadCache
 from ckptq.kernels.token_head.write_token_head import write_token_head
-from ckptq.rope_order import Heads
 
 FP8 = torch.float8_e4m3fn
 LARGE = 12 << 30
@@ -61,10 +55,9 @@ def placed(memory: Tensor, x: Tensor, strides: tuple[int, ...], begin: int = 0) 
 
 
 def test_rows(memory: Tensor) -> None:
-    x, heads_ = weights((6, 64)), Heads(1, 6)
+    x = weights((6, 64))
     far = placed(memory, x, (1 << 29, 1))
     assert both_same(quantize_rows(far), meaning.quantize_rows(x))
-    assert both_same(quantize_rows(far, FP8, heads_), meaning.quantize_rows(x, FP8, heads_))
     assert both_same(quantize_blocks(far, FP8, (4, 32)), meaning.quantize_blocks(x, FP8, (4, 32)))
     scale = torch.full((1, 1), 0.01)
     got = quantize_static(far, scale.to(far.device), (6, 64))
@@ -111,22 +104,20 @@ def test_attention(memory: Tensor, strides: tuple[int, int, int, int]) -> None:
         assert torch.equal(attention(*far, **run), want)
 
 
-@pytest.mark.parametrize("layout", list(Layout))
-def test_static_caches(memory: Tensor, layout: Layout) -> None:
+def test_static_caches(memory: Tensor) -> None:
     """A block is at 10 x 2^28 of the bf16 cache, and keys are 2^26 apart."""
     device = memory.device
     k = heads(46, 2, 64, torch.bfloat16)
-    shape = layout.shape(11, BLOCK, 2, 64)
-    empty = torch.zeros(shape, dtype=k.dtype)
+    empty = torch.zeros(11, BLOCK, 2, 64, dtype=k.dtype)
     far = placed(memory, empty, (1 << 28, *empty.stride()[1:]))
     x = placed(memory, k, (1 << 26, 64, 1), begin=1 << 20)
     near = empty.to(device)
-    write_cache(k.to(device), k.to(device), near, near, slots().to(device), layout=layout)
-    write_cache(x, x, far, far, slots().to(device), layout=layout)
+    write_cache(k.to(device), k.to(device), near, near, slots().to(device))
+    write_cache(x, x, far, far, slots().to(device))
     assert torch.equal(far, near)
     assert near.any()
     q = heads(6, 4, 64, torch.bfloat16, seed=2).to(device)
-    run = {"scaling": 0.1, "layout": layout}
+    run = {"scaling": 0.1}
     want = paged_attention(q, near, near, sequences(device), **run)
     assert torch.equal(paged_attention(q, far, far, sequences(device), **run), want)
 
@@ -141,8 +132,8 @@ def test_caches_with_a_scale_per_token_and_head(memory: Tensor, fmt: KVFormat) -
     far = TokenHeadCache(**parts | {"code": code})
     write_token_head(x.to(device), far, slots().to(device))
     want = kv.quantize(x, fmt)
-    assert same(paged.slots(far.code, Layout.NHD).cpu()[slots()], want.code)
-    assert same(paged.slots(far.scale, Layout.NHD).cpu()[slots()], want.scale)
+    assert same(far.code.flatten(0, 1).cpu()[slots()], want.code)
+    assert same(far.scale.flatten(0, 1).cpu()[slots()], want.scale)
     near.code.copy_(far.code)
     q = heads(6, 4, 64, torch.bfloat16, seed=2).to(device)
     want_out = token_head_attention(q, near, near, sequences(device), scaling=0.1)
@@ -158,7 +149,7 @@ def test_tokens_far_apart(memory: Tensor, fmt: KVFormat) -> None:
     cache = TokenHeadCache.empty(fmt, 11, BLOCK, 2, 64, device=memory.device)
     far = placed(memory, x, (1 << 27, 64, 1))
     write_token_head(far, cache, slot_T.to(memory.device))
-    assert same(paged.slots(cache.code, Layout.NHD).cpu()[slot_T], kv.quantize(x, fmt).code)
+    assert same(cache.code.flatten(0, 1).cpu()[slot_T], kv.quantize(x, fmt).code)
 
 
 @triton.jit

@@ -53,11 +53,7 @@ def made(tmp_path_factory, sources):
 
 @pytest.fixture
 def kernels(monkeypatch):
-    from ckptq.kernels.cache import dispatch as caching
-    from ckptq.kernels.quantize import dispatch as quantizing
-
-    for module in (caching, quantizing):
-        monkeypatch.setattr(module, "on_gpu", lambda _x: True)
+    monkeypatch.setattr("ckptq.kernels.gpu.on_gpu", lambda _x: True)
     monkeypatch.setattr("ckptq.verify.attention.watch.pages_serve", lambda _device: True)
 
 

@@ -4,9 +4,7 @@ from dataclasses import dataclass
 
 import torch
 
-from ckptq.kernels.shared_memory import shared_memory
-
-FP8 = torch.float8_e4m3fn
+from ckptq.kernels.gpu import shared_memory
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,4 +26,4 @@ def default_tile(head_dim: int, dtype: torch.dtype, device: torch.device) -> Til
         return Tile(64, 32, 4, 2) if head_dim <= 128 else Tile(64, 16, 4, 2)
     if head_dim > 128:
         return Tile(128, 64 if room > 200 << 10 else 32, 8, 2)
-    return Tile(64, 128 if dtype == FP8 else 64, 4, 3)
+    return Tile(64, 64, 4, 3)

@@ -1,4 +1,4 @@
-"""Flash attention for calibration and validation, on q, k, v as transformers hands them over.
+"""Flash attention that records maxima, on q, k, v as transformers hands them over.
 
 Meaning: `reference.attention`. One program takes a tile of queries of one head and walks
 over the tiles of keys that any of them sees; only tiles at an edge of the mask pay for it.
@@ -6,9 +6,6 @@ over the tiles of keys that any of them sees; only tiles at an edge of the mask 
 - Maxima: each program also folds the absolute maxima of its own rows of q, k and v (the rows of k
   and v dealt out among the query heads that share them) into three buffers. The maximum is taken
   on the bits of |x| as integers, so it does not depend on order and a NaN is larger than all else.
-- FP8: q, k, v are E4M3 codes with a descale per tensor or per head. Weights are rounded to E4M3
-  too, lifted to 256 at most, as FlashAttention 3 does. GPUs without FP8 products (below sm_89) get
-  the same values in fp16, which holds every E4M3 value.
 
 Head sizes are padded to a power of two in registers, never in memory.
 
@@ -24,38 +21,9 @@ from torch import Tensor
 from ckptq.kernels.attention.attention_tile import Tile, default_tile
 from ckptq.kernels.attention.mask import Mask, cap_height
 from ckptq.kernels.attention.maxima import Maxima
-from ckptq.kernels.attention.online_softmax import (
-    cap,
-    dot,
-    finish,
-    fold,
-    key_bounds,
-    visible,
-)
+from ckptq.kernels.attention.online_softmax import cap, dot, finish, fold, key_bounds, visible
 from ckptq.kernels.gpu import MOST_HEADS
-from ckptq.kernels.rounding import e4m3_round, e4m3_value, has_native_e4m3, narrow, widen
-
-FP8 = torch.float8_e4m3fn
-
-
-@triton.jit
-def _decoded(x, CODES: tl.constexpr):
-    """E4M3 codes as fp16 where the hardware does not multiply them; anything else as it is."""
-    if CODES:
-        return e4m3_value(x).to(tl.float16)
-    else:
-        return x
-
-
-@triton.jit
-def _operand(weight_MN, v_ND, LIFT: tl.constexpr):
-    """Attention weights as what multiplies v: rounded to E4M3 for FP8 (LIFT), else to v's dtype."""
-    if v_ND.dtype == tl.float8e4nv:
-        return weight_MN.to(tl.float8e4nv, fp_downcast_rounding="rtne")
-    elif LIFT:
-        return e4m3_round(weight_MN, False).to(tl.float16)
-    else:
-        return narrow(weight_MN, v_ND.dtype)
+from ckptq.kernels.rounding import narrow, widen
 
 
 @triton.jit
@@ -65,110 +33,26 @@ def _record(x_RD, maximum_ptr):
 
 
 @triton.jit
-def _attend(
-    acc_ME,
-    max_M,
-    sum_M,
-    q_MD,
-    q_pos_M,
-    k_ptr,
-    v_ptr,
-    k_stride,
-    v_stride,
-    v_stride_e,
-    begin,
-    end,
-    length,
-    slope,
-    factor,
-    D: tl.constexpr,
-    E: tl.constexpr,
-    CAUSAL: tl.constexpr,
-    WINDOW: tl.constexpr,
-    CHUNK: tl.constexpr,
-    CAPPED: tl.constexpr,
-    CODES: tl.constexpr,
-    LIFT: tl.constexpr,
-    MASKED: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    BLOCK_E: tl.constexpr,
-    COLUMNS: tl.constexpr,
-):
-    """Fold the keys from position `begin` to `end` in."""
-    o_N = tl.arange(0, COLUMNS)
-    o_D = tl.arange(0, BLOCK_D)
-    o_E = tl.arange(0, BLOCK_E)
-    o_ND = o_N[:, None] * k_stride + o_D[None, :]
-    o_NE = o_N[:, None] * v_stride + o_E[None, :] * v_stride_e
-    for k_first in tl.range(begin, end, COLUMNS):
-        k_pos_N = k_first + o_N
-        k_ptrs = k_ptr + tl.cast(k_first, tl.int64) * k_stride + o_ND
-        v_ptrs = v_ptr + tl.cast(k_first, tl.int64) * v_stride + o_NE
-        if MASKED:
-            m_N1 = (k_pos_N < length)[:, None]
-            k_ND = tl.load(k_ptrs, mask=m_N1 & (o_D < D)[None, :], other=0.0)
-            v_NE = tl.load(v_ptrs, mask=m_N1 & (o_E < E)[None, :], other=0.0)
-        else:
-            k_ND = (
-                tl.load(k_ptrs) if D == BLOCK_D else tl.load(k_ptrs, (o_D < D)[None, :], other=0.0)
-            )
-            v_NE = (
-                tl.load(v_ptrs) if E == BLOCK_E else tl.load(v_ptrs, (o_E < E)[None, :], other=0.0)
-            )
-        k_ND = _decoded(k_ND, CODES)
-        v_NE = _decoded(v_NE, CODES)
-        zero_MN = tl.zeros([q_MD.shape[0], COLUMNS], tl.float32)
-        score_MN = dot(q_MD, tl.trans(k_ND), zero_MN)
-        if CAPPED:
-            score_MN = cap(score_MN, slope)
-        if MASKED:
-            seen_MN = visible(q_pos_M, k_pos_N, length, CAUSAL, WINDOW, CHUNK)
-            score_MN = tl.where(seen_MN, score_MN, float("-inf"))
-        weight_MN, decay_M, max_M, sum_M = fold(score_MN, max_M, sum_M, factor, LIFT, MASKED)
-        acc_ME = dot(_operand(weight_MN, v_NE, LIFT), v_NE, acc_ME * decay_M[:, None])
-    return acc_ME, max_M, sum_M
-
-
-@triton.jit
 def _attention_kernel(
     q_ptr,
     k_ptr,
     v_ptr,
     out_ptr,
-    start_ptr,
-    length_ptr,
-    q_max_ptr,
-    k_max_ptr,
-    v_max_ptr,
-    q_descale_ptr,
-    k_descale_ptr,
-    v_descale_ptr,
+    spans,
+    maxima,
     scaling,
     softcap,
-    q_stride_b,
-    q_stride_h,
-    q_stride_s,
-    k_stride_b,
-    k_stride_h,
-    k_stride_s,
-    v_stride_b,
-    v_stride_h,
-    v_stride_s,
-    v_stride_e,
+    q_strides,
+    k_strides,
+    v_strides,
     H,
     queries,
     keys,
     D: tl.constexpr,
     E: tl.constexpr,
     GROUP: tl.constexpr,
-    CAUSAL: tl.constexpr,
-    WINDOW: tl.constexpr,
-    CHUNK: tl.constexpr,
+    MASK: tl.constexpr,
     CAPPED: tl.constexpr,
-    PADDED: tl.constexpr,
-    RECORD: tl.constexpr,
-    FP8: tl.constexpr,
-    CODES: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_E: tl.constexpr,
     ROWS: tl.constexpr,
@@ -181,81 +65,72 @@ def _attention_kernel(
     h = tl.program_id(1) % H
     kv = h // GROUP
     start, length = tl.full([], 0, tl.int32), keys
-    if PADDED:
-        start = tl.load(start_ptr + b)
-        length = tl.load(length_ptr + b)
-    q_ptr += b * q_stride_b + h.to(tl.int64) * q_stride_h
-    k_ptr += b * k_stride_b + kv.to(tl.int64) * k_stride_h + start.to(tl.int64) * k_stride_s
-    v_ptr += b * v_stride_b + kv.to(tl.int64) * v_stride_h + start.to(tl.int64) * v_stride_s
+    if spans is not None:
+        start, length = tl.load(spans[0] + b), tl.load(spans[1] + b)
+    q_ptr += b * q_strides[0] + h.to(tl.int64) * q_strides[1]
+    k_ptr += b * k_strides[0] + kv.to(tl.int64) * k_strides[1] + start.to(tl.int64) * k_strides[2]
+    v_ptr += b * v_strides[0] + kv.to(tl.int64) * v_strides[1] + start.to(tl.int64) * v_strides[2]
 
     o_D = tl.arange(0, BLOCK_D)
     o_E = tl.arange(0, BLOCK_E)
+    m_1D, m_1E = (o_D < D)[None, :], (o_E < E)[None, :]
     row_M = q_first + tl.arange(0, ROWS)
     shift = keys - queries - start  # from a query's row to its position
     q_pos_M = row_M + shift
     real_M = (row_M < queries) & (q_pos_M >= 0) & (q_pos_M < length)
-    q_ptrs = q_ptr + row_M.to(tl.int64)[:, None] * q_stride_s + o_D[None, :]
-    q_MD = tl.load(q_ptrs, mask=real_M[:, None] & (o_D < D)[None, :], other=0.0)
-    if RECORD:
+    q_ptrs = q_ptr + row_M.to(tl.int64)[:, None] * q_strides[2] + o_D[None, :]
+    q_MD = tl.load(q_ptrs, mask=real_M[:, None] & m_1D, other=0.0)
+    if maxima is not None:
         # before the products: after them it takes three per cent more, as registers stay in use
-        _record(q_MD, q_max_ptr + h)
+        _record(q_MD, maxima[0] + h)
         row_R = q_first - start + h % GROUP * SLICE + tl.arange(0, SLICE)
         m_R1 = ((row_R >= 0) & (row_R < length) & (row_R < q_first - start + ROWS))[:, None]
         row_R1 = row_R.to(tl.int64)[:, None]
-        k_ptrs = k_ptr + row_R1 * k_stride_s + o_D[None, :]
-        v_ptrs = v_ptr + row_R1 * v_stride_s + o_E[None, :] * v_stride_e
-        _record(tl.load(k_ptrs, mask=m_R1 & (o_D < D)[None, :], other=0.0), k_max_ptr + kv)
-        _record(tl.load(v_ptrs, mask=m_R1 & (o_E < E)[None, :], other=0.0), v_max_ptr + kv)
-    q_MD = _decoded(q_MD, CODES)
+        o_RD = row_R1 * k_strides[2] + o_D[None, :]
+        o_RE = row_R1 * v_strides[2] + o_E[None, :]
+        _record(tl.load(k_ptr + o_RD, mask=m_R1 & m_1D, other=0.0), maxima[1] + kv)
+        _record(tl.load(v_ptr + o_RE, mask=m_R1 & m_1E, other=0.0), maxima[2] + kv)
 
-    LIFT: tl.constexpr = 8 if FP8 else 0
-    if FP8:
-        scaling *= tl.load(q_descale_ptr + h) * tl.load(k_descale_ptr + kv)
     # capped: tanh(score * slope) * softcap; slope is unused otherwise
     slope = scaling / softcap if CAPPED else 0.0
     factor = (softcap if CAPPED else scaling) * 1.4426950408889634  # log2 e
     q_pos_first = tl.maximum(q_first + shift, 0)
     q_pos_last = tl.minimum(tl.minimum(q_first + ROWS, queries) + shift, length) - 1
-    begin, full, partial, end = key_bounds(
-        q_pos_first, q_pos_last, length, CAUSAL, WINDOW, CHUNK, COLUMNS
-    )
+    edges = key_bounds(q_pos_first, q_pos_last, length, MASK, COLUMNS)
+    o_N = tl.arange(0, COLUMNS)
+    o_ND = o_N[:, None] * k_strides[2] + o_D[None, :]
+    o_NE = o_N[:, None] * v_strides[2] + o_E[None, :]
     acc_ME = tl.zeros([ROWS, BLOCK_E], tl.float32)
     max_M = tl.full([ROWS], float("-inf"), tl.float32)
     sum_M = tl.zeros([ROWS], tl.float32)
-    if WINDOW or CHUNK:
-        acc_ME, max_M, sum_M = _attend(
-            *(
-                acc_ME,
-                max_M,
-                sum_M,
-                q_MD,
-                q_pos_M,
-                k_ptr,
-                v_ptr,
-                k_stride_s,
-                v_stride_s,
-                v_stride_e,
-            ),
-            *(begin, tl.minimum(full, end), length, slope, factor, D, E, CAUSAL, WINDOW, CHUNK),
-            *(CAPPED, CODES, LIFT, True, BLOCK_D, BLOCK_E, COLUMNS),
-        )
-    acc_ME, max_M, sum_M = _attend(
-        *(acc_ME, max_M, sum_M, q_MD, q_pos_M, k_ptr, v_ptr, k_stride_s, v_stride_s, v_stride_e),
-        *(full, partial, length, slope, factor, D, E, CAUSAL, WINDOW, CHUNK),
-        *(CAPPED, CODES, LIFT, False, BLOCK_D, BLOCK_E, COLUMNS),
-    )
-    acc_ME, max_M, sum_M = _attend(
-        *(acc_ME, max_M, sum_M, q_MD, q_pos_M, k_ptr, v_ptr, k_stride_s, v_stride_s, v_stride_e),
-        *(partial, end, length, slope, factor, D, E, CAUSAL, WINDOW, CHUNK),
-        *(CAPPED, CODES, LIFT, True, BLOCK_D, BLOCK_E, COLUMNS),
-    )
+    # only without a window or chunks does every query see the first keys
+    for i in tl.static_range(0 if MASK[1] or MASK[2] else 1, 3):
+        # the compiler has to see that tiles begin at multiples: products would wait for each other
+        begin = tl.cdiv(edges[i], COLUMNS) * COLUMNS
+        for k_first in tl.range(begin, edges[i + 1], COLUMNS):
+            k_pos_N = k_first + o_N
+            k_ptrs = k_ptr + tl.cast(k_first, tl.int64) * k_strides[2] + o_ND
+            v_ptrs = v_ptr + tl.cast(k_first, tl.int64) * v_strides[2] + o_NE
+            if i != 1:
+                m_N1 = (k_pos_N < length)[:, None]
+                k_ND = tl.load(k_ptrs, mask=m_N1 & m_1D, other=0.0)
+                v_NE = tl.load(v_ptrs, mask=m_N1 & m_1E, other=0.0)
+            else:
+                k_ND = tl.load(k_ptrs) if D == BLOCK_D else tl.load(k_ptrs, m_1D, other=0.0)
+                v_NE = tl.load(v_ptrs) if E == BLOCK_E else tl.load(v_ptrs, m_1E, other=0.0)
+            score_MN = dot(q_MD, tl.trans(k_ND), tl.zeros([ROWS, COLUMNS], tl.float32))
+            if CAPPED:
+                score_MN = cap(score_MN, slope)
+            if i != 1:
+                seen_MN = visible(q_pos_M, k_pos_N, length, MASK)
+                score_MN = tl.where(seen_MN, score_MN, float("-inf"))
+            weight_MN, decay_M, max_M, sum_M = fold(score_MN, max_M, sum_M, factor, 0, i != 1)
+            acc_ME = dot(narrow(weight_MN, v_NE.dtype), v_NE, acc_ME * decay_M[:, None])
 
     out_ME = finish(acc_ME, tl.where(real_M, sum_M, 0.0))
-    if FP8:
-        out_ME *= tl.load(v_descale_ptr + kv)
     out_row_M = (b * queries + row_M) * H + h
     out_ptrs = out_ptr + out_row_M[:, None] * E + o_E[None, :]
-    m_ME = (row_M < queries)[:, None] & (o_E < E)[None, :]
+    m_ME = (row_M < queries)[:, None] & m_1E
     tl.store(out_ptrs, narrow(out_ME, out_ptr.dtype.element_ty), mask=m_ME)
 
 
@@ -263,16 +138,6 @@ def _within_reach(x_BHSD: Tensor) -> Tensor:
     """Heads dense, and tokens of a tile so near each other that 32 bits address them."""
     near = x_BHSD.stride(3) == 1 and x_BHSD.stride(2) < 1 << 23
     return x_BHSD if near else x_BHSD.contiguous()
-
-
-def head_scales(descale: Tensor | float, heads: int, device: torch.device) -> Tensor:
-    """fp32 [heads] of a number, one scale per tensor ([1]) or one per head ([heads, ...])."""
-    if not isinstance(descale, Tensor):  # a copy of a number to a device would wait for it
-        return torch.full((heads,), descale, dtype=torch.float32, device=device)
-    flat = descale.to(device, torch.float32).reshape(-1)
-    if flat.numel() not in (1, heads):
-        raise ValueError(f"{flat.numel()} descales for {heads} heads, want 1 or {heads}")
-    return flat.expand(heads).contiguous()
 
 
 def _check(query: Tensor, key: Tensor, value: Tensor) -> None:
@@ -296,29 +161,6 @@ def _check_spans(spans: tuple[Tensor, Tensor], batch: int, device: torch.device)
             raise ValueError(f"{name} of spans: {found}, want dense int32 [{batch}] on {device}")
 
 
-def _operands(
-    query: Tensor, key: Tensor, value: Tensor, codes: bool
-) -> tuple[Tensor, Tensor, Tensor]:
-    """q, k, v as the kernel reads them; `codes` are E4M3 that the device does not multiply."""
-    query, key, value = (_within_reach(x) for x in (query, key, value))
-    if codes:
-        return query.view(torch.uint8), key.view(torch.uint8), value.view(torch.uint8)
-    if value.dtype == FP8:
-        # FP8 products read both operands along the summed axis, which is the keys' for v; rows of
-        # a multiple of 16 stay aligned
-        keys = value.shape[2]
-        turned = torch.nn.functional.pad(value.view(torch.uint8).mT, (0, -keys % 16))
-        value = turned.contiguous().view(FP8)[..., :keys].mT
-    return query, key, value
-
-
-def _as_bits(maxima: Maxima | None) -> tuple[Tensor | None, ...]:
-    """Buffers as what the atomics work on."""
-    if maxima is None:
-        return None, None, None
-    return tuple(x.view(torch.int32) for x in (maxima.q_H, maxima.k_K, maxima.v_K))
-
-
 def attention(
     query: Tensor,
     key: Tensor,
@@ -329,57 +171,39 @@ def attention(
     softcap: float | None = None,
     spans: tuple[Tensor, Tensor] | None = None,
     maxima: Maxima | None = None,
-    descales: tuple[Tensor | float, Tensor | float, Tensor | float] | None = None,
-    out_dtype: torch.dtype = torch.bfloat16,
     tile: Tile | None = None,
 ) -> Tensor:
     """Attention of query [B, H, Sq, D] over key [B, K, S, D] and value [B, K, S, E]: [B, Sq, H, E].
 
     Query head h reads key/value head h // (H // K). The last query stands at the last key. `spans`
     are the first real token and the number of real tokens of each sequence, int32 [B] each; rows of
-    padding come out as zeros. `maxima` asks for as many queries as keys. E4M3 inputs need
-    `descales` of q [1 or H], k and v [1 or K], and give `out_dtype`; others give their own dtype.
+    padding come out as zeros. `maxima` asks for as many queries as keys.
 
-    Raises ValueError for shapes, dtypes or descales that do not fit.
+    Raises ValueError for shapes or dtypes that do not fit.
     """
     _check(query, key, value)
     (B, H, queries, D), (_, K, keys, E) = query.shape, value.shape
-    fp8, group = query.dtype == FP8, H // K
-    if fp8 != (descales is not None) or (fp8 and maxima is not None):
-        raise ValueError("descales are for E4M3 inputs, maxima for others")
+    group = H // K
     if spans is not None:
         _check_spans(spans, B, query.device)
-    codes = fp8 and not has_native_e4m3(query.device)
-    query, key, value = _operands(query, key, value, codes)
+    query, key, value = (_within_reach(x) for x in (query, key, value))
     if maxima is not None:
         maxima.check(H, K, query.device)
         if queries != keys:
             raise ValueError(f"maxima of {keys} keys under {queries} queries: want as many")
-    out = torch.empty(
-        B, queries, H, E, dtype=out_dtype if fp8 else query.dtype, device=query.device
-    )
+    out = torch.empty(B, queries, H, E, dtype=query.dtype, device=query.device)
     tile = tile or default_tile(max(D, E), query.dtype, query.device)
-    starts, lengths = spans or (None, None)
-    scales = None
-    if descales is not None:
-        heads = zip(descales, (H, K, K), strict=True)
-        scales = [head_scales(descale, n, query.device) for descale, n in heads]
+    bits = None
+    if maxima is not None:
+        bits = tuple(x.view(torch.int32) for x in (maxima.q_H, maxima.k_K, maxima.v_K))
     _attention_kernel[(triton.cdiv(queries, tile.rows), B * H)](
-        *(query, key, value, out, starts, lengths),
-        *_as_bits(maxima),
-        *(scales or (None, None, None)),
-        *(float(scaling), cap_height(softcap)),
-        *(*query.stride()[:3], *key.stride()[:3], *value.stride()),
-        *(H, queries, keys),
+        *(query, key, value, out, spans, bits, float(scaling), cap_height(softcap)),
+        *(query.stride()[:3], key.stride()[:3], value.stride()[:3], H, queries, keys),
         D=D,
         E=E,
         GROUP=group,
-        **mask.constexprs(),
+        MASK=mask.constants(),
         CAPPED=softcap is not None,
-        PADDED=spans is not None,
-        RECORD=maxima is not None,
-        FP8=fp8,
-        CODES=codes,
         BLOCK_D=max(16, triton.next_power_of_2(D)),
         BLOCK_E=max(16, triton.next_power_of_2(E)),
         ROWS=tile.rows,

@@ -1,14 +1,9 @@
-"""Who attends to whom, in the few forms that models use, which tokens are padding, soft caps.
+"""Who attends to whom, in the few forms that models use, and soft caps.
 
 Positions count from a sequence's first real token, as transformers counts chunks.
-
-Shape letters: B batch, S positions.
 """
 
 from dataclasses import dataclass
-
-import torch
-from torch import Tensor
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -30,13 +25,9 @@ class Mask:
         if self.chunk is not None and self.chunk < 1:
             raise ValueError(f"a chunk has at least one token: {self}")
 
-    def constexprs(self) -> dict[str, int | bool]:
-        """The compile-time arguments of `online_softmax.visible` and `key_bounds`; 0 is none."""
-        return {
-            "CAUSAL": self.causal,
-            "WINDOW": self.sliding_window or 0,
-            "CHUNK": self.chunk or 0,
-        }
+    def constants(self) -> tuple[bool, int, int]:
+        """MASK of the kernels, for `online_softmax`: causal, window, chunk; 0 is none."""
+        return self.causal, self.sliding_window or 0, self.chunk or 0
 
 
 def cap_height(softcap: float | None) -> float:
@@ -46,19 +37,3 @@ def cap_height(softcap: float | None) -> float:
     if not softcap > 0:
         raise ValueError(f"a soft cap is positive, or None for no cap: {softcap}")
     return float(softcap)
-
-
-def spans_of(real_BS: Tensor) -> tuple[Tensor, Tensor]:
-    """First real token and number of real tokens of each sequence, int32 [B], of a padding mask.
-
-    `real_BS` is true (or not 0) at real tokens, as tokenizers return it; they must be one run.
-    Raises ValueError otherwise.
-    """
-    real_BS = real_BS.bool()
-    length_B = real_BS.sum(1)
-    start_B = real_BS.int().argmax(1)
-    position_S = torch.arange(real_BS.shape[1], device=real_BS.device)
-    run_BS = (position_S >= start_B[:, None]) & (position_S < (start_B + length_B)[:, None])
-    if not torch.equal(run_BS, real_BS):
-        raise ValueError("the real tokens of a sequence are not one run: padding lies between them")
-    return start_B.int(), length_B.int()

@@ -21,37 +21,33 @@ def dot(a, b, acc):
 
 
 @triton.jit
-def oldest_key(first, WINDOW: tl.constexpr, CHUNK: tl.constexpr):
+def oldest_key(first, MASK: tl.constexpr):
     """The first position that a window or a chunk leaves to queries from position `first` on.
 
     What lies before may be gone: engines give the blocks of a paged cache back that no window
     reaches any more, and whatever they hold then, no weight of zero would make a zero of a NaN.
     """
     oldest = 0
-    if WINDOW:
-        oldest = tl.maximum(first - WINDOW + 1, 0)
-    if CHUNK:
-        oldest = tl.maximum(oldest, first // CHUNK * CHUNK)
+    if MASK[1]:
+        oldest = tl.maximum(first - MASK[1] + 1, 0)
+    if MASK[2]:
+        oldest = tl.maximum(oldest, first // MASK[2] * MASK[2])
     return oldest
 
 
 @triton.jit
-def key_bounds(
-    first,
-    last,
-    length,
-    CAUSAL: tl.constexpr,
-    WINDOW: tl.constexpr,
-    CHUNK: tl.constexpr,
-    COLUMNS: tl.constexpr,
-):
+def key_bounds(first, last, length, MASK: tl.constexpr, COLUMNS: tl.constexpr):
     """Positions (begin, full, partial, end) of keys for the queries at positions first to last.
 
     Tiles of keys from `full` to `partial` are seen whole by every one of these queries; those from
     `begin` to `full` and from `partial` to `end` need the mask; the others are seen by none. All
-    but `end` are multiples of COLUMNS. Without queries (last < first) there are no keys.
+    but `end`, or what equals it, are multiples of COLUMNS. Without queries (last < first) there are
+    no keys.
     """
-    begin = oldest_key(first, WINDOW, CHUNK)
+    CAUSAL: tl.constexpr = MASK[0]
+    WINDOW: tl.constexpr = MASK[1]
+    CHUNK: tl.constexpr = MASK[2]
+    begin = oldest_key(first, MASK)
     end = length
     begin_all = 0
     end_all = length
@@ -70,19 +66,18 @@ def key_bounds(
     full = tl.maximum(full, begin)
     partial = tl.maximum(end_all // COLUMNS * COLUMNS, full)
     partial = tl.where(last < first, full, partial)
-    return begin, full, partial, end
+    return begin, tl.minimum(full, end), tl.minimum(partial, end), end
 
 
 @triton.jit
-def visible(q_M, k_N, length, CAUSAL: tl.constexpr, WINDOW: tl.constexpr, CHUNK: tl.constexpr):
+def visible(q_M, k_N, length, MASK: tl.constexpr):
     """[M, N]: whether the query at position q attends to the key at position k."""
-    seen_MN = (q_M[:, None] >= 0) & (k_N[None, :] < length)
-    if CAUSAL:
-        seen_MN = seen_MN & (k_N[None, :] <= q_M[:, None])
-    if WINDOW:
-        seen_MN = seen_MN & (k_N[None, :] > q_M[:, None] - WINDOW)
-    if CHUNK:
-        seen_MN = seen_MN & (k_N[None, :] // CHUNK == q_M[:, None] // CHUNK)
+    last_M = tl.where(q_M < 0, -1, tl.minimum(q_M, length - 1) if MASK[0] else length - 1)
+    seen_MN = k_N[None, :] <= last_M[:, None]
+    if MASK[1]:
+        seen_MN = seen_MN & (k_N[None, :] > q_M[:, None] - MASK[1])
+    if MASK[2]:
+        seen_MN = seen_MN & (k_N[None, :] // MASK[2] == q_M[:, None] // MASK[2])
     return seen_MN
 
 

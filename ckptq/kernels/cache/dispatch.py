@@ -1,8 +1,8 @@
-"""The doors to paged caches: Triton for CUDA tensors (`gpu.on_gpu`), else their meaning in torch.
+"""The doors to paged caches: Triton for CUDA tensors, else their meaning in torch.
 
 Writers give the same bytes on both sides, attention the same but for the order in which it sums.
-Arguments are those of the functions of the same name in this folder, which have the documentation
-and refuse what does not fit.
+Arguments are documented by the functions of the same name in this folder, which refuse what does
+not fit.
 """
 
 import torch
@@ -10,12 +10,11 @@ from torch import Tensor
 
 from ckptq.kernels.attention.mask import Mask
 from ckptq.kernels.cache import reference
-from ckptq.kernels.cache.paging import Layout, Sequences
-from ckptq.kernels.gpu import on_gpu
-
-Descale = Tensor | float
+from ckptq.kernels.cache.paging import Sequences
+from ckptq.kernels.gpu import door
 
 
+@door("ckptq.kernels.cache.write_cache:write_cache")
 def write_cache(
     key_TKD: Tensor,
     value_TKD: Tensor,
@@ -23,25 +22,15 @@ def write_cache(
     value_cache: Tensor,
     slot_T: Tensor,
     *,
-    layout: Layout = Layout.NHD,
     k_scale: Tensor | None = None,
     v_scale: Tensor | None = None,
 ) -> None:
     """New keys and values into a paged cache, as they are or as E4M3 under static scales."""
-    if on_gpu(key_TKD):
-        from ckptq.kernels.cache.write_cache import write_cache as fast
-
-        fast(
-            *(key_TKD, value_TKD, key_cache, value_cache, slot_T),
-            layout=layout,
-            k_scale=k_scale,
-            v_scale=v_scale,
-        )
-        return
-    reference.write(key_TKD[: len(slot_T)], key_cache, slot_T, layout, k_scale)
-    reference.write(value_TKD[: len(slot_T)], value_cache, slot_T, layout, v_scale)
+    reference.write(key_TKD[: len(slot_T)], key_cache, slot_T, k_scale)
+    reference.write(value_TKD[: len(slot_T)], value_cache, slot_T, v_scale)
 
 
+@door("ckptq.kernels.cache.paged_attention:paged_attention")
 def paged_attention(
     query_THD: Tensor,
     key_cache: Tensor,
@@ -49,36 +38,19 @@ def paged_attention(
     sequences: Sequences,
     *,
     scaling: float,
-    layout: Layout = Layout.NHD,
     mask: Mask = Mask(),  # noqa: B008, frozen
     softcap: float | None = None,
-    descales: tuple[Descale, Descale, Descale] | None = None,
+    descales: tuple[Tensor, Tensor, Tensor] | None = None,
     dtype: torch.dtype = torch.bfloat16,
 ) -> Tensor:
     """Attention [T, H, D] over a paged cache in the query's dtype, or E4M3 with descales."""
-    if on_gpu(query_THD):
-        from ckptq.kernels.cache.paged_attention import paged_attention as fast
-
-        return fast(
-            *(query_THD, key_cache, value_cache, sequences),
-            scaling=scaling,
-            layout=layout,
-            mask=mask,
-            softcap=softcap,
-            descales=descales,
-            dtype=dtype,
-        )
-    q, k, v = descales or (1.0, 1.0, 1.0)
-    held = [
-        [
-            _values(reference.gather(cache, n, sequences, layout), descale)
-            for n in range(len(sequences.lengths))
-        ]
-        for cache, descale in ((key_cache, k), (value_cache, v))
-    ]
+    q, k, v = descales or [torch.ones(1, device=query_THD.device)] * 3
+    numbers = range(len(sequences.lengths))
+    keys = [_values(reference.gather(key_cache, n, sequences), k) for n in numbers]
+    values = [_values(reference.gather(value_cache, n, sequences), v) for n in numbers]
     fp8_query = query_THD.dtype == torch.float8_e4m3fn
     out_THD = reference.attention(
-        *(_values(query_THD, q), held[0], held[1], sequences),
+        *(_values(query_THD, q), keys, values, sequences),
         scaling=scaling,
         mask=mask,
         softcap=softcap,
@@ -87,7 +59,6 @@ def paged_attention(
     return out_THD.to(dtype if fp8_query else query_THD.dtype)
 
 
-def _values(code: Tensor, descale: Descale) -> Tensor:
+def _values(code: Tensor, descale: Tensor) -> Tensor:
     """float64 of [..., heads, D] under one descale or one a head."""
-    descale = torch.as_tensor(descale, dtype=torch.float64, device=code.device)
-    return code.double() * descale.reshape(-1, 1)
+    return code.double() * descale.double().reshape(-1, 1)

@@ -15,8 +15,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ckptq.kernels.gpu import multiprocessors
 from ckptq.kernels.rounding import narrow
-from ckptq.kernels.shared_memory import multiprocessors
 
 PROGRAMS = 8
 """Programs wanted for each multiprocessor."""
@@ -71,6 +71,15 @@ def keys_of_part(begin, end, part, PARTS: tl.constexpr, COLUMNS: tl.constexpr):
         share = tl.cdiv(tl.cdiv(end - begin, COLUMNS), PARTS) * COLUMNS
         first = begin + part * share
         return first, tl.minimum(first + share, end)
+
+
+@triton.jit
+def store_part(row_M, max_M, sum_M, max_ptr, sum_ptr, real_M, rows):
+    """Leave maxima and sums of this program's part; gives the rows of its results."""
+    row_M += tl.program_id(2).to(tl.int64) * rows
+    tl.store(max_ptr + row_M, max_M, mask=real_M)
+    tl.store(sum_ptr + row_M, sum_M, mask=real_M)
+    return row_M
 
 
 @triton.jit

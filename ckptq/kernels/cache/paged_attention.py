@@ -17,22 +17,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ckptq.kernels.attention.dense_attention import head_scales
 from ckptq.kernels.attention.mask import Mask, cap_height
-from ckptq.kernels.attention.online_softmax import (
-    cap,
-    dot,
-    finish,
-    fold,
-    key_bounds,
-    oldest_key,
-    visible,
-)
-from ckptq.kernels.cache.key_parts import PROGRAMS, Partial, keys_of_part, parts_of
-from ckptq.kernels.cache.paged_addresses import key_offset, query_rows
-from ckptq.kernels.cache.paging import Layout, Sequences
+from ckptq.kernels.attention.online_softmax import cap, dot, finish, fold, visible
+from ckptq.kernels.cache.key_parts import PROGRAMS, Partial, parts_of, store_part
+from ckptq.kernels.cache.paged_addresses import key_offset, program_of
+from ckptq.kernels.cache.paging import Sequences
+from ckptq.kernels.gpu import shared_memory
 from ckptq.kernels.rounding import e4m3_in, e4m3_round, has_native_e4m3, narrow
-from ckptq.kernels.shared_memory import shared_memory
 
 FP8 = torch.float8_e4m3fn
 
@@ -54,28 +45,20 @@ def _paged_attention_kernel(
     partial_ptr,
     max_ptr,
     sum_ptr,
-    starts_ptr,
-    length_ptr,
-    table_ptr,
     q_descale_ptr,
     k_descale_ptr,
     v_descale_ptr,
+    sequences,
     scaling,
     softcap,
-    q_stride_t,
-    q_stride_h,
-    stride_block,
-    stride_token,
-    stride_head,
-    table_stride,
+    q_strides,
+    strides,
     T,
     H,
     D: tl.constexpr,
     GROUP: tl.constexpr,
     BLOCK: tl.constexpr,
-    CAUSAL: tl.constexpr,
-    WINDOW: tl.constexpr,
-    CHUNK: tl.constexpr,
+    MASK: tl.constexpr,
     CAPPED: tl.constexpr,
     LIFT: tl.constexpr,
     NATIVE: tl.constexpr,
@@ -85,59 +68,53 @@ def _paged_attention_kernel(
     COLUMNS: tl.constexpr,
 ):
     DTYPE: tl.constexpr = out_ptr.dtype.element_ty
-    K = H // GROUP
-    sequence, kv = tl.program_id(1) // K, tl.program_id(1) % K
-    length = tl.load(length_ptr + sequence)
-    token_M, member_M, real_M, q_pos_M, first, last = query_rows(
-        starts_ptr, sequence, tl.program_id(0) * (ROWS // GROUP), length, GROUP, ROWS
+    SCALED: tl.constexpr = k_descale_ptr is not None
+    token_M, head_M, real_M, q_pos_M, kv, table_ptr, length, begin, end, oldest = program_of(
+        sequences, H, MASK, GROUP, ROWS, COLUMNS, PARTS
     )
-    head_M = kv * GROUP + member_M
     o_D = tl.arange(0, BLOCK_D)
     o_N = tl.arange(0, COLUMNS)
     m_MD = real_M[:, None] & (o_D < D)[None, :]
-    q_ptrs = q_ptr + (token_M * q_stride_t + head_M * q_stride_h)[:, None] + o_D[None, :]
+    q_ptrs = q_ptr + (token_M * q_strides[0] + head_M * q_strides[1])[:, None] + o_D[None, :]
     q_MD = _decoded(tl.load(q_ptrs, mask=m_MD, other=0.0), DTYPE)
 
-    descale_M = tl.load(q_descale_ptr + head_M, mask=real_M, other=1.0)
-    descale_M *= tl.load(k_descale_ptr + kv)
+    if SCALED:
+        descale_M = tl.load(q_descale_ptr + head_M, mask=real_M, other=1.0)
+        descale_M *= tl.load(k_descale_ptr + kv)
     slope = scaling / softcap if CAPPED else 0.0
     factor = (softcap if CAPPED else scaling) * 1.4426950408889634  # log2 e
-    begin, _, _, end = key_bounds(first, last, length, CAUSAL, WINDOW, CHUNK, COLUMNS)
-    begin, end = keys_of_part(begin, end, tl.program_id(2), PARTS, COLUMNS)
-    oldest = oldest_key(first, WINDOW, CHUNK)
     acc_MD = tl.zeros([ROWS, BLOCK_D], tl.float32)
     max_M = tl.full([ROWS], float("-inf"), tl.float32)
     sum_M = tl.zeros([ROWS], tl.float32)
     for k_first in tl.range(begin, end, COLUMNS):
         k_pos_N = k_first + o_N
         seen_N = k_pos_N < length
-        if WINDOW or CHUNK:
+        if MASK[1] or MASK[2]:
             seen_N = seen_N & (k_pos_N >= oldest)
         m_ND = seen_N[:, None] & (o_D < D)[None, :]
-        o_row_N = key_offset(
-            table_ptr + sequence * table_stride, k_pos_N, seen_N, stride_block, stride_token, BLOCK
-        )
-        o_ND = (o_row_N + kv.to(tl.int64) * stride_head)[:, None] + o_D[None, :]
+        o_row_N = key_offset(table_ptr, k_pos_N, seen_N, strides, BLOCK)
+        o_ND = (o_row_N + kv.to(tl.int64) * strides[2])[:, None] + o_D[None, :]
         k_ND = _decoded(tl.load(k_ptr + o_ND, mask=m_ND, other=0.0), DTYPE)
         v_ND = _decoded(tl.load(v_ptr + o_ND, mask=m_ND, other=0.0), DTYPE)
         score_MN = dot(q_MD, tl.trans(k_ND), tl.zeros([ROWS, COLUMNS], tl.float32))
-        score_MN *= descale_M[:, None]
+        if SCALED:
+            score_MN *= descale_M[:, None]
         if CAPPED:
             score_MN = cap(score_MN, slope)
-        seen_MN = visible(q_pos_M, k_pos_N, length, CAUSAL, WINDOW, CHUNK)
+        seen_MN = visible(q_pos_M, k_pos_N, length, MASK)
         score_MN = tl.where(seen_MN, score_MN, float("-inf"))
         weight_MN, decay_M, max_M, sum_M = fold(score_MN, max_M, sum_M, factor, LIFT, True)
         if LIFT:
             weight_MN = e4m3_round(weight_MN, NATIVE)
         acc_MD = dot(narrow(weight_MN, DTYPE), v_ND, acc_MD * decay_M[:, None])
 
-    out_MD = finish(acc_MD, sum_M) * tl.load(v_descale_ptr + kv)
+    out_MD = finish(acc_MD, sum_M)
+    if SCALED:
+        out_MD *= tl.load(v_descale_ptr + kv)
     row_M = token_M * H + head_M
     if PARTS > 1:
-        row_M += (tl.program_id(2) * T).to(tl.int64) * H
+        row_M = store_part(row_M, max_M, sum_M, max_ptr, sum_ptr, real_M, T * H)
         out_ptr = partial_ptr
-        tl.store(max_ptr + row_M, max_M, mask=real_M)
-        tl.store(sum_ptr + row_M, sum_M, mask=real_M)
     out_ptrs = out_ptr + (row_M * D)[:, None] + o_D[None, :]
     tl.store(out_ptrs, narrow(out_MD, out_ptr.dtype.element_ty), mask=m_MD)
 
@@ -190,13 +167,21 @@ def launch(
     return grid, Partial.of(T * H, D, parts, query_THD.device)
 
 
-def _check(query_THD: Tensor, key_cache: Tensor, value_cache: Tensor, layout: Layout) -> None:
+def _head_scales(descale: Tensor, heads: int, device: torch.device) -> Tensor:
+    """fp32 [heads] of one scale per tensor ([1]) or one per head ([heads, ...])."""
+    flat = descale.to(device, torch.float32).reshape(-1)
+    if flat.numel() not in (1, heads):
+        raise ValueError(f"{flat.numel()} descales for {heads} heads, want 1 or {heads}")
+    return flat.expand(heads).contiguous()
+
+
+def _check(query_THD: Tensor, key_cache: Tensor, value_cache: Tensor) -> None:
     _, H, D = query_THD.shape
     shapes = f"{list(key_cache.shape)} and {list(value_cache.shape)}"
     if key_cache.shape != value_cache.shape or key_cache.dtype != value_cache.dtype:
         raise ValueError(f"caches {shapes}, {key_cache.dtype} and {value_cache.dtype}: no pair")
-    if H % layout.sizes(key_cache)[1] or key_cache.shape[3] != D:
-        raise ValueError(f"{layout} caches {shapes} do not fit queries {list(query_THD.shape)}")
+    if H % key_cache.shape[2] or key_cache.shape[3] != D:
+        raise ValueError(f"caches {shapes} do not fit queries {list(query_THD.shape)}")
     if key_cache.stride() != value_cache.stride() or key_cache.stride(3) != 1:
         strides = f"{key_cache.stride()} and {value_cache.stride()}"
         raise ValueError(f"caches must be laid out alike, their heads dense: strides {strides}")
@@ -209,15 +194,14 @@ def paged_attention(
     sequences: Sequences,
     *,
     scaling: float,
-    layout: Layout = Layout.NHD,
     mask: Mask = Mask(),  # noqa: B008, frozen
     softcap: float | None = None,
-    descales: tuple[Tensor | float, Tensor | float, Tensor | float] | None = None,
+    descales: tuple[Tensor, Tensor, Tensor] | None = None,
     dtype: torch.dtype = torch.bfloat16,
 ) -> Tensor:
     """Attention of the queries [T, H, D] of all sequences over their cached keys: [T, H, D].
 
-    Caches are as `Layout.shape` says, with K heads of D; the queries stand at the end of their
+    Caches are [blocks, tokens, K, D]; the queries stand at the end of their
     sequence. Only keys that a query sees are read, and only their blocks need an entry in the
     table. A query without keys gives zeros; what is beyond the last sequence's queries is not
     written. Caches in E4M3 need `descales` of q [1 or H], k and v [1 or K]; the query may be E4M3
@@ -226,16 +210,18 @@ def paged_attention(
     Raises ValueError for shapes, dtypes or descales that do not fit.
     """
     T, H, D = query_THD.shape
-    block, K = layout.sizes(key_cache)
+    block, K = key_cache.shape[1:3]
     fp8, fp8_query = key_cache.dtype == FP8, query_THD.dtype == FP8
-    _check(query_THD, key_cache, value_cache, layout)
+    _check(query_THD, key_cache, value_cache)
     if fp8 != (descales is not None) or (fp8_query and not fp8):
         raise ValueError("descales are for E4M3 caches, and E4M3 queries for those")
     if not fp8 and query_THD.dtype != key_cache.dtype:
         raise ValueError(f"queries of {query_THD.dtype} over a cache of {key_cache.dtype}")
     sequences.check(key_cache, K)
-    heads = zip(descales or (1.0, 1.0, 1.0), (H, K, K), strict=True)
-    scales = [head_scales(descale, n, query_THD.device) for descale, n in heads]
+    scales: list[Tensor | None] = [None, None, None]
+    if descales is not None:
+        heads = zip(descales, (H, K, K), strict=True)
+        scales = [_head_scales(descale, n, query_THD.device) for descale, n in heads]
     dtype = dtype if fp8_query else query_THD.dtype
     out = torch.empty(T, H, D, dtype=dtype, device=query_THD.device)
     if query_THD.stride(2) != 1:
@@ -247,14 +233,12 @@ def paged_attention(
         query_THD.view(torch.uint8) if fp8_query else query_THD,
         *(x.view(torch.uint8) if fp8 else x for x in (key_cache, value_cache)),
         *(out, partial.out, partial.max, partial.sum),
-        *(sequences.query_starts, sequences.lengths, sequences.block_table, *scales),
-        *(float(scaling), cap_height(softcap)),
-        *(*query_THD.stride()[:2], *layout.strides(key_cache), sequences.block_table.stride(0)),
-        *(T, H),
+        *(*scales, sequences.arguments(), float(scaling), cap_height(softcap)),
+        *(query_THD.stride()[:2], key_cache.stride()[:3], T, H),
         D=D,
         GROUP=group,
         BLOCK=block,
-        **mask.constexprs(),
+        MASK=mask.constants(),
         CAPPED=softcap is not None,
         LIFT=8 if fp8_query else 0,
         NATIVE=has_native_e4m3(query_THD.device),

@@ -1,41 +1,17 @@
 """A paged KV cache: fixed-size blocks of tokens, found through a table per sequence.
 
-`NHD` caches hold a block as [tokens, heads, ...], `HND` as [heads, tokens, ...]; kernels see only
-the three strides, so both are read and written in place. A slot is a block times the tokens of a
+Caches are [blocks, tokens, heads, ...], with any strides. A slot is a block times the tokens of a
 block, plus the token in it.
 
 Shape letters: N sequences of a batch, L columns of the block table, T tokens.
 """
 
 from dataclasses import dataclass
-from enum import StrEnum
 
 import torch
 from torch import Tensor
 
 from ckptq.kernels.gpu import MOST_HEADS
-
-
-class Layout(StrEnum):
-    """Order of the axes within a block."""
-
-    NHD = "NHD"
-    HND = "HND"
-
-    def shape(self, blocks: int, block: int, heads: int, *rest: int) -> tuple[int, ...]:
-        """Of a cache of `blocks` blocks of `block` tokens. Example: HND, [16, 8, 32, 128]."""
-        inner = (block, heads) if self is Layout.NHD else (heads, block)
-        return (blocks, *inner, *rest)
-
-    def strides(self, cache: Tensor) -> tuple[int, int, int]:
-        """Elements from a block, a token and a head to the next."""
-        token, head = (1, 2) if self is Layout.NHD else (2, 1)
-        return cache.stride(0), cache.stride(token), cache.stride(head)
-
-    def sizes(self, cache: Tensor) -> tuple[int, int]:
-        """Tokens of a block, heads."""
-        token, head = (1, 2) if self is Layout.NHD else (2, 1)
-        return cache.shape[token], cache.shape[head]
 
 
 def check_slots(slot_T: Tensor, tokens: int, cache: Tensor) -> None:
@@ -59,6 +35,10 @@ class Sequences:
     """[N, L]: the cache blocks of each sequence, in order."""
     longest: int
     """The most queries that a sequence has."""
+
+    def arguments(self) -> tuple[Tensor, Tensor, Tensor, int]:
+        """As kernels take them, the last is from a row of the table to the next."""
+        return self.query_starts, self.lengths, self.block_table, self.block_table.stride(0)
 
     def check(self, cache: Tensor, kv_heads: int) -> None:
         """Raise ValueError unless all are int32, fit each other and a launch, beside the cache."""

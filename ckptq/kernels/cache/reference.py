@@ -9,36 +9,27 @@ from torch import Tensor
 
 from ckptq.kernels.attention import reference as dense
 from ckptq.kernels.attention.mask import Mask
-from ckptq.kernels.cache.paging import Layout, Sequences
+from ckptq.kernels.cache.paging import Sequences
 from ckptq.kernels.quantize.reference import nearest_e4m3
 
 
-def slots(cache: Tensor, layout: Layout) -> Tensor:
-    """A copy with one row per slot: [slots, heads, ...]."""
-    rows = cache if layout is Layout.NHD else cache.transpose(1, 2)
-    return rows.flatten(0, 1)
-
-
-def write(
-    x_TKD: Tensor, cache: Tensor, slot_T: Tensor, layout: Layout, scale: Tensor | None = None
-) -> None:
+def write(x_TKD: Tensor, cache: Tensor, slot_T: Tensor, scale: Tensor | None = None) -> None:
     """Write token by token; a slot of -1 is skipped. With a scale (1 or K) as E4M3 of x / scale."""
-    block = layout.sizes(cache)[0]
+    block = cache.shape[1]
     for x_KD, slot in zip(x_TKD, slot_T.tolist(), strict=True):
         if slot < 0:
             continue
         if scale is not None:
             x_KD = nearest_e4m3(x_KD.float() / scale.float().reshape(-1, 1))
-        where = cache[slot // block]
-        (where if layout is Layout.NHD else where.transpose(0, 1))[slot % block] = x_KD
+        cache[slot // block, slot % block] = x_KD
 
 
-def gather(cache: Tensor, sequence: int, sequences: Sequences, layout: Layout) -> Tensor:
+def gather(cache: Tensor, sequence: int, sequences: Sequences) -> Tensor:
     """The entries of one sequence in order: [S, heads, ...]."""
-    block, length = layout.sizes(cache)[0], int(sequences.lengths[sequence])
+    block, length = cache.shape[1], int(sequences.lengths[sequence])
     position = torch.arange(length, device=cache.device)
     page = sequences.block_table[sequence][position // block].long()
-    return slots(cache, layout)[page * block + position % block]
+    return cache[page, position % block]
 
 
 def attention(

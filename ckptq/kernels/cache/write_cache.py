@@ -13,25 +13,16 @@ import triton.language as tl
 from torch import Tensor
 
 from ckptq.kernels.cache.paged_addresses import slot_offset
-from ckptq.kernels.cache.paging import Layout, check_slots
-from ckptq.kernels.quantize.slices import code, code_constexprs
+from ckptq.kernels.cache.paging import check_slots
+from ckptq.kernels.quantize.slices import code, code_switches
 from ckptq.kernels.rounding import widen
 
 
 @triton.jit
-def _encoded(
-    x_TKD,
-    scale_ptr,
-    scale_stride,
-    head_K,
-    m_K,
-    FP8: tl.constexpr,
-    NARROW: tl.constexpr,
-    NATIVE: tl.constexpr,
-):
-    if FP8:
+def _encoded(x_TKD, scale_ptr, scale_stride, head_K, m_K, CODES: tl.constexpr):
+    if scale_ptr is not None:
         scale_K = widen(tl.load(scale_ptr + head_K * scale_stride, mask=m_K, other=1.0))
-        return code(widen(x_TKD), scale_K[None, :, None], True, NARROW, NATIVE)
+        return code(widen(x_TKD), scale_K[None, :, None], CODES)
     else:
         return x_TKD
 
@@ -45,20 +36,14 @@ def _write_cache_kernel(
     k_scale_ptr,
     v_scale_ptr,
     slot_ptr,
-    k_stride,
-    v_stride,
-    stride_block,
-    stride_token,
-    stride_head,
-    k_scale_stride,
-    v_scale_stride,
+    x_strides,
+    strides,
+    scale_strides,
     T,
     K,
     D: tl.constexpr,
     BLOCK: tl.constexpr,
-    FP8: tl.constexpr,
-    NARROW: tl.constexpr,
-    NATIVE: tl.constexpr,
+    CODES: tl.constexpr,
     TOKENS: tl.constexpr,
     HEADS: tl.constexpr,
     BLOCK_D: tl.constexpr,
@@ -71,25 +56,24 @@ def _write_cache_kernel(
     m_KD = m_K[:, None] & (o_D < D)[None, :]
     m_TKD = (slot_T >= 0)[:, None, None] & m_KD[None, :, :]
     x_KD = head_K[:, None] * D + o_D[None, :]
-    k_ptrs = k_ptr + token_T[:, None, None] * k_stride + x_KD[None, :, :]
-    v_ptrs = v_ptr + token_T[:, None, None] * v_stride + x_KD[None, :, :]
+    k_ptrs = k_ptr + token_T[:, None, None] * x_strides[0] + x_KD[None, :, :]
+    v_ptrs = v_ptr + token_T[:, None, None] * x_strides[1] + x_KD[None, :, :]
     k_TKD = tl.load(k_ptrs, mask=m_TKD, other=0.0)
     v_TKD = tl.load(v_ptrs, mask=m_TKD, other=0.0)
-    k_TKD = _encoded(k_TKD, k_scale_ptr, k_scale_stride, head_K, m_K, FP8, NARROW, NATIVE)
-    v_TKD = _encoded(v_TKD, v_scale_ptr, v_scale_stride, head_K, m_K, FP8, NARROW, NATIVE)
-    o_T = slot_offset(slot_T, stride_block, stride_token, BLOCK)
-    o_KD = head_K.to(tl.int64)[:, None] * stride_head + o_D[None, :]
+    k_TKD = _encoded(k_TKD, k_scale_ptr, scale_strides[0], head_K, m_K, CODES)
+    v_TKD = _encoded(v_TKD, v_scale_ptr, scale_strides[1], head_K, m_K, CODES)
+    o_T = slot_offset(slot_T, strides, BLOCK)
+    o_KD = head_K.to(tl.int64)[:, None] * strides[2] + o_D[None, :]
     o_TKD = o_T[:, None, None] + o_KD[None, :, :]
     tl.store(k_cache_ptr + o_TKD, k_TKD, mask=m_TKD)
     tl.store(v_cache_ptr + o_TKD, v_TKD, mask=m_TKD)
 
 
-def _check(x_TKD: Tensor, cache: Tensor, scale: Tensor | None, layout: Layout) -> Tensor:
+def _check(x_TKD: Tensor, cache: Tensor, scale: Tensor | None) -> Tensor:
     """The input with dense heads; raise ValueError where it, cache and scale do not fit."""
     K, D = x_TKD.shape[1:]
-    heads = layout.sizes(cache)[1]
-    if cache.ndim != 4 or heads != K or cache.shape[3] != D or cache.stride(3) != 1:
-        raise ValueError(f"{layout} cache {list(cache.shape)} does not hold {K} heads of {D}")
+    if cache.ndim != 4 or tuple(cache.shape[2:]) != (K, D) or cache.stride(3) != 1:
+        raise ValueError(f"cache {list(cache.shape)} does not hold {K} heads of {D}")
     fp8 = cache.dtype == torch.float8_e4m3fn
     if fp8 != (scale is not None) or not (fp8 or cache.dtype == x_TKD.dtype):
         raise ValueError(f"scales are for E4M3 caches: {x_TKD.dtype} into {cache.dtype}")
@@ -105,11 +89,10 @@ def write_cache(
     value_cache: Tensor,
     slot_T: Tensor,
     *,
-    layout: Layout = Layout.NHD,
     k_scale: Tensor | None = None,
     v_scale: Tensor | None = None,
 ) -> None:
-    """Write tokens to their slots; a slot of -1 is skipped. Caches as `Layout.shape` says.
+    """Write tokens to their slots; a slot of -1 is skipped. Caches are [blocks, tokens, K, D].
 
     There may be fewer slots than tokens: the tokens after them pad a batch and are not written.
     E4M3 caches take k_scale and v_scale, 1 or K entries of any shape ([1], [K, 1, 1]): codes are
@@ -117,8 +100,8 @@ def write_cache(
 
     Raises ValueError for shapes, dtypes or scales that do not fit.
     """
-    key_TKD = _check(key_TKD, key_cache, k_scale, layout)
-    value_TKD = _check(value_TKD, value_cache, v_scale, layout)
+    key_TKD = _check(key_TKD, key_cache, k_scale)
+    value_TKD = _check(value_TKD, value_cache, v_scale)
     for key, value in ((key_TKD, value_TKD), (key_cache, value_cache)):
         if key.shape != value.shape or key.dtype != value.dtype:
             raise ValueError("keys and values, and their caches, must be shaped and typed alike")
@@ -129,22 +112,22 @@ def write_cache(
     k_scale, v_scale = (
         None if s is None else s.reshape(-1).contiguous() for s in (k_scale, v_scale)
     )
-    switches = {"FP8": False, "NARROW": False, "NATIVE": False}
+    codes = None
     if k_scale is not None and v_scale is not None:
         wide = torch.promote_types(k_scale.dtype, v_scale.dtype)
-        switches = code_constexprs(key_TKD, wide, torch.float8_e4m3fn)
+        codes = code_switches(key_TKD, wide, torch.float8_e4m3fn)
         key_cache, value_cache = key_cache.view(torch.uint8), value_cache.view(torch.uint8)
     block_d = triton.next_power_of_2(D)
     heads = min(triton.next_power_of_2(K), max(1, 1024 // block_d))
     tokens = max(1, 1024 // (heads * block_d))
     _write_cache_kernel[(triton.cdiv(T, tokens), triton.cdiv(K, heads))](
         *(key_TKD, value_TKD, key_cache, value_cache, k_scale, v_scale),
-        *(slot_T.contiguous(), key_TKD.stride(0), value_TKD.stride(0), *layout.strides(key_cache)),
-        *((int(s is not None and s.numel() > 1)) for s in (k_scale, v_scale)),
+        *(slot_T.contiguous(), (key_TKD.stride(0), value_TKD.stride(0)), key_cache.stride()[:3]),
+        tuple(int(s is not None and s.numel() > 1) for s in (k_scale, v_scale)),
         *(T, K),
         D=D,
-        BLOCK=layout.sizes(key_cache)[0],
-        **switches,
+        BLOCK=key_cache.shape[1],
+        CODES=codes,
         TOKENS=tokens,
         HEADS=heads,
         BLOCK_D=block_d,

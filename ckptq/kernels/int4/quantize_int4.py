@@ -17,7 +17,6 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ckptq.kernels.quantize.row_order import order_constexprs, source_row
 from ckptq.kernels.quantize.slices import (
     NARROW,
     absmax_of,
@@ -28,7 +27,6 @@ from ckptq.kernels.quantize.slices import (
     scale_of,
 )
 from ckptq.kernels.rounding import narrow, round_half_even, widen
-from ckptq.rope_order import Heads, RopeOrder
 
 
 @triton.jit
@@ -79,9 +77,6 @@ def _quantize_int4_kernel(
     P,
     SYMMETRIC: tl.constexpr,
     NARROW: tl.constexpr,
-    HEAD_DIM: tl.constexpr,
-    ROTARY_DIM: tl.constexpr,
-    TO_HALF_SPLIT: tl.constexpr,
     ROWS: tl.constexpr,
     GROUP: tl.constexpr,
     GROUPS: tl.constexpr,
@@ -96,9 +91,8 @@ def _quantize_int4_kernel(
     row_Q = first_row + q_Q // GROUPS
     g_Q = first_g + q_Q % GROUPS
     m_Q = (row_Q < R) & (g_Q < G)
-    source_Q = source_row(row_Q, HEAD_DIM, ROTARY_DIM, TO_HALF_SPLIT)
     l_1L = tl.arange(0, LANES)[None, :]
-    x_ptrs = x_ptr + (source_Q * x_stride + g_Q * GROUP)[:, None] + l_1L
+    x_ptrs = x_ptr + (row_Q * x_stride + g_Q * GROUP)[:, None] + l_1L
     # a thread gets a part of every slice, all of one group: it divides for the scale once
     x_SQL = (tl.load(x_ptrs, mask=_slice_mask(m_Q[:, None], l_1L, GROUP, LANES), other=0.0),)
     for s in tl.static_range(1, SLICES):
@@ -107,10 +101,10 @@ def _quantize_int4_kernel(
 
     stored: tl.constexpr = scale_ptr.dtype.element_ty
     if SYMMETRIC:
-        scale_Q = scale_of(tl.max(absmax_of(x_SQL, SLICES), 1), 7.5, stored)
+        scale_Q = scale_of(tl.max(absmax_of(x_SQL), 1), 7.5, stored)
         zero_Q1 = 0.0
     else:
-        low_QL, high_QL = extrema_of(x_SQL, SLICES)
+        low_QL, high_QL = extrema_of(x_SQL)
         scale_Q, zero_Q = asymmetric_qparams(tl.min(low_QL, 1), tl.max(high_QL, 1), stored)
         zero_Q1 = zero_Q[:, None]
         # rows past the end pad the last word with zero bits
@@ -192,16 +186,11 @@ def _tiling(group: int, groups: int) -> dict[str, int]:
 
 
 def quantize_int4(
-    x_RC: Tensor,
-    group: int | None = 128,
-    symmetric: bool = True,
-    heads: Heads | None = None,
-    to: RopeOrder = RopeOrder.HALF_SPLIT,
+    x_RC: Tensor, group: int | None = 128, symmetric: bool = True
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """Packed codes [R, P] int32, scales [R, G] in x's dtype, packed zero points [Z, G] or None.
 
-    `group` None makes a row one group. With `heads`, row r of the result is row
-    `gather_indices(heads, to)[r]` of x, zero points included.
+    `group` None makes a row one group.
     """
     R, C = x_RC.shape
     group = group or C
@@ -217,7 +206,6 @@ def quantize_int4(
         *(x_RC, packed_RP, scale_RG, zero_ZG, x_RC.stride(0), R, C, P),
         SYMMETRIC=symmetric,
         NARROW=x_RC.dtype in NARROW,
-        **order_constexprs(heads, to, R),
         GROUP=group,
         **tiling,
         enable_fp_fusion=False,

@@ -12,7 +12,6 @@ import torch
 from torch import Tensor
 
 from ckptq.kernels.quantize.reference import nearest_int, scale_of
-from ckptq.rope_order import Heads, RopeOrder, gather_indices
 
 
 def pack_columns(code_RC: Tensor) -> Tensor:
@@ -46,18 +45,12 @@ def asymmetric_qparams(low: Tensor, high: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def quantize_int4(
-    x_RC: Tensor,
-    group: int | None = 128,
-    symmetric: bool = True,
-    heads: Heads | None = None,
-    to: RopeOrder = RopeOrder.HALF_SPLIT,
+    x_RC: Tensor, group: int | None = 128, symmetric: bool = True
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """Packed codes [R, P] int32, scales [R, G], packed zero points [Z, G] int32 or None.
 
     `group` None makes a row one group; else it divides C.
     """
-    if heads is not None:
-        x_RC = x_RC[gather_indices(heads, to)]
     x_RGL = x_RC.unflatten(1, (-1, group or x_RC.shape[1]))
     if symmetric:
         scale_RG, zero_RG = scale_of(x_RGL.abs().amax(-1), 7.5), None

@@ -13,13 +13,14 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from ckptq.kernels.int4.dispatch import dequantize_int4
+from ckptq.kernels.int4.quantize_int4 import dequantize_int4
+from ckptq.kernels.linear import linear_w4a16 as words
+from ckptq.kernels.linear import linear_w8a8 as bytes_
+from ckptq.kernels.linear import reference
+from ckptq.kernels.linear.linear_w8a8 import SIDE
 
 MANY = 1024
 """Tokens. On an H200, 28672 x 8192: at 512 both are as fast."""
-
-SIDE = 128
-"""Side of a weight block, and columns of an activation group."""
 
 
 @cache
@@ -33,7 +34,7 @@ def _has_block_products(device: torch.device) -> bool:
 
 
 def multiplies_blocks(a_MK: Tensor, w_NK: Tensor, dtype: torch.dtype) -> bool:
-    """Whether `linear_fp8_block` here takes these codes and pays."""
+    """Whether cuBLAS takes these codes and pays."""
     (M, K), N = a_MK.shape, len(w_NK)
     whole = K % (4 * SIDE) == 0 and N % SIDE == 0 and M % 4 == 0  # cuBLAS wants scales by fours
     dense = a_MK.is_contiguous() and w_NK.is_contiguous()
@@ -41,8 +42,16 @@ def multiplies_blocks(a_MK: Tensor, w_NK: Tensor, dtype: torch.dtype) -> bool:
     return fits and M >= MANY and _has_block_products(a_MK.device)
 
 
-def linear_fp8_block(a_MK: Tensor, a_scale_MG: Tensor, w_NK: Tensor, w_scale_HG: Tensor) -> Tensor:
-    """a @ w.T in bf16, [M, N], of E4M3 codes that `multiplies_blocks` has admitted."""
+def linear_fp8_block(
+    a_MK: Tensor,
+    a_scale_MG: Tensor,
+    w_NK: Tensor,
+    w_scale_HG: Tensor,
+    dtype: torch.dtype = torch.bfloat16,
+) -> Tensor:
+    """The kernel's product, by cuBLAS where `multiplies_blocks` says so."""
+    if not multiplies_blocks(a_MK, w_NK, dtype):
+        return bytes_.linear_fp8_block(a_MK, a_scale_MG, w_NK, w_scale_HG, dtype)
     from torch.nn.functional import ScalingType
 
     a_scale = a_scale_MG.float().t().contiguous().t()  # cuBLAS wants tokens to be neighbours
@@ -58,8 +67,12 @@ def linear_fp8_block(a_MK: Tensor, a_scale_MG: Tensor, w_NK: Tensor, w_scale_HG:
 
 
 def linear_w4a16(
-    a_MK: Tensor, packed_NP: Tensor, scale_NG: Tensor, zero_ZG: Tensor | None
+    a_MK: Tensor, packed_NP: Tensor, scale_NG: Tensor, zero_ZG: Tensor | None = None
 ) -> Tensor:
-    """a @ w.T in a's dtype, [M, N], of weights decoded to that dtype."""
+    """The kernel's product; of many tokens with weights decoded first, in 32 bits by torch."""
+    if a_MK.element_size() != 2:
+        return reference.linear_w4a16(a_MK, packed_NP, scale_NG, zero_ZG)
+    if len(a_MK) < MANY:
+        return words.linear_w4a16(a_MK, packed_NP, scale_NG, zero_ZG)
     w_NK = dequantize_int4(packed_NP, scale_NG, a_MK.shape[1], zero_ZG)
     return functional.linear(a_MK, w_NK.to(a_MK.dtype))

@@ -6,7 +6,7 @@ scale's dtype, as `dequantize_int4` gives it; then an ordinary product, summed i
 Weights are the operand that tensor cores take from registers, and are unpacked there, two an
 instruction: nothing but activations passes through shared memory. Of 128 input features a thread
 holds 32 neighbours of a row, which are one group or part of one. So the features of a product come
-in another order, `feature_order`; activations are put into it before.
+in another order; activations are put into it before (`_reordered`).
 
 Shape letters: M tokens, K input features, N output channels, G groups along K, P = K / 8 words,
 Z = N / 8 words of zero points; B, L the tile of the result; W the 16 words of 128 features.
@@ -17,11 +17,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ckptq.kernels.gpu import shared_memory
 from ckptq.kernels.int4.quantize_int4 import dense_zero_points
 from ckptq.kernels.linear.linear_w8a8 import first_of_tile
 from ckptq.kernels.product_rows import in_order, lanes_in_order, product_rows
 from ckptq.kernels.rounding import INTERPRETED, narrow, widen
-from ckptq.kernels.shared_memory import shared_memory
+from ckptq.kernels.words import both, word_of
 
 FEATURES = 128
 """Input features of a step."""
@@ -38,17 +39,6 @@ FP16 = tl.constexpr(_ASM.format(kind="f16x2", ones="0x64006400", one="0x3C003C00
 
 
 @triton.jit
-def _bits(x):
-    return x.to(tl.int16, bitcast=True).to(tl.int32) & 0xFFFF
-
-
-@triton.jit
-def _twice(x):
-    """A 16-bit value in both halves of a word."""
-    return _bits(x) | (_bits(x) << 16)
-
-
-@triton.jit
 def _weights(word, minus, scale):
     """Weights from the lowest codes of both halves of words. Values for words, in the scale's
     dtype: minus the zero point and 128 (bf16) or 1024 (fp16); the scale.
@@ -61,32 +51,20 @@ def _weights(word, minus, scale):
         less, factor = widen(minus) + ONES, widen(scale)
         low = ((word & 15).to(tl.float32) + less) * factor
         high = ((word >> 16 & 15).to(tl.float32) + less) * factor
-        return _bits(narrow(low, dtype)) | (_bits(narrow(high, dtype)) << 16)
+        return word_of(narrow(low, dtype), narrow(high, dtype))
     else:
         return tl.inline_asm_elementwise(
             BF16 if dtype == tl.bfloat16 else FP16,
             "=r,r,r,r",
             [
                 word,
-                tl.broadcast_to(_twice(minus), word.shape),
-                tl.broadcast_to(_twice(scale), word.shape),
+                tl.broadcast_to(word_of(minus, minus), word.shape),
+                tl.broadcast_to(word_of(scale, scale), word.shape),
             ],
             tl.int32,
             is_pure=True,
             pack=1,
         )
-
-
-@triton.jit
-def _both(word, dtype: tl.constexpr):
-    """The two 16-bit values of words."""
-    if INTERPRETED:
-        low, high = word.to(tl.int16), (word >> 16).to(tl.int16)
-    else:
-        low, high = tl.inline_asm_elementwise(
-            "mov.b32 {$0, $1}, $2;", "=h,=h,r", [word], (tl.int16, tl.int16), is_pure=True, pack=1
-        )
-    return low.to(dtype, bitcast=True), high.to(dtype, bitcast=True)
 
 
 @triton.jit
@@ -97,7 +75,7 @@ def _operand(word_L44, minus_L4, scale_L4):
     second, third = _weights(word_L44 >> 8, minus, scale), _weights(word_L44 >> 12, minus, scale)
     # [L, thread, word, 2, 2]: which of four, upper bit first
     pair = tl.join(tl.join(zeroth, second), tl.join(first, third))
-    low, high = _both(tl.trans(pair, (0, 2, 3, 4, 1)), scale_L4.dtype)
+    low, high = both(tl.trans(pair, (0, 2, 3, 4, 1)), scale_L4.dtype)
     return tl.reshape(tl.join(low, high), (word_L44.shape[0], 128))
 
 
@@ -176,19 +154,12 @@ def _linear_w4a16_kernel(
     tl.store(out_ptrs, narrow(tl.trans(acc_LB), out_ptr.dtype.element_ty), mask=m_BL)
 
 
-def feature_order() -> Tensor:
-    """Which of 128 features stands at each place of a product, int64 [128].
+def _reordered(a_MK: Tensor, rows: int) -> Tensor:
+    """Activations padded to whole tiles of `rows` x 128, their features in the order of a product.
 
     Of 16 neighbouring places, thread t of four holds 2t, 2t + 1, 2t + 8 and 2t + 9. Its features
     are those of its four words, of each in pairs that lie in the two halves of a word.
     """
-    p = torch.arange(FEATURES)
-    thread, word, of_word = p % 8 // 2, p // 32, p // 8 % 4
-    return 32 * thread + 8 * word + of_word + 4 * (p % 2)
-
-
-def _reordered(a_MK: Tensor, rows: int) -> Tensor:
-    """Activations with features in `feature_order`, padded to whole tiles of `rows` x 128."""
     M, K = a_MK.shape
     padded = torch.nn.functional.pad(a_MK, (0, -K % FEATURES, 0, -M % rows))
     # thread, word, half, weight of half

@@ -16,13 +16,26 @@ def linear_w8a8(
     a_scale: Tensor,
     w_NK: Tensor,
     w_scale: Tensor,
-    a_tile: tuple[int, int],
-    w_tile: tuple[int, int],
     dtype: torch.dtype = torch.bfloat16,
 ) -> Tensor:
-    """a @ w.T of FP8 or INT8 codes, [M, N]; each scale covers a tile of its matrix."""
-    a = a_MK.double() * spread(a_scale, a_tile, *a_MK.shape).double()
-    w = w_NK.double() * spread(w_scale, w_tile, *w_NK.shape).double()
+    """a @ w.T of FP8 or INT8 codes, [M, N]; scales are one a row of each matrix, or one for all."""
+    a, w = (
+        a_MK.double() * a_scale.double().view(-1, 1),
+        w_NK.double() * w_scale.double().view(-1, 1),
+    )
+    return (a @ w.t()).to(dtype)
+
+
+def linear_fp8_block(
+    a_MK: Tensor,
+    a_scale_MG: Tensor,
+    w_NK: Tensor,
+    w_scale_HG: Tensor,
+    dtype: torch.dtype = torch.bfloat16,
+) -> Tensor:
+    """a @ w.T of E4M3 codes, [M, N]; scales per 128 of a token, and per 128 x 128 of the weight."""
+    a = a_MK.double() * spread(a_scale_MG, (1, 128), *a_MK.shape).double()
+    w = w_NK.double() * spread(w_scale_HG, (128, 128), *w_NK.shape).double()
     return (a @ w.t()).to(dtype)
 
 

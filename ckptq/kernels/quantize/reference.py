@@ -13,8 +13,6 @@ from itertools import product
 import torch
 from torch import Tensor
 
-from ckptq.rope_order import Heads, RopeOrder, gather_indices
-
 HALF_RANGE = {torch.float8_e4m3fn: 448.0, torch.int8: 127.5}
 """By what the absolute maximum is divided: 127.5 for INT8, whose codes are -128 to 127."""
 
@@ -64,45 +62,24 @@ def spread(scale_GK: Tensor, tile: tuple[int, int], rows: int, columns: int) -> 
 
 
 def quantize_static(
-    x_RC: Tensor,
-    scale_GK: Tensor,
-    tile: tuple[int, int],
-    dtype: torch.dtype = torch.float8_e4m3fn,
-    heads: Heads | None = None,
-    to: RopeOrder = RopeOrder.HALF_SPLIT,
+    x_RC: Tensor, scale_GK: Tensor, tile: tuple[int, int], dtype: torch.dtype = torch.float8_e4m3fn
 ) -> Tensor:
-    """Codes [R, C] under given scales, each covering a tile of rows x columns of the result.
-
-    Rows are first put into the RoPE order `to`.
-    """
-    if heads is not None:
-        x_RC = x_RC[gather_indices(heads, to)]
+    """Codes [R, C] under given scales, each covering a tile of rows x columns."""
     ratio_RC = x_RC.float() / spread(scale_GK, tile, *x_RC.shape).float()
     if dtype == torch.int8:
         return nearest_int(ratio_RC, -128, 127)
     return nearest_e4m3(ratio_RC)
 
 
-def quantize_rows(
-    x_RC: Tensor,
-    dtype: torch.dtype = torch.float8_e4m3fn,
-    heads: Heads | None = None,
-    to: RopeOrder = RopeOrder.HALF_SPLIT,
-) -> tuple[Tensor, Tensor]:
-    """Codes [R, C] and scales [R, 1], rows first put into the RoPE order `to`."""
-    return quantize_blocks(x_RC, dtype, (1, x_RC.shape[1]), heads, to)
+def quantize_rows(x_RC: Tensor, dtype: torch.dtype = torch.float8_e4m3fn) -> tuple[Tensor, Tensor]:
+    """Codes [R, C] and scales [R, 1]."""
+    return quantize_blocks(x_RC, dtype, (1, x_RC.shape[1]))
 
 
 def quantize_blocks(
-    x_RC: Tensor,
-    dtype: torch.dtype = torch.float8_e4m3fn,
-    block: tuple[int, int] = (128, 128),
-    heads: Heads | None = None,
-    to: RopeOrder = RopeOrder.HALF_SPLIT,
+    x_RC: Tensor, dtype: torch.dtype = torch.float8_e4m3fn, block: tuple[int, int] = (128, 128)
 ) -> tuple[Tensor, Tensor]:
-    """Codes [R, C] and scales [ceil(R / 128), ceil(C / 128)]; rows are first put in order `to`."""
-    if heads is not None:
-        x_RC = x_RC[gather_indices(heads, to)]
+    """Codes [R, C] and scales [ceil(R / 128), ceil(C / 128)]."""
     grid = [-(-n // side) for n, side in zip(x_RC.shape, block, strict=True)]
     amax_GK = x_RC.new_zeros(grid)
     for g, k in product(*map(range, grid)):

@@ -19,19 +19,15 @@ from ckptq.kernels.rounding import (
     widen,
 )
 
-HALF_RANGE = {torch.float8_e4m3fn: 448.0, torch.int8: 127.5}
-"""By what the absolute maximum is divided."""
-
 NARROW = (torch.bfloat16, torch.float16)
 
 
-def code_constexprs(x: Tensor, scale_dtype: torch.dtype, dtype: torch.dtype) -> dict[str, bool]:
-    """The compile-time switches of `code`, as launchers pass them."""
-    return {
-        "FP8": dtype == torch.float8_e4m3fn,
-        "NARROW": x.dtype in NARROW and scale_dtype in NARROW,
-        "NATIVE": has_native_e4m3(x.device),
-    }
+def code_switches(
+    x: Tensor, scale_dtype: torch.dtype, dtype: torch.dtype
+) -> tuple[bool, bool, bool]:
+    """CODES of the kernels: FP8 or INT8, values and scales of 16 bits, a cast to FP8 there."""
+    narrow_both = x.dtype in NARROW and scale_dtype in NARROW
+    return dtype == torch.float8_e4m3fn, narrow_both, has_native_e4m3(x.device)
 
 
 def empty_codes(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
@@ -67,35 +63,35 @@ def _extreme_bf16x2(a, b, OP: tl.constexpr):
 
 
 @triton.jit
-def absmax_of(slices, COUNT: tl.constexpr):
-    """Elementwise maximum of the absolute values of COUNT tensors, in fp32."""
+def absmax_of(slices):
+    """Elementwise maximum of the absolute values of a tuple of tensors, in fp32."""
     if slices[0].dtype == tl.bfloat16 and not INTERPRETED:
         # two values an instruction: maxima run at half the rate of additions
         bits = tl.zeros(slices[0].shape, tl.int16)
-        for i in tl.static_range(COUNT):
+        for i in tl.static_range(len(slices)):
             bits = _absmax_bf16x2(bits, slices[i])
         return bits.to(tl.bfloat16, bitcast=True).to(tl.float32)
     else:
         amax = tl.abs(widen(slices[0]))
-        for i in tl.static_range(1, COUNT):
+        for i in tl.static_range(1, len(slices)):
             amax = tl.maximum(amax, tl.abs(widen(slices[i])))
         return amax
 
 
 @triton.jit
-def extrema_of(slices, COUNT: tl.constexpr):
-    """Elementwise minimum and maximum of COUNT tensors, in fp32."""
+def extrema_of(slices):
+    """Elementwise minimum and maximum of a tuple of tensors, in fp32."""
     if slices[0].dtype == tl.bfloat16 and not INTERPRETED:
         low = slices[0].to(tl.int16, bitcast=True)
         high = low
-        for i in tl.static_range(1, COUNT):
+        for i in tl.static_range(1, len(slices)):
             low = _extreme_bf16x2(low, slices[i], "min")
             high = _extreme_bf16x2(high, slices[i], "max")
         low = low.to(tl.bfloat16, bitcast=True).to(tl.float32)
         high = high.to(tl.bfloat16, bitcast=True).to(tl.float32)
     else:
         low, high = widen(slices[0]), widen(slices[0])
-        for i in tl.static_range(1, COUNT):
+        for i in tl.static_range(1, len(slices)):
             low, high = tl.minimum(low, widen(slices[i])), tl.maximum(high, widen(slices[i]))
     return low, high
 
@@ -142,27 +138,6 @@ def ratio(x, scale, NARROW: tl.constexpr):
 
 
 @triton.jit
-def integer_bits_narrow(
-    x,
-    lift,
-    reciprocal,
-    zero,
-    LOW: tl.constexpr,
-    HIGH: tl.constexpr,
-    OFFSET: tl.constexpr,
-):
-    """`integer_bits` where x and scale were bf16 or fp16, by `lift_and_reciprocal` of the scale.
-
-    Adding 768 to a product with the reciprocal rounds it to a multiple of 2^-14. It is within 2^-15
-    of the quotient, so a tie becomes one again; what is no tie is 2^-13 away from any and becomes
-    none.
-    """
-    shifted = tl.fma(x * lift, reciprocal, 768.0 + zero)
-    whole = tl.clamp(shifted, 768.0 + LOW, 768.0 + HIGH) + (12582144.0 + OFFSET)
-    return whole.to(tl.int32, bitcast=True)
-
-
-@triton.jit
 def integer_bits(
     x,
     scale,
@@ -178,18 +153,27 @@ def integer_bits(
     nibbles: integer instructions are what packing is short of, and this needs the clamp's two.
     """
     if NARROW:
+        # Adding 768 to a product with the reciprocal rounds it to a multiple of 2^-14. It is within
+        # 2^-15 of the quotient, so a tie becomes one again; what is no tie is 2^-13 away from any.
         lift, reciprocal = lift_and_reciprocal(scale)
-        return integer_bits_narrow(x, lift, reciprocal, zero, LOW, HIGH, OFFSET)
+        shifted = tl.fma(x * lift, reciprocal, 768.0 + zero)
+        whole = tl.clamp(shifted, 768.0 + LOW, 768.0 + HIGH) + (12582144.0 + OFFSET)
     else:
         quotient = tl.math.div_rn(x, scale) + zero
         whole = tl.clamp(quotient, 0.0 + LOW, 0.0 + HIGH) + (12582912.0 + OFFSET)
-        return whole.to(tl.int32, bitcast=True)
+    return whole.to(tl.int32, bitcast=True)
 
 
 @triton.jit
-def code(x, scale, FP8: tl.constexpr, NARROW: tl.constexpr, NATIVE: tl.constexpr):
+def scale_of_codes(amax, CODES: tl.constexpr, dtype: tl.constexpr):
+    """`scale_of` for FP8 or INT8."""
+    return scale_of(amax, 448.0 if CODES[0] else 127.5, dtype)
+
+
+@triton.jit
+def code(x, scale, CODES: tl.constexpr):
     """The FP8 (uint8) or INT8 code nearest to x / scale, both fp32, ties to even, saturating."""
-    if FP8:
-        return e4m3_code(ratio(x, scale, NARROW), NATIVE)
+    if CODES[0]:
+        return e4m3_code(ratio(x, scale, CODES[1]), CODES[2])
     else:
-        return integer_bits(x, scale, 0.0, -128, 127, 0, NARROW).to(tl.int8)
+        return integer_bits(x, scale, 0.0, -128, 127, 0, CODES[1]).to(tl.int8)

@@ -1,8 +1,8 @@
 """The doors to caches scaled by token and head: Triton for CUDA tensors, else plain torch.
 
-`gpu.on_gpu` is the rule. Writers give the same bytes on both sides, attention the same but for the
-order in which it sums. Arguments are those of the functions of the same name in this folder, which
-have the documentation and refuse what does not fit.
+Writers give the same bytes on both sides, attention the same but for the order in which it sums.
+Arguments are documented by the functions of the same name in this folder, which refuse what does
+not fit.
 """
 
 from torch import Tensor
@@ -10,18 +10,14 @@ from torch import Tensor
 from ckptq.kernels.attention.mask import Mask
 from ckptq.kernels.cache import reference as paged
 from ckptq.kernels.cache.paging import Sequences
-from ckptq.kernels.gpu import on_gpu
+from ckptq.kernels.gpu import door
 from ckptq.kernels.token_head import reference
 from ckptq.kernels.token_head.token_head_cache import TokenHeadCache
 
 
+@door("ckptq.kernels.token_head.write_token_head:write_token_head")
 def write_token_head(x_TKD: Tensor, cache: TokenHeadCache, slot_T: Tensor) -> None:
     """Keys or values quantized by token and head into their slots."""
-    if on_gpu(x_TKD):
-        from ckptq.kernels.token_head.write_token_head import write_token_head as fast
-
-        fast(x_TKD, cache, slot_T)
-        return
     packed = reference.quantize(x_TKD[: len(slot_T)], cache.fmt, cache.rotation)
     for made, held in (
         (packed.code, cache.code),
@@ -29,9 +25,10 @@ def write_token_head(x_TKD: Tensor, cache: TokenHeadCache, slot_T: Tensor) -> No
         (packed.zero, cache.zero),
     ):
         if made is not None and held is not None:
-            paged.write(made, held, slot_T, cache.layout)
+            paged.write(made, held, slot_T)
 
 
+@door("ckptq.kernels.token_head.token_head_attention:token_head_attention")
 def token_head_attention(
     query_THD: Tensor,
     key: TokenHeadCache,
@@ -43,12 +40,6 @@ def token_head_attention(
     softcap: float | None = None,
 ) -> Tensor:
     """Attention [T, H, D] over caches that `write_token_head` filled."""
-    if on_gpu(query_THD):
-        from ckptq.kernels.token_head.token_head_attention import token_head_attention as fast
-
-        return fast(
-            *(query_THD, key, value, sequences), scaling=scaling, mask=mask, softcap=softcap
-        )
     keys, values = (
         [_sequence(cache, n, sequences) for n in range(len(sequences.lengths))]
         for cache in (key, value)
@@ -62,7 +53,7 @@ def token_head_attention(
 def _sequence(cache: TokenHeadCache, n: int, sequences: Sequences) -> Tensor:
     """fp32 [S, K, D]: the keys or values of one sequence."""
     code, scale, zero = (
-        None if part is None else paged.gather(part, n, sequences, cache.layout)
+        None if part is None else paged.gather(part, n, sequences)
         for part in (cache.code, cache.scale, cache.zero)
     )
     assert code is not None

@@ -31,17 +31,17 @@ def sign(o_L):
 
 
 @triton.jit
-def weighted(slices, SIGNED: tl.constexpr, NORM: tl.constexpr, COUNT: tl.constexpr):
+def weighted(slices, SIGNED: tl.constexpr, NORM: tl.constexpr):
     """Each column times NORM (N^-0.5, which makes the transform orthonormal), and its sign."""
-    L: tl.constexpr = slices[0].shape[1]
-    scaled = ()
-    for i in tl.static_range(COUNT):
-        if SIGNED:
+    if SIGNED:
+        L: tl.constexpr = slices[0].shape[1]
+        scaled = ()
+        for i in tl.static_range(len(slices)):
             weight_1L = sign(tl.arange(0, L) + i * L)[None, :] * NORM
             scaled = scaled + (slices[i] * weight_1L,)  # type: ignore[assignment]  # noqa: RUF005
-        else:
-            scaled = scaled + (slices[i] * NORM,)  # type: ignore[assignment]  # noqa: RUF005
-    return scaled
+        return scaled
+    else:
+        return [x_RL * NORM for x_RL in slices]
 
 
 @triton.jit
@@ -56,10 +56,10 @@ def _within(x_RL, STEPS: tl.constexpr):
 
 
 @triton.jit
-def across(slices, STEP: tl.constexpr, COUNT: tl.constexpr):
+def across(slices, STEP: tl.constexpr):
     """The step of the butterflies between slices that lie STEP apart."""
     crossed = ()
-    for i in tl.static_range(COUNT):
+    for i in tl.static_range(len(slices)):
         if i & STEP:
             crossed = crossed + (slices[i ^ STEP] - slices[i],)  # type: ignore[assignment]  # noqa: RUF005
         else:
@@ -68,15 +68,11 @@ def across(slices, STEP: tl.constexpr, COUNT: tl.constexpr):
 
 
 @triton.jit
-def walsh_hadamard(
-    slices, COUNT: tl.constexpr, STEPS_WITHIN: tl.constexpr, STEPS_ACROSS: tl.constexpr
-):
+def walsh_hadamard(slices, STEPS_WITHIN: tl.constexpr, STEPS_ACROSS: tl.constexpr):
     """Every run of N columns of a row transformed, fp32, without the norm."""
-    turned = ()
-    for i in tl.static_range(COUNT):
-        turned = turned + (_within(slices[i], STEPS_WITHIN),)  # type: ignore[assignment]  # noqa: RUF005
+    turned = [_within(x_RL, STEPS_WITHIN) for x_RL in slices]
     for step in tl.static_range(STEPS_ACROSS):
-        turned = across(turned, 1 << step, COUNT)
+        turned = across(turned, 1 << step)
     return turned
 
 
@@ -110,10 +106,10 @@ def _rotate_kernel(
     o_RL = row_R[:, None] * D + tl.arange(0, L)[None, :]
     slices = load_rows(x_ptr + o_RL, row_R < R, COUNT)
     if not INVERSE:
-        slices = weighted(slices, SIGNED, NORM, COUNT)
-    slices = walsh_hadamard(slices, COUNT, STEPS_WITHIN, STEPS_ACROSS)
+        slices = weighted(slices, SIGNED, NORM)
+    slices = walsh_hadamard(slices, STEPS_WITHIN, STEPS_ACROSS)
     if INVERSE:
-        slices = weighted(slices, SIGNED, NORM, COUNT)
+        slices = weighted(slices, SIGNED, NORM)
     for i in tl.static_range(COUNT):
         x_RL = narrow(slices[i], out_ptr.dtype.element_ty)
         tl.store(out_ptr + i * L + o_RL, x_RL, mask=(row_R < R)[:, None])

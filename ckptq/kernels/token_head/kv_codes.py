@@ -16,24 +16,19 @@ Shape letters: R rows, L columns of a slice; X words of a thread.
 import triton
 import triton.language as tl
 
-from ckptq.kernels.rounding import (
-    INTERPRETED,
-    e4m3_code,
-    e4m3_value,
-    narrow,
-    round_half_even,
-)
+from ckptq.kernels.rounding import INTERPRETED, e4m3_code, e4m3_value, narrow, round_half_even
 from ckptq.kernels.token_head.kv_format import CENTROIDS
+from ckptq.kernels.words import both
 
 NEAR, FAR = (tl.constexpr(magnitude) for magnitude in CENTROIDS)
 
 
 @triton.jit
-def step_and_inverse(slices, KIND: tl.constexpr, LEAST: tl.constexpr, COUNT: tl.constexpr):
+def step_and_inverse(slices, KIND: tl.constexpr, LEAST: tl.constexpr):
     """Steps, and what values are multiplied with: fp32 [R]."""
     HALF_RANGE: tl.constexpr = 448.0 if KIND == "fp8" else 127.0
     amax_RL = tl.abs(slices[0])
-    for i in tl.static_range(1, COUNT):
+    for i in tl.static_range(1, len(slices)):
         amax_RL = tl.maximum(amax_RL, tl.abs(slices[i]))
     step_R = tl.math.div_rn(tl.max(amax_RL, 1), HALF_RANGE)
     return step_R, tl.math.div_rn(1.0, tl.maximum(step_R, LEAST))
@@ -124,26 +119,25 @@ def _by_number(byte_NW, PLACE: tl.constexpr, KIND: tl.constexpr):
 
 @triton.jit
 def _pair(one, other, BYTE: tl.constexpr, PLACE: tl.constexpr, DECODER: tl.constexpr, dtype):
-    one = _by_number((one >> 8 * BYTE & 255).to(tl.uint8), PLACE, DECODER[0]) / DECODER[1]
-    other = _by_number((other >> 8 * BYTE & 255).to(tl.uint8), PLACE, DECODER[0]) / DECODER[1]
+    KIND: tl.constexpr = DECODER[0]
+    one = _by_number((one >> 8 * BYTE & 255).to(tl.uint8), PLACE, KIND) / DECODER[1]
+    other = _by_number((other >> 8 * BYTE & 255).to(tl.uint8), PLACE, KIND) / DECODER[1]
     return tl.join(narrow(one, dtype), narrow(other, dtype))
 
 
 @triton.jit
 def _halves(word):
-    one, other = tl.inline_asm_elementwise(
-        "mov.b32 {$0, $1}, $2;", "=h,=h,r", [word], (tl.float16, tl.float16), is_pure=True, pack=1
-    )
+    one, other = both(word, tl.float16)
     return tl.join(one, other)
 
 
 @triton.jit
-def value_pairs(words, PLACE: tl.constexpr, DECODER: tl.constexpr, dtype: tl.constexpr):
+def value_pairs(words, magic, PLACE: tl.constexpr, DECODER: tl.constexpr, dtype: tl.constexpr):
     """What the bytes of two words hold at one place: [4, 8, A, B, C, X] -> [4, 8, A, B, C, 4 X, 2].
 
-    `words` are two tensors and the constants of the decoder.
+    `magic` are the constants of the decoder.
     """
-    one, other, first, second = words
+    one, other = words
     if INTERPRETED or dtype != tl.float16:
         p0 = _pair(one, other, 0, PLACE, DECODER, dtype)
         p1 = _pair(one, other, 1, PLACE, DECODER, dtype)
@@ -154,7 +148,7 @@ def value_pairs(words, PLACE: tl.constexpr, DECODER: tl.constexpr, dtype: tl.con
         p0, p1, p2, p3 = tl.inline_asm_elementwise(
             asm,
             "=r,=r,=r,=r,r,r,r,r",
-            [one, other, first, second],
+            [one, other, magic[0], magic[1]],
             (tl.int32, tl.int32, tl.int32, tl.int32),
             is_pure=True,
             pack=1,

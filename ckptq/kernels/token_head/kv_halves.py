@@ -16,38 +16,22 @@ import triton.language as tl
 
 from ckptq.kernels.rounding import INTERPRETED, round_half_even
 from ckptq.kernels.token_head.kv_format import LEAST_HALF, THRESHOLD
+from ckptq.kernels.words import both, of_two, word_of
 
 WIDTH = tl.constexpr(3 * THRESHOLD)
 """Three times where INT2's outer levels begin: codes are 3 * (x / (WIDTH * sigma) + 1/2)."""
 LEAST = tl.constexpr(LEAST_HALF)
 BIAS = tl.constexpr(0x66006600)
 """1536.0 twice. Near it fp16 numbers have no bits below one: added, it leaves a whole number."""
-LEAST_MEAN = 2.0**-60
+LEAST_MEAN = tl.constexpr(2.0**-60)
 """No mean square is smaller: a head of zeros has a root and an inverse of it."""
-
-
-@triton.jit
-def _low(word):
-    return word.to(tl.int16).to(tl.float16, bitcast=True)
-
-
-@triton.jit
-def _high(word):
-    return (word >> 16).to(tl.int16).to(tl.float16, bitcast=True)
-
-
-@triton.jit
-def _word(low, high):
-    """The word of two fp16 numbers."""
-    bits = low.to(tl.int16, bitcast=True).to(tl.int32) & 0xFFFF
-    return bits | (high.to(tl.int16, bitcast=True).to(tl.int32) << 16)
 
 
 @triton.jit
 def halves(low, high):
     """Words of two tensors of fp32, rounded to fp16."""
     if INTERPRETED:
-        return _word(low.to(tl.float16), high.to(tl.float16))
+        return word_of(low.to(tl.float16), high.to(tl.float16))
     else:
         return tl.inline_asm_elementwise(
             "cvt.rn.f16x2.f32 $0, $2, $1;", "=r,f,f", [low, high], tl.int32, is_pure=True, pack=1
@@ -65,38 +49,34 @@ def words_of(x_RL, P: tl.constexpr):
 
 @triton.jit
 def _smaller(a, b):
-    return tl.inline_asm_elementwise(
-        "min.f16x2 $0, $1, $2;", "=r,r,r", [a, b], tl.int32, is_pure=True, pack=1
-    )
+    return of_two(a, b, "min.f16x2 $0, $1, $2;")
 
 
 @triton.jit
 def _larger(a, b):
-    return tl.inline_asm_elementwise(
-        "max.f16x2 $0, $1, $2;", "=r,r,r", [a, b], tl.int32, is_pure=True, pack=1
-    )
+    return of_two(a, b, "max.f16x2 $0, $1, $2;")
 
 
 @triton.jit
-def _extrema(words, COUNT: tl.constexpr):
-    """fp32 [R] each: the smallest and the largest value of COUNT tensors of words."""
+def _extrema(words):
+    """fp32 [R] each: the smallest and the largest value of a tuple of tensors of words."""
     if INTERPRETED:
-        low = tl.minimum(_low(words[0]), _high(words[0]))
-        high = tl.maximum(_low(words[0]), _high(words[0]))
-        for i in tl.static_range(1, COUNT):
-            low = tl.minimum(low, tl.minimum(_low(words[i]), _high(words[i])))
-            high = tl.maximum(high, tl.maximum(_low(words[i]), _high(words[i])))
+        low, high = both(words[0], tl.float16)
+        low, high = tl.minimum(low, high), tl.maximum(low, high)
+        for i in tl.static_range(1, len(words)):
+            one, other = both(words[i], tl.float16)
+            low = tl.minimum(low, tl.minimum(one, other))
+            high = tl.maximum(high, tl.maximum(one, other))
         low_R, high_R = tl.min(tl.min(low, 2), 1), tl.max(tl.max(high, 2), 1)
         return low_R.to(tl.float32), high_R.to(tl.float32)
     else:
         low, high = words[0], words[0]
-        for i in tl.static_range(1, COUNT):
+        for i in tl.static_range(1, len(words)):
             low, high = _smaller(low, words[i]), _larger(high, words[i])
-        low_R = tl.reduce(tl.reduce(low, 2, _smaller), 1, _smaller)
-        high_R = tl.reduce(tl.reduce(high, 2, _larger), 1, _larger)
-        low_R = tl.minimum(_low(low_R).to(tl.float32), _high(low_R).to(tl.float32))
-        high_R = tl.maximum(_low(high_R).to(tl.float32), _high(high_R).to(tl.float32))
-        return low_R, high_R
+        one_R, other_R = both(tl.reduce(tl.reduce(low, 2, _smaller), 1, _smaller), tl.float16)
+        low_R = tl.minimum(one_R.to(tl.float32), other_R.to(tl.float32))
+        one_R, other_R = both(tl.reduce(tl.reduce(high, 2, _larger), 1, _larger), tl.float16)
+        return low_R, tl.maximum(one_R.to(tl.float32), other_R.to(tl.float32))
 
 
 @triton.jit
@@ -138,9 +118,9 @@ def _exceeds(a, b, bound: tl.constexpr):
 
 
 @triton.jit
-def int4_step_inverse_zero(words, COUNT: tl.constexpr):
+def int4_step_inverse_zero(words):
     """Steps and zero points fp32 [R], what values are multiplied with fp16 [R]."""
-    low_R, high_R = _extrema(words, COUNT)
+    low_R, high_R = _extrema(words)
     low_R, high_R = tl.minimum(low_R, 0.0), tl.maximum(high_R, 0.0)
     step_R = (high_R - low_R) * (1.0 / 15)
     # a thousandth short, so that no code leaves 0 to 15 and none has to be clamped
@@ -174,10 +154,10 @@ def int2_step_inverse(mean_R, GAIN: tl.constexpr):
 def _times_plus(word, factor, shift):
     """word * factor + shift in both halves, each rounded once."""
     if INTERPRETED:
-        factor64, shift64 = _low(factor).to(tl.float64), _low(shift).to(tl.float64)
-        low = _low(word).to(tl.float64) * factor64 + shift64
-        high = _high(word).to(tl.float64) * factor64 + shift64
-        return _word(low.to(tl.float16), high.to(tl.float16))
+        low, high = both(word, tl.float16)
+        times, plus = both(factor, tl.float16)[0].to(tl.float64), both(shift, tl.float16)[0]
+        low, high = low.to(tl.float64) * times + plus, high.to(tl.float64) * times + plus
+        return word_of(low.to(tl.float16), high.to(tl.float16))
     else:
         factor, shift = tl.broadcast_to(factor, word.shape), tl.broadcast_to(shift, word.shape)
         return tl.inline_asm_elementwise(
@@ -194,20 +174,17 @@ def _times_plus(word, factor, shift):
 def _place(word, factor):
     """word * factor + 1/2 in both halves, each between 0 and 1, rounded once."""
     if INTERPRETED:
-        low = _low(word).to(tl.float64) * _low(factor).to(tl.float64) + 0.5
-        high = _high(word).to(tl.float64) * _low(factor).to(tl.float64) + 0.5
-        low, high = tl.clamp(low, 0.0, 1.0), tl.clamp(high, 0.0, 1.0)
-        return _word(low.to(tl.float16), high.to(tl.float16))
+        low, high = both(word, tl.float16)
+        times = both(factor, tl.float16)[0].to(tl.float64)
+        low = tl.clamp(low.to(tl.float64) * times + 0.5, 0.0, 1.0)
+        high = tl.clamp(high.to(tl.float64) * times + 0.5, 0.0, 1.0)
+        return word_of(low.to(tl.float16), high.to(tl.float16))
     else:
         # the clamp costs nothing so
-        return tl.inline_asm_elementwise(
-            "{.reg .b32 half; mov.b32 half, 0x38003800; fma.rn.sat.f16x2 $0, $1, $2, half;}",
-            "=r,r,r",
-            [word, tl.broadcast_to(factor, word.shape)],
-            tl.int32,
-            is_pure=True,
-            pack=1,
+        asm: tl.constexpr = (
+            "{.reg .b32 half; mov.b32 half, 0x38003800; fma.rn.sat.f16x2 $0, $1, $2, half;}"
         )
+        return of_two(word, tl.broadcast_to(factor, word.shape), asm)
 
 
 @triton.jit
@@ -215,10 +192,10 @@ def packed(word_RUP, inverse_R, zero_R, KIND: tl.constexpr, BITS: tl.constexpr, 
     """Codes of a chunk, the first of a unit in its lowest bits: int32 [R, U], or int16 where the
     codes of a unit fill 16 bits. INT2 takes no zero points. AWAY: `take_away` of P and BITS."""
     P: tl.constexpr = word_RUP.shape[2]
-    factor_R11 = _word(inverse_R, inverse_R)[:, None, None]
+    factor_R11 = word_of(inverse_R, inverse_R)[:, None, None]
     if KIND == "int4":
         shift_R = (zero_R + 1536.0).to(tl.float16)
-        code_RUP = _times_plus(word_RUP, factor_R11, _word(shift_R, shift_R)[:, None, None])
+        code_RUP = _times_plus(word_RUP, factor_R11, word_of(shift_R, shift_R)[:, None, None])
     else:
         three = tl.full((1, 1, 1), 0x42004200, tl.int32)  # 3.0 twice
         bias = tl.full((1, 1, 1), BIAS, tl.int32)

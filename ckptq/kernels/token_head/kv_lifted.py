@@ -18,18 +18,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ckptq.kernels.gpu import multiprocessors
 from ckptq.kernels.product_rows import among_lanes, runs_of_lanes
 from ckptq.kernels.rounding import INTERPRETED, has_native_e4m3
-from ckptq.kernels.shared_memory import multiprocessors
+from ckptq.kernels.token_head import kv_format
 from ckptq.kernels.token_head.kv_codes import codes, step_and_inverse
-from ckptq.kernels.token_head.kv_format import (
-    EPS,
-    LEAST_STEP,
-    Rotation,
-    chunk_size,
-    load_size,
-    rotation_block,
-)
+from ckptq.kernels.token_head.kv_format import Rotation, chunk_size, load_size, rotation_block
 from ckptq.kernels.token_head.kv_halves import (
     LEAST_MEAN,
     int2_step_inverse,
@@ -55,6 +49,7 @@ if TYPE_CHECKING:
 WARPS = 4
 ROWS = 16 * WARPS
 """Rows of a tile, as many as one product of four warps takes."""
+LEAST_SCALE, LEAST_STEP = tl.constexpr(kv_format.EPS), tl.constexpr(kv_format.LEAST_STEP)
 FAR = 1 << 31
 """Elements that lie so far apart need 64 bits of address."""
 
@@ -83,22 +78,6 @@ def _places(
     return block, (there % BLOCK).to(tl.int32), head, slot >= 0
 
 
-@triton.jit
-def _whole(pairs, COUNT: tl.constexpr):
-    chunks = ()
-    for i in tl.static_range(COUNT):
-        chunks = chunks + (whole(pairs[i]),)  # type: ignore[assignment]  # noqa: RUF005
-    return chunks
-
-
-@triton.jit
-def _words_of(chunks, P: tl.constexpr, COUNT: tl.constexpr):
-    words = ()
-    for i in tl.static_range(COUNT):
-        words = words + (words_of(chunks[i], P),)  # type: ignore[assignment]  # noqa: RUF005
-    return words
-
-
 # a stride of one, or a one, would show the compiler what lies beside each other in memory, and it
 # would move that between threads, for a thread to store more of it at once
 @triton.jit(do_not_specialize=["scale_stride_head", "one"])
@@ -109,11 +88,8 @@ def _write_lifted_kernel(
     scale_ptr,
     zero_ptr,
     slot_ptr,
-    x_stride_t,
-    x_stride_h,
-    code_stride_block,
-    code_stride_token,
-    code_stride_head,
+    x_strides,
+    code_strides,
     scale_stride_block,
     scale_stride_token,
     scale_stride_head,
@@ -126,14 +102,8 @@ def _write_lifted_kernel(
     KIND: tl.constexpr,
     BITS: tl.constexpr,
     NATIVE: tl.constexpr,
-    EPS: tl.constexpr,
-    LEAST: tl.constexpr,
-    LEAST_MEAN: tl.constexpr,
-    ROTATED: tl.constexpr,
     GAIN: tl.constexpr,
     HEADS: tl.constexpr,
-    WORDS: tl.constexpr,
-    EXACT: tl.constexpr,
     S: tl.constexpr,
     SLICES: tl.constexpr,
     SLICE_STEPS: tl.constexpr,
@@ -149,24 +119,25 @@ def _write_lifted_kernel(
     FAR: tl.constexpr,
     WARPS: tl.constexpr,
 ):
+    ROTATED: tl.constexpr = matrix_ptr is not None
+    WORDS: tl.constexpr = x_ptr.dtype.element_ty == tl.int32
+    EXACT: tl.constexpr = x_ptr.dtype.element_ty != tl.float32
     COLUMNS: tl.constexpr = S // 2 if WORDS else S
     WIDTH: tl.constexpr = D // 2 if WORDS else D
     lane = tl.arange(0, LANES)[:, None, None, None]
     first_tile, all_programs = tl.program_id(0), tl.num_programs(0)
-    x = load_tile(
-        x_ptr, first_tile, T, x_stride_t, x_stride_h, K, WIDTH, HEADS, COLUMNS, SLICES, FAR, WARPS
-    )
+    x = load_tile(x_ptr, first_tile, T, x_strides, K, WIDTH, HEADS, COLUMNS, SLICES, FAR, WARPS)
     if ROTATED:
         matrices = load_matrices(matrix_ptr, L, CHUNKS)
         # once, or threads would wait for each other before every product
         tl.debug_barrier()
     for tile in range(first_tile, tiles, all_programs):
         block, place, head, kept = _places(slot_ptr, tile, T, K, BLOCK, HEADS, LANES, FAR, WARPS)
-        exponent_R = exponents(x, SLICES, WORDS)
+        exponent_R = exponents(x, WORDS)
         factor_R = (exponent_R + (9 << 23)).to(tl.float32, bitcast=True)
-        pairs = lifted(x, exponent_R, SLICES, WORDS)
+        pairs = lifted(x, exponent_R, WORDS)
         if KIND == "int2":
-            mean_R = mean_square(pairs, D, SLICES, SLICE_STEPS, EXACT)
+            mean_R = mean_square(pairs, D, SLICE_STEPS, EXACT)
             step_R, inverse_R = int2_step_inverse(tl.maximum(mean_R, LEAST_MEAN), GAIN)
             zero_R = step_R
         else:
@@ -174,28 +145,26 @@ def _write_lifted_kernel(
         if ROTATED:
             operands = operands_of(pairs, CHUNKS, L // S)
         else:
-            chunks = _whole(pairs, CHUNKS)
+            chunks = [whole(pair) for pair in pairs]
         ahead = tl.minimum(tile + all_programs, tiles - 1)
-        x = load_tile(
-            x_ptr, ahead, T, x_stride_t, x_stride_h, K, WIDTH, HEADS, COLUMNS, SLICES, FAR, WARPS
-        )
+        x = load_tile(x_ptr, ahead, T, x_strides, K, WIDTH, HEADS, COLUMNS, SLICES, FAR, WARPS)
         tile = loads_stay_before(tile)
         if ROTATED:
-            chunks = rotated(operands, matrices, CHUNKS, STEPS_ACROSS)
+            chunks = rotated(operands, matrices, STEPS_ACROSS)
 
         if BITS == 8:
-            step_R, inverse_R = step_and_inverse(chunks, KIND, LEAST, CHUNKS)
+            step_R, inverse_R = step_and_inverse(chunks, KIND, LEAST_STEP)
         else:
-            chunks = _words_of(chunks, P, CHUNKS)
+            chunks = [words_of(chunk, P) for chunk in chunks]
             if KIND == "int4":
-                step_R, inverse_R, zero_R = int4_step_inverse_zero(chunks, CHUNKS)
+                step_R, inverse_R, zero_R = int4_step_inverse_zero(chunks)
         o = block * scale_stride_block + place * scale_stride_token + head * scale_stride_head
-        scale_R = tl.maximum(step_R * factor_R, EPS)
+        scale_R = tl.maximum(step_R * factor_R, LEAST_SCALE)
         mask = kept & (lane == 0)
         tl.store(scale_ptr + o, among_lanes(scale_R, LANES, WARPS), mask=mask)
         if KIND == "int4":
             tl.store(zero_ptr + o, among_lanes(zero_R.to(tl.uint8), LANES, WARPS), mask=mask)
-        o = block * code_stride_block + place * code_stride_token + head * code_stride_head
+        o = block * code_strides[0] + place * code_strides[1] + head * code_strides[2]
         code_ptrs = code_ptr + (o * STRIDE + lane * one * (U // LANES))[:, :, :, :, None]
         for i in tl.static_range(CHUNKS):
             if BITS == 8:
@@ -253,7 +222,7 @@ def write_lifted(x_TKD: Tensor, cache: TokenHeadCache, slot_T: Tensor) -> None:
     chunks, heads = triton.cdiv(D, size) * size // chunk, min(K & -K, ROWS)
     x = _as_words(x_TKD)
     code = _units(cache.code, bits, chunk // 4 if is_rotated else 8)
-    strides, units, unit_bits = cache.layout.strides(code), code.shape[-1], 8 * code.itemsize
+    strides, units, unit_bits = code.stride()[:3], code.shape[-1], 8 * code.itemsize
     # in whole heads, where they are, so that the compiler knows that addresses are aligned
     stride = units if all(stride % units == 0 for stride in strides) else 1
     unit_words = unit_bits // bits // 2
@@ -261,24 +230,17 @@ def write_lifted(x_TKD: Tensor, cache: TokenHeadCache, slot_T: Tensor) -> None:
     _write_lifted_kernel[(min(tiles, _programs(x.device)),)](
         *(x, rotation_matrix(D, cache.rotation, x.device) if is_rotated else None, code),
         *(cache.scale, cache.zero, slot_T),
-        *x.stride()[:2],
-        *(s // stride for s in strides),
-        *cache.layout.strides(cache.scale),
+        *(x.stride()[:2], tuple(s // stride for s in strides)),
+        *cache.scale.stride(),
         *(T, tiles, 1),
         K=K,
         D=D,
-        BLOCK=cache.layout.sizes(cache.code)[0],
+        BLOCK=cache.code.shape[1],
         KIND=cache.fmt.name.partition("_")[0],
         BITS=bits,
         NATIVE=has_native_e4m3(x.device),
-        EPS=EPS,
-        LEAST=LEAST_STEP,
-        LEAST_MEAN=LEAST_MEAN,
-        ROTATED=is_rotated,
         GAIN=block**0.5 if is_rotated else 1.0,
         HEADS=heads,
-        WORDS=x is not x_TKD,
-        EXACT=x_TKD.dtype != torch.float32,
         S=size,
         SLICES=slices,
         SLICE_STEPS=size.bit_length() - 2,

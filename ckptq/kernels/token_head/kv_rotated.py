@@ -19,11 +19,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ckptq.kernels.rounding import INTERPRETED
 from ckptq.kernels.token_head import reference as kv
 from ckptq.kernels.token_head.hadamard import across
 from ckptq.kernels.token_head.kv_format import Rotation, chunk_size, load_size, rotation_block
 from ckptq.kernels.token_head.kv_halves import halves
+from ckptq.kernels.words import both
 
 
 @triton.jit
@@ -38,28 +38,11 @@ def load_matrices(matrix_ptr, L: tl.constexpr, CHUNKS: tl.constexpr):
 
 
 @triton.jit
-def _both(word):
-    """The two fp16 numbers of words."""
-    if INTERPRETED:
-        high = (word >> 16).to(tl.int16).to(tl.float16, bitcast=True)
-        return word.to(tl.int16).to(tl.float16, bitcast=True), high
-    else:
-        return tl.inline_asm_elementwise(
-            "mov.b32 {$0, $1}, $2;",
-            "=h,=h,r",
-            [word],
-            (tl.float16, tl.float16),
-            is_pure=True,
-            pack=1,
-        )
-
-
-@triton.jit
 def _on_grid(pair):
     """fp16 [R, S]; a thread's eight neighbours in pairs, as far apart as a product wants them."""
     word_RP = halves(pair[0], pair[1])
     word_RT4 = tl.reshape(word_RP, (word_RP.shape[0], word_RP.shape[1] // 4, 4))
-    even, odd = _both(tl.reshape(tl.trans(word_RT4, (0, 2, 1)), word_RP.shape))
+    even, odd = both(tl.reshape(tl.trans(word_RT4, (0, 2, 1)), word_RP.shape), tl.float16)
     return tl.reshape(tl.join(even, odd), (word_RP.shape[0], 2 * word_RP.shape[1]))
 
 
@@ -100,14 +83,14 @@ def _natural(x_RL):
 
 
 @triton.jit
-def rotated(operands, matrices, CHUNKS: tl.constexpr, STEPS_ACROSS: tl.constexpr):
+def rotated(operands, matrices, STEPS_ACROSS: tl.constexpr):
     """Chunks of the rotated rows, fp32 [R, L] each, without the norm."""
     chunks = ()
-    for c in tl.static_range(CHUNKS):
+    for c in tl.static_range(len(operands)):
         product_RL = tl.dot(operands[c], matrices[c])
         chunks = chunks + (_natural(product_RL),)  # type: ignore[assignment]  # noqa: RUF005
     for step in tl.static_range(STEPS_ACROSS):
-        chunks = across(chunks, 1 << step, CHUNKS)
+        chunks = across(chunks, 1 << step)
     return chunks
 
 

@@ -18,11 +18,7 @@ MODES = (*STATIC, *FORMATS)
 
 
 def fake_quantize_kv(
-    x_BHSD: Tensor,
-    mode: str,
-    *,
-    scale: Tensor | None = None,
-    rotation: Rotation | None = None,
+    x_BHSD: Tensor, mode: str, *, scale: Tensor | None = None, rotation: Rotation | None = None
 ) -> Tensor:
     """Keys or values [B, H, S, D] as they come back from a cache held in `mode`, in their dtype.
 

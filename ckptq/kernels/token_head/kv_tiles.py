@@ -15,6 +15,7 @@ import triton.language as tl
 from ckptq.kernels.product_rows import in_order, product_rows
 from ckptq.kernels.quantize.slices import absmax_of
 from ckptq.kernels.rounding import INTERPRETED, widen
+from ckptq.kernels.words import of_two
 
 
 @triton.jit
@@ -29,8 +30,7 @@ def load_tile(
     x_ptr,
     tile,
     T,
-    stride_t,
-    stride_h,
+    strides,
     K: tl.constexpr,
     D: tl.constexpr,
     HEADS: tl.constexpr,
@@ -44,10 +44,10 @@ def load_tile(
     first = tile // (K // HEADS) * (16 * WARPS // HEADS)
     if FAR:
         first = first.to(tl.int64)
-    x_ptr += first * stride_t + tile % (K // HEADS) * HEADS * stride_h
+    x_ptr += first * strides[0] + tile % (K // HEADS) * HEADS * strides[1]
     token = tl.minimum(token, (T - 1 - first).to(tl.int32))
     col_S = tl.arange(0, S)[None, None, None, :]
-    ptrs = x_ptr + (token * stride_t + head * stride_h)[:, :, :, None] + col_S
+    ptrs = x_ptr + (token * strides[0] + head * strides[1])[:, :, :, None] + col_S
     slices = ()
     for s in tl.static_range(SLICES):
         if (s + 1) * S <= D:
@@ -74,29 +74,19 @@ def loads_stay_before(x):
 
 @triton.jit
 def _smaller(a, b):
-    return tl.inline_asm_elementwise(
-        "min.bf16x2 $0, $1, $2;", "=r,r,r", [a, b], tl.int32, is_pure=True, pack=1
-    )
+    return of_two(a, b, "min.bf16x2 $0, $1, $2;")
 
 
 @triton.jit
 def _larger(a, b):
-    return tl.inline_asm_elementwise(
-        "max.bf16x2 $0, $1, $2;", "=r,r,r", [a, b], tl.int32, is_pure=True, pack=1
-    )
+    return of_two(a, b, "max.bf16x2 $0, $1, $2;")
 
 
 @triton.jit
 def _larger_absolute(a, b):
     """The signs of the result are unset."""
-    return tl.inline_asm_elementwise(
-        "{.reg .b32 p, q; abs.bf16x2 p, $1; abs.bf16x2 q, $2; max.bf16x2 $0, p, q;}",
-        "=r,r,r",
-        [a, b],
-        tl.int32,
-        is_pure=True,
-        pack=1,
-    )
+    asm: tl.constexpr = "{.reg .b32 p, q; abs.bf16x2 p, $1; abs.bf16x2 q, $2; max.bf16x2 $0, p, q;}"
+    return of_two(a, b, asm)
 
 
 @triton.jit
@@ -119,33 +109,34 @@ def _times(word, factor):
 
 
 @triton.jit
-def exponents(slices, COUNT: tl.constexpr, WORDS: tl.constexpr):
+def exponents(slices, WORDS: tl.constexpr):
     """int32 [R]: the exponent bits of each row's largest absolute value, within bounds."""
     if WORDS:
         low, high = slices[0], slices[0]
-        for i in tl.static_range(1, COUNT):
+        for i in tl.static_range(1, len(slices)):
             low, high = _smaller(low, slices[i]), _larger(high, slices[i])
         low_R, high_R = tl.reduce(low, 1, _smaller), tl.reduce(high, 1, _larger)
         best_R = _larger_absolute(low_R, high_R)
         bits_R = tl.maximum(best_R << 16, best_R) & 0x7F800000
     else:
-        bits_R = tl.max(absmax_of(slices, COUNT), 1).to(tl.int32, bitcast=True) & 0x7F800000
+        bits_R = tl.max(absmax_of(slices), 1).to(tl.int32, bitcast=True) & 0x7F800000
     return tl.minimum(tl.maximum(bits_R, 87 << 23), 244 << 23)
 
 
 @triton.jit
-def lifted(slices, exponent_R, COUNT: tl.constexpr, WORDS: tl.constexpr):
-    """COUNT slices as pairs of fp32 [R, S / 2], times powers of two: below 2^-8."""
+def _lifted(x_RS, lift_R, WORDS: tl.constexpr):
+    if WORDS:
+        return _times(x_RS, (lift_R | (lift_R >> 16))[:, None])
+    else:
+        x_RS = widen(x_RS) * lift_R.to(tl.float32, bitcast=True)[:, None]
+        return tl.split(tl.reshape(x_RS, (x_RS.shape[0], x_RS.shape[1] // 2, 2)))
+
+
+@triton.jit
+def lifted(slices, exponent_R, WORDS: tl.constexpr):
+    """Slices as pairs of fp32 [R, S / 2], times powers of two: below 2^-8."""
     lift_R = (245 << 23) - exponent_R
-    pairs = ()
-    for i in tl.static_range(COUNT):
-        if WORDS:
-            pair = _times(slices[i], (lift_R | (lift_R >> 16))[:, None])
-        else:
-            x_RS = widen(slices[i]) * lift_R.to(tl.float32, bitcast=True)[:, None]
-            pair = tl.split(tl.reshape(x_RS, (x_RS.shape[0], x_RS.shape[1] // 2, 2)))
-        pairs = pairs + (pair,)  # type: ignore[assignment]  # noqa: RUF005
-    return pairs
+    return [_lifted(x_RS, lift_R, WORDS) for x_RS in slices]
 
 
 @triton.jit
@@ -161,15 +152,13 @@ def _plus_square(total, x, EXACT: tl.constexpr):
 
 
 @triton.jit
-def mean_square(
-    pairs, D: tl.constexpr, COUNT: tl.constexpr, STEPS: tl.constexpr, EXACT: tl.constexpr
-):
+def mean_square(pairs, D: tl.constexpr, STEPS: tl.constexpr, EXACT: tl.constexpr):
     """fp32 [R], in an order that the layout in registers cannot change: slices, then neighbours.
 
     S / 2 = 2^STEPS. Squares of values of 16 bits are exact.
     """
     even, odd = pairs[0][0] * pairs[0][0], pairs[0][1] * pairs[0][1]
-    for i in tl.static_range(1, COUNT):
+    for i in tl.static_range(1, len(pairs)):
         even = _plus_square(even, pairs[i][0], EXACT)
         odd = _plus_square(odd, pairs[i][1], EXACT)
     total = even + odd

@@ -12,8 +12,10 @@ memory:
 - The scale of a key multiplies its scores, that of a value its weight. Queries of 16 bits are
   multiplied in fp16, which holds every code: they and the scales of values are first divided by
   powers of two, so that neither overflows, nor a small one is lost.
-- Codes are the first operand of both products, keys times queries, values times weights: that one
-  may come from registers (`code_operands`), and eight columns hold a group of query heads.
+- For a few query rows codes are the first operand of both products, keys times queries, values
+  times weights (CODES_FIRST): that one may come from registers (`code_operands`), and eight columns
+  hold a group of query heads. Many rows are the first operand themselves: a warp has some of them
+  with all keys, and takes maxima and sums alone; codes go through shared memory, decoded.
 
 Shape letters: T queries of all sequences, H query heads, K key/value heads, D head dimension,
 W bytes of a head; M rows of a tile (queries x heads of a group), N keys of a tile.
@@ -27,27 +29,12 @@ import triton.language as tl
 from torch import Tensor
 
 from ckptq.kernels.attention.mask import Mask, cap_height
-from ckptq.kernels.attention.online_softmax import (
-    cap,
-    dot,
-    finish,
-    fold,
-    key_bounds,
-    oldest_key,
-    visible,
-)
-from ckptq.kernels.cache.key_parts import keys_of_part
-from ckptq.kernels.cache.paged_addresses import key_offset, query_rows
+from ckptq.kernels.attention.online_softmax import cap, dot, finish, fold, visible
+from ckptq.kernels.cache.key_parts import store_part
+from ckptq.kernels.cache.paged_addresses import key_offset, program_of
 from ckptq.kernels.cache.paged_attention import launch
 from ckptq.kernels.cache.paging import Sequences
-from ckptq.kernels.code_operands import (
-    key_bytes,
-    keys_of,
-    load_keys,
-    load_values,
-    value_bytes,
-    values_of,
-)
+from ckptq.kernels.code_operands import key_bytes, keys_of, load_codes, value_bytes, values_of
 from ckptq.kernels.rounding import narrow, widen
 from ckptq.kernels.token_head.hadamard import rotate
 from ckptq.kernels.token_head.kv_codes import DECODERS, value_pairs
@@ -86,13 +73,37 @@ def _query(q_ptrs, m_MW, dtype: tl.constexpr, STREAMS: tl.constexpr):
 
 
 @triton.jit
-def _add_values(acc, decay_M, weight_MN, words, STREAMS: tl.constexpr, DECODER: tl.constexpr):
-    """The streams of the result [W, M], one key tile further."""
+def _turned(x, TURN: tl.constexpr):
+    return tl.trans(x) if TURN else x
+
+
+@triton.jit
+def _product(code_XY, row_MY, acc_MX, CODES_FIRST: tl.constexpr):
+    """acc + rows @ codes.T; with CODES_FIRST acc and the result are [X, M]."""
+    if CODES_FIRST:
+        return dot(code_XY, tl.trans(row_MY), acc_MX)
+    else:
+        return dot(row_MY, tl.trans(code_XY), acc_MX)
+
+
+@triton.jit
+def _add_values(
+    acc,
+    decay_M,
+    weight_MN,
+    words,
+    magic,
+    STREAMS: tl.constexpr,
+    DECODER: tl.constexpr,
+    CODES_FIRST: tl.constexpr,
+):
+    """The streams of the result, one key tile further."""
+    decay_M1 = _turned(decay_M[:, None], CODES_FIRST)
     added = ()
     for place in tl.static_range(STREAMS):
-        v_WN = values_of(value_pairs(words, place, DECODER, weight_MN.dtype))
-        new_WM = dot(v_WN, tl.trans(weight_MN), acc[place] * decay_M[None, :])
-        added = added + (new_WM,)  # type: ignore[assignment]  # noqa: RUF005
+        v_WN = values_of(value_pairs(words, magic, place, DECODER, weight_MN.dtype))
+        new_MW = _product(v_WN, weight_MN, acc[place] * decay_M1, CODES_FIRST)
+        added = added + (new_MW,)  # type: ignore[assignment]  # noqa: RUF005
     return added
 
 
@@ -108,26 +119,17 @@ def _token_head_attention_kernel(
     out_ptr,
     max_ptr,
     sum_ptr,
-    starts_ptr,
-    length_ptr,
-    table_ptr,
+    sequences,
     scaling,
     softcap,
-    code_stride_block,
-    code_stride_token,
-    code_stride_head,
-    scale_stride_block,
-    scale_stride_token,
-    scale_stride_head,
-    table_stride,
+    code_strides,
+    scale_strides,
     T,
     H,
     D: tl.constexpr,
     GROUP: tl.constexpr,
     BLOCK: tl.constexpr,
-    CAUSAL: tl.constexpr,
-    WINDOW: tl.constexpr,
-    CHUNK: tl.constexpr,
+    MASK: tl.constexpr,
     CAPPED: tl.constexpr,
     STREAMS: tl.constexpr,
     DECODER: tl.constexpr,
@@ -138,71 +140,82 @@ def _token_head_attention_kernel(
     COLUMNS: tl.constexpr,
     WARPS: tl.constexpr,
     ALIGN: tl.constexpr,
+    CODES_FIRST: tl.constexpr,
 ):
     UNIT: tl.constexpr = DECODER[1]
     DTYPE: tl.constexpr = tl.float32 if q_ptr.dtype.element_ty == tl.float32 else tl.float16
-    K = H // GROUP
-    sequence, kv = tl.program_id(1) // K, tl.program_id(1) % K
-    length = tl.load(length_ptr + sequence)
-    token_M, member_M, real_M, q_pos_M, first, last = query_rows(
-        starts_ptr, sequence, tl.program_id(0) * (ROWS // GROUP), length, GROUP, ROWS
+    token_M, head_M, real_M, q_pos_M, kv, table_ptr, length, begin, end, oldest = program_of(
+        sequences, H, MASK, GROUP, ROWS, COLUMNS, PARTS
     )
     o_W = tl.arange(0, BLOCK_W)
     o_N = tl.arange(0, COLUMNS)
     k_W, v_W = key_bytes(o_W, BLOCK_W), value_bytes(o_W, BLOCK_W)
     m_MW = real_M[:, None] & (k_W < D // STREAMS)[None, :]
-    row_M = token_M * H + kv * GROUP + member_M
+    row_M = token_M * H + head_M
     o_MW = (row_M * D)[:, None] + (k_W * STREAMS)[None, :]
     q, lift, q_sum_M = _query(q_ptr + o_MW, m_MW, DTYPE, STREAMS)
     scaling *= lift * UNIT
     slope = scaling / softcap if CAPPED else 0.0
     factor = (softcap if CAPPED else scaling) * 1.4426950408889634  # log2 e
-    begin, _, _, end = key_bounds(first, last, length, CAUSAL, WINDOW, CHUNK, COLUMNS)
-    begin, end = keys_of_part(begin, end, tl.program_id(2), PARTS, COLUMNS)
-    oldest = oldest_key(first, WINDOW, CHUNK)
     acc = ()
     for _ in tl.static_range(STREAMS):
-        acc = acc + (tl.zeros([BLOCK_W, ROWS], tl.float32),)  # type: ignore[assignment]  # noqa: RUF005
+        zero_MW = _turned(tl.zeros([ROWS, BLOCK_W], tl.float32), CODES_FIRST)
+        acc = acc + (zero_MW,)  # type: ignore[assignment]  # noqa: RUF005
     zeros_M = tl.zeros([ROWS], tl.float32)
     unit = 0.0
     max_M = tl.full([ROWS], float("-inf"), tl.float32)
     sum_M = tl.zeros([ROWS], tl.float32)
-    table_ptr += sequence * table_stride
-    o_head = kv.to(tl.int64) * code_stride_head
-    o_head = tl.multiple_of(o_head, ALIGN)
-    k_ptr += o_head
-    v_ptr += o_head
+    o_head = tl.multiple_of(kv.to(tl.int64) * code_strides[2], ALIGN)
     # constants that the compiler cannot know: it would move those it knows into registers each time
     nothing = length >> 31
     magic = (DECODER[2] + nothing, DECODER[3] + nothing)
-    k_where = (k_ptr, table_ptr, oldest, length, code_stride_block, code_stride_token)
-    v_where = (v_ptr, table_ptr, oldest, length, code_stride_block, code_stride_token)
+    where = (table_ptr, oldest, length, code_strides)
     for k_first in tl.range(begin, end, COLUMNS):
         k_pos_N = k_first + o_N
         m_N = k_pos_N < length
-        if WINDOW or CHUNK:
+        if MASK[1] or MASK[2]:
             m_N = m_N & (k_pos_N >= oldest)
-        scale_N = key_offset(table_ptr, k_pos_N, m_N, scale_stride_block, scale_stride_token, BLOCK)
-        scale_N += kv.to(tl.int64) * scale_stride_head
-        k_words = load_keys(
-            k_where, k_first, magic, COLUMNS, BLOCK_W, D // STREAMS, BLOCK, ALIGN, WARPS
+        scale_N = key_offset(table_ptr, k_pos_N, m_N, scale_strides, BLOCK)
+        scale_N += kv.to(tl.int64) * scale_strides[2]
+        k_words = load_codes(
+            k_ptr + o_head,
+            where,
+            k_first,
+            True,
+            COLUMNS,
+            BLOCK_W,
+            D // STREAMS,
+            BLOCK,
+            ALIGN,
+            WARPS,
         )
-        v_words = load_values(v_where, k_first, magic, COLUMNS, BLOCK_W, D // STREAMS, BLOCK, ALIGN)
+        v_words = load_codes(
+            v_ptr + o_head,
+            where,
+            k_first,
+            False,
+            COLUMNS,
+            BLOCK_W,
+            D // STREAMS,
+            BLOCK,
+            ALIGN,
+            WARPS,
+        )
         k_scale_N = tl.load(k_scale_ptr + scale_N, mask=m_N, other=0.0)
         v_scale_N = tl.load(v_scale_ptr + scale_N, mask=m_N, other=0.0)
 
-        score_MN = tl.zeros([COLUMNS, ROWS], tl.float32)
+        score_MN = _turned(tl.zeros([ROWS, COLUMNS], tl.float32), CODES_FIRST)
         for place in tl.static_range(STREAMS):
-            k_NW = keys_of(value_pairs(k_words, place, DECODER, DTYPE))
-            score_MN = dot(k_NW, tl.trans(q[place]), score_MN)
-        score_MN = tl.trans(score_MN)
+            k_NW = keys_of(value_pairs(k_words, magic, place, DECODER, DTYPE))
+            score_MN = _product(k_NW, q[place], score_MN, CODES_FIRST)
+        score_MN = _turned(score_MN, CODES_FIRST)
         if ASYMMETRIC:
             k_zero_N = tl.load(k_zero_ptr + scale_N, mask=m_N, other=0).to(tl.float32)
             score_MN -= q_sum_M[:, None] * k_zero_N[None, :]
         score_MN *= k_scale_N[None, :]
         if CAPPED:
             score_MN = cap(score_MN, slope)
-        seen_MN = visible(q_pos_M, k_pos_N, length, CAUSAL, WINDOW, CHUNK)
+        seen_MN = visible(q_pos_M, k_pos_N, length, MASK)
         score_MN = tl.where(seen_MN, score_MN, float("-inf"))
         weight_MN, decay_M, max_M, sum_M = fold(score_MN, max_M, sum_M, factor, 0, True)
 
@@ -211,20 +224,17 @@ def _token_head_attention_kernel(
         decay_M *= unit * inverse
         unit = new_unit
         weight_MN = narrow(weight_MN * (v_scale_N * inverse)[None, :], DTYPE)
-        acc = _add_values(acc, decay_M, weight_MN, v_words, STREAMS, DECODER)
+        acc = _add_values(acc, decay_M, weight_MN, v_words, magic, STREAMS, DECODER, CODES_FIRST)
         if ASYMMETRIC:
             v_zero_N = tl.load(v_zero_ptr + scale_N, mask=m_N, other=0).to(tl.float32)
             zeros_M = zeros_M * decay_M + tl.sum(widen(weight_MN) * v_zero_N[None, :], 1)
 
     if PARTS > 1:
-        part = (tl.program_id(2) * T).to(tl.int64) * H
-        row_M += part
-        tl.store(max_ptr + row_M, max_M, mask=real_M)
-        tl.store(sum_ptr + row_M, sum_M, mask=real_M)
+        row_M = store_part(row_M, max_M, sum_M, max_ptr, sum_ptr, real_M, T * H)
     m_MW = real_M[:, None] & (v_W < D // STREAMS)[None, :]
     o_MW = (row_M * D)[:, None] + (v_W * STREAMS)[None, :]
     for place in tl.static_range(STREAMS):
-        out_MW = finish(tl.trans(acc[place]) - zeros_M[:, None], sum_M) * (unit * UNIT)
+        out_MW = finish(_turned(acc[place], CODES_FIRST) - zeros_M[:, None], sum_M) * (unit * UNIT)
         tl.store(out_ptr + o_MW + place, out_MW, mask=m_MW)
 
 
@@ -243,12 +253,11 @@ def _tile(group: int, longest: int, D: int) -> dict[str, int]:
 
 def _check(query_THD: Tensor, key: TokenHeadCache, value: TokenHeadCache) -> None:
     _, H, D = query_THD.shape
-    K = key.layout.sizes(key.code)[1]
+    K = key.code.shape[2]
     if H % K or key.head_dim != D:
         raise ValueError(f"{H} heads of {D} over a cache of {K} heads of {key.head_dim}")
-    alike = ("fmt", "layout", "head_dim")
-    if any(getattr(key, a) != getattr(value, a) for a in alike):
-        raise ValueError("the caches of keys and values differ in format, layout or head size")
+    if (key.fmt, key.head_dim) != (value.fmt, value.head_dim):
+        raise ValueError("the caches of keys and values differ in format or head size")
     if key.code.stride() != value.code.stride() or key.scale.stride() != value.scale.stride():
         raise ValueError("the caches of keys and values must be laid out alike")
 
@@ -271,12 +280,12 @@ def token_head_attention(
     """
     _check(query_THD, key, value)
     T, H, D = query_THD.shape
-    block, K = key.layout.sizes(key.code)
+    block, K = key.code.shape[1:3]
     sequences.check(key.code, K)
     group, streams, kind = H // K, key.fmt.per_byte, key.fmt.name.partition("_")[0]
     tile = _tile(group, sequences.longest, D)
     codes = [key.code, value.code]
-    where = (*(code.data_ptr() for code in codes), *key.layout.strides(key.code), D // streams)
+    where = (*(code.data_ptr() for code in codes), *key.code.stride()[:3], D // streams)
     align = math.gcd(64, *where) // 4
     if align:
         codes = [code.view(torch.int32) for code in codes]
@@ -286,15 +295,12 @@ def token_head_attention(
     _token_head_attention_kernel[grid](
         *(query, *codes, key.scale, value.scale, key.zero, value.zero),
         *(out if partial.out is None else partial.out, partial.max, partial.sum),
-        *(sequences.query_starts, sequences.lengths, sequences.block_table),
-        *(float(scaling), cap_height(softcap)),
-        *key.layout.strides(codes[0]),
-        *key.layout.strides(key.scale),
-        *(sequences.block_table.stride(0), T, H),
+        *(sequences.arguments(), float(scaling), cap_height(softcap)),
+        *(codes[0].stride()[:3], key.scale.stride(), T, H),
         D=D,
         GROUP=group,
         BLOCK=block,
-        **mask.constexprs(),
+        MASK=mask.constants(),
         CAPPED=softcap is not None,
         STREAMS=streams,
         DECODER=DECODERS[kind],
@@ -304,6 +310,7 @@ def token_head_attention(
         **tile,
         WARPS=tile["num_warps"],
         ALIGN=max(align, 1),
+        CODES_FIRST=tile["ROWS"] < 64,
     )
     partial.merge(out)
     return rotate(out, value.rotation, query_THD.dtype, inverse=True)

@@ -10,7 +10,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ckptq.kernels.cache.paging import Layout
 from ckptq.kernels.token_head.kv_format import KVFormat, Rotation
 
 
@@ -20,10 +19,9 @@ class TokenHeadCache:
 
     fmt: KVFormat
     rotation: Rotation
-    layout: Layout
     head_dim: int
     code: Tensor
-    """uint8, [blocks, tokens, heads, W] or [blocks, heads, tokens, W]."""
+    """uint8, [blocks, tokens, heads, W]."""
     scale: Tensor
     """fp32, the same without the last axis."""
     zero: Tensor | None
@@ -52,15 +50,13 @@ class TokenHeadCache:
         head_dim: int,
         *,
         device: torch.device,
-        layout: Layout = Layout.NHD,
         rotation: Rotation | None = None,
     ) -> TokenHeadCache:
         """Room for blocks x block tokens. `rotation` replaces the format's own."""
-        width, shape = fmt.width(head_dim), layout.shape(blocks, block, heads)
+        width, shape = fmt.width(head_dim), (blocks, block, heads)
         return cls(
             fmt=fmt,
             rotation=fmt.rotation if rotation is None else rotation,
-            layout=layout,
             head_dim=head_dim,
             code=torch.zeros(*shape, width, dtype=torch.uint8, device=device),
             scale=torch.zeros(shape, device=device),

@@ -30,14 +30,9 @@ def _write_token_head_kernel(
     code_ptr,
     scale_ptr,
     slot_ptr,
-    x_stride_t,
-    x_stride_h,
-    code_stride_block,
-    code_stride_token,
-    code_stride_head,
-    scale_stride_block,
-    scale_stride_token,
-    scale_stride_head,
+    x_strides,
+    code_strides,
+    scale_strides,
     T,
     K: tl.constexpr,
     D: tl.constexpr,
@@ -53,13 +48,12 @@ def _write_token_head_kernel(
     token_R, head_R = (row_R // K).to(tl.int64), row_R % K
     slot_R = tl.load(slot_ptr + token_R, mask=token_R < T, other=-1).to(tl.int64)
     m_R = slot_R >= 0
-    x_R1 = (token_R * x_stride_t + head_R * x_stride_h)[:, None]
+    x_R1 = (token_R * x_strides[0] + head_R * x_strides[1])[:, None]
     slices = load_rows(x_ptr + x_R1 + tl.arange(0, L)[None, :], m_R, COUNT)
-    step_R, inverse_R = step_and_inverse(slices, KIND, EPS, COUNT)
-    o_R = slot_offset(slot_R, scale_stride_block, scale_stride_token, BLOCK)
-    tl.store(scale_ptr + o_R + head_R * scale_stride_head, tl.maximum(step_R, EPS), mask=m_R)
-    c_R = slot_offset(slot_R, code_stride_block, code_stride_token, BLOCK)
-    c_R1 = (c_R + head_R * code_stride_head)[:, None]
+    step_R, inverse_R = step_and_inverse(slices, KIND, EPS)
+    o_R = slot_offset(slot_R, scale_strides, BLOCK) + head_R * scale_strides[2]
+    tl.store(scale_ptr + o_R, tl.maximum(step_R, EPS), mask=m_R)
+    c_R1 = (slot_offset(slot_R, code_strides, BLOCK) + head_R * code_strides[2])[:, None]
     for i in tl.static_range(COUNT):
         code_RL = codes(slices[i], inverse_R, KIND, NATIVE)
         ptrs_RL = code_ptr + i * L + (c_R1 + tl.arange(0, L)[None, :])
@@ -76,7 +70,7 @@ def write_token_head(x_TKD: Tensor, cache: TokenHeadCache, slot_T: Tensor) -> No
     check_slots(slot_T, len(x_TKD), cache.code)
     x_TKD, slot_T = x_TKD[: len(slot_T)], slot_T.contiguous()
     T, K, D = x_TKD.shape
-    block, heads = cache.layout.sizes(cache.code)
+    block, heads = cache.code.shape[1:3]
     if (heads, cache.head_dim) != (K, D):
         raise ValueError(f"{K} heads of {D} into a cache of {heads} heads of {cache.head_dim}")
     if x_TKD.stride(2) != 1:
@@ -87,10 +81,7 @@ def write_token_head(x_TKD: Tensor, cache: TokenHeadCache, slot_T: Tensor) -> No
     rows = max(1, 2048 // triton.next_power_of_2(D))
     _write_token_head_kernel[(triton.cdiv(T * K, rows),)](
         *(x_TKD, cache.code, cache.scale, slot_T),
-        *x_TKD.stride()[:2],
-        *cache.layout.strides(cache.code),
-        *cache.layout.strides(cache.scale),
-        T,
+        *(x_TKD.stride()[:2], cache.code.stride()[:3], cache.scale.stride(), T),
         K=K,
         D=D,
         BLOCK=block,

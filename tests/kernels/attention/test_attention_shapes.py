@@ -2,22 +2,23 @@
 
 import pytest
 import torch
+from doors import take
 from kv_cases import BLOCK, BLOCKS, heads, per_sequence, sequences, slots
-from test_attention import FP8, SMALL, error, fp8_qkv, qkv, to, values
+from test_attention import SMALL, error, qkv, to
 
-from ckptq.kernels.attention import calibration_attention
 from ckptq.kernels.attention import reference as meaning
-from ckptq.kernels.attention.attention_tile import Tile, default_tile
+from ckptq.kernels.attention.attention_tile import default_tile
 from ckptq.kernels.attention.calibration_attention import attention_with_maxima
 from ckptq.kernels.attention.dense_attention import attention
 from ckptq.kernels.attention.mask import Mask
 from ckptq.kernels.attention.maxima import Maxima
 from ckptq.kernels.cache import reference as paged
 from ckptq.kernels.cache.paged_attention import paged_attention
-from ckptq.kernels.cache.paging import Layout, Sequences
+from ckptq.kernels.cache.paging import Sequences
 from ckptq.kernels.cache.write_cache import write_cache
 from ckptq.kernels.token_head.token_head_attention import token_head_attention
 
+FP8 = torch.float8_e4m3fn
 ROUNDING = {torch.float32: 1e-6, torch.float16: 1e-3, torch.bfloat16: 4e-3}
 
 
@@ -51,42 +52,15 @@ def test_queries_before_the_first_key_see_nothing(device: torch.device) -> None:
     assert error(got, want) < 1e-6
 
 
-@pytest.mark.parametrize("D", [128, 256])
-def test_fp8_with_everything(device: torch.device, D: int) -> None:
-    """Query heads in groups, padding left and right, a window in chunks, a cap, fp16 results."""
-    codes, descales = fp8_qkv(65, D, 4, 2, 2)
-    starts, lengths = torch.tensor([[7, 0], [58, 40]], dtype=torch.int32)
-    mask, softcap = Mask(sliding_window=13, chunk=40), 3.0
-    seen = meaning.seen(mask, 65, 65, (starts, lengths))
-    dense = values(codes, descales)
-    want = meaning.attention(*dense, seen, scaling=D**-0.5, softcap=softcap)
-    got = attention(
-        *to(device, *codes),
-        scaling=D**-0.5,
-        mask=mask,
-        softcap=softcap,
-        spans=tuple(to(device, starts, lengths)),
-        descales=tuple(to(device, *descales)),
-        out_dtype=torch.float16,
-        tile=Tile(32, 32, 4, 2),
-    )
-    assert got.dtype == torch.float16
-    assert error(got, want) < 0.03
-    assert error(meaning.attention(*dense, seen, scaling=D**-0.5), want) > 0.03  # without the cap
-
-
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("layout", list(Layout))
 @pytest.mark.parametrize(("D", "H", "K"), [(64, 2, 2), (112, 6, 2), (256, 16, 1), (64, 71, 1)])
 def test_paged_in_sixteen_bits(
-    device: torch.device, D: int, H: int, K: int, layout: Layout, dtype: torch.dtype
+    device: torch.device, D: int, H: int, K: int, dtype: torch.dtype
 ) -> None:
     q, k, v = heads(6, H, D, dtype, 2), heads(46, K, D, dtype), heads(46, K, D, dtype, 1)
-    caches = [
-        torch.zeros(layout.shape(BLOCKS, BLOCK, K, D), dtype=dtype, device=device) for _ in "kv"
-    ]
-    write_cache(k.to(device), v.to(device), *caches, slots().to(device), layout=layout)
-    got = paged_attention(q.to(device), *caches, sequences(device), scaling=D**-0.5, layout=layout)
+    caches = [torch.zeros(BLOCKS, BLOCK, K, D, dtype=dtype, device=device) for _ in "kv"]
+    write_cache(k.to(device), v.to(device), *caches, slots().to(device))
+    got = paged_attention(q.to(device), *caches, sequences(device), scaling=D**-0.5)
     cpu = sequences(torch.device("cpu"))
     want = paged.attention(q, per_sequence(k), per_sequence(v), cpu, scaling=D**-0.5)
     assert got.dtype == dtype
@@ -149,10 +123,10 @@ def test_the_door_of_calibration(device: torch.device, monkeypatch: pytest.Monke
     qkv_ = to(device, *qkv(33, 64, H=4, K=2))
     outs, seen = [], []
     for gpu in (True, False):
-        monkeypatch.setattr(calibration_attention, "on_gpu", lambda _x, gpu=gpu: gpu)
+        take(monkeypatch, gpu)
         seen.append(Maxima.zeros(4, 2, device))
-        run = {"scaling": 0.1, "sliding_window": 9, "softcap": 4.0, "maxima": seen[-1]}
-        outs.append(attention_with_maxima(*qkv_, **run))
+        run = {"scaling": 0.1, "softcap": 4.0, "maxima": seen[-1]}
+        outs.append(attention_with_maxima(*qkv_, mask=Mask(sliding_window=9), **run))
     assert error(outs[0], outs[1].cpu().double()) < 1e-6
     for name in ("q_H", "k_K", "v_K"):
         assert torch.equal(getattr(seen[0], name), getattr(seen[1], name))
@@ -177,12 +151,11 @@ def test_token_head_caches_of_other_heads_are_refused(device: torch.device) -> N
 
     q = heads(6, 4, 64).to(device)
     held = TokenHeadCache.empty(INT8, BLOCKS, BLOCK, 2, 64, device=device)
-    for fmt, K, D, layout, message in (
-        (INT8, 3, 64, Layout.NHD, "over a cache of 3 heads"),
-        (INT8, 2, 96, Layout.NHD, "over a cache of 2 heads of 96"),
-        (INT4, 2, 64, Layout.NHD, "differ in format"),
-        (INT8, 2, 64, Layout.HND, "differ in format, layout"),
+    for fmt, K, D, message in (
+        (INT8, 3, 64, "over a cache of 3 heads"),
+        (INT8, 2, 96, "over a cache of 2 heads of 96"),
+        (INT4, 2, 64, "differ in format"),
     ):
-        other = TokenHeadCache.empty(fmt, BLOCKS, BLOCK, K, D, device=device, layout=layout)
+        other = TokenHeadCache.empty(fmt, BLOCKS, BLOCK, K, D, device=device)
         with pytest.raises(ValueError, match=message):
             token_head_attention(q, other, held, sequences(device), scaling=0.1)

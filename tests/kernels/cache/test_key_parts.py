@@ -8,7 +8,7 @@ from torch import Tensor
 from ckptq.kernels.attention.mask import Mask
 from ckptq.kernels.cache import dispatch, key_parts
 from ckptq.kernels.cache.paged_attention import paged_attention
-from ckptq.kernels.cache.paging import Layout, Sequences
+from ckptq.kernels.cache.paging import Sequences
 from ckptq.kernels.token_head.kv_format import INT2, INT8, KVFormat
 from ckptq.kernels.token_head.token_head_attention import token_head_attention
 from ckptq.kernels.token_head.token_head_cache import TokenHeadCache
@@ -47,7 +47,7 @@ def test_parts_of_a_plain_cache_make_the_whole(
 ) -> None:
     found = sequences(device)
     blocks = found.block_table.numel()
-    shape = Layout.NHD.shape(blocks, BLOCK, K, D)
+    shape = (blocks, BLOCK, K, D)
     k, v = (heads(blocks * BLOCK, K, D, seed=i).to(device).view(shape) for i in range(2))
     q = heads(len(LENGTHS), H, D, seed=2).to(device)
     want = dispatch.paged_attention(

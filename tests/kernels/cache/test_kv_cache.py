@@ -1,4 +1,4 @@
-"""Writing static caches, and attention over them: layouts, scales, skipped slots, block tables."""
+"""Writing static caches, and attention over them: strides, scales, skipped slots, block tables."""
 
 import pytest
 import torch
@@ -9,11 +9,10 @@ from torch import Tensor
 from ckptq.kernels.attention.mask import Mask
 from ckptq.kernels.cache import reference as meaning
 from ckptq.kernels.cache.paged_attention import paged_attention
-from ckptq.kernels.cache.paging import Layout
 from ckptq.kernels.cache.write_cache import write_cache
 
 FP8 = torch.float8_e4m3fn
-LAYOUTS = pytest.mark.parametrize("layout", list(Layout))
+ORDERS = pytest.mark.parametrize("heads_first", [False, True], ids=["NHD", "HND"])
 
 
 def scales(x_TKD: Tensor, per_head: bool, dtype: torch.dtype) -> Tensor:
@@ -21,14 +20,19 @@ def scales(x_TKD: Tensor, per_head: bool, dtype: torch.dtype) -> Tensor:
     return ((amax_K if per_head else amax_K.amax()[None]) / 448).to(dtype)
 
 
+def laid_out(cache: Tensor, heads_first: bool) -> Tensor:
+    """As engines lay blocks out: tokens, or heads, first. Kernels go by strides."""
+    return cache.transpose(1, 2).contiguous().transpose(1, 2) if heads_first else cache
+
+
 def error(got: Tensor, want: Tensor) -> float:
     return ((got.cpu().double() - want).norm() / want.norm()).item()
 
 
-@LAYOUTS
+@ORDERS
 @pytest.mark.parametrize("held", ["plain", "per-tensor", "per-head", "per-head-bf16"])
 @pytest.mark.parametrize("D", [64, 80])
-def test_write(device: torch.device, layout: Layout, held: str, D: int) -> None:
+def test_write(device: torch.device, heads_first: bool, held: str, D: int) -> None:
     k, v = heads(46, 3, D, torch.bfloat16), heads(46, 3, D, torch.bfloat16, seed=1)
     slot_T = slots()
     slot_T[[0, 7, 45]] = -1
@@ -40,14 +44,14 @@ def test_write(device: torch.device, layout: Layout, held: str, D: int) -> None:
     dtype = torch.bfloat16 if held == "plain" else FP8
     caches = []
     for x, scale in zip((k, v), pair, strict=True):
-        cache = torch.full(layout.shape(BLOCKS, BLOCK, 3, D), 0.5).to(dtype)
-        meaning.write(x, cache, slot_T, layout, scale)
+        cache = torch.full((BLOCKS, BLOCK, 3, D), 0.5).to(dtype)
+        meaning.write(x, cache, slot_T, scale)
         caches.append(cache)
-    got = [torch.full(layout.shape(BLOCKS, BLOCK, 3, D), 0.5).to(dtype).to(device) for _ in "kv"]
+    got = [laid_out(torch.full((BLOCKS, BLOCK, 3, D), 0.5).to(dtype).to(device), heads_first)]
+    got.append(got[0].clone())
     on_device = [None if s is None else s.view(-1, 1, 1).to(device) for s in pair]
     write_cache(
         *(k.to(device), v.to(device), *got, slot_T.to(device)),
-        layout=layout,
         k_scale=on_device[0],
         v_scale=on_device[1],
     )
@@ -86,7 +90,7 @@ def test_another_heads_scale_is_noticed(device: torch.device) -> None:
     assert not same(written[0], written[1].cpu())
 
 
-@LAYOUTS
+@ORDERS
 @pytest.mark.parametrize(
     ("D", "mask", "softcap"),
     [
@@ -98,13 +102,13 @@ def test_another_heads_scale_is_noticed(device: torch.device) -> None:
     ids=str,
 )
 def test_attention(
-    device: torch.device, layout: Layout, D: int, mask: Mask, softcap: float | None
+    device: torch.device, heads_first: bool, D: int, mask: Mask, softcap: float | None
 ) -> None:
     q, k, v = heads(6, 6, D, seed=2), heads(46, 2, D), heads(46, 2, D, seed=1)
-    caches = [torch.zeros(layout.shape(BLOCKS, BLOCK, 2, D), device=device) for _ in "kv"]
-    write_cache(k.to(device), v.to(device), *caches, slots().to(device), layout=layout)
+    caches = [laid_out(torch.zeros(BLOCKS, BLOCK, 2, D, device=device), heads_first) for _ in "kv"]
+    write_cache(k.to(device), v.to(device), *caches, slots().to(device))
     run = {"scaling": D**-0.5, "mask": mask, "softcap": softcap}
-    got = paged_attention(q.to(device), *caches, sequences(device), layout=layout, **run)
+    got = paged_attention(q.to(device), *caches, sequences(device), **run)
     want = meaning.attention(
         q, per_sequence(k), per_sequence(v), sequences(torch.device("cpu")), **run
     )
@@ -126,7 +130,6 @@ def test_attention_over_fp8(device: torch.device, per_head: bool, query: str) ->
     codes = [(k / k_scale.view(-1, 1)).to(FP8), (v / v_scale.view(-1, 1)).to(FP8)]
     caches = [torch.zeros(BLOCKS, BLOCK, 2, D, dtype=FP8) for _ in "kv"]
     for x, cache in zip(codes, caches, strict=True):
-        meaning.slots(cache, Layout.NHD)  # NHD: rows of the cache are the slots themselves
         cache.view(-1, 2, D)[slots()] = x
     value = [
         x.double() * s.view(-1, 1)

@@ -9,7 +9,6 @@ from kv_cases import BLOCK, BLOCKS, heads
 from torch import Tensor
 
 from ckptq.kernels.cache import reference as paged
-from ckptq.kernels.cache.paging import Layout
 from ckptq.kernels.cache.write_cache import write_cache
 from ckptq.kernels.token_head import reference as kv
 from ckptq.kernels.token_head.kv_format import FORMATS, INT4, INT8, KVFormat, Rotation
@@ -53,7 +52,7 @@ def test_static_caches(device: torch.device, kind: str, D: int, dtype: torch.dty
     want = [torch.full((BLOCKS, BLOCK, K, D), 0.5).to(dtype) for _ in "kv"]
     got = [cache.to(device, copy=True) for cache in want]
     for x, cache in zip((key, value), want, strict=True):
-        paged.write(x[: len(slot_T)].cpu(), cache, slot_T, Layout.NHD, scale)
+        paged.write(x[: len(slot_T)].cpu(), cache, slot_T, scale)
     on_device = None if scale is None else scale.to(device)
     there = handed_over(slot_T, kind, device)
     write_cache(key, value, *got, there, k_scale=on_device, v_scale=on_device)
@@ -71,8 +70,8 @@ def test_caches_with_a_scale_per_token_and_head(
     cache = TokenHeadCache.empty(fmt, BLOCKS, BLOCK, K, 64, device=device)
     write_token_head(value, cache, handed_over(slot_T, kind, device))
     kept, want = slot_T >= 0, kv.quantize(value[: len(slot_T)].cpu(), fmt)
-    code = paged.slots(cache.code, Layout.NHD).cpu()
-    scale = paged.slots(cache.scale, Layout.NHD).cpu()
+    code = cache.code.flatten(0, 1).cpu()
+    scale = cache.scale.flatten(0, 1).cpu()
     assert same(code[slot_T[kept].long()], want.code[kept])
     assert same(scale[slot_T[kept].long()], want.scale[kept])
     assert int((scale != 0).sum()) == K * int(kept.sum())  # nothing else was written

@@ -12,7 +12,7 @@ from torch import Tensor
 from ckptq.kernels.attention.mask import Mask
 from ckptq.kernels.cache import reference as paged
 from ckptq.kernels.cache.paged_attention import paged_attention
-from ckptq.kernels.cache.paging import Layout, Sequences
+from ckptq.kernels.cache.paging import Sequences
 from ckptq.kernels.cache.write_cache import write_cache
 from ckptq.kernels.token_head import reference as kv
 from ckptq.kernels.token_head.kv_format import FORMATS, KVFormat
@@ -77,20 +77,16 @@ def per_sequence(x_TKD: Tensor) -> list[Tensor]:
     return list(x_TKD.split(LENGTHS))
 
 
-@pytest.mark.parametrize("layout", list(Layout))
 @pytest.mark.parametrize("mask", MASKS, ids=str)
 @pytest.mark.parametrize("dtype", [torch.float32, FP8], ids=["fp32", "fp8"])
-def test_static_caches(
-    device: torch.device, dtype: torch.dtype, mask: Mask, layout: Layout
-) -> None:
+def test_static_caches(device: torch.device, dtype: torch.dtype, mask: Mask) -> None:
     sequences, slots = batch(mask, device)
     q, k, v = heads(sum(QUERIES), H, D, seed=2), *(heads(49, K, D, seed=n) for n in (0, 1))
     scale = torch.full((1,), 0.25) if dtype == FP8 else None
     on_device = None if scale is None else scale.to(device)
-    caches = [nowhere(layout.shape(BLOCKS, BLOCK, K, D), dtype, device) for _ in "kv"]
+    caches = [nowhere((BLOCKS, BLOCK, K, D), dtype, device) for _ in "kv"]
     write_cache(
         *(k.to(device), v.to(device), *caches, slots.to(device)),
-        layout=layout,
         k_scale=on_device,
         v_scale=on_device,
     )
@@ -98,8 +94,9 @@ def test_static_caches(
         *(q.to(device), *caches, sequences),
         scaling=0.1,
         mask=mask,
-        layout=layout,
-        descales=None if on_device is None else (1.0, on_device, on_device),
+        descales=None
+        if on_device is None
+        else (torch.ones(1, device=device), on_device, on_device),
     )
     if scale is not None:
         k, v = ((x / scale).to(FP8).float() * scale for x in (k, v))

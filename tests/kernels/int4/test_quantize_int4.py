@@ -7,7 +7,6 @@ from torch import Tensor
 
 from ckptq.kernels.int4 import reference as meaning
 from ckptq.kernels.int4.quantize_int4 import dequantize_int4, quantize_int4
-from ckptq.rope_order import Heads, RopeOrder
 
 SYMMETRY = pytest.mark.parametrize("symmetric", [True, False], ids=["sym", "asym"])
 SOURCES = pytest.mark.parametrize(
@@ -68,20 +67,6 @@ def test_ranges_that_do_not_straddle_zero(device: torch.device) -> None:
     assert all_same(got, meaning.quantize_int4(x, 64, False))
     zero = meaning.unpack_columns(got[2].cpu().t(), 5)[0]
     assert zero.tolist() == [-8, 7, 0, 0, 7]
-
-
-@pytest.mark.parametrize("heads", [Heads(3, 10), Heads(2, 16, 6)], ids=str)
-@pytest.mark.parametrize("to", list(RopeOrder))
-@SYMMETRY
-def test_rows_in_rope_order(
-    device: torch.device, heads: Heads, to: RopeOrder, symmetric: bool
-) -> None:
-    """Zero points move with their rows, across the words that eight of them share."""
-    x = weights((heads.rows, 64))
-    got = quantize_int4(x.to(device), 32, symmetric, heads, to)
-    assert all_same(got, meaning.quantize_int4(x, 32, symmetric, heads, to))
-    plain = meaning.quantize_int4(x, 32, symmetric)
-    assert all(not same(g, p) for g, p in zip(got, plain, strict=True) if g is not None)
 
 
 def test_golden_words(device: torch.device) -> None:

@@ -5,11 +5,8 @@ import torch
 from kernel_cases import both_same, same, weights
 
 from ckptq.kernels.quantize import reference as meaning
-from ckptq.kernels.quantize.dequantize_codes import dequantize
-from ckptq.kernels.quantize.quantize_blocks import quantize_blocks
-from ckptq.kernels.quantize.quantize_rows import quantize_rows
-from ckptq.kernels.quantize.quantize_static import quantize_static
-from ckptq.rope_order import Heads, RopeOrder
+from ckptq.kernels.quantize.quantize_rows import quantize_blocks, quantize_rows
+from ckptq.kernels.quantize.quantize_static import dequantize, quantize_static
 
 FP8, INT8 = torch.float8_e4m3fn, torch.int8
 SHAPES = [(1, 1), (3, 62), (130, 257), (5, 4100)]
@@ -17,7 +14,6 @@ CODES = pytest.mark.parametrize("codes", [FP8, INT8], ids=["fp8", "int8"])
 SOURCES = pytest.mark.parametrize(
     "source", [torch.bfloat16, torch.float16, torch.float32], ids=["bf16", "fp16", "fp32"]
 )
-ORDERS = pytest.mark.parametrize("to", list(RopeOrder))
 
 
 @CODES
@@ -82,38 +78,6 @@ def test_static_scales_and_back(
     assert same(dequantize(got, scale.to(device), tile), meaning.dequantize(want, scale, tile))
 
 
-@ORDERS
-@pytest.mark.parametrize("heads", [Heads(3, 10), Heads(2, 16, 6)], ids=str)
-def test_rows_in_rope_order(device: torch.device, heads: Heads, to: RopeOrder) -> None:
-    x = weights((heads.rows, 70))
-    want = meaning.quantize_rows(x, FP8, heads, to)
-    assert both_same(quantize_rows(x.to(device), FP8, heads, to), want)
-    scale = want[1].to(device)
-    assert same(quantize_static(x.to(device), scale, (1, 70), FP8, heads, to), want[0])
-
-
-def test_the_wrong_order_or_no_order_is_noticed(device: torch.device) -> None:
-    x, heads = weights((32, 70)), Heads(2, 16)
-    want = meaning.quantize_rows(x, FP8, heads, RopeOrder.HALF_SPLIT)
-    wrong = quantize_rows(x.to(device), FP8, heads, RopeOrder.INTERLEAVED)
-    assert not same(wrong[0], want[0])
-    assert not same(wrong[1], want[1])
-    assert not same(quantize_rows(x.to(device))[0], want[0])
-
-
-def test_long_rows_and_blocks_in_rope_order(device: torch.device) -> None:
-    heads = Heads(1, 6)
-    x = weights((6, 33_000))
-    want = meaning.quantize_rows(x, INT8, heads)
-    assert both_same(quantize_rows(x.to(device), INT8, heads), want)
-    x = x[:, :100].contiguous()
-    ordered = x[torch.tensor([0, 2, 4, 1, 3, 5])]
-    want = meaning.quantize_blocks(ordered, FP8, (4, 32))
-    assert both_same(quantize_blocks(x.to(device), FP8, (4, 32), heads), want)
-    assert both_same(meaning.quantize_blocks(x, FP8, (4, 32), heads), want)
-    assert not both_same(meaning.quantize_blocks(x, FP8, (4, 32)), want)
-
-
 def test_a_strided_input_is_read_by_its_strides(device: torch.device) -> None:
     whole = weights((9, 300))
     x = whole[:, 100:200]
@@ -150,5 +114,3 @@ def test_shapes_that_do_not_fit_are_refused(device: torch.device) -> None:
         quantize_static(x, torch.ones(7, 1, device=device), (1, 64))
     with pytest.raises(ValueError, match="dense columns"):
         quantize_rows(x.t())
-    with pytest.raises(ValueError, match="rows"):
-        quantize_rows(x, FP8, Heads(3, 4))

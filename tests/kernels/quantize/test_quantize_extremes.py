@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from doors import take
 from kernel_cases import both_same, same, weights
 
 from ckptq.kernels.int4 import reference as int4_meaning
@@ -65,6 +66,6 @@ def test_blocks_that_no_program_holds_are_taken_by_the_reference(
     device: torch.device, monkeypatch: pytest.MonkeyPatch, block: tuple[int, int]
 ) -> None:
     x = weights((130, 600))
-    monkeypatch.setattr(dispatch, "on_gpu", lambda _x: True)
+    take(monkeypatch, gpu=True)
     got = dispatch.quantize_blocks(x.to(device), FP8, block)
     assert both_same(got, meaning.quantize_blocks(x, FP8, block))

@@ -27,7 +27,7 @@ def _int4_kernel(x_ptr, step_ptr, inverse_ptr, zero_ptr, ROWS: tl.constexpr):
     """Heads of 8 values."""
     row_R = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     x_RL = tl.load(x_ptr + row_R[:, None] * 8 + tl.arange(0, 8)[None, :])
-    step_R, inverse_R, zero_R = int4_step_inverse_zero((words_of(x_RL, 4),), 1)
+    step_R, inverse_R, zero_R = int4_step_inverse_zero((words_of(x_RL, 4),))
     tl.store(step_ptr + row_R, step_R)
     tl.store(inverse_ptr + row_R, inverse_R)
     tl.store(zero_ptr + row_R, zero_R)

@@ -13,7 +13,6 @@ from torch import Tensor
 from ckptq.errors import UsageError
 from ckptq.kernels.attention.mask import Mask
 from ckptq.kernels.cache import reference as paged
-from ckptq.kernels.cache.paging import Layout
 from ckptq.kernels.quantize.reference import nearest_e4m3
 from ckptq.kernels.token_head import reference as kv
 from ckptq.kernels.token_head.kv_codes import DECODERS, value_pairs
@@ -40,12 +39,17 @@ def written(
     fmt: KVFormat,
     slot_T: Tensor,
     device: torch.device,
-    layout: Layout = Layout.NHD,
+    heads_first: bool = False,
     rotation: Rotation | None = None,
 ) -> TokenHeadCache:
+    """A filled cache; its blocks have tokens, or heads, first in memory."""
     _, K, D = x_TKD.shape
-    where = {"device": device, "layout": layout, "rotation": rotation}
-    cache = TokenHeadCache.empty(fmt, BLOCKS, BLOCK, K, D, **where)
+    cache = TokenHeadCache.empty(fmt, BLOCKS, BLOCK, K, D, device=device, rotation=rotation)
+    if heads_first:
+        parts = {f: getattr(cache, f) for f in cache.__slots__}
+        held = {f: parts[f] for f in ("code", "scale", "zero") if parts[f] is not None}
+        turned = {f: x.transpose(1, 2).contiguous().transpose(1, 2) for f, x in held.items()}
+        cache = TokenHeadCache(**parts | turned)
     write_token_head(x_TKD.to(device), cache, slot_T.to(device))
     return cache
 
@@ -56,15 +60,15 @@ def error(got: Tensor, want: Tensor) -> float:
 
 @KINDS
 @pytest.mark.parametrize(
-    ("D", "layout", "dtype", "rotation"),
+    ("D", "heads_first", "dtype", "rotation"),
     [
-        (64, Layout.NHD, torch.bfloat16, None),
-        (80, Layout.HND, torch.float32, None),
-        (96, Layout.NHD, torch.float16, Rotation.SIGNED),
-        (128, Layout.HND, torch.bfloat16, Rotation.NONE),
-        (128, Layout.NHD, torch.float32, Rotation.HADAMARD),
-        (72, Layout.NHD, torch.bfloat16, Rotation.SIGNED),
-        (256, Layout.HND, torch.bfloat16, Rotation.HADAMARD),
+        (64, False, torch.bfloat16, None),
+        (80, True, torch.float32, None),
+        (96, False, torch.float16, Rotation.SIGNED),
+        (128, True, torch.bfloat16, Rotation.NONE),
+        (128, False, torch.float32, Rotation.HADAMARD),
+        (72, False, torch.bfloat16, Rotation.SIGNED),
+        (256, True, torch.bfloat16, Rotation.HADAMARD),
     ],
     ids=str,
 )
@@ -72,13 +76,16 @@ def test_bytes_scales_and_zero_points_are_equal(
     device: torch.device,
     fmt: KVFormat,
     D: int,
-    layout: Layout,
+    heads_first: bool,
     dtype: torch.dtype,
     rotation: Rotation | None,
 ) -> None:
     x, slot_T = heads(46, 3, D, dtype), slots()
     slot_T[[0, 7, 45]] = -1
-    cache, want = written(x, fmt, slot_T, device, layout, rotation), kv.quantize(x, fmt, rotation)
+    cache, want = (
+        written(x, fmt, slot_T, device, heads_first, rotation),
+        kv.quantize(x, fmt, rotation),
+    )
     kept = slot_T >= 0
     for got, wanted in (
         (cache.code, want.code),
@@ -88,7 +95,7 @@ def test_bytes_scales_and_zero_points_are_equal(
         if wanted is None:
             assert got is None
             continue
-        row = paged.slots(got, layout).cpu()
+        row = got.flatten(0, 1).cpu()
         assert same(row[slot_T[kept]], wanted[kept])
         row[slot_T[kept]] = 0
         assert not row.any()  # nothing else was written
@@ -99,8 +106,8 @@ def test_tiles_of_tokens_and_heads(device: torch.device, K: int) -> None:
     """Heads that are a power of two, or twice an odd number; tokens that do not fill a tile."""
     x, slot_T = heads(46, K, 64, torch.bfloat16), slots()
     cache, want = written(x, INT4, slot_T, device), kv.quantize(x, INT4)
-    assert same(paged.slots(cache.code, Layout.NHD).cpu()[slot_T], want.code)
-    assert same(paged.slots(cache.scale, Layout.NHD).cpu()[slot_T], want.scale)
+    assert same(cache.code.flatten(0, 1).cpu()[slot_T], want.code)
+    assert same(cache.scale.flatten(0, 1).cpu()[slot_T], want.scale)
 
 
 def test_a_cache_whose_heads_lie_apart(device: torch.device) -> None:
@@ -110,7 +117,7 @@ def test_a_cache_whose_heads_lie_apart(device: torch.device) -> None:
     wide = torch.full((BLOCKS, BLOCK, 2, 38), 7, dtype=torch.uint8, device=device)
     apart = {f: getattr(dense, f) for f in dense.__slots__} | {"code": wide[..., :32]}
     write_token_head(x.to(device), TokenHeadCache(**apart), slot_T.to(device))
-    got = paged.slots(wide, Layout.NHD).cpu()[slot_T]
+    got = wide.flatten(0, 1).cpu()[slot_T]
     assert same(got[..., :32], kv.quantize(x, INT4).code)
     assert (got[..., 32:] == 7).all()
 
@@ -128,7 +135,7 @@ def test_heads_whose_values_are_an_odd_step_apart(device: torch.device, fmt: KVF
         **{f: getattr(dense, f) for f in dense.__slots__} | {"code": wide[..., 2:]}
     )
     write_token_head(apart.to(device)[..., 1:], cache, slot_T.to(device))
-    got = paged.slots(wide, Layout.NHD).cpu()[slot_T]
+    got = wide.flatten(0, 1).cpu()[slot_T]
     assert same(got[..., 2:], kv.quantize(x, fmt).code)
     assert not got[..., :2].any()
 
@@ -142,8 +149,8 @@ def test_heads_of_any_size(device: torch.device, fmt: KVFormat, rotation: Rotati
     size = torch.ldexp(torch.ones(46), torch.linspace(-130, 113, 46).int())
     x = (x * size[:, None, None]).bfloat16()
     cache, want = written(x, fmt, slot_T, device, rotation=rotation), kv.quantize(x, fmt, rotation)
-    assert same(paged.slots(cache.code, Layout.NHD).cpu()[slot_T], want.code)
-    assert same(paged.slots(cache.scale, Layout.NHD).cpu()[slot_T], want.scale)
+    assert same(cache.code.flatten(0, 1).cpu()[slot_T], want.code)
+    assert same(cache.scale.flatten(0, 1).cpu()[slot_T], want.scale)
     assert want.scale.isfinite().all()
 
 
@@ -214,7 +221,7 @@ def test_attention_in_bf16_with_masks(device: torch.device, fmt: KVFormat) -> No
     D, run = 64, {"scaling": 0.1, "mask": Mask(sliding_window=20, chunk=32), "softcap": 30.0}
     q = heads(6, 4, D, torch.bfloat16, seed=2)
     k, v = heads(46, 2, D, torch.bfloat16), heads(46, 2, D, torch.bfloat16, seed=1)
-    caches = [written(x, fmt, slots(), device, Layout.HND) for x in (k, v)]
+    caches = [written(x, fmt, slots(), device, True) for x in (k, v)]
     got = token_head_attention(q.to(device), *caches, sequences(device), **run)
     held = [per_sequence(kv.dequantize(kv.quantize(x, fmt), fmt)) for x in (k, v)]
     want = paged.attention(q, *held, sequences(torch.device("cpu")), **run)
@@ -278,7 +285,7 @@ def test_heads_of_an_odd_size(device: torch.device, fmt: KVFormat) -> None:
     q, x = heads(6, 4, 81, seed=2), heads(46, 2, 81)
     cache = written(x, fmt, slots(), device)
     want = kv.quantize(x, fmt)
-    assert same(paged.slots(cache.code, Layout.NHD).cpu()[slots()], want.code)
+    assert same(cache.code.flatten(0, 1).cpu()[slots()], want.code)
     got = token_head_attention(q.to(device), cache, cache, sequences(device), scaling=0.1)
     held = per_sequence(kv.dequantize(want, fmt))
     assert (
@@ -294,8 +301,8 @@ def _values_kernel(word_ptr, out_ptr, PLACE: tl.constexpr, DECODER: tl.constexpr
     o_N = tl.arange(0, 64)
     one = tl.reshape(tl.load(word_ptr + o_N), (4, 8, 2, 1, 1, 1))
     other = tl.reshape(tl.load(word_ptr + 63 - o_N), (4, 8, 2, 1, 1, 1))
-    words = (one, other, DECODER[2], DECODER[3])
-    pairs = value_pairs(words, PLACE, DECODER, out_ptr.dtype.element_ty)
+    magic = (DECODER[2], DECODER[3])
+    pairs = value_pairs((one, other), magic, PLACE, DECODER, out_ptr.dtype.element_ty)
     tl.store(out_ptr + tl.arange(0, 512), tl.reshape(pairs, (512,)))
 
 
