@@ -22,11 +22,12 @@ from itertools import groupby
 from typing import TYPE_CHECKING
 
 from ckptq.checkpoint.read import Files
+from ckptq.checkpoint.view import View, read_slab, window
 from ckptq.errors import SourceError
 from ckptq.evaluate.weights.noise import squares
 from ckptq.models.experts import experts_of
 from ckptq.models.weight import Weight
-from ckptq.models.weight_rows import weight_rows
+from ckptq.models.weight_rows import Rows, rows_of, weight_rows
 from ckptq.plan.unit import Plan
 from ckptq.quantize.dispatch import dequantize, quantize
 from ckptq.quantize.formats import NonFinite, merge_statistic, needs_statistic, statistic
@@ -54,6 +55,7 @@ class WeightErrors:
         self._candidates, self._device = candidates, device
         self._layout = next(iter(candidates.plans.values())).layout
         self._schemes = {name: dict(_schemes(plan)) for name, plan in candidates.plans.items()}
+        self._slab: tuple[object, Tensor | None] = None, None
 
     def measure(self, each: LinearSet, schemes: Collection[str]) -> dict[str, float]:
         """Scheme -> the sum of the relative squared errors of its Linears. SourceError names a
@@ -80,8 +82,17 @@ class WeightErrors:
         """Some of its rows, [R, C]."""
         import torch
 
-        rows = weight_rows(files, self._layout.linears[linear].weight)
+        rows = self._rows(files, self._layout.linears[linear].weight)
         return torch.cat([rows(*each) for each in self._pieces(linear, share)]).to(self._device)
+
+    def _rows(self, files: Files, weight: Weight) -> Rows:
+        """Gate and up of a transposed expert lie side by side: what holds both is read once."""
+        if not isinstance(weight, View) or weight.streams:
+            return weight_rows(files, weight)
+        if weight.slab != self._slab[0]:
+            self._slab = None, None  # free it before the next is read
+            self._slab = weight.slab, read_slab(files, weight)
+        return rows_of(window(self._slab[1], weight))
 
     def _pieces(self, linear: str, share: float) -> list[tuple[int, int]]:
         weight = self._layout.linears[linear].weight
