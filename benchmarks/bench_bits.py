@@ -7,8 +7,8 @@
 For every budget: the choice by KL on the text, of sets or of whole layers, the choice by the
 weights alone, and "ends": FP8 in as many of the first and last layers as fit, NVFP4 in the others.
 Beside them every scheme by itself, and plans of other tools (peer_plans.py). All are measured by
-`ckptq evaluate` on held-out text, or on the answers of a task. `--kv-bits` compares caches instead, with weights as they are.
-Sensitivities are kept in `--kept`.
+`ckptq evaluate` on held-out text, or on the answers of a task. `--kv-bits` compares caches instead,
+with weights as they are. Sensitivities are kept in `--kept`.
 """
 
 from __future__ import annotations

@@ -7,10 +7,14 @@ factor a_l that does not depend on how W_l was quantized. Here a_l is 1; of the 
 each of which sees a part of the tokens, it is 1 for all experts of a projection together. Rounding
 of inputs does not show.
 
+A model stays what it is where rows are scaled against columns that they meet: heads of v_proj and
+o_proj, channels of up_proj and down_proj, norms and what follows. So errors are taken of rows of
+length 1, and then relative to each few columns: else a small head could vanish unseen.
+
 A mean over millions of weights does not need all of them: of large Linears, pieces of some rows at
 even distances are read, the first and the last among them; of many experts some.
 
-Shape letters: R rows, C columns.
+Shape letters: R rows, C columns, G groups of columns.
 """
 
 from __future__ import annotations
@@ -24,7 +28,6 @@ from typing import TYPE_CHECKING
 from ckptq.checkpoint.read import Files
 from ckptq.checkpoint.view import View, read_slab, window
 from ckptq.errors import SourceError
-from ckptq.evaluate.weights.noise import squares
 from ckptq.models.experts import experts_of
 from ckptq.models.weight import Weight
 from ckptq.models.weight_rows import Rows, rows_of, weight_rows
@@ -44,6 +47,8 @@ PIECE = 16
 """Rows that lie together, where neither a scheme nor the source has scales of more."""
 PIECES = 2
 """Of each Linear that is read, however many experts there are."""
+COLUMNS = 16
+"""That are weighed together: as many as have one scale in NVFP4."""
 EXPERTS = 32
 """Of a layer that are read, at even distances."""
 
@@ -142,13 +147,24 @@ def _schemes(plan: Plan) -> Iterator[tuple[str, tuple[str, WeightScheme]]]:
 
 
 def _error(w_RC: Tensor, scheme: WeightScheme, shared: Tensor | None) -> float:
-    """|Q(w) - w|^2 / |w|^2 of one Linear; 0 where all of it is 0."""
+    """|Q(w) - w|^2 / |w|^2 of one Linear, all rows and all groups of columns alike."""
     import torch
 
     made = quantize(w_RC, scheme, shared)
     back_RC = dequantize(made, scheme, (w_RC.shape[0], w_RC.shape[1]), w_RC.dtype)
-    signal, noise = torch.stack(squares(w_RC, back_RC, torch.float32)).tolist()
-    return noise / signal if signal else 0.0
+    w_RC, tiny = w_RC.float(), torch.finfo(torch.float32).tiny
+    size_R1 = w_RC.norm(dim=1, keepdim=True).clamp(min=tiny)
+    noise_G = _by_columns((back_RC.float() - w_RC) / size_R1)
+    signal_G = _by_columns(w_RC / size_R1)
+    return float((noise_G / signal_G.clamp(min=tiny)).mean())
+
+
+def _by_columns(x_RC: Tensor) -> Tensor:
+    """Sums of squares, [G]."""
+    from torch.nn.functional import pad
+
+    square_C = x_RC.square().sum(0)
+    return pad(square_C, (0, -len(square_C) % COLUMNS)).view(-1, COLUMNS).sum(1)
 
 
 def _picked(linears: Sequence[str]) -> list[list[str]]:
