@@ -2,12 +2,13 @@
 
     python benchmarks/bench_bits.py MODEL --data TEXT --held-out TEXT [--bits 4.5,5,6]
         [--plan "auto-round=plan.json"] [--kv-bits 6,8,10]
+    python benchmarks/bench_bits.py MODEL --data TEXT --task QUESTIONS
 
 For every budget: the choice by KL on the text, of sets or of whole layers, the choice by the
 weights alone, and "ends": FP8 in as many of the first and last layers as fit, NVFP4 in the others.
 Beside them every scheme by itself, and plans of other tools (peer_plans.py). All are measured by
-`ckptq evaluate` on held-out text. `--kv-bits` compares caches instead, with weights as they are.
-Sensitivities are kept in `--kept`.
+`ckptq evaluate` on held-out text, or on the answers of a task. `--kv-bits` compares caches instead,
+with weights as they are. Sensitivities are kept in `--kept`.
 """
 
 from __future__ import annotations
@@ -26,7 +27,8 @@ from record import Row, add_option, gpu, publish
 from ckptq.checkpoint.open import Checkpoint, open_checkpoint
 from ckptq.evaluate.result import Evaluation
 from ckptq.evaluate.run import evaluate
-from ckptq.evaluate.text import text_of
+from ckptq.evaluate.scores import Measures
+from ckptq.evaluate.text import read_questions, text_of
 from ckptq.models.family import LAYER
 from ckptq.recipes.load import load_recipe, load_scheme
 from ckptq.recipes.scheme import Recipe
@@ -117,15 +119,13 @@ def rows(asked: argparse.Namespace) -> Iterator[Row]:
             "scheme": recipe.name,
             "bits": bits,
             "MB": row.nbytes / 1e6,
-            "KL": row.measures.kl,
-            "perplexity": row.measures.perplexity,
+            **quality(row.measures),
         }
     yield {
         "scheme": "the source",
         "bits": 16,
         "MB": ckpt.nbytes / 1e6,
-        "KL": found.zero.measures.kl,
-        "perplexity": found.source.measures.perplexity,
+        **quality(replace(found.source.measures, kl=found.zero.measures.kl)),
     }
 
 
@@ -143,15 +143,24 @@ def cache_rows(asked: argparse.Namespace) -> Iterator[Row]:
         yield {
             "cache": row.kv_cache,
             "bits": bits[row.kv_cache],
-            "KL": row.measures.kl,
-            "perplexity": row.measures.perplexity,
+            **quality(row.measures),
         }
 
 
+def quality(found: Measures) -> Row:
+    known = {"KL": found.kl, "perplexity": found.perplexity}
+    return known if found.accuracy is None else {**known, "accuracy %": 100 * found.accuracy}
+
+
 def measured(asked: argparse.Namespace, ckpt: Checkpoint, **what: Any) -> Evaluation:
-    held_out = read_samples(asked.held_out, ckpt.path, samples=asked.texts, seq_len=512)
+    held_out, questions = None, []
+    if asked.held_out is not None:
+        held_out = read_samples(asked.held_out, ckpt.path, samples=asked.texts, seq_len=512)
+    if asked.task is not None:
+        questions = read_questions(asked.task, ckpt.path)
+    text = text_of(held_out, questions, str(asked.task))
     with progress() as begin:
-        return evaluate(ckpt, text_of(held_out, []), device=asked.device, begin=begin, **what)
+        return evaluate(ckpt, text, device=asked.device, begin=begin, **what)
 
 
 def numbers(given: str) -> list[float]:
@@ -162,7 +171,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("model")
     parser.add_argument("--data", required=True, help="the text that sensitivities are taken of")
-    parser.add_argument("--held-out", required=True, help="the text that results are measured on")
+    parser.add_argument("--held-out", help="the text that results are measured on")
+    parser.add_argument("--task", type=Path, help="questions, as `evaluate` takes them")
     parser.add_argument("--bits", type=numbers, default=[4.5, 5, 6])
     parser.add_argument("--kv-bits", type=numbers, default=[])
     parser.add_argument("--plan", action="append", default=[], help="NAME=FILE.json")

@@ -2,6 +2,8 @@
 
     python benchmarks/make_synthetic.py big --shapes llama-405b --layers 63 --sparse
     OMP_NUM_THREADS=1 python benchmarks/bench_sensitivities.py big --fill
+    python benchmarks/giants.py giant --model deepseek-v3
+    OMP_NUM_THREADS=1 python benchmarks/bench_sensitivities.py giant --fill --name search-giant
     python benchmarks/uneven.py uneven [--experts]
     OMP_NUM_THREADS=1 python benchmarks/bench_sensitivities.py uneven --whole
 
@@ -19,11 +21,14 @@ import time
 from collections.abc import Iterator
 from statistics import mean
 
+from giants import pools
 from measure import machine
 from record import Row, add_option, publish
 
+from ckptq.checkpoint.header import StoredTensor
 from ckptq.checkpoint.open import open_checkpoint
 from ckptq.checkpoint.view import View
+from ckptq.models.weight import Weight
 from ckptq.search import weight_errors
 from ckptq.search.candidates import PLAIN, Candidates, find_candidates
 from ckptq.search.choice import Choices
@@ -42,25 +47,32 @@ def losses(candidates: Candidates) -> Losses:
 
 
 def fill(candidates: Candidates) -> None:
-    """Normal numbers into the rows that are read: of one seed, each from another place on."""
-    import torch
-
-    pool = torch.randn(1 << 24, generator=torch.Generator().manual_seed(0)).mul_(0.02)
-    numbers = memoryview(pool.bfloat16().view(torch.uint8).numpy())
-    errors, at = WeightErrors(candidates, "cpu"), 0
+    """Random numbers into the rows that are read, and the scales of FP8: of one seed, each from
+    another place on."""
+    made, errors, at = pools(0), WeightErrors(candidates, "cpu"), 0
     for each in candidates.sets:
         for weight, start, stop in errors.places(each):
-            assert isinstance(weight, View), "a source that is stored quantized"
-            row = 2 * weight.spec.shape[1]
-            nbytes, at = (stop - start) * row, (at + 7_340_034) % (len(numbers) // 2)
-            with weight.stored.file.open("r+b", buffering=0) as opened:
-                os.pwrite(
-                    opened.fileno(), numbers[at : at + nbytes], weight.stored.offset + start * row
-                )
+            for tensor, first, last in stored_rows(weight, start, stop):
+                row, numbers = tensor.nbytes // tensor.spec.shape[0], made[tensor.spec.dtype]
+                nbytes = (last - first) * row
+                at = (at + 7_340_032) % (len(numbers) - nbytes)
+                with tensor.file.open("r+b", buffering=0) as opened:
+                    os.pwrite(
+                        opened.fileno(), numbers[at : at + nbytes], tensor.offset + first * row
+                    )
     for file in {t.file for t in candidates.ckpt.tensors.values()}:
         with file.open("rb") as opened:
             os.fsync(opened.fileno())
             os.posix_fadvise(opened.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+
+
+def stored_rows(weight: Weight, start: int, stop: int) -> Iterator[tuple[StoredTensor, int, int]]:
+    """Rows of the tensors that hold these rows of a weight."""
+    if isinstance(weight, View):
+        yield weight.stored, start, stop
+        return
+    for local, tensor in weight.tensors.items():
+        yield tensor, *weight.span(local, start, stop)
 
 
 def rows(model: str, whole: bool, filled: bool) -> Iterator[Row]:

@@ -214,23 +214,30 @@ MODELS: dict[str, Model] = {
 }
 
 
-def write_random(file: Path, specs: Specs, seed: int) -> None:
-    """FP8 codes of any value but NaN, scales of their blocks, and weights near zero."""
+def pools(seed: int) -> dict[str, memoryview]:
+    """Dtype -> bytes to fill tensors with: FP8 codes of any value but NaN, scales of their blocks,
+    and weights near zero."""
     import torch
 
     generator = torch.Generator().manual_seed(seed)
     codes = torch.randint(0, 126, (1 << 24,), dtype=torch.uint8, generator=generator)
     codes |= torch.randint(0, 2, codes.shape, dtype=torch.uint8, generator=generator) << 7
-    pools = {
+    made = {
         "F8_E4M3": codes,
         "BF16": torch.randn(1 << 22, generator=generator).mul_(0.02).bfloat16().view(torch.uint8),
         "F32": torch.rand(1 << 18, generator=generator).mul_(1e-4).add_(1e-5).view(torch.uint8),
     }
+    return {dtype: memoryview(pool.numpy()) for dtype, pool in made.items()}
+
+
+def write_random(file: Path, specs: Specs, seed: int) -> None:
+    """One file of random numbers."""
+    made = pools(seed)
     head, starts = lay_out(specs, {"format": "pt"})
     with file.open("wb") as handle:
         handle.write(head)
         for name in sorted(specs, key=lambda name: starts[name]):
-            left, pool = specs[name].nbytes, pools[specs[name].dtype].numpy().data
+            left, pool = specs[name].nbytes, made[specs[name].dtype]
             while left:
                 left -= handle.write(pool[: min(left, len(pool))])
 

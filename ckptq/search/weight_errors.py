@@ -7,10 +7,14 @@ factor a_l that does not depend on how W_l was quantized. Here a_l is 1; of the 
 each of which sees a part of the tokens, it is 1 for all experts of a projection together. Rounding
 of inputs does not show.
 
+A model stays what it is where rows are scaled against columns that they meet: heads of v_proj and
+o_proj, channels of up_proj and down_proj, norms and what follows. So errors are taken of rows of
+length 1, and then relative to each few columns: else a small head could vanish unseen.
+
 A mean over millions of weights does not need all of them: of large Linears, pieces of some rows at
 even distances are read, the first and the last among them; of many experts some.
 
-Shape letters: R rows, C columns.
+Shape letters: R rows, C columns, G groups of columns.
 """
 
 from __future__ import annotations
@@ -22,11 +26,11 @@ from itertools import groupby
 from typing import TYPE_CHECKING
 
 from ckptq.checkpoint.read import Files
+from ckptq.checkpoint.view import View, read_slab, window
 from ckptq.errors import SourceError
-from ckptq.evaluate.weights.noise import squares
 from ckptq.models.experts import experts_of
 from ckptq.models.weight import Weight
-from ckptq.models.weight_rows import weight_rows
+from ckptq.models.weight_rows import Rows, rows_of, weight_rows
 from ckptq.plan.unit import Plan
 from ckptq.quantize.dispatch import dequantize, quantize
 from ckptq.quantize.formats import NonFinite, merge_statistic, needs_statistic, statistic
@@ -43,6 +47,8 @@ PIECE = 16
 """Rows that lie together, where neither a scheme nor the source has scales of more."""
 PIECES = 2
 """Of each Linear that is read, however many experts there are."""
+COLUMNS = 16
+"""That are weighed together: as many as have one scale in NVFP4."""
 EXPERTS = 32
 """Of a layer that are read, at even distances."""
 
@@ -54,6 +60,7 @@ class WeightErrors:
         self._candidates, self._device = candidates, device
         self._layout = next(iter(candidates.plans.values())).layout
         self._schemes = {name: dict(_schemes(plan)) for name, plan in candidates.plans.items()}
+        self._slab: tuple[object, Tensor | None] = None, None
 
     def measure(self, each: LinearSet, schemes: Collection[str]) -> dict[str, float]:
         """Scheme -> the sum of the relative squared errors of its Linears. SourceError names a
@@ -80,8 +87,17 @@ class WeightErrors:
         """Some of its rows, [R, C]."""
         import torch
 
-        rows = weight_rows(files, self._layout.linears[linear].weight)
+        rows = self._rows(files, self._layout.linears[linear].weight)
         return torch.cat([rows(*each) for each in self._pieces(linear, share)]).to(self._device)
+
+    def _rows(self, files: Files, weight: Weight) -> Rows:
+        """Gate and up of a transposed expert lie side by side: what holds both is read once."""
+        if not isinstance(weight, View) or weight.streams:
+            return weight_rows(files, weight)
+        if weight.slab != self._slab[0]:
+            self._slab = None, None  # free it before the next is read
+            self._slab = weight.slab, read_slab(files, weight)
+        return rows_of(window(self._slab[1], weight))
 
     def _pieces(self, linear: str, share: float) -> list[tuple[int, int]]:
         weight = self._layout.linears[linear].weight
@@ -131,13 +147,24 @@ def _schemes(plan: Plan) -> Iterator[tuple[str, tuple[str, WeightScheme]]]:
 
 
 def _error(w_RC: Tensor, scheme: WeightScheme, shared: Tensor | None) -> float:
-    """|Q(w) - w|^2 / |w|^2 of one Linear; 0 where all of it is 0."""
+    """|Q(w) - w|^2 / |w|^2 of one Linear, all rows and all groups of columns alike."""
     import torch
 
     made = quantize(w_RC, scheme, shared)
     back_RC = dequantize(made, scheme, (w_RC.shape[0], w_RC.shape[1]), w_RC.dtype)
-    signal, noise = torch.stack(squares(w_RC, back_RC, torch.float32)).tolist()
-    return noise / signal if signal else 0.0
+    w_RC, tiny = w_RC.float(), torch.finfo(torch.float32).tiny
+    size_R1 = w_RC.norm(dim=1, keepdim=True).clamp(min=tiny)
+    noise_G = _by_columns((back_RC.float() - w_RC) / size_R1)
+    signal_G = _by_columns(w_RC / size_R1)
+    return float((noise_G / signal_G.clamp(min=tiny)).mean())
+
+
+def _by_columns(x_RC: Tensor) -> Tensor:
+    """Sums of squares, [G]."""
+    from torch.nn.functional import pad
+
+    square_C = x_RC.square().sum(0)
+    return pad(square_C, (0, -len(square_C) % COLUMNS)).view(-1, COLUMNS).sum(1)
 
 
 def _picked(linears: Sequence[str]) -> list[list[str]]:

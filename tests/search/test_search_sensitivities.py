@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from search_models import kl_of_change
 from tiny.tensors import tensors_in
 from torch import Tensor
@@ -44,6 +46,31 @@ def test_errors_of_weights_are_relative_and_squared(llama: Path) -> None:
         wanted = sum(fp8_error(stored[f"{name}.weight"]) for name in each.linears)
         assert found["fp8-dynamic"] == pytest.approx(wanted, rel=0.01)
         assert found["nvfp4a16"] > 5 * found["fp8-dynamic"]
+
+
+def test_heads_that_vanish_are_seen(llama: Path, tmp_path: Path) -> None:
+    """Small rows below the least scale of NVFP4, small columns below half a step of INT4."""
+    changed = tmp_path / "changed"
+    shutil.copytree(llama, changed)
+    tensors, attention = tensors_in(llama), "model.layers.0.self_attn"
+    tensors[f"{attention}.q_proj.weight"][:32] *= 2.0**-22
+    tensors[f"{attention}.o_proj.weight"][:, :32] *= 2.0**-10
+    save_file(tensors, changed / "model.safetensors", {"format": "pt"})
+    before, after = (losses_of_attention(each) for each in (llama, changed))
+    for linears, scheme in (("q_proj", "nvfp4a16"), ("o_proj", "w4a16-channel")):
+        rise = after[linears][scheme] - before[linears][scheme]
+        assert rise == pytest.approx(0.5, rel=0.05)
+    for linears, scheme in (("q_proj", "w4a16-channel"), ("o_proj", "nvfp4a16")):
+        assert after[linears][scheme] == pytest.approx(before[linears][scheme], rel=0.05)
+
+
+def losses_of_attention(model: Path) -> dict[str, dict[str, float]]:
+    """Of the first layer: first Linear of a set -> scheme -> loss."""
+    schemes = ("nvfp4a16", "w4a16-channel")
+    candidates = find_candidates(open_checkpoint(model), schemes)
+    first = [each for each in candidates.sets if ".0.self_attn." in each.name]
+    errors = WeightErrors(candidates, "cpu")
+    return {each.name.rpartition(".")[2]: errors.measure(each, schemes) for each in first}
 
 
 def test_experts_count_as_one(experts: Path) -> None:

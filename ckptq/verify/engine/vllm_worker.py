@@ -113,8 +113,8 @@ def stand_in(dtype: torch.dtype, shape: list[int]) -> torch.Tensor:
 # --- building -------------------------------------------------------------------------------
 
 
-def build(path: str) -> torch.nn.Module:
-    """vLLM's own class for the checkpoint, as it is configured there."""
+def build(path: str, **more: Any) -> torch.nn.Module:
+    """vLLM's own class for the checkpoint, as it is configured there; `more` of `VllmConfig`."""
     from vllm.config import (
         DeviceConfig,
         LoadConfig,
@@ -128,9 +128,8 @@ def build(path: str) -> torch.nn.Module:
         model=path, tokenizer=path, skip_tokenizer_init=True, dtype="auto", enforce_eager=True,
         max_model_len=128,
     )  # fmt: skip
-    config = VllmConfig(
-        model_config=model, device_config=DeviceConfig("cpu"), load_config=LoadConfig(device="cpu")
-    )
+    device, load = DeviceConfig("cpu"), LoadConfig(device="cpu")
+    config = VllmConfig(model_config=model, device_config=device, load_config=load, **more)
     with set_current_vllm_config(config):
         torch.set_default_dtype(model.dtype)
         with Hollow():
