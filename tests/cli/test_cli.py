@@ -9,6 +9,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import replace
 from pathlib import Path
@@ -21,13 +22,14 @@ import typer
 import yaml
 from safetensors.torch import load_file, save_file
 from tiny import forked
+from tiny.rows import token_rows, write_rows
 
 import ckptq
 from ckptq.__main__ import main
 from ckptq.checkpoint.open import open_checkpoint
 from ckptq.cli import app
 from ckptq.convert.run import write_quantized
-from ckptq.interrupts import SIGNALS, Interrupted
+from ckptq.interrupts import SIGNALS, Interrupted, listen
 from ckptq.plan.make import make_plan
 from ckptq.recipes.load import load_scheme
 from ckptq.spec import dtype_name
@@ -82,11 +84,13 @@ def run(*arguments: str | Path) -> Done:
     out, err = io.StringIO(), io.StringIO()
     argv, sys.argv = sys.argv, ["ckptq", *map(str, arguments)]
     handlers = {number: signal.getsignal(number) for number in SIGNALS}
+    hook = sys.unraisablehook
     try:
         with redirect_stdout(out), redirect_stderr(err), pytest.raises(SystemExit) as exit:
             main()
     finally:
         sys.argv = argv
+        sys.unraisablehook = hook
         for number, handler in handlers.items():
             signal.signal(number, handler)
     return Done(int(exit.value.code or 0), out.getvalue(), err.getvalue())
@@ -513,9 +517,41 @@ def test_only_what_is_resumed_says_so(llama: Path, monkeypatch: pytest.MonkeyPat
         refused(130, words, *command)
 
 
-def test_what_the_machine_refuses_is_one_message(llama: Path) -> None:
-    refused(4, "error: /dev/full: No space left on device; free", "verify", llama, "--html",
-            "/dev/full")  # fmt: skip
+def test_what_the_machine_refuses_is_one_message_and_no_result_is_lost(
+    runnable: Path, tmp_path: Path
+) -> None:
+    report = tmp_path / "report.svg"
+    report.symlink_to("/dev/full")
+    rows = write_rows(tmp_path / "rows.jsonl", token_rows((6, 6), ids=(3, 15)))
+    for words, shown in (
+        (("verify", runnable, "--html"), "tensors, "),
+        (("evaluate", runnable, "--schemes", "w8a8", "--data", rows, "--report"), "perplexity"),
+        (("search", runnable, "--bits", "6", "-o", tmp_path / "r.yaml", "--report"), "loss"),
+    ):
+        done = run(*words, report)
+        assert done.returncode == 4, done.stderr
+        assert f"error: {report}: No space left on device; free" in done.stderr
+        assert shown in done.stdout
+
+
+class Destructor:
+    def __del__(self) -> None:
+        raise Interrupted
+
+
+def test_an_interrupt_that_python_drops_comes_again() -> None:
+    """From a destructor nothing is raised."""
+    handlers = {number: signal.getsignal(number) for number in SIGNALS}
+    hook = sys.unraisablehook
+    try:
+        listen()
+        with pytest.raises(Interrupted):
+            Destructor()
+            time.sleep(10)
+    finally:
+        sys.unraisablehook = hook
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
 
 
 @pytest.mark.parametrize("closed", ["<&-", ">&-", "2>&-", "<&- >&- 2>&-"])
