@@ -136,6 +136,7 @@ def open_checkpoint(
                 twin = tensors[tensor.name].file.name
                 found.append(f"{header.file}: tensor {tensor.name!r} is also in {twin}")
             tensors.setdefault(tensor.name, tensor)
+    twins = len(found)
     if index is not None:
         found += _disagreements(path, index, headers)
     refuse_adapter_tensors(path, tensors)
@@ -144,7 +145,8 @@ def open_checkpoint(
     if problems is not None:
         problems += found
     elif found:
-        raise SourceError("\n".join(found[:20]))
+        ways_out = () if twins else (f"`ckptq mend {path} OUT` writes an index of what is there",)
+        raise SourceError("\n".join((*found[:20], *ways_out)))
     return Checkpoint(
         path=path,
         name=name,

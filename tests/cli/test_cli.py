@@ -28,6 +28,7 @@ import ckptq
 from ckptq.__main__ import main
 from ckptq.checkpoint.open import open_checkpoint
 from ckptq.cli import app
+from ckptq.convert.documents import model_card
 from ckptq.convert.run import write_quantized
 from ckptq.interrupts import SIGNALS, Interrupted, listen
 from ckptq.plan.make import make_plan
@@ -221,6 +222,15 @@ def test_a_snapshot_in_the_hubs_cache_goes_by_its_hub_id(
     done = run("quantize", snapshot, "-s", "fp8-dynamic", "--json")
     assert json.loads(done.stdout)["out"] == "a-model-fp8-dynamic"
     assert "base_model: org/a-model\n" in Path("a-model-fp8-dynamic", "README.md").read_text()
+
+
+@pytest.mark.parametrize("name", ["a: b", "[x]", "123", "'q"])
+def test_the_model_card_is_yaml_whatever_the_folder_is_called(
+    llama: Path, tmp_path: Path, name: str
+) -> None:
+    plan = make_plan(replace(open_checkpoint(llama), name=name), load_scheme("fp8-dynamic"))
+    card = model_card(replace(open_checkpoint(llama), name=name), plan)
+    assert yaml.safe_load(card.split("---")[1])["base_model"] == name
 
 
 def test_what_verify_is_given_is_what_was_read(llama: Path, tmp_path: Path) -> None:
