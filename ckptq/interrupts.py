@@ -2,10 +2,19 @@
 
 from __future__ import annotations
 
+import os
 import signal
-from typing import NoReturn
+import sys
+from threading import Timer
+from typing import TYPE_CHECKING, NoReturn
+
+if TYPE_CHECKING:
+    from sys import UnraisableHookArgs
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
+
+SOON = 0.05
+"""Seconds until a signal that was dropped is sent again."""
 
 
 class Interrupted(BaseException):
@@ -17,6 +26,7 @@ def listen() -> None:
     """From now on a signal raises Interrupted."""
     for number in SIGNALS:
         signal.signal(number, _interrupt)
+    sys.unraisablehook = _raise_again
 
 
 def ignore_signals() -> None:
@@ -31,3 +41,12 @@ def ignore_signals() -> None:
 
 def _interrupt(*_: object) -> NoReturn:
     raise Interrupted
+
+
+def _raise_again(dropped: UnraisableHookArgs) -> None:
+    """Python drops what is raised in a destructor, and would go on as if nobody had pressed
+    Ctrl-C."""
+    if issubclass(dropped.exc_type, Interrupted):
+        Timer(SOON, os.kill, (os.getpid(), signal.SIGINT)).start()
+    else:
+        sys.__unraisablehook__(dropped)

@@ -57,6 +57,9 @@ IN_PART = (
     "some of their tensors are in the model's own files too, and engines differ in which count"
 )
 
+TO_FOLDERS = "they are links to folders, and only links to files are followed"
+BROKEN = "they are links to files that do not exist"
+
 SHOWN = 4
 """The most files that a line names."""
 
@@ -73,10 +76,11 @@ class Beside:
 def sort_files(folder: Path, own: Collection[str], tensors: Collection[str]) -> Beside:
     """Sort what lies beside the files `own`, which hold `tensors`; hidden files excluded."""
     carried, left = [], {}
-    for path in sorted(p.relative_to(folder) for p in folder.rglob("*") if p.is_file()):
+    found = (p for p in folder.rglob("*") if p.is_file() or p.is_symlink())
+    for path in sorted(p.relative_to(folder) for p in found):
         if any(part.startswith(".") for part in path.parts) or str(path) in own:
             continue
-        reason = _why_left(folder, path, tensors)
+        reason = _why_left(folder, path, tensors) or _why_no_file(folder / path)
         if reason is None:
             carried.append(path)
         else:
@@ -91,7 +95,7 @@ def told_of(folder: Path, beside: Beside) -> Iterator[str]:
         if not path.name.endswith(INDEX_SUFFIX):
             by_reason.setdefault(reason, []).append(path)
     for reason, paths in by_reason.items():
-        size = sum((folder / path).stat().st_size for path in paths)
+        size = sum((folder / path).stat().st_size for path in paths if (folder / path).is_file())
         names = ", ".join(map(str, paths[:SHOWN])) + (", ..." if len(paths) > SHOWN else "")
         yield f"not carried: {names} ({size:,} bytes), because {reason}"
 
@@ -132,6 +136,12 @@ _MERGE = (
     "; merge it into its base first (peft: merge_and_unload(), then save_pretrained), or give the "
     "base itself"
 )
+
+
+def _why_no_file(path: Path) -> str | None:
+    if path.is_file():
+        return None
+    return TO_FOLDERS if path.is_dir() else BROKEN
 
 
 def _why_left(folder: Path, path: Path, tensors: Collection[str]) -> str | None:

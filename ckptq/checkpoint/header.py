@@ -186,6 +186,8 @@ def _first_twice(pairs: Pairs) -> str:
 
 
 def _metadata(file: Path, value: object) -> dict[str, str]:
+    if value is None:  # as safetensors itself reads it
+        return {}
     if not isinstance(value, dict) or not all(isinstance(v, str) for v in value.values()):
         raise SourceError(f"{file}: __metadata__ must map strings to strings")
     return value

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from ckptq.checkpoint.beside import (
+    BROKEN,
     MODELOPT,
     PICKLES,
     Beside,
@@ -92,9 +93,13 @@ class Checkpoint:
 
     def pinned(self) -> dict[Path, State]:
         """Every file of the checkpoint as it was when it was opened, side files as they are now,
-        for `check_unchanged` at the end of a run."""
+        for `check_unchanged` at the end of a run. SourceError for a link to a file that is gone, as
+        in a hub's cache with a missing blob: it may have been the tokenizer."""
         sides: dict[Path, State] = {}
-        for side in self.side_files():
+        beside = self.beside()
+        for gone in (path for path, why in beside.left.items() if why == BROKEN):
+            raise SourceError(f"{self.path / gone}: {_broken(self.path / gone)}")
+        for side in beside.carried:
             with reading_errors(self.path / side):
                 sides[self.path / side] = Identity.of((self.path / side).stat())
         return {**self.identities, **sides}
@@ -131,6 +136,7 @@ def open_checkpoint(
                 twin = tensors[tensor.name].file.name
                 found.append(f"{header.file}: tensor {tensor.name!r} is also in {twin}")
             tensors.setdefault(tensor.name, tensor)
+    twins = len(found)
     if index is not None:
         found += _disagreements(path, index, headers)
     refuse_adapter_tensors(path, tensors)
@@ -139,7 +145,8 @@ def open_checkpoint(
     if problems is not None:
         problems += found
     elif found:
-        raise SourceError("\n".join(found[:20]))
+        ways_out = () if twins else (f"`ckptq mend {path} OUT` writes an index of what is there",)
+        raise SourceError("\n".join((*found[:20], *ways_out)))
     return Checkpoint(
         path=path,
         name=name,
@@ -274,7 +281,15 @@ def _shards(
             f"{path}: only pickled weights ({pickled[0]}); ckptq reads only safetensors, because "
             "a pickle can run any code. Save it again with transformers' save_pretrained"
         )
+    if (path / SINGLE).is_symlink():
+        raise SourceError(f"{path / SINGLE}: {_broken(path / SINGLE)}")
     raise SourceError(f"{path}: no safetensors file")
+
+
+def _broken(link: Path) -> str:
+    return (
+        f"is a link to {os.readlink(link)}, which does not exist; download it again, or remove it"
+    )
 
 
 def _safetensors(path: Path, names: Collection[str]) -> list[Path]:
@@ -289,7 +304,9 @@ def _listed(
     missing = [file for file in sorted(files) if file not in names]
     there = shards_among(_safetensors(path, names)) if missing and lenient else []
     if missing and not there:
-        what = f"{missing[0]} (for tensor {files[missing[0]]!r}), which does not exist"
+        link = path / missing[0]
+        gone = _broken(link) if link.is_symlink() else "does not exist"
+        what = f"{missing[0]} (for tensor {files[missing[0]]!r}), which {gone}"
         raise SourceError(f"{path / INDEX}: names {what}")
     return there or [path / file for file in sorted(files)]
 

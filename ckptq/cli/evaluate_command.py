@@ -110,8 +110,8 @@ def evaluate(
     )
     with console.progress() as begin:
         found = evaluate_request(path, asked, revision=revision, begin=begin, note=console.note)
+    show_evaluation(found, json)  # first: hours of work are not lost with a full disk
     if report is not None and started().leads:
         write_report(report, found, evaluation_tables(found))
-    show_evaluation(found, json)
     if not found.ok:
         raise typer.Exit(1)

@@ -116,6 +116,6 @@ def search(
     with console.progress() as begin:
         found = run(request, begin, console.note)
         ignore_signals()
+    show_search(found, json)
     if report is not None:
         write_search_report(report, found)
-    show_search(found, json)

@@ -71,8 +71,8 @@ def verify(
             device=device,
             begin=begin,
         )
+    show_report(found, json)
     if html is not None and started().leads:
         write_html_report(html, found)
-    show_report(found, json)
     if not found.ok:
         raise typer.Exit(1)

@@ -6,11 +6,14 @@ Nothing here depends on time, path or threads: the same run writes the same byte
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Mapping, Sized
 from contextlib import suppress
 from dataclasses import replace
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
+
+import yaml
 
 from ckptq import __version__
 from ckptq.checkpoint.bounded import CONFIG_BYTES, read_bounded
@@ -129,15 +132,15 @@ def model_card(ckpt: Checkpoint, plan: Plan) -> str:
     """A README.md with the front matter that the hub reads, and a description of the run."""
     plain = plan.recipe.conversion == DEQUANTIZE
     what = "dequantized" if plain else "repacked" if plan.recipe.repacks else None
+    matter = {
+        "base_model": ckpt.name,
+        **({} if plain else {"base_model_relation": "quantized"}),
+        "library_name": "transformers",
+        "tags": [*([] if plain else ["compressed-tensors"]), "vllm", plan.recipe.name],
+    }
     lines = [
         "---",
-        f"base_model: {ckpt.name}",
-        *([] if plain else ["base_model_relation: quantized"]),
-        "library_name: transformers",
-        "tags:",
-        *([] if plain else ["- compressed-tensors"]),
-        "- vllm",
-        f"- {plan.recipe.name}",
+        *yaml.safe_dump(matter, sort_keys=False, allow_unicode=True, width=math.inf).splitlines(),
         "---",
         "",
         f"# {ckpt.name}, {what or f'quantized with `{plan.recipe.name}`'}",

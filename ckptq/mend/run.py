@@ -128,7 +128,7 @@ def mend(request: MendRequest, begin: Begin = silent, note: Note = untold) -> Me
             )
     after = _verified(request, out, begin) if out is not None else None
     if after is not None and out is not None:
-        left = left_in(Case(draft_of(open_checkpoint(out)), source), after, left)
+        left = left_in(Case(draft_of(open_checkpoint(out, problems=[])), source), after, left)
     return Mended(
         path=str(request.path),
         out=str(out) if out is not None else None,

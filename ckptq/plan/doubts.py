@@ -157,6 +157,12 @@ def _attention_unlike_transformers(plan: Plan) -> Iterator[str]:
     tree = plan.layout.witnesses.tree
     if plan.attention is None or tree is None:
         return
+    if tree.attention and tree.no_cache_sizes is not None:
+        yield (
+            f"transformers cannot read attention scales of {tree.model_class}: compressed-tensors "
+            f"says {tree.no_cache_sizes!r}"
+        )
+        return
     if not tree.runs_attention_groups and any(g.is_attention for g in plan.recipe.groups):
         yield (
             f"transformers cannot run {tree.model_class} with attention scales: it supports "

@@ -48,7 +48,7 @@ class Caches:
         """UsageError where no format is within so many bits, or none is needed."""
         if bits >= BF16.bits(1):
             raise UsageError(f"--kv-bits {bits:g}: the cache has 16; leave the option out")
-        if bits < min(self.bits.values()):
+        if not bits >= min(self.bits.values()):  # NaN too
             each = ", ".join(f"{name} {held:g}" for name, held in self.bits.items())
             raise UsageError(f"--kv-bits {bits:g}: no cache is that small: {each}")
 

@@ -121,7 +121,7 @@ class Budget:
     def check(self) -> None:
         """UsageError unless it is one size or limits that have to hold, within their ranges."""
         sizes = [each for each in (self.bits, self.nbytes) if each is not None]
-        if len(sizes) + self.measured != 1 or any(not each > 0 for each in sizes):
+        if len(sizes) + self.measured != 1 or any(not 0 < each < math.inf for each in sizes):
             raise UsageError(
                 "give one of --bits and --size, more than 0, or what has to hold: --max-kl, "
                 "--min-accuracy or both"

@@ -60,7 +60,7 @@ class WeightErrors:
         self._candidates, self._device = candidates, device
         self._layout = next(iter(candidates.plans.values())).layout
         self._schemes = {name: dict(_schemes(plan)) for name, plan in candidates.plans.items()}
-        self._slab: tuple[object, Tensor | None] = None, None
+        self._slab: dict[object, Tensor] = {}
 
     def measure(self, each: LinearSet, schemes: Collection[str]) -> dict[str, float]:
         """Scheme -> the sum of the relative squared errors of its Linears. SourceError names a
@@ -94,10 +94,10 @@ class WeightErrors:
         """Gate and up of a transposed expert lie side by side: what holds both is read once."""
         if not isinstance(weight, View) or weight.streams:
             return weight_rows(files, weight)
-        if weight.slab != self._slab[0]:
-            self._slab = None, None  # free it before the next is read
-            self._slab = weight.slab, read_slab(files, weight)
-        return rows_of(window(self._slab[1], weight))
+        if weight.slab not in self._slab:
+            self._slab.clear()  # free it before the next is read
+            self._slab[weight.slab] = read_slab(files, weight)
+        return rows_of(window(self._slab[weight.slab], weight))
 
     def _pieces(self, linear: str, share: float) -> list[tuple[int, int]]:
         weight = self._layout.linears[linear].weight

@@ -14,6 +14,9 @@ FILES = (".txt", ".jsonl", ".json", ".csv", ".tsv", ".parquet", ".arrow", ".gz",
 """Suffixes that data sets' names do not have."""
 
 
+UTF8 = "utf-8-sig"
+"""UTF-8, with or without the byte order mark that Windows' editors put in front."""
+
 MOST_LETTERS = 1 << 27
 """Of a row of a .jsonl file. A book has a million characters."""
 
@@ -28,7 +31,7 @@ def builtin_corpus() -> str:
 def read_text(path: Path, limit: int) -> str:
     """The first `limit` characters of a UTF-8 file."""
     try:
-        with path.open(encoding="utf-8") as file:
+        with path.open(encoding=UTF8) as file:
             return file.read(limit)
     except (OSError, UnicodeDecodeError) as error:
         raise SourceError(f"{path}: cannot be read as text: {error}") from error
@@ -54,7 +57,7 @@ def _may_be_an_id(path: Path) -> bool:
 
 def _jsonl(path: Path) -> Iterator[Row]:
     try:
-        with path.open(encoding="utf-8") as file:
+        with path.open(encoding=UTF8) as file:
             lines = iter(lambda: file.readline(MOST_LETTERS), "")
             for number, line in enumerate(lines, start=1):
                 if len(line) == MOST_LETTERS:

@@ -137,6 +137,33 @@ def test_every_file_is_carried_or_named(tmp_path: Path) -> None:
         assert f"because {reason}" in told
 
 
+def test_a_link_to_nothing_is_no_file_less(tmp_path: Path) -> None:
+    """A tokenizer whose blob is gone from the hub's cache; one that would be left out may be."""
+    folder = source(tmp_path / "source", ("vocab.json",))
+    (folder / "pytorch_model.bin").symlink_to("../gone")
+    (folder / "1_Pooling").symlink_to(tmp_path, target_is_directory=True)
+    (folder / "merges.txt").symlink_to("vocab.json")
+    out, told = converted(folder, tmp_path / "out")
+    assert (out / "merges.txt").read_bytes() == (folder / "vocab.json").read_bytes()
+    assert any("1_Pooling" in line and "links to folders" in line for line in told)
+    (folder / "tokenizer.json").symlink_to("../../blobs/abc")
+    with pytest.raises(SourceError, match=r"tokenizer.json: is a link to ../../blobs/abc, which"):
+        converted(folder, tmp_path / "other")
+    assert not (tmp_path / "other.partial").exists()
+    assert "tokenizer.json" in " ".join(told_of(folder, open_checkpoint(folder).beside()))
+
+
+def test_a_shard_that_is_a_link_to_nothing_is_named(tmp_path: Path) -> None:
+    folder = source(tmp_path / "source")
+    (folder / "model.safetensors").rename(tmp_path / "blob")
+    (folder / "model.safetensors").symlink_to("../gone")
+    with pytest.raises(SourceError, match=r"model.safetensors: is a link to ../gone, which does"):
+        open_checkpoint(folder)
+    (folder / INDEX).write_text(json.dumps({"weight_map": {"a": "model.safetensors"}}))
+    with pytest.raises(SourceError, match=r"tensor 'a'\), which is a link to ../gone, which does"):
+        open_checkpoint(folder)
+
+
 def test_tensors_that_the_model_holds_itself_are_not_carried_twice(tmp_path: Path) -> None:
     folder = source(tmp_path / "source")
     one = torch.ones(H, H)

@@ -113,6 +113,13 @@ WRONG = {
 }
 
 
+def test_metadata_of_null_is_none_as_for_the_library(tmp_path):
+    file = write_raw(tmp_path / "m.safetensors", {"a": A, "__metadata__": None}, bytes(4))
+    with safe_open(file, "pt") as library:
+        assert not library.metadata()
+    assert read_header(file).metadata == {}
+
+
 @pytest.mark.parametrize("what", WRONG)
 def test_a_header_that_is_wrong_is_refused_by_name(tmp_path, what):
     header, size, wanted = WRONG[what]

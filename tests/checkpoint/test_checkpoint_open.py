@@ -84,6 +84,7 @@ def test_an_index_that_disagrees_with_its_files(tmp_path):
     message = refusal(folder)
     assert f"tensor 'gone' is in {INDEX}, not in the file" in message
     assert f"tensor 'c' is in the file, not in {INDEX}" in message
+    assert f"`ckptq mend {folder} OUT`" in message
     problems: list[str] = []
     assert list(open_checkpoint(folder, problems=problems).tensors) == ["a", "b", "c"]
     assert len(problems) == 2

@@ -9,6 +9,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import replace
 from pathlib import Path
@@ -21,13 +22,15 @@ import typer
 import yaml
 from safetensors.torch import load_file, save_file
 from tiny import forked
+from tiny.rows import token_rows, write_rows
 
 import ckptq
 from ckptq.__main__ import main
 from ckptq.checkpoint.open import open_checkpoint
 from ckptq.cli import app
+from ckptq.convert.documents import model_card
 from ckptq.convert.run import write_quantized
-from ckptq.interrupts import SIGNALS, Interrupted
+from ckptq.interrupts import SIGNALS, Interrupted, listen
 from ckptq.plan.make import make_plan
 from ckptq.recipes.load import load_scheme
 from ckptq.spec import dtype_name
@@ -82,11 +85,13 @@ def run(*arguments: str | Path) -> Done:
     out, err = io.StringIO(), io.StringIO()
     argv, sys.argv = sys.argv, ["ckptq", *map(str, arguments)]
     handlers = {number: signal.getsignal(number) for number in SIGNALS}
+    hook = sys.unraisablehook
     try:
         with redirect_stdout(out), redirect_stderr(err), pytest.raises(SystemExit) as exit:
             main()
     finally:
         sys.argv = argv
+        sys.unraisablehook = hook
         for number, handler in handlers.items():
             signal.signal(number, handler)
     return Done(int(exit.value.code or 0), out.getvalue(), err.getvalue())
@@ -217,6 +222,15 @@ def test_a_snapshot_in_the_hubs_cache_goes_by_its_hub_id(
     done = run("quantize", snapshot, "-s", "fp8-dynamic", "--json")
     assert json.loads(done.stdout)["out"] == "a-model-fp8-dynamic"
     assert "base_model: org/a-model\n" in Path("a-model-fp8-dynamic", "README.md").read_text()
+
+
+@pytest.mark.parametrize("name", ["a: b", "[x]", "123", "'q"])
+def test_the_model_card_is_yaml_whatever_the_folder_is_called(
+    llama: Path, tmp_path: Path, name: str
+) -> None:
+    plan = make_plan(replace(open_checkpoint(llama), name=name), load_scheme("fp8-dynamic"))
+    card = model_card(replace(open_checkpoint(llama), name=name), plan)
+    assert yaml.safe_load(card.split("---")[1])["base_model"] == name
 
 
 def test_what_verify_is_given_is_what_was_read(llama: Path, tmp_path: Path) -> None:
@@ -513,9 +527,45 @@ def test_only_what_is_resumed_says_so(llama: Path, monkeypatch: pytest.MonkeyPat
         refused(130, words, *command)
 
 
-def test_what_the_machine_refuses_is_one_message(llama: Path) -> None:
-    refused(4, "error: /dev/full: No space left on device; free", "verify", llama, "--html",
-            "/dev/full")  # fmt: skip
+def test_what_the_machine_refuses_is_one_message_and_no_result_is_lost(
+    runnable: Path, tmp_path: Path
+) -> None:
+    report = tmp_path / "report.svg"
+    report.symlink_to("/dev/full")
+    rows = write_rows(tmp_path / "rows.jsonl", token_rows((6, 6), ids=(3, 15)))
+    for words, shown in (
+        (("verify", runnable, "--html"), "tensors, "),
+        (("evaluate", runnable, "--schemes", "w8a8", "--data", rows, "--report"), "perplexity"),
+        (("search", runnable, "--bits", "6", "-o", tmp_path / "r.yaml", "--report"), "loss"),
+    ):
+        done = run(*words, report)
+        assert done.returncode == 4, done.stderr
+        assert f"error: {report}: No space left on device; free" in done.stderr
+        assert shown in done.stdout
+
+
+class Destructor:
+    def __del__(self) -> None:
+        raise Interrupted
+
+
+def interrupted_unheard() -> None:
+    Destructor()
+    time.sleep(10)
+
+
+def test_an_interrupt_that_python_drops_comes_again() -> None:
+    """From a destructor nothing is raised."""
+    handlers = {number: signal.getsignal(number) for number in SIGNALS}
+    hook = sys.unraisablehook
+    try:
+        listen()
+        with pytest.raises(Interrupted):
+            interrupted_unheard()
+    finally:
+        sys.unraisablehook = hook
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
 
 
 @pytest.mark.parametrize("closed", ["2>&-", "<&- >&- 2>&-"])

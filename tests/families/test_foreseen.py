@@ -145,6 +145,17 @@ def test_verify_finds_nothing_where_vllm_loads_all(tmp_path: Path, family: str) 
     assert verify(made.out, source).findings == ()
 
 
+def test_an_embedding_of_one_row_more_than_the_vocabulary_is_no_fault(tmp_path: Path) -> None:
+    config = transformers.MoshiConfig(
+        vocab_size=256, hidden_size=64, num_hidden_layers=1, num_attention_heads=2, ffn_dim=128,
+        num_key_value_heads=2,
+    )  # fmt: skip
+    transformers.MoshiForCausalLM(config).bfloat16().save_pretrained(tmp_path / "moshi")
+    made = make(tmp_path / "moshi", "fp8-dynamic", tmp_path / "out", tmp_path / "no.jsonl")
+    assert made.out is not None, made.refusal
+    assert verify(made.out).findings == ()
+
+
 @pytest.mark.parametrize("scheme", ["fp8-dynamic", "w4a16-g32"])
 def test_a_family_that_vllm_alone_knows_has_decoder_layers(tmp_path: Path, scheme: str) -> None:
     """EXAONE, whose modules are called by one name in vLLM and look schemes up by another."""
@@ -200,3 +211,22 @@ def test_quantized_weights_that_layers_share_are_told(tmp_path: Path, scheme: st
         assert {(one.code, one.repair) for one in found} == (
             set() if ignore else {("engine-unfilled", SHARED)}
         )
+
+
+def test_attention_whose_scales_compressed_tensors_cannot_size(tmp_path: Path) -> None:
+    """OPT's config has no num_key_value_heads, which those of `families.text` have."""
+    source = tmp_path / "opt"
+    config = transformers.OPTConfig(
+        vocab_size=256, hidden_size=64, ffn_dim=128, num_hidden_layers=1, num_attention_heads=2,
+        word_embed_proj_dim=64, max_position_embeddings=64,
+    )  # fmt: skip
+    transformers.OPTForCausalLM(config).bfloat16().save_pretrained(source)
+    (line,) = transformers_doubts(plan_of(source, "kv-fp8-per-tensor"))
+    assert "cannot read attention scales of OPTForCausalLM" in line
+    assert "num_key_value_heads" in line
+    assert not list(transformers_doubts(plan_of(source, "fp8-dynamic")))
+    made = make(
+        source, "kv-fp8-per-tensor", tmp_path / "out", write_token_ids(tmp_path / "ids.jsonl")
+    )
+    with pytest.raises(ValueError, match="Cannot determine num_key_value_heads"):
+        transformers.OPTForCausalLM.from_pretrained(made.out)

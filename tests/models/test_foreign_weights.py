@@ -367,6 +367,7 @@ def test_what_headers_cannot_tell_is_refused_with_the_tensor(tmp_path: Path) -> 
     odd = {
         "not in order": ({"desc_act": False}, {}, r"g_idx' reorders .* desc_act false"),
         "out of range": ({}, {"g_idx": held["g_idx"] + 1}, r"g_idx' holds .*expected 0 to 3"),
+        "zeroed": ({}, {"g_idx": held["g_idx"] * 0}, "puts 64 columns into group 0; expected 16"),
         "not symmetric": ({"sym": True}, {}, r"qzeros' has zero points other than 8, but config"),
     }
     for name, (change, tensors, message) in odd.items():

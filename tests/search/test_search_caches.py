@@ -147,6 +147,7 @@ def test_a_recipe_and_what_it_cannot_say(llama: Path, rows: Path, tmp_path: Path
 def test_what_cannot_be_is_refused(llama: Path, rows: Path, tmp_path: Path) -> None:
     for more, said in (
         ({"kv_bits": 4}, "no cache is that small"),
+        ({"kv_bits": float("nan")}, "no cache is that small"),
         ({"kv_bits": 16}, "leave the option out"),
         ({"kv_bits": 8, "kv_caches": ("int2-per-token-head",)}, "choose from fp8-per-tensor"),
         ({"kv_bits": 8, "data": None}, "add --data"),

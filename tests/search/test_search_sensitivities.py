@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import shutil
 from pathlib import Path
@@ -234,9 +235,9 @@ def test_budgets_that_mean_nothing_are_refused(llama: Path, tmp_path: Path) -> N
         search(request(llama, tmp_path, 4))
     with pytest.raises(UsageError, match="nothing to quantize"):
         search(request(llama, tmp_path, 16))
-    two = Budget(bits=5, nbytes=10**6)
-    with pytest.raises(UsageError, match="one of --bits and --size"):
-        search(SearchRequest(model=llama, budget=two, output=tmp_path / "a.yaml"))
+    for odd in (Budget(bits=5, nbytes=10**6), Budget(bits=math.inf), Budget(bits=math.nan)):
+        with pytest.raises(UsageError, match="one of --bits and --size"):
+            search(SearchRequest(model=llama, budget=odd, output=tmp_path / "a.yaml"))
     with pytest.raises(UsageError, match="add --data"):
         search(SearchRequest(model=llama, budget=Budget(max_kl=0.1), output=tmp_path / "a.yaml"))
     assert not list(tmp_path.glob("*.yaml"))

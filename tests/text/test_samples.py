@@ -56,6 +56,15 @@ def test_jsonl_rows_are_samples_cut_to_length(checkpoint, tmp_path):
     assert found.token_ids == ((1, 3, 4, 5), (9, 8), (1, 60, 5), (1, 60, 5, 1))
 
 
+def test_a_byte_order_mark_is_no_text(checkpoint, tmp_path):
+    """As Windows' editors write files."""
+    file = write(tmp_path / "rows.jsonl", {"text": "w3 w4"})
+    file.write_bytes(b"\xef\xbb\xbf" + file.read_bytes())
+    assert read_samples(file, checkpoint).token_ids == ((1, 3, 4),)
+    (tmp_path / "a.txt").write_bytes(b"\xef\xbb\xbfw3 w4")
+    assert read_samples(tmp_path / "a.txt", checkpoint).token_ids == ((1, 3, 4),)
+
+
 def test_blank_rows_are_no_samples(checkpoint, tmp_path):
     """They would be taken as samples of the beginning alone."""
     file = write(

@@ -12,6 +12,7 @@ import pytest
 import torch
 from families.sources import save
 from mend_trials import equal, same, tensors_of
+from safetensors.torch import load_file, save_file
 from tiny.foreign import (
     AWQ_METHOD,
     awq,
@@ -351,6 +352,20 @@ def test_a_missing_index_is_written(sources, tmp_path: Path):
     assert done.ok
     assert done.kept == ()
     assert (folder / "model.safetensors.index.json").exists()
+
+
+def test_a_tensor_in_two_shards_is_left_and_told(sources, tmp_path: Path):
+    """Which of the two counts, only its owner knows."""
+    folder = two_shards(sources, tmp_path)
+    first = min(folder.glob("model-*.safetensors"))
+    tensors = load_file(first) | {"model.norm.weight": torch.ones(4, dtype=torch.bfloat16)}
+    save_file(tensors, first)
+    config = json.loads((folder / "config.json").read_text())
+    del config["quantization_config"]["quantization_status"]
+    (folder / "config.json").write_text(json.dumps(config))
+    done = mend(MendRequest(path=folder, out=tmp_path / "out", options=ONE))
+    assert "status" in [one.code for one in done.repairs]
+    assert ("index-mismatch", "model.norm.weight") in [(one.code, one.where) for one in done.left]
 
 
 def test_a_tie_that_the_source_has_is_restored(tmp_path: Path):

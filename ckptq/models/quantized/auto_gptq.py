@@ -77,7 +77,8 @@ class Gptq(HeldWhole):
 
     def group_order(self, index_C: Tensor) -> bool:
         """Whether groups are in another order than their columns. SourceError for an index that
-        no group has, and for an order that config.json does not declare."""
+        no group has, for groups of unequal size, which no tool makes, and for an order that
+        config.json does not declare."""
         import torch
 
         C, G = self.shape[1], self.tensors["scales"].spec.shape[0]
@@ -94,6 +95,13 @@ class Gptq(HeldWhole):
             raise SourceError(
                 f"{stored.file}: tensor {stored.name!r} holds groups {int(index_C.min())} to "
                 f"{int(index_C.max())}; expected 0 to {G - 1}"
+            )
+        count_G = torch.bincount(index_C.long(), minlength=G)
+        if (odd_G := count_G != C // G).any():
+            group = int(odd_G.nonzero()[0])
+            raise SourceError(
+                f"{stored.file}: tensor {stored.name!r} puts {int(count_G[group])} columns into "
+                f"group {group}; expected {C // G} in each of {G}"
             )
         return True
 

@@ -79,6 +79,8 @@ class ModuleTree:
     attention: frozenset[str] = field(repr=False)
     """What compressed-tensors takes for attention with a cache, and gives scales, by transformers'
     name."""
+    no_cache_sizes: str | None
+    """Why compressed-tensors cannot tell how many scales such attention has."""
     dtype: str | None
     """That of config.json, "float16"."""
     runs_attention_groups: bool
@@ -165,6 +167,7 @@ def _tree(model: PreTrainedModel, ckpt: Checkpoint) -> ModuleTree:
     from ckptq.models.tree.transformers_model import (
         decoder_layers_of,
         dtype_of,
+        no_cache_sizes,
         runs_attention_groups,
     )
 
@@ -201,6 +204,7 @@ def _tree(model: PreTrainedModel, ckpt: Checkpoint) -> ModuleTree:
         owners=owners,
         names=_names(model, ckpt, made, linears),
         attention=frozenset(n for n, m in modules.items() if is_cached_attention_module(m)),
+        no_cache_sizes=no_cache_sizes(model),
         dtype=dtype_of(model.config),
         runs_attention_groups=runs_attention_groups(model),
         lacking=(

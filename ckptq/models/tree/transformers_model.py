@@ -82,6 +82,20 @@ def dtype_of(config: PreTrainedConfig) -> str | None:
     return None if config.dtype is None else str(config.dtype).removeprefix("torch.")
 
 
+def no_cache_sizes(model: PreTrainedModel) -> str | None:
+    """Why compressed-tensors' `initialize_attn_qparams` ends in an error: it asks the config for
+    numbers of heads by one name each, which some families lack (OPT, BioGPT)."""
+    from compressed_tensors.utils import get_head_dim, get_num_attn_heads, get_num_kv_heads
+
+    config = model.config.get_text_config(decoder=True)
+    try:
+        for size in (get_num_attn_heads, get_num_kv_heads, get_head_dim):
+            size(config)
+    except ValueError as error:
+        return str(error).partition(".")[0]
+    return None
+
+
 def runs_attention_groups(model: PreTrainedModel) -> bool:
     """Whether transformers runs what a config group for attention asks for.
 

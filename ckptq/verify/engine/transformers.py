@@ -128,6 +128,7 @@ def _module(
         yield _not_ignored(loaded, module)
         return
     unlike_here = other.get(module, [])
+    repair: str | None
     if module in loaded.tied and (absent or unlike_here):
         found = "transformers: its weight is another layer's, but the scales are not"
         wanted, repair = "a weight of its own, or an unquantized one", SHARED

@@ -13,8 +13,9 @@ from ckptq.verify.kinds import finding
 from ckptq.verify.report import Finding
 from ckptq.verify.subject import Subject
 
-EXTRA_ROWS = {"mllama_text_model": 8}
-"""Rows of the embedding beyond the vocabulary: Llama-3.2 Vision's image tokens."""
+EXTRA_ROWS = {"mllama_text_model": 8, "moshi": 1}
+"""Rows of the embedding beyond the vocabulary: Llama-3.2 Vision's image tokens, Moshi's start of
+a text."""
 
 WIDTHS = ("word_embed_proj_dim", "embedding_size", "hidden_size")
 """What the embedding's columns are called, the first that config.json has: OPT-350M projects its
