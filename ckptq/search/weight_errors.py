@@ -97,7 +97,7 @@ class WeightErrors:
         if weight.slab != self._slab[0]:
             self._slab = None, None  # free it before the next is read
             self._slab = weight.slab, read_slab(files, weight)
-        return rows_of(window(self._slab[1], weight))
+        return rows_of(window(self._slab[1], weight))  # type: ignore[arg-type]
 
     def _pieces(self, linear: str, share: float) -> list[tuple[int, int]]:
         weight = self._layout.linears[linear].weight
