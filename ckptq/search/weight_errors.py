@@ -61,6 +61,7 @@ class WeightErrors:
         self._layout = next(iter(candidates.plans.values())).layout
         self._schemes = {name: dict(_schemes(plan)) for name, plan in candidates.plans.items()}
         self._slab: dict[object, Tensor] = {}
+        """The experts that were read last."""
 
     def measure(self, each: LinearSet, schemes: Collection[str]) -> dict[str, float]:
         """Scheme -> the sum of the relative squared errors of its Linears. SourceError names a
