@@ -287,7 +287,9 @@ def _shards(
 
 
 def _broken(link: Path) -> str:
-    return f"is a link to {os.readlink(link)}, which does not exist; download it again, or remove it"
+    return (
+        f"is a link to {os.readlink(link)}, which does not exist; download it again, or remove it"
+    )
 
 
 def _safetensors(path: Path, names: Collection[str]) -> list[Path]:

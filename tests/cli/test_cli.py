@@ -549,6 +549,11 @@ class Destructor:
         raise Interrupted
 
 
+def _interrupted_in_a_destructor() -> None:
+    Destructor()
+    time.sleep(10)
+
+
 def test_an_interrupt_that_python_drops_comes_again() -> None:
     """From a destructor nothing is raised."""
     handlers = {number: signal.getsignal(number) for number in SIGNALS}
@@ -556,8 +561,7 @@ def test_an_interrupt_that_python_drops_comes_again() -> None:
     try:
         listen()
         with pytest.raises(Interrupted):
-            Destructor()
-            time.sleep(10)
+            _interrupted_in_a_destructor()
     finally:
         sys.unraisablehook = hook
         for number, handler in handlers.items():

@@ -205,6 +205,8 @@ def test_attention_whose_scales_compressed_tensors_cannot_size(tmp_path: Path) -
     assert "cannot read attention scales of OPTForCausalLM" in line
     assert "num_key_value_heads" in line
     assert not list(transformers_doubts(plan_of(source, "fp8-dynamic")))
-    made = make(source, "kv-fp8-per-tensor", tmp_path / "out", write_token_ids(tmp_path / "ids.jsonl"))
+    made = make(
+        source, "kv-fp8-per-tensor", tmp_path / "out", write_token_ids(tmp_path / "ids.jsonl")
+    )
     with pytest.raises(ValueError, match="Cannot determine num_key_value_heads"):
         transformers.OPTForCausalLM.from_pretrained(made.out)
