@@ -19,6 +19,7 @@ from ckptq.device import find_device
 from ckptq.distributed.ranks import Ranks, together
 from ckptq.errors import UsageError
 from ckptq.models.modules import read_layout
+from ckptq.models.unserved import unseen_by_engine
 from ckptq.plan.doubts import transformers_doubts, vllm_doubts
 from ckptq.plan.left import left_alone
 from ckptq.plan.make import RopeChoice, make_plan
@@ -126,7 +127,8 @@ def _told_before(ckpt: Checkpoint, plan: Plan) -> Iterator[str]:
     yield from told_of(ckpt.path, ckpt.beside())
     if plan.recipe.conversion != DEQUANTIZE:
         yield from left_alone(plan.layout, plan.quantized)
-    for line in (*vllm_doubts(plan), *transformers_doubts(plan)):
+    doubts = (*vllm_doubts(plan), *transformers_doubts(plan))
+    for line in (*doubts, *unseen_by_engine(plan.layout.witnesses)):
         yield f"{plan.recipe.name}: {line}"
 
 

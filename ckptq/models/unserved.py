@@ -35,6 +35,19 @@ def model_doubts(witnesses: Witnesses, linears: Iterable[str]) -> Iterator[str]:
     yield from _unknown_names(witnesses, linears, engine)
 
 
+def unseen_by_engine(witnesses: Witnesses) -> Iterator[str]:
+    """What to do about a model for which vLLM has a class that the table has not seen: it may merge
+    or rename Linears in its own way, and be served with scales that no tensor filled (HY-V4)."""
+    table = load_table()
+    own = table.engine_class(witnesses.architectures)
+    if witnesses.engine is None and own is not None and not own.startswith(BACKEND):
+        yield (
+            f"vLLM {table.version} has a class of its own for {_named(witnesses)}, and ckptq has "
+            "not seen what it does with quantized Linears: before serving, let it check them: "
+            "`ckptq verify OUT --engine vllm --vllm-python PYTHON`"
+        )
+
+
 def _named(witnesses: Witnesses) -> str:
     return witnesses.architectures[0] if witnesses.architectures else "a model without architecture"
 

@@ -163,3 +163,22 @@ def test_a_classifier_is_served_by_its_language_models_class() -> None:
     assert table.has_class(["Qwen2ForTokenClassification"])
     assert not table.has_class(["CodeGenForCausalLM"])
     assert not table.has_class(["XGLMForSequenceClassification"])
+
+
+def test_a_class_of_vllms_that_nobody_has_seen_is_told(tmp_path: Path) -> None:
+    """HY-V4: it merges linear_gate with up_proj, and leaves half of their scales empty."""
+    config = transformers.AutoConfig.for_model(
+        "hy_v4", **SMALL, intermediate_size=128, num_key_value_heads=4, head_dim=16,
+        q_lora_rank=32, kv_lora_rank=32, qk_rope_head_dim=16, qk_nope_head_dim=16, v_head_dim=16,
+        num_experts=4, num_experts_per_tok=2, moe_intermediate_size=32, n_group=1, topk_group=1,
+        first_k_dense_replace=1, pad_token_id=0, bos_token_id=1, eos_token_id=2,
+    )  # fmt: skip
+    make(config, "CausalLM").save_pretrained(tmp_path / "hy_v4")
+    for source, said in ((tmp_path / "hy_v4", True), (save("llama", tmp_path), False)):
+        notes: list[str] = []
+        recipe = load_scheme("fp8-dynamic")
+        quantize(
+            QuantizeRequest(model=source, recipe=recipe, out=tmp_path / f"{said}"),
+            note=notes.append,
+        )
+        assert any("a class of its own for HYV4ForCausalLM" in note for note in notes) == said

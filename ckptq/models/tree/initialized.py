@@ -13,38 +13,45 @@ if TYPE_CHECKING:
 
 
 def wants_weights(model: PreTrainedModel) -> frozenset[str]:
-    """Linears, numbers as `*`, whose parents ask for their weights.
+    """Linears, numbers as `*`, whose weights are asked for by their parents or, of all alike, by
+    their own initialization (RWKV).
 
     Tried on the model itself: its Linears lose their weights, all else is initialized.
     """
-    linears, others = _linears_and_others(model)
+    from torch import nn
+
+    linears = {m: name for name, m in model.named_modules() if isinstance(m, nn.Linear)}
     held = {linear: linear._parameters.pop("weight") for linear in linears}
     found = set()
-    for module in others:
+    for module in _one_of_each_class(model):
         while (wanted := _wanted_linear(model, module)) is not None:
-            found.add(starred(linears[wanted]))
-            wanted._parameters["weight"] = held[wanted]
+            alike = (
+                [m for m in linears if type(m) is type(wanted)] if wanted is module else [wanted]
+            )
+            for linear in alike:
+                found.add(starred(linears[linear]))
+                linear._parameters["weight"] = held[linear]
     return frozenset(found)
 
 
 def asked_in_vain(model: PreTrainedModel) -> Iterator[str]:
     """A Linear, numbers as `*`, for each class whose initialization asks for a weight that is not
     there, as packed ones have none. The model is as it is after; of a class one module is tried."""
-    linears, others = _linears_and_others(model)
-    for module in others:
+    names = {module: name for name, module in model.named_modules()}
+    for module in _one_of_each_class(model):
         if (wanted := _wanted_linear(model, module)) is not None:
-            yield starred(linears[wanted])
+            yield starred(names[wanted])
 
 
-def _linears_and_others(
-    model: PreTrainedModel,
-) -> tuple[dict[nn.Linear, str], Collection[nn.Module]]:
-    """Every Linear and its name; one module of each other class."""
+def _one_of_each_class(model: PreTrainedModel) -> Collection[nn.Module]:
+    """Of Linears one without a weight."""
     from torch import nn
 
-    linears = {m: name for name, m in model.named_modules() if isinstance(m, nn.Linear)}
-    others = {type(m): m for m in model.modules() if m not in linears}
-    return linears, others.values()
+    return {
+        type(m): m
+        for m in model.modules()
+        if not isinstance(m, nn.Linear) or m._parameters.get("weight") is None
+    }.values()
 
 
 def _wanted_linear(model: PreTrainedModel, module: nn.Module) -> nn.Linear | None:

@@ -1,7 +1,8 @@
 """Shapes of the tensors against the sizes in config.json. Headers only.
 
 Uses only what all Hugging Face decoders share: the embedding is [vocabulary, hidden], k_proj has
-head_dim rows per key/value head, and embedding and layers have the same parent.
+head_dim rows per key/value head, and embedding and layers have the same parent where transformers
+does not say otherwise.
 """
 
 from __future__ import annotations
@@ -28,12 +29,23 @@ def check_geometry(subject: Subject) -> Iterator[Finding]:
     parent = prefix.rpartition(".")[0]
     embeddings = [name for name in subject.ckpt.tensors if name.endswith("embed_tokens.weight")]
     own = f"{parent}.embed_tokens.weight" if parent else "embed_tokens.weight"
-    if len(embeddings) == 1 and prefix.rpartition(".")[2] == "layers" and embeddings[0] != own:
+    if (
+        len(embeddings) == 1
+        and prefix.rpartition(".")[2] == "layers"
+        and embeddings[0] != own
+        and not _so_in_transformers(subject, prefix, embeddings[0])
+    ):
         found = f"layers under {parent or 'nothing'!r}, the embedding is {embeddings[0]}"
         yield finding("names-moved", prefix, found=found, wanted="the same parent")
     if own in subject.ckpt.tensors:
         yield from _embedding(subject, own)
     yield from _heads(subject)
+
+
+def _so_in_transformers(subject: Subject, layers: str, embedding: str) -> bool:
+    """Whether its own model has them by these names (SpeechT5: in decoder and prenet)."""
+    tree = subject.witnesses.tree
+    return tree is not None and tree.layers == layers and tree.owner(embedding) is not None
 
 
 def _embedding(subject: Subject, name: str) -> Iterator[Finding]:
