@@ -5,8 +5,9 @@
 
 `quality`: each scheme is written by `ckptq quantize`, or by llm-compressor's oneshot from the same
 tokens ("oneshot:w4a16-gptq"), or by AutoRound in 4 bits with groups of 32 and so many steps a layer
-("auto-round:200"; "w4a16-g32-tuned:50" here, "oneshot:w4a16-g32-tuned:50"), and measured by `ckptq evaluate` on held-out text: KL, perplexity, dB, size,
-seconds and peak RSS. A run that is stopped has recorded what it finished. `layer`: one
+("auto-round:200"; of the others "w4a16-tuned:50"), and measured by `ckptq evaluate` on held-out
+text: KL, perplexity, dB, size, seconds and peak RSS. A run that is stopped has recorded what it
+finished. `layer`: one
 layer of Llama 3.1 8B's shapes, or one with 128 experts of Qwen3-30B-A3B's, quantized by ckptq and
 by llm-compressor's oneshot from the same tokens: seconds and peak memory of the whole process, the
 slope between two numbers of tokens, and what is lost.
@@ -92,7 +93,8 @@ config = json.load(open(source + "/config.json"))
 model = getattr(transformers, config["architectures"][0]).from_pretrained(source, dtype="auto")
 linearize_moe(model)
 core = Tokenizer(models.WordLevel({"<pad>": 0}, unk_token="<pad>"))
-text = load_recipe(pathlib.Path(recipe)).text.replace("- lm_head", "- lm_head\\n      - re:.*mlp.gate$")
+gate = "- lm_head\\n      - re:.*mlp.gate$"
+text = load_recipe(pathlib.Path(recipe)).text.replace("- lm_head", gate)
 oneshot(
     model=model, recipe=text, moe_calibrate_all_experts=False, max_seq_length=max(map(len, ids)),
     dataset=Dataset.from_dict({"input_ids": ids, "attention_mask": [[1] * len(i) for i in ids]}),

@@ -10,11 +10,14 @@ Shape letters: S positions, E hidden size, R rows, C columns.
 
 from __future__ import annotations
 
+import gc
 import logging
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stderr
 from copy import deepcopy
 from dataclasses import dataclass
+from io import StringIO
 from typing import TYPE_CHECKING, Any, cast
 
 from ckptq.autoround.integers import register_integers
@@ -65,7 +68,8 @@ class Block:
         self._layer = _with_own_parameters(layer)
         self._model = cast("Any", _wrap_decoding_layer(self._layer))
         self._model.config, self._model.name_or_path = config, ""
-        linearize_moe(self._model)
+        with _undisturbed(), redirect_stderr(StringIO()):  # its progress bar
+            linearize_moe(self._model)
 
     @property
     def linears(self) -> dict[str, nn.Linear]:
@@ -103,8 +107,8 @@ class Block:
             f"model.layers.0.{name}": dict(targets[name].scheme if name in targets else UNQUANTIZED)
             for name in linears
         }
-        padded, _ = AutoRoundModifier()._pad_captured_inputs(list(calls))
         with torch.enable_grad(), _undisturbed():
+            padded, _ = AutoRoundModifier()._pad_captured_inputs(list(calls))
             rounder: Any = AutoRound(
                 model=self._model,
                 tokenizer="",
@@ -147,15 +151,23 @@ def _with_own_parameters(layer: nn.Module) -> nn.Module:
 
 @contextmanager
 def _undisturbed() -> Iterator[None]:
-    """AutoRound asks all of torch for deterministic algorithms, and logs what it does."""
+    """Around the library, which asks all of torch for deterministic algorithms, says what it does,
+    and collects garbage six times a layer: what is in memory before is frozen, and not looked
+    through."""
     import torch
+    from loguru import logger as theirs
 
     logger = logging.getLogger("autoround")
     level, strict = logger.level, torch.are_deterministic_algorithms_enabled()
     warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
     logger.setLevel(logging.ERROR)
+    theirs.disable("llmcompressor")
+    gc.freeze()
     try:
-        yield
+        with warnings.catch_warnings(action="ignore"):
+            yield
     finally:
+        gc.unfreeze()
+        theirs.enable("llmcompressor")
         logger.setLevel(level)
         torch.use_deterministic_algorithms(strict, warn_only=warn_only)
