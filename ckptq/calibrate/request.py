@@ -114,7 +114,7 @@ def calibrate_plan(
 
     `note` receives a message when no text was chosen, or when it was short.
     """
-    from ckptq.autoround.layers import LayerTuner
+    from ckptq.autoround.layer_tuner import LayerTuner
     from ckptq.calibrate.run import calibrate
     from ckptq.gptq.layers import LayerQuantizer
     from ckptq.text.samples import read_samples

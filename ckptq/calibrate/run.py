@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ckptq import __version__
-from ckptq.autoround.layers import LayerTuner
+from ckptq.autoround.layer_tuner import LayerTuner
 from ckptq.calibrate.divided import check_observers, merged
 from ckptq.calibrate.journal import Journal
 from ckptq.calibrate.observers import Observer, make_observer

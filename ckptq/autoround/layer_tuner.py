@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ckptq.autoround.block import Block, Call, Target
-from ckptq.autoround.stored import stored_tensors, target_of
+from ckptq.autoround.linear_tensors import stored_tensors, target_of
 from ckptq.errors import PlanError
 from ckptq.forward.layerwise import LayerwiseModel, Stream
 from ckptq.forward.source import WeightSource
