@@ -17,6 +17,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, redirect_stderr
 from copy import deepcopy
 from dataclasses import dataclass
+from functools import partial
 from io import StringIO
 from typing import TYPE_CHECKING, Any, cast
 
@@ -68,6 +69,8 @@ class Block:
         self._layer = _with_own_parameters(layer)
         self._model = cast("Any", _wrap_decoding_layer(self._layer))
         self._model.config, self._model.name_or_path = config, ""
+        self.reached: set[str] = set()
+        """Linears that the samples have reached: not all experts, maybe."""
         with _undisturbed(), redirect_stderr(StringIO()):  # its progress bar
             linearize_moe(self._model)
 
@@ -107,7 +110,7 @@ class Block:
             f"model.layers.0.{name}": dict(targets[name].scheme if name in targets else UNQUANTIZED)
             for name in linears
         }
-        with torch.enable_grad(), _undisturbed():
+        with torch.enable_grad(), _undisturbed(), self._watched(linears):
             padded, _ = AutoRoundModifier()._pad_captured_inputs(list(calls))
             rounder: Any = AutoRound(
                 model=self._model,
@@ -133,6 +136,22 @@ class Block:
                 auto_offload=False,
             )
         return {name: _tuned(self._layer.get_submodule(name)) for name in targets}, made
+
+    @contextmanager
+    def _watched(self, linears: Mapping[str, nn.Linear]) -> Iterator[None]:
+        """Which of these are called, before they are tuned: what the layer should make of the
+        samples is found out first."""
+
+        def see(name: str, module: nn.Module, args: tuple[Any, ...]) -> None:
+            if args[0].numel():
+                self.reached.add(name)
+
+        hooks = [linears[n].register_forward_pre_hook(partial(see, n)) for n in linears]
+        try:
+            yield
+        finally:
+            for hook in hooks:
+                hook.remove()
 
 
 def _tuned(module: Any) -> Tuned:

@@ -76,7 +76,8 @@ class LayerTuner:
         made: dict[str, Tensor] = {}
         for local, part in parts.items():
             made |= stored_tensors(part, tuned[local], statistics.get(part.linear.name))
-        self.kept.keep(index, made, Told().to_json())
+        nearest = [part.linear.name for local, part in parts.items() if local not in block.reached]
+        self.kept.keep(index, made, Told(nearest=nearest).to_json())
 
     def _units(self, model: LayerwiseModel, name: str) -> list[Unit]:
         """What of a layer is quantized."""
@@ -138,7 +139,8 @@ def _statistics(parts: dict[str, Part], block: Block, units: list[Unit]) -> dict
         shared = [part for part in unit.parts if needs_statistic(part.scheme)]
         if shared:
             each = (statistic(weights[p.linear.name].detach(), p.scheme) for p in shared)
-            found |= dict.fromkeys((p.linear.name for p in shared), reduce(merge_statistic, each))
+            common = reduce(merge_statistic, each).cpu()  # as all that AutoRound returns
+            found |= dict.fromkeys((p.linear.name for p in shared), common)
     return found
 
 

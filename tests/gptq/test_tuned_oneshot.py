@@ -59,6 +59,15 @@ def test_experts_are_oneshots(tmp_path: Path) -> None:
     assert len([name for name in codes_of(ours) if ".experts." in name]) == 2 * 4 * 3
 
 
+def test_experts_that_no_token_reached_are_rounded_and_named(tmp_path: Path) -> None:
+    moe = save(tmp_path / "moe", "Qwen3Moe", num_hidden_layers=1, **{**MOE, "num_experts": 16})
+    heard: list[str] = []
+    recipe, rows = in_steps("w4a16-g32-tuned", 2, lr=0.03), token_rows([3] * 2)
+    converted(moe, tmp_path / "out", recipe, rows, note=heard.append)
+    [line] = [line for line in heard if "no token of the calibration text reached" in line]
+    assert ".experts." in line
+
+
 def test_options_and_texts_of_different_length_are_oneshots(llama: Path, tmp_path: Path) -> None:
     """It sorts them: the longest first."""
     rows = token_rows([48] * 4 + [31] * 3 + [7] * 2)
