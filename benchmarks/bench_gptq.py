@@ -5,8 +5,9 @@
 
 `quality`: each scheme is written by `ckptq quantize`, or by llm-compressor's oneshot from the same
 tokens ("oneshot:w4a16-gptq"), or by AutoRound in 4 bits with groups of 32 and so many steps a layer
-("auto-round:200"), and measured by `ckptq evaluate` on held-out text: KL, perplexity, dB, size,
-seconds and peak RSS. A run that is stopped has recorded what it finished. `layer`: one
+("auto-round:200"; of the others "w4a16-tuned:50"), and measured by `ckptq evaluate` on held-out
+text: KL, perplexity, dB, size, seconds and peak RSS. A run that is stopped has recorded what it
+finished. `layer`: one
 layer of Llama 3.1 8B's shapes, or one with 128 experts of Qwen3-30B-A3B's, quantized by ckptq and
 by llm-compressor's oneshot from the same tokens: seconds and peak memory of the whole process, the
 slope between two numbers of tokens, and what is lost.
@@ -27,6 +28,8 @@ from typing import Any
 from measure import machine, run, warm
 from record import Row, add_option, gpu, publish
 
+from ckptq.recipes.load import load_scheme
+
 ONESHOT = "oneshot:"
 AUTO_ROUND = "auto-round:"
 SCHEMES = (
@@ -39,9 +42,9 @@ SCHEMES = (
     *("fp8-dynamic", "fp8-dynamic-search", "fp8-dynamic-refined", "oneshot:fp8-dynamic-gptq"),
     *("w8a8", "w8a8-search", "w8a8-refined", "oneshot:w8a8-gptq"),
     *("mxfp4a16", "mxfp4a16-search"),
-    *("auto-round:0", "auto-round:200"),
+    *("auto-round:0", "auto-round:200", "w4a16-g32-tuned"),
 )
-BY_TEXT = ("-gptq", "-imatrix", "-refined")
+BY_TEXT = ("-gptq", "-imatrix", "-refined", "-tuned")
 
 LAYERS: dict[str, tuple[str, dict[str, Any]]] = {
     "dense": (
@@ -78,19 +81,20 @@ with open(out, "w") as file:
 """
 
 PEER = """
-import json, sys, torch, transformers
+import json, pathlib, sys, torch, transformers
 from datasets import Dataset
 from llmcompressor import oneshot
 from llmcompressor.modeling.moe.linearize import linearize_moe
 from tokenizers import Tokenizer, models
-from ckptq.recipes.load import load_scheme
-source, out, scheme, rows = sys.argv[1:]
+from ckptq.recipes.load import load_recipe
+source, out, recipe, rows = sys.argv[1:]
 ids = [json.loads(line)["input_ids"] for line in open(rows)]
 config = json.load(open(source + "/config.json"))
 model = getattr(transformers, config["architectures"][0]).from_pretrained(source, dtype="auto")
 linearize_moe(model)
 core = Tokenizer(models.WordLevel({"<pad>": 0}, unk_token="<pad>"))
-text = load_scheme(scheme).text.replace("- lm_head", "- lm_head\\n      - re:.*mlp.gate$")
+gate = "- lm_head\\n      - re:.*mlp.gate$"
+text = load_recipe(pathlib.Path(recipe)).text.replace("- lm_head", gate)
 oneshot(
     model=model, recipe=text, moe_calibrate_all_experts=False, max_seq_length=max(map(len, ids)),
     dataset=Dataset.from_dict({"input_ids": ids, "attention_mask": [[1] * len(i) for i in ids]}),
@@ -132,7 +136,7 @@ finally:
               file=sys.stderr)
 """
 
-CODE = ["ckptq/gptq", "ckptq/forward", "ckptq/calibrate", "ckptq/quantize"]
+CODE = ["ckptq/gptq", "ckptq/autoround", "ckptq/forward", "ckptq/calibrate", "ckptq/quantize"]
 
 
 def quality(given: argparse.Namespace, work: Path) -> Iterator[Row]:
@@ -159,14 +163,24 @@ def quality(given: argparse.Namespace, work: Path) -> Iterator[Row]:
 
 def _command(scheme: str, given: argparse.Namespace, tokens: Path, out: Path) -> list[Any]:
     if scheme.startswith(ONESHOT):
-        return ["-c", PEER, given.model, out, scheme.removeprefix(ONESHOT), tokens]
+        recipe = _recipe(scheme.removeprefix(ONESHOT), tokens.parent)
+        return ["-c", PEER, given.model, out, recipe, tokens]
     if scheme.startswith(AUTO_ROUND):
         steps = scheme.removeprefix(AUTO_ROUND)
         return ["-c", ROUND, given.model, out, steps, tokens, given.device]
-    command = ["-m", "ckptq", "quantize", given.model, "-o", out, "-s", scheme]
+    recipe = _recipe(scheme, tokens.parent)
+    command = ["-m", "ckptq", "quantize", given.model, "-o", out, "--recipe", recipe]
     command += ["--device", given.device]
     by_text = any(way in scheme for way in BY_TEXT)
     return [*command, *(["--data", given.data, *_tokens(given)] if by_text else [])]
+
+
+def _recipe(scheme: str, folder: Path) -> Path:
+    """What a scheme says, in a file; a number behind it is AutoRound's steps a layer."""
+    name, _, steps = scheme.partition(":")
+    text, file = load_scheme(name).text, folder / f"{name}.yaml"
+    file.write_text(text.replace("iters: 200", f"iters: {steps}") if steps else text)
+    return file
 
 
 def _tokens(given: argparse.Namespace) -> list[str]:
@@ -217,7 +231,9 @@ def _quantized(given: argparse.Namespace, source: Path, count: str) -> dict[str,
     ours += ["--samples", count, "--seq-len", given.seq_len, "--device", given.device]
     took = [
         run([sys.executable, "-c", OURS, *map(str, ours)]),
-        run([sys.executable, "-c", PEER, source, outs[1], given.scheme, text]),
+        run(
+            [sys.executable, "-c", PEER, source, outs[1], _recipe(given.scheme, text.parent), text]
+        ),
     ]
     rows = scores(source, outs, text, "16", given.device)
     for out in outs:

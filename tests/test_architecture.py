@@ -17,7 +17,7 @@ ORDER = (
     *("errors", "interrupts", "numbered", "patterns", "printable", "progress", "spec"),
     *("device", "files", "optional", "rope_order", "distributed"),
     *("kernels", "quantize", "checkpoint", "recipes", "engines", "models", "permute", "plan"),
-    *("text", "forward", "gptq", "calibrate"),
+    *("text", "forward", "gptq", "autoround", "calibrate"),
     *("verify", "convert", "mend", "evaluate", "inspect", "search"),
     *("show", "cli", "__main__"),
 )

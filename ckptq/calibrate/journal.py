@@ -103,7 +103,10 @@ class Journal:
         if holds is not None and not self._ranks.led(lambda: holds(done)):
             return 0
         for number, file in enumerate(self._batches(state, stream)):
-            stream.hidden_BSE[number] = read_tensors(read_header(file).tensors)["hidden"]
+            kept = read_tensors(read_header(file).tensors)
+            stream.hidden_BSE[number] = kept["hidden"]
+            if "quantized" in kept:
+                stream.quantized = [*(stream.quantized or ()), kept["quantized"]]
         if self._share.leads:  # what all had seen, which must not count twice
             _restore_points(state, statistics)
         return _layers_of(state)
@@ -128,7 +131,8 @@ class Journal:
     def keep(self, done: int, stream: Stream, statistics: Statistics) -> None:
         """Write the state after `done` layers, unless the last one is too recent to be worth it."""
         began = monotonic()
-        mine = sum(hidden_BSE.nbytes for hidden_BSE in stream.hidden_BSE)
+        held = (*stream.hidden_BSE, *(stream.quantized or ()))
+        mine = sum(hidden_BSE.nbytes for hidden_BSE in held)
         every = self._share.gathered((mine, stream.resumable))
         size = sum(nbytes for nbytes, _ in every)
         if not all(resumable for _, resumable in every):
@@ -178,10 +182,11 @@ class Journal:
 
     def _save_batches(self, scratch: Path, stream: Stream) -> None:
         with machine_errors(self._folder):
-            for file, hidden_BSE in zip(
-                self._batches(scratch, stream), stream.hidden_BSE, strict=True
-            ):
-                _save(file, {"hidden": hidden_BSE}, {})
+            for number, file in enumerate(self._batches(scratch, stream)):
+                held = {"hidden": stream.hidden_BSE[number]}
+                if stream.quantized is not None:
+                    held["quantized"] = stream.quantized[number]
+                _save(file, held, {})
 
     def _save_points(self, scratch: Path, points: Mapping[str, Stats]) -> None:
         # copies: Linears that are fed the same share one statistic, which safetensors refuses

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 from ckptq.calibrate.seen import check_seen
 from ckptq.checkpoint.open import Checkpoint
-from ckptq.errors import SourceError
+from ckptq.errors import PlanError, SourceError
 from ckptq.forward.latent import Latents
 from ckptq.forward.layerwise import LayerwiseModel, open_model
 from ckptq.forward.record import LayerArguments, Moved, pass_on
@@ -72,6 +72,11 @@ def rehearse(ckpt: Checkpoint, plan: Plan, trust_remote_code: bool = False) -> N
         check_order(plan)
     model = _open(ckpt, plan, trust_remote_code)
     stream = model.embed([_batch()])
+    if plan.recipe.tuning is not None and not stream.resumable:
+        raise PlanError(
+            f"{ckpt.path}: layers of {type(model.skeleton.model).__name__} pass on more than the "
+            "hidden states, so AutoRound cannot run one many times; use -refined"
+        )
     if plan.attention is None:
         return
     with torch.no_grad():

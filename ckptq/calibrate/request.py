@@ -114,6 +114,7 @@ def calibrate_plan(
 
     `note` receives a message when no text was chosen, or when it was short.
     """
+    from ckptq.autoround.layer_tuner import LayerTuner
     from ckptq.calibrate.run import calibrate
     from ckptq.gptq.layers import LayerQuantizer
     from ckptq.text.samples import read_samples
@@ -132,8 +133,10 @@ def calibrate_plan(
             trust_remote_code=wanted.trust_remote_code,
         )
     )
-    quantizer = None
-    if plan.recipe.runs_layers and folder is not None:
+    quantizer: LayerQuantizer | LayerTuner | None = None
+    if plan.recipe.tuning is not None and folder is not None:
+        quantizer = LayerTuner(plan, folder, found)
+    elif plan.recipe.runs_layers and folder is not None:
         quantizer = LayerQuantizer(plan, folder, found, ranks)
     report = begin("calibrate", plan.layout.num_layers, "layers")
     made = calibrate(

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ckptq import __version__
+from ckptq.autoround.layer_tuner import LayerTuner
 from ckptq.calibrate.divided import check_observers, merged
 from ckptq.calibrate.journal import Journal
 from ckptq.calibrate.observers import Observer, make_observer
@@ -65,7 +66,7 @@ def calibrate(
     progress: Progress = lambda done, total: None,
     journal: Path | None = None,
     ranks: Ranks = ALONE,
-    quantizer: LayerQuantizer | None = None,
+    quantizer: LayerQuantizer | LayerTuner | None = None,
 ) -> Scales:
     """Scales for q, k and v of every attention layer: [H, 1, 1] for "attn_head", [1] for "tensor".
     Of latent attention for k and v, both that of the row that it caches.
@@ -93,8 +94,8 @@ def calibrate(
     have one journal, which any number of processes can resume from. With a `quantizer` every
     process runs all batches, and that divides the weights.
 
-    A `quantizer` quantizes every layer once it has run. If it `propagates`, the next is given what
-    the quantized layer makes of the samples, and scales are of that.
+    A `quantizer` quantizes every layer once it has run. If the layer then runs `again`, it has the
+    weights that the quantizer chooses, and the next is given what they make of the samples.
     """
     if batch_size < 1:
         raise UsageError(f"batch_size must be at least 1, got {batch_size}")
@@ -152,7 +153,7 @@ def _run(
     progress: Progress,
     journal: Journal | None,
     attention: AttentionPlan,
-    quantizer: LayerQuantizer | None,
+    quantizer: LayerQuantizer | LayerTuner | None,
 ) -> None:
     """All layers, or those that are left."""
     stream = model.embed(batches)
@@ -165,8 +166,8 @@ def _run(
             if quantizer is None:
                 model.run_layer(index, stream, watch)
             else:
-                after = partial(quantizer.finish, model, index)
-                model.run_layer(index, stream, watch, after, again=quantizer.propagates)
+                after = partial(quantizer.finish, model, index, stream)
+                model.run_layer(index, stream, watch, after, again=quantizer.again)
             statistics.settle()
             if stream.batches:
                 found = {p: stats["amax"].numel() for p, stats in statistics.points.items()}
@@ -182,7 +183,7 @@ def _watch(
     name: str,
     statistics: Statistics,
     inputs: Inputs,
-    quantizer: LayerQuantizer | None,
+    quantizer: LayerQuantizer | LayerTuner | None,
 ) -> Watch:
     """Sets the taps on a layer for one batch."""
     stored, wanted = model.loader.stored_module, statistics.wanted

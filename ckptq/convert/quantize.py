@@ -95,6 +95,11 @@ def _opened(request: QuantizeRequest) -> tuple[Checkpoint, Plan]:
             f"scheme {request.recipe.name!r} runs the model, and {option} reads each weight once: "
             f"pass the file of `ckptq calibrate` with --scales, or drop {option}"
         )
+    if request.recipe.tuning is not None and request.calibration.batch_size != 1:
+        raise UsageError(
+            f"recipe {request.recipe.name!r}: AutoRound makes batches of its own, as large as the "
+            "recipe says; leave --batch-size out"
+        )
     if request.scales is None and plan.calibrated:
         find_device(request.options.device)
         rehearse(ckpt, plan, request.calibration.trust_remote_code)
@@ -175,6 +180,11 @@ def _check_divisible(request: QuantizeRequest, ranks: Ranks) -> None:
         raise UsageError(
             f"recipe {recipe.name!r}: {recipe.handed_over[0]} runs in llm-compressor, in one "
             "process; run it without torchrun"
+        )
+    if recipe.tuning is not None:
+        raise UsageError(
+            f"recipe {recipe.name!r}: AutoRound tunes a layer as a whole, in one process; run it "
+            "without torchrun"
         )
 
 

@@ -65,6 +65,8 @@ class Stream:
     """Where hidden states stay between layers."""
     pairs: bool = False
     """Whether a layer's result has a second part, which is an argument of the next."""
+    quantized: list[Tensor] | None = None
+    """Per batch, what quantized layers have made of it, where these run beside the others."""
 
     @property
     def resumable(self) -> bool:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 from ckptq.distributed.ranks import ALONE, Ranks
 from ckptq.errors import UsageError
-from ckptq.forward.layerwise import LayerwiseModel
+from ckptq.forward.layerwise import LayerwiseModel, Stream
 from ckptq.forward.source import WeightSource
 from ckptq.gptq.gathered import Gathered
 from ckptq.gptq.kept import kept_in
@@ -41,7 +41,7 @@ class LayerQuantizer:
         self._ranks = ranks
         self.kept = kept_in(folder)
         self._weights: Rewritten | None = None
-        self._gathered = Gathered(self.propagates)
+        self._gathered = Gathered(self.again)
         self._of_layer: dict[str, list[Unit]] = {}
         """That of the last layer asked for."""
 
@@ -51,7 +51,7 @@ class LayerQuantizer:
         return self._weights
 
     @property
-    def propagates(self) -> bool:
+    def again(self) -> bool:
         """Whether a layer is given what the quantized ones before it make of the samples.
 
         As in llm-compressor, which rounds weights only when all is over, but has GPTQ's at once.
@@ -72,7 +72,7 @@ class LayerQuantizer:
         names = (_names(unit) for unit in self._units_of(model, name))
         return self._gathered.watched(model, name, layer, batch, set().union(*names))
 
-    def finish(self, model: LayerwiseModel, index: int) -> None:
+    def finish(self, model: LayerwiseModel, index: int, stream: Stream) -> None:
         """Quantize a layer that has run on all batches, and keep the result."""
         assert self._weights is not None
         made, told = Made(), Told(experts=self._gathered.tokens())
@@ -83,9 +83,9 @@ class LayerQuantizer:
                 made |= found
                 told.add(said)
         self._ranks.led(lambda: self.kept.keep(index, made, told.to_json()))
-        if self.propagates:
+        if self.again:
             self._weights.rewrite([part for unit in units for part in unit.parts], made)
-        self._gathered = Gathered(self.propagates)
+        self._gathered = Gathered(self.again)
 
     def _quantized(self, units: Sequence[Unit]) -> list[tuple[Made, Told]]:
         """What all ranks make of units, in the order of these."""

@@ -68,6 +68,5 @@ class Case:
     @property
     def chosen(self) -> bool:
         """Whether codes were chosen by more than rounding, which converting again does not do."""
-        return self.recipe is not None and (
-            self.recipe.gptq is not None or bool(self.recipe.handed_over)
-        )
+        recipe = self.recipe
+        return recipe is not None and (recipe.chooses or bool(recipe.handed_over))

@@ -44,6 +44,7 @@ __all__ = [
     "needs_statistic",
     "quantize",
     "row_quantum",
+    "scale_tensors",
     "statistic",
     "statistic_of",
     "stored",
@@ -87,7 +88,7 @@ def constants(
     """The tensors that belong to no row: the one scale and zero point, global scale, shape."""
     made: dict[str, Tensor] = {}
     if scheme.strategy == "tensor":
-        made |= _scale_tensors(*_scale_of_tensor(statistic, scheme), scheme)
+        made |= scale_tensors(*_scale_of_tensor(statistic, scheme), scheme)
     if scheme.strategy == "tensor_group":
         made["weight_global_scale"] = _global_scale(statistic, scheme)
     if scheme.format == "pack-quantized":
@@ -113,7 +114,7 @@ def quantize(
     code_RP = _codes(w_RC, divisor, zero_point, scheme, scratch)
     if scheme.strategy == "tensor":
         return {scheme.codes: code_RP}
-    return {scheme.codes: code_RP} | _scale_tensors(scale, zero_point, scheme)
+    return {scheme.codes: code_RP} | scale_tensors(scale, zero_point, scheme)
 
 
 @dataclass(frozen=True, slots=True)
@@ -147,7 +148,7 @@ def grid(
     scratch = Scratch(w_RC.device)
     x = tiled(w_RC.contiguous(), scheme)
     scale, zero_point, divisor = _scale(x, scheme, statistic, scratch, ranges)
-    kept = {} if scheme.strategy == "tensor" else _scale_tensors(scale, zero_point, scheme)
+    kept = {} if scheme.strategy == "tensor" else scale_tensors(scale, zero_point, scheme)
     number = {None: scale, "uint8": divisor}.get(scheme.scale_dtype, scale.float())
     whole = _global_scale(statistic, scheme) if scheme.strategy == "tensor_group" else None
     return Grid(kept, number, zero_point, divisor, whole)
@@ -230,9 +231,10 @@ def _global_scale(statistic: Tensor | None, scheme: WeightScheme) -> Tensor:
     return scales.nvfp4_global(statistic.abs().amax())
 
 
-def _scale_tensors(
+def scale_tensors(
     scale: Tensor, zero_point: Tensor | None, scheme: WeightScheme
 ) -> dict[str, Tensor]:
+    """Scales and zero points of rows, groups or blocks as they are stored."""
     if zero_point is None:
         return {"weight_scale": scale}
     if scheme.format == "pack-quantized":

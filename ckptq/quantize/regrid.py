@@ -1,4 +1,4 @@
-"""A grid with other scales: those nearest to given ones that can be stored."""
+"""A grid with other scales: those nearest to given ones that can be stored, or given ones."""
 
 from __future__ import annotations
 
@@ -7,8 +7,22 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from ckptq.quantize.formats import Grid
-from ckptq.quantize.scales import E4M3_MAX
+from ckptq.quantize.formats import Grid, scale_tensors
+from ckptq.quantize.scales import E4M3_MAX, mx_scale
+from ckptq.quantize.weight_scheme import WeightScheme
+
+
+def grid_of(
+    scale: Tensor, zero_point: Tensor | None, global_scale: Tensor | None, scheme: WeightScheme
+) -> Grid:
+    """The grid with these scales and zero points, in the dtypes that they are stored in."""
+    kept = scale_tensors(scale, zero_point, scheme)
+    if scheme.scale_dtype == "uint8":
+        number = mx_scale(scale)
+        return Grid(kept, number, None, number, None)
+    if global_scale is not None:
+        return Grid(kept, scale.float(), None, scale.float() / global_scale, global_scale)
+    return Grid(kept, scale, zero_point, scale, None)
 
 
 def storable(divisor: Tensor, on: Grid) -> Tensor:

@@ -11,6 +11,7 @@ from ckptq.recipes.gptq import FORMATS, check_gptq, with_gptq
 from ckptq.recipes.scheme import Group, Recipe
 from ckptq.recipes.searched import with_observer
 from ckptq.recipes.spelled import changed
+from ckptq.recipes.tuned import checked
 
 SUFFIX, REFINED = "-imatrix", "-refined"
 
@@ -38,7 +39,7 @@ def with_imatrix(recipe: Recipe) -> Recipe:
             f"recipe {recipe.name!r} has no weights for iMatrix: with integer, FP8 or NVFP4 codes, "
             "scales of rows or groups, and the minimum and maximum as ranges"
         )
-    return changed(recipe, SUFFIX, groups=groups)
+    return checked(changed(recipe, SUFFIX, groups=groups))
 
 
 def _weighed_groups(recipe: Recipe) -> tuple[Group, ...]:

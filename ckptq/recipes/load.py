@@ -15,7 +15,7 @@ import yaml
 
 from ckptq.errors import UsageError
 from ckptq.files import read_small
-from ckptq.recipes import gptq, imatrix, searched
+from ckptq.recipes import gptq, imatrix, searched, tuned
 from ckptq.recipes.args import Args
 from ckptq.recipes.dialect.read_recipe import read_modifiers, read_stages
 from ckptq.recipes.preset import preset_names, preset_text
@@ -24,12 +24,11 @@ from ckptq.recipes.scheme import (
     PARTS,
     REPACK,
     REPACK_NVFP4,
-    Gptq,
     Recipe,
     read_groups,
     read_strings,
 )
-from ckptq.recipes.spelled import GPTQ, MODIFIERS, PLAIN, STAGE, spelled
+from ckptq.recipes.spelled import AUTOROUND, GPTQ, MODIFIERS, PLAIN, STAGE, spelled
 
 FOLDER = Path(__file__).parent
 
@@ -38,6 +37,7 @@ SUFFIXES = {
     imatrix.SUFFIX: imatrix.with_imatrix,
     gptq.SUFFIX: gptq.with_gptq,
     imatrix.REFINED: imatrix.with_descents,
+    tuned.SUFFIX: tuned.with_tuning,
 }
 """What may stand behind the name of a scheme, and what it makes of the scheme."""
 
@@ -47,6 +47,8 @@ REWRITTEN: Mapping[str, str] = {
     REPACK_NVFP4: "As repack, with MXFP4 cast to NVFP4: exact where NVFP4's scales reach.",
 }
 """Schemes that quantize nothing, and what they make of a quantized source."""
+
+NOTHING: Mapping[str, Any] = {}
 
 RECIPE_BYTES = 1 << 20
 """Of a recipe of the user's own; the largest that are known have 10 kB."""
@@ -61,7 +63,8 @@ def load_scheme(name: str) -> Recipe:
     """`--scheme NAME`: a built-in recipe, or a compressed-tensors preset (FP8_DYNAMIC).
 
     With "-search" behind it, as `--search` makes it; with "-imatrix", ranges that its inputs weigh;
-    with "-gptq", codes chosen by GPTQ; with "-refined", both, and made better.
+    with "-gptq", codes chosen by GPTQ; with "-refined", both, and made better; with "-tuned",
+    codes and scales tuned by AutoRound.
     """
     for suffix, change in SUFFIXES.items():
         if name.lower().endswith(suffix):
@@ -144,7 +147,7 @@ def load_text(name: str, text: str) -> Recipe:
     modifiers = read_modifiers(text)
     configs = [modifier.config for modifier in modifiers if modifier.config is not None]
     kinds = [modifier.kind for modifier in modifiers]
-    chosen = gptq.read_gptq(modifiers[0].fields) if kinds == [GPTQ] else None
+    chosen = _chosen(kinds[0], modifiers[0].fields) if len(kinds) == 1 else {}
     others = () if chosen else tuple(kind for kind in kinds if kind != PLAIN)
     if not modifiers:
         raise UsageError(
@@ -173,7 +176,7 @@ def load_text(name: str, text: str) -> Recipe:
 
 def _refuse_idle_order(recipe: Recipe) -> None:
     """UsageError for an order of columns in a recipe that rounds to nearest."""
-    for group in recipe.linears if recipe.gptq is None and not recipe.handed_over else ():
+    for group in recipe.linears if not recipe.chooses and not recipe.handed_over else ():
         if group.weights is not None and group.weights.actorder:
             raise UsageError(
                 f"config_groups.{group.name}.weights.actorder is {group.weights.actorder!r}, which "
@@ -186,7 +189,7 @@ def _recipe(
     text: str,
     modifier: Mapping[str, Any],
     handed_over: tuple[str, ...] = (),
-    chosen: Gptq | None = None,
+    chosen: Mapping[str, Any] = NOTHING,
 ) -> Recipe:
     kv = modifier.get("kv_cache_scheme")
     made = Recipe(
@@ -195,12 +198,19 @@ def _recipe(
         ignore=read_strings(modifier.get("ignore", []), "ignore", _refuse),
         kv_cache_scheme=None if kv is None else Args.read(kv, "kv_cache_scheme", _refuse),
         handed_over=handed_over,
-        gptq=chosen,
         text=text,
+        **chosen,
     )
-    if chosen is not None:
+    if made.gptq is not None:
         gptq.check_gptq(made)
-    return made
+    return tuned.checked(made)
+
+
+def _chosen(kind: str, fields: Mapping[str, Any]) -> dict[str, Any]:
+    """The recipe's field for a modifier that chooses codes; empty for another."""
+    if kind == GPTQ:
+        return {"gptq": gptq.read_gptq(fields)}
+    return {"tuning": tuned.read_tuning(fields)} if kind == AUTOROUND else {}
 
 
 def _refuse(name: str, found: object, wanted: str) -> None:
@@ -222,7 +232,5 @@ def _format(scheme: Any) -> str:
 def _plain(name: str, text: str) -> Recipe:
     """One of our own files: already resolved."""
     modifiers = yaml.safe_load(text)[STAGE][MODIFIERS]
-    if GPTQ in modifiers:
-        chosen = gptq.read_gptq(modifiers[GPTQ])
-        return _recipe(name, text, modifiers[GPTQ], chosen=chosen)
-    return _recipe(name, text, modifiers[PLAIN])
+    kind = next((kind for kind in (GPTQ, AUTOROUND) if kind in modifiers), PLAIN)
+    return _recipe(name, text, modifiers[kind], chosen=_chosen(kind, modifiers[kind]))

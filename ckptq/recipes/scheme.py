@@ -166,12 +166,30 @@ class Gptq:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Tuning:
+    """How codes and scales are tuned by gradients: llm-compressor's `AutoRoundModifier`, with its
+    names and defaults."""
+
+    iters: int = 200
+    """Steps a layer."""
+    batch_size: int = 8
+    """Samples a step."""
+    lr: float | None = None
+    """How far a step goes; None is 1 / `iters`."""
+    enable_torch_compile: bool = True
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+@dataclass(frozen=True, kw_only=True)
 class Recipe(Scheme):
     """What a recipe asks for, resolved: presets spelled out, scheme names gone."""
 
     name: str
     gptq: Gptq | None = None
-    """None rounds to the nearest code."""
+    """None rounds to the nearest code, unless `tuning` says otherwise."""
+    tuning: Tuning | None = None
     conversion: str | None = None
     """DEQUANTIZE, REPACK or REPACK_NVFP4: it quantizes nothing, and a quantized source is written
     otherwise."""
@@ -188,17 +206,20 @@ class Recipe(Scheme):
     @property
     def runs_layers(self) -> bool:
         """Whether weights are quantized by their inputs, which the layers show when they run."""
-        return self.gptq is not None or any(g.weights and g.weights.weighed for g in self.groups)
+        weighed = any(g.weights and g.weights.weighed for g in self.groups)
+        return self.gptq is not None or self.tuning is not None or weighed
 
     @property
     def refits(self) -> bool:
         """Whether inputs decide on all scales, in the end."""
-        return self.gptq is not None and self.gptq.descents > 0
+        return self.tuning is not None or (self.gptq is not None and self.gptq.descents > 0)
 
     @property
     def chooses(self) -> bool:
-        """Whether GPTQ chooses codes, here or in llm-compressor; they need not be the nearest."""
-        return self.gptq is not None or "GPTQModifier" in self.handed_over
+        """Whether GPTQ or AutoRound chooses codes, here or in llm-compressor; they need not be the
+        nearest."""
+        here = self.gptq is not None or self.tuning is not None
+        return here or "GPTQModifier" in self.handed_over
 
 
 def read_groups(entries: Mapping[str, Any], format: str | None, problem: Problem) -> list[Group]:

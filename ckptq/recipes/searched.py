@@ -10,6 +10,7 @@ from ckptq.errors import UsageError
 from ckptq.recipes.args import MINMAX, Args
 from ckptq.recipes.scheme import Group, Recipe
 from ckptq.recipes.spelled import changed
+from ckptq.recipes.tuned import checked
 
 SUFFIX = "-search"
 
@@ -45,7 +46,7 @@ def with_search(recipe: Recipe) -> Recipe:
             f"--search: recipe {recipe.name!r} has no weights with scales of rows, groups or "
             "blocks that take the minimum and maximum"
         )
-    return changed(recipe, SUFFIX, groups=groups)
+    return checked(changed(recipe, SUFFIX, groups=groups))
 
 
 def _searched(group: Group) -> Group:

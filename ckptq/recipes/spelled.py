@@ -10,7 +10,7 @@ import yaml
 from ckptq.recipes.scheme import Recipe
 
 STAGE, MODIFIERS = "quantization_stage", "quantization_modifiers"
-PLAIN, GPTQ = "QuantizationModifier", "GPTQModifier"
+PLAIN, GPTQ, AUTOROUND = "QuantizationModifier", "GPTQModifier", "AutoRoundModifier"
 
 
 def spelled(scheme: Recipe) -> str:
@@ -19,13 +19,13 @@ def spelled(scheme: Recipe) -> str:
         group.name: {key: value for key, value in group.to_dict().items() if value is not None}
         for group in scheme.groups
     }
-    modifier: dict[str, Any] = {} if scheme.gptq is None else _chosen(scheme)
+    kind, modifier = _modifier(scheme)
     modifier["config_groups"] = groups
     if scheme.ignore:
         modifier["ignore"] = list(scheme.ignore)
     if scheme.kv_cache_scheme is not None:
         modifier["kv_cache_scheme"] = scheme.kv_cache_scheme.to_dict()
-    stages = {STAGE: {MODIFIERS: {PLAIN if scheme.gptq is None else GPTQ: modifier}}}
+    stages = {STAGE: {MODIFIERS: {kind: modifier}}}
     return yaml.safe_dump(stages, sort_keys=False)
 
 
@@ -35,8 +35,12 @@ def changed(recipe: Recipe, suffix: str = "", **fields: Any) -> Recipe:
     return replace(made, text=spelled(made))
 
 
-def _chosen(scheme: Recipe) -> dict[str, Any]:
-    """The modifier's own fields. `actorder` left out would be static; groups say it if it is."""
-    assert scheme.gptq is not None
+def _modifier(scheme: Recipe) -> tuple[str, dict[str, Any]]:
+    """Its class and own fields. GPTQ's `actorder` left out would be static; groups say it if it
+    is."""
+    if scheme.tuning is not None:
+        return AUTOROUND, scheme.tuning.to_dict()
+    if scheme.gptq is None:
+        return PLAIN, {}
     plain = not any(g.weights is not None and g.weights.actorder for g in scheme.groups)
-    return {**scheme.gptq.to_dict(), **({"actorder": None} if plain else {})}
+    return GPTQ, {**scheme.gptq.to_dict(), **({"actorder": None} if plain else {})}

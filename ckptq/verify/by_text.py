@@ -24,6 +24,7 @@ from ckptq.verify.report import ByText, Finding
 from ckptq.verify.roundtrip.chosen_codes import damage
 from ckptq.verify.roundtrip.stream import whole
 from ckptq.verify.roundtrip.undo import Undo, make_undo
+from ckptq.verify.roundtrip.verdict import CHOSEN
 from ckptq.verify.stored_linear import StoredLinear
 from ckptq.verify.subject import Subject
 
@@ -128,6 +129,4 @@ class _Judges:
         if said:
             found = f"{', '.join(said)} that no other codes make up for, by {self.label}"
             tensor = linear.tensors[linear.scheme.codes]
-            self.findings.append(
-                finding("codes-corrupt", tensor, found=found, wanted="codes chosen by GPTQ")
-            )
+            self.findings.append(finding("codes-corrupt", tensor, found=found, wanted=CHOSEN))

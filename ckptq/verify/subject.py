@@ -65,7 +65,7 @@ class Module:
     origin: Linear | None
     """The same Linear in the source, where a source is given and has it."""
     chosen: bool = False
-    """Whether its codes are said to be chosen by GPTQ, so that they need not be the nearest."""
+    """Whether its codes are said to be chosen, so that they need not be the nearest."""
     weighed: bool = False
     """Whether its scales are said to be chosen by its inputs, which nothing here can repeat."""
     refitted: bool = False

@@ -42,7 +42,7 @@ def test_codes_that_gptq_chose_are_no_fault(llama: Path, tmp_path: Path, scheme:
     assert report.findings == ()
     [note] = {note.code: note for note in report.notes}.values()
     assert note.code == "codes-not-nearest"
-    assert "codes chosen by GPTQ" in str(note)
+    assert "codes chosen by GPTQ or AutoRound" in str(note)
 
 
 @pytest.mark.parametrize("scheme", WEIGHED)
@@ -63,9 +63,9 @@ def test_ranges_that_inputs_weigh_are_no_fault(llama: Path, tmp_path: Path, sche
 def test_the_recipe_says_so_where_config_json_does_not(llama: Path, tmp_path: Path) -> None:
     out = converted(llama, tmp_path / "out", load_text("own", UNORDERED))
     assert "actorder" not in (out / "config.json").read_text()
-    assert _wanted(out, llama) == {"codes chosen by GPTQ"}
+    assert _wanted(out, llama) == {"codes chosen by GPTQ or AutoRound"}
     (out / "recipe.yaml").unlink()
-    assert "codes chosen by GPTQ" not in _wanted(out, llama)
+    assert "codes chosen by GPTQ or AutoRound" not in _wanted(out, llama)
 
 
 def test_the_recipe_says_that_scales_were_fitted(llama: Path, tmp_path: Path) -> None:

@@ -34,6 +34,7 @@ BESIDE: tuple[dict[str, Any], ...] = (
     *({"actorder": order} for order in ("static", "weight", "group", None)),
     *({"group": "a"}, {"block_size": 64, "dampening_frac": 0.1}),
     *({"batched_quantization": each} for each in (0, 4, "x")),
+    *({"iters": 50, "lr": 0.01}, {"iters": "x"}, {"enable_torch_compile": False}),
 )
 GROUPS: tuple[dict[str, Any], ...] = (
     *({}, {"weights": W4}, {"weights": {**W4, "num_bits": "four"}}),
@@ -59,7 +60,7 @@ def outcome(
         found = list(read(text))
     except refusal:
         return "refused"
-    own = ("block_size", "dampening_frac")
+    own = ("block_size", "dampening_frac", "iters", "lr", "enable_torch_compile")
     return [
         (each.kind, {key: each.fields.get(key) for key in own}, each.config.model_dump())
         for each in found

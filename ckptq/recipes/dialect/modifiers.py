@@ -1,4 +1,4 @@
-"""The two modifiers of llm-compressor that ckptq runs itself, with their fields and defaults.
+"""The modifiers of llm-compressor that ckptq runs itself, with their fields and defaults.
 
 With them a recipe is read without llm-compressor. A test holds them to its own classes.
 """
@@ -155,7 +155,19 @@ class GPTQModifier(QuantizationModifier):
         return own
 
 
-RUN_HERE = {kind.__name__: kind for kind in (QuantizationModifier, GPTQModifier)}
+class AutoRoundModifier(QuantizationModifier):
+    """Tunes codes and scales by gradients of what a layer makes of its inputs."""
+
+    requires_calibration_data: bool = True
+    iters: int = 200
+    enable_torch_compile: bool = True
+    batch_size: int = 8
+    lr: float | None = None
+    device_ids: str | None = None
+    disable_opt_rtn: bool = False
+
+
+RUN_HERE = {kind.__name__: kind for kind in (QuantizationModifier, GPTQModifier, AutoRoundModifier)}
 
 
 def _weights(config: QuantizationConfig) -> Iterator[QuantizationArgs]:

@@ -34,6 +34,8 @@ of a few rows."""
 DAMAGED = 0.005
 """GPTQ changes more of the codes than this share; damage to a file less."""
 
+CHOSEN = "codes chosen by GPTQ or AutoRound"
+
 
 def expected_scales(dtype: str, tally: Tally, linear: StoredLinear) -> torch.Tensor:
     """The scale of strategy "tensor", or the global scale, from the source's extremes."""
@@ -102,12 +104,12 @@ def undiagnosed(linear: StoredLinear, tally: Tally) -> Finding:
     lost = f"{tally.rows_lost} of {linear.shape[0]} rows have more noise than signal"
     massive = linear.module.by_all and tally.rows_lost
     if linear.module.chosen and tally.rows_lost and not massive and snr >= LEAST_CHOSEN_DB:
-        return _about(linear, "codes-corrupt", lost, "codes chosen by GPTQ, which lose no row")
+        return _about(linear, "codes-corrupt", lost, f"{CHOSEN}, which lose no row")
     known = not tally.scales_wrong or linear.module.weighed
     if linear.module.chosen and known and snr >= LEAST_CHOSEN_DB:
         found = f"{snr:.1f} dB, {share:.0%} of the codes are not the nearest"
         found += f", {lost}, as massive activations make GPTQ choose" if massive else ""
-        return _about(linear, "codes-not-nearest", found, "codes chosen by GPTQ")
+        return _about(linear, "codes-not-nearest", found, CHOSEN)
     if share < DAMAGED:
         found = f"{unexplained} of {tally.elements} codes are not the nearest"
         return _about(linear, "codes-corrupt", found, "the nearest codes")

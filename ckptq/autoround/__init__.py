@@ -1,0 +1,1 @@
+"""AutoRound of one decoder layer after the other, while calibration runs them."""
