@@ -65,7 +65,8 @@ class Block:
         from llmcompressor.modeling.moe.linearize import linearize_moe
         from llmcompressor.modifiers.autoround.base import _wrap_decoding_layer
 
-        self._device = device
+        gpu = device.type == "cuda"  # which AutoRound wants to be told by number
+        self._device = f"cuda:{device.index or 0}" if gpu else str(device)
         self._layer = _with_own_parameters(layer)
         self._model = cast("Any", _wrap_decoding_layer(self._layer))
         self._model.config, self._model.name_or_path = config, ""
@@ -121,7 +122,7 @@ class Block:
                 lr=how.lr,
                 batch_size=how.batch_size,
                 enable_torch_compile=how.enable_torch_compile,
-                device_map=str(self._device),
+                device_map=self._device,
                 scale_dtype=usual.scale_dtype if usual else None,
                 amp=self._model.dtype == torch.bfloat16,
                 low_gpu_mem_usage=True,
@@ -132,7 +133,7 @@ class Block:
                 block=self._layer,
                 inputs=[(call,) for call in padded],
                 q_input=quantized,
-                device=str(self._device),
+                device=self._device,
                 auto_offload=False,
             )
         return {name: _tuned(self._layer.get_submodule(name)) for name in targets}, made

@@ -230,6 +230,7 @@ def test_writing_takes_a_tenth_of_the_time_at_most(saved, tmp_path, monkeypatch)
 
     class AlwaysResumable:
         resumable = True
+        quantized = None
         hidden_BSE = ()
 
     for done in range(1, 9):
