@@ -22,10 +22,14 @@ def main() -> None:
     with open(job_file) as file:
         job = json.load(file)
 
+    import torch
     import vllm
     from vllm.platforms import current_platform
 
     device = current_platform.device_type
+    if device == "cpu":
+        # its W4A16 kernel does not ask Linux for AMX: illegal, if no product before it has asked
+        torch.cpu._init_amx()
     ranks = ranks_for(job["kv_heads"], device)
     longest = max(map(len, job["lines"]))
     engine = vllm.LLM(
