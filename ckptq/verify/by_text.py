@@ -124,8 +124,12 @@ class _Judges:
     def _judge(self, linear: StoredLinear, hessian_CC: Tensor, files: Files) -> None:
         self.judged += 1
         w_RC, held = whole(linear, files, self.undo)
-        refitted = linear.module.refitted
-        said = damage(w_RC, held, linear.scheme, hessian_CC, refitted=refitted)
+        module = linear.module
+        said = damage(
+            *(w_RC, held, linear.scheme, hessian_CC),
+            refitted=module.refitted,
+            rows=not module.by_layer,
+        )
         if said:
             found = f"{', '.join(said)} that no other codes make up for, by {self.label}"
             tensor = linear.tensors[linear.scheme.codes]

@@ -70,6 +70,9 @@ class Module:
     """Whether its scales are said to be chosen by its inputs, which nothing here can repeat."""
     refitted: bool = False
     """Whether these were made better afterwards, maybe a few of them only."""
+    by_layer: bool = False
+    """Whether AutoRound tuned it by what a whole layer makes, to which a row of one Linear may be
+    nothing: attention does not see what all its keys have in common."""
     by_all: bool = False
     """Whether tokens with massive activations may have had a say in the codes, for which a row may
     be given up: ckptq leaves them out, others do not."""
@@ -185,6 +188,7 @@ class Subject:
             chosen=chosen,
             weighed=(weights is not None and weights.weighed) or refitted,
             refitted=refitted,
+            by_layer=self.recipe is not None and self.recipe.tuning is not None,
             by_all=chosen and not ours,
         )
 

@@ -46,11 +46,12 @@ def damage(
     hessian_CC: Tensor,
     *,
     refitted: bool,
+    rows: bool = True,
 ) -> list[str]:
     """What is no choice among the codes of these rows, in words: groups, columns, rows.
 
     `hessian_CC` is changed in place. `refitted` says that codes were chosen several times over,
-    which leaves fewer of them far from their weights.
+    which leaves fewer of them far from their weights. Without `rows` a row may be given up.
     """
     q_RC = nearest.weights(held, scheme, w_RC.shape[1]).to(hessian_CC.device)
     w_RC = w_RC.float().to(hessian_CC.device)
@@ -74,7 +75,7 @@ def damage(
     alone_C = _alone(noise_C, pulled_RC.sum(0))
     lost_C = alone_C & _foremost(noise_C) & (noise_C >= LOST_COLUMN * signal_C)
     signal_R = ((w_RC @ hessian_CC) * w_RC).sum(1)
-    lost_R = pulled_RC.sum(1) >= LOST_ROW * signal_R
+    lost_R = (pulled_RC.sum(1) >= LOST_ROW * signal_R) & rows
     return [
         *_said(places, count, "groups"),
         *_said(_where(lost_C), len(lost_C), "columns"),
