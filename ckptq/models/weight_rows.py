@@ -72,6 +72,10 @@ def parts_of(files: Files, weight: Encoded, held: Held | None = None) -> Parts:
     return partial(weight.read, files)
 
 
+def _up(number: int, quantum: int) -> int:
+    return -(-number // quantum) * quantum
+
+
 Place = Callable[["Tensor"], "Tensor"]
 """Takes a tensor to the device where it is computed with."""
 
@@ -79,12 +83,12 @@ Place = Callable[["Tensor"], "Tensor"]
 def decoded_rows(
     files: Files, weight: Encoded, held: Held | None = None, place: Place | None = None
 ) -> Rows:
-    """Dequantized, from any row on, though only multiples of the quantum can be read."""
+    """Dequantized, from any row on, though only from multiples of the quantum can be read."""
     parts = placed(parts_of(files, weight, held), place)
 
     def rows(start: int, stop: int) -> Tensor:
         first = start // weight.quantum * weight.quantum
-        last = min(-(-stop // weight.quantum) * weight.quantum, weight.spec.shape[0])
+        last = stop if weight.streams else min(_up(stop, weight.quantum), weight.spec.shape[0])
         return decode(weight, parts(first, last), last - first)[start - first : stop - first]
 
     return rows

@@ -103,8 +103,10 @@ class WeightErrors:
     def _pieces(self, linear: str, share: float) -> list[tuple[int, int]]:
         weight = self._layout.linears[linear].weight
         R, C = weight.spec.shape
-        piece = max(weight.quantum, self._height(linear))
-        starts = piece_starts(R, piece, int(ENOUGH * share) // C)
+        height = self._height(linear)
+        step = max(weight.quantum, height)
+        starts = piece_starts(R, step, int(ENOUGH * share) // C * step // height)
+        piece = step if len(starts) * step >= R else height
         return [(start, min(start + piece, R)) for start in starts]
 
     def _height(self, linear: str) -> int:

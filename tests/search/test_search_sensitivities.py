@@ -16,10 +16,12 @@ from tiny.tensors import tensors_in
 from torch import Tensor
 
 from ckptq.checkpoint.open import open_checkpoint
+from ckptq.convert.quantize import QuantizeRequest, quantize
 from ckptq.errors import SourceError, UsageError
 from ckptq.evaluate.text import text_of
 from ckptq.evaluate.weights.schemes import SchemeWeights
 from ckptq.progress import silent
+from ckptq.recipes.load import load_scheme
 from ckptq.search.candidates import PLAIN, Candidates, LinearSet, find_candidates
 from ckptq.search.changed import Change
 from ckptq.search.changed_rows import Rows
@@ -277,6 +279,26 @@ def test_blocks_of_rows_are_read_whole(tmp_path: Path, monkeypatch: pytest.Monke
         down = next(each for each in candidates.sets if "down_proj" in each.name)
         places = list(WeightErrors(candidates, "cpu").places(down))
         assert [(at, stop) for _, at, stop in places] == [(0, rows), (512 - rows, 512)]
+
+
+def test_of_a_source_in_blocks_no_more_is_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its rows are decoded from multiples of 128 on, but not up to the next."""
+    from search_models import save_model
+
+    wide = save_model("Llama", tmp_path / "wide", hidden_size=512, num_hidden_layers=1)
+    blocks = tmp_path / "blocks"
+    quantize(QuantizeRequest(model=wide, recipe=load_scheme("fp8-block"), out=blocks))
+    candidates = find_candidates(open_checkpoint(blocks), SCHEMES)
+    down = next(each for each in candidates.sets if "down_proj" in each.name)
+    whole = WeightErrors(candidates, "cpu").measure(down, SCHEMES)
+    monkeypatch.setattr("ckptq.search.weight_errors.ENOUGH", 1)
+    few = WeightErrors(candidates, "cpu")
+    assert [(at, stop) for _, at, stop in few.places(down)] == [(0, 16), (384, 400)]
+    found = few.measure(down, SCHEMES)
+    assert found == pytest.approx(whole, rel=0.1)
+    assert found != whole
 
 
 def test_some_of_many_experts_stand_for_all(experts: Path, monkeypatch: pytest.MonkeyPatch) -> None:
