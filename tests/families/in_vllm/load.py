@@ -14,7 +14,7 @@ import importlib.util
 import json
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -52,6 +52,26 @@ def load(worker: Any, checkpoint: str) -> dict[str, Any]:
     unfilled = {name: empty(p.data) for name, p in model.named_parameters()}
     sizes = {name: p.numel() for name, p in model.named_parameters()}
     return {"error": None, "unfilled": {n: [c, sizes[n]] for n, c in unfilled.items() if c}}
+
+
+def answer(
+    about: Callable[[torch.nn.Module], object],
+    checkpoint: str,
+    more: Callable[[], dict[str, Any]] = dict,
+) -> None:
+    """Print JSON about vLLM's own class with the checkpoint in it; `more` of `VllmConfig`."""
+    worker, out = script(Path(sys.argv[1])), os.dup(1)
+    os.dup2(2, 1)  # vLLM prints where it likes
+    worker.LARGE = sys.maxsize  # tensors have data
+    limits, building = (worker.script(worker.EXTRACT / f"{n}.py") for n in ("limits", "build"))
+    worker.stand_in_for_kernels()
+    limits.lift_limits_of_this_machine()
+    building.start_process_groups()
+    model = worker.build(checkpoint, **more())
+    with torch.no_grad():
+        model.load_weights(tensors_of(checkpoint))
+    with os.fdopen(out, "w") as file:
+        json.dump(about(model), file)
 
 
 def script(path: Path) -> Any:
