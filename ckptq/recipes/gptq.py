@@ -8,7 +8,7 @@ from typing import Any
 
 from ckptq.errors import UsageError
 from ckptq.recipes.scheme import DESCENTS, Gptq, Group, Recipe
-from ckptq.recipes.spelled import AUTOROUND, GPTQ, changed
+from ckptq.recipes.spelled import changed, chooser_of
 
 SUFFIX = "-gptq"
 
@@ -32,8 +32,7 @@ def with_gptq(recipe: Recipe) -> Recipe:
     UsageError for a recipe without weights, or with a format that GPTQ has no codes for. The name
     says it: "w4a16-gptq".
     """
-    if recipe.handed_over or recipe.chooses:
-        runs = (*recipe.handed_over, AUTOROUND if recipe.tuning is not None else GPTQ)[0]
+    if (runs := chooser_of(recipe)) is not None:
         raise UsageError(f"recipe {recipe.name!r} has {runs} already; GPTQ cannot be added to it")
     if not recipe.linears:
         raise UsageError(f"recipe {recipe.name!r} quantizes no weights, so GPTQ has none to choose")

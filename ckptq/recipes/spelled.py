@@ -35,6 +35,15 @@ def changed(recipe: Recipe, suffix: str = "", **fields: Any) -> Recipe:
     return replace(made, text=spelled(made))
 
 
+def chooser_of(scheme: Recipe) -> str | None:
+    """The modifier that chooses codes, or runs in llm-compressor; None where codes are nearest."""
+    if scheme.handed_over:
+        return scheme.handed_over[0]
+    if scheme.tuning is not None:
+        return AUTOROUND
+    return None if scheme.gptq is None else GPTQ
+
+
 def _modifier(scheme: Recipe) -> tuple[str, dict[str, Any]]:
     """Its class and own fields. GPTQ's `actorder` left out would be static; groups say it if it
     is."""

@@ -8,7 +8,7 @@ from typing import Any
 from ckptq.errors import UsageError
 from ckptq.recipes.args import MINMAX
 from ckptq.recipes.scheme import Recipe, Tuning
-from ckptq.recipes.spelled import AUTOROUND, GPTQ, changed
+from ckptq.recipes.spelled import AUTOROUND, changed, chooser_of
 
 SUFFIX = "-tuned"
 
@@ -29,8 +29,7 @@ def with_tuning(recipe: Recipe) -> Recipe:
     UsageError for a recipe without weights, or with a format that AutoRound does not tune. The name
     says it: "w4a16-tuned".
     """
-    if recipe.handed_over or recipe.chooses:
-        runs = (*recipe.handed_over, AUTOROUND if recipe.tuning is not None else GPTQ)[0]
+    if (runs := chooser_of(recipe)) is not None:
         raise UsageError(f"recipe {recipe.name!r} has {runs} already; AutoRound cannot be added")
     return checked(changed(recipe, SUFFIX, tuning=Tuning(enable_torch_compile=False)))
 
