@@ -43,8 +43,8 @@ class OnCores:
         if workers * BLOCK_ELEMENTS > CALL_ELEMENTS:
             self.elements = LARGEST_BLOCK
 
-    def turn(self) -> AbstractContextManager[object]:
-        """In which a thread reads, decodes and quantizes rows."""
+    def turn(self, linear: str) -> AbstractContextManager[object]:
+        """In which a thread reads, decodes and quantizes rows of a Linear."""
         return nullcontext()
 
     def place(self, scheme: WeightScheme) -> Place | None:
@@ -70,12 +70,14 @@ class OnGpu(OnCores):
         self._lane = _Lane(device)
 
     @contextmanager
-    def turn(self) -> Iterator[None]:
+    def turn(self, linear: str) -> Iterator[None]:
         try:
             with torch.cuda.stream(self._lane.stream):
                 yield
         except torch.OutOfMemoryError as error:
-            raise MachineError(f"{self._device}: out of memory; use fewer --workers") from error
+            raise MachineError(
+                f"{self._device}: out of memory for rows of {linear}; use fewer --workers"
+            ) from error
 
     def place(self, scheme: WeightScheme) -> Place | None:
         return None if scheme.search is not None else self._there

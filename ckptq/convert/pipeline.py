@@ -106,7 +106,7 @@ def _maker(
         return lambda start, stop: repacked_rows(weight, parts(start, stop))
 
     def quantized(start: int, stop: int) -> Mapping[str, Tensor]:
-        with naming(part.linear.name, weight.stored), ends.arithmetic.turn():
+        with naming(part.linear.name, weight.stored), ends.arithmetic.turn(part.linear.name):
             return ends.arithmetic.quantize(rows[weight](start, stop), part.scheme, shared)
 
     return quantized
@@ -172,7 +172,7 @@ def _statistic_of_run(
 ) -> None:
     weight = part.weight
     for start, stop in blocks(run, weight.spec, weight.quantum):
-        with naming(part.linear.name, part.weight.stored), arithmetic.turn():
+        with naming(part.linear.name, part.weight.stored), arithmetic.turn(part.linear.name):
             found.append(arithmetic.statistic(rows(start, stop), part.scheme))
 
 
