@@ -7,12 +7,17 @@ from __future__ import annotations
 
 import gc
 import os
+from importlib.util import find_spec
 
 import pytest
 import torch
 
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
+    if find_spec("triton"):
+        from tiny.interpreter import hasten
+
+        hasten()
 
 
 LONGEST = ("test_builds", "test_verify_faults", "test_gptq_verify", "test_make_checkpoint")
