@@ -20,9 +20,13 @@ import torch
 import transformers
 from transformers import CompressedTensorsConfig
 
+from ckptq.checkpoint.open import open_checkpoint
+from ckptq.engines.table import load_table
 from ckptq.verify.run import verify
 from families.cells import NOISE, cells, make, quiet, write_token_ids
 from families.sources import FAMILIES, HANDMADE, save
+
+MB = 2**20
 
 TOWER_SCALE = re.compile(r"vision.*\.[kv]_scale$")
 
@@ -105,6 +109,17 @@ def test_logits_show_what_no_weight_shows(
     assert max(errors(theirs.parameters, ours.parameters))[0] < NOISE["fp8-dynamic"]
     found = distance(ours.logits_BTV, theirs.logits_BTV)
     assert found > FARTHER * under_noise(theirs, NOISE["fp8-dynamic"])
+
+
+def test_every_family_is_small_and_was_asked(sources: Path) -> None:
+    table = load_table()
+    asked = {*table.architectures, *table.content["failed"]}
+    for family in FAMILIES:
+        folder = save(family, sources)
+        (architecture,) = json.loads((folder / "config.json").read_text())["architectures"]
+        assert architecture in asked, family
+        assert sum(p.stat().st_size for p in folder.glob("*.safetensors")) < 20 * MB, family
+        assert open_checkpoint(folder).tensors, family
 
 
 class Loaded:
