@@ -20,7 +20,8 @@ if not torch.cuda.is_available():
         hasten()
 
 
-LONGEST = ("test_builds", "test_verify_faults", "test_gptq_verify", "test_make_checkpoint")
+LONGEST = ("test_families", "test_builds", "test_verify_faults", "test_gptq_verify")
+LONGEST += ("test_gptq_oneshot", "test_make_checkpoint")
 """Files that would decide when all tests end, if a process began with one of them last."""
 
 gc.set_threshold(50_000, 20, 100)
