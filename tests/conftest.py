@@ -7,15 +7,21 @@ from __future__ import annotations
 
 import gc
 import os
+from importlib.util import find_spec
 
 import pytest
 import torch
 
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
+    if find_spec("triton"):
+        from tiny.interpreter import hasten
+
+        hasten()
 
 
-LONGEST = ("test_builds", "test_verify_faults", "test_gptq_verify", "test_make_checkpoint")
+LONGEST = ("test_families", "test_builds", "test_verify_faults", "test_gptq_verify")
+LONGEST += ("test_gptq_oneshot", "test_make_checkpoint")
 """Files that would decide when all tests end, if a process began with one of them last."""
 
 gc.set_threshold(50_000, 20, 100)

@@ -30,7 +30,7 @@ print(json.dumps({**peaks, "kept": peak(deep)}))
 """Peaks only grow, so the order is from the small to the large. VmHWM, because ru_maxrss would
 begin at the peak of the process that starts this one."""
 
-SHALLOW, DEEP = 2, 14
+SHALLOW, DEEP = 2, 8
 WIDE = {"hidden_size": 512, "intermediate_size": 4096, "head_dim": 128, "num_key_value_heads": 4}
 LAYER_BYTES = 2 * (4 * 512 * 512 + 3 * 512 * 4096)
 """14.7 MB: the bf16 weights of one decoder layer."""

@@ -3,13 +3,12 @@
 import os
 import shutil
 import signal
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from calibrate_models import LAYERS, samples_of
+from tiny.forked import SECONDS, process
 from tiny.rows import token_rows
 
 from ckptq.calibrate import journal as journal_module
@@ -32,10 +31,14 @@ class Killed(BaseException):
     """Stands for a signal: nothing may catch it."""
 
 
-def run(ckpt, folder: Path, die_after: int | None = None, observer="percentile"):
+def raise_killed() -> None:
+    raise Killed
+
+
+def run(ckpt, folder: Path, die_after=None, observer="percentile", die=raise_killed):
     def progress(done: int, total: int) -> None:
         if done == die_after:
-            raise Killed
+            die()
 
     return calibrate(
         ckpt,
@@ -239,28 +242,18 @@ def test_writing_takes_a_tenth_of_the_time_at_most(saved, tmp_path, monkeypatch)
     assert written_after == [1, 4, 7]
 
 
-KILLED = """
-import os, signal, sys
-from pathlib import Path
-from ckptq.calibrate import journal
-from ckptq.calibrate.run import calibrate
-from ckptq.text.samples import Samples
-from ckptq.checkpoint.open import open_checkpoint
-from ckptq.plan.attention import AttentionPlan
-journal.SHARE_OF_TIME = float("inf")
-rows = eval(sys.argv[3])
-calibrate(open_checkpoint(Path(sys.argv[1])), Samples(rows, "test", 24, 0),
-          attention=AttentionPlan(observer="percentile"), batch_size=2, journal=Path(sys.argv[2]),
-          progress=lambda done, total: done == 2 and os.kill(os.getpid(), signal.SIGKILL))
-"""
+def killed(source: Path, folder: Path) -> None:
+    journal_module.SHARE_OF_TIME = float("inf")
+    run(open_checkpoint(source), folder, 2, die=lambda: os.kill(os.getpid(), signal.SIGKILL))
 
 
 def test_sigkill(saved, tmp_path, run_layers):
     ckpt = saved("llama")
     folder = tmp_path / "journal"
-    command = [sys.executable, "-c", KILLED, str(ckpt.path), str(folder), repr(SAMPLES.token_ids)]
-    done = subprocess.run(command, capture_output=True, env=os.environ)
-    assert done.returncode == -signal.SIGKILL, done.stderr
+    run_killed = process(killed, ckpt.path, folder)
+    run_killed.start()
+    run_killed.join(SECONDS)
+    assert run_killed.exitcode == -signal.SIGKILL
     want = written(run(ckpt, tmp_path / "whole"), tmp_path / "want")
     run_layers.clear()
     assert written(run(ckpt, folder), tmp_path / "got") == want

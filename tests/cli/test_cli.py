@@ -569,13 +569,13 @@ def test_an_interrupt_that_python_drops_comes_again() -> None:
 
 
 @pytest.mark.parametrize("closed", ["2>&-", "<&- >&- 2>&-"])
-def test_a_closed_stream_changes_no_exit_code(tmp_path: Path, closed: str) -> None:
+def test_a_closed_stream_changes_no_exit_code(llama: Path, tmp_path: Path, closed: str) -> None:
     """As a daemon starts commands."""
     script = (
-        f'"$0" -m ckptq recipes {closed}; a=$?; "$0" -m ckptq verify nothing {closed}; echo $a $?'
+        f'"$0" -m ckptq inspect "$1" {closed}; a=$?; "$0" -m ckptq verify no {closed}; echo $a $?'
     )
     done = subprocess.run(
-        ["sh", "-c", script, sys.executable], cwd=tmp_path, capture_output=True, text=True,
+        ["sh", "-c", script, sys.executable, llama], cwd=tmp_path, capture_output=True, text=True,
         env=os.environ | {"HF_HUB_OFFLINE": "1"},  # or it would wait for the hub
     )  # fmt: skip
     assert done.stdout.splitlines()[-1] == "0 3"

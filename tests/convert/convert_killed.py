@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import hub_server
-from tiny.forked import SECONDS, server
+from tiny.forked import SECONDS, process, server
 
 from ckptq.checkpoint import journal
 from ckptq.checkpoint.hub.upload import Destination
@@ -67,12 +67,12 @@ def perform(run: Run, begun: Callable[[int], None] = int) -> tuple[int, int]:
     """The exit code of the process, negative for a signal, and how many steps it had begun. `begun`
     gets its number."""
     count = server.Value("i", 0)
-    process = server.Process(target=_main, args=(run, count))
-    process.start()
-    begun(process.pid or 0)
-    process.join(SECONDS)
-    assert process.exitcode is not None, f"{run} hangs"
-    return process.exitcode, count.value
+    forked = process(_main, run, count)
+    forked.start()
+    begun(forked.pid or 0)
+    forked.join(SECONDS)
+    assert forked.exitcode is not None, f"{run} hangs"
+    return forked.exitcode, count.value
 
 
 def _main(run: Run, count: Any) -> None:

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from convert_killed import STEPS
-from tiny.forked import SECONDS, server
+from tiny.forked import SECONDS, process, server
 
 Call = Callable[..., Any]
 
@@ -55,11 +55,11 @@ def ckptq(
     said = folder / "said"
     steps, reads = server.Value("i", 0), server.Value("i", 0)
     run = (words, folder, accident, left_out, said, steps, reads)
-    process = server.Process(target=_main, args=run)
-    process.start()
-    process.join(SECONDS)
-    assert process.exitcode is not None, f"{words} hangs"
-    return Ended(process.exitcode, said.read_text(errors="replace"), steps.value, reads.value)
+    forked = process(_main, *run)
+    forked.start()
+    forked.join(SECONDS)
+    assert forked.exitcode is not None, f"{words} hangs"
+    return Ended(forked.exitcode, said.read_text(errors="replace"), steps.value, reads.value)
 
 
 def _main(

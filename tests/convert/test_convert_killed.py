@@ -87,7 +87,7 @@ def complete(uninterrupted) -> Run:
 
 
 def test_killed_at_each_of_the_last_steps(complete):
-    """Documents, syncs, the rename, the cleanup: at every second one until it, then at each."""
+    """Documents, syncs, the rename, the cleanup: at every fourth one until it, then at each."""
     finish = replace(complete, die_in=None, die_at=None, out=complete.out.with_name("last"))
 
     def die(at: int | None) -> int:
@@ -101,7 +101,7 @@ def test_killed_at_each_of_the_last_steps(complete):
     shutil.rmtree(finish.out)
     after_the_rename = 0
     for at in range(1, steps + 1):
-        if at % 2 and at < steps - LAST:
+        if at % 4 and at < steps - LAST:
             continue
         assert die(at) == -signal.SIGKILL
         if finish.out.exists():

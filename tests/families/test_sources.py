@@ -1,31 +1,10 @@
-"""Every family is made in a moment, and the engines' table was asked about it."""
+"""How sources are put together: experts that are fused, layers that are added, other names."""
 
 from __future__ import annotations
 
-import json
-from pathlib import Path
-
-import pytest
 import torch
 
-from ckptq.checkpoint.open import open_checkpoint
-from ckptq.engines.table import load_table
 from families.hub import add_mtp_layer, fuse_experts, renamed
-from families.sources import FAMILIES, save
-
-MB = 2**20
-
-
-@pytest.mark.slow
-def test_every_family_is_small_and_was_asked(tmp_path: Path) -> None:
-    table = load_table()
-    asked = {*table.architectures, *table.content["failed"]}
-    for family in FAMILIES:
-        folder = save(family, tmp_path)
-        (architecture,) = json.loads((folder / "config.json").read_text())["architectures"]
-        assert architecture in asked, family
-        assert sum(p.stat().st_size for p in folder.glob("*.safetensors")) < 20 * MB, family
-        assert open_checkpoint(folder).tensors, family
 
 
 def test_fused_experts_hold_what_the_experts_held() -> None:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
+from functools import cache
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
@@ -25,7 +26,7 @@ from ckptq.recipes.scheme import Recipe
 
 SIZES: dict[str, Any] = {
     "hidden_size": 128,
-    "num_hidden_layers": 3,
+    "num_hidden_layers": 2,
     "num_attention_heads": 4,
     "num_key_value_heads": 2,
     "head_dim": 32,
@@ -72,6 +73,11 @@ def converted(
     request = QuantizeRequest(model=source, recipe=recipe, out=out, calibration=wanted, **options)
     quantize(request, note=note)
     return out
+
+
+def each_once(source: Path, folder: Path) -> Callable[[str], Path]:
+    """Scheme -> what `converted` makes by it, which nobody may write to."""
+    return cache(lambda scheme: converted(source, folder / scheme, scheme))
 
 
 def by_oneshot(

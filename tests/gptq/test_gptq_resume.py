@@ -83,11 +83,11 @@ def dies_at(where: str, count: int) -> Callable[[pytest.MonkeyPatch], None]:
 @pytest.mark.parametrize(
     ("where", "count", "again"),
     [
-        ("within a layer", 10, [1, 2]),
-        ("before a layer is kept", 2, [1, 2]),
-        ("behind a kept layer", 2, [1, 2]),
-        ("before the state is kept", 1, [0, 1, 2]),
-        ("behind a kept state", 2, [2]),
+        ("within a layer", 10, [1]),
+        ("before a layer is kept", 2, [1]),
+        ("behind a kept layer", 2, [1]),
+        ("before the state is kept", 1, [0, 1]),
+        ("behind a kept state", 1, [1]),
     ],
 )
 def test_killed_it_goes_on_and_ends_with_equal_bytes(
@@ -132,7 +132,7 @@ def test_a_layer_that_is_not_as_it_was_written_is_made_again(
         file.write_bytes(data[:-9] + (b"" if damage == "cut" else bytes(9)))
     ran.clear()
     assert digests(converted(llama, tmp_path / "out", SCHEME)) == whole
-    assert ran == [0, 1, 2]
+    assert ran == [0, 1]
 
 
 def test_finished_layers_are_not_run_again(

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
-from gptq_cases import by_oneshot, converted, save
+from gptq_cases import by_oneshot, converted, each_once, save
 from safetensors.torch import load_file, save_file
 from tiny.rows import token_rows, write_rows
 
@@ -36,9 +37,22 @@ def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return save(tmp_path_factory.mktemp("judged"))
 
 
+@pytest.fixture(scope="session")
+def made(llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    return each_once(llama, tmp_path_factory.mktemp("made"))
+
+
+@pytest.fixture
+def copied(made: Callable[[str], Path], tmp_path: Path) -> Callable[[str], Path]:
+    """Scheme -> a copy to be damaged."""
+    return lambda scheme: shutil.copytree(made(scheme), tmp_path / "out")
+
+
 @pytest.mark.parametrize("scheme", SCHEMES)
-def test_codes_that_gptq_chose_are_no_fault(llama: Path, tmp_path: Path, scheme: str) -> None:
-    report = verify(converted(llama, tmp_path / "out", scheme), llama)
+def test_codes_that_gptq_chose_are_no_fault(
+    llama: Path, made: Callable[[str], Path], scheme: str
+) -> None:
+    report = verify(made(scheme), llama)
     assert report.findings == ()
     [note] = {note.code: note for note in report.notes}.values()
     assert note.code == "codes-not-nearest"
@@ -46,8 +60,10 @@ def test_codes_that_gptq_chose_are_no_fault(llama: Path, tmp_path: Path, scheme:
 
 
 @pytest.mark.parametrize("scheme", WEIGHED)
-def test_ranges_that_inputs_weigh_are_no_fault(llama: Path, tmp_path: Path, scheme: str) -> None:
-    out = converted(llama, tmp_path / "out", scheme)
+def test_ranges_that_inputs_weigh_are_no_fault(
+    llama: Path, copied: Callable[[str], Path], scheme: str
+) -> None:
+    out = copied(scheme)
     report = verify(out, llama)
     assert report.findings == ()
     assert {note.code for note in report.notes} <= KNOWN
@@ -95,8 +111,10 @@ LAYER = "model.layers.1.mlp"
 
 
 @pytest.mark.parametrize("damage", ["random codes", "another Linear's codes", "a few scales"])
-def test_what_is_wrong_with_them_is_found(llama: Path, tmp_path: Path, damage: str) -> None:
-    out = converted(llama, tmp_path / "out", "w4a16-g32-gptq")
+def test_what_is_wrong_with_them_is_found(
+    llama: Path, copied: Callable[[str], Path], damage: str
+) -> None:
+    out = copied("w4a16-g32-gptq")
 
     def change(tensors: dict[str, torch.Tensor]) -> None:
         codes, others = (f"{LAYER}.{name}_proj.weight_packed" for name in ("gate", "up"))
@@ -116,9 +134,9 @@ def test_what_is_wrong_with_them_is_found(llama: Path, tmp_path: Path, damage: s
 
 @pytest.mark.parametrize("damage", ["the other sign", "another row"])
 def test_a_lost_row_is_found_where_scales_were_fitted_too(
-    llama: Path, tmp_path: Path, damage: str
+    llama: Path, copied: Callable[[str], Path], damage: str
 ) -> None:
-    out = converted(llama, tmp_path / "out", "w4a16-g32-refined")
+    out = copied("w4a16-g32-refined")
 
     def change(tensors: dict[str, torch.Tensor]) -> None:
         codes, scale = (
@@ -127,7 +145,7 @@ def test_a_lost_row_is_found_where_scales_were_fitted_too(
         if damage == "the other sign":
             scale[7] *= -1
         else:
-            codes[7], scale[7] = codes[8], scale[8]
+            codes[7], scale[7] = codes[9], scale[9]
 
     edit(out, change)
     [found] = verify(out, llama).findings
@@ -135,9 +153,8 @@ def test_a_lost_row_is_found_where_scales_were_fitted_too(
     assert "1 of" in str(found.found)
 
 
-def test_a_folder_says_in_its_record_what_gptq_did(llama: Path, tmp_path: Path) -> None:
-    out = converted(llama, tmp_path / "out", "w4a16-g32-gptq")
-    record = json.loads((out / "ckptq.json").read_text())
+def test_a_folder_says_in_its_record_what_gptq_did(made: Callable[[str], Path]) -> None:
+    record = json.loads((made("w4a16-g32-gptq") / "ckptq.json").read_text())
     assert record["by_inputs"] == {"nearest": [], "unsolved": [], "massive": {}, "experts": {}}
     assert record["calibration"]["samples"] == 12
 
@@ -154,20 +171,13 @@ JUDGED = ["w4a16-g32-refined", "w4a16-g32-gptq", "w4a16-channel-gptq", "nvfp4a16
 JUDGED += ["w8a8-gptq", "fp8-dynamic-refined"]
 
 
-@pytest.fixture(scope="session")
-def chosen(llama: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """Results of each scheme, made once."""
-    folder = tmp_path_factory.mktemp("chosen")
-    return {scheme: converted(llama, folder / scheme, scheme) for scheme in JUDGED}
-
-
 @pytest.mark.parametrize("scheme", JUDGED)
 def test_by_other_text_choices_are_right(
-    llama: Path, chosen: dict[str, Path], other_text: str, scheme: str
+    llama: Path, made: Callable[[str], Path], other_text: str, scheme: str
 ) -> None:
-    report = verify(chosen[scheme], llama, text=other_text)
+    report = verify(made(scheme), llama, text=other_text)
     assert report.findings == ()
-    assert report.checks["linears judged by text"] == 21
+    assert report.checks["linears judged by text"] == 14
 
 
 def test_by_other_text_what_oneshot_chose_is_right(
@@ -176,7 +186,7 @@ def test_by_other_text_what_oneshot_chose_is_right(
     by_oneshot(llama, tmp_path, load_scheme("w4a16-g32-gptq").text)
     report = verify(tmp_path, llama, text=other_text)
     assert report.findings == ()
-    assert report.checks["linears judged by text"] == 21
+    assert report.checks["linears judged by text"] == 14
 
 
 def negate(linear: dict[str, torch.Tensor]) -> str:
@@ -211,10 +221,9 @@ DAMAGE = [
 
 @pytest.mark.parametrize(("scheme", "change"), DAMAGE)
 def test_damage_that_looks_like_a_choice_is_seen_by_text(
-    llama: Path, chosen: dict[str, Path], tmp_path: Path, other_text: str, scheme: str, change
+    llama: Path, copied: Callable[[str], Path], other_text: str, scheme: str, change
 ) -> None:
-    out = tmp_path / "out"
-    shutil.copytree(chosen[scheme], out)
+    out = copied(scheme)
     where: list[str] = []
 
     def damage(tensors: dict[str, torch.Tensor]) -> None:
@@ -230,8 +239,10 @@ def test_damage_that_looks_like_a_choice_is_seen_by_text(
     assert where[0] in str(found.found)
 
 
-def test_text_for_nothing_is_refused(llama: Path, tmp_path: Path, other_text: str) -> None:
-    out = converted(llama, tmp_path / "out", "w4a16-g32")
+def test_text_for_nothing_is_refused(
+    llama: Path, made: Callable[[str], Path], other_text: str
+) -> None:
+    out = made("w4a16-g32")
     with pytest.raises(UsageError, match=r"no codes of .* are said to be chosen by text"):
         verify(out, llama, text=other_text)
     with pytest.raises(UsageError, match="--samples 3 applies only to --attention and --data"):
@@ -239,11 +250,10 @@ def test_text_for_nothing_is_refused(llama: Path, tmp_path: Path, other_text: st
 
 
 def test_a_row_that_another_tool_gave_up_is_no_fault(
-    llama: Path, chosen: dict[str, Path], tmp_path: Path
+    llama: Path, copied: Callable[[str], Path]
 ) -> None:
     """As oneshot does in SmolLM2's layers 11 and 28, for tokens that ckptq leaves out."""
-    out = tmp_path / "out"
-    shutil.copytree(chosen["w4a16-g32-gptq"], out)
+    out = copied("w4a16-g32-gptq")
 
     def give_up(tensors: dict[str, torch.Tensor]) -> None:
         tensors[f"{LAYER}.up_proj.weight_packed"][7] = tensors[f"{LAYER}.up_proj.weight_packed"][8]

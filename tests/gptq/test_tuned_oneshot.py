@@ -19,7 +19,7 @@ from ckptq.verify.run import verify
 
 @pytest.fixture(scope="session")
 def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save(tmp_path_factory.mktemp("tuned"), num_hidden_layers=2)
+    return save(tmp_path_factory.mktemp("tuned"))
 
 
 def codes_of(tensors: dict[str, torch.Tensor]) -> set[str]:
@@ -51,7 +51,7 @@ def test_of_8_bits_it_rounds_twice_and_we_once(tmp_path: Path) -> None:
 
 def test_experts_are_oneshots(tmp_path: Path) -> None:
     """They are fused in one tensor while layers run, and are Linears while they are tuned."""
-    moe = save(tmp_path / "moe", "Qwen3Moe", num_hidden_layers=2, **MOE)
+    moe = save(tmp_path / "moe", "Qwen3Moe", **MOE)
     recipe = in_steps("w4a16-g32-tuned", 4)
     ours = tensors_in(converted(moe, tmp_path / "out", recipe))
     text = recipe.text.replace("- lm_head", "- lm_head\n      - re:.*gate$")

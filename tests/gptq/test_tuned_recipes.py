@@ -106,7 +106,7 @@ def test_what_cannot_be_tuned_is_refused_before_the_work(
 
 
 def test_layers_that_are_ignored_pass_tuned_samples_on(tmp_path: Path) -> None:
-    llama = save(tmp_path / "llama", num_hidden_layers=2)
+    llama = save(tmp_path / "llama")
     text = in_steps("w4a16-g32-tuned", 1).text.replace("- lm_head", "- lm_head\n      - re:.*s.0.*")
     out = converted(llama, tmp_path / "out", load_text("own", text))
     packed = [name for name in tensors_in(out) if name.endswith("weight_packed")]

@@ -28,7 +28,7 @@ def test_killed_it_goes_on_and_ends_with_equal_bytes(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, where: str
 ) -> None:
     """Layer 1 is given what the tuned layer 0 made of the samples, which is kept."""
-    llama = save(tmp_path / "llama", num_hidden_layers=2)
+    llama = save(tmp_path / "llama")
     recipe = in_steps("w4a16-g32-tuned", 2, lr=0.03)
     whole = digests(converted(llama, tmp_path / "whole", recipe))
     owner, name = (Block, "tune") if where.endswith("tuned") else (Kept, "keep")

@@ -27,7 +27,7 @@ SHARED_MEMORY = {80: 163 << 10, 90: 227 << 10, 100: 227 << 10}
 """Bytes that a program may have, by capability: CUDA C++ Programming Guide, technical
 specifications."""
 
-MOST = {80: 2, 90: 100, 100: 2}
+MOST = {80: 1, 90: 100, 100: 1}
 """Variants of each kernel that are compiled: all for Hopper, the first for the others."""
 
 

@@ -36,7 +36,7 @@ def dense(device: torch.device) -> None:
     attention(narrow_q, narrow_k, narrow_k, scaling=1.0, mask=local, softcap=9.0, spans=spans)
     wide = torch.zeros(1, 4, 256, 256, dtype=torch.bfloat16, device=device)
     attention(wide, wide, wide, scaling=1.0)
-    attention(*[wide[..., :64].float()] * 3, scaling=1.0)
+    attention(*[wide[..., :32].float()] * 3, scaling=1.0)
 
 
 def paged(device: torch.device) -> None:
@@ -67,7 +67,8 @@ def paged(device: torch.device) -> None:
         held = TokenHeadCache.empty(fmt, 4, 16, 2, D, device=device)
         write_token_head(x_TKD[..., :D], held, slot_T)
         token_head_attention(q_THD[..., :D], held, held, sequences, scaling=1.0)
-    token_head_attention(q_THD[..., :96].float(), held, held, sequences, scaling=1.0)
+    held = TokenHeadCache.empty(INT4, 4, 16, 2, 32, device=device)
+    token_head_attention(q_THD[..., :32].float(), held, held, sequences, scaling=1.0)
     for fmt in (INT4, INT2):
         plain = TokenHeadCache.empty(fmt, 4, 16, 2, 128, device=device, rotation=Rotation.NONE)
         write_token_head(x_TKD, plain, slot_T)

@@ -21,6 +21,7 @@ WGMMA = "wgmma.mma_async.sync.aligned"
 @cache
 def built(capability: int) -> dict[str, dict[str, list]]:
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    environment["TRITON_DISABLE_LINE_INFO"] = "1"  # which takes time
     environment["PYTHONPATH"] = os.pathsep.join([str(HERE.parents[1]), str(HERE)])
     command = [sys.executable, str(HERE / "build_all.py"), str(capability)]
     done = subprocess.run(command, env=environment, capture_output=True, text=True)

@@ -3,6 +3,7 @@ command begins after milliseconds instead of seconds."""
 
 from __future__ import annotations
 
+import gc
 import multiprocessing
 import os
 import subprocess
@@ -28,6 +29,16 @@ server.set_forkserver_preload(
 )
 
 
+def process(target: Callable[..., None], *args: object) -> multiprocessing.Process:
+    """One that the server forks when it is started."""
+    return server.Process(target=_begin, args=(target, *args))
+
+
+def _begin(target: Callable[..., None], *args: object) -> None:
+    gc.freeze()  # or the collector looks through all that the server holds, and copies every page
+    target(*args)
+
+
 def nothing() -> None:
     """What most commands need before they begin."""
 
@@ -45,7 +56,7 @@ class Command:
         self.folder = TemporaryDirectory()
         self.args = [str(word) for word in words]
         task = (self.args, self.folder.name, first, encoding, dict(environment))
-        self.process = server.Process(target=_main, args=task)
+        self.process = process(_main, *task)
         self.process.start()
 
     @property

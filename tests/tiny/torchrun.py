@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from tiny import ranks_session
-from tiny.forked import server
+from tiny.forked import process
 
 SECONDS = 120
 
@@ -49,14 +49,14 @@ def forked(
     _write(folder, commands)
     every = []
     for environment in environments(ranks, a_host):
-        every.append(server.Process(target=ranks_session.perform, args=(folder, environment)))
+        every.append(process(ranks_session.perform, folder, environment))
         every[-1].start()
-    for process in every:
-        process.join(SECONDS)
-        if process.exitcode is None:
+    for rank in every:
+        rank.join(SECONDS)
+        if rank.exitcode is None:
             for each in every:
                 each.kill()
-        assert process.exitcode == 0, "a rank hangs, or has a fault of its own"
+        assert rank.exitcode == 0, "a rank hangs, or has a fault of its own"
     return _read(folder, len(commands), ranks)
 
 
