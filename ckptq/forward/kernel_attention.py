@@ -38,14 +38,14 @@ def fused_attention(
 
     `lengths` is the number of real positions in each row.
     """
-    from ckptq.kernels.attention.calibration_attention import attention_with_maxima
+    from ckptq.kernels.attention.dense_attention import attention
 
     query, key, value = qkv_BHSD
     real = tuple(lengths)
     words = in_words(module, real, query, key, attention_mask, kwargs)
     if words is None:
         return None
-    return attention_with_maxima(
+    return attention(
         *(query, key, value),
         scaling=words.scaling,
         mask=words.mask,
@@ -129,8 +129,7 @@ def says_the_same(
     """
     import torch
 
-    from ckptq.kernels.attention.mask import Mask
-    from ckptq.kernels.attention.reference import seen
+    from ckptq.kernels.attention.mask import Mask, seen
 
     if attention_mask is None:
         full = spans_of((S,), torch.device("cpu"))

@@ -20,6 +20,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from ckptq.forward import kernel_attention
+from ckptq.kernels.gpu import on_gpu
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -78,10 +79,8 @@ def attention(
     """transformers' `sdpa_attention_forward`, with the module's tap called first."""
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-    from ckptq.kernels.gpu import on_gpu
-
     name, tap = getattr(module, _TAP, ("", None))
-    if tap is not None and tap.maxima is not None and on_gpu(query):
+    if tap is not None and tap.maxima is not None and on_gpu(query.device):
         buffers = partial(tap.maxima, name, query, key)
         qkv = (query, key, value)
         out = kernel_attention.fused_attention(

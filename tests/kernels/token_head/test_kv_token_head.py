@@ -3,17 +3,17 @@
 import math
 
 import pytest
+import reference_cache as paged
 import torch
 import triton
 import triton.language as tl
 from kernel_cases import same
 from kv_cases import BLOCK, BLOCKS, heads, per_sequence, sequences, slots
+from reference_quantize import nearest_e4m3
 from torch import Tensor
 
 from ckptq.errors import UsageError
 from ckptq.kernels.attention.mask import Mask
-from ckptq.kernels.cache import reference as paged
-from ckptq.kernels.quantize.reference import nearest_e4m3
 from ckptq.kernels.token_head import reference as kv
 from ckptq.kernels.token_head.kv_codes import DECODERS, value_pairs
 from ckptq.kernels.token_head.kv_format import (
