@@ -19,6 +19,7 @@ from ckptq.evaluate.caches.kv_cache import (
     KVCache,
     Maxima,
 )
+from ckptq.kernels.token_head.kv_format import FORMATS
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -104,12 +105,12 @@ def cut_toward_zero(x_BHSD: Tensor, scale_H: Tensor) -> Tensor:
 
 
 def _static(x_BHSD: Tensor, scale_H: Tensor) -> Tensor:
-    from ckptq.kernels.token_head.kv_simulate import fake_quantize_kv
+    from ckptq.verify.attention.fp8_heads import in_fp8
 
-    return fake_quantize_kv(x_BHSD, "fp8_per_head", scale=scale_H)
+    return in_fp8(x_BHSD, scale_H.view(-1, 1, 1).to(x_BHSD.device)).to(x_BHSD.dtype)
 
 
 def _dynamic(x_BHSD: Tensor, cache: KVCache) -> Tensor:
-    from ckptq.kernels.token_head.kv_simulate import fake_quantize_kv
+    from ckptq.kernels.token_head.reference import there_and_back
 
-    return fake_quantize_kv(x_BHSD, cache.mode.replace("-", "_"), rotation=cache.rotation)
+    return there_and_back(x_BHSD, FORMATS[cache.mode.replace("-", "_")], cache.rotation)
