@@ -12,16 +12,16 @@ from collections.abc import Mapping
 from functools import lru_cache
 from typing import TYPE_CHECKING
 
+import torch
+from torch import Tensor
+
+from ckptq.kernels.cache.paging import Sequences
 from ckptq.kernels.gpu import on_gpu
+from ckptq.kernels.token_head.token_head_cache import TokenHeadCache
 
 if TYPE_CHECKING:
-    import torch
-    from torch import Tensor
-
     from ckptq.forward.kernel_attention import Words
-    from ckptq.kernels.cache.paging import Sequences
     from ckptq.kernels.token_head.kv_format import KVFormat, Rotation
-    from ckptq.kernels.token_head.token_head_cache import TokenHeadCache
 
     Qkv = tuple[Tensor, Tensor, Tensor]
 
@@ -43,8 +43,6 @@ def over_static_fp8(
     With `round_query` q is E4M3 too, under the scales of "q", and so are the softmax's weights, as
     in FlashAttention 3.
     """
-    import torch
-
     from ckptq.kernels.cache.paged_attention import paged_attention
     from ckptq.kernels.cache.write_cache import write_cache
 
@@ -78,8 +76,6 @@ def over_tokens_and_heads(
 
     `rotation` replaces the format's own.
     """
-    import torch
-
     from ckptq.kernels.token_head.token_head_attention import token_head_attention
 
     q_BHSD = qkv_BHSD[0]
@@ -112,7 +108,6 @@ def _written(
     sequences: Sequences,
 ) -> TokenHeadCache:
     """Keys or values in their pages."""
-    from ckptq.kernels.token_head.token_head_cache import TokenHeadCache
     from ckptq.kernels.token_head.write_token_head import write_token_head
 
     _, K, D = x_TKD.shape
@@ -125,10 +120,6 @@ def _written(
 @lru_cache(maxsize=8)
 def _pages(B: int, S: int, device: torch.device) -> tuple[Tensor, Sequences]:
     """The slot of every token, and B sequences of S keys and queries."""
-    import torch
-
-    from ckptq.kernels.cache.paging import Sequences
-
     pages = -(-S // BLOCK)
     row_B1 = torch.arange(B, device=device)[:, None]
     slot_BS = row_B1 * pages * BLOCK + torch.arange(S, device=device)

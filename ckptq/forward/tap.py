@@ -17,16 +17,15 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+import torch
+from torch import Tensor, nn
 
 from ckptq.forward import kernel_attention
+from ckptq.forward.kernel_attention import Words
+from ckptq.kernels.attention.maxima import Maxima
 from ckptq.kernels.gpu import on_gpu
-
-if TYPE_CHECKING:
-    from torch import Tensor, nn
-
-    from ckptq.forward.kernel_attention import Words
-    from ckptq.kernels.attention.maxima import Maxima
 
 NAME = "ckptq"
 NAME_EAGER = "ckptq_eager"
@@ -128,8 +127,6 @@ def _by_family(
 
 def added(attention_mask: Tensor | None, query: Tensor) -> Tensor:
     """An SDPA mask, of which None is plain causal attention, as eager attention adds it."""
-    import torch
-
     S = query.shape[2]
     if attention_mask is None:
         attention_mask = torch.ones(S, S, dtype=torch.bool, device=query.device).tril()

@@ -1,16 +1,14 @@
 """Whether kernels compute, what CUDA allows of a launch, and what a GPU has.
 
-Imports no torch and no triton before a kernel runs.
+Imports no triton before a kernel runs.
 """
 
 from __future__ import annotations
 
 import os
 from functools import cache
-from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:
-    import torch
+import torch
 
 MOST_HEADS = 65535
 """Of all sequences of a launch together: CUDA takes no more programs along that axis."""
@@ -42,6 +40,4 @@ def multiprocessors(device: torch.device) -> int:
     """How many there are to fill; on a CPU as many as on an A100."""
     if device.type != "cuda":
         return 108
-    import torch
-
     return torch.cuda.get_device_properties(device).multi_processor_count

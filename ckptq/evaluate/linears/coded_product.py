@@ -10,16 +10,14 @@ Shape letters: T tokens of whatever leads, C input features, N output channels, 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
 
 from ckptq.evaluate.linears.inputs import InputScheme, in_groups, scale_of_inputs
 from ckptq.kernels.gpu import on_gpu
 from ckptq.quantize.coded import Coded
 from ckptq.quantize.weight_scheme import WeightScheme
-
-if TYPE_CHECKING:
-    import torch
-    from torch import Tensor
 
 Codes = tuple["Tensor", "Tensor"]
 """Of an input: codes [T, C], and scales [T, 1], [T, G] or [1, 1]."""
@@ -60,8 +58,6 @@ def _is_byte(scheme: WeightScheme) -> bool:
 
 def input_codes(inputs: InputScheme, x_TC: Tensor) -> Codes:
     """What `inputs.round` multiplies back, to the bit: E4M3 or INT8, and float32 scales."""
-    import torch
-
     from ckptq.kernels.quantize.quantize_static import quantize_static
 
     x_TC = x_TC.flatten(0, -2)

@@ -6,11 +6,9 @@ Positions count from a sequence's first real token, as transformers counts chunk
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:
-    import torch
-    from torch import Tensor
+import torch
+from torch import Tensor
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -57,8 +55,6 @@ def seen(
 
     On the device of `spans`, or on `device` without them.
     """
-    import torch
-
     spans = spans or (torch.tensor([0], device=device), torch.tensor([keys], device=device))
     start_B11, length_B11 = (x.view(-1, 1, 1) for x in spans)
     k_pos = torch.arange(keys, device=start_B11.device).view(1, 1, keys) - start_B11
