@@ -12,18 +12,16 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING
 
 from ckptq.checkpoint.header import StoredTensor
 from ckptq.checkpoint.read import Files, read_tensor
 from ckptq.models.quantized.encoded_weight import Encoded
 from ckptq.models.quantized.modelopt import NVFP4
 from ckptq.models.quantized.mxfp4_blocks import MXFP4
-from ckptq.quantize.codes import decode_e2m1, e2m1_codes
-from ckptq.quantize.packing import pack_nibbles, unpack_nibbles
-from ckptq.quantize.scratch import Scratch
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 MOST, LEAST = 8, -9
 """Exponents of E4M3's largest and least powers of two."""
@@ -53,9 +51,13 @@ class AsNvfp4(Encoded):
 
     def lone(self) -> dict[str, Tensor]:
         """The global scale, a divisor."""
+        import torch
+
         return {"weight_global_scale": torch.tensor([2.0**-self.shift])}
 
     def _cast(self, parts: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        import torch
+
         exponent_RG = _exponents(parts["weight_scale"]).int() - BIAS - self.shift
         low_RG = exponent_RG < LEAST
         code = parts["weight_packed"]
@@ -77,11 +79,19 @@ def as_nvfp4(weight: Encoded, together: tuple[Encoded, ...]) -> AsNvfp4:
 
 
 def _exponents(scale: Tensor) -> Tensor:
+    import torch
+
     return scale.view(torch.uint8)
 
 
 def _rounded(packed_RB: Tensor, exponent_RG: Tensor, low_RG: Tensor) -> Tensor:
     """The codes with those of low groups rounded to the least scale."""
+    import torch
+
+    from ckptq.quantize.codes import decode_e2m1, e2m1_codes
+    from ckptq.quantize.packing import pack_nibbles, unpack_nibbles
+    from ckptq.quantize.scratch import Scratch
+
     code_RGN = unpack_nibbles(packed_RB).unflatten(1, (-1, 32))
     step = torch.exp2((exponent_RG[low_RG] - LEAST).float())[:, None]
     values = decode_e2m1(packed_RB.unflatten(1, (-1, 16))[low_RG]) * step
