@@ -79,7 +79,7 @@ def attention(
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
     name, tap = getattr(module, _TAP, ("", None))
-    if tap is not None and tap.maxima is not None and on_gpu(query.device):
+    if tap is not None and tap.maxima is not None and on_gpu(query):
         buffers = partial(tap.maxima, name, query, key)
         qkv = (query, key, value)
         out = kernel_attention.fused_attention(

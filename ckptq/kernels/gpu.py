@@ -9,17 +9,19 @@ import os
 from functools import cache
 
 import torch
+from torch import Tensor
 
 MOST_HEADS = 65535
 """Of all sequences of a launch together: CUDA takes no more programs along that axis."""
 
 
-def on_gpu(device: torch.device) -> bool:
+def on_gpu(where: Tensor | torch.device) -> bool:
     """Whether kernels compute there; where not, torch's own operations do what a CPU does.
 
     CKPTQ_EAGER=1 takes those on a GPU as well, to find out whether a wrong result is a kernel's
     fault.
     """
+    device = where.device if isinstance(where, Tensor) else where
     return device.type == "cuda" and os.environ.get("CKPTQ_EAGER") != "1"
 
 

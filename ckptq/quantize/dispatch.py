@@ -62,7 +62,7 @@ def quantize_some(
 
     With `scratch`, codes that no kernel makes are in its memory.
     """
-    kernel = kernel_of(scheme) if on_gpu(w_RC.device) and w_RC.dtype in KERNEL_SCALES else None
+    kernel = kernel_of(scheme) if on_gpu(w_RC) and w_RC.dtype in KERNEL_SCALES else None
     if kernel is None:
         at_hand = None if statistic is None else statistic.to(w_RC.device)
         return formats.quantize(w_RC, scheme, at_hand, scratch)
@@ -75,7 +75,7 @@ def dequantize(
     tensors: Mapping[str, Tensor], scheme: WeightScheme, shape: tuple[int, int], dtype: torch.dtype
 ) -> Tensor:
     """`formats.dequantize` of a whole weight, or of rows with all their scales."""
-    plain = on_gpu(tensors["weight_scale"].device) and "weight_g_idx" not in tensors
+    plain = on_gpu(tensors["weight_scale"]) and "weight_g_idx" not in tensors
     kernel = inverse_of(scheme) if plain else None
     if kernel is None or tensors["weight_scale"].dtype not in KERNEL_SCALES:
         return formats.dequantize(tensors, scheme, shape, dtype)

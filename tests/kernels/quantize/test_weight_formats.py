@@ -128,6 +128,7 @@ def test_blocks_that_no_program_holds_are_made_in_torch(monkeypatch, device, blo
 
 def test_where_kernels_compute(monkeypatch):
     assert not on_gpu(torch.device("cpu"))
+    assert not on_gpu(weight(torch.bfloat16))
     assert on_gpu(torch.device("cuda", 1))
     monkeypatch.setenv("CKPTQ_EAGER", "1")
     assert not on_gpu(torch.device("cuda", 1))
