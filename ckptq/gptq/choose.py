@@ -92,7 +92,7 @@ def _zero_point(on: Grid) -> Tensor:
 
 
 def _library_args(args: Args, signed: bool = False) -> Any:
-    """compressed-tensors' own of what stands in the recipe; with zero points for `signed` scales."""
+    """compressed-tensors' own of what the recipe says; with zero points for `signed` scales."""
     from compressed_tensors.quantization import QuantizationArgs
 
     return QuantizationArgs(**args.to_dict() | ({"symmetric": False} if signed else {}))
