@@ -361,6 +361,14 @@ def test_tensors_that_do_not_fit_are_refused(
         stored(tmp_path, config, held)
 
 
+def test_an_order_of_groups_that_is_missing_is_refused(tmp_path: Path) -> None:
+    held = cases("gptq")["4-bit v1 asym ordered"]
+    del held["dequantized"], held["g_idx"]
+    with pytest.raises(SourceError, match=r"no model\.layers\.0\.mlp\.up_proj\.g_idx.*desc_act"):
+        stored(tmp_path / "ordered", gptq_config("4-bit v1 asym ordered"), held)
+    stored(tmp_path / "plain", gptq_config("4-bit v1 asym"), held)
+
+
 def test_what_headers_cannot_tell_is_refused_with_the_tensor(tmp_path: Path) -> None:
     held = cases("gptq")["4-bit v1 asym ordered"]
     held.pop("dequantized")
