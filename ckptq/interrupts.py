@@ -6,15 +6,16 @@ import os
 import signal
 import sys
 from threading import Timer
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from sys import UnraisableHookArgs
+    from types import FrameType
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
 SOON = 0.05
-"""Seconds until a signal that was dropped is sent again."""
+"""Seconds until a signal that was dropped or came too early is sent again."""
 
 
 class Interrupted(BaseException):
@@ -39,7 +40,14 @@ def ignore_signals() -> None:
             signal.signal(number, signal.SIG_IGN)
 
 
-def _interrupt(*_: object) -> NoReturn:
+def _interrupt(_: int, frame: FrameType | None) -> None:
+    """Modules in C drop what is raised while they import others, and go on without them (torch
+    without numpy), or abort. So an import is let finish."""
+    while frame is not None:
+        if frame.f_code.co_filename.startswith("<frozen importlib"):
+            _send_again()
+            return
+        frame = frame.f_back
     raise Interrupted
 
 
@@ -47,6 +55,10 @@ def _raise_again(dropped: UnraisableHookArgs) -> None:
     """Python drops what is raised in a destructor, and would go on as if nobody had pressed
     Ctrl-C."""
     if issubclass(dropped.exc_type, Interrupted):
-        Timer(SOON, os.kill, (os.getpid(), signal.SIGINT)).start()
+        _send_again()
     else:
         sys.__unraisablehook__(dropped)
+
+
+def _send_again() -> None:
+    Timer(SOON, os.kill, (os.getpid(), signal.SIGINT)).start()

@@ -66,6 +66,8 @@ class Module:
     """The same Linear in the source, where a source is given and has it."""
     chosen: bool = False
     """Whether its codes are said to be chosen, so that they need not be the nearest."""
+    rounded: bool = False
+    """Whether the recipe that ckptq wrote beside them says that they are the nearest."""
     weighed: bool = False
     """Whether its scales are said to be chosen by its inputs, which nothing here can repeat."""
     refitted: bool = False
@@ -186,6 +188,7 @@ class Subject:
             group=group,
             origin=self._origin(name),
             chosen=chosen,
+            rounded=self.recipe is not None and not (chosen or self.recipe.handed_over),
             weighed=(weights is not None and weights.weighed) or refitted,
             refitted=refitted,
             by_layer=self.recipe is not None and self.recipe.tuning is not None,

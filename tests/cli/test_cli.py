@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import json
 import os
@@ -554,14 +555,26 @@ def interrupted_unheard() -> None:
     time.sleep(10)
 
 
-def test_an_interrupt_that_python_drops_comes_again() -> None:
-    """From a destructor nothing is raised."""
+def interrupted_importing(folder: Path) -> None:
+    """As torch imports numpy: what is raised meanwhile is dropped."""
+    text = "import os, signal\nos.kill(os.getpid(), signal.SIGTERM)\nwhole = True\n"
+    (folder / "imported_whole.py").write_text(text)
+    sys.path.insert(0, str(folder))
+    with contextlib.suppress(BaseException):
+        import imported_whole  # type: ignore[import-not-found]
+    sys.path.remove(str(folder))
+    assert imported_whole.whole
+    time.sleep(10)
+
+
+@pytest.mark.parametrize("while_", ["a destructor", "an import"])
+def test_an_interrupt_that_python_drops_comes_again(tmp_path: Path, while_: str) -> None:
     handlers = {number: signal.getsignal(number) for number in SIGNALS}
     hook = sys.unraisablehook
     try:
         listen()
         with pytest.raises(Interrupted):
-            interrupted_unheard()
+            interrupted_importing(tmp_path) if while_ == "an import" else interrupted_unheard()
     finally:
         sys.unraisablehook = hook
         for number, handler in handlers.items():

@@ -41,6 +41,10 @@ class Faults:
     link_lasts: int = 0
     """Requests that a signed link serves; 0 for any number."""
     ranges: bool = True
+    encoded: bool = False
+    """Answers say that they are compressed, as a proxy makes them."""
+    surplus: bytes = b""
+    """Follows each answer."""
 
 
 @dataclass
@@ -240,7 +244,9 @@ class _Handler(TakesUploads):
         if asked:
             first, _, last = asked.removeprefix("bytes=").partition("-")
             start, stop = int(first), min(int(last) + 1, size)
-        headers: dict[str, object] = {"Content-Length": stop - start}
+        headers: dict[str, object] = {"Content-Length": stop - start + len(faults.surplus)}
+        if faults.encoded:
+            headers["Content-Encoding"] = "gzip"
         if asked:
             headers["Content-Range"] = f"bytes {start}-{stop - 1}/{size}"
         with hub.lock:
@@ -254,6 +260,7 @@ class _Handler(TakesUploads):
             while left and (piece := file.read(min(left, 1 << 20))):
                 self.wfile.write(piece)
                 left -= len(piece)
+        self.wfile.write(faults.surplus)
         if cut:
             self.close_connection = True
 

@@ -168,6 +168,19 @@ def test_it_gives_up_after_a_number_of_tries(local, hub, tmp_path):
     assert not run.out.exists()
 
 
+@pytest.mark.parametrize(
+    ("faults", "said"),
+    [(Faults(encoded=True), "sent them in gzip"), (Faults(surplus=b"x"), "the server sent more")],
+)
+def test_bytes_that_were_not_asked_for_are_refused(hub, faults, said):
+    """They would be taken for the file's, or shift what follows."""
+    file = open_checkpoint(MODEL, stream=True).headers[0].identity
+    assert len(file.read(5, 4)) == 4
+    hub.faults = faults
+    with pytest.raises(MachineError, match=said):
+        file.read(5, 4)
+
+
 def request(tmp_path: Path, **changes) -> QuantizeRequest:
     made = {"model": MODEL, "recipe": load_scheme("fp8-dynamic"), "out": tmp_path / "out"}
     options = RunOptions(device="cpu", workers=2)

@@ -361,6 +361,41 @@ def test_tensors_that_do_not_fit_are_refused(
         stored(tmp_path, config, held)
 
 
+PACKED = {
+    "int4": ({"num_bits": 4, "type": "int", "strategy": "group", "group_size": 32}, torch.int32),
+    "mxfp4": (
+        {"num_bits": 4, "type": "float", "strategy": "group", "group_size": 32,
+         "scale_dtype": "torch.uint8"},
+        torch.uint8,
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", PACKED)
+def test_packed_codes_without_their_scales_are_refused(tmp_path: Path, kind: str) -> None:
+    """Copied, they would pass for a module that nobody has quantized."""
+    weights, dtype = PACKED[kind]
+    group = {"targets": ["Linear"], "weights": weights}
+    style = "pack-quantized" if kind == "int4" else "mxfp4-pack-quantized"
+    config = {"quant_method": "compressed-tensors", "format": style, "config_groups": {"g": group}}
+    held = {
+        "weight_packed": torch.zeros(64, 128 * 4 // (8 * dtype.itemsize), dtype=dtype),
+        "weight_scale": torch.ones(64, 4, dtype=torch.float16 if kind == "int4" else dtype),
+    }
+    stored(tmp_path / "whole", config, held)
+    del held["weight_scale"]
+    with pytest.raises(SourceError, match=r"found .*weight_packed but no .*up_proj\.weight_scale"):
+        stored(tmp_path / "without", config, held)
+
+
+def test_an_order_of_groups_that_is_missing_is_refused(tmp_path: Path) -> None:
+    held = cases("gptq")["4-bit v1 asym ordered"]
+    del held["dequantized"], held["g_idx"]
+    with pytest.raises(SourceError, match=r"no model\.layers\.0\.mlp\.up_proj\.g_idx.*desc_act"):
+        stored(tmp_path / "ordered", gptq_config("4-bit v1 asym ordered"), held)
+    stored(tmp_path / "plain", gptq_config("4-bit v1 asym"), held)
+
+
 def test_what_headers_cannot_tell_is_refused_with_the_tensor(tmp_path: Path) -> None:
     held = cases("gptq")["4-bit v1 asym ordered"]
     held.pop("dequantized")

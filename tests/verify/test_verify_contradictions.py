@@ -107,6 +107,23 @@ def test_a_table_of_zeros(broken, name, rows, wrong):
     assert named(verify(editor.save())) == ({"rows-empty"} if wrong else set())
 
 
+@pytest.mark.parametrize("told", [True, False])
+def test_rows_of_garbage_are_no_choice_where_the_recipe_makes_none(broken, told):
+    """So much of a weight, and so near, as what a tool that tells nothing may have chosen."""
+    editor, source = broken("llama", "int4")
+    name = editor.named("gate_proj.weight_packed")
+    codes = editor.tensors[name] = editor.tensors[name].clone()
+    rows = -(-len(codes) // 100)
+    chance = torch.Generator().manual_seed(0)
+    shape = codes[:rows].shape
+    codes[:rows] = torch.randint(-(2**31), 2**31, shape, dtype=torch.int32, generator=chance)
+    if not told:
+        (editor.folder / "recipe.yaml").unlink()
+    report = verify(editor.save(), source)
+    assert named(report) == ({"codes-corrupt"} if told else set())
+    assert told or {"codes-not-nearest"} <= {note.code for note in report.notes}
+
+
 def test_nan_in_a_config_is_no_difference(sources, tmp_path):
     source = tmp_path / "source"
     shutil.copytree(sources("llama"), source)

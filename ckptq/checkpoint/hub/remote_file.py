@@ -135,10 +135,23 @@ class RemoteFile:
                 self.check_unchanged()
             hf_raise_for_status(answer)
             self._check_range(answer.status_code, answer.headers, start, stop)
-            yield from answer.iter_raw()
+            left = stop - start
+            for piece in answer.iter_raw():
+                left -= len(piece)
+                if left < 0:
+                    raise MachineError(
+                        f"{self.file}: asked for bytes {start:,} to {stop:,}, the server sent more"
+                    )
+                yield piece
 
     def _check_range(self, status: int, headers: Any, start: int, stop: int) -> None:
-        """SourceError unless these bytes of a file of this size follow."""
+        """SourceError unless these bytes of a file of this size follow, as they are stored."""
+        encoding = headers.get("Content-Encoding", "identity")
+        if encoding != "identity":  # bytes of a compressed answer would be taken for the file's
+            raise MachineError(
+                f"{self.file}: asked for bytes {start:,} to {stop:,} as they are stored, the "
+                f"server (or a proxy) sent them in {encoding}; download the model first"
+            )
         if status == 200 and (start, stop) == (0, self.size):
             return
         said = headers.get("Content-Range", "")

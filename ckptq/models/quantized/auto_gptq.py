@@ -142,6 +142,11 @@ def read_gptq(ckpt: Checkpoint, dtype: str) -> Mapping[str, Gptq]:
     wanted = ("qweight", "qzeros", "scales")
     for module, tensors in modules_with_qweight(ckpt, wanted, ("g_idx",)):
         own, R, C, G = _sizes(tensors, bits)
+        if not in_order and "g_idx" not in tensors and G > 1:
+            raise SourceError(
+                f"{tensors['qweight'].file}: found {module}.qweight but no {module}.g_idx, which "
+                "says the groups of its columns where config.json says desc_act true"
+            )
         found[module] = Gptq(
             name=module,
             tensors=tensors,

@@ -16,10 +16,10 @@ from ckptq.quantize.weight_scheme import WeightScheme
 from ckptq.recipes.declared import Declared, declared
 from ckptq.spec import TensorSpec
 
-SCALE = "weight_scale"
+SCALE, PACKED = "weight_scale", "weight_packed"
 
 LOCAL = (
-    *("weight", "weight_packed", SCALE, "weight_zero_point", "weight_shape"),
+    *("weight", PACKED, SCALE, "weight_zero_point", "weight_shape"),
     "weight_global_scale",
 )
 
@@ -45,9 +45,12 @@ def read_compressed(ckpt: Checkpoint, dtype: str) -> dict[str, Encoded]:
 
 
 def _modules(ckpt: Checkpoint) -> Iterator[tuple[str, dict[str, StoredTensor]]]:
-    """Modules that have a weight scale, each with its tensors by local name."""
+    """Modules that have a weight scale, each with its tensors by local name. SourceError for packed
+    codes without one: copied, they would pass for a module that nobody has quantized."""
     for name in ckpt.tensors:
         module, _, local = name.rpartition(".")
+        if local == PACKED and f"{module}.{SCALE}" not in ckpt.tensors:
+            raise SourceError(f"{ckpt.path}: found {name} but no {module}.{SCALE}")
         if local != SCALE:
             continue
         parts = {part: ckpt.tensors.get(f"{module}.{part}") for part in LOCAL}
@@ -74,7 +77,7 @@ def _shape(
     if len(code.spec.shape) != 2:
         raise SourceError(f"{code.file}: {code.name} is {code.spec}, expected a matrix")
     rows, columns = code.spec.shape
-    if "weight_packed" not in tensors:
+    if PACKED not in tensors:
         return rows, columns
     known = packed_columns(columns, scheme, tensors[SCALE])
     if known is None and "weight_shape" in tensors:

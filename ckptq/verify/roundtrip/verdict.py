@@ -27,6 +27,9 @@ LEAST_CHOSEN_DB = 3.0
 """Where config.json or the recipe says GPTQ or iMatrix, codes reach this. Columns of small
 inputs lose accuracy for the sake of the others; codes of another weight reach 0."""
 
+LEAST_DB = 0.0
+"""Of codes whose choice nobody tells: below it, zeros would be nearer."""
+
 ARRIVED_DB = 1.0
 """A weight that arrives as it is stored is no further than this from its tally, which `fast` takes
 of a few rows."""
@@ -114,7 +117,9 @@ def undiagnosed(linear: StoredLinear, tally: Tally) -> Finding:
         found = f"{unexplained} of {tally.elements} codes are not the nearest"
         return _about(linear, "codes-corrupt", found, "the nearest codes")
     found = f"{snr:.1f} dB, {share:.0%} of the codes are not the nearest"
-    if snr >= floor - CHOSEN_DB:
+    if snr >= max(floor - CHOSEN_DB, LEAST_DB):
+        if linear.module.rounded and tally.rows_lost:
+            return _about(linear, "codes-corrupt", lost, "the nearest codes")
         return _about(linear, "codes-not-nearest", found, f"near {floor:.1f} dB")
     return _about(linear, "weight-wrong", found, f"{floor:.1f} dB or more")
 
