@@ -15,7 +15,7 @@ from ckptq.files import text_bytes, write_whole
 from ckptq.models.modules import read_layout
 from ckptq.plan.doubts import transformers_doubts, vllm_doubts
 from ckptq.plan.make import make_plan
-from ckptq.plan.match import refuse_holes
+from ckptq.plan.unsound import refuse_unsound
 from ckptq.plan.unit import Plan
 from ckptq.progress import Begin, Note, silent, untold
 from ckptq.search.caches import CACHES, Caches, cache_scheme, find_caches
@@ -79,7 +79,7 @@ def search(request: SearchRequest, begin: Begin = silent, note: Note = untold) -
     """
     _check(request)
     ckpt = open_checkpoint(request.model, request.revision)
-    refuse_holes(ckpt, read_layout(ckpt))
+    refuse_unsound(ckpt, read_layout(ckpt))
     candidates = find_candidates(ckpt, request.schemes, request.ignore)
     for line in candidates.told:
         note(line)
