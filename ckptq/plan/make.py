@@ -32,7 +32,7 @@ from ckptq.plan.repack import carried_scales, repacked
 from ckptq.plan.rope import read_marks, reordering
 from ckptq.plan.shards import SHARD_BYTES, fill_shards
 from ckptq.plan.stored_as_is import copied_units, kept_config
-from ckptq.plan.unit import Part, Plan, Unit
+from ckptq.plan.unit import Part, Plan, Unit, looked_at
 from ckptq.quantize.formats import needs_statistic
 from ckptq.quantize.stored import stored
 from ckptq.quantize.weight_scheme import WeightScheme
@@ -164,7 +164,12 @@ def _units(
         elif name in layout.decoded:
             yield _decoded(layout, layout.decoded[name])
         elif name in carried:
-            yield Unit(key=name, rule="cache scale, as stored", copies=carried[name])
+            yield Unit(
+                key=name,
+                rule="cache scale, as stored",
+                copies=carried[name],
+                kept=dict.fromkeys(carried[name], "scale"),
+            )
         elif name in layout.dropped:
             yield Unit(key=name, rule=layout.dropped[name])
         elif linears and linears[0].weight.index is not None and not split:
@@ -265,18 +270,19 @@ def _kept(linear: Linear, group: Group) -> Unit:
     """The source's codes and scales, in compressed-tensors' layout."""
     weight = linear.weight
     assert isinstance(weight, Encoded)
-    copied = verbatim(weight)
+    copied = {f"{linear.name}.{local}": tensor for local, tensor in verbatim(weight).items()}
     part = Part(
         linear=linear,
         weight=weight,
         scheme=weight.scheme,
-        writes={n: spec for n, spec in repacked_specs(weight).items() if n not in copied},
+        writes={n: spec for n, spec in repacked_specs(weight).items() if f"{linear.name}.{n}" not in copied},
         kept=True,
     )
     return Unit(
         key=linear.name,
         rule=f"{group.name}: {weight.scheme}, as stored",
-        copies={f"{linear.name}.{local}": tensor for local, tensor in copied.items()},
+        copies=copied,
+        kept=looked_at(copied, weight.scheme),
         parts=(part,),
     )
 
