@@ -42,18 +42,17 @@ def _refuse_unsound(ckpt: Checkpoint, layout: Layout) -> None:
 
 
 def _refuse_more_layers(ckpt: Checkpoint, layout: Layout) -> None:
-    """Layers behind the last one that have nothing which the others lack. Those that predict
-    further tokens have projections and norms of their own."""
+    """Layers behind the last one that have what another one has, no more and no less. Those that
+    predict further tokens have projections and norms of their own."""
     tree = layout.witnesses.tree
     if tree is None or not tree.num_layers or tree.num_layers != layout.num_layers:
         return
-    inside: set[str] = set()
-    behind: dict[int, set[str]] = {}
+    kinds: dict[int, set[str]] = {}
     for name in ckpt.tensors:
         if match := in_layers(name, layout.layers):
-            index, local = int(match["index"]), starred(name[match.end() :])
-            (inside if index < tree.num_layers else behind.setdefault(index, set())).add(local)
-    plain = [index for index, kinds in behind.items() if kinds <= inside]
+            kinds.setdefault(int(match["index"]), set()).add(starred(name[match.end() :]))
+    inside = [held for index, held in kinds.items() if index < tree.num_layers]
+    plain = [i for i, held in kinds.items() if i >= tree.num_layers and held in inside]
     if plain:
         raise SourceError(
             f"{ckpt.path / CONFIG}: declares {tree.num_layers} decoder layers, and the tensors are "
