@@ -200,7 +200,9 @@ def _looked_at(name: str, tensor: StoredTensor, kept: Kept, ends: Ends) -> Itera
     """Copies of what has to be numbers; scales are small, and copied whole."""
     step = COPY_BYTES if kept == "codes" else max(tensor.nbytes, 1)
     for start in range(0, tensor.nbytes, step):
-        yield partial(_copy_numbers, name, tensor, kept, start, min(step, tensor.nbytes - start), ends)
+        yield partial(
+            _copy_numbers, name, tensor, kept, start, min(step, tensor.nbytes - start), ends
+        )
 
 
 def _copy_numbers(

@@ -275,7 +275,11 @@ def _kept(linear: Linear, group: Group) -> Unit:
         linear=linear,
         weight=weight,
         scheme=weight.scheme,
-        writes={n: spec for n, spec in repacked_specs(weight).items() if f"{linear.name}.{n}" not in copied},
+        writes={
+            n: spec
+            for n, spec in repacked_specs(weight).items()
+            if f"{linear.name}.{n}" not in copied
+        },
         kept=True,
     )
     return Unit(

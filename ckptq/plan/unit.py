@@ -34,9 +34,7 @@ def kept_as(local: str, spec: TensorSpec, scheme: WeightScheme | None) -> Kept |
     return "codes" if spec.dtype == "F8_E4M3" and scheme is not None else None
 
 
-def looked_at(
-    copies: Mapping[str, StoredTensor], scheme: WeightScheme | None
-) -> dict[str, Kept]:
+def looked_at(copies: Mapping[str, StoredTensor], scheme: WeightScheme | None) -> dict[str, Kept]:
     """`Unit.kept` of a Linear's copies."""
     locals_ = {name: name.rpartition(".")[2] for name in copies}
     found = {n: kept_as(local, copies[n].spec, scheme) for n, local in locals_.items()}

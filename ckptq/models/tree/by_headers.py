@@ -88,9 +88,7 @@ def load_by_headers(ckpt: Checkpoint, plain: Callable[[Specs], Specs] | None = N
     )
 
 
-def _build(
-    ckpt: Checkpoint, *, quantized: bool
-) -> tuple[PreTrainedModel, Any, torch.dtype]:
+def _build(ckpt: Checkpoint, *, quantized: bool) -> tuple[PreTrainedModel, Any, torch.dtype]:
     """As `from_pretrained` does until it begins to load."""
     from transformers.quantizers.auto import get_hf_quantizer
     from transformers.utils.generic import ContextManagers
