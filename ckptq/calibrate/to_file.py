@@ -22,8 +22,8 @@ from ckptq.distributed.ranks import Ranks, together
 from ckptq.distributed.records import JOURNAL
 from ckptq.errors import MachineError, UsageError
 from ckptq.plan.make import make_plan
-from ckptq.plan.unsound import refuse_unsound
 from ckptq.plan.unit import Plan
+from ckptq.plan.unsound import refuse_unsound
 from ckptq.progress import Begin, Note, silent, untold
 from ckptq.recipes.scheme import Recipe
 

@@ -18,8 +18,8 @@ if TYPE_CHECKING:
 
 def refuse_wrong(kept: Kept, numbers: Tensor, stored: StoredTensor, first: int = 0) -> None:
     """SourceError for NaN among FP8 codes, and for scales that are no positive finite numbers;
-    signed ones may be negative (AutoRound), FP8 ones zero, as
-    those of groups that vanish beside the others (NVFP4). `first` is the place of the numbers in the tensor."""
+    signed ones may be negative (AutoRound), FP8 ones zero, as those of groups that vanish beside
+    the others (NVFP4). `first` is the place of the numbers in the tensor."""
     wrong = _wrong(kept, numbers)
     if not bool(wrong.any()):
         return

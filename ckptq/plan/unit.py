@@ -20,7 +20,6 @@ from ckptq.recipes.declared import Declared
 from ckptq.recipes.scheme import Recipe
 from ckptq.spec import TensorSpec
 
-
 Kept = Literal["codes", "scale", "signed scale"]
 """What a stored tensor is that is written as it is."""
 

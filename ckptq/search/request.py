@@ -15,8 +15,8 @@ from ckptq.files import text_bytes, write_whole
 from ckptq.models.modules import read_layout
 from ckptq.plan.doubts import transformers_doubts, vllm_doubts
 from ckptq.plan.make import make_plan
-from ckptq.plan.unsound import refuse_unsound
 from ckptq.plan.unit import Plan
+from ckptq.plan.unsound import refuse_unsound
 from ckptq.progress import Begin, Note, silent, untold
 from ckptq.search.caches import CACHES, Caches, cache_scheme, find_caches
 from ckptq.search.candidates import PLAIN, Candidates, find_candidates
