@@ -21,9 +21,9 @@ from ckptq.checkpoint.partial import claim_together, discard, partial_of, remove
 from ckptq.distributed.ranks import Ranks, together
 from ckptq.distributed.records import JOURNAL
 from ckptq.errors import MachineError, UsageError
+from ckptq.models.unsound import refuse_unsound
 from ckptq.plan.make import make_plan
 from ckptq.plan.unit import Plan
-from ckptq.plan.unsound import refuse_unsound
 from ckptq.progress import Begin, Note, silent, untold
 from ckptq.recipes.scheme import Recipe
 

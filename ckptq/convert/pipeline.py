@@ -21,10 +21,10 @@ from ckptq.checkpoint.view import View, window
 from ckptq.checkpoint.write import Run, Shards
 from ckptq.convert.arithmetic import OnCores
 from ckptq.convert.blocks import Span, blocks, runs
-from ckptq.convert.kept_numbers import refuse_wrong
 from ckptq.convert.schedule import Schedule, Task, Work
 from ckptq.convert.slabs import Slab, Slabs, Whole, held_bytes
 from ckptq.models.encoded import Encoded, Held, HeldWhole
+from ckptq.models.quantized.kept_numbers import Kept, kept_as, refuse_wrong
 from ckptq.models.quantized.repacked import remade, repacked_constants, repacked_rows
 from ckptq.models.weight import naming
 from ckptq.models.weight_rows import (
@@ -36,7 +36,7 @@ from ckptq.models.weight_rows import (
     weight_rows,
 )
 from ckptq.permute.reordered import Reordered, Source
-from ckptq.plan.unit import Kept, Part, Unit, kept_as
+from ckptq.plan.unit import Part, Unit
 from ckptq.quantize.formats import constants, merge_statistic, needs_statistic
 from ckptq.quantize.stored import stored_span
 from ckptq.quantize.tiles import check_finite

@@ -20,12 +20,12 @@ from ckptq.distributed.ranks import Ranks, together
 from ckptq.errors import UsageError
 from ckptq.models.modules import read_layout
 from ckptq.models.unserved import unseen_by_engine
+from ckptq.models.unsound import refuse_unsound
 from ckptq.plan.doubts import transformers_doubts, vllm_doubts
 from ckptq.plan.left import left_alone
 from ckptq.plan.make import RopeChoice, make_plan
 from ckptq.plan.shards import SHARD_BYTES
 from ckptq.plan.unit import Plan
-from ckptq.plan.unsound import refuse_unsound
 from ckptq.progress import Begin, Note, silent, untold
 from ckptq.recipes.scheme import DEQUANTIZE, Recipe
 

@@ -13,6 +13,7 @@ from ckptq.checkpoint.header import StoredTensor
 from ckptq.checkpoint.open import Checkpoint
 from ckptq.errors import PlanError, UsageError
 from ckptq.models.modules import Layout, Linear, read_layout
+from ckptq.models.quantized.kept_numbers import looked_at
 from ckptq.models.quantized.repacked import repacked_specs, verbatim
 from ckptq.models.weight import Encoded, View
 from ckptq.permute.reordered import Source
@@ -32,7 +33,7 @@ from ckptq.plan.repack import carried_scales, repacked
 from ckptq.plan.rope import read_marks, reordering
 from ckptq.plan.shards import SHARD_BYTES, fill_shards
 from ckptq.plan.stored_as_is import copied_units, kept_config
-from ckptq.plan.unit import Part, Plan, Unit, looked_at
+from ckptq.plan.unit import Part, Plan, Unit
 from ckptq.quantize.formats import needs_statistic
 from ckptq.quantize.stored import stored
 from ckptq.quantize.weight_scheme import WeightScheme

@@ -13,8 +13,9 @@ from ckptq.errors import PlanError
 from ckptq.models.attention import OF_CACHE
 from ckptq.models.encoded import Encoded
 from ckptq.models.modules import Layout
+from ckptq.models.quantized.kept_numbers import looked_at
 from ckptq.plan.attention import AttentionPlan, last_tensors
-from ckptq.plan.unit import Unit, looked_at
+from ckptq.plan.unit import Unit
 from ckptq.recipes.declared import Declared, declared
 
 

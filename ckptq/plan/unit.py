@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from math import lcm
-from typing import Literal
 
 from ckptq.checkpoint.header import StoredTensor
 from ckptq.models.encoded import Encoded
 from ckptq.models.modules import Layout, Linear
+from ckptq.models.quantized.kept_numbers import Kept
 from ckptq.models.quantized.repacked import remade
 from ckptq.permute.marks import Marks
 from ckptq.permute.reordered import Reordered, Source
@@ -19,25 +19,6 @@ from ckptq.quantize.weight_scheme import WeightScheme
 from ckptq.recipes.declared import Declared
 from ckptq.recipes.scheme import Recipe
 from ckptq.spec import TensorSpec
-
-Kept = Literal["codes", "scale", "signed scale"]
-"""What a stored tensor is that is written as it is."""
-
-
-def kept_as(local: str, spec: TensorSpec, scheme: WeightScheme | None) -> Kept | None:
-    """Of which numbers a stored tensor of this local name is, if any can be told to be none;
-    `scheme` is that of its Linear, None for the scales of a cache."""
-    if "scale" in local:
-        signed = scheme is not None and scheme.type == "int" and scheme.symmetric
-        return "signed scale" if signed and not local.startswith("input") else "scale"
-    return "codes" if spec.dtype == "F8_E4M3" and scheme is not None else None
-
-
-def looked_at(copies: Mapping[str, StoredTensor], scheme: WeightScheme | None) -> dict[str, Kept]:
-    """`Unit.kept` of a Linear's copies."""
-    locals_ = {name: name.rpartition(".")[2] for name in copies}
-    found = {n: kept_as(local, copies[n].spec, scheme) for n, local in locals_.items()}
-    return {name: kept for name, kept in found.items() if kept is not None}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -13,10 +13,10 @@ from ckptq.errors import UsageError
 from ckptq.evaluate.text import Line, Text, read_questions, text_of
 from ckptq.files import text_bytes, write_whole
 from ckptq.models.modules import read_layout
+from ckptq.models.unsound import refuse_unsound
 from ckptq.plan.doubts import transformers_doubts, vllm_doubts
 from ckptq.plan.make import make_plan
 from ckptq.plan.unit import Plan
-from ckptq.plan.unsound import refuse_unsound
 from ckptq.progress import Begin, Note, silent, untold
 from ckptq.search.caches import CACHES, Caches, cache_scheme, find_caches
 from ckptq.search.candidates import PLAIN, Candidates, find_candidates

@@ -5,15 +5,36 @@ Weights that are quantized show it by themselves (`tiles.NonFinite`); these only
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Literal
 
 from ckptq.checkpoint.header import StoredTensor
 from ckptq.errors import SourceError
-from ckptq.plan.unit import Kept
-from ckptq.spec import E8M0_NAN
+from ckptq.quantize.weight_scheme import WeightScheme
+from ckptq.spec import E8M0_NAN, TensorSpec
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+
+Kept = Literal["codes", "scale", "signed scale"]
+"""What a stored tensor is that is written as it is."""
+
+
+def kept_as(local: str, spec: TensorSpec, scheme: WeightScheme | None) -> Kept | None:
+    """Of which numbers a stored tensor of this local name is, if any can be told to be none;
+    `scheme` is that of its Linear, None for the scales of a cache."""
+    if "scale" in local:
+        signed = scheme is not None and scheme.type == "int" and scheme.symmetric
+        return "signed scale" if signed and not local.startswith("input") else "scale"
+    return "codes" if spec.dtype == "F8_E4M3" and scheme is not None else None
+
+
+def looked_at(copies: Mapping[str, StoredTensor], scheme: WeightScheme | None) -> dict[str, Kept]:
+    """`Unit.kept` of a Linear's copies."""
+    locals_ = {name: name.rpartition(".")[2] for name in copies}
+    found = {n: kept_as(local, copies[n].spec, scheme) for n, local in locals_.items()}
+    return {name: kept for name, kept in found.items() if kept is not None}
 
 
 def refuse_wrong(kept: Kept, numbers: Tensor, stored: StoredTensor, first: int = 0) -> None:
