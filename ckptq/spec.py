@@ -36,6 +36,9 @@ DTYPES: dict[str, tuple[str, int]] = {
 FLOATS = ("F64", "F32", "F16", "BF16")
 """The dtypes of unquantized weights."""
 
+E8M0_NAN = 255
+"""The one byte of an exponent (MXFP) that is no number."""
+
 
 @dataclass(frozen=True, slots=True)
 class TensorSpec:

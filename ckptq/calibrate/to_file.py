@@ -21,8 +21,8 @@ from ckptq.checkpoint.partial import claim_together, discard, partial_of, remove
 from ckptq.distributed.ranks import Ranks, together
 from ckptq.distributed.records import JOURNAL
 from ckptq.errors import MachineError, UsageError
+from ckptq.models.unsound import refuse_unsound
 from ckptq.plan.make import make_plan
-from ckptq.plan.match import refuse_holes
 from ckptq.plan.unit import Plan
 from ckptq.progress import Begin, Note, silent, untold
 from ckptq.recipes.scheme import Recipe
@@ -71,7 +71,7 @@ def _opened(request: ScalesRequest) -> tuple[Checkpoint, Plan]:
         )
     ckpt = open_checkpoint(request.model, request.revision)
     plan = make_plan(ckpt, request.recipe)
-    refuse_holes(ckpt, plan.layout)
+    refuse_unsound(ckpt, plan.layout)
     check_replaceable(request.output)
     return ckpt, plan
 

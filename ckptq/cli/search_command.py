@@ -88,7 +88,7 @@ def search(
 
     new_file("--output", output)
     if report is not None:
-        check_report(report)
+        check_report(report, output, sensitivities)
     request = SearchRequest(
         model=model,
         budget=Budget(

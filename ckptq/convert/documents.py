@@ -28,7 +28,10 @@ PROVENANCE = "ckptq.json"
 RECIPE = "recipe.yaml"
 CARD = "README.md"
 
-PACKAGES = ("torch", "transformers", "compressed-tensors", "llmcompressor", "safetensors")
+PACKAGES = (
+    *("torch", "transformers", "compressed-tensors", "llmcompressor", "auto-round"),
+    "safetensors",
+)
 
 
 def quantization_config(plan: Plan, attention_class: str | None) -> dict[str, Any]:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from ckptq.checkpoint.header import StoredTensor
-from ckptq.checkpoint.read import Files, bytes_of
+from ckptq.checkpoint.read import Files, bytes_of, read_into
 from ckptq.checkpoint.view import View, window
 from ckptq.checkpoint.write import Run, Shards
 from ckptq.convert.arithmetic import OnCores
@@ -24,6 +24,7 @@ from ckptq.convert.blocks import Span, blocks, runs
 from ckptq.convert.schedule import Schedule, Task, Work
 from ckptq.convert.slabs import Slab, Slabs, Whole, held_bytes
 from ckptq.models.encoded import Encoded, Held, HeldWhole
+from ckptq.models.quantized.kept_numbers import Kept, kept_as, refuse_wrong
 from ckptq.models.quantized.repacked import remade, repacked_constants, repacked_rows
 from ckptq.models.weight import naming
 from ckptq.models.weight_rows import (
@@ -38,6 +39,8 @@ from ckptq.permute.reordered import Reordered, Source
 from ckptq.plan.unit import Part, Unit
 from ckptq.quantize.formats import constants, merge_statistic, needs_statistic
 from ckptq.quantize.stored import stored_span
+from ckptq.quantize.tiles import check_finite
+from ckptq.spec import TensorSpec, dtype_name, torch_dtype
 
 COPY_BYTES = 1 << 24
 
@@ -103,7 +106,7 @@ def _maker(
     if part.kept:
         assert isinstance(weight, Encoded)
         parts = parts_of(ends.files, remade(weight), _held(weight, slabs))
-        return lambda start, stop: repacked_rows(weight, parts(start, stop))
+        return lambda start, stop: _numbers(weight, repacked_rows(weight, parts(start, stop)))
 
     def quantized(start: int, stop: int) -> Mapping[str, Tensor]:
         with naming(part.linear.name, weight.stored), ends.arithmetic.turn(part.linear.name):
@@ -180,6 +183,9 @@ def _copy_tasks(unit: Unit, rows: Mapping[Source, Rows], ends: Ends) -> Iterator
     """What goes over unchanged, and what calibration has made."""
     copy = ends.shards.copy if ends.source_lasts else ends.shards.copy_through
     for name, tensor in unit.copies.items():
+        if (kept := unit.kept.get(name)) is not None:
+            yield from _looked_at(name, tensor, kept, ends)
+            continue
         for start in range(0, tensor.nbytes, COPY_BYTES):
             count = min(COPY_BYTES, tensor.nbytes - start)
             yield partial(copy, name, tensor, ends.files, start, count)
@@ -188,6 +194,38 @@ def _copy_tasks(unit: Unit, rows: Mapping[Source, Rows], ends: Ends) -> Iterator
             yield partial(_cut_out_run, name, view, rows[view], run, ends.shards)
     for name in unit.scales:
         yield partial(ends.shards.write, name, 0, bytes_of(ends.scales[name].contiguous()))
+
+
+def _looked_at(name: str, tensor: StoredTensor, kept: Kept, ends: Ends) -> Iterator[Task]:
+    """Copies of what has to be numbers; scales are small, and copied whole."""
+    step = COPY_BYTES if kept == "codes" else max(tensor.nbytes, 1)
+    for start in range(0, tensor.nbytes, step):
+        yield partial(
+            _copy_numbers, name, tensor, kept, start, min(step, tensor.nbytes - start), ends
+        )
+
+
+def _copy_numbers(
+    name: str, tensor: StoredTensor, kept: Kept, start: int, count: int, ends: Ends
+) -> None:
+    data = ends.arithmetic.memory.tensor((count,), torch.uint8)
+    read_into(ends.files, tensor, start, bytes_of(data))
+    dtype = torch_dtype(tensor.spec.dtype)
+    refuse_wrong(kept, data.view(dtype), tensor, start // dtype.itemsize)
+    if ends.source_lasts:
+        ends.shards.copy(name, tensor, ends.files, start, count)
+    else:
+        with ends.shards.run(name, start) as written:
+            written.write(bytes_of(data))
+
+
+def _numbers(weight: Encoded, made: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+    """The same; what is none of a weight that is kept is refused."""
+    for local, tensor in made.items():
+        spec = TensorSpec(dtype_name(tensor.dtype), tuple(tensor.shape))
+        if (kept := kept_as(local, spec, weight.scheme)) is not None:
+            refuse_wrong(kept, tensor, weight.tensors.get(local, weight.stored))
+    return made
 
 
 def _made_tasks(unit: Unit, ends: Ends) -> Iterator[Task]:
@@ -203,9 +241,15 @@ def _made_tasks(unit: Unit, ends: Ends) -> Iterator[Task]:
 
 def _cut_out_run(name: str, view: Source, rows: Rows, run: Span, shards: Shards) -> None:
     row_bytes = view.spec.nbytes // view.spec.shape[0]
+    inner = view.inner if isinstance(view, Reordered) else view
+    decoded = inner if isinstance(inner, Encoded) else None
     with shards.run(name, run[0] * row_bytes) as written:
         for start, stop in blocks(run, view.spec, view.quantum):
-            written.write(bytes_of(rows(start, stop)))
+            made = rows(start, stop)
+            if decoded is not None:
+                with naming(name.rpartition(".")[0], decoded.stored):
+                    check_finite(made)
+            written.write(bytes_of(made))
 
 
 def _part_tasks(
@@ -224,7 +268,7 @@ def _constants(part: Part, shared: Tensor | None, ends: Ends) -> Mapping[str, Te
     """What belongs to no row."""
     if part.kept:
         assert isinstance(part.weight, Encoded)
-        return repacked_constants(part.weight, ends.files)
+        return _numbers(part.weight, repacked_constants(part.weight, ends.files))
     return constants(part.weight.spec, part.scheme, shared)
 
 

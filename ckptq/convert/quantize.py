@@ -20,10 +20,10 @@ from ckptq.distributed.ranks import Ranks, together
 from ckptq.errors import UsageError
 from ckptq.models.modules import read_layout
 from ckptq.models.unserved import unseen_by_engine
+from ckptq.models.unsound import refuse_unsound
 from ckptq.plan.doubts import transformers_doubts, vllm_doubts
 from ckptq.plan.left import left_alone
 from ckptq.plan.make import RopeChoice, make_plan
-from ckptq.plan.match import refuse_holes
 from ckptq.plan.shards import SHARD_BYTES
 from ckptq.plan.unit import Plan
 from ckptq.progress import Begin, Note, silent, untold
@@ -88,7 +88,7 @@ def _opened(request: QuantizeRequest) -> tuple[Checkpoint, Plan]:
         permutable=not request.as_written,
         rope_order=request.rope_order,
     )
-    refuse_holes(ckpt, plan.layout)
+    refuse_unsound(ckpt, plan.layout)
     option = next(iter(_given(request)), None)
     if option is not None and request.scales is None and plan.calibrated:
         raise UsageError(
@@ -237,7 +237,7 @@ def _handed_over(request: QuantizeRequest, begin: Begin, note: Note) -> Result:
             )
     ckpt = open_checkpoint(request.model, request.revision)
     check_handed_over(request.recipe)
-    refuse_holes(ckpt, read_layout(ckpt))
+    refuse_unsound(ckpt, read_layout(ckpt))
     for line in told_of(ckpt.path, ckpt.beside()):
         note(line)
     if request.calibration.data is None:

@@ -109,7 +109,13 @@ def _experts_refused(plan: Plan, chosen: Mapping[str, Group]) -> Iterator[str]:
 
 
 def transformers_doubts(plan: Plan) -> Iterator[str]:
-    """What transformers would refuse or load wrongly, although vLLM serves it."""
+    """What transformers would refuse or load wrongly; that vLLM serves it only where it does."""
+    served = not any(vllm_doubts(plan))
+    for line in _transformers_doubts(plan):
+        yield line if served else line.partition("; vLLM ")[0]
+
+
+def _transformers_doubts(plan: Plan) -> Iterator[str]:
     yield from dict.fromkeys(
         reason
         for name, group in _chosen(plan).items()

@@ -13,6 +13,7 @@ from ckptq.checkpoint.header import StoredTensor
 from ckptq.checkpoint.open import Checkpoint
 from ckptq.errors import PlanError, UsageError
 from ckptq.models.modules import Layout, Linear, read_layout
+from ckptq.models.quantized.kept_numbers import looked_at
 from ckptq.models.quantized.repacked import repacked_specs, verbatim
 from ckptq.models.weight import Encoded, View
 from ckptq.permute.reordered import Source
@@ -164,7 +165,12 @@ def _units(
         elif name in layout.decoded:
             yield _decoded(layout, layout.decoded[name])
         elif name in carried:
-            yield Unit(key=name, rule="cache scale, as stored", copies=carried[name])
+            yield Unit(
+                key=name,
+                rule="cache scale, as stored",
+                copies=carried[name],
+                kept=dict.fromkeys(carried[name], "scale"),
+            )
         elif name in layout.dropped:
             yield Unit(key=name, rule=layout.dropped[name])
         elif linears and linears[0].weight.index is not None and not split:
@@ -265,18 +271,23 @@ def _kept(linear: Linear, group: Group) -> Unit:
     """The source's codes and scales, in compressed-tensors' layout."""
     weight = linear.weight
     assert isinstance(weight, Encoded)
-    copied = verbatim(weight)
+    copied = {f"{linear.name}.{local}": tensor for local, tensor in verbatim(weight).items()}
     part = Part(
         linear=linear,
         weight=weight,
         scheme=weight.scheme,
-        writes={n: spec for n, spec in repacked_specs(weight).items() if n not in copied},
+        writes={
+            n: spec
+            for n, spec in repacked_specs(weight).items()
+            if f"{linear.name}.{n}" not in copied
+        },
         kept=True,
     )
     return Unit(
         key=linear.name,
         rule=f"{group.name}: {weight.scheme}, as stored",
-        copies={f"{linear.name}.{local}": tensor for local, tensor in copied.items()},
+        copies=copied,
+        kept=looked_at(copied, weight.scheme),
         parts=(part,),
     )
 

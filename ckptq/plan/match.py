@@ -8,14 +8,12 @@ from dataclasses import replace
 
 from ckptq.checkpoint.header import StoredTensor
 from ckptq.checkpoint.open import Checkpoint
-from ckptq.errors import PlanError, SourceError, UsageError
+from ckptq.errors import PlanError, UsageError
 from ckptq.models.experts import FUSED_WEIGHT, experts_of
-from ckptq.models.family import in_layers
 from ckptq.models.modules import Layout, Linear
 from ckptq.models.quantized.readable import refuse_bare_codes, unread
 from ckptq.models.witnesses import NAMEABLE, Witnesses
 from ckptq.plan.left import EXPECTED
-from ckptq.printable import listed
 from ckptq.recipes.args import LOCAL, Args
 from ckptq.recipes.names import broken, read_names
 from ckptq.recipes.scheme import Group, Recipe, Scheme
@@ -103,26 +101,6 @@ def refuse_idle_ignores(layout: Layout, ignore: Sequence[str]) -> None:
                 f"--ignore {pattern!r}: matches no Linear of this checkpoint; expected a full name "
                 "or re:PATTERN, matched from the start; run `ckptq inspect` to list the names"
             )
-
-
-def refuse_holes(ckpt: Checkpoint, layout: Layout) -> None:
-    """SourceError for a source that lacks tensors: of a layer, an expert, or its output head.
-
-    The result would lack them too, and an engine would serve whatever is in that memory.
-    """
-    tree = layout.witnesses.tree
-    if tree is not None and tree.lacking:
-        raise SourceError(
-            f"{ckpt.path}: lacks {listed(tree.lacking)}, which transformers' {tree.model_class} "
-            "of its config.json needs; download it again, or correct config.json"
-        )
-    there = {int(m["index"]) for n in ckpt.tensors if (m := in_layers(n, layout.layers))}
-    gone = [index for index in range(layout.num_layers) if index not in there]
-    if tree is None and layout.layers and gone and "block_configs" not in ckpt.text_config:
-        raise SourceError(
-            f"{ckpt.path}: has no tensor of {layout.layers}.{gone[0]}; config.json declares "
-            f"{layout.num_layers} layers, found {len(there)}"
-        )
 
 
 def refuse_unread_weights(ckpt: Checkpoint, layout: Layout) -> None:

@@ -11,7 +11,9 @@ from collections.abc import Iterator
 from ckptq.checkpoint.open import Checkpoint
 from ckptq.errors import PlanError
 from ckptq.models.attention import OF_CACHE
+from ckptq.models.encoded import Encoded
 from ckptq.models.modules import Layout
+from ckptq.models.quantized.kept_numbers import looked_at
 from ckptq.plan.attention import AttentionPlan, last_tensors
 from ckptq.plan.unit import Unit
 from ckptq.recipes.declared import Declared, declared
@@ -41,7 +43,11 @@ def copied_units(ckpt: Checkpoint, layout: Layout, attention: AttentionPlan) -> 
         else:
             consumers = layout.consumed.get(name)
             rule = layout.others.get(name) or ("quantized already" if consumers else "copied")
-            yield Unit(key=name, rule=rule, copies={name: tensor})
+            copies = {name: tensor}
+            linear = layout.linears.get(name.rpartition(".")[0])
+            weight = linear.weight if linear is not None else None
+            kept = looked_at(copies, weight.scheme) if isinstance(weight, Encoded) else {}
+            yield Unit(key=name, rule=rule, copies=copies, kept=kept)
         if name in ends:
             module = ends[name]
             yield Unit(key=module, rule="calibrated", scales=attention.scales[module])

@@ -9,6 +9,7 @@ from math import lcm
 from ckptq.checkpoint.header import StoredTensor
 from ckptq.models.encoded import Encoded
 from ckptq.models.modules import Layout, Linear
+from ckptq.models.quantized.kept_numbers import Kept
 from ckptq.models.quantized.repacked import remade
 from ckptq.permute.marks import Marks
 from ckptq.permute.reordered import Reordered, Source
@@ -64,6 +65,8 @@ class Unit:
     rule: str
     """Which group quantizes it, or why it is left alone: what `--dry-run` shows."""
     copies: Mapping[str, StoredTensor] = field(default_factory=dict)
+    kept: Mapping[str, Kept] = field(default_factory=dict)
+    """Of the copies, those whose numbers are looked at."""
     views: Mapping[str, Source] = field(default_factory=dict)
     """Cut out of a fused tensor, dequantized or reordered, and otherwise unchanged."""
     parts: tuple[Part, ...] = ()

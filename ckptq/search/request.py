@@ -13,9 +13,9 @@ from ckptq.errors import UsageError
 from ckptq.evaluate.text import Line, Text, read_questions, text_of
 from ckptq.files import text_bytes, write_whole
 from ckptq.models.modules import read_layout
+from ckptq.models.unsound import refuse_unsound
 from ckptq.plan.doubts import transformers_doubts, vllm_doubts
 from ckptq.plan.make import make_plan
-from ckptq.plan.match import refuse_holes
 from ckptq.plan.unit import Plan
 from ckptq.progress import Begin, Note, silent, untold
 from ckptq.search.caches import CACHES, Caches, cache_scheme, find_caches
@@ -31,6 +31,9 @@ from ckptq.text.samples import Samples, read_samples
 Per = Literal["set", "layer"]
 
 SCHEMES = ("nvfp4a16", "fp8-dynamic", PLAIN)
+
+MARK = "# chosen by ckptq search"
+"""The first line of its recipes, which another search may overwrite."""
 
 KL = "KL at the end of the model, in nats per token"
 WEIGHTS = "relative squared error of weights"
@@ -79,7 +82,7 @@ def search(request: SearchRequest, begin: Begin = silent, note: Note = untold) -
     """
     _check(request)
     ckpt = open_checkpoint(request.model, request.revision)
-    refuse_holes(ckpt, read_layout(ckpt))
+    refuse_unsound(ckpt, read_layout(ckpt))
     candidates = find_candidates(ckpt, request.schemes, request.ignore)
     for line in candidates.told:
         note(line)
@@ -103,7 +106,7 @@ def search(request: SearchRequest, begin: Begin = silent, note: Note = untold) -
     assert plan.write_bytes == total.nbytes + _scale_bytes(plan), (
         "the recipe is not what was chosen"
     )
-    write_whole(request.output, text_bytes(_served(cache) + recipe.text))
+    write_whole(request.output, text_bytes(f"{MARK}\n{_served(cache)}{recipe.text}"))
     return Found(
         model=str(request.model),
         recipe=request.output,
@@ -124,6 +127,13 @@ def search(request: SearchRequest, begin: Begin = silent, note: Note = untold) -
 
 def _check(request: SearchRequest) -> None:
     """UsageError for options that do not fit together, before any work."""
+    if request.output.is_file() and not _is_ours(request.output):
+        raise UsageError(
+            f"{request.output}: exists and is no recipe of `ckptq search`; remove it or choose "
+            "another --output"
+        )
+    if request.kept.resolve() == request.output.resolve():
+        raise UsageError(f"--sensitivities {request.kept}: is the --output; choose another file")
     request.budget.check()
     if request.data is None and request.budget.max_kl is not None:
         raise UsageError("--max-kl: KL is measured on text; add --data FILE")
@@ -131,6 +141,11 @@ def _check(request: SearchRequest) -> None:
         raise UsageError("--kv-bits: what a cache costs is measured on text; add --data FILE")
     if request.task is None and request.budget.min_accuracy is not None:
         raise UsageError("--min-accuracy needs questions: --task FILE")
+
+
+def _is_ours(file: Path) -> bool:
+    with file.open("rb") as opened:
+        return opened.read(len(MARK)) == MARK.encode()
 
 
 def _questions(request: SearchRequest, ckpt: Checkpoint) -> list[Line]:
@@ -200,5 +215,5 @@ def _cache(
 
 
 def _served(cache: ChosenCache | None) -> str:
-    """The first line of the recipe: what it cannot say of the cache."""
+    """A line of the recipe that says what else cannot."""
     return f"# Serve with: vllm serve ... {cache.flags}\n" if cache and cache.flags else ""

@@ -20,11 +20,13 @@ Table = tuple[str, Sequence[str], Sequence[Sequence[object]]]
 """Title, columns and rows, as on the console."""
 
 
-def check_report(file: Path) -> None:
-    """Checked before anything is computed: UsageError for a name or folder that cannot be right,
-    MachineError if the file cannot be written."""
+def check_report(file: Path, *others: Path | None) -> None:
+    """Checked before anything is computed: UsageError for a name or folder that cannot be right, or
+    for one of the `others` that the command writes, MachineError if the file cannot be written."""
     if file.suffix not in SUFFIXES:
         raise UsageError(f"--report {file}: expected a name that ends in {', '.join(SUFFIXES)}")
+    if any(other is not None and other.resolve() == file.resolve() for other in others):
+        raise UsageError(f"--report {file}: the command writes another file there")
     if not file.parent.is_dir():
         raise UsageError(f"--report {file}: {file.parent} is not a folder")
     if file.is_dir():

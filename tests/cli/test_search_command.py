@@ -41,6 +41,29 @@ def test_what_holds_when_it_is_run(llama: Path, tmp_path: Path) -> None:
     assert "--task FILE" in done.stderr
 
 
+def test_a_file_of_another_kind_is_not_overwritten(llama: Path, tmp_path: Path) -> None:
+    """A recipe of an earlier search is; a hand-written one, or the model itself, stays."""
+    recipe = tmp_path / "mixed.yaml"
+    command = ("search", llama, "--bits", "6", "--device", "cpu")
+    for _ in range(2):
+        done = run(*command, "-o", recipe)
+        assert done.returncode == 0, done.stderr
+    recipe.write_text(own := recipe.read_text().partition("\n")[2])
+    config = llama / "config.json"
+    for output, more, said in (
+        (recipe, [], "no recipe of"),
+        (config, [], "no recipe of"),
+        (tmp_path / "new.json", ["--sensitivities", tmp_path / "new.json"], "is the --output"),
+        (tmp_path / "new.html", ["--report", tmp_path / "new.html"], "writes another file"),
+    ):
+        done = run(*command, "-o", output, *more)
+        assert done.returncode == 2, output
+        assert said in done.stderr
+    assert recipe.read_text() == own
+    assert config.read_text().startswith("{")
+    assert not list(tmp_path.glob("new.*"))
+
+
 def test_what_is_asked_wrongly_is_refused_before_the_work(llama: Path, tmp_path: Path) -> None:
     recipe = tmp_path / "r.yaml"
     for more in (

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -32,8 +34,10 @@ from tiny.foreign import (
 from tiny.tensors import differences, tensors_in
 from torch import Tensor
 
+from ckptq.calibrate.request import CalibrationRequest
 from ckptq.checkpoint.open import open_checkpoint
-from ckptq.errors import PlanError, UsageError
+from ckptq.convert.quantize import QuantizeRequest, quantize
+from ckptq.errors import PlanError, SourceError, UsageError
 from ckptq.plan.make import make_plan
 from ckptq.recipes.load import load_scheme
 from ckptq.recipes.scheme import Recipe
@@ -226,6 +230,92 @@ def test_scales_of_an_fp8_cache_are_carried(tmp_path: Path) -> None:
         is None
     )
     assert not [name for name in tensors_in(out) if name.endswith(("k_scale", "v_scale"))]
+
+
+def damaged(source: Path, out: Path, name: str, value: float, at: int = 0) -> Path:
+    """A copy in which one number of a tensor is another."""
+    tensors = load_file(source / "model.safetensors")
+    flat = tensors[name].clone().reshape(-1)
+    if flat.dtype == torch.uint8:
+        flat[at] = int(value)
+    else:
+        flat[at] = torch.tensor(value).to(flat.dtype)
+    tensors[name] = flat.reshape(tensors[name].shape)
+    shutil.copytree(source, out)
+    save_file(tensors, out / "model.safetensors", metadata={"format": "pt"})
+    return out
+
+
+NAN, INF = float("nan"), float("inf")
+WRONG = [
+    ("gptq", "scales", NAN), ("gptq", "scales", INF), ("awq", "scales", 0.0),
+    ("modelopt fp8", "weight_scale", NAN), ("modelopt fp8", "weight_scale", -1.0),
+    ("modelopt fp8", "input_scale", 0.0), ("modelopt fp8", "weight", NAN),
+    ("modelopt nvfp4", "weight_scale", NAN), ("modelopt nvfp4", "weight_scale_2", INF),
+    ("fp8 rows", "weight_scale", NAN), ("fp8 rows", "weight", NAN), ("fbgemm", "weight_scale", 0.0),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("format", "local", "value"), WRONG)
+def test_numbers_that_are_none_are_refused(
+    tmp_path: Path, format: str, local: str, value: float
+) -> None:
+    """By the file and the tensor; the twin is the source itself."""
+    foreign = source(tmp_path / "source", format)
+    name = next(n for n in sorted(tensors_in(foreign.folder)) if n.endswith(f"_proj.{local}"))
+    broken = damaged(foreign.folder, tmp_path / "broken", name, value)
+    with pytest.raises(SourceError) as refused:
+        convert(broken, tmp_path / "out", REPACK)
+    linear = name.removesuffix(local)
+    assert str(refused.value).startswith(f"{broken}/model.safetensors: tensor '{linear}")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(("format", "local"), [("gptq", "scales"), ("fp8 rows", "weight")])
+@pytest.mark.parametrize("recipe", ["dequantize", "fp8-dynamic"])
+def test_weights_that_are_none_are_refused(
+    tmp_path: Path, format: str, local: str, recipe: str
+) -> None:
+    foreign = source(tmp_path / "source", format)
+    name = next(n for n in sorted(tensors_in(foreign.folder)) if n.endswith(f"_proj.{local}"))
+    broken = damaged(foreign.folder, tmp_path / "broken", name, NAN, at=-1)
+    with pytest.raises(SourceError, match=r"safetensors: tensor '.*NaN|not finite"):
+        convert(broken, tmp_path / "out", load_scheme(recipe))
+
+
+@pytest.mark.parametrize("value", [NAN, 0.0, -0.5])
+def test_scales_of_a_cache_that_are_none_are_refused(tmp_path: Path, value: float) -> None:
+    attention = [f"model.layers.{i}.self_attn" for i in range(2)]
+    more = {f"{a}.{w}_proj.{w}_scale": torch.tensor(0.5) for a in attention for w in "kv"}
+    more[f"{attention[1]}.v_proj.v_scale"] = torch.tensor(value)
+    scheme = {"dynamic": False, "num_bits": 8, "type": "float"}
+    method = fp8_method(kv_cache_scheme=scheme)
+    foreign = write(tmp_path / "source", fp8, method, torch.bfloat16, more)
+    with pytest.raises(SourceError, match=r"layers\.1\.self_attn\.v_proj\.v_scale.* at element 0"):
+        convert(foreign.folder, tmp_path / "out", REPACK)
+
+
+def test_a_weight_of_another_maker_that_stays_as_it_is_is_looked_at(tmp_path: Path) -> None:
+    """New cache scales beside weights in compressed-tensors' layout; NaN would end the forward
+    pass."""
+    foreign = source(tmp_path / "source", "fp8 rows")
+    request = QuantizeRequest(model=foreign.folder, recipe=REPACK, out=tmp_path / "made")
+    made = quantize(request).out
+    name = next(n for n in sorted(tensors_in(made)) if n.endswith("_proj.weight_scale"))
+    broken = damaged(made, tmp_path / "broken", name, -1.0, at=3)
+    data = tmp_path / "ids.jsonl"
+    data.write_text('{"input_ids": [3, 1, 4, 1, 5, 9, 2, 6]}\n')
+    calibration = CalibrationRequest(data=data, samples=1, seq_len=8)
+    scheme = load_scheme("kv-fp8-per-head")
+    for folder in (made, broken):
+        request = QuantizeRequest(
+            model=folder, recipe=scheme, out=tmp_path / f"{folder.name}-kv", calibration=calibration
+        )
+        if folder is made:
+            quantize(request)
+            continue
+        with pytest.raises(SourceError, match=f"tensor '{re.escape(name)}': -1.0 at element 3"):
+            quantize(request)
 
 
 def test_the_scale_of_a_latent_cache_is_carried_as_one(tmp_path: Path) -> None:

@@ -17,7 +17,7 @@ from ckptq.checkpoint.open import open_checkpoint
 from ckptq.cli import app
 from ckptq.convert.quantize import QuantizeRequest, quantize
 from ckptq.engines.table import load_table
-from ckptq.plan.doubts import vllm_doubts
+from ckptq.plan.doubts import transformers_doubts, vllm_doubts
 from ckptq.plan.make import make_plan
 from ckptq.recipes.load import load_scheme
 from ckptq.verify.run import verify
@@ -33,6 +33,10 @@ CONFIGS = {
     },
     "xglm": {"d_model": 64, "num_layers": 2, "attention_heads": 4, "ffn_dim": 128,
              "vocab_size": 128},
+    "zamba": {
+        **SMALL, "num_hidden_layers": 6, "attn_layer_period": 3, "attn_layer_offset": 2,
+        "n_mamba_heads": 2, "use_mamba_kernels": False, "pad_token_id": 0,
+    },
     "biogpt": {**SMALL, "intermediate_size": 128},
     "helium": {**SMALL, "intermediate_size": 128, "num_key_value_heads": 2, "head_dim": 16},
 }  # fmt: skip
@@ -182,3 +186,28 @@ def test_a_class_of_vllms_that_nobody_has_seen_is_told(tmp_path: Path) -> None:
             note=notes.append,
         )
         assert any("a class of its own for HYV4ForCausalLM" in note for note in notes) == said
+
+
+@pytest.mark.parametrize(("family", "served"), [("zamba", False), ("zamba2", True)])
+def test_vllm_is_named_only_where_it_serves_what_transformers_does_not(
+    tmp_path: Path, family: str, served: bool
+) -> None:
+    plan = make_plan(open_checkpoint(source_of(family, tmp_path)), load_scheme("fp8-dynamic"))
+    (line,) = (line for line in transformers_doubts(plan) if "shared between layers" in line)
+    assert line.endswith("; vLLM can") == served
+    assert any(vllm_doubts(plan)) != served
+
+
+def test_layers_where_transformers_reads_them_are_in_their_place(tmp_path: Path) -> None:
+    """Qianfan-OCR's are in an "encoder", and its embedding is beside that."""
+    text = {"model_type": "qwen3", **SMALL, "intermediate_size": 128, "num_key_value_heads": 2}
+    vision = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2,
+              "intermediate_size": 64}  # fmt: skip
+    config = transformers.AutoConfig.for_model(
+        "qianfan_ocr", text_config=text, vision_config=vision, image_token_id=100
+    )
+    source = tmp_path / "qianfan"
+    make(config, "ImageTextToText").save_pretrained(source)
+    out = tmp_path / "out"
+    quantize(QuantizeRequest(model=source, recipe=load_scheme("fp8-dynamic"), out=out))
+    assert verify(out).findings == ()

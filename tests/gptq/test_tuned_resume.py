@@ -1,4 +1,5 @@
-"""AutoRound, killed, goes on after the last layer that it kept, and ends with the same bytes."""
+"""AutoRound, killed, goes on after the last layer that it kept, and ends with the same bytes; with
+another version of it nothing goes on."""
 
 from __future__ import annotations
 
@@ -10,6 +11,8 @@ from tuned_cases import in_steps
 
 from ckptq.autoround.block import Block
 from ckptq.calibrate import journal
+from ckptq.convert import documents
+from ckptq.errors import UsageError
 from ckptq.gptq.kept import Kept
 
 
@@ -43,6 +46,11 @@ def test_killed_it_goes_on_and_ends_with_equal_bytes(
     with monkeypatch.context() as patched:
         patched.setattr(owner, name, second_dies)
         with pytest.raises(Killed):
+            converted(llama, tmp_path / "out", recipe)
+    with monkeypatch.context() as patched:
+        installed = documents.version
+        patched.setattr(documents, "version", lambda n: "0" if n == "auto-round" else installed(n))
+        with pytest.raises(UsageError, match="auto-round"):
             converted(llama, tmp_path / "out", recipe)
     tune, calls = Block.tune, []
     monkeypatch.setattr(Block, "tune", lambda *given: (calls.append(given), tune(*given))[1])

@@ -19,7 +19,7 @@ import transformers
 from verify_checkpoints import EXPERTS, Editor, copy_of
 
 from ckptq.checkpoint.open import open_checkpoint
-from ckptq.verify.engine.by_headers import load_by_headers
+from ckptq.models.tree.by_headers import load_by_headers
 from ckptq.verify.run import verify
 
 RULES: list[Rule] = []

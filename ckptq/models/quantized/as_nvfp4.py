@@ -16,9 +16,11 @@ from typing import TYPE_CHECKING
 
 from ckptq.checkpoint.header import StoredTensor
 from ckptq.checkpoint.read import Files, read_tensor
+from ckptq.errors import SourceError
 from ckptq.models.quantized.encoded_weight import Encoded
 from ckptq.models.quantized.modelopt import NVFP4
 from ckptq.models.quantized.mxfp4_blocks import MXFP4
+from ckptq.spec import E8M0_NAN
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -39,8 +41,14 @@ class AsNvfp4(Encoded):
     @cached_property
     def shift(self) -> int:
         """Exponent of the scale by which all of E4M3's are multiplied."""
-        largest = max(int(_exponents(read_tensor(scales)).max()) for scales in self.together)
-        return largest - BIAS - MOST
+        largest = {scales: int(_exponents(read_tensor(scales)).max()) for scales in self.together}
+        for scales, exponent in largest.items():
+            if exponent == E8M0_NAN:
+                raise SourceError(
+                    f"{scales.file}: tensor {scales.name!r}: holds the E8M0 code {E8M0_NAN}, NaN; "
+                    f"expected exponents up to {E8M0_NAN - 1}"
+                )
+        return max(largest.values()) - BIAS - MOST
 
     def read(self, files: Files, start: int, stop: int) -> dict[str, Tensor]:
         return self._cast(self.inner.read(files, start, stop))

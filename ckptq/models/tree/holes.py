@@ -79,7 +79,7 @@ def lacking_everywhere(
     there = {starred(parameter) for parameter in filled}
     inside = starred(f"{layers.name}.")
     seen = layers.name and any(kind.startswith(inside) for kind in there)
-    if not seen or not _is_named(model):
+    if not seen or not is_named(model):
         return ()
     strange = _strange(layers, placeless)
     decoder = decoder_name(model)
@@ -178,13 +178,13 @@ def _output_head(
     head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
     parameter = f"{names.get(id(head), '')}.weight"
     absent = head is not None and parameter in wanted and parameter not in made.values()
-    if not absent or not _is_named(model):
+    if not absent or not is_named(model):
         return
     if f"{names.get(id(embedding), '')}.weight" in made.values():
         yield parameter
 
 
-def _is_named(model: PreTrainedModel) -> bool:
+def is_named(model: PreTrainedModel) -> bool:
     """Whether config.json names its class."""
     return type(model).__name__ in (model.config.architectures or ())
 

@@ -24,7 +24,7 @@ from ckptq.verify.kinds import finding
 from ckptq.verify.report import Asked, EngineRun, Finding
 
 if TYPE_CHECKING:
-    from ckptq.verify.engine.by_headers import Loaded
+    from ckptq.models.tree.by_headers import Loaded
 
 CACHE_SCALES = ("q_scale", "k_scale", "v_scale")
 HARMLESS = re.compile(r"\.([qkv]_zero_point|q_scale)$|\.lora_\w+(\.|$)")
@@ -41,7 +41,7 @@ def ask_transformers(ckpt: Checkpoint) -> Asked:
     """Whether transformers would load the checkpoint whole. Reads headers only."""
     import transformers
 
-    from ckptq.verify.engine.by_headers import load_by_headers
+    from ckptq.models.tree.by_headers import load_by_headers
 
     began = time.monotonic()
     places = 0

@@ -1,7 +1,8 @@
-"""Without a source: compare with the model that transformers builds from config.json. Headers only.
+"""Compare with the model that transformers builds from config.json. Headers only.
 
 Checks only tensors outside any scheme: norms, biases, embeddings, tensors without a place, and
-sizes. Families that transformers lacks, and configs that it refuses, are not checked."""
+sizes; with a source, whose tensors the others are compared with, sizes alone. Families that
+transformers lacks, and configs that it refuses, are not checked."""
 
 from __future__ import annotations
 
@@ -28,11 +29,14 @@ from ckptq.verify.report import Finding
 from ckptq.verify.subject import CODES, SCALES, Subject
 
 if TYPE_CHECKING:
-    from ckptq.verify.engine.by_headers import Loaded
+    from ckptq.models.tree.by_headers import Loaded
 
 EXPERTS = ".experts"
 """Merged on loading, and judged expert by expert elsewhere; their biases are not."""
 
+
+ELSEWHERE = ("names-moved", "config-differs")
+"""Findings beside which every size may be wrong."""
 
 OTHER_PARTS = re.compile(r"(^|[._])(mtp|nextn|vision|visual|vit|audio|image|speech|talker|lora)")
 """In names of branches that other models read."""
@@ -41,10 +45,10 @@ OTHER_PARTS = re.compile(r"(^|[._])(mtp|nextn|vision|visual|vit|audio|image|spee
 def check_whole(subject: Subject, told: Iterable[Finding]) -> Iterator[Finding]:
     """Parameters without a tensor, tensors without a parameter, and differing sizes; skips modules
     with findings in `told`."""
-    from ckptq.verify.engine.by_headers import load_by_headers
+    from ckptq.models.tree.by_headers import load_by_headers
 
     told = list(told)
-    if not subject.declared.present or any(one.code == "names-moved" for one in told):
+    if not subject.declared.present or any(one.code in ELSEWHERE for one in told):
         return
     try:
         loaded = load_by_headers(subject.ckpt)
@@ -57,10 +61,11 @@ def check_whole(subject: Subject, told: Iterable[Finding]) -> Iterator[Finding]:
     failed |= named | {name.rpartition(".")[0] for name in named}
     if any(one.code == "layer-missing" for one in told):
         failed |= _in_missing_layers(subject.ckpt, loaded)
-    yield from _missing(loaded, failed)
-    yield from _unknown(subject.ckpt, loaded, failed)
     yield from _sizes(loaded, failed)
-    yield from _strays(subject, loaded)
+    if subject.source is None:
+        yield from _missing(loaded, failed)
+        yield from _unknown(subject.ckpt, loaded, failed)
+        yield from _strays(subject, loaded)
 
 
 def _in_missing_layers(ckpt: Checkpoint, loaded: Loaded) -> set[str]:

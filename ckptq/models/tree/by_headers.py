@@ -1,4 +1,4 @@
-"""A checkpoint loaded into transformers' own quantized model, by its headers alone.
+"""A checkpoint loaded into transformers' own model, quantized or plain, by its headers alone.
 
 The model is built on the meta device, its quantizer prepares it, and tensors without data go
 through the conversion that `from_pretrained` uses. Only headers are read, nothing is allocated.
@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import io
 import logging as std_logging
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, redirect_stderr
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -23,15 +23,18 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
+Specs = Mapping[str, TensorSpec]
+
+
 @dataclass(frozen=True, kw_only=True)
 class Loaded:
     """A model after loading, and what loading it was like. Names are the model's."""
 
     model: PreTrainedModel
     quantizer: Any
-    wanted: Mapping[str, TensorSpec]
+    wanted: Specs
     """The model's parameters before loading."""
-    found: Mapping[str, TensorSpec]
+    found: Specs
     """The same parameters after loading, in the dtypes on disk."""
     missing: frozenset[str]
     """Parameters that no tensor filled, except tied ones."""
@@ -43,16 +46,20 @@ class Loaded:
     """Modules whose weight is another module's."""
 
 
-def load_by_headers(ckpt: Checkpoint) -> Loaded:
-    """Raises SourceError for a config that transformers cannot read or a class that it lacks, and
+def load_by_headers(ckpt: Checkpoint, plain: Callable[[Specs], Specs] | None = None) -> Loaded:
+    """`plain` says, for the model's parameters, which tensors of the unquantized model are loaded:
+    it is then built without a quantizer. None loads what is stored.
+
+    Raises SourceError for a config that transformers cannot read or a class that it lacks, and
     whatever transformers raises while it builds the model."""
     from transformers.conversion_mapping import get_model_conversion_mapping
     from transformers.core_model_loading import convert_and_load_state_dict_in_model
     from transformers.modeling_utils import LoadStateDictConfig
 
     with _silence():
-        model, quantizer, dtype = _build(ckpt)
+        model, quantizer, dtype = _build(ckpt, quantized=plain is None)
         wanted = _specs(model)
+        stored = {n: t.spec for n, t in ckpt.tensors.items()} if plain is None else plain(wanted)
         tied = frozenset(name.rpartition(".")[0] for name in model.all_tied_weights_keys)
         conversions: Any = get_model_conversion_mapping(model, None, quantizer)
         _share_operations(conversions)
@@ -63,15 +70,17 @@ def load_by_headers(ckpt: Checkpoint) -> Loaded:
             hf_quantizer=quantizer,
             weight_mapping=conversions,
         )
-        info, _ = convert_and_load_state_dict_in_model(model, _headers(ckpt), loading)
+        info, _ = convert_and_load_state_dict_in_model(model, _headers(stored), loading)
         with _absent_places():
             model.tie_weights(missing_keys=info.missing_keys, recompute_mapping=False)
         model._adjust_missing_and_unexpected_keys(info)
+    # without a quantizer a tensor of another shape is put down, and not set
+    unset = {n: TensorSpec(wanted[n].dtype, tuple(held)) for n, held, _ in info.mismatched_keys}
     return Loaded(
         model=model,
         quantizer=quantizer,
         wanted=wanted,
-        found=_specs(model),
+        found=_specs(model) | unset,
         missing=frozenset(info.missing_keys),
         left_over=frozenset(info.unexpected_keys),
         errors={place: _last_line(error) for place, error in info.conversion_errors.items()},
@@ -79,12 +88,14 @@ def load_by_headers(ckpt: Checkpoint) -> Loaded:
     )
 
 
-def _build(ckpt: Checkpoint) -> tuple[PreTrainedModel, Any, torch.dtype]:
+def _build(ckpt: Checkpoint, *, quantized: bool) -> tuple[PreTrainedModel, Any, torch.dtype]:
     """As `from_pretrained` does until it begins to load."""
     from transformers.quantizers.auto import get_hf_quantizer
     from transformers.utils.generic import ContextManagers
 
     config = read_config(ckpt)
+    if not quantized and hasattr(config, "quantization_config"):
+        del config.quantization_config
     model_class = model_class_of(ckpt, config)
     quantizer, config, _ = get_hf_quantizer(config, None, None, True, {})
     dtype = config.dtype if isinstance(config.dtype, torch.dtype) else torch.bfloat16
@@ -106,12 +117,12 @@ class Header(torch.Tensor):
         return self.as_subclass(torch.Tensor)
 
 
-def _headers(ckpt: Checkpoint) -> dict[str, torch.Tensor]:
+def _headers(held: Specs) -> dict[str, torch.Tensor]:
     return {
-        name: torch.empty(
-            tensor.spec.shape, dtype=torch_dtype(tensor.spec.dtype), device="meta"
-        ).as_subclass(Header)
-        for name, tensor in ckpt.tensors.items()
+        name: torch.empty(spec.shape, dtype=torch_dtype(spec.dtype), device="meta").as_subclass(
+            Header
+        )
+        for name, spec in held.items()
     }
 
 
