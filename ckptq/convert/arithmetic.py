@@ -17,6 +17,7 @@ from ckptq.convert.blocks import CALL_ELEMENTS, RUN_ELEMENTS
 from ckptq.device import find_device
 from ckptq.errors import MachineError
 from ckptq.models.weight_rows import Place
+from ckptq.quantize.certain import summed_by_kernel
 from ckptq.quantize.dispatch import quantize_some
 from ckptq.quantize.formats import WeightScheme, quantize, statistic
 from ckptq.quantize.scratch import BLOCK_ELEMENTS, Scratch
@@ -57,7 +58,7 @@ class OnCores:
 
 class OnGpu(OnCores):
     """Each thread has a stream, so that its transfers and arithmetic overlap with the other
-    threads' I/O. float64 is computed on the CPU."""
+    threads' I/O. What `_for_cores` names is computed on the CPU."""
 
     def __init__(self, device: torch.device, workers: int = 1) -> None:
         super().__init__(workers)
@@ -78,19 +79,25 @@ class OnGpu(OnCores):
             ) from error
 
     def statistic(self, w_RC: Tensor, scheme: WeightScheme) -> Tensor:
-        if w_RC.dtype == torch.float64:
-            return super().statistic(w_RC, scheme)
+        if _for_cores(w_RC, scheme):
+            return super().statistic(w_RC.cpu(), scheme)
         return statistic(self._there(w_RC), scheme, self._lane.scratch).cpu()
 
     def quantize(self, w_RC: Tensor, scheme: WeightScheme, shared: Tensor | None) -> Made:
-        if w_RC.dtype == torch.float64:
-            return super().quantize(w_RC, scheme, shared)
+        if _for_cores(w_RC, scheme):
+            return super().quantize(w_RC.cpu(), scheme, shared)
         return self._lane.fetch(
             quantize_some(self._there(w_RC), scheme, shared, self._lane.scratch)
         )
 
     def _there(self, x: Tensor) -> Tensor:
         return x.to(self._device, non_blocking=True)
+
+
+def _for_cores(w_RC: Tensor, scheme: WeightScheme) -> bool:
+    """float64, and searches whose winners have not been seen to be a CPU's."""
+    unsure = scheme.search is not None and not summed_by_kernel(scheme)
+    return w_RC.dtype == torch.float64 or unsure
 
 
 class _Lane(threading.local):

@@ -14,10 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ckptq.kernels.rounding import e4m3_round, has_native_e4m3, narrow, round_half_even, widen
-
-E2M1 = tl.constexpr(4)
-"""Bits of a code that is no integer: these or, for E4M3, 8."""
+from ckptq.kernels.rounding import narrow, round_half_even, widen
 
 
 @triton.jit
@@ -40,8 +37,7 @@ def _error_sums_kernel(
     T,
     L,
     MOST: tl.constexpr,
-    FLOAT_BITS: tl.constexpr,
-    NATIVE: tl.constexpr,
+    E2M1: tl.constexpr,
     TILES: tl.constexpr,
     LANES: tl.constexpr,
 ):
@@ -60,13 +56,11 @@ def _error_sums_kernel(
         m_TL = m_T[:, None] & (l_1L < L)
         x_TL = widen(tl.load(x_ptr + t_T[:, None] * L + l_1L, mask=m_TL, other=0.0))
         q_TL = widen(narrow(tl.math.div_rn(x_TL, scale_T1), dtype))
-        if FLOAT_BITS == 0:
-            q_TL = widen(narrow(q_TL + zero_T1, dtype))
-            q_TL = round_half_even(tl.clamp(q_TL, -MOST - 1.0, MOST)).to(tl.float32) - zero_T1
-        elif FLOAT_BITS == E2M1:
+        if E2M1:
             q_TL = _e2m1_round(q_TL)
         else:
-            q_TL = e4m3_round(tl.clamp(q_TL, -448.0, 448.0), NATIVE)
+            q_TL = widen(narrow(q_TL + zero_T1, dtype))
+            q_TL = round_half_even(tl.clamp(q_TL, -MOST - 1.0, MOST)).to(tl.float32) - zero_T1
         back_TL = widen(narrow(q_TL * scale_T1, dtype))
         error_TL = narrow(tl.abs(back_TL - x_TL), dtype).to(tl.int16, bitcast=True)
         # past the end weights and errors are zero, and so is that power
@@ -85,7 +79,7 @@ def error_sums(
     """float32 [K, T]: sums of |dequantized - x|^norm, `power_N` [32768] of which has the powers of
     all numbers >= 0 of x's dtype (bf16 or fp16) by their bits.
 
-    All are dense; zero points are int8. `codes` are "int" or "float", and the bits of one.
+    All are dense; zero points are int8. `codes` are "int" and the bits of one, or ("float", 4).
     """
     (T, L), K = x_TL.shape, len(scale_KT)
     lanes = min(triton.next_power_of_2(L), 1024)
@@ -95,8 +89,7 @@ def error_sums(
     _error_sums_kernel[(triton.cdiv(T, tiles), K)](
         *(x_TL, scale_KT, zero_point_KT, power_N, sum_KT, T, L),
         MOST=2.0 ** (bits - 1) - 1,
-        FLOAT_BITS=bits if kind == "float" else 0,
-        NATIVE=has_native_e4m3(x_TL.device),
+        E2M1=kind == "float",
         TILES=tiles,
         LANES=lanes,
         num_warps=4,
