@@ -116,7 +116,8 @@ class Units:
                 told.unsolved.append(each.name)
             if each.name in chosen:
                 each.on = chosen[each.name].on
-                yield chosen[each.name].weight_RC.to(each.w_RC.dtype)
+                # oneshot adds a zero point of 0 to what GPTQ made, so that no -0 is left
+                yield chosen[each.name].weight_RC.to(each.w_RC.dtype) + 0.0
             else:
                 yield each.w_RC
 

@@ -28,7 +28,7 @@ SCHEMES = [
 
 @pytest.fixture(scope="session")
 def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save(tmp_path_factory.mktemp("llama"), dtype=torch.float32, num_hidden_layers=3)
+    return save(tmp_path_factory.mktemp("llama"), dtype=torch.float32, num_hidden_layers=2)
 
 
 @pytest.fixture(scope="session")
@@ -45,7 +45,7 @@ def test_codes_and_scales_are_oneshots(
     assert differences(ours, theirs) == []
     nearest = tensors_in(made(scheme.removesuffix("-gptq")))
     codes = [name for name in ours if name.endswith(("_proj.weight", "_proj.weight_packed"))]
-    assert len(codes) == 21
+    assert len(codes) == 14
     assert set(codes) <= set(differences(ours, nearest)), "nothing was chosen"
 
 
@@ -65,7 +65,7 @@ def test_other_inputs_weigh_otherwise(
     scheme, rows = "w4a16-g32-imatrix", token_rows([48] * 12, seed=8)
     other = tensors_in(converted(llama, tmp_path / "other", scheme, rows))
     changed = differences(tensors_in(made(scheme)), other)
-    assert len([name for name in changed if name.endswith("weight_scale")]) == 21
+    assert len([name for name in changed if name.endswith("weight_scale")]) == 14
 
 
 def test_16_bit_weights_with_4_bit_codes_are_oneshots_too(tmp_path: Path) -> None:
@@ -129,7 +129,7 @@ def test_cache_inputs_and_gptq_in_one_pass_are_oneshots(llama: Path, tmp_path: P
     ours = {name: tensor for name, tensor in ours.items() if not name.endswith("q_scale")}
     assert differences(ours, theirs) == []
     scales = [name for name in ours if name.endswith(("k_scale", "v_scale", "input_scale"))]
-    assert len(scales) == 3 * (2 + 7)
+    assert len(scales) == 2 * (2 + 7)
     plain = IN_ONE_PASS.replace("GPTQModifier", "QuantizationModifier")
     apart = tensors_in(converted(llama, tmp_path / "apart", load_text("two", plain)))
     changed = [name for name in differences(ours, apart) if name in scales]
@@ -161,4 +161,4 @@ def test_a_difference_in_what_is_computed_is_noticed(
         monkeypatch.setattr("ckptq.gptq.rewritten.Rewritten.rewrite", lambda *_: None)
     other = tensors_in(converted(llama, tmp_path / "other", scheme, rows))
     changed = {name.split(".layers.")[1][0] for name in differences(whole, other)}
-    assert changed == ({"1", "2"} if broken == "the second run" else {"0", "1", "2"})
+    assert changed == ({"1"} if broken == "the second run" else {"0", "1"})
