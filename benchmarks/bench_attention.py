@@ -26,16 +26,13 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 
-from ckptq.kernels.attention import reference as dense
 from ckptq.kernels.attention.dense_attention import Tile, attention
-from ckptq.kernels.attention.mask import Mask
 from ckptq.kernels.attention.maxima import Maxima
 from ckptq.kernels.cache.paged_attention import paged_attention
 from ckptq.kernels.cache.paging import Sequences
 from ckptq.kernels.cache.write_cache import write_cache
 from ckptq.kernels.token_head import reference as kv
 from ckptq.kernels.token_head.kv_format import FORMATS, INT2, INT4, Rotation
-from ckptq.kernels.token_head.kv_simulate import fake_quantize_kv
 from ckptq.kernels.token_head.token_head_attention import token_head_attention
 from ckptq.kernels.token_head.token_head_cache import TokenHeadCache
 from ckptq.kernels.token_head.write_token_head import write_token_head
@@ -76,8 +73,7 @@ def relative(got: Tensor, want: Tensor) -> float:
 def check_attention(q: Tensor, k: Tensor, v: Tensor, out_BSHD: Tensor, limit: float) -> float:
     """Relative error of the last sequence's first group of heads against float64."""
     q, k, v = q[-1:, : H // K], k[-1:, :1], v[-1:, :1]
-    seen = dense.seen(Mask(), q.shape[2], k.shape[2]).to(q.device)
-    want = dense.attention(q, k, v, seen, scaling=SCALING)
+    want = exact(q, k, v, SCALING)
     error = relative(out_BSHD[-1:, :, : H // K], want)
     require(error < limit, f"attention is off by {error}")
     return error
@@ -281,6 +277,14 @@ def paged_rows(length: int, batch: int, queries: int, runs: int) -> list[Row]:
     return rows
 
 
+def exact(q: Tensor, k: Tensor, v: Tensor, scaling: float) -> Tensor:
+    """Causal attention [B, S, H, D] in float64."""
+    wide = (x.double() for x in (q, k, v))
+    return scaled_dot_product_attention(
+        *wide, is_causal=True, scale=scaling, enable_gqa=True
+    ).transpose(1, 2)
+
+
 def error_rows(tokens: int) -> list[Row]:
     """Relative error of keys, and of attention with keys and values quantized, in percent."""
     rows = []
@@ -292,14 +296,13 @@ def error_rows(tokens: int) -> list[Row]:
         k = k.clone()
         k[..., 5 : 5 + outliers] *= 20
         k[..., 5 : 5 + outliers] += 30 * (outliers > 0)  # as keys of Llama and Qwen have them
-        seen = dense.seen(Mask(), tokens, tokens).to(DEVICE)
         scaling = SCALING / (4 if outliers else 1)
-        want = dense.attention(q, k, v, seen, scaling=scaling)
+        want = exact(q, k, v, scaling)
         for fmt in (INT4, INT2):
             for rotation in Rotation:
-                fakes = [fake_quantize_kv(x, fmt.name, rotation=rotation) for x in (k, v)]
-                k_only = dense.attention(q, fakes[0], v, seen, scaling=scaling)
-                both = dense.attention(q, *fakes, seen, scaling=scaling)
+                fakes = [kv.there_and_back(x, fmt, rotation) for x in (k, v)]
+                k_only = exact(q, fakes[0], v, scaling)
+                both = exact(q, *fakes, scaling)
                 small = [i for i in range(D) if not 5 <= i < 5 + outliers]
                 rows.append(
                     {

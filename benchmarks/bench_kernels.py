@@ -25,7 +25,8 @@ from record import add_option, extremes, gpu, publish
 from torch import Tensor
 
 from ckptq.kernels.int4.quantize_int4 import dequantize_int4, quantize_int4
-from ckptq.kernels.linear.dispatch import linear_fp8_block, linear_w4a16, linear_w8a8
+from ckptq.kernels.linear.library import linear_fp8_block, linear_w4a16
+from ckptq.kernels.linear.linear_w8a8 import linear_w8a8
 from ckptq.kernels.quantize.quantize_rows import quantize_blocks, quantize_rows
 from ckptq.kernels.quantize.quantize_static import dequantize, quantize_static
 

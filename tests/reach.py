@@ -3,9 +3,8 @@
 A definition is a function or class at the top of a module, written "module:name"; "module:" stands
 for the module's other statements. A definition reaches what its body names, and the statements of
 its module; those reach what they name (tables of functions) and the modules that they import. A
-string "module:name" names as well (`kernels.gpu.door`). A method belongs to its class, and whoever
-makes an object names the class: so nothing that runs is missed, and a little that never runs may
-count as reached.
+string "module:name" names as well. A method belongs to its class, and whoever makes an object names
+the class: so nothing that runs is missed, and a little that never runs may count as reached.
 """
 
 from __future__ import annotations

@@ -268,7 +268,7 @@ def test_folders_are_small():
     assert {name: n for name, n in counts.items() if n > LARGE.get(name, 14)} == {}
 
 
-PATTERNS = {"__init__.py", "__main__.py", "reference.py", "dispatch.py"}
+PATTERNS = {"__init__.py", "__main__.py"}
 TWICE = {"attention.py", "journal.py", "options.py", "request.py", "result.py", "run.py"}
 TWICE |= {"scales.py", "transformers.py", "vllm.py", "vllm_worker.py"}
 """Names that stand twice in ckptq/ and are no pattern. They only become fewer."""

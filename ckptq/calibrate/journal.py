@@ -21,23 +21,21 @@ import warnings
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from time import monotonic
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+from torch import Tensor
 
 from ckptq.calibrate.divided import merged
 from ckptq.calibrate.observers import Stats
 from ckptq.calibrate.scales import Scales, load_scales, save_scales
+from ckptq.calibrate.statistics import Statistics
 from ckptq.checkpoint.header import read_header
 from ckptq.checkpoint.read import read_tensors
 from ckptq.checkpoint.seal import is_whole, seal
 from ckptq.distributed.ranks import ALONE, Ranks
 from ckptq.errors import MachineError, UsageError
 from ckptq.files import clear_unfinished, json_bytes, machine_errors, sync_folder, write_whole
-
-if TYPE_CHECKING:
-    from torch import Tensor
-
-    from ckptq.calibrate.statistics import Statistics
-    from ckptq.forward.layerwise import Stream
+from ckptq.forward.layerwise import Stream
 
 RUN = "run.json"
 RESULT = "result"

@@ -18,13 +18,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
 
 from ckptq.errors import UsageError
-
-if TYPE_CHECKING:
-    import torch
-    from torch import Tensor
 
 Strategy = Literal["attn_head", "tensor"]
 Stats = Mapping[str, "Tensor"]
@@ -52,8 +51,6 @@ class Observer:
 
     def merge(self, one: Stats, other: Stats) -> Stats:
         """The statistic of both halves together."""
-        import torch
-
         if not one or not other:
             return one or other
         return {
@@ -63,8 +60,6 @@ class Observer:
 
     def magnitude(self, stats: Stats) -> Tensor:
         """What counts as the largest magnitude per head, [H]."""
-        import torch
-
         return torch.maximum(stats["amin"].abs(), stats["amax"].abs())
 
     def scale(self, stats: Stats, dtype: torch.dtype, top: float = FP8_MAX) -> Tensor:
@@ -102,8 +97,6 @@ class Counted(Observer):
     """Counts every magnitude besides."""
 
     def fold(self, stats: Stats, x_BHSD: Tensor, lengths: Sequence[int]) -> Stats:
-        import torch
-
         H = x_BHSD.shape[1]
         counts_HN = torch.stack([_counts(piece) for piece in _real(x_BHSD, lengths)]).sum(0)
         seen = {**extremes(x_BHSD, lengths), "counts": counts_HN.reshape(H, MAGNITUDES).cpu()}
@@ -127,8 +120,6 @@ class Percentile(Counted):
             raise UsageError(f"percentile must lie in (0, 100], got {self.percentile}")
 
     def magnitude(self, stats: Stats) -> Tensor:
-        import torch
-
         below_HN = stats["counts"].cumsum(-1)
         wanted_H1 = (below_HN[:, -1:].double() * (self.percentile / 100)).ceil()
         index_H = torch.searchsorted(below_HN.double(), wanted_H1).squeeze(-1)
@@ -153,8 +144,6 @@ class MSE(Counted):
         raise UsageError("observer 'mse' searches scales for FP8 only; use 'static_minmax'")
 
     def scale(self, stats: Stats, dtype: torch.dtype, top: float = FP8_MAX) -> Tensor:
-        import torch
-
         if top != FP8_MAX:
             raise UsageError("observer 'mse' searches scales for FP8 only; use 'static_minmax'")
         amax_H = super().magnitude(stats).float()
@@ -197,8 +186,6 @@ def heads(x_BHSD: Tensor, strategy: Strategy) -> Tensor:
 
 def extremes(x_BHSD: Tensor, lengths: Sequence[int]) -> Stats:
     """Lowest and highest value of the real positions of one batch, each [H]."""
-    import torch
-
     pieces = list(_real(x_BHSD, lengths))
     amin_BH = torch.stack([x.amin((0, 2, 3)) for x in pieces])
     amax_BH = torch.stack([x.amax((0, 2, 3)) for x in pieces])
@@ -207,8 +194,6 @@ def extremes(x_BHSD: Tensor, lengths: Sequence[int]) -> Stats:
 
 def scale_of(amax_H: Tensor, dtype: torch.dtype, top: float = FP8_MAX) -> Tensor:
     """amax / top in `dtype`; 0 becomes its eps (compressed-tensors' `calculate_qparams`)."""
-    import torch
-
     scale_H = amax_H.to(dtype) / torch.tensor(top, dtype=dtype, device=amax_H.device)
     return torch.where(scale_H == 0, torch.finfo(dtype).eps, scale_H)
 
@@ -224,8 +209,6 @@ def _real(x_BHSD: Tensor, lengths: Sequence[int]) -> Iterator[Tensor]:
 
 def _counts(x_BHSD: Tensor) -> Tensor:
     """How often each magnitude occurs per head, [H * N] int64."""
-    import torch
-
     H = x_BHSD.shape[1]
     bits_BHSD = x_BHSD.abs().to(torch.bfloat16).view(torch.int16).long()
     head_H11 = torch.arange(H, device=x_BHSD.device).reshape(H, 1, 1) * MAGNITUDES
@@ -234,15 +217,11 @@ def _counts(x_BHSD: Tensor) -> Tensor:
 
 def _bf16_magnitudes() -> Tensor:
     """Every non-negative bf16 by its bit pattern, [N] fp32; the last ones are Inf and NaN."""
-    import torch
-
     return torch.arange(MAGNITUDES, dtype=torch.int16).view(torch.bfloat16).float()
 
 
 def _rounding_error(counts_HN: Tensor, scale_H: Tensor, norm: float) -> Tensor:
     """Sum of |x - fp8(x)| ** norm per head, [H] fp64."""
-    import torch
-
     used_N = counts_HN.sum(0) > 0
     x_N = _bf16_magnitudes()[used_N]
     scale_H1 = scale_H.unsqueeze(-1)

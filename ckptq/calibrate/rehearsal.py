@@ -9,7 +9,9 @@ from __future__ import annotations
 
 from collections.abc import Collection, Sequence
 from copy import deepcopy
-from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
 
 from ckptq.calibrate.seen import check_seen
 from ckptq.checkpoint.open import Checkpoint
@@ -24,9 +26,6 @@ from ckptq.plan.attention import AttentionPlan
 from ckptq.plan.unit import Plan
 from ckptq.spec import TensorSpec, torch_dtype
 from ckptq.text.samples import Batch
-
-if TYPE_CHECKING:
-    from torch import Tensor, nn
 
 TOKENS = range(3, 11)
 
@@ -50,8 +49,6 @@ class Placeholders:
         """Nothing is read."""
 
     def load(self, names: Collection[str]) -> dict[str, Tensor]:
-        import torch
-
         specs = {name: self._specs[name] for name in names}
         return {
             name: torch.zeros(1, dtype=torch_dtype(spec.dtype)).expand(spec.shape)
@@ -66,8 +63,6 @@ def rehearse(ckpt: Checkpoint, plan: Plan, trust_remote_code: bool = False) -> N
     UsageError for an order of rows that it cannot be run in;
     SourceError for one that the installed transformers does not have or cannot run.
     """
-    import torch
-
     if plan.recipe.runs_layers:
         check_order(plan)
     model = _open(ckpt, plan, trust_remote_code)
@@ -105,8 +100,6 @@ def _open(ckpt: Checkpoint, plan: Plan, trust_remote_code: bool) -> LayerwiseMod
 
 
 def _batch() -> Batch:
-    import torch
-
     ids_BS = torch.tensor([list(TOKENS)])
     return Batch(ids_BS, torch.ones_like(ids_BS), (len(TOKENS),))
 
@@ -123,8 +116,6 @@ def _shown(
 
     What the layer passes on is put into the `later` calls.
     """
-    import torch
-
     scales: dict[str, int] = {}
 
     def run(module: nn.Module, hidden_BSE: Tensor, call: LayerArguments) -> None:

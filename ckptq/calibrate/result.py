@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
+
+import torch
 
 from ckptq.calibrate.scales import Record, Scales, source_fingerprint
 from ckptq.calibrate.statistics import Statistics
@@ -13,9 +14,6 @@ from ckptq.models.attention import KEY_PROJECTIONS
 from ckptq.models.modules import read_layout
 from ckptq.spec import torch_dtype
 from ckptq.text.samples import Samples
-
-if TYPE_CHECKING:
-    import torch
 
 
 def scales_of(

@@ -12,7 +12,9 @@ from contextlib import contextmanager, nullcontext
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+from torch import Tensor, nn
 
 from ckptq import __version__
 from ckptq.autoround.layer_tuner import LayerTuner
@@ -34,14 +36,10 @@ from ckptq.forward.linear_inputs import Inputs
 from ckptq.forward.reader import Reader
 from ckptq.forward.tap import Tap, tapped
 from ckptq.gptq.layers import LayerQuantizer
+from ckptq.kernels.attention.maxima import Maxima
 from ckptq.models.refusals import WEIGHTS_ALONE
 from ckptq.plan.attention import AttentionPlan
 from ckptq.text.samples import Batch, Samples
-
-if TYPE_CHECKING:
-    from torch import Tensor, nn
-
-    from ckptq.kernels.attention.maxima import Maxima
 
 Progress = Callable[[int, int], None]
 """(layers done, layers in all)"""

@@ -13,14 +13,15 @@ import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from torch import Tensor
+
+from ckptq.checkpoint.header import read_header
 from ckptq.checkpoint.open import Checkpoint
+from ckptq.checkpoint.read import read_tensors
 from ckptq.errors import PlanError, SourceError, UsageError
 from ckptq.files import write_whole
-
-if TYPE_CHECKING:
-    from torch import Tensor
 
 RECORD_KEY = "ckptq_scales"
 VERSION = 1
@@ -103,8 +104,6 @@ def save_scales(path: Path, scales: Scales, beside: Path | None = None) -> None:
 
 def check_replaceable(path: Path) -> None:
     """UsageError if the file exists and is not a scales file."""
-    from ckptq.checkpoint.header import read_header
-
     if not path.is_file():
         return
     try:
@@ -119,9 +118,6 @@ def check_replaceable(path: Path) -> None:
 
 def load_scales(path: Path) -> Scales:
     """Read the file back. Raises SourceError when `ckptq calibrate` did not make it."""
-    from ckptq.checkpoint.header import read_header
-    from ckptq.checkpoint.read import read_tensors
-
     if not path.is_file():
         raise SourceError(f"{path}: no such scales file")
     header = read_header(path)

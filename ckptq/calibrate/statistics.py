@@ -11,16 +11,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+import torch
+from torch import Tensor
 
 from ckptq.calibrate.observers import FP8_MAX, NVFP4_MAX, Observer, Stats, Strategy, heads
 from ckptq.errors import SourceError
-
-if TYPE_CHECKING:
-    import torch
-    from torch import Tensor
-
-    from ckptq.kernels.attention.maxima import Maxima
+from ckptq.kernels.attention.maxima import Maxima
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,8 +79,6 @@ class Statistics:
 
     def maxima(self, module: str, q_BHSD: Tensor, k_BKSD: Tensor) -> Maxima:
         """Buffers for the largest |q|, |k| and |v| of a module, which a kernel folds into."""
-        from ckptq.kernels.attention.maxima import Maxima
-
         if module not in self._maxima:
             H, K = q_BHSD.shape[1], k_BKSD.shape[1]
             self._maxima[module] = (Maxima.zeros(H, K, q_BHSD.device), q_BHSD.dtype)

@@ -17,10 +17,9 @@ from ckptq.convert.blocks import CALL_ELEMENTS, RUN_ELEMENTS
 from ckptq.device import find_device
 from ckptq.errors import MachineError
 from ckptq.models.weight_rows import Place
-from ckptq.quantize.dispatch import kernel_of
+from ckptq.quantize.dispatch import quantize_some
 from ckptq.quantize.formats import WeightScheme, quantize, statistic
 from ckptq.quantize.scratch import BLOCK_ELEMENTS, Scratch
-from ckptq.quantize.tiles import check_finite
 
 Made = dict[str, Tensor]
 """Stored tensors by local name, on the CPU; lost at the thread's next call."""
@@ -90,19 +89,12 @@ class OnGpu(OnCores):
     def quantize(self, w_RC: Tensor, scheme: WeightScheme, shared: Tensor | None) -> Made:
         if _for_cores(w_RC, scheme):
             return super().quantize(w_RC, scheme, shared)
-        return self._lane.fetch(self._made(self._there(w_RC), scheme, shared))
+        return self._lane.fetch(
+            quantize_some(self._there(w_RC), scheme, shared, self._lane.scratch)
+        )
 
     def _there(self, x: Tensor) -> Tensor:
         return x.to(self._device, non_blocking=True)
-
-    def _made(self, x_RC: Tensor, scheme: WeightScheme, shared: Tensor | None) -> Made:
-        """By a kernel, or in torch's operations where there is none."""
-        kernel = kernel_of(scheme)
-        if kernel is None:
-            at_hand = None if shared is None else shared.to(x_RC.device)
-            return quantize(x_RC, scheme, at_hand, self._lane.scratch)
-        check_finite(x_RC)
-        return kernel(x_RC, scheme, shared)
 
 
 def _for_cores(w_RC: Tensor, scheme: WeightScheme) -> bool:

@@ -11,8 +11,9 @@ from collections.abc import Mapping
 from contextlib import redirect_stdout
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from ckptq.calibrate.request import CalibrationRequest
 from ckptq.checkpoint.header import by_place
 from ckptq.checkpoint.journal import Journal
 from ckptq.checkpoint.open import CONFIG, Checkpoint, open_checkpoint
@@ -29,9 +30,6 @@ from ckptq.plan.shards import SHARD_BYTES, fill_shards
 from ckptq.plan.unit import Plan, Unit
 from ckptq.progress import Begin, Note, silent, untold
 from ckptq.recipes.scheme import Recipe
-
-if TYPE_CHECKING:
-    from ckptq.calibrate.request import CalibrationRequest
 
 HANDED_OVER = ("GPTQModifier", "AWQModifier", "SmoothQuantModifier", "SpinQuantModifier")
 

@@ -10,15 +10,17 @@ from __future__ import annotations
 import shutil
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+import torch
+
+from ckptq.calibrate.request import CalibrationRequest
 from ckptq.checkpoint.open import Checkpoint
 from ckptq.checkpoint.seal import seal
 from ckptq.models.refusals import refusals
+from ckptq.models.tree.transformers_model import model_class_of, read_config
 from ckptq.recipes.scheme import Recipe
-
-if TYPE_CHECKING:
-    from ckptq.calibrate.request import CalibrationRequest
+from ckptq.text.samples import read_samples
 
 
 def run_oneshot(ckpt: Checkpoint, recipe: Recipe, made: Path, wanted: CalibrationRequest) -> None:
@@ -28,10 +30,7 @@ def run_oneshot(ckpt: Checkpoint, recipe: Recipe, made: Path, wanted: Calibratio
     llm-compressor cannot run the recipe on it.
     """
     import llmcompressor
-    import torch
     from datasets import Dataset
-
-    from ckptq.text.samples import read_samples
 
     shutil.rmtree(made, ignore_errors=True)
     samples = read_samples(
@@ -60,8 +59,6 @@ def run_oneshot(ckpt: Checkpoint, recipe: Recipe, made: Path, wanted: Calibratio
 def _load(ckpt: Checkpoint, trust_remote_code: bool) -> tuple[Any, Any]:
     """Model and tokenizer, checked to be savable."""
     from transformers import AutoTokenizer
-
-    from ckptq.models.tree.transformers_model import model_class_of, read_config
 
     trusted = {"local_files_only": True, "trust_remote_code": trust_remote_code}
     config = read_config(ckpt, trust_remote_code)

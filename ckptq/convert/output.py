@@ -11,7 +11,9 @@ from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+from torch import Tensor
 
 from ckptq.checkpoint.header import Header, StoredTensor
 from ckptq.checkpoint.hub.upload import Destination, Upload
@@ -31,9 +33,6 @@ from ckptq.permute.marks import Marks, marked_metadata
 from ckptq.plan.unit import Unit
 from ckptq.progress import Begin, Note, Report, silent, untold
 from ckptq.spec import TensorSpec
-
-if TYPE_CHECKING:
-    from torch import Tensor
 
 METADATA = {"format": "pt"}
 

@@ -8,6 +8,8 @@ from collections.abc import Collection
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
+import torch
+
 from ckptq.checkpoint.open import Checkpoint
 from ckptq.checkpoint.partial import partial_of
 from ckptq.convert.slabs import held_bytes
@@ -112,8 +114,6 @@ def check_layers(ckpt: Checkpoint, plan: Plan, device: str | None) -> None:
 
 def _free_on(device: str | None) -> tuple[str, int | None]:
     """Name of the device that calibration takes, and its free bytes."""
-    import torch
-
     chosen = find_device(device)
     if chosen.type == "cuda":
         return str(chosen), torch.cuda.mem_get_info(chosen)[0]

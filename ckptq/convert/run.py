@@ -5,8 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from torch import Tensor
+
+from ckptq.calibrate.request import ScalesSource
+from ckptq.calibrate.scales import Scales
 from ckptq.checkpoint.hub.chunks import HELD_BYTES
 from ckptq.checkpoint.hub.snapshot import with_network
 from ckptq.checkpoint.hub.upload import Destination, Upload
@@ -28,12 +32,6 @@ from ckptq.printable import shell_word
 from ckptq.progress import Begin, Note, silent, untold
 from ckptq.recipes.scheme import Recipe
 from ckptq.spec import spec_of
-
-if TYPE_CHECKING:
-    from torch import Tensor
-
-    from ckptq.calibrate.request import ScalesSource
-    from ckptq.calibrate.scales import Scales
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

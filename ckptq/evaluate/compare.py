@@ -10,7 +10,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
 
 from ckptq.distributed.ranks import ALONE, Ranks
 from ckptq.evaluate.linears.products import experts_one_by_one
@@ -22,9 +24,6 @@ from ckptq.evaluate.watching import Watching
 from ckptq.forward.linear_inputs import real_positions
 from ckptq.progress import Begin
 from ckptq.text.samples import Batch
-
-if TYPE_CHECKING:
-    from torch import Tensor
 
 Tokens = Mapping[tuple[int, int], tuple[float, int]]
 """(line, position) -> log-probability of the next token, and the most likely one."""
@@ -106,8 +105,6 @@ class Comparison:
 
     def _layer_errors(self, mine: Sequence[Tensor]) -> tuple[float, ...]:
         """Of each layer the mean over all tokens, added batch by batch in the order of the text."""
-        import torch
-
         by_batch = list(torch.stack(list(mine)).T.cpu()) if mine else []
         tokens = sum(len(line.token_ids) for line in self.text.lines)
         total = sum(self.ranks.joined(by_batch), torch.zeros(()))
@@ -155,8 +152,6 @@ def relative_errors(
 ) -> Tensor:
     """Of each batch the sum over real tokens of |h - reference| / |reference|, hidden states
     [..., B, S, E]; [batches]."""
-    import torch
-
     found = []
     for one, other, batch in zip(reference, hidden, batches, strict=True):
         want = _real(one, batch.lengths).double()

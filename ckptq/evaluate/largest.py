@@ -4,13 +4,11 @@ theirs."""
 from __future__ import annotations
 
 from collections.abc import Hashable
-from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
 
 from ckptq.distributed.ranks import Ranks
-
-if TYPE_CHECKING:
-    import torch
-    from torch import Tensor
 
 
 class Largest:
@@ -21,8 +19,6 @@ class Largest:
         self._fresh: dict[Hashable, None] = {}
 
     def see(self, key: Hashable, amax: Tensor) -> None:
-        import torch
-
         seen = self.values.get(key)
         self.values[key] = amax if seen is None else torch.maximum(seen, amax)
         self._fresh[key] = None

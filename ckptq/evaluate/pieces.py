@@ -7,16 +7,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
 
 from ckptq.evaluate.scores import Position
 from ckptq.evaluate.variant import Run, Track, Variant
 from ckptq.forward.layerwise import LayerwiseModel, Stream
 from ckptq.text.samples import Batch
-
-if TYPE_CHECKING:
-    import torch
-    from torch import Tensor
 
 CHUNK_ELEMENTS = 1 << 24
 """Logits in one chunk: 128 MB in float64."""
@@ -85,8 +83,6 @@ def _chunk(model: LayerwiseModel) -> int:
 
 
 def _chunks_at_once(device: torch.device) -> int:
-    import torch
-
     if device.type == "cpu":
         return 1
     free, _ = torch.cuda.mem_get_info(device)

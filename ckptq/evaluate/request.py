@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from ckptq.checkpoint.open import Checkpoint, open_checkpoint
 from ckptq.device import find_device
@@ -14,12 +13,10 @@ from ckptq.errors import UsageError
 from ckptq.evaluate.caches.kv_cache import parse_cache
 from ckptq.evaluate.outside.harness import Benchmarks, check_installed, run_benchmarks
 from ckptq.evaluate.result import Evaluation, Thresholds
+from ckptq.evaluate.text import Text
 from ckptq.progress import Begin, Note, silent, untold
 from ckptq.recipes.load import load_scheme
 from ckptq.recipes.scheme import Recipe
-
-if TYPE_CHECKING:
-    from ckptq.evaluate.text import Text
 
 NOTHING = Thresholds()
 

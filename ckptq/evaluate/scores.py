@@ -10,11 +10,9 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:
-    from torch import Tensor
-
+import torch
+from torch import Tensor
 
 TENSORS = ("kl", "kl_reverse", "loss", "agree", "best")
 """The fields of `Scores` with a tensor for every piece."""
@@ -71,8 +69,6 @@ class Scores:
                 self.questions[position.line] = right and token == position.target
 
     def _score(self, positions: list[Position], reference_NV: Tensor, logits_NV: Tensor) -> None:
-        import torch
-
         target_N = torch.tensor([each.target for each in positions], device=logits_NV.device)
         p_NV, q_NV = log_softmax(reference_NV), log_softmax(logits_NV)
         self.kl.append(divergence(p_NV, q_NV))
@@ -102,16 +98,12 @@ class Scores:
 
     def tokens(self) -> dict[tuple[int, int], tuple[float, int]]:
         """(line, position) -> log-probability of the next token, and the most likely one."""
-        import torch
-
         logprob = (-torch.cat(self.loss)).tolist()
         best = torch.cat(self.best).tolist()
         return dict(zip(self.places, zip(logprob, best, strict=True), strict=True))
 
     def measures(self) -> Measures:
         """Means and extremes over all tokens."""
-        import torch
-
         kl, reverse = torch.cat(self.kl).cpu(), torch.cat(self.kl_reverse).cpu()
         loss, agree = torch.cat(self.loss).cpu(), torch.cat(self.agree).cpu()
         return Measures(
@@ -161,8 +153,6 @@ def divergence(p_NV: Tensor, q_NV: Tensor) -> Tensor:
 
     Formula: sum of exp(p) * (p - q), with 0 for what p excludes (a vocabulary padded with -inf).
     """
-    import torch
-
     term_NV = p_NV.exp() * (p_NV - q_NV)
     return torch.where(p_NV == -math.inf, 0.0, term_NV).sum(-1)
 

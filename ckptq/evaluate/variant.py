@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import accumulate
-from typing import TYPE_CHECKING
+
+from torch import nn
 
 from ckptq.distributed.ranks import ALONE, Ranks
 from ckptq.evaluate.caches.kv_cache import BF16, KVCache
@@ -15,9 +16,6 @@ from ckptq.evaluate.text import Line, Text
 from ckptq.forward.layerwise import LayerwiseModel, Stream
 from ckptq.quantize.coded import Coded
 from ckptq.text.samples import Batch
-
-if TYPE_CHECKING:
-    from torch import nn
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -9,7 +9,9 @@ from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass, field
 from functools import partial
-from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
 
 from ckptq.distributed.ranks import ALONE, Ranks
 from ckptq.errors import CkptqError, MachineError
@@ -27,9 +29,6 @@ from ckptq.forward.layerwise import Watch
 from ckptq.forward.over_pages import pages_serve
 from ckptq.forward.tap import Tap, tapped
 from ckptq.text.samples import Batch
-
-if TYPE_CHECKING:
-    from torch import Tensor, nn
 
 Rules = Mapping[str, InputScheme]
 """Parameter -> how its input is rounded."""
@@ -114,8 +113,6 @@ class Watching:
     @contextmanager
     def told(self, *rows: Variant) -> Iterator[None]:
         """An error in the block ends these rows, and not the others; unless one is needed."""
-        import torch
-
         try:
             yield
         except (CkptqError, torch.OutOfMemoryError) as error:

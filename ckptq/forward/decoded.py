@@ -10,7 +10,9 @@ Shape letters: R rows, C columns.
 from __future__ import annotations
 
 from collections.abc import Collection
-from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
 
 from ckptq.checkpoint.header import StoredTensor
 from ckptq.checkpoint.open import Checkpoint
@@ -22,15 +24,13 @@ from ckptq.models.family import family_of
 from ckptq.models.published import Windows, windows_for, windows_of
 from ckptq.models.quantized.readable import refuse_bare_codes
 from ckptq.models.weight_rows import place_of
+from ckptq.permute.apply import permute_tensor
 from ckptq.permute.effect import Part
 from ckptq.permute.targets import read_permutation
 from ckptq.plan.rope import Reordering, read_marks
 from ckptq.quantize.coded import Coded, Keep
 from ckptq.rope_order import RopeOrder
 from ckptq.spec import TensorSpec, torch_dtype
-
-if TYPE_CHECKING:
-    from torch import Tensor
 
 
 class DecodedWeights:
@@ -126,8 +126,6 @@ class DecodedWeights:
 
     def _assembled(self, name: str) -> Tensor:
         """A fused tensor, from its stored Linears."""
-        import torch
-
         stored = self._windows[name][0][1].stored
         dtype = torch_dtype(stored.spec.dtype)
         made = torch.empty(stored.spec.shape, dtype=dtype, device=self._reader.device)
@@ -148,8 +146,6 @@ class DecodedWeights:
         effect = self._order.effect_on(stored) if self._order is not None else None
         if self._order is None or effect is None:
             return tensor
-        from ckptq.permute.apply import permute_tensor
-
         return permute_tensor(tensor, effect, self._order.to)
 
 

@@ -12,14 +12,13 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-if TYPE_CHECKING:
-    import torch
-    from torch import Tensor, nn
+import torch
+from torch import Tensor, nn
 
-    from ckptq.kernels.attention.mask import Mask
-    from ckptq.kernels.attention.maxima import Maxima
+from ckptq.kernels.attention.mask import Mask, seen
+from ckptq.kernels.attention.maxima import Maxima
 
 UNDERSTOOD = ("scaling", "softcap", "sliding_window", "dropout", "is_causal")
 HARMLESS = ("position_ids", "cache_position", "position_embeddings")
@@ -38,14 +37,14 @@ def fused_attention(
 
     `lengths` is the number of real positions in each row.
     """
-    from ckptq.kernels.attention.calibration_attention import attention_with_maxima
+    from ckptq.kernels.attention.dense_attention import attention
 
     query, key, value = qkv_BHSD
     real = tuple(lengths)
     words = in_words(module, real, query, key, attention_mask, kwargs)
     if words is None:
         return None
-    return attention_with_maxima(
+    return attention(
         *(query, key, value),
         scaling=words.scaling,
         mask=words.mask,
@@ -96,8 +95,6 @@ def _unknown(kwargs: Mapping[str, Any]) -> bool:
 
 def mask_in_words(module: Any, kwargs: Mapping[str, Any]) -> Mask:
     """What the config says about the attention of a module's layer."""
-    from ckptq.kernels.attention.mask import Mask
-
     config = getattr(module, "config", None)
     kinds, index = getattr(config, "layer_types", None), getattr(module, "layer_idx", None)
     kind = kinds[index] if kinds is not None and index is not None else None
@@ -112,8 +109,6 @@ def mask_in_words(module: Any, kwargs: Mapping[str, Any]) -> Mask:
 @lru_cache(maxsize=64)
 def spans_of(lengths: tuple[int, ...], device: torch.device) -> tuple[Tensor, Tensor]:
     """First real position and number of real positions of each row, int32 [B]: padding is right."""
-    import torch
-
     length_B = torch.tensor(lengths, dtype=torch.int32, device=device)
     return torch.zeros_like(length_B), length_B
 
@@ -127,11 +122,6 @@ def says_the_same(
     Compared again only for another mask: a layer gets one tensor for all batches of a shape, and
     reading a result back makes the host wait for everything queued on the device.
     """
-    import torch
-
-    from ckptq.kernels.attention.mask import Mask
-    from ckptq.kernels.attention.reference import seen
-
     if attention_mask is None:
         full = spans_of((S,), torch.device("cpu"))
         plain_B1SS = seen(Mask(), S, S, full)

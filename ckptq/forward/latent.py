@@ -13,10 +13,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-if TYPE_CHECKING:
-    from torch import Tensor, nn
+import torch
+from torch import Tensor, nn
 
 INTO, OUT_OF = "kv_a_proj_with_mqa", "kv_b_proj"
 """The Linears that make the latent, and keys and values of it."""
@@ -78,8 +78,6 @@ class Latents:
 
     def row(self, module: str, k_BHSD: Tensor) -> Tensor:
         """The row that is cached for each position, [B, 1, S, R]."""
-        import torch
-
         positions_B1SP = self.positions(module, k_BHSD)[:, :1]
         B, _, S, _ = positions_B1SP.shape
         return torch.cat([self._held[module].reshape(B, 1, S, -1), positions_B1SP], -1)

@@ -14,7 +14,10 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from inspect import signature
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+import torch
+from torch import Tensor, nn
 
 from ckptq.checkpoint.open import Checkpoint
 from ckptq.errors import SourceError
@@ -38,11 +41,6 @@ from ckptq.forward.skeleton import Skeleton, build_skeleton
 from ckptq.forward.source import WeightSource
 from ckptq.models.refusals import family_code
 from ckptq.text.samples import Batch
-
-if TYPE_CHECKING:
-    import torch
-    from torch import Tensor, nn
-
 
 Watch = Callable[["nn.Module", Batch], "AbstractContextManager[None] | None"]
 """Makes the context in which a layer runs on a batch, for hooks; None where it does not run. Then,
@@ -191,8 +189,6 @@ class LayerwiseModel:
 
     def _place(self, batches: list[Batch]) -> torch.device:
         """Where hidden states stay between layers: on a GPU only if they take little of it."""
-        import torch
-
         if self.device.type != "cuda":
             return torch.device("cpu")
         width = self.skeleton.model.config.get_text_config(decoder=True).hidden_size
@@ -284,8 +280,6 @@ def open_model(
     runs it in another one than the config's. Without `attention` a model whose q, k and v cannot be
     seen will do.
     """
-    import torch
-
     where = torch.device(device)
     source = weights_of(ckpt, Reader(where)) if weights is None else weights
     skeleton = build_skeleton(ckpt, where, eager, trust_remote_code, dtype, attention)
@@ -302,7 +296,5 @@ def _has_own_weights(module: nn.Module) -> bool:
 
 @contextmanager
 def _no_grad() -> Iterator[None]:
-    import torch
-
     with torch.no_grad():
         yield

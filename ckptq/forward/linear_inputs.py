@@ -12,14 +12,13 @@ from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from math import prod
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+import torch
+from torch import Tensor, nn
 
 from ckptq.errors import UsageError
 from ckptq.forward.loader import Loader
-
-if TYPE_CHECKING:
-    import torch
-    from torch import Tensor, nn
 
 Fold = Callable[[Sequence[str], "Tensor"], None]
 """Gets the names of the Linears that share an input, and that input's real tokens [T, F]."""
@@ -71,8 +70,6 @@ class Inputs:
         fold: Fold,
         route: Route | None,
     ) -> Callable[..., None] | None:
-        from torch import nn
-
         if isinstance(module, nn.Linear):
             linear = self._loader.stored_module(path)
             if linear in self._wanted:
@@ -132,8 +129,6 @@ def reads_input(name: str) -> bool:
 
 def between(experts: Any, number: int, x_TF: Tensor) -> Tensor:
     """The input of one expert's down projection, [T, I]: activation(gate) * up."""
-    import torch
-
     transposed = getattr(experts, "is_transposed", not hasattr(experts, "has_gate"))
     weight = experts.gate_up_proj[number]
     up_T2I = x_TF @ weight if transposed else torch.nn.functional.linear(x_TF, weight)
@@ -169,8 +164,6 @@ def real_tokens(x: Tensor, lengths: Sequence[int], name: str) -> Tensor:
 def real_positions(lengths: Sequence[int], S: int, device: torch.device) -> Tensor | None:
     """Which of B * S positions are not padding, [T], found without waiting for a device; None if
     all are real."""
-    import torch
-
     if all(length == S for length in lengths):
         return None
     real = [torch.arange(row * S, row * S + length) for row, length in enumerate(lengths)]

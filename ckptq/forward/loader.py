@@ -12,6 +12,9 @@ from contextlib import contextmanager
 from itertools import takewhile
 from typing import TYPE_CHECKING, Any
 
+import torch
+from torch import Tensor, nn
+
 from ckptq.errors import SourceError
 from ckptq.forward.skeleton import Skeleton, quiet
 from ckptq.forward.source import WeightSource
@@ -19,9 +22,6 @@ from ckptq.models.tree.parameters import sources_of_parameters
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
-
-    import torch
-    from torch import Tensor, nn
 
 
 class Loader:
@@ -209,9 +209,6 @@ def _return_free_memory() -> None:
 
 
 def _empty_on_meta(model: nn.Module, name: str) -> Tensor:
-    import torch
-    from torch import nn
-
     old = _get(model, name)
     empty = torch.empty_like(old, device="meta")
     return nn.Parameter(empty, requires_grad=False) if isinstance(old, nn.Parameter) else empty

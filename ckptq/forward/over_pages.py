@@ -12,14 +12,16 @@ from collections.abc import Mapping
 from functools import lru_cache
 from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:
-    import torch
-    from torch import Tensor
+import torch
+from torch import Tensor
 
+from ckptq.kernels.cache.paging import Sequences
+from ckptq.kernels.gpu import on_gpu
+from ckptq.kernels.token_head.token_head_cache import TokenHeadCache
+
+if TYPE_CHECKING:
     from ckptq.forward.kernel_attention import Words
-    from ckptq.kernels.cache.paging import Sequences
     from ckptq.kernels.token_head.kv_format import KVFormat, Rotation
-    from ckptq.kernels.token_head.token_head_cache import TokenHeadCache
 
     Qkv = tuple[Tensor, Tensor, Tensor]
 
@@ -30,7 +32,7 @@ BLOCK = 16
 def pages_serve(device: torch.device) -> bool:
     """Whether attention with a quantized cache goes over pages there: on a GPU it does; on a CPU
     q, k and v are rounded where they are."""
-    return device.type == "cuda"
+    return on_gpu(device)
 
 
 def over_static_fp8(
@@ -41,9 +43,8 @@ def over_static_fp8(
     With `round_query` q is E4M3 too, under the scales of "q", and so are the softmax's weights, as
     in FlashAttention 3.
     """
-    import torch
-
-    from ckptq.kernels.cache.dispatch import paged_attention, write_cache
+    from ckptq.kernels.cache.paged_attention import paged_attention
+    from ckptq.kernels.cache.write_cache import write_cache
 
     q_BHSD = qkv_BHSD[0]
     q_THD, k_TKD, v_TKD = (x.transpose(1, 2).flatten(0, 1) for x in qkv_BHSD)
@@ -75,9 +76,7 @@ def over_tokens_and_heads(
 
     `rotation` replaces the format's own.
     """
-    import torch
-
-    from ckptq.kernels.token_head.dispatch import token_head_attention
+    from ckptq.kernels.token_head.token_head_attention import token_head_attention
 
     q_BHSD = qkv_BHSD[0]
     q_THD, *pair = (x.transpose(1, 2).flatten(0, 1) for x in qkv_BHSD)
@@ -94,7 +93,7 @@ def over_tokens_and_heads(
 
 
 def _in_e4m3(q_THD: Tensor, scale_H: Tensor) -> Tensor:
-    from ckptq.kernels.quantize.dispatch import quantize_static
+    from ckptq.kernels.quantize.quantize_static import quantize_static
 
     T, H, D = q_THD.shape
     scale_1H = scale_H.reshape(1, H).contiguous()
@@ -109,8 +108,7 @@ def _written(
     sequences: Sequences,
 ) -> TokenHeadCache:
     """Keys or values in their pages."""
-    from ckptq.kernels.token_head.dispatch import write_token_head
-    from ckptq.kernels.token_head.token_head_cache import TokenHeadCache
+    from ckptq.kernels.token_head.write_token_head import write_token_head
 
     _, K, D = x_TKD.shape
     pages = sequences.block_table.numel()
@@ -122,10 +120,6 @@ def _written(
 @lru_cache(maxsize=8)
 def _pages(B: int, S: int, device: torch.device) -> tuple[Tensor, Sequences]:
     """The slot of every token, and B sequences of S keys and queries."""
-    import torch
-
-    from ckptq.kernels.cache.paging import Sequences
-
     pages = -(-S // BLOCK)
     row_B1 = torch.arange(B, device=device)[:, None]
     slot_BS = row_B1 * pages * BLOCK + torch.arange(S, device=device)

@@ -12,6 +12,9 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+import torch
+from torch import Tensor
+
 from ckptq.checkpoint.header import StoredTensor
 from ckptq.checkpoint.read import Files, bytes_of, read_into, read_tensor
 from ckptq.spec import torch_dtype
@@ -19,8 +22,6 @@ from ckptq.spec import torch_dtype
 if TYPE_CHECKING:
     from pathlib import Path
 
-    import torch
-    from torch import Tensor
 
 READERS = 4
 """Threads that read for a GPU; one alone is slower than the GPU computes."""
@@ -41,8 +42,6 @@ class Reader:
     """
 
     def __init__(self, device: torch.device | str = "cpu", *, keep: bool = False) -> None:
-        import torch
-
         self.device = torch.device(device)
         self._keep = keep
         self._kept: dict[Key, Tensor] = {}
@@ -89,8 +88,6 @@ class _Ahead:
     """Brings tensors to a GPU in the order in which they are begun."""
 
     def __init__(self, device: torch.device) -> None:
-        import torch
-
         self._device = device
         self._stream = torch.cuda.Stream(device)
         self._thread = ThreadPoolExecutor(1, "ckptq-ahead")
@@ -105,8 +102,6 @@ class _Ahead:
 
     def take(self, stored: StoredTensor) -> Tensor:
         """The tensor, for the current stream: begun before, or now."""
-        import torch
-
         self.begin([stored])
         arriving = self._under_way.pop(_key(stored)).result()
         tensor = arriving.tensors.pop(_key(stored))
@@ -116,8 +111,6 @@ class _Ahead:
         return tensor
 
     def room_for(self, nbytes: int) -> bool:
-        import torch
-
         free, _ = torch.cuda.mem_get_info(self._device)
         unused = torch.cuda.memory_reserved(self._device) - torch.cuda.memory_allocated(
             self._device
@@ -125,8 +118,6 @@ class _Ahead:
         return nbytes < SHARE_OF_FREE * (free + unused)
 
     def _bring(self, group: Collection[StoredTensor]) -> _Arriving:
-        import torch
-
         with torch.cuda.device(self._device), torch.cuda.stream(self._stream):
             read = self._read(group)
             moved = {key: t.to(self._device, non_blocking=True) for key, t in read.items()}
@@ -167,6 +158,4 @@ def _parts(buffer: memoryview) -> Iterator[tuple[int, memoryview]]:
 
 
 def _pinned(stored: StoredTensor) -> Tensor:
-    import torch
-
     return torch.empty(stored.spec.shape, dtype=torch_dtype(stored.spec.dtype), pin_memory=True)

@@ -7,14 +7,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import Any, NoReturn
+
+import torch
+from torch import Tensor, nn
 
 from ckptq.errors import PlanError
 from ckptq.models.refusals import WEIGHTS_ALONE
-
-if TYPE_CHECKING:
-    import torch
-    from torch import Tensor, nn
 
 LayerArguments = tuple[tuple[Any, ...], dict[str, Any]]
 """What a model passes to a decoder layer besides the hidden states."""
@@ -116,8 +115,6 @@ class Memo:
     def _one(self, tensor: Tensor) -> Tensor:
         import hashlib
 
-        import torch
-
         cpu = tensor.detach().cpu().contiguous()
         digest = hashlib.sha256(cpu.reshape(-1).view(torch.uint8).numpy().tobytes()).digest()
         return self._kept.setdefault((cpu.dtype, cpu.shape, digest), cpu)
@@ -146,8 +143,6 @@ def _map_tensors(change: Callable[[Tensor], Tensor], value: Any) -> Any:
     A model may share such a container between layers on purpose (Gemma-3n's shared keys and
     values).
     """
-    import torch
-
     if isinstance(value, torch.Tensor):
         return change(value)
     if type(value) in (tuple, list):
@@ -159,8 +154,6 @@ def _map_tensors(change: Callable[[Tensor], Tensor], value: Any) -> Any:
 
 def is_plain(value: Any) -> bool:
     """Whether no layer could change these arguments for later layers."""
-    import torch
-
     if type(value) in (tuple, list):
         return all(map(is_plain, value))
     if type(value) is dict:

@@ -11,6 +11,9 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+import torch
+from torch import nn
+
 from ckptq.checkpoint.open import CONFIG, Checkpoint
 from ckptq.errors import PlanError, SourceError
 from ckptq.forward import tap
@@ -24,8 +27,6 @@ from ckptq.models.tree.transformers_model import (
 from ckptq.spec import FLOATS, torch_dtype
 
 if TYPE_CHECKING:
-    import torch
-    from torch import nn
     from transformers import PreTrainedConfig, PreTrainedModel
 
 
@@ -88,8 +89,6 @@ def _check_has_heads(ckpt: Checkpoint, config: PreTrainedConfig) -> None:
 def _dtype(ckpt: Checkpoint, config: PreTrainedConfig, asked: torch.dtype | None) -> torch.dtype:
     """What is asked for, or as `from_pretrained(dtype="auto")`: the config's, else the first
     weight's."""
-    import torch
-
     dtype = asked or config.dtype
     if dtype is None:
         stored = (t.spec.dtype for t in ckpt.tensors.values() if t.spec.dtype in FLOATS)
@@ -130,8 +129,6 @@ def _make_buffers(model: PreTrainedModel, device: torch.device) -> None:
     Parameters are marked as initialized, so that `initialize_weights` leaves them on the meta
     device.
     """
-    import torch
-
     for parameter in model.state_dict(keep_vars=True).values():
         parameter._is_hf_initialized = True
     for name, buffer in list(model.named_non_persistent_buffers()):

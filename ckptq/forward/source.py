@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Collection
-from typing import TYPE_CHECKING, Protocol
+from typing import Protocol
+
+from torch import Tensor
 
 from ckptq.checkpoint.open import Checkpoint
 from ckptq.forward.reader import Reader
-
-if TYPE_CHECKING:
-    from torch import Tensor
 
 
 class WeightSource(Protocol):

@@ -17,15 +17,15 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+import torch
+from torch import Tensor, nn
 
 from ckptq.forward import kernel_attention
-
-if TYPE_CHECKING:
-    from torch import Tensor, nn
-
-    from ckptq.forward.kernel_attention import Words
-    from ckptq.kernels.attention.maxima import Maxima
+from ckptq.forward.kernel_attention import Words
+from ckptq.kernels.attention.maxima import Maxima
+from ckptq.kernels.gpu import on_gpu
 
 NAME = "ckptq"
 NAME_EAGER = "ckptq_eager"
@@ -78,8 +78,6 @@ def attention(
     """transformers' `sdpa_attention_forward`, with the module's tap called first."""
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-    from ckptq.kernels.gpu import on_gpu
-
     name, tap = getattr(module, _TAP, ("", None))
     if tap is not None and tap.maxima is not None and on_gpu(query):
         buffers = partial(tap.maxima, name, query, key)
@@ -129,8 +127,6 @@ def _by_family(
 
 def added(attention_mask: Tensor | None, query: Tensor) -> Tensor:
     """An SDPA mask, of which None is plain causal attention, as eager attention adds it."""
-    import torch
-
     S = query.shape[2]
     if attention_mask is None:
         attention_mask = torch.ones(S, S, dtype=torch.bool, device=query.device).tril()

@@ -1,1 +1,2 @@
-"""Triton kernels by operation, each with its meaning in plain torch in the folder's reference."""
+"""Triton kernels by operation. What each means, in plain torch, is a `reference_*.py` beside their
+tests, or this package's own `token_head/reference.py`, by which `evaluate` rounds on a CPU."""

@@ -8,16 +8,15 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import partial
-from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
 
 from ckptq.checkpoint.header import StoredTensor
 from ckptq.checkpoint.read import Files, Memory
 from ckptq.checkpoint.view import View, read_rows, read_slab, window
 from ckptq.models.encoded import Encoded, Held, HeldWhole, Take, decode
 from ckptq.models.weight import Weight
-
-if TYPE_CHECKING:
-    from torch import Tensor
 
 Rows = Callable[[int, int], "Tensor"]
 """(start, stop) -> these rows [stop - start, C]."""
@@ -114,8 +113,6 @@ def outermost_rows(files: Files, weight: Weight, place: Place | None = None) -> 
     parts_at = placed(parts_of(files, weight), place)
 
     def rows(start: int, stop: int) -> Tensor:
-        import torch
-
         parts = parts_at(start, stop)
         if (stop - start) % height:
             return decode(weight, parts, stop - start)

@@ -8,17 +8,16 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from math import lcm
-from typing import TYPE_CHECKING
+
+from torch import Tensor
 
 from ckptq.checkpoint.header import StoredTensor
 from ckptq.checkpoint.view import View
 from ckptq.models.encoded import Encoded
+from ckptq.permute.apply import permute_tensor
 from ckptq.permute.effect import Effect, Move
 from ckptq.rope_order import RopeOrder
 from ckptq.spec import TensorSpec
-
-if TYPE_CHECKING:
-    from torch import Tensor
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,8 +59,6 @@ class Reordered:
 
     def moved(self, x_RN: Tensor) -> Tensor:
         """A run of the inner's rows, from a multiple of `quantum` on, in the wanted order."""
-        from ckptq.permute.apply import permute_tensor
-
         packed = self.effect.move is Move.PACKED_ROWS
         effect = self.effect if packed else self.effect.on_rows(len(x_RN))
         return permute_tensor(x_RN, effect, self.to)

@@ -7,6 +7,7 @@ Shape letters: R rows, C columns.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from math import prod
 
 import torch
 from torch import Tensor
@@ -14,6 +15,7 @@ from torch import Tensor
 from ckptq.kernels.gpu import on_gpu
 from ckptq.quantize import formats
 from ckptq.quantize.formats import NonFinite, WeightScheme, constants
+from ckptq.quantize.scratch import Scratch
 from ckptq.spec import spec_of
 
 Made = dict[str, Tensor]
@@ -46,12 +48,27 @@ def quantize(
     later, as reading makes the host wait for everything before it.
     """
     made = constants(spec_of(w_RC), scheme, statistic)
+    return made | quantize_some(w_RC, scheme, statistic, check=check)
+
+
+def quantize_some(
+    w_RC: Tensor,
+    scheme: WeightScheme,
+    statistic: Tensor | None = None,
+    scratch: Scratch | None = None,
+    check: Callable[[Tensor], None] = _at_once,
+) -> Made:
+    """`quantize` without the constants: what is stored for these rows of a weight.
+
+    With `scratch`, codes that no kernel makes are in its memory.
+    """
     kernel = kernel_of(scheme) if on_gpu(w_RC) and w_RC.dtype in KERNEL_SCALES else None
     if kernel is None:
-        return made | formats.quantize(w_RC, scheme, statistic)
+        at_hand = None if statistic is None else statistic.to(w_RC.device)
+        return formats.quantize(w_RC, scheme, at_hand, scratch)
     check(w_RC.isfinite().all())
     with torch.cuda.device_of(w_RC):  # triton launches on the current device
-        return made | kernel(w_RC.contiguous(), scheme, statistic)
+        return kernel(w_RC.contiguous(), scheme, statistic)
 
 
 def dequantize(
@@ -67,8 +84,10 @@ def dequantize(
 
 
 def kernel_of(scheme: WeightScheme) -> Kernel | None:
-    """The kernel that makes this format; None without one, and for scales that are searched."""
-    if scheme.search is not None:
+    """The kernel that makes this format; None without one, for blocks that are more than a program
+    holds, and for scales that are searched."""
+    block = scheme.block_structure or (1, 1)
+    if scheme.search is not None or prod(block) > 1 << 15 or any(n & n - 1 for n in block):
         return None
     if _is_plain(scheme) and scheme.strategy in BY_STRATEGY:
         return BY_STRATEGY[scheme.strategy]
@@ -94,14 +113,14 @@ def _is_packed(scheme: WeightScheme) -> bool:
 
 
 def _rows(x_RC: Tensor, scheme: WeightScheme, _: Tensor | None) -> Made:
-    from ckptq.kernels.quantize.dispatch import quantize_rows
+    from ckptq.kernels.quantize.quantize_rows import quantize_rows
 
     code_RC, scale_R1 = quantize_rows(x_RC, _code_dtype(scheme))
     return {"weight": code_RC, "weight_scale": scale_R1}
 
 
 def _blocks(x_RC: Tensor, scheme: WeightScheme, _: Tensor | None) -> Made:
-    from ckptq.kernels.quantize.dispatch import quantize_blocks
+    from ckptq.kernels.quantize.quantize_rows import quantize_blocks
 
     assert scheme.block_structure is not None
     code_RC, scale_GK = quantize_blocks(x_RC, _code_dtype(scheme), scheme.block_structure)
@@ -109,7 +128,7 @@ def _blocks(x_RC: Tensor, scheme: WeightScheme, _: Tensor | None) -> Made:
 
 
 def _tensor(x_RC: Tensor, scheme: WeightScheme, shared: Tensor | None) -> Made:
-    from ckptq.kernels.quantize.dispatch import quantize_static
+    from ckptq.kernels.quantize.quantize_static import quantize_static
 
     scale = constants(spec_of(x_RC), scheme, shared)["weight_scale"].to(x_RC.device)
     tile = (x_RC.shape[0], x_RC.shape[1])
@@ -117,7 +136,7 @@ def _tensor(x_RC: Tensor, scheme: WeightScheme, shared: Tensor | None) -> Made:
 
 
 def _packed(x_RC: Tensor, scheme: WeightScheme, _: Tensor | None) -> Made:
-    from ckptq.kernels.int4.dispatch import quantize_int4
+    from ckptq.kernels.int4.quantize_int4 import quantize_int4
 
     packed_RP, scale_RG, zero_ZG = quantize_int4(x_RC, scheme.group_size, scheme.symmetric)
     made = {"weight_packed": packed_RP, "weight_scale": scale_RG}
@@ -125,7 +144,7 @@ def _packed(x_RC: Tensor, scheme: WeightScheme, _: Tensor | None) -> Made:
 
 
 def _values(tensors: Mapping[str, Tensor], scheme: WeightScheme, shape: tuple[int, int]) -> Tensor:
-    from ckptq.kernels.quantize.dispatch import dequantize as values
+    from ckptq.kernels.quantize.quantize_static import dequantize as values
 
     code_RC, scale = tensors["weight"].contiguous(), tensors["weight_scale"]
     R, C = shape
@@ -138,7 +157,7 @@ def _values(tensors: Mapping[str, Tensor], scheme: WeightScheme, shape: tuple[in
 def _unpacked(
     tensors: Mapping[str, Tensor], scheme: WeightScheme, shape: tuple[int, int]
 ) -> Tensor:
-    from ckptq.kernels.int4.dispatch import dequantize_int4
+    from ckptq.kernels.int4.quantize_int4 import dequantize_int4
 
     packed_RP, scale_RG = tensors["weight_packed"].contiguous(), tensors["weight_scale"]
     zero_ZG = tensors.get("weight_zero_point")

@@ -23,14 +23,14 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+import torch
+from torch import Tensor
 
 from ckptq.errors import SourceError, UsageError
 from ckptq.text.rows import builtin_corpus, read_rows, read_text
 from ckptq.text.tokens import Row, Tokenizer
-
-if TYPE_CHECKING:
-    from torch import Tensor
 
 CHARACTERS_PER_TOKEN = 64
 """At most this many characters of a .txt file are read per requested token."""
@@ -67,8 +67,6 @@ class Samples:
 
     def batches(self, batch_size: int) -> Iterator[Batch]:
         """In order, `batch_size` at a time, padded to the longest of each batch."""
-        import torch
-
         rows = iter(self.token_ids)
         while chunk := list(islice(rows, batch_size)):
             lengths = tuple(len(row) for row in chunk)

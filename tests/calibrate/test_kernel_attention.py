@@ -29,7 +29,7 @@ def kernel_calls(monkeypatch) -> list[bool]:
         calls.append(out is not None)
         return out
 
-    monkeypatch.setattr("ckptq.kernels.gpu.on_gpu", lambda x: True)
+    monkeypatch.setattr("ckptq.forward.tap.on_gpu", lambda _device: True)
     monkeypatch.setattr(kernel_attention, "fused_attention", counted)
     return calls
 

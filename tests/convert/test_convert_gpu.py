@@ -6,12 +6,10 @@ import pytest
 import torch
 from convert_cases import FORMATS, LAYOUTS, convert, recipe_of, save, scheme_of
 from convert_killed import digests
-from tiny.tensors import differences
 
 from ckptq.convert import arithmetic
 from ckptq.errors import MachineError, SourceError
 from ckptq.quantize.dispatch import kernel_of
-from ckptq.quantize.formats import needs_statistic, quantize, statistic
 
 WITH_A_KERNEL = (
     *("fp8 channel", "fp8 tensor", "fp8 block", "int8 channel", "int4 group", "int4 group asym"),
@@ -27,19 +25,6 @@ def on_a_gpu(test):
 def test_the_usual_formats_have_a_kernel():
     found = {name for name in FORMATS if kernel_of(scheme_of(name)) is not None}
     assert found == set(WITH_A_KERNEL)
-
-
-@pytest.mark.parametrize("format", WITH_A_KERNEL)
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
-def test_what_a_kernel_means_is_the_format(format, dtype):
-    """Without a GPU the kernels' doors lead to their meaning in plain torch."""
-    torch.manual_seed(0)
-    scheme = scheme_of(format)
-    w_RC = (torch.randn(43, 320) * torch.randn(43, 1).exp()).to(dtype)
-    shared = statistic(w_RC, scheme) if needs_statistic(scheme) else None
-    kernel = kernel_of(scheme)
-    assert kernel is not None
-    assert differences(kernel(w_RC, scheme, shared), quantize(w_RC, scheme, shared)) == []
 
 
 def test_a_gpu_that_is_not_there_is_named(monkeypatch):

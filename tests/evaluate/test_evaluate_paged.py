@@ -15,8 +15,7 @@ from ckptq.evaluate.caches.simulated import Scales, simulated
 from ckptq.evaluate.run import evaluate
 from ckptq.evaluate.text import Line, Text
 from ckptq.forward.kernel_attention import Words
-from ckptq.kernels.attention import reference
-from ckptq.kernels.attention.mask import Mask
+from ckptq.kernels.attention.mask import Mask, seen
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 NAMES = [name for name in MODES if name != "bf16"]
@@ -27,8 +26,7 @@ TEXT = Text(tuple(Line(tuple(row)) for row in rows_of((21, 18))), "test")
 
 @pytest.fixture
 def kernels(monkeypatch):
-    """Every door opens to a kernel."""
-    monkeypatch.setattr("ckptq.kernels.gpu.on_gpu", lambda _x: True)
+    """Attention goes over pages, as on a GPU."""
     monkeypatch.setattr("ckptq.evaluate.watching.pages_serve", lambda _device: True)
 
 
@@ -42,8 +40,13 @@ def qkv(S: int = 21):
 
 
 def dense(q, k, v, words: Words):
-    seen = reference.seen(words.mask, q.shape[2], k.shape[2], device=q.device)
-    return reference.attention(q, k, v, seen, scaling=words.scaling, softcap=words.softcap)
+    """[B, S, H, D] in float64."""
+    k, v = (x.double().repeat_interleave(q.shape[1] // k.shape[1], 1) for x in (k, v))
+    score = q.double() @ k.mT * words.scaling
+    if words.softcap is not None:
+        score = torch.tanh(score / words.softcap) * words.softcap
+    unseen = ~seen(words.mask, q.shape[2], k.shape[2], device=q.device)
+    return (score.masked_fill(unseen, -torch.inf).softmax(-1) @ v).transpose(1, 2)
 
 
 def both(name: str, words: Words) -> tuple[torch.Tensor, torch.Tensor]:

@@ -37,9 +37,8 @@ TEXT = Text(tuple(Line(tuple(row)) for row in rows_of((9, 7))), "test")
 
 @pytest.fixture
 def kernels(monkeypatch):
-    """Every door opens to a kernel, interpreted where there is no GPU; what went through is
-    counted."""
-    monkeypatch.setattr("ckptq.kernels.gpu.on_gpu", lambda _x: True)
+    """Codes are multiplied, as on a GPU, by kernels, interpreted where there is none; what went
+    through is counted."""
     monkeypatch.setattr("ckptq.evaluate.run.codes_multiply", lambda _device: True)
     seen: Counter[str] = Counter()
     for name in ("_w8a8", "_fp8_block", "_w4a16"):

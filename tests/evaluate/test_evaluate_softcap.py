@@ -65,7 +65,6 @@ def test_the_forward_is_that_of_eager_attention(gemma2, batch_size):
 def test_pages_cap_scores_too(gemma2, monkeypatch):
     names, source = ["fp8-per-head", "int8-per-token-head"], open_checkpoint(gemma2)
     wanted = evaluate(source, TEXT, caches=names)
-    monkeypatch.setattr("ckptq.kernels.gpu.on_gpu", lambda _x: True)
     monkeypatch.setattr("ckptq.evaluate.watching.pages_serve", lambda _device: True)
     found = evaluate(source, TEXT, caches=names, device=DEVICE)
     for row, other in zip(found.rows, wanted.rows, strict=True):

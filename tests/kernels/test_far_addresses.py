@@ -8,6 +8,8 @@ import mmap
 
 import numpy as np
 import pytest
+import reference_int4 as int4_meaning
+import reference_quantize as meaning
 import torch
 import triton
 import triton.language as tl
@@ -18,11 +20,9 @@ from torch import Tensor
 from ckptq.kernels.attention.dense_attention import Tile, attention
 from ckptq.kernels.cache.paged_attention import paged_attention
 from ckptq.kernels.cache.write_cache import write_cache
-from ckptq.kernels.int4 import reference as int4_meaning
 from ckptq.kernels.int4.quantize_int4 import dequantize_int4, quantize_int4
 from ckptq.kernels.linear.linear_w4a16 import linear_w4a16
 from ckptq.kernels.linear.linear_w8a8 import linear_fp8_block, linear_w8a8
-from ckptq.kernels.quantize import reference as meaning
 from ckptq.kernels.quantize.quantize_rows import quantize_blocks, quantize_rows
 from ckptq.kernels.quantize.quantize_static import dequantize, quantize_static
 from ckptq.kernels.token_head import reference as kv

@@ -17,7 +17,8 @@ from ckptq.errors import UsageError
 from ckptq.evaluate.caches.kv_cache import parse_cache
 from ckptq.evaluate.run import evaluate
 from ckptq.evaluate.text import text_of
-from ckptq.kernels.token_head.kv_simulate import fake_quantize_kv
+from ckptq.kernels.token_head.kv_format import FORMATS
+from ckptq.kernels.token_head.reference import there_and_back
 from ckptq.progress import silent
 from ckptq.recipes.load import load_recipe
 from ckptq.search.caches import Caches, find_caches
@@ -40,8 +41,8 @@ class OneLayerRounded(DynamicCache):
 
     def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *more, **named):
         if layer_idx in self.rounded:
-            key_states = fake_quantize_kv(key_states, "int4_per_token_head")
-            value_states = fake_quantize_kv(value_states, "int4_per_token_head")
+            key_states = there_and_back(key_states, FORMATS["int4_per_token_head"])
+            value_states = there_and_back(value_states, FORMATS["int4_per_token_head"])
         return super().update(key_states, value_states, layer_idx, *more, **named)
 
 

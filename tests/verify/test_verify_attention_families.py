@@ -53,7 +53,6 @@ def made(tmp_path_factory, sources):
 
 @pytest.fixture
 def kernels(monkeypatch):
-    monkeypatch.setattr("ckptq.kernels.gpu.on_gpu", lambda _x: True)
     monkeypatch.setattr("ckptq.verify.attention.watch.pages_serve", lambda _device: True)
 
 

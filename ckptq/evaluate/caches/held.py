@@ -6,16 +6,14 @@ Shape letters: B batch, H query heads, K KV heads, S positions, D head size.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING
+
+from torch import Tensor
 
 from ckptq.evaluate.caches.kv_cache import STATIC, KVCache, Maxima
 from ckptq.evaluate.caches.simulated import Scales, simulated
 from ckptq.forward.over_pages import over_static_fp8, over_tokens_and_heads
 from ckptq.forward.tap import Asked, Qkv, Tap
 from ckptq.kernels.token_head.kv_format import FORMATS, rotation_block
-
-if TYPE_CHECKING:
-    from torch import Tensor
 
 
 class Held:

@@ -11,7 +11,8 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+
+from torch import Tensor
 
 from ckptq.calibrate.observers import scale_of
 from ckptq.checkpoint.open import Checkpoint
@@ -22,9 +23,6 @@ from ckptq.forward.linear_inputs import real_positions
 from ckptq.kernels.token_head.kv_format import FORMATS, Rotation
 from ckptq.models.attention import cache_scales
 from ckptq.recipes.declared import declared
-
-if TYPE_CHECKING:
-    from torch import Tensor
 
 PLAIN = "bf16"
 PER_TENSOR, PER_HEAD, SCALE_1 = "fp8-per-tensor", "fp8-per-head", "fp8-scale-1"

@@ -11,16 +11,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
 
 from ckptq.errors import UsageError
 from ckptq.evaluate.caches.kv_cache import PER_TENSOR, SCALE_1, KVCache, Maxima
 from ckptq.evaluate.caches.simulated import fp8_of
 from ckptq.forward.latent import Latents
 from ckptq.forward.tap import Tap, tapped
-
-if TYPE_CHECKING:
-    from torch import Tensor, nn
 
 
 class LatentRows:
@@ -54,8 +53,6 @@ class LatentRows:
 
     def _scale(self, module: str) -> Tensor:
         """k's, [1]: engines write and read rows with it. A missing one is 1.0, as in vLLM."""
-        import torch
-
         if self._cache.mode == SCALE_1:
             return torch.ones(1)
         if self._cache.measures:

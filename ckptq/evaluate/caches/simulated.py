@@ -9,7 +9,9 @@ Shape letters: B batch, H query heads, K KV heads, S positions, D head size.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
 
 from ckptq.evaluate.caches.kv_cache import (
     PER_TENSOR,
@@ -19,9 +21,9 @@ from ckptq.evaluate.caches.kv_cache import (
     KVCache,
     Maxima,
 )
-
-if TYPE_CHECKING:
-    from torch import Tensor
+from ckptq.kernels.token_head.kv_format import FORMATS
+from ckptq.kernels.token_head.reference import there_and_back
+from ckptq.verify.attention.fp8_heads import in_fp8
 
 See = Callable[[str, "Tensor", "Tensor", "Tensor"], None]
 """Gets (module name, q [B, H, S, D], k and v [B, K, S, D]) on their way into attention."""
@@ -72,8 +74,6 @@ def effective(mode: str, scales: AttentionScales, heads: int, kv_heads: int) -> 
 
     A missing scale is 1.0, as in vLLM.
     """
-    import torch
-
     made = {}
     for which in ("q", "k", "v"):
         scale_H = scales.get(which, torch.ones(1)).float().flatten()
@@ -92,8 +92,6 @@ def effective(mode: str, scales: AttentionScales, heads: int, kv_heads: int) -> 
 
 def cut_toward_zero(x_BHSD: Tensor, scale_H: Tensor) -> Tensor:
     """To E4M3 and back, truncated."""
-    import torch
-
     scale_H11 = scale_H.view(-1, 1, 1).to(x_BHSD.device)
     y_BHSD = (x_BHSD.float() / scale_H11).clamp(-448, 448)
     nearest = y_BHSD.to(torch.float8_e4m3fn)
@@ -104,12 +102,8 @@ def cut_toward_zero(x_BHSD: Tensor, scale_H: Tensor) -> Tensor:
 
 
 def _static(x_BHSD: Tensor, scale_H: Tensor) -> Tensor:
-    from ckptq.kernels.token_head.kv_simulate import fake_quantize_kv
-
-    return fake_quantize_kv(x_BHSD, "fp8_per_head", scale=scale_H)
+    return in_fp8(x_BHSD, scale_H.view(-1, 1, 1).to(x_BHSD.device)).to(x_BHSD.dtype)
 
 
 def _dynamic(x_BHSD: Tensor, cache: KVCache) -> Tensor:
-    from ckptq.kernels.token_head.kv_simulate import fake_quantize_kv
-
-    return fake_quantize_kv(x_BHSD, cache.mode.replace("-", "_"), rotation=cache.rotation)
+    return there_and_back(x_BHSD, FORMATS[cache.mode.replace("-", "_")], cache.rotation)

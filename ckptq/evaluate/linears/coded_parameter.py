@@ -11,12 +11,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import permutations
-from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
 
 from ckptq.quantize.coded import Coded
-
-if TYPE_CHECKING:
-    from torch import Tensor
+from ckptq.quantize.dispatch import dequantize
 
 Parts = Mapping[int, Sequence[Coded]]
 """Where a matrix [N, C] begins in the parameter's storage -> the weights that it consists of, one
@@ -31,8 +31,6 @@ def parts_of(parameter: Tensor, coded: Mapping[str, Coded]) -> Parts | None:
 
     None if it does not, or holds a number that none of them decodes to.
     """
-    import torch
-
     experts = _by_expert(coded)
     matrices = list(parameter) if parameter.ndim == 3 else [parameter]
     if len(matrices) != len(experts) or parameter.ndim not in (2, 3):
@@ -70,10 +68,6 @@ def _orders(weights: Sequence[Coded]) -> Iterator[Order]:
 def _holds(matrix: Tensor, weights: Sequence[Coded], order: Order) -> Tensor:
     """Whether a matrix is these weights in this order, on its device: reading it makes the host
     wait."""
-    import torch
-
-    from ckptq.quantize.dispatch import dequantize
-
     transposed, places = order
     matrix_NC = matrix.t() if transposed else matrix
     chosen = [weights[at] for at in places] if len(places) == len(weights) else []

@@ -10,15 +10,14 @@ Shape letters: T tokens of whatever leads, C input features, N output channels, 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
 
 from ckptq.evaluate.linears.inputs import InputScheme, in_groups, scale_of_inputs
+from ckptq.kernels.gpu import on_gpu
 from ckptq.quantize.coded import Coded
 from ckptq.quantize.weight_scheme import WeightScheme
-
-if TYPE_CHECKING:
-    import torch
-    from torch import Tensor
 
 Codes = tuple["Tensor", "Tensor"]
 """Of an input: codes [T, C], and scales [T, 1], [T, G] or [1, 1]."""
@@ -31,7 +30,7 @@ Product = Callable[["Tensor", InputScheme | None, Coded, CodesOf], "Tensor"]
 
 def codes_multiply(device: torch.device) -> bool:
     """Whether products are those of codes there: on a GPU they are."""
-    return device.type == "cuda"
+    return on_gpu(device)
 
 
 def product_of(
@@ -59,9 +58,7 @@ def _is_byte(scheme: WeightScheme) -> bool:
 
 def input_codes(inputs: InputScheme, x_TC: Tensor) -> Codes:
     """What `inputs.round` multiplies back, to the bit: E4M3 or INT8, and float32 scales."""
-    import torch
-
-    from ckptq.kernels.quantize.dispatch import quantize_static
+    from ckptq.kernels.quantize.quantize_static import quantize_static
 
     x_TC = x_TC.flatten(0, -2)
     T, C = x_TC.shape
@@ -77,7 +74,7 @@ def input_codes(inputs: InputScheme, x_TC: Tensor) -> Codes:
 
 
 def _w8a8(x_TC: Tensor, inputs: InputScheme | None, weight: Coded, codes_of: CodesOf) -> Tensor:
-    from ckptq.kernels.linear.dispatch import linear_w8a8
+    from ckptq.kernels.linear.linear_w8a8 import linear_w8a8
 
     assert inputs is not None
     w_NC, w_scale = weight.tensors["weight"], weight.tensors["weight_scale"]
@@ -87,7 +84,7 @@ def _w8a8(x_TC: Tensor, inputs: InputScheme | None, weight: Coded, codes_of: Cod
 def _fp8_block(
     x_TC: Tensor, inputs: InputScheme | None, weight: Coded, codes_of: CodesOf
 ) -> Tensor:
-    from ckptq.kernels.linear.dispatch import linear_fp8_block
+    from ckptq.kernels.linear.library import linear_fp8_block
 
     assert inputs is not None
     w_NC, w_scale = weight.tensors["weight"], weight.tensors["weight_scale"]
@@ -95,7 +92,7 @@ def _fp8_block(
 
 
 def _w4a16(x_TC: Tensor, _: InputScheme | None, weight: Coded, __: CodesOf) -> Tensor:
-    from ckptq.kernels.linear.dispatch import linear_w4a16
+    from ckptq.kernels.linear.library import linear_w4a16
 
     scale_NG = weight.tensors["weight_scale"].to(x_TC.dtype)
     zero_ZG = weight.tensors.get("weight_zero_point")

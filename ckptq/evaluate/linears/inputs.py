@@ -10,7 +10,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, TypeVar
+from typing import TypeVar
+
+import torch
+from torch import Tensor
 
 from ckptq.calibrate.observers import FP8_MAX, INT8_MAX, NVFP4_MAX
 from ckptq.checkpoint.open import Checkpoint
@@ -22,9 +25,6 @@ from ckptq.evaluate.linears.microscaling import mxfp4, mxfp8, nvfp4
 from ckptq.forward.linear_inputs import real_tokens
 from ckptq.recipes.args import Args
 from ckptq.recipes.declared import declared
-
-if TYPE_CHECKING:
-    from torch import Tensor
 
 Made = TypeVar("Made")
 
@@ -184,8 +184,6 @@ def scale_of_inputs(x: Tensor, kind: str) -> Tensor:
 
 
 def _rounded(x: Tensor, scale: Tensor, kind: str) -> Tensor:
-    import torch
-
     ratio = x.float() / scale
     if kind != "float":
         top = LARGEST[kind]

@@ -9,10 +9,11 @@ Shape letters: T tokens and whatever leads, C columns, G groups, g columns of a 
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+import torch
+from torch import Tensor
 
-if TYPE_CHECKING:
-    from torch import Tensor
+from ckptq.quantize.codes import round_to_e2m1
+from ckptq.quantize.scales import mx_exponent, mx_scale
 
 E4M3_MAX, E2M1_MAX = 448.0, 6.0
 ZERO_SCALE = 1e8
@@ -21,8 +22,6 @@ ZERO_SCALE = 1e8
 
 def nvfp4(x_TC: Tensor, global_scale: float) -> Tensor:
     """E2M1 in groups of 16 under E4M3 scales under one global scale, there and back."""
-    import torch
-
     x_TGg = x_TC.unflatten(-1, (-1, 16)).float()
     overall = x_TGg.new_full((), global_scale)
     scale_TG1 = overall * (x_TGg.abs().amax(-1, keepdim=True) * (1 / E2M1_MAX))
@@ -34,8 +33,6 @@ def nvfp4(x_TC: Tensor, global_scale: float) -> Tensor:
 
 def mxfp4(x_TC: Tensor) -> Tensor:
     """E2M1 in groups of 32 under powers of two, there and back."""
-    from ckptq.quantize.scales import mx_exponent, mx_scale
-
     x_TGg = x_TC.unflatten(-1, (-1, 32)).float()
     scale_TG1 = mx_scale(mx_exponent(x_TGg.abs().amax(-1, keepdim=True), 4))
     return (_e2m1(x_TGg / scale_TG1) * scale_TG1).flatten(-2).to(x_TC.dtype)
@@ -43,8 +40,6 @@ def mxfp4(x_TC: Tensor) -> Tensor:
 
 def mxfp8(x_TC: Tensor) -> Tensor:
     """E4M3 in groups of 32 under the least powers of two that hold them, there and back."""
-    import torch
-
     x_TGg = x_TC.unflatten(-1, (-1, 32)).float()
     amax_TG1 = x_TGg.abs().amax(-1, keepdim=True).clamp(min=torch.finfo(torch.float32).tiny)
     scale_TG1 = torch.exp2((amax_TG1 / E4M3_MAX).log2().ceil().clamp(-127, 127))
@@ -58,8 +53,4 @@ def _reciprocal(x: Tensor) -> Tensor:
 
 def _e2m1(x: Tensor) -> Tensor:
     """The nearest E2M1 number, in new memory."""
-    import torch
-
-    from ckptq.quantize.codes import round_to_e2m1
-
     return round_to_e2m1(x.clone(), torch.empty_like(x))

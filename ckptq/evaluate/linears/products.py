@@ -11,10 +11,10 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-if TYPE_CHECKING:
-    from torch import Tensor
+import torch
+from torch import Tensor
 
 Change = Callable[["Tensor"], "Tensor"]
 """An input -> what is multiplied in its place."""
@@ -50,8 +50,6 @@ def _multiplied(
     multiply: Multiply, func: Callable[..., Any], x: Tensor, weight: Tensor
 ) -> Tensor | None:
     """By `multiply`, matrix by matrix: linear takes [N, C], other products [C, N]."""
-    import torch
-
     if func is torch.nn.functional.linear:
         return multiply(x, weight)
     if weight.ndim == 2:
@@ -76,7 +74,6 @@ def products_treated(treatments: Mapping[Tensor, Treatment]) -> Iterator[None]:
     if not treatments:
         yield
         return
-    import torch
     from torch.overrides import TorchFunctionMode
 
     by_storage = {_place(weight): treatment for weight, treatment in treatments.items()}

@@ -8,17 +8,15 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import partial
-from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
 
 from ckptq.evaluate.linears.coded_parameter import Parts, parts_of
 from ckptq.evaluate.linears.coded_product import CodesOf, input_codes, product_of
 from ckptq.evaluate.linears.inputs import InputScheme, remembering, shared_rule
 from ckptq.evaluate.linears.products import Change, Treatment
 from ckptq.quantize.coded import Coded
-
-if TYPE_CHECKING:
-    import torch
-    from torch import Tensor, nn
 
 Linears = Mapping[str, Collection[str]]
 """Parameter of a layer -> the Linears whose weights it holds, by their names on disk."""
@@ -106,8 +104,6 @@ def _multiply(
 ) -> Tensor | None:
     """x times the codes of a matrix, transposed; None for a part of the parameter that is none of
     its matrices, and where there is no input."""
-    import torch
-
     weights = parts.get(int(w_NC.storage_offset()), ())
     if not weights or sum(each.shape[0] for each in weights) != len(w_NC) or not x_TC.numel():
         return None

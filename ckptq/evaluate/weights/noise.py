@@ -5,13 +5,10 @@ Shape letters: R rows, C columns.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+import torch
+from torch import Tensor
 
 from ckptq.verify.roundtrip.tally import decibels
-
-if TYPE_CHECKING:
-    import torch
-    from torch import Tensor
 
 
 class Noise:
@@ -24,8 +21,6 @@ class Noise:
 
     def count(self, linear: str, w_RC: Tensor, back_RC: Tensor) -> None:
         """Add a weight and what it became: on a CPU in float64, on a GPU in float32."""
-        import torch
-
         if linear in self._counted:
             return
         self._counted.add(linear)
@@ -44,8 +39,6 @@ def squares(w_RC: Tensor, back_RC: Tensor, wide: torch.dtype) -> tuple[Tensor, T
 
     In float32 each term is off by at most 2^-22 of itself, and so the ratio by 3 x 10^-6 dB.
     """
-    import torch
-
     signal = w_RC.to(wide).square().sum(dtype=torch.float64)
     noise = (w_RC.to(wide) - back_RC.to(wide)).square().sum(dtype=torch.float64)
     return signal, noise

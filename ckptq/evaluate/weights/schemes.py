@@ -7,7 +7,9 @@ from __future__ import annotations
 
 from collections.abc import Collection
 from functools import partial, reduce
-from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
 
 from ckptq.checkpoint.header import StoredTensor
 from ckptq.checkpoint.open import Checkpoint
@@ -23,9 +25,6 @@ from ckptq.plan.unit import Plan, Unit
 from ckptq.quantize.coded import Coded, Keep
 from ckptq.quantize.dispatch import dequantize, quantize
 from ckptq.quantize.formats import NonFinite, merge_statistic, needs_statistic, statistic
-
-if TYPE_CHECKING:
-    from torch import Tensor
 
 
 class SchemeWeights:
@@ -83,8 +82,6 @@ class SchemeWeights:
     def check_finite(self) -> None:
         """Of all weights that were quantized since, in one wait for the device. SourceError names
         one that is not."""
-        import torch
-
         names, answers = list(self._finite), list(self._finite.values())
         self._finite.clear()
         if not answers:

@@ -1,6 +1,6 @@
 """Flash attention that records maxima, on q, k, v as transformers hands them over.
 
-Meaning: `reference.attention`. One program takes a tile of queries of one head and walks
+Meaning: `reference_attention.attention`. One program takes a tile of queries of one head and walks
 over the tiles of keys that any of them sees; only tiles at an edge of the mask pay for it.
 
 - Maxima: each program also folds the absolute maxima of its own rows of q, k and v (the rows of k

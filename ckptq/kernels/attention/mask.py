@@ -3,7 +3,12 @@
 Positions count from a sequence's first real token, as transformers counts chunks.
 """
 
+from __future__ import annotations
+
 from dataclasses import dataclass
+
+import torch
+from torch import Tensor
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -37,3 +42,29 @@ def cap_height(softcap: float | None) -> float:
     if not softcap > 0:
         raise ValueError(f"a soft cap is positive, or None for no cap: {softcap}")
     return float(softcap)
+
+
+def seen(
+    mask: Mask,
+    queries: int,
+    keys: int,
+    spans: tuple[Tensor, Tensor] | None = None,
+    device: torch.device | str = "cpu",
+) -> Tensor:
+    """[B or 1, 1, Sq, S] bool: who attends to whom. The last query stands at the last key.
+
+    On the device of `spans`, or on `device` without them.
+    """
+    spans = spans or (torch.tensor([0], device=device), torch.tensor([keys], device=device))
+    start_B11, length_B11 = (x.view(-1, 1, 1) for x in spans)
+    k_pos = torch.arange(keys, device=start_B11.device).view(1, 1, keys) - start_B11
+    q_pos = (torch.arange(queries, device=start_B11.device) + keys - queries).view(1, queries, 1)
+    q_pos = q_pos - start_B11
+    ok = (k_pos >= 0) & (k_pos < length_B11) & (q_pos >= 0) & (q_pos < length_B11)
+    if mask.causal:
+        ok = ok & (k_pos <= q_pos)
+    if mask.sliding_window is not None:
+        ok = ok & (q_pos - k_pos < mask.sliding_window)
+    if mask.chunk is not None:
+        ok = ok & (q_pos // mask.chunk == k_pos // mask.chunk)
+    return ok[:, None]

@@ -1,6 +1,6 @@
 """Attention over a paged KV cache, in the model's dtype or E4M3 under static scales.
 
-Meaning: `reference.attention`. A program takes some queries of one sequence with all query
+Meaning: `reference_cache.attention`. A program takes some queries of one sequence with all query
 heads that share a key/value head, so that a decode step (one query) still fills a tile, and walks
 over the keys that these queries see, found through the block table.
 

@@ -1,6 +1,6 @@
 """Write new keys and values into a paged cache, as they are or as E4M3 under static scales.
 
-Meaning: `reference.write`. Scales are per tensor or per head, as calibration stores them; a
+Meaning: `reference_cache.write`. Scales are per tensor or per head, as calibration stores them; a
 slot of -1 (padding) is skipped. Keys and values go in one launch; a program takes all heads of
 some tokens, as far as they fit, since they lie side by side in the input. One read, one write.
 

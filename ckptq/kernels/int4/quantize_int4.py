@@ -1,6 +1,6 @@
 """INT4 by groups along a row, packed eight to an int32: quantize and pack, unpack and dequantize.
 
-Meaning: `reference`. Words are those of compressed-tensors' pack-quantized: column i of a run
+Meaning: `reference_int4`. Words are those of compressed-tensors' pack-quantized: column i of a run
 of eight at bits 4i, offset by 8; the zero points of eight rows share a word. A program takes eight
 rows, so that it can pack their zero points too, or one long row. Reads 2 bytes and writes half a
 byte a weight; arithmetic is the limit as much as memory, so it is counted (`integer_bits`).

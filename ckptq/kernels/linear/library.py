@@ -16,7 +16,6 @@ from torch.nn import functional
 from ckptq.kernels.int4.quantize_int4 import dequantize_int4
 from ckptq.kernels.linear import linear_w4a16 as words
 from ckptq.kernels.linear import linear_w8a8 as bytes_
-from ckptq.kernels.linear import reference
 from ckptq.kernels.linear.linear_w8a8 import SIDE
 
 MANY = 1024
@@ -69,9 +68,7 @@ def linear_fp8_block(
 def linear_w4a16(
     a_MK: Tensor, packed_NP: Tensor, scale_NG: Tensor, zero_ZG: Tensor | None = None
 ) -> Tensor:
-    """The kernel's product; of many tokens with weights decoded first, in 32 bits by torch."""
-    if a_MK.element_size() != 2:
-        return reference.linear_w4a16(a_MK, packed_NP, scale_NG, zero_ZG)
+    """The kernel's product; of many tokens with weights decoded first."""
     if len(a_MK) < MANY:
         return words.linear_w4a16(a_MK, packed_NP, scale_NG, zero_ZG)
     w_NK = dequantize_int4(packed_NP, scale_NG, a_MK.shape[1], zero_ZG)

@@ -1,6 +1,6 @@
 """Matrix product of 16-bit activations with packed INT4 weights, unpacked on the way.
 
-Meaning: `reference.linear_w4a16`. A weight is (code - zero point) * scale rounded to the
+Meaning: `reference_linear.linear_w4a16`. A weight is (code - zero point) * scale rounded to the
 scale's dtype, as `dequantize_int4` gives it; then an ordinary product, summed in fp32.
 
 Weights are the operand that tensor cores take from registers, and are unpacked there, two an

@@ -1,7 +1,7 @@
 """FP8 and INT8 matrix products, a scale per token and per output channel; FP8 also with scales per
 128 of a token and per block of 128 x 128.
 
-Meaning: `reference.linear_w8a8` and `.linear_fp8_block`. Codes are multiplied as they are and the
+Meaning: `reference_linear.linear_w8a8`, `.linear_fp8_block`. Codes are multiplied as they are and
 sums scaled once at the end, as engines do; of blocks every 128 products are scaled, and added in
 fp32. INT8 sums are exact. FP8 products are exact and summed in fp32; Hopper's tensor cores keep
 about 14 bits while they sum, so every 128 products are moved to fp32. Without FP8 tensor cores the

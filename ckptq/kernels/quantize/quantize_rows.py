@@ -1,8 +1,9 @@
 """FP8 and INT8 with a scale per row (output channel or token) or per block, found in the same pass.
 
-Meaning: `reference.quantize_rows` and `.quantize_blocks`. A program holds whole rows, or a block,
-in registers, so the input is read once; rows of more than 32768 columns are read twice. Bound by
-memory: 3 bytes a bf16 element. Blocks at the edges are filled with zeros, which no maximum notices.
+Meaning: `reference_quantize.quantize_rows`, `.quantize_blocks`. A program holds whole rows, or a
+block, in registers, so the input is read once; rows of more than 32768 columns are read twice.
+Bound by memory: 3 bytes a bf16 element. Blocks at the edges are filled with zeros, which no maximum
+notices.
 
 Shape letters: R rows, C columns, B block of columns, S slices of a row, each a block; G x K the
 grid of blocks, and B, L the rows and columns of one.
@@ -13,7 +14,6 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ckptq.kernels.quantize import reference
 from ckptq.kernels.quantize.quantize_static import quantize_static
 from ckptq.kernels.quantize.slices import (
     absmax_of,
@@ -82,7 +82,9 @@ def quantize_rows(x_RC: Tensor, dtype: torch.dtype = torch.float8_e4m3fn) -> tup
         raise ValueError(f"want dense columns, got {tuple(x_RC.shape)} strided {x_RC.stride()}")
     if C > LONGEST_ROW:
         amax_R1 = torch.linalg.vector_norm(x_RC, torch.inf, 1, keepdim=True)
-        scale_R1 = reference.scale_of(amax_R1, reference.HALF_RANGE[dtype])
+        half_range = 448.0 if dtype == torch.float8_e4m3fn else 127.5
+        scale_R1 = (amax_R1.double() / half_range).float().to(x_RC.dtype)
+        scale_R1.masked_fill_(scale_R1 == 0, torch.finfo(x_RC.dtype).eps)
         return quantize_static(x_RC, scale_R1, (1, C), dtype), scale_R1
     code_RC = empty_codes((R, C), dtype, x_RC.device)
     scale_R1 = torch.empty(R, 1, dtype=x_RC.dtype, device=x_RC.device)
@@ -128,9 +130,8 @@ def _quantize_blocks_kernel(
 def quantize_blocks(
     x_RC: Tensor, dtype: torch.dtype = torch.float8_e4m3fn, block: tuple[int, int] = (128, 128)
 ) -> tuple[Tensor, Tensor]:
-    """Codes [R, C] and scales [ceil(R / 128), ceil(C / 128)] in x's dtype."""
-    if block[0] * block[1] > 1 << 15 or any(side & (side - 1) for side in block):
-        return reference.quantize_blocks(x_RC, dtype, block)  # more than a program holds
+    """Codes [R, C] and scales [ceil(R / 128), ceil(C / 128)] in x's dtype. Sides are powers of two,
+    for no more than 2^15 elements: what a program holds."""
     R, C = x_RC.shape
     if x_RC.stride(1) != 1:
         raise ValueError(f"want dense columns: {x_RC.stride()}")

@@ -1,7 +1,7 @@
 """FP8 and INT8 under scales that are already known, per tensor, channel, block or head, and back.
 
-Meaning: `reference.quantize_static` and `.dequantize`. One scale covers a tile of the input; a
-program stays inside one column of tiles, so it needs one scale a row. One read, one write.
+Meaning: `reference_quantize.quantize_static`, `.dequantize`. One scale covers a tile of the input;
+a program stays inside one column of tiles, so it needs one scale a row. One read, one write.
 
 Shape letters: R rows, C columns, G x K the grid of scales, B block of columns.
 """

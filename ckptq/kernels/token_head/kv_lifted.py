@@ -11,8 +11,6 @@ words of several codes).
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import torch
 import triton
 import triton.language as tl
@@ -42,9 +40,7 @@ from ckptq.kernels.token_head.kv_tiles import (
     tile_rows,
     whole,
 )
-
-if TYPE_CHECKING:
-    from ckptq.kernels.token_head.token_head_cache import TokenHeadCache
+from ckptq.kernels.token_head.token_head_cache import TokenHeadCache
 
 WARPS = 4
 ROWS = 16 * WARPS

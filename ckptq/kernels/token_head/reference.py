@@ -248,6 +248,11 @@ def dequantize_rotated(packed: Packed, fmt: KVFormat) -> Tensor:
     return value * packed.scale[..., None]
 
 
+def there_and_back(x: Tensor, fmt: KVFormat, rotation: Rotation | None = None) -> Tensor:
+    """Heads [..., D] as they come back from a cache, in their dtype."""
+    return dequantize(quantize(x, fmt, rotation), fmt, rotation).to(x.dtype)
+
+
 def dequantize(packed: Packed, fmt: KVFormat, rotation: Rotation | None = None) -> Tensor:
     """fp32 [..., D]: what was quantized, with its error."""
     rotation = fmt.rotation if rotation is None else rotation

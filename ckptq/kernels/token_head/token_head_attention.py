@@ -1,6 +1,6 @@
 """Attention over a paged cache of INT8, FP8, INT4 or INT2 codes with a scale per token and head.
 
-Meaning: `cache.reference.attention` over `reference.dequantize`. The query is rotated as the
+Meaning: `reference_cache.attention` over `reference.dequantize`. The query is rotated as the
 keys were, and the result is rotated back as the values need; in between nothing is unpacked to
 memory:
 

@@ -7,17 +7,17 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
-from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
 
 from ckptq.checkpoint.header import StoredTensor
 from ckptq.checkpoint.read import Files, read_tensor
 from ckptq.models.quantized.as_nvfp4 import AsNvfp4
 from ckptq.models.quantized.encoded_weight import Encoded
+from ckptq.quantize.scales import mx_scale
 from ckptq.quantize.stored import quantum_specs, stored
 from ckptq.spec import FLOATS, TensorSpec
-
-if TYPE_CHECKING:
-    from torch import Tensor
 
 SCALES = ("weight_scale", "scales")
 
@@ -71,8 +71,6 @@ def repacked_lone(weight: Encoded) -> tuple[str, ...]:
 
 def repacked_constants(weight: Encoded, files: Files) -> dict[str, Tensor]:
     """The tensors that belong to no row: one scale, global scales, the shape."""
-    import torch
-
     made: dict[str, Tensor] = {}
     for local in repacked_lone(weight):
         if local == "weight_shape":
@@ -95,8 +93,6 @@ def inverse(scale: Tensor) -> Tensor:
 
     Above the square root of 2, times a power of two, some numbers are no float32's inverse.
     """
-    import torch
-
     wanted = scale.float().reshape(1)
     first = 1 / wanted
     nearby = torch.stack(
@@ -106,10 +102,6 @@ def inverse(scale: Tensor) -> Tensor:
 
 
 def _as_stored(weight: Encoded, scale: Tensor) -> Tensor:
-    import torch
-
-    from ckptq.quantize.scales import mx_scale
-
     if weight.scheme.scale_dtype is None and scale.dtype in (torch.uint8, torch.float8_e8m0fnu):
         return mx_scale(scale.view(torch.uint8)).float()
     return scale

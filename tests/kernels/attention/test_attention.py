@@ -1,13 +1,12 @@
 """Flash attention against a dense softmax in float64; maxima to the bit; what must be noticed."""
 
 import pytest
+import reference_attention as meaning
 import torch
 from torch import Tensor
 
-from ckptq.kernels.attention import reference as meaning
-from ckptq.kernels.attention.calibration_attention import attention_with_maxima
 from ckptq.kernels.attention.dense_attention import Tile, attention
-from ckptq.kernels.attention.mask import Mask
+from ckptq.kernels.attention.mask import Mask, seen
 from ckptq.kernels.attention.maxima import Maxima
 
 SMALL = Tile(32, 16, 4, 2)
@@ -42,7 +41,7 @@ def to(device: torch.device, *tensors: Tensor) -> list[Tensor]:
 def test_causal(device: torch.device, S: int, D: int, dtype: torch.dtype) -> None:
     q, k, v = qkv(S, D, dtype, 4, 2)
     got = attention(*to(device, q, k, v), scaling=D**-0.5, tile=SMALL)
-    want = meaning.attention(q, k, v, meaning.seen(Mask(), S, S), scaling=D**-0.5)
+    want = meaning.attention(q, k, v, seen(Mask(), S, S), scaling=D**-0.5)
     assert got.dtype == dtype
     assert error(got, want) < (1e-6 if dtype == torch.float32 else 4e-3)
 
@@ -68,10 +67,8 @@ def test_masks_and_padding(
     starts, lengths = (torch.tensor(x, dtype=torch.int32) for x in spans)
     pair, on_device = (starts, lengths), (starts.to(device), lengths.to(device))
     got = attention(*to(device, q, k, v), scaling=0.3, mask=mask, spans=on_device, tile=SMALL)
-    want = meaning.attention(q, k, v, meaning.seen(mask, 65, 65, pair), scaling=0.3)
+    want = meaning.attention(q, k, v, seen(mask, 65, 65, pair), scaling=0.3)
     assert error(got, want) < 1e-6
-    on_cpu = attention_with_maxima(q, k, v, scaling=0.3, mask=mask, spans=pair)
-    assert error(on_cpu, want) < 1e-6
 
 
 @pytest.mark.parametrize(
@@ -86,19 +83,17 @@ def test_masks_and_padding(
 def test_a_mask_that_is_off_is_noticed(device: torch.device, mask: Mask, off: Mask) -> None:
     q, k, v = qkv(65, 16, H=1)
     got = attention(*to(device, q, k, v), scaling=0.3, mask=off, tile=SMALL)
-    want = meaning.attention(q, k, v, meaning.seen(mask, 65, 65), scaling=0.3)
+    want = meaning.attention(q, k, v, seen(mask, 65, 65), scaling=0.3)
     assert error(got, want) > 1e-2
 
 
 def test_soft_cap(device: torch.device) -> None:
     q, k, v = qkv(33, 64)
-    seen = meaning.seen(Mask(), 33, 33)
-    want = meaning.attention(q, k, v, seen, scaling=1.0, softcap=5.0)
+    seen_1SS = seen(Mask(), 33, 33)
+    want = meaning.attention(q, k, v, seen_1SS, scaling=1.0, softcap=5.0)
     got = attention(*to(device, q, k, v), scaling=1.0, softcap=5.0, tile=SMALL)
     assert error(got, want) < 1e-6
-    on_cpu = attention_with_maxima(q, k, v, scaling=1.0, softcap=5.0)
-    assert error(on_cpu, want) < 1e-6
-    assert error(meaning.attention(q, k, v, seen, scaling=1.0), want) > 1e-2
+    assert error(meaning.attention(q, k, v, seen_1SS, scaling=1.0), want) > 1e-2
 
 
 def test_the_last_query_stands_at_the_last_key(device: torch.device) -> None:
@@ -106,7 +101,7 @@ def test_the_last_query_stands_at_the_last_key(device: torch.device) -> None:
     q, k, v = qkv(40, 48)
     q, v = q[:, :, -5:], v[..., :20]
     got = attention(*to(device, q, k, v), scaling=0.2, tile=SMALL)
-    want = meaning.attention(q, k, v, meaning.seen(Mask(), 5, 40), scaling=0.2)
+    want = meaning.attention(q, k, v, seen(Mask(), 5, 40), scaling=0.2)
     assert error(got, want) < 1e-6
 
 
@@ -130,7 +125,7 @@ def test_maxima_are_exact_and_leave_padding_out(
         on_device = (spans[0].to(device), spans[1].to(device))
         run = {"scaling": 0.2, "spans": on_device, "maxima": got, "tile": LARGE}
         attention(*to(device, *batch), **run)
-        attention_with_maxima(*batch, scaling=0.2, spans=spans, maxima=want)
+        meaning.fold_maxima(want, *batch, spans)
     for name, x in (("q_H", q), ("k_K", k), ("v_K", v)):
         real = x.transpose(1, 2)[real_BS]  # [tokens, heads, D]
         assert torch.equal(getattr(got, name).cpu(), 2 * real.abs().amax((0, 2)).float())

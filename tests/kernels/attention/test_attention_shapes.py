@@ -1,18 +1,15 @@
 """Attention at head sizes and in combinations that models have, and what it refuses."""
 
 import pytest
+import reference_attention as meaning
+import reference_cache as paged
 import torch
-from doors import take
 from kv_cases import BLOCK, BLOCKS, heads, per_sequence, sequences, slots
 from test_attention import SMALL, error, qkv, to
 
-from ckptq.kernels.attention import reference as meaning
 from ckptq.kernels.attention.attention_tile import default_tile
-from ckptq.kernels.attention.calibration_attention import attention_with_maxima
 from ckptq.kernels.attention.dense_attention import attention
-from ckptq.kernels.attention.mask import Mask
-from ckptq.kernels.attention.maxima import Maxima
-from ckptq.kernels.cache import reference as paged
+from ckptq.kernels.attention.mask import Mask, seen
 from ckptq.kernels.cache.paged_attention import paged_attention
 from ckptq.kernels.cache.paging import Sequences
 from ckptq.kernels.cache.write_cache import write_cache
@@ -27,7 +24,7 @@ ROUNDING = {torch.float32: 1e-6, torch.float16: 1e-3, torch.bfloat16: 4e-3}
 def test_head_sizes_with_the_default_tile(device: torch.device, D: int, dtype: torch.dtype) -> None:
     q, k, v = qkv(37, D, dtype, 3, 1)
     got = attention(*to(device, q, k, v), scaling=D**-0.5)
-    want = meaning.attention(q, k, v, meaning.seen(Mask(), 37, 37), scaling=D**-0.5)
+    want = meaning.attention(q, k, v, seen(Mask(), 37, 37), scaling=D**-0.5)
     assert error(got, want) < ROUNDING[dtype]
 
 
@@ -36,19 +33,18 @@ def test_groups_of_query_heads(device: torch.device, H: int, K: int) -> None:
     """And the twin: heads dealt out in turn instead of in runs."""
     q, k, v = qkv(33, 64, torch.float32, H, K)
     got = attention(*to(device, q, k, v), scaling=0.1, tile=SMALL)
-    seen = meaning.seen(Mask(), 33, 33)
-    assert error(got, meaning.attention(q, k, v, seen, scaling=0.1)) < 1e-6
+    seen_1SS = seen(Mask(), 33, 33)
+    assert error(got, meaning.attention(q, k, v, seen_1SS, scaling=0.1)) < 1e-6
     if K > 1:
         turns = (x.repeat(1, H // K, 1, 1) for x in (k, v))
-        assert error(got, meaning.attention(q, *turns, seen, scaling=0.1)) > 0.1
+        assert error(got, meaning.attention(q, *turns, seen_1SS, scaling=0.1)) > 0.1
 
 
 def test_queries_before_the_first_key_see_nothing(device: torch.device) -> None:
     q, k, v = qkv(12, 64)
     got = attention(*to(device, q, k[:, :, :5], v[:, :, :5]), scaling=0.1, tile=SMALL)
-    seen = meaning.seen(Mask(), 12, 5)
     assert not got[:, :7].any()
-    want = meaning.attention(q, k[:, :, :5], v[:, :, :5], seen, scaling=0.1)
+    want = meaning.attention(q, k[:, :, :5], v[:, :, :5], seen(Mask(), 12, 5), scaling=0.1)
     assert error(got, want) < 1e-6
 
 
@@ -71,9 +67,8 @@ def test_paged_in_sixteen_bits(
 def test_a_cap_of_nothing_is_refused(device: torch.device, softcap: float) -> None:
     """It would divide by zero; no cap is None."""
     q, k, v = to(device, *qkv(7, 64))
-    for attend in (attention, attention_with_maxima):
-        with pytest.raises(ValueError, match="a soft cap is positive"):
-            attend(q, k, v, scaling=0.1, softcap=softcap)
+    with pytest.raises(ValueError, match="a soft cap is positive"):
+        attention(q, k, v, scaling=0.1, softcap=softcap)
     cache = torch.zeros(BLOCKS, BLOCK, 1, 64, device=device)
     run, q_THD = {"scaling": 0.1, "softcap": softcap}, q[0].transpose(0, 1)[:6]
     with pytest.raises(ValueError, match="a soft cap is positive"):
@@ -116,20 +111,6 @@ def test_caches_that_are_no_pair_are_refused(device: torch.device) -> None:
     ):
         with pytest.raises(ValueError, match=message):
             paged_attention(q, key, value, sequences(device), **run)
-
-
-def test_the_door_of_calibration(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Kernel and torch, on one device: the same maxima, attention but for its rounding."""
-    qkv_ = to(device, *qkv(33, 64, H=4, K=2))
-    outs, seen = [], []
-    for gpu in (True, False):
-        take(monkeypatch, gpu)
-        seen.append(Maxima.zeros(4, 2, device))
-        run = {"scaling": 0.1, "softcap": 4.0, "maxima": seen[-1]}
-        outs.append(attention_with_maxima(*qkv_, mask=Mask(sliding_window=9), **run))
-    assert error(outs[0], outs[1].cpu().double()) < 1e-6
-    for name in ("q_H", "k_K", "v_K"):
-        assert torch.equal(getattr(seen[0], name), getattr(seen[1], name))
 
 
 def test_tiles_shrink_where_a_program_has_less_memory(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,12 +1,13 @@
 """A decode step whose keys several programs divide: the result of one program, and of float64."""
 
 import pytest
+import reference_cache
 import torch
 from kv_cases import BLOCK, heads
 from torch import Tensor
 
 from ckptq.kernels.attention.mask import Mask
-from ckptq.kernels.cache import dispatch, key_parts
+from ckptq.kernels.cache import key_parts
 from ckptq.kernels.cache.paged_attention import paged_attention
 from ckptq.kernels.cache.paging import Sequences
 from ckptq.kernels.token_head.kv_format import INT2, INT8, KVFormat
@@ -48,17 +49,18 @@ def test_parts_of_a_plain_cache_make_the_whole(
     found = sequences(device)
     blocks = found.block_table.numel()
     shape = (blocks, BLOCK, K, D)
-    k, v = (heads(blocks * BLOCK, K, D, seed=i).to(device).view(shape) for i in range(2))
+    flat = [heads(blocks * BLOCK, K, D, seed=i) for i in range(2)]
+    k, v = (x.to(device).view(shape) for x in flat)
     q = heads(len(LENGTHS), H, D, seed=2).to(device)
-    want = dispatch.paged_attention(
-        q.cpu(), k.cpu(), v.cpu(), _on_cpu(found), scaling=0.1, mask=mask
-    )
+    tokens = found.block_table.shape[1] * BLOCK
+    held = [[x[n * tokens :][:length] for n, length in enumerate(LENGTHS)] for x in flat]
+    want = reference_cache.attention(q.cpu(), *held, found, scaling=0.1, mask=mask)
     alone(monkeypatch)
     one = paged_attention(q, k, v, found, scaling=0.1, mask=mask)
     divided(monkeypatch)
     several = paged_attention(q, k, v, found, scaling=0.1, mask=mask)
     torch.testing.assert_close(several, one, rtol=1e-5, atol=1e-6)
-    torch.testing.assert_close(several.cpu(), want, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(several.cpu(), want.float(), rtol=1e-4, atol=1e-5)
     assert torch.equal(several[1], torch.zeros_like(several[1]))
 
 
@@ -93,12 +95,3 @@ def test_a_wrong_sum_of_one_part_is_noticed(device: torch.device) -> None:
         made.append(torch.empty(3, D, device=device))
         partial.merge(made[-1])
     assert [torch.equal(a, b) for a, b in zip(*made, strict=True)] == [True, False, True]
-
-
-def _on_cpu(found: Sequences) -> Sequences:
-    return Sequences(
-        query_starts=found.query_starts.cpu(),
-        lengths=found.lengths.cpu(),
-        block_table=found.block_table.cpu(),
-        longest=found.longest,
-    )

@@ -1,13 +1,13 @@
 """Writing static caches, and attention over them: strides, scales, skipped slots, block tables."""
 
 import pytest
+import reference_cache as meaning
 import torch
 from kernel_cases import same
 from kv_cases import BLOCK, BLOCKS, heads, per_sequence, sequences, slots
 from torch import Tensor
 
 from ckptq.kernels.attention.mask import Mask
-from ckptq.kernels.cache import reference as meaning
 from ckptq.kernels.cache.paged_attention import paged_attention
 from ckptq.kernels.cache.write_cache import write_cache
 
@@ -160,6 +160,26 @@ def test_attention_over_fp8(device: torch.device, per_head: bool, query: str) ->
     if per_head:
         assert error(run(q_scale, k_scale.flip(0), v_scale), want) > 0.05
         assert error(run(q_scale, k_scale, v_scale.flip(0)), want) > 0.5
+
+
+def test_an_fp8_query_comes_out_in_the_dtype_that_is_asked_for(device: torch.device) -> None:
+    q, descales = heads(6, 4, 64, FP8, 2), ([0.5, 1.0, 0.25, 2.0], [0.5], [0.25])
+    cache = heads(BLOCKS * BLOCK, 2, 64, FP8).view(BLOCKS, BLOCK, 2, 64)
+    held = per_sequence(cache.double().flatten(0, 1)[slots()])
+    got = paged_attention(
+        *(q.to(device), cache.to(device), cache.to(device), sequences(device)),
+        scaling=0.1,
+        descales=tuple(torch.tensor(d, device=device) for d in descales),
+        dtype=torch.float16,
+    )
+    query, keys = q.double() * torch.tensor(descales[0])[:, None], [x * 0.5 for x in held]
+    want = meaning.attention(
+        *(query, keys, [x * 0.25 for x in held], sequences(torch.device("cpu"))),
+        scaling=0.1,
+        e4m3_weights=True,
+    )
+    assert got.dtype == torch.float16
+    assert error(got, want) < 2e-3
 
 
 def test_what_does_not_fit_is_refused(device: torch.device) -> None:

@@ -3,12 +3,12 @@
 from collections.abc import Callable
 
 import pytest
+import reference_cache as paged
 import torch
 from kernel_cases import same
 from kv_cases import BLOCK, BLOCKS, heads
 from torch import Tensor
 
-from ckptq.kernels.cache import reference as paged
 from ckptq.kernels.cache.write_cache import write_cache
 from ckptq.kernels.token_head import reference as kv
 from ckptq.kernels.token_head.kv_format import FORMATS, INT4, INT8, KVFormat, Rotation

@@ -5,12 +5,12 @@ past a sequence's end are -1, those that a window has left behind the null block
 """
 
 import pytest
+import reference_cache as paged
 import torch
 from kv_cases import BLOCK, heads
 from torch import Tensor
 
-from ckptq.kernels.attention.mask import Mask
-from ckptq.kernels.cache import reference as paged
+from ckptq.kernels.attention.mask import Mask, seen
 from ckptq.kernels.cache.paged_attention import paged_attention
 from ckptq.kernels.cache.paging import Sequences
 from ckptq.kernels.cache.write_cache import write_cache
@@ -32,8 +32,8 @@ D, K, H = 64, 2, 6
 
 def oldest(mask: Mask, length: int, queries: int) -> int:
     """The first key that any query of a sequence sees."""
-    seen = paged.dense.seen(mask, queries, length)[0, 0].any(0)
-    return int(seen.int().argmax()) if seen.any() else length
+    seen_S = seen(mask, queries, length)[0, 0].any(0)
+    return int(seen_S.int().argmax()) if seen_S.any() else length
 
 
 def batch(mask: Mask, device: torch.device) -> tuple[Sequences, Tensor]:

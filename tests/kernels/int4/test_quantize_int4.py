@@ -1,11 +1,11 @@
 """INT4 groups, packing and zero points: every word equal to its meaning in plain torch."""
 
 import pytest
+import reference_int4 as meaning
 import torch
 from kernel_cases import same, weights
 from torch import Tensor
 
-from ckptq.kernels.int4 import reference as meaning
 from ckptq.kernels.int4.quantize_int4 import dequantize_int4, quantize_int4
 
 SYMMETRY = pytest.mark.parametrize("symmetric", [True, False], ids=["sym", "asym"])

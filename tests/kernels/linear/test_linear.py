@@ -1,17 +1,17 @@
 """Quantized matrix products against dequantize-then-multiply in float64."""
 
 import pytest
+import reference_linear as meaning
 import torch
 from kernel_cases import weights
+from reference_int4 import quantize_int4
+from reference_quantize import quantize_blocks, quantize_rows
 from torch import Tensor
 
-from ckptq.kernels.int4.reference import quantize_int4
-from ckptq.kernels.linear import dispatch, library
+from ckptq.kernels.linear import library
 from ckptq.kernels.linear import linear_w4a16 as w4a16
-from ckptq.kernels.linear import reference as meaning
 from ckptq.kernels.linear.linear_w4a16 import linear_w4a16
 from ckptq.kernels.linear.linear_w8a8 import linear_fp8_block, linear_w8a8
-from ckptq.kernels.quantize.reference import quantize_blocks, quantize_rows
 
 FP8, INT8 = torch.float8_e4m3fn, torch.int8
 CODES = pytest.mark.parametrize("codes", [FP8, INT8], ids=["fp8", "int8"])
@@ -192,7 +192,7 @@ def test_int4_weights_of_many_tokens_are_decoded_first(
     packed, scale, zero = quantize_int4(w, 32, not zero_points)
     want = meaning.linear_w4a16(a, packed, scale, zero)
     held = on(device, a, packed, scale)
-    got = dispatch.linear_w4a16(*held, None if zero is None else zero.to(device))
+    got = library.linear_w4a16(*held, None if zero is None else zero.to(device))
     assert close(got, want)
 
 
@@ -206,5 +206,5 @@ def test_blocks_of_many_tokens_by_cublas(device: torch.device, shape: tuple[int,
     hopper = torch.cuda.is_available() and torch.cuda.get_device_capability() == (9, 0)
     takes = library.multiplies_blocks(args[0], args[2], torch.bfloat16)
     assert takes == (hopper and shape[2] % 512 == 0)
-    assert close(dispatch.linear_fp8_block(*args), want)
+    assert close(library.linear_fp8_block(*args), want)
     assert close(linear_fp8_block(*args), want)

@@ -1,10 +1,10 @@
 """FP8 and INT8 kernels against their meaning in plain torch: equal codes, equal scales."""
 
 import pytest
+import reference_quantize as meaning
 import torch
 from kernel_cases import both_same, same, weights
 
-from ckptq.kernels.quantize import reference as meaning
 from ckptq.kernels.quantize.quantize_rows import quantize_blocks, quantize_rows
 from ckptq.kernels.quantize.quantize_static import dequantize, quantize_static
 

@@ -1,14 +1,12 @@
 """The ends of each dtype, and values that are no numbers."""
 
 import pytest
+import reference_int4 as int4_meaning
+import reference_quantize as meaning
 import torch
-from doors import take
 from kernel_cases import both_same, same, weights
 
-from ckptq.kernels.int4 import reference as int4_meaning
 from ckptq.kernels.int4.quantize_int4 import quantize_int4
-from ckptq.kernels.quantize import dispatch
-from ckptq.kernels.quantize import reference as meaning
 from ckptq.kernels.quantize.quantize_rows import quantize_rows
 from ckptq.kernels.quantize.quantize_static import quantize_static
 
@@ -59,13 +57,3 @@ def test_infinities_saturate_and_spoil_nothing_beside_them(
     assert [got[1, 3].float().item(), got[2, 5].float().item()] == ends
     beside = x.isfinite() & spoilt.isfinite()
     assert torch.equal(got.view(torch.uint8)[beside], want.view(torch.uint8)[beside])
-
-
-@pytest.mark.parametrize("block", [(96, 40), (128, 512)], ids=str)
-def test_blocks_that_no_program_holds_are_taken_by_the_reference(
-    device: torch.device, monkeypatch: pytest.MonkeyPatch, block: tuple[int, int]
-) -> None:
-    x = weights((130, 600))
-    take(monkeypatch, gpu=True)
-    got = dispatch.quantize_blocks(x.to(device), FP8, block)
-    assert both_same(got, meaning.quantize_blocks(x, FP8, block))

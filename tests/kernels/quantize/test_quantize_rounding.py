@@ -4,9 +4,9 @@ import pytest
 import torch
 import triton
 import triton.language as tl
+from reference_quantize import E4M3, nearest_e4m3, nearest_int
 from torch import Tensor
 
-from ckptq.kernels.quantize.reference import E4M3, nearest_e4m3, nearest_int
 from ckptq.kernels.quantize.slices import ratio
 from ckptq.kernels.rounding import (
     e4m3_code,

@@ -1,4 +1,4 @@
-"""Weights through the doors of every format: kernels and torch give the same bits, there and back.
+"""Weights in every format by `quantize.dispatch`: kernels and torch give the same bits, and back.
 
 On a GPU all of it runs there, formats without a kernel in torch's own operations.
 """
@@ -7,10 +7,11 @@ from __future__ import annotations
 
 import pytest
 import torch
-from doors import take
 
-from ckptq.kernels.int4 import dispatch as int4
-from ckptq.kernels.quantize import dispatch as eight
+from ckptq.kernels.gpu import on_gpu
+from ckptq.kernels.int4 import quantize_int4 as int4
+from ckptq.kernels.quantize import quantize_rows as rows
+from ckptq.kernels.quantize import quantize_static as static
 from ckptq.quantize import dispatch, formats
 from ckptq.quantize.formats import WeightScheme, needs_statistic, statistic
 from ckptq.spec import spec_of
@@ -68,7 +69,6 @@ def test_a_kernel_gives_the_bits_of_the_format(monkeypatch, device, name, dtype)
     shared = statistic(w_RC, scheme) if needs_statistic(scheme) else None
     wanted = formats.constants(spec_of(w_RC), scheme, shared)
     wanted |= formats.quantize(w_RC, scheme, shared)
-    take(monkeypatch, gpu=True)
     monkeypatch.setattr(dispatch, "on_gpu", lambda _x: True)
     made, back_RC = there_and_back(w_RC.to(device), scheme)
     assert made.keys() == wanted.keys()
@@ -80,17 +80,20 @@ def test_a_kernel_gives_the_bits_of_the_format(monkeypatch, device, name, dtype)
 
 
 @pytest.mark.parametrize("name", EVERY)
-def test_the_doors_lead_to_kernels(monkeypatch, name):
+def test_which_formats_go_to_kernels(monkeypatch, name):
     """With kernels that fail, the formats that have one fail, and no others."""
     scheme = WeightScheme(**EVERY[name])
 
     def broken(*_: object) -> None:
         raise RuntimeError("a kernel was asked")
 
-    for door in ("quantize_rows", "quantize_blocks", "quantize_static", "dequantize"):
-        monkeypatch.setattr(eight, door, broken)
-    for door in ("quantize_int4", "dequantize_int4"):
-        monkeypatch.setattr(int4, door, broken)
+    for module, names in (
+        (rows, ("quantize_rows", "quantize_blocks")),
+        (static, ("quantize_static", "dequantize")),
+        (int4, ("quantize_int4", "dequantize_int4")),
+    ):
+        for function in names:
+            monkeypatch.setattr(module, function, broken)
     made, _ = there_and_back(weight(torch.bfloat16), scheme)  # not on a GPU
     monkeypatch.setattr(dispatch, "on_gpu", lambda _x: True)
     ways = (
@@ -111,3 +114,21 @@ def test_a_weight_that_is_not_finite_is_refused_before_a_kernel(monkeypatch):
     w_RC[5, 5] = torch.inf
     with pytest.raises(formats.NonFinite):
         dispatch.quantize(w_RC, WeightScheme(**WITH_A_KERNEL["int4 group"]))
+
+
+@pytest.mark.parametrize("block", [(96, 40), (128, 512)], ids=str)
+def test_blocks_that_no_program_holds_are_made_in_torch(monkeypatch, device, block):
+    scheme = WeightScheme(**FP8, strategy="block", block_structure=block)
+    w_RC = weight(torch.bfloat16)
+    wanted = formats.quantize(w_RC, scheme)
+    monkeypatch.setattr(dispatch, "on_gpu", lambda _x: True)
+    made, _ = there_and_back(w_RC.to(device), scheme)
+    assert all(torch.equal(bits(made[name]), bits(wanted[name])) for name in wanted)
+
+
+def test_where_kernels_compute(monkeypatch):
+    assert not on_gpu(torch.device("cpu"))
+    assert not on_gpu(weight(torch.bfloat16))
+    assert on_gpu(torch.device("cuda", 1))
+    monkeypatch.setenv("CKPTQ_EAGER", "1")
+    assert not on_gpu(torch.device("cuda", 1))

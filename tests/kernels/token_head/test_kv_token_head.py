@@ -3,6 +3,7 @@
 import math
 
 import pytest
+import reference_cache as paged
 import torch
 import triton
 import triton.language as tl
@@ -10,10 +11,7 @@ from kernel_cases import same
 from kv_cases import BLOCK, BLOCKS, heads, per_sequence, sequences, slots
 from torch import Tensor
 
-from ckptq.errors import UsageError
 from ckptq.kernels.attention.mask import Mask
-from ckptq.kernels.cache import reference as paged
-from ckptq.kernels.quantize.reference import nearest_e4m3
 from ckptq.kernels.token_head import reference as kv
 from ckptq.kernels.token_head.kv_codes import DECODERS, value_pairs
 from ckptq.kernels.token_head.kv_format import (
@@ -26,7 +24,6 @@ from ckptq.kernels.token_head.kv_format import (
     KVFormat,
     Rotation,
 )
-from ckptq.kernels.token_head.kv_simulate import fake_quantize_kv
 from ckptq.kernels.token_head.token_head_attention import token_head_attention
 from ckptq.kernels.token_head.token_head_cache import TokenHeadCache
 from ckptq.kernels.token_head.write_token_head import write_token_head
@@ -182,11 +179,11 @@ def test_errors_on_a_gaussian_are_those_of_theory(rotation: Rotation) -> None:
     x = gaussian()
     packed = kv.quantize(x, INT4, rotation)
     step = (packed.scale.square().mean() / 12).sqrt().item()
-    assert error(fake_quantize_kv(x, INT4.name, rotation=rotation), x) == pytest.approx(step, 0.05)
-    two = error(fake_quantize_kv(x, INT2.name, rotation=rotation), x)
+    assert error(kv.there_and_back(x, INT4, rotation), x) == pytest.approx(step, 0.05)
+    two = error(kv.there_and_back(x, INT2, rotation), x)
     assert two == pytest.approx(math.sqrt(0.1175), rel=0.03)
-    assert error(fake_quantize_kv(x, INT8.name, rotation=rotation), x) < 0.008
-    assert error(fake_quantize_kv(x, FP8.name, rotation=rotation), x) < 0.03
+    assert error(kv.there_and_back(x, INT8, rotation), x) < 0.008
+    assert error(kv.there_and_back(x, FP8, rotation), x) < 0.03
 
 
 def test_the_rotation_saves_heads_with_an_outlier() -> None:
@@ -194,11 +191,11 @@ def test_the_rotation_saves_heads_with_an_outlier() -> None:
     x[..., 17] *= 30
     rest = [i for i in range(128) if i != 17]
 
-    def left(name: str, rotation: Rotation | None) -> float:
-        return error(fake_quantize_kv(x, name, rotation=rotation)[..., rest], x[..., rest])
+    def left(fmt: KVFormat, rotation: Rotation | None) -> float:
+        return error(kv.there_and_back(x, fmt, rotation)[..., rest], x[..., rest])
 
-    assert left(INT4.name, None) < 0.6 * left(INT4.name, Rotation.NONE)
-    assert left(INT2.name, Rotation.NONE) > 0.8
+    assert left(INT4, None) < 0.6 * left(INT4, Rotation.NONE)
+    assert left(INT2, Rotation.NONE) > 0.8
 
 
 @pytest.mark.parametrize("D", [64, 72, 80, 96, 128, 256])
@@ -255,28 +252,9 @@ def test_a_head_of_zeros_stays_small_and_scales_stay_positive() -> None:
         assert kv.dequantize(packed, fmt).abs().max() < 1e-6  # INT2 has no code for zero
 
 
-@pytest.mark.parametrize("per_head", [True, False], ids=["per-head", "per-tensor"])
-def test_simulated_static_fp8(per_head: bool) -> None:
-    x = heads(46, 3, 64, torch.bfloat16).transpose(0, 1)[None]
-    mode, scale = ("fp8_per_head", torch.rand(3) * 0.01) if per_head else ("fp8_per_tensor", None)
-    scale = torch.tensor([0.004]) if scale is None else scale
-    got = fake_quantize_kv(x, mode, scale=scale.view(-1, 1, 1))
-    ratio = x.float() / scale.view(-1, 1, 1)
-    assert torch.equal(got, (nearest_e4m3(ratio).float() * scale.view(-1, 1, 1)).to(x.dtype))
-
-
-def test_modes_that_do_not_fit_are_refused() -> None:
-    x = torch.zeros(1, 2, 4, 64)
-    for mode, scale in (
-        ("int3", None),
-        ("fp8_per_head", None),
-        ("fp8_per_head", torch.ones(1)),
-        ("int4_per_token_head", torch.ones(2)),
-    ):
-        with pytest.raises(UsageError):
-            fake_quantize_kv(x, mode, scale=scale)
+def test_a_head_that_packed_codes_do_not_fill_is_refused() -> None:
     with pytest.raises(ValueError, match="head size in eights"):
-        fake_quantize_kv(x[..., :62], "int2_per_token_head")
+        kv.there_and_back(torch.zeros(1, 2, 4, 62), INT2)
 
 
 @pytest.mark.parametrize("fmt", [INT8, FP8], ids=lambda f: f.name)

@@ -4,13 +4,13 @@ Shape letters: T tokens (queries), H query heads, K key/value heads, D head dime
 sequence.
 """
 
+import reference_attention as dense
 import torch
+from reference_quantize import nearest_e4m3
 from torch import Tensor
 
-from ckptq.kernels.attention import reference as dense
-from ckptq.kernels.attention.mask import Mask
+from ckptq.kernels.attention.mask import Mask, seen
 from ckptq.kernels.cache.paging import Sequences
-from ckptq.kernels.quantize.reference import nearest_e4m3
 
 
 def write(x_TKD: Tensor, cache: Tensor, slot_T: Tensor, scale: Tensor | None = None) -> None:
@@ -47,11 +47,11 @@ def attention(
     bounds, outs = sequences.query_starts.tolist(), []
     for n, (k_SKD, v_SKD) in enumerate(zip(keys, values, strict=True)):
         q_HTD = query_THD[bounds[n] : bounds[n + 1]].transpose(0, 1)
-        seen = dense.seen(mask, q_HTD.shape[1], len(k_SKD), device=query_THD.device)
+        seen_1SS = seen(mask, q_HTD.shape[1], len(k_SKD), device=query_THD.device)
         k_KSD, v_KSD = k_SKD.transpose(0, 1), v_SKD.transpose(0, 1)
         outs.append(
             dense.attention(
-                *(q_HTD[None], k_KSD[None], v_KSD[None], seen),
+                *(q_HTD[None], k_KSD[None], v_KSD[None], seen_1SS),
                 scaling=scaling,
                 softcap=softcap,
                 e4m3_weights=e4m3_weights,

@@ -9,9 +9,8 @@ P packed columns (C / 8, rounded up), Z packed rows (R / 8, rounded up).
 """
 
 import torch
+from reference_quantize import nearest_int, scale_of
 from torch import Tensor
-
-from ckptq.kernels.quantize.reference import nearest_int, scale_of
 
 
 def pack_columns(code_RC: Tensor) -> Tensor:

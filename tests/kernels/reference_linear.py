@@ -5,10 +5,9 @@ columns, Z = N / 8 packed rows.
 """
 
 import torch
+from reference_int4 import dequantize_int4
+from reference_quantize import spread
 from torch import Tensor
-
-from ckptq.kernels.int4.reference import dequantize_int4
-from ckptq.kernels.quantize.reference import spread
 
 
 def linear_w8a8(
