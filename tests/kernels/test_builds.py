@@ -54,7 +54,7 @@ def test_no_kernel_asks_for_more_shared_memory_than_there_is(capability: int) ->
 @pytest.mark.parametrize("capability", [80, 90, 100])
 def test_quantize_kernels_divide_and_round_exactly(capability: int) -> None:
     """No approximate division, nothing flushed to zero."""
-    for prefix in ("_quantize", "_dequantize"):
+    for prefix in ("_quantize", "_dequantize", "_error_sums"):
         ptx = ptx_of(capability, prefix)
         assert ptx
         for inexact in ("div.full", "div.approx", "rcp.approx", ".ftz"):
