@@ -1,16 +1,17 @@
 """What GPTQ and iMatrix gain and cost.
 
     python benchmarks/bench_gptq.py quality MODEL --data TEXT --held-out TEXT [--schemes A,B]
+    python benchmarks/bench_gptq.py quality MODEL --data TEXT --task QUESTIONS [--schemes A,B]
     python benchmarks/bench_gptq.py layer dense|experts [--device cuda] [--samples N,N]
 
 `quality`: each scheme is written by `ckptq quantize`, or by llm-compressor's oneshot from the same
 tokens ("oneshot:w4a16-gptq"), or by AutoRound in 4 bits with groups of 32 and so many steps a layer
 ("auto-round:200"; of the others "w4a16-tuned:50"), and measured by `ckptq evaluate` on held-out
-text: KL, perplexity, dB, size, seconds and peak RSS. A run that is stopped has recorded what it
-finished. `layer`: one
-layer of Llama 3.1 8B's shapes, or one with 128 experts of Qwen3-30B-A3B's, quantized by ckptq and
-by llm-compressor's oneshot from the same tokens: seconds and peak memory of the whole process, the
-slope between two numbers of tokens, and what is lost.
+text, or on the answers of a task: KL, perplexity, dB, size, seconds and peak RSS. A run that is
+stopped has recorded what it finished. `layer`: one layer of Llama 3.1 8B's shapes, or one with 128
+experts of Qwen3-30B-A3B's, quantized by ckptq and by llm-compressor's oneshot from the same tokens:
+seconds and peak memory of the whole process, the slope between two numbers of tokens, and what is
+lost.
 """
 
 from __future__ import annotations
@@ -143,15 +144,17 @@ def quality(given: argparse.Namespace, work: Path) -> Iterator[Row]:
     tokens = work / "rows.jsonl"
     read = [given.model, given.data, given.samples, given.seq_len, tokens]
     subprocess.run([sys.executable, "-c", TOKENS, *read], check=True)
+    on = ["--task", given.task] if given.task else ["--data", given.held_out, *_of(given.texts)]
     for scheme in given.schemes.split(","):
         out = work / scheme
         warm(given.model)
         took = run([sys.executable, *map(str, _command(scheme, given, tokens, out))])
-        (row,) = scores(given.model, [out], given.held_out, given.texts, given.device)
+        (row,) = scores(given.model, [out], on, given.device)
         yield {
             "scheme": scheme,
             "KL": row["kl"],
             "perplexity": row["perplexity"],
+            "exact match %": row["accuracy"] and 100 * row["accuracy"],
             "dB": row["snr_db"],
             "MB": sum(file.stat().st_size for file in out.glob("*.safetensors")) / 1e6,
             "seconds": took.seconds,
@@ -187,14 +190,16 @@ def _tokens(given: argparse.Namespace) -> list[str]:
     return ["--samples", given.samples, "--seq-len", given.seq_len]
 
 
-def scores(
-    source: Path, outs: list[Path], text: Path, texts: str, device: str
-) -> list[dict[str, Any]]:
-    """A row of `ckptq evaluate` for each output."""
+def _of(texts: str) -> list[str]:
+    return ["--samples", texts, "--seq-len", "512"]
+
+
+def scores(source: Path, outs: list[Path], on: list[Any], device: str) -> list[dict[str, Any]]:
+    """A row of `ckptq evaluate` for each output, on what these options name."""
     rows: list[dict[str, Any]] = []
     for out in outs:
-        command = ["-m", "ckptq", "evaluate", out, "--source", source, "--data", text, "--json"]
-        command += ["--samples", texts, "--seq-len", "512", "--device", device]
+        command = ["-m", "ckptq", "evaluate", out, "--source", source, "--json"]
+        command += [*on, "--device", device]
         words = [sys.executable, *map(str, command)]
         done = subprocess.run(words, stdout=subprocess.PIPE, check=True)
         rows += json.loads(done.stdout)["rows"]
@@ -235,7 +240,7 @@ def _quantized(given: argparse.Namespace, source: Path, count: str) -> dict[str,
             [sys.executable, "-c", PEER, source, outs[1], _recipe(given.scheme, text.parent), text]
         ),
     ]
-    rows = scores(source, outs, text, "16", given.device)
+    rows = scores(source, outs, ["--data", text, *_of("16")], given.device)
     for out in outs:
         shutil.rmtree(out)
     found = dict(zip(("ckptq", "oneshot"), zip(took, rows, strict=True), strict=True))
@@ -248,9 +253,12 @@ def main() -> None:
     one = modes.add_parser("quality")
     one.add_argument("model", type=Path)
     one.add_argument("--data", type=Path, required=True)
-    one.add_argument("--held-out", type=Path, required=True)
+    measured = one.add_mutually_exclusive_group(required=True)
+    measured.add_argument("--held-out", type=Path)
+    measured.add_argument("--task", type=Path, help="questions with answers, instead of a text")
     one.add_argument("--texts", default="128", help="of the held-out ones")
     one.add_argument("--schemes", default=",".join(SCHEMES))
+    one.add_argument("--name", default="gptq-quality", help="of the results file")
     other = modes.add_parser("layer")
     other.add_argument("kind", choices=LAYERS)
     other.add_argument("--scheme", default="w4a16-gptq")
@@ -263,7 +271,7 @@ def main() -> None:
     given = parser.parse_args()
     with tempfile.TemporaryDirectory() as work:
         if given.mode == "quality":
-            name, what = "gptq-quality", f"Better bytes, {given.model.name}"
+            name, what = given.name, f"Better bytes, {given.model.name}"
             rows = quality(given, Path(work))
         else:
             name, what = f"gptq-layer-{given.kind}", f"One layer, {given.kind}, {given.scheme}"
