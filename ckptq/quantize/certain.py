@@ -33,12 +33,13 @@ CANDIDATES_AT_ONCE = 1 << 23
 UNDECIDED_AT_ONCE = 1 << 22
 """Weights that the CPU gets at a time, counted once for each candidate."""
 
+UNIT = 2.0**-24
 DEEPEST = 128
 """Additions that a number goes through in torch's sum of up to a million numbers."""
 HERE = 6
 """Roundings of a sum here and of its bounds."""
 OF_A_POWER = 8
-"""In units of 2^-24, how wrong the CPU's float32 power may be: 4 units in the last place."""
+"""In UNITs, how wrong the CPU's float32 power may be: 4 units in the last place."""
 
 
 def first_of_least(error_KT: Tensor) -> Tensor:
@@ -114,15 +115,12 @@ def _leave_out_repeats(sum_KT: Tensor, scale_KT: Tensor, zero_point_KT: Tensor |
 def _bounds(sum_KT: Tensor, x_TL: Tensor) -> tuple[Tensor, Tensor]:
     """The least and the largest number that the CPU's sum may be, in the dtype of the weight."""
     length, dtype = x_TL.shape[1], x_TL.dtype
-    roundings = (min(length - 1, DEEPEST) if length <= 1 << 20 else length - 1) + HERE
-    share = (roundings + OF_A_POWER * (x_TL.itemsize == 4)) * 2.0**-24
-    # numbers under 2^-126 may count as zero
-    slack_KT = (sum_KT > 0) * (length * 2.0**-125)
-    low_KT, high_KT = sum_KT * (1 - share) - slack_KT, sum_KT * (1 + share) + slack_KT
-    if dtype == torch.float16:
-        # all numbers are multiples of 2^-24, so sums below 1 have room for every bit
-        exact_KT = sum_KT < 1
-        low_KT, high_KT = (torch.where(exact_KT, sum_KT, each) for each in (low_KT, high_KT))
+    roundings = HERE + (min(length - 1, DEEPEST) if length <= 1 << 20 else length - 1)
+    share = (roundings + OF_A_POWER * (dtype == torch.float32)) * UNIT
+    low_KT, high_KT = sum_KT * (1 - share), sum_KT * (1 + share)
+    if dtype == torch.float32:
+        slack_KT = (sum_KT > 0) * (length * 2.0**-125)  # powers under 2^-126 may be wrong by more
+        low_KT, high_KT = low_KT.sub_(slack_KT), high_KT.add_(slack_KT)
     return low_KT.to(dtype), high_KT.to(dtype)
 
 
