@@ -28,8 +28,8 @@ from ckptq.quantize.scratch import Scratch
 from ckptq.quantize.tile_error import errors, powered_errors, powers
 from ckptq.quantize.weight_scheme import WeightScheme
 
-CANDIDATES_AT_ONCE = 1 << 23
-"""Candidates of all tiles together: about 250 MB on the device."""
+AT_ONCE = 1 << 23
+"""Weights, and candidates of all their tiles together: about 250 MB on the device."""
 UNDECIDED_AT_ONCE = 1 << 22
 """Weights that the CPU gets at a time, counted once for each candidate."""
 

@@ -2,10 +2,10 @@
 
 Of the ranges of a `Search` each tile gets the first of those with the least error. Everything is
 computed in the dtype of the weight and in llm-compressor's order (`observers/mse_quant.py`),
-because the winner depends on it; errors of bf16 weights are looked up where they can be, and a GPU
-finds the same winners (`certain`). Its early stop, when no tile of a weight has improved for `patience` steps, is left out: a tile's bytes would
-depend on its neighbours. Unless it would have stopped, ranges are equal bit for bit, and finite
-where expanding overflows.
+because the winner depends on it; errors of bf16 weights are looked up where they can be, and on a
+GPU `certain` finds what a CPU would choose. llm-compressor's early stop, when no tile of a weight
+has improved for `patience` steps, is left out: a tile's bytes would depend on its neighbours.
+Unless it would have stopped, ranges are equal bit for bit, and finite where expanding overflows.
 
 Shape letters: K candidates, T tiles, L weights of a tile.
 """
@@ -13,13 +13,12 @@ Shape letters: K candidates, T tiles, L weights of a tile.
 from __future__ import annotations
 
 from itertools import repeat
-from math import prod
 
 import torch
 from torch import Tensor
 
 from ckptq.quantize import scales
-from ckptq.quantize.certain import CANDIDATES_AT_ONCE, first_of_least, winners
+from ckptq.quantize.certain import AT_ONCE, first_of_least, winners
 from ckptq.quantize.error_table import error_table, has_table
 from ckptq.quantize.scratch import Scratch, blocks
 from ckptq.quantize.tile_error import powered_errors
@@ -45,8 +44,9 @@ def best_ranges(
 def _parts(x: Tensor, search: Search, scratch: Scratch) -> tuple[Tensor, ...]:
     if x.device.type == "cpu":
         return blocks(x, scratch.block_elements)
-    tiles = prod(x.shape[:2]) if x.ndim == 3 else x.shape[0] * x.shape[2]
-    return x.split(max(CANDIDATES_AT_ONCE * len(x) // (tiles * len(search.shares)), 1))
+    tiles = x.shape[0] * x.shape[1 if x.ndim == 3 else 2]
+    most = max(tiles * len(search.shares), x.numel())
+    return x.split(max(AT_ONCE * len(x) // most, 1))
 
 
 def extreme_of_best(x: Tensor, scheme: WeightScheme, search: Search, scratch: Scratch) -> Tensor:

@@ -43,18 +43,24 @@ def elsewhere(monkeypatch: pytest.MonkeyPatch, off_by: float = 1.0) -> list[int]
     return asked
 
 
+@pytest.fixture(autouse=True)
+def no_table(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Few weights are computed sooner than a table for them."""
+    monkeypatch.setattr(searching, "has_table", lambda *_: False)
+
+
 def hard(dtype: torch.dtype) -> Tensor:
     """Weights with zeros, outliers and rows of many sizes, and rows in which candidates tie: one
     weight that is not zero, all of one size, powers of two, numbers that INT4 and E2M1 can hold."""
-    x_RC = weights(40, 640).float()
+    x_RC = weights(24, 384).float()
     x_RC[0] = 0
     x_RC[1], x_RC[1, ::32] = 0, 0.3
     x_RC[2] = 0.02
     x_RC[3] = -0.02
-    x_RC[4] = 2.0 ** -(torch.arange(640) % 7)
-    x_RC[5] = (torch.arange(640) % 16 - 8) / 64
-    x_RC[6] = torch.tensor([0, 0.5, 1, 1.5, 2, 3, 4, 6]).repeat(80) / 32
-    x_RC[7] = torch.where(torch.arange(640) % 2 == 0, 0.01, -0.005)
+    x_RC[4] = 2.0 ** -(torch.arange(384) % 7)
+    x_RC[5] = (torch.arange(384) % 16 - 8) / 64
+    x_RC[6] = torch.tensor([0, 0.5, 1, 1.5, 2, 3, 4, 6]).repeat(48) / 32
+    x_RC[7] = torch.where(torch.arange(384) % 2 == 0, 0.01, -0.005)
     x_RC[8] *= 2.0**-30
     return x_RC.to(dtype)
 
@@ -79,33 +85,33 @@ def test_what_is_stored_is_what_the_cores_store(
     assert all(torch.equal(got[n].view(torch.uint8), want[n].view(torch.uint8)) for n in want)
 
 
-@pytest.mark.parametrize("name, dtype", [("mxfp8", torch.float32), ("w4a16", torch.bfloat16)])
+@pytest.mark.parametrize(("name", "dtype"), [("mxfp8", torch.float32), ("w4a16", torch.bfloat16)])
 def test_sums_alone_would_choose_otherwise(
     name: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The twin: with bounds as narrow as the sums, some tiles end differently."""
-    scheme, x_RC = scheme_of(name), weights(1024).to(dtype)
+    scheme, x_RC = scheme_of(name), weights(128, 512).to(dtype)
     assert scheme.search is not None
     x = tiled(x_RC, scheme)
     want = best_ranges(x, scheme, scheme.search, Scratch())
-    elsewhere(monkeypatch, off_by=100)
+    elsewhere(monkeypatch, off_by=1000)
     monkeypatch.setattr(certain, "UNIT", 0.0)
     got = best_ranges(x, scheme, scheme.search, Scratch())
     assert not torch.equal(got[1], want[1])
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("name", ["fp8-dynamic", "w8a8", "w4a16", "w4a16-g32", "nvfp4a16"])
+@pytest.mark.parametrize("name", ["w8a8", "w4a16-g32", "nvfp4a16"])
 def test_the_cores_are_asked_about_few(
     name: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     scheme = scheme_of(name)
     assert scheme.search is not None
-    w_RC = torch.randn(96, 1024, generator=torch.Generator().manual_seed(1)) * 0.02
+    w_RC = torch.randn(32, 512, generator=torch.Generator().manual_seed(1)) * 0.02
     x = tiled(w_RC.to(dtype), scheme)
     asked = elsewhere(monkeypatch)
     best_ranges(x, scheme, scheme.search, Scratch())
-    assert sum(asked) <= 0.02 * x.shape[0] * x.shape[1]
+    assert sum(asked) <= 0.03 * x.shape[0] * x.shape[1]
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -161,7 +167,7 @@ def test_torch_adds_up_within_the_bounds(length: int, dtype: torch.dtype) -> Non
 @pytest.mark.parametrize("name", [*SCHEMES, "w4a16"])
 def test_a_gpu_stores_what_the_cores_store(name: str, dtype: torch.dtype) -> None:
     scheme = scheme_of(name)
-    w_RC = torch.cat((hard(dtype).repeat(1, 4), weights(2048, 2560).to(dtype)))
+    w_RC = torch.cat((hard(dtype).repeat(1, 5), weights(2048, 1920).to(dtype)))
     made = []
     for w in (w_RC, w_RC.cuda()):
         shared = statistic(w, scheme) if needs_statistic(scheme) else None

@@ -6,6 +6,9 @@ import torch
 from torch import Tensor
 
 from ckptq.kernels.quantize.error_sums import error_sums
+from ckptq.quantize import certain
+from ckptq.quantize import search as searching
+from ckptq.quantize.formats import quantize
 from ckptq.quantize.scratch import Scratch
 from ckptq.quantize.tile_error import powered_errors, powers
 from ckptq.quantize.weight_scheme import WeightScheme
@@ -67,7 +70,7 @@ def test_each_weight_counts_as_torch_has_it(
     assert torch.equal(from_kernel(*given, device).double(), from_torch(*given)[..., 0])
 
 
-@pytest.mark.parametrize("tiles, length", [(3, 16), (65, 32), (5, 128), (2, 576), (1, 2500)])
+@pytest.mark.parametrize(("tiles", "length"), [(3, 16), (65, 32), (5, 128), (2, 576), (1, 2500)])
 @pytest.mark.parametrize("name", ["w4a16-asym", "fp8-dynamic", "nvfp4a16"])
 def test_sums_are_rounded_once(name: str, tiles: int, length: int, device: torch.device) -> None:
     """Tiles that fill no block of the kernel, and rows that take several."""
@@ -82,3 +85,17 @@ def test_sums_are_rounded_once(name: str, tiles: int, length: int, device: torch
     got_KT = from_kernel(*given, device).double()
     assert ((got_KT - want_KT).abs() <= want_KT * 2.0**-24 * 1.000001).all()
     assert (want_KT > 0).all()
+
+
+@pytest.mark.parametrize("name", ["w4a16-asym", "fp8-dynamic", "mxfp4a16"])
+def test_a_search_by_the_kernel_ends_as_on_the_cores(
+    name: str, device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    scheme, generator = scheme_of(name), torch.Generator().manual_seed(2)
+    w_RC = (torch.randn(9, 384, generator=generator) ** 3 * 0.02).bfloat16()
+    monkeypatch.setattr(searching, "has_table", lambda *_: False)
+    want = {local: tensor.clone() for local, tensor in quantize(w_RC, scheme).items()}
+    monkeypatch.setattr(searching, "_on_cores", lambda _x: False)
+    monkeypatch.setattr(certain, "on_gpu", lambda _x: True)
+    got = quantize(w_RC.to(device), scheme)
+    assert all(torch.equal(got[local].cpu(), want[local]) for local in want)
