@@ -1,11 +1,14 @@
 """Conversion against `cp -r` and llm-compressor's model_free_ptq, in one run, as one table.
 
     python benchmarks/bench_convert.py
+    python benchmarks/bench_convert.py --gb 1 4 --searched w4a16-g32 nvfp4a16
 
 Makes Llama-shaped bf16 checkpoints of random weights in `work/`, converts them to FP8 with dynamic
 activations, and deletes everything again. Each command runs whole (imports included) and until its
 output is on the disk, with the source in the page cache. Commands take turns, and the best of
-several turns counts, because whatever else the machine does can only add.
+several turns counts, because whatever else the machine does can only add. With `--searched`,
+instead: schemes with and without a search of ranges, on a GPU and on the cores, and what a larger
+checkpoint takes more than a smaller one.
 """
 
 from __future__ import annotations
@@ -14,11 +17,11 @@ import argparse
 import os
 import shutil
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
 from measure import Took, load, machine, run, warm
-from record import Row, add_option, publish
+from record import Row, add_option, gpu, publish
 
 HERE = Path(__file__).parent
 CODE = ("ckptq/checkpoint", "ckptq/convert", "ckptq/quantize")
@@ -99,6 +102,33 @@ def slopes(best: Mapping[Key, Took], sizes: Mapping[int, int]) -> Iterator[Row]:
     yield {"command": "ckptq", "s/GB": seconds["ckptq"], "x cp": seconds["ckptq"] / seconds["cp"]}
 
 
+def searched(work: Path, sizes: Mapping[int, int], given: argparse.Namespace) -> Iterator[Row]:
+    """Each scheme to the nearest and with a search on a GPU, and with the search on the cores."""
+    few, many = min(sizes), max(sizes)
+    for scheme in given.searched:
+        ways = ((scheme, "cuda"), (f"{scheme}-search", "cuda"), (f"{scheme}-search", "cpu"))
+        for name, device in ways:
+            best: dict[int, Took] = {}
+            for size in (few, many):
+                source, out = work / f"source-{size}", work / "out"
+                command = [sys.executable, "-m", "ckptq", "quantize", source, "-s", name]
+                took = []
+                for _ in range(given.turns):
+                    warm(source)
+                    took.append(run([*command, "--device", device, "-o", out], sync=work))
+                    shutil.rmtree(out)
+                best[size] = min(took, key=lambda t: t.seconds)
+                note(f"{name} on {device}, {size} GB: {best[size].seconds:.2f} s")
+            more = best[many].seconds - best[few].seconds
+            yield {
+                "command": f"{name}, {device}",
+                f"seconds of {many} GB": best[many].seconds,
+                "MB/s": (sizes[many] - sizes[few]) / more / 1e6,
+                "CPU seconds": best[many].cpu_seconds,
+                "peak MB": best[many].peak_bytes / 1e6,
+            }
+
+
 def note(text: str) -> None:
     print(text, file=sys.stderr, flush=True)
 
@@ -117,17 +147,22 @@ def main() -> None:
     parser.add_argument("--scheme", default="fp8-dynamic")
     parser.add_argument("--without-model-free", action="store_true")
     parser.add_argument("--gpu", action="store_true", help="and once more with --device cuda")
+    parser.add_argument("--searched", nargs="+", metavar="SCHEME", help="see above")
     add_option(parser)
     given = parser.parse_args()
     work = given.work / "bench-convert"
     work.mkdir(parents=True)
     try:
         began = load()
+        if given.searched:
+            sizes = _sources(work, given.gb)
+            what = "Conversion with and without a search of ranges, on a GPU and on the cores"
+            table = list(searched(work, sizes, given))
+            publish("convert-search", what, table, code=CODE, machine=gpu(), folder=given.record)
+            return
         synthetic(work / "tiny", "--shapes", "tiny")
         start = min((_start_up(work, given) for _ in range(given.turns)), key=lambda t: t.seconds)
-        sizes = {
-            gb: synthetic(work / f"source-{gb}", "--layers", str(LAYERS[gb])) for gb in given.gb
-        }
+        sizes = _sources(work, given.gb)
         found = measure(work, given)
     finally:
         shutil.rmtree(work)
@@ -135,6 +170,11 @@ def main() -> None:
     table = list(rows(found, sizes, start))
     name = "convert" if given.scheme == "fp8-dynamic" else f"convert-{given.scheme}"
     publish(name, what, table, code=CODE, machine=machine(), folder=given.record)
+
+
+def _sources(work: Path, gb_of: Iterable[int]) -> dict[int, int]:
+    """GB -> bytes of the checkpoint of about that size, made now."""
+    return {gb: synthetic(work / f"source-{gb}", "--layers", str(LAYERS[gb])) for gb in gb_of}
 
 
 def _start_up(work: Path, given: argparse.Namespace) -> Took:

@@ -40,16 +40,14 @@ class OnCores:
         self.scratch = Scratch(block_elements=min(BLOCK_ELEMENTS * workers, LARGEST_BLOCK))
         self.elements: int | None = None
         """Elements read, quantized and written at a time; None for the default."""
+        self.place: Place | None = None
+        """Takes what is stored quantized to where it is decoded; None leaves it where it is."""
         if workers * BLOCK_ELEMENTS > CALL_ELEMENTS:
             self.elements = LARGEST_BLOCK
 
     def turn(self, linear: str) -> AbstractContextManager[object]:
         """In which a thread reads, decodes and quantizes rows of a Linear."""
         return nullcontext()
-
-    def place(self, scheme: WeightScheme) -> Place | None:
-        """Where rows that are quantized so are best decoded; None for where they were read."""
-        return None
 
     def statistic(self, w_RC: Tensor, scheme: WeightScheme) -> Tensor:
         return statistic(w_RC, scheme, self.scratch)
@@ -60,12 +58,13 @@ class OnCores:
 
 class OnGpu(OnCores):
     """Each thread has a stream, so that its transfers and arithmetic overlap with the other
-    threads' I/O. Searched scales, whose errors are sums, and float64 are computed on the CPU."""
+    threads' I/O. float64 is computed on the CPU."""
 
     def __init__(self, device: torch.device, workers: int = 1) -> None:
         super().__init__(workers)
         self.memory = Memory(pinned=True)
         self.elements = RUN_ELEMENTS
+        self.place = self._there
         self._device = device
         self._lane = _Lane(device)
 
@@ -79,16 +78,13 @@ class OnGpu(OnCores):
                 f"{self._device}: out of memory for rows of {linear}; use fewer --workers"
             ) from error
 
-    def place(self, scheme: WeightScheme) -> Place | None:
-        return None if scheme.search is not None else self._there
-
     def statistic(self, w_RC: Tensor, scheme: WeightScheme) -> Tensor:
-        if _for_cores(w_RC, scheme):
+        if w_RC.dtype == torch.float64:
             return super().statistic(w_RC, scheme)
         return statistic(self._there(w_RC), scheme, self._lane.scratch).cpu()
 
     def quantize(self, w_RC: Tensor, scheme: WeightScheme, shared: Tensor | None) -> Made:
-        if _for_cores(w_RC, scheme):
+        if w_RC.dtype == torch.float64:
             return super().quantize(w_RC, scheme, shared)
         return self._lane.fetch(self._made(self._there(w_RC), scheme, shared))
 
@@ -103,10 +99,6 @@ class OnGpu(OnCores):
             return quantize(x_RC, scheme, at_hand, self._lane.scratch)
         check_finite(x_RC)
         return kernel(x_RC, scheme, shared)
-
-
-def _for_cores(w_RC: Tensor, scheme: WeightScheme) -> bool:
-    return scheme.search is not None or w_RC.dtype == torch.float64
 
 
 class _Lane(threading.local):

@@ -81,7 +81,7 @@ def work(unit: Unit, ends: Ends) -> Work:
         yield [task for slab in distinct.values() for task in slab.read_tasks(ends.files)]
         rows = {view: _rows(view, slabs, ends) for view in unit.views.values()}
         for part in unit.parts:
-            rows[part.weight] = _rows(part.weight, slabs, ends, ends.arithmetic.place(part.scheme))
+            rows[part.weight] = _rows(part.weight, slabs, ends, ends.arithmetic.place)
         shared = None
         if unit.parts and not unit.parts[0].kept and needs_statistic(unit.parts[0].scheme):
             found: list[Tensor] = []
@@ -162,7 +162,7 @@ def _statistic_tasks(
         view = part.weight
         few = None
         if part.scheme.search is None and not isinstance(view, Reordered):
-            few = outermost_rows(ends.files, view, ends.arithmetic.place(part.scheme))
+            few = outermost_rows(ends.files, view, ends.arithmetic.place)
         for run in runs(view.spec, view.quantum):
             yield partial(_statistic_of_run, part, few or rows[view], run, found, ends.arithmetic)
 
@@ -171,7 +171,7 @@ def _statistic_of_run(
     part: Part, rows: Rows, run: Span, found: list[Tensor], arithmetic: OnCores
 ) -> None:
     weight = part.weight
-    for start, stop in blocks(run, weight.spec, weight.quantum):
+    for start, stop in blocks(run, weight.spec, weight.quantum, arithmetic.elements):
         with naming(part.linear.name, part.weight.stored), arithmetic.turn(part.linear.name):
             found.append(arithmetic.statistic(rows(start, stop), part.scheme))
 

@@ -2,10 +2,10 @@
 
 Of the ranges of a `Search` each tile gets the first of those with the least error. Everything is
 computed in the dtype of the weight and in llm-compressor's order (`observers/mse_quant.py`),
-because the winner depends on it; errors of bf16 weights are looked up where they can be. Its early
-stop, when no tile of a weight has improved for `patience` steps, is left out: a tile's bytes would
-depend on its neighbours. Unless it would have stopped, ranges are equal bit for bit, and finite
-where expanding overflows.
+because the winner depends on it; errors of bf16 weights are looked up where they can be, and on a
+GPU `certain` finds what a CPU would choose. llm-compressor's early stop, when no tile of a weight
+has improved for `patience` steps, is left out: a tile's bytes would depend on its neighbours.
+Unless it would have stopped, ranges are equal bit for bit, and finite where expanding overflows.
 
 Shape letters: K candidates, T tiles, L weights of a tile.
 """
@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from ckptq.quantize import scales
+from ckptq.quantize.certain import AT_ONCE, first_of_least, winners
 from ckptq.quantize.error_table import error_table, has_table
 from ckptq.quantize.scratch import Scratch, blocks
 from ckptq.quantize.tile_error import powered_errors
@@ -34,10 +35,18 @@ def best_ranges(
     `x` is a weight as `tiles.tiled` shows it; the results are [R, G], or [M, N] for blocks.
     `NonFinite` on NaN or Inf.
     """
-    parts = map(_rows_of_tiles, blocks(x, scratch.block_elements))
+    parts = map(_rows_of_tiles, _parts(x, search, scratch))
     found = [_of_block(part, scheme, search, scratch) for part in parts]
     low, high = (torch.cat(each) for each in zip(*found, strict=True))
     return low, high
+
+
+def _parts(x: Tensor, search: Search, scratch: Scratch) -> tuple[Tensor, ...]:
+    if x.device.type == "cpu":
+        return blocks(x, scratch.block_elements)
+    tiles = x.shape[0] * x.shape[1 if x.ndim == 3 else 2]
+    most = max(tiles * len(search.shares), x.numel())
+    return x.split(max(AT_ONCE * len(x) // most, 1))
 
 
 def extreme_of_best(x: Tensor, scheme: WeightScheme, search: Search, scratch: Scratch) -> Tensor:
@@ -49,7 +58,7 @@ def extreme_of_best(x: Tensor, scheme: WeightScheme, search: Search, scratch: Sc
     largest = tiles.abs().amax(-1)
     check_finite(largest)
     chosen = tiles[largest >= largest.max() * search.shares[-1]]
-    low, high = _of_block(chosen, scheme, search, scratch)
+    low, high = best_ranges(chosen[:, None], scheme, search, scratch)
     return torch.stack((low.amin(), high.amax()))
 
 
@@ -67,9 +76,17 @@ def _of_block(
     low, high = (x.mul_(search.expand).clamp_(-largest, largest) for x in (low, high))
     share_K = torch.tensor(search.shares, dtype=_wide(low), device=low.device)
     candidates = _candidates(low, high, share_K[:, None], scheme)
-    best_T = _first_of_least(_errors(x_TL, *candidates, scheme, search.norm, scratch))
+    if _on_cores(x):
+        best_T = first_of_least(_errors(x_TL, *candidates, scheme, search.norm, scratch))
+    else:
+        best_T = winners(x_TL, *candidates, scheme, search.norm, scratch)
     low, high = (_times(x, share_K[best_T]) for x in (low, high))
     return low.view(x.shape[:-1]), high.view(x.shape[:-1])
+
+
+def _on_cores(x: Tensor) -> bool:
+    """Whether errors are added up as a CPU does it: on one, and of float64, which no GPU gets."""
+    return x.device.type == "cpu" or x.dtype == torch.float64
 
 
 def _wide(x: Tensor) -> torch.dtype:
@@ -79,17 +96,6 @@ def _wide(x: Tensor) -> torch.dtype:
 def _times(x: Tensor, share: Tensor) -> Tensor:
     """x * share, as torch multiplies by a Python number."""
     return (x.to(share.dtype) * share).to(x.dtype)
-
-
-def _first_of_least(error_KT: Tensor) -> Tensor:
-    """[T]: the first candidate with the least error; 0 where no error is less than the dtype's
-    largest number."""
-    error_KT.nan_to_num_(nan=torch.inf, posinf=torch.inf)
-    least_T = error_KT.amin(0)
-    turn_K1 = torch.arange(len(error_KT), 0, -1, dtype=torch.int16, device=error_KT.device)[:, None]
-    turn_T = ((error_KT == least_T) * turn_K1).amax(0)
-    found = least_T < torch.finfo(error_KT.dtype).max
-    return (len(error_KT) - turn_T).long() * found
 
 
 def _candidates(

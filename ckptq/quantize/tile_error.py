@@ -27,25 +27,32 @@ def powered_errors(
     scratch: Scratch,
 ) -> Tensor:
     """[T, L]: |dequantized - x|^norm of each weight; overwritten by the next call."""
-    held = scratch.tensor("searched", x_TL.shape, x_TL.dtype)
-    q = torch.div(x_TL, scale_T1, out=held)
-    round_to_numbers(q, zero_point_T1, scheme, scratch)
-    q.mul_(scale_T1).sub_(x_TL).abs_()
-    return _power(q, norm, scratch)
-
-
-def _power(q: Tensor, norm: float, scratch: Scratch) -> Tensor:
-    """q ** norm for q >= 0, in place where it can be; dtypes of 16 bits look it up, as their
-    numbers are few and torch's pow takes longer than all else."""
-    if q.itemsize != 2 or q.device.type != "cpu":
+    q = errors(x_TL, scale_T1, zero_point_T1, scheme, scratch)
+    if q.itemsize != 2:
         return q.pow_(norm)
     index = scratch.tensor("power", (q.numel(),), torch.int32)
     index.copy_(q.view(torch.int16).flatten())
-    powers = scratch.tensor("powers", (q.numel(),), q.dtype)
-    return torch.index_select(_powers(q.dtype, norm), 0, index, out=powers).view(q.shape)
+    held = scratch.tensor("powers", (q.numel(),), q.dtype)
+    return torch.index_select(powers(q.dtype, norm, q.device), 0, index, out=held).view(q.shape)
+
+
+def errors(
+    x_TL: Tensor,
+    scale_T1: Tensor,
+    zero_point_T1: Tensor | None,
+    scheme: WeightScheme,
+    scratch: Scratch,
+) -> Tensor:
+    """[T, L]: |dequantized - x| of each weight, the same bits on every device; overwritten by the
+    next call."""
+    held = scratch.tensor("searched", x_TL.shape, x_TL.dtype)
+    q = torch.div(x_TL, scale_T1, out=held)
+    round_to_numbers(q, zero_point_T1, scheme, scratch)
+    return q.mul_(scale_T1).sub_(x_TL).abs_()
 
 
 @cache
-def _powers(dtype: torch.dtype, norm: float) -> Tensor:
-    """Of every number that is not negative, by its bits."""
-    return torch.arange(1 << 15, dtype=torch.int16).view(dtype).pow(norm)
+def powers(dtype: torch.dtype, norm: float, device: torch.device) -> Tensor:
+    """Of every number of 16 bits that is not negative, by its bits, as a CPU finds them. They are
+    few, and torch's pow takes longer than all else."""
+    return torch.arange(1 << 15, dtype=torch.int16).view(dtype).pow(norm).to(device)

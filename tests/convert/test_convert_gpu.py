@@ -12,6 +12,7 @@ from ckptq.convert import arithmetic
 from ckptq.errors import MachineError, SourceError
 from ckptq.quantize.dispatch import kernel_of
 from ckptq.quantize.formats import needs_statistic, quantize, statistic
+from ckptq.recipes.searched import with_search
 
 WITH_A_KERNEL = (
     *("fp8 channel", "fp8 tensor", "fp8 block", "int8 channel", "int4 group", "int4 group asym"),
@@ -57,6 +58,18 @@ def test_a_gpu_writes_the_bytes_that_the_cores_write(tmp_path, layout, format):
     source = save(tmp_path / "source", LAYOUTS[layout]())
     for device in ("cpu", "cuda"):
         convert(source, tmp_path / device, recipe_of(format), device=device, workers=3)
+    assert digests(tmp_path / "cuda") == digests(tmp_path / "cpu")
+
+
+@on_a_gpu
+@pytest.mark.parametrize("format", [name for name in FORMATS if "tensor" not in name])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_a_gpu_searches_as_the_cores_do(tmp_path, layout, format):
+    torch.manual_seed(0)
+    source = save(tmp_path / "source", LAYOUTS[layout]())
+    for device in ("cpu", "cuda"):
+        recipe = with_search(recipe_of(format))
+        convert(source, tmp_path / device, recipe, device=device, workers=3)
     assert digests(tmp_path / "cuda") == digests(tmp_path / "cpu")
 
 

@@ -8,6 +8,7 @@ from compressed_tensors.quantization import QuantizationArgs
 from torch import Tensor
 
 from ckptq.quantize import search as searching
+from ckptq.quantize.certain import first_of_least
 from ckptq.quantize.error_table import LEAST, OCTAVES, PER_OCTAVE, ErrorTable
 from ckptq.quantize.scratch import Scratch
 from ckptq.quantize.search import best_ranges
@@ -156,4 +157,4 @@ def test_the_first_of_the_least_wins() -> None:
             [1.0, 0.5, 2.0, nan, largest],
         ]
     ).bfloat16()
-    assert searching._first_of_least(error_KT).tolist() == [1, 2, 1, 0, 0]
+    assert first_of_least(error_KT).tolist() == [1, 2, 1, 0, 0]
