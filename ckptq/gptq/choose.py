@@ -5,9 +5,7 @@ Shape letters: R rows, C columns.
 
 from __future__ import annotations
 
-import os
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -18,9 +16,6 @@ from ckptq.recipes.scheme import Gptq
 
 if TYPE_CHECKING:
     from torch import Tensor
-
-
-KERNEL_SWITCH = "LLMCOMPRESSOR_DISABLE_GPTQ_TRITON"
 
 
 @dataclass(frozen=True)
@@ -48,20 +43,24 @@ def choose(choices: Sequence[Choice], args: Args, how: Gptq) -> list[Chosen]:
     """The weights of a grid with which each Linear does to its inputs what it did before.
 
     All have the same shape. On a CPU one at a time gives llm-compressor's bits.
+
+    Of scales below zero its Triton kernel would make the least positive number. Codes from -8 to 7
+    in units of one are -7 to 8 in units of its opposite, as with a zero point of -1, and so they
+    are given to it.
     """
     import torch
     from llmcompressor.modifiers.gptq.gptq_quantize import quantize_weight
 
     signed = any(bool((each.on.scale < 0).any()) for each in choices)
     global_scales = [each.on.global_scale for each in choices if each.on.global_scale is not None]
-    with torch.no_grad(), _without_kernel(signed):
+    with torch.no_grad():
         made: Any = quantize_weight(
             weights=torch.stack([each.w_RC.float() for each in choices]),
             hessians=torch.stack([each.hessian_CC for each in choices]),
-            scale=torch.stack([each.on.scale for each in choices]),
+            scale=torch.stack([each.on.scale.abs() for each in choices]),
             zero_point=torch.stack([_zero_point(each.on) for each in choices]),
             global_scale=torch.cat(global_scales) if global_scales else None,
-            quant_args=_library_args(args),
+            quant_args=_library_args(args, signed),
             blocksize=how.block_size,
             percdamp=how.dampening_frac,
         )
@@ -70,24 +69,6 @@ def choose(choices: Sequence[Choice], args: Args, how: Gptq) -> list[Chosen]:
         Chosen(w_RC, not by_itself, each.on)
         for w_RC, by_itself, each in zip(weights, nearest.tolist(), choices, strict=True)
     ]
-
-
-@contextmanager
-def _without_kernel(signed: bool) -> Iterator[None]:
-    """Where scales are `signed`, turn off llm-compressor's Triton kernel: it takes those below zero
-    for the least positive number (0.14: `_gptq_block_update_kernel`). Its torch code does not."""
-    if not signed:
-        yield
-        return
-    before = os.environ.get(KERNEL_SWITCH)
-    os.environ[KERNEL_SWITCH] = "1"
-    try:
-        yield
-    finally:
-        if before is None:
-            del os.environ[KERNEL_SWITCH]
-        else:
-            os.environ[KERNEL_SWITCH] = before
 
 
 def weighed_ranges(w_RC: Tensor, moments: Moments, args: Args) -> Ranges:
@@ -107,13 +88,11 @@ def weighed_ranges(w_RC: Tensor, moments: Moments, args: Args) -> Ranges:
 
 
 def _zero_point(on: Grid) -> Tensor:
-    import torch
-
-    return torch.zeros_like(on.scale) if on.zero_point is None else on.zero_point
+    return -(on.scale < 0).to(on.scale.dtype) if on.zero_point is None else on.zero_point
 
 
-def _library_args(args: Args) -> Any:
-    """compressed-tensors' own of what stands in the recipe."""
+def _library_args(args: Args, signed: bool = False) -> Any:
+    """compressed-tensors' own of what stands in the recipe; with zero points for `signed` scales."""
     from compressed_tensors.quantization import QuantizationArgs
 
-    return QuantizationArgs(**args.to_dict())
+    return QuantizationArgs(**args.to_dict() | ({"symmetric": False} if signed else {}))

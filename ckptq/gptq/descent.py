@@ -10,12 +10,13 @@ Shape letters: B Linears of one shape, R rows, C columns, G groups of a row, L c
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 import torch
 
 from ckptq.gptq.choose import Choice, Chosen
+from ckptq.gptq.graph import Graph
 from ckptq.quantize.codes import round_to_numbers
 from ckptq.quantize.formats import Scratch
 from ckptq.quantize.regrid import storable, with_divisors
@@ -82,6 +83,7 @@ class _Descent:
         zero_BRC = None if self._zero_BRG is None else self.over_columns(self._zero_BRG)
         self.number_BRC = self._nearest(chosen_BRC / self.over_columns(self.scale_BRG), zero_BRC)
         """What the codes stand for, in units of their scales."""
+        self._graphs: dict[int, Graph] = {}
 
     def over_columns(self, each_BRG: Tensor) -> Tensor:
         return each_BRG.repeat_interleave(self._width, dim=2)
@@ -109,25 +111,42 @@ class _Descent:
         whole = self._columns(group)
         for start in range(whole.start, whole.stop, STRIDE):
             columns = slice(start, min(start + STRIDE, whole.stop))
-            before_BRL = self.number_BRC[..., columns].clone()
-            self._recode_together(columns, group)
-            moved_BRL = self.number_BRC[..., columns] - before_BRL
-            self._pass_on(columns, moved_BRL * self.scale_BRG[..., group, None])
+            scale_BR = self.scale_BRG[..., group]
+            given = [self._hessian_BCC[:, columns, columns], self._pull_BRC[..., columns]]
+            given += [self.number_BRC[..., columns], scale_BR]
+            if self._zero_BRG is not None:
+                given.append(self._zero_BRG[..., group])
+            new_BRL = self._recode(columns.stop - columns.start)(*given)
+            moved_BRL = new_BRL - self.number_BRC[..., columns]
+            self.number_BRC[..., columns] = new_BRL
+            self._pass_on(columns, moved_BRL * scale_BR[..., None])
 
-    def _recode_together(self, columns: slice, group: int) -> None:
+    def _recode(self, count: int) -> Callable[..., Tensor]:
+        """`_recoded` for so many columns; on a GPU as one launch."""
+        if self._w_BRC.device.type != "cuda":
+            return self._recoded
+        if count not in self._graphs:
+            self._graphs[count] = Graph(self._recoded)
+        return self._graphs[count]
+
+    def _recoded(
+        self,
+        hessian_BLL: Tensor,
+        pull_BRL: Tensor,
+        number_BRL: Tensor,
+        scale_BR: Tensor,
+        zero_BR: Tensor | None = None,
+    ) -> Tensor:
         """Columns few enough that a change is passed on among them alone."""
-        hessian_BLL = self._hessian_BCC[:, columns, columns]
-        pull_BRL = self._pull_BRC[..., columns].clone()
-        scale_BR, zero_BR = self.scale_BRG[..., group], None
-        if self._zero_BRG is not None:
-            zero_BR = self._zero_BRG[..., group]
-        for at, column in enumerate(range(columns.start, columns.stop)):
-            number_BR = self.number_BRC[..., column]
+        pull_BRL, number_BRL = pull_BRL.clone(), number_BRL.clone()
+        for at in range(number_BRL.shape[2]):
+            number_BR = number_BRL[..., at]
             lacking_BR = pull_BRL[..., at] / hessian_BLL[:, at, at, None]
             new_BR = self._nearest(number_BR + lacking_BR / scale_BR, zero_BR)
             step_BR = (new_BR - number_BR) * scale_BR
-            self.number_BRC[..., column] = new_BR
+            number_BRL[..., at] = new_BR
             pull_BRL -= step_BR[..., None] * hessian_BLL[:, None, at]
+        return number_BRL
 
     def _nearest(self, x: Tensor, zero_point: Tensor | None) -> Tensor:
         return round_to_numbers(x, zero_point, self._scheme, self._scratch)

@@ -165,3 +165,23 @@ def test_inputs_that_are_always_zero_keep_the_nearest_codes() -> None:
     scale_R1 = made.on.divisor[:, :1].float()
     wanted_RL = (choice.w_RC[:, :8].float() / scale_R1).round().clamp(-8, 7)
     assert torch.equal((made.weight_RC[:, :8] / scale_R1).round(), wanted_RL)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("name", SCHEMES)
+def test_a_gpu_finds_the_same_in_one_launch(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    _, choice, _ = started(name)
+    scheme, w_RC = scheme_of(name), choice.w_RC.cuda()
+    on = grid(w_RC, scheme, statistic(w_RC, scheme) if needs_statistic(scheme) else None)
+    there = Choice(w_RC, choice.hessian_CC.cuda(), on)
+
+    def made() -> Chosen:
+        again = replace(there, hessian_CC=there.hessian_CC.clone())
+        return descent.descend([again], [Chosen(w_RC, True, on)], scheme, Gptq(descents=3))[0]
+
+    launched = made()
+    monkeypatch.setattr(descent, "Graph", lambda work: work)
+    plain = made()
+    assert torch.equal(launched.weight_RC, plain.weight_RC)
+    assert torch.equal(launched.on.divisor, plain.on.divisor)

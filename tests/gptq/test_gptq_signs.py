@@ -11,6 +11,7 @@ from compressed_tensors.quantization.lifecycle.forward import dequantize as libr
 from llmcompressor.modifiers.gptq import gptq_quantize
 from test_gptq_descent import error, read_back, scheme_of, started
 
+from ckptq.gptq import choose as choose_module
 from ckptq.gptq.choose import Choice, choose
 from ckptq.gptq.signs import SHRINKS, may_be_signed, with_signs
 from ckptq.quantize.formats import Grid, grid
@@ -68,27 +69,37 @@ def test_others_have_no_signs(name: str) -> None:
     assert may_be_signed(scheme_of("w4a16-g32"))
 
 
+library_args = choose_module._library_args
+
+
 def chosen(choice: Choice, on: Grid) -> torch.Tensor:
     args = load_scheme("w4a16-g32").linears[0].weights
     (made,) = choose([replace(choice, on=on)], args, Gptq())
     return made.weight_RC
 
 
-def test_the_kernel_that_knows_no_signs_is_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
-    """llm-compressor's Triton kernel takes a negative scale for the least positive number."""
-
-    def kernel(*_: object) -> None:
-        raise RuntimeError("the kernel")
-
+def test_the_kernel_that_knows_no_signs_gets_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    """llm-compressor's Triton kernel takes a negative scale for the least positive number. By its
+    torch code, which does not, both spellings choose the same."""
     scheme, choice, _ = started("w4a16-g32")
     signed = with_signs(choice.w_RC, choice.hessian_CC.diagonal(), choice.on, scheme)
     assert (signed.divisor < 0).any()
-    wanted = chosen(choice, signed)
+    made = chosen(choice, signed)
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.Tensor, "abs", torch.Tensor.clone)
+        patch.setattr(choose_module, "_library_args", lambda args, _: library_args(args))
+        assert torch.equal(chosen(choice, signed), made)
+    assert ((made / signed.divisor.float().repeat_interleave(L, 1)) == -8).any()
+
+    def kernel(work: torch.Tensor, hinv: object, scale: torch.Tensor, *_: object) -> None:
+        assert (scale > 0).all()
+        raise RuntimeError("the kernel")
+
     monkeypatch.setattr(gptq_quantize, "triton_req", lambda *_: True)
     monkeypatch.setattr(gptq_quantize, "fused_gptq_block_update", kernel)
-    assert torch.equal(chosen(choice, signed), wanted)
-    with pytest.raises(RuntimeError, match="the kernel"):
-        chosen(choice, choice.on)
+    for on in (signed, choice.on):
+        with pytest.raises(RuntimeError, match="the kernel"):
+            chosen(choice, on)
 
 
 @pytest.mark.gpu

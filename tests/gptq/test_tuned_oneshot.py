@@ -8,12 +8,15 @@ from pathlib import Path
 import pytest
 import torch
 from gptq_cases import MOE, converted, save
+from safetensors.torch import load_file, save_file
 from tiny.rows import token_rows
 from tiny.tensors import differences, tensors_in
 from tuned_cases import by_oneshot_with_stored_scales, in_steps
 
+from ckptq.autoround import integers
 from ckptq.autoround.block import Block
 from ckptq.errors import PlanError
+from ckptq.quantize.packing import unpack_words
 from ckptq.verify.run import verify
 
 
@@ -75,6 +78,23 @@ def test_options_and_texts_of_different_length_are_oneshots(llama: Path, tmp_pat
     ours = tensors_in(converted(llama, tmp_path / "out", recipe, rows))
     theirs = by_oneshot_with_stored_scales(llama, tmp_path / "oneshot", recipe.text, rows)
     assert differences(ours, theirs) == []
+
+
+def test_small_heads_are_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """AutoRound's own scales are 1e-5 at least, of which the twin makes weights of zero."""
+    llama = save(tmp_path / "llama", num_hidden_layers=1)
+    tensors = load_file(llama / "model.safetensors")
+    small = "model.layers.0.self_attn.k_proj.weight"
+    tensors[small][:32] *= 1e-5
+    save_file(tensors, llama / "model.safetensors", {"format": "pt"})
+
+    def codes(out: str) -> torch.Tensor:
+        made = tensors_in(converted(llama, tmp_path / out, in_steps("w4a16-g32-tuned", 1)))
+        return unpack_words(made[f"{small}_packed"], 4, 128)[:32]
+
+    assert codes("out").any(1).all()
+    monkeypatch.setattr(integers, "LEAST", 1e-5)
+    assert not codes("lost").any()
 
 
 def test_a_layer_gets_what_tuned_ones_make(
