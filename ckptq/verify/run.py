@@ -137,7 +137,7 @@ def judge(
     by_linear = check_tensors(subject)
     structure = [*declared_wrong, *check_structure(subject, problems, by_linear)]
     asked = ask_engine(subject, engine, asking.vllm_python) if engine is not None else None
-    if not headers_only and engine != "transformers":
+    if source is None and not headers_only and engine != "transformers":
         structure += check_whole(subject, structure)
     checked = Checked() if headers_only else _data(subject, by_linear, structure, options)
     seen = ByText()

@@ -10,10 +10,9 @@ from typing import Any
 
 import pytest
 
-from ckptq.convert.quantize import QuantizeRequest, plan_of, quantize
+from ckptq.convert.quantize import QuantizeRequest, plan_of
 from ckptq.errors import SourceError
 from ckptq.recipes.load import load_scheme
-from ckptq.verify.run import verify
 from families.sources import save, save_variant
 
 
@@ -70,16 +69,3 @@ def test_one_layer_of_another_size_is_refused(tmp_path: Path) -> None:
     broken = changed(source, tmp_path / "broken", "intermediate_size", [512, 512, 256, 512])
     with pytest.raises(SourceError, match=r"layers\.2\.mlp\.gate_proj\.weight is "):
         plan(broken)
-
-
-@pytest.mark.parametrize("family", ["llama", "qwen3_moe"])
-def test_verify_says_it_although_the_source_is_as_wrong(tmp_path: Path, family: str) -> None:
-    source = save(family, tmp_path)
-    request = QuantizeRequest(model=source, recipe=load_scheme("fp8-dynamic"), out=tmp_path / "out")
-    out = quantize(request).out
-    assert verify(out, source).findings == ()
-    field = "intermediate_size" if family == "llama" else "moe_intermediate_size"
-    ours, theirs = (changed(f, tmp_path / f"{f.name}-x", field, 64) for f in (out, source))
-    found = verify(ours, theirs).findings
-    assert {finding.code for finding in found} == {"config-shapes"}
-    assert any("proj" in (finding.tensor or "") for finding in found)

@@ -196,18 +196,3 @@ def test_vllm_is_named_only_where_it_serves_what_transformers_does_not(
     (line,) = (line for line in transformers_doubts(plan) if "shared between layers" in line)
     assert line.endswith("; vLLM can") == served
     assert any(vllm_doubts(plan)) != served
-
-
-def test_layers_where_transformers_reads_them_are_in_their_place(tmp_path: Path) -> None:
-    """Qianfan-OCR's are in an "encoder", and its embedding is beside that."""
-    text = {"model_type": "qwen3", **SMALL, "intermediate_size": 128, "num_key_value_heads": 2}
-    vision = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2,
-              "intermediate_size": 64}  # fmt: skip
-    config = transformers.AutoConfig.for_model(
-        "qianfan_ocr", text_config=text, vision_config=vision, image_token_id=100
-    )
-    source = tmp_path / "qianfan"
-    make(config, "ImageTextToText").save_pretrained(source)
-    out = tmp_path / "out"
-    quantize(QuantizeRequest(model=source, recipe=load_scheme("fp8-dynamic"), out=out))
-    assert verify(out).findings == ()

@@ -62,5 +62,6 @@ def _wrong(kept: Kept, numbers: Tensor) -> Tensor:
     if kept == "codes":
         return (numbers.view(torch.uint8) & 0x7F) == 0x7F
     x = numbers.float()
-    least = 0.0 if numbers.dtype == torch.float8_e4m3fn else torch.finfo(x.dtype).smallest_normal
-    return ~x.isfinite() | ((x.abs() if kept == "signed scale" else x) < least)
+    if kept == "signed scale":
+        x = x.abs()
+    return ~x.isfinite() | ((x < 0) if numbers.dtype == torch.float8_e4m3fn else (x <= 0))

@@ -1,4 +1,4 @@
-"""Experts against the sizes in config.json, as transformers builds them of it.
+"""Without a source: experts against the sizes in config.json, as transformers builds them of it.
 
 It holds all experts of a layer as one parameter of three dimensions, in either orientation, gate
 and up in one; so shapes are compared without their order. Headers only.
@@ -21,7 +21,7 @@ from ckptq.verify.subject import EXPERT, Subject
 
 def check_expert_sizes(subject: Subject) -> Iterator[Finding]:
     """One finding for all experts that differ in their numbers alone."""
-    if subject.witnesses.tree is None:
+    if subject.source is not None or subject.witnesses.tree is None:
         return
     seen: set[str] = set()
     for name, found, wanted in (*_one_by_one(subject), *_fused(subject)):

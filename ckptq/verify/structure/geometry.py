@@ -43,10 +43,9 @@ def check_geometry(subject: Subject) -> Iterator[Finding]:
 
 
 def _so_in_transformers(subject: Subject, layers: str, embedding: str) -> bool:
-    """Whether its own model reads them by these names (SpeechT5: in decoder and prenet;
-    Qianfan-OCR: layers in an encoder, which is none)."""
+    """Whether its own model has them by these names (SpeechT5: in decoder and prenet)."""
     tree = subject.witnesses.tree
-    return tree is not None and tree.stored_layers == layers and tree.owner(embedding) is not None
+    return tree is not None and tree.layers == layers and tree.owner(embedding) is not None
 
 
 def _embedding(subject: Subject, name: str) -> Iterator[Finding]:

@@ -1,8 +1,7 @@
-"""Compare with the model that transformers builds from config.json. Headers only.
+"""Without a source: compare with the model that transformers builds from config.json. Headers only.
 
 Checks only tensors outside any scheme: norms, biases, embeddings, tensors without a place, and
-sizes; with a source, whose tensors the others are compared with, sizes alone. Families that
-transformers lacks, and configs that it refuses, are not checked."""
+sizes. Families that transformers lacks, and configs that it refuses, are not checked."""
 
 from __future__ import annotations
 
@@ -35,9 +34,6 @@ EXPERTS = ".experts"
 """Merged on loading, and judged expert by expert elsewhere; their biases are not."""
 
 
-ELSEWHERE = ("names-moved", "config-differs")
-"""Findings beside which every size may be wrong."""
-
 OTHER_PARTS = re.compile(r"(^|[._])(mtp|nextn|vision|visual|vit|audio|image|speech|talker|lora)")
 """In names of branches that other models read."""
 
@@ -48,7 +44,7 @@ def check_whole(subject: Subject, told: Iterable[Finding]) -> Iterator[Finding]:
     from ckptq.models.tree.by_headers import load_by_headers
 
     told = list(told)
-    if not subject.declared.present or any(one.code in ELSEWHERE for one in told):
+    if not subject.declared.present or any(one.code == "names-moved" for one in told):
         return
     try:
         loaded = load_by_headers(subject.ckpt)
@@ -61,11 +57,10 @@ def check_whole(subject: Subject, told: Iterable[Finding]) -> Iterator[Finding]:
     failed |= named | {name.rpartition(".")[0] for name in named}
     if any(one.code == "layer-missing" for one in told):
         failed |= _in_missing_layers(subject.ckpt, loaded)
+    yield from _missing(loaded, failed)
+    yield from _unknown(subject.ckpt, loaded, failed)
     yield from _sizes(loaded, failed)
-    if subject.source is None:
-        yield from _missing(loaded, failed)
-        yield from _unknown(subject.ckpt, loaded, failed)
-        yield from _strays(subject, loaded)
+    yield from _strays(subject, loaded)
 
 
 def _in_missing_layers(ckpt: Checkpoint, loaded: Loaded) -> set[str]:
